@@ -1,0 +1,47 @@
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint bench notebooks clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+help: ## list what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+# The stamps let each target set up what it needs, once; a change to what is installed sets it up again.
+# torch goes first and pinned: the newest release would bring gigabytes of CUDA libraries that nothing here needs.
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+.venv/notebooks-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet -e '.[dev,notebooks]' -c constraints.txt
+	@touch $@
+
+install: .venv/installed ## create .venv with the package and its tools
+
+demo: .venv/installed ## decompose the bundled model over several domains, minutes on two cores
+	$(BIN)/koff fit --config demo.yaml
+
+test: .venv/installed ## run the fast tests
+	$(PYTEST)
+
+test-all: .venv/installed ## run all tests, slow ones too
+	$(PYTEST) -m "slow or not slow"
+
+lint: .venv/installed ## check style, sizes and the one-way imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: .venv/installed ## time and memory of a step against LoRA alone
+	$(BIN)/python -m koff_lightning.bench
+
+notebooks: .venv/notebooks-installed ## run every notebook from top to bottom
+	$(BIN)/python -m pytest --nbmake notebooks
+
+clean: ## remove .venv, caches and build leftovers; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,214 @@
+"""Attention over a learned memory: every query sees the memory slots of its row besides its own tokens.
+
+Registered with transformers under the name ``koff``, for the attention function and for its mask. An attention module
+with a memory carries the attribute ``koff_memory``: a function of no arguments that returns its :class:`LayerMemory`,
+or None. It is a function so that a layer recomputed by activation checkpointing reads the memory again. Without a
+memory the result is that of transformers' own ``sdpa``, bit for bit.
+
+The memory is never part of the tokens' key-value cache: `generate`, packing, padding and activation checkpointing work
+as they do without it. Its keys are stored after the rotary embedding, at the positions before the first token.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
+from transformers.masking_utils import sdpa_mask
+
+from koff_lightning.errors import KoffError
+from koff_lightning.merged_attention import MergedAttention
+
+NAME = "koff"
+
+# Measured on a CPU, forward and backward: one attention over memory and tokens together is up to 1.3x faster below
+# this many tokens; above it the copied keys and the explicit mask cost up to 2x more than two attentions and a merge.
+MERGE_FROM = 512
+
+# What transformers may hand to an attention function and what is not defined here for a memory.
+_UNDEFINED = ("cache", "position_bias", "s_aux", "softcap")
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """The memory that one layer reads: keys after the rotary embedding, and values.
+
+    Attributes:
+        key: [R, K, P, dh]: R rows of the batch, or 1 that all rows share; K key-value heads; P slots.
+        value: [R, K, P, dh].
+        visible: bool [R, P], the slots that a row sees; None when every row sees every slot.
+    """
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor | None = None
+
+
+def koff_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend to the tokens and to the memory of `module`, if it has one.
+
+    Args:
+        module: The attention module; `koff_memory` is read from it.
+        query: [B, H, T, dh], after the rotary embedding.
+        key: [B, K, S, dh], after the rotary embedding and the update of the tokens' cache.
+        value: [B, K, S, dh].
+        attention_mask: Bool or additive float [B, 1, T, S]; None for causal attention.
+        scaling: Factor of the scores; 1/sqrt(dh) when None.
+        dropout: Probability that a weight, of a slot as of a token, is dropped.
+        **kwargs: Further arguments of transformers' attention functions; only `is_causal` is used with a memory.
+
+    Returns:
+        The heads' outputs [B, T, H, dh], and None in place of the weights, which are never formed.
+
+    Raises:
+        KoffError: the memory does not fit the batch or the layer, or the model asks for an attention variant
+            (soft capping, position bias, attention sinks, paged cache) that is not defined for a memory.
+    """
+    read = getattr(module, "koff_memory", None)
+    memory = None if read is None else read()
+    if memory is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    _check(memory, query, key, kwargs)
+    memory = LayerMemory(memory.key.to(key.dtype), memory.value.to(value.dtype), memory.visible)
+    causal = _is_causal(module, query, attention_mask, kwargs.get("is_causal"))
+    if causal:  # a static cache is longer than the tokens seen so far: transformers cuts it in the same way
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if _merges(query, key, attention_mask, memory, dropout):
+        out = attend_merged(query, key, value, memory, attention_mask, scaling, causal)
+    else:
+        out = attend_reference(query, key, value, memory, attention_mask, scaling, causal, dropout)
+    return out.transpose(1, 2).contiguous(), None  # [B, T, H, dh]
+
+
+def _check(memory: LayerMemory, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    """Raise KoffError unless the memory fits the batch and the layer."""
+    rows, wanted = len(memory.key), (key.shape[1], key.shape[3])
+    if rows not in (1, len(query)):
+        raise KoffError(
+            f"the active memory has {rows} rows but the batch has {len(query)}: activate one domain per row"
+        )
+    if (memory.key.shape[1], memory.key.shape[3]) != wanted or memory.value.shape != memory.key.shape:
+        raise KoffError(
+            f"the memory has keys {list(memory.key.shape)} and values {list(memory.value.shape)} but this layer has "
+            f"{wanted[0]} key-value heads of size {wanted[1]}: use the memory that was trained for this model"
+        )
+    if memory.visible is not None and memory.visible.shape != (rows, memory.key.shape[2]):
+        raise KoffError(f"visible must be [{rows}, {memory.key.shape[2]}], got {list(memory.visible.shape)}")
+    if given := [name for name in _UNDEFINED if kwargs.get(name) is not None]:
+        raise KoffError(f"this model's attention uses {', '.join(given)}, which is not supported with a memory")
+
+
+def _is_causal(module: nn.Module, query: Tensor, mask: Tensor | None, given: bool | None) -> bool:
+    """Whether `mask` None means causal: transformers' rule (integrations/sdpa_attention.py)."""
+    wanted = getattr(module, "is_causal", True) if given is None else given
+    return bool(query.shape[2] > 1 and mask is None and wanted)
+
+
+def _merges(query: Tensor, key: Tensor, mask: Tensor | None, memory: LayerMemory, dropout: float) -> bool:
+    """Whether `attend_merged` is possible here, and faster."""
+    if dropout > 0 or key.shape[2] < MERGE_FROM:
+        return False
+    if query.is_cuda:
+        plain = mask is None and memory.visible is None  # the CUDA kernel takes no mask
+        size = query.shape[3]
+        return plain and query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
+    return query.device.type == "cpu"
+
+
+def attend_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: LayerMemory,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    dropout: float = 0.0,
+) -> Tensor:
+    """One attention over the memory followed by the tokens: the definition, and the faster way for short rows.
+
+    Args:
+        query: [B, H, T, dh].
+        key: [B, K, S, dh].
+        value: [B, K, S, dh].
+        memory: In the dtype of `key` and `value`.
+        mask: Bool or additive float, broadcastable to [B, H, T, S]; None when `is_causal` says it all.
+        scale: Factor of the scores; 1/sqrt(dh) when None.
+        is_causal: Query t sees the tokens 0..t; `mask` is None then.
+        dropout: Probability that a weight is dropped.
+
+    Returns:
+        [B, H, T, dh].
+    """
+    rows, _, length, _ = query.shape
+    if is_causal:
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    mask = _prepend_visible(mask, memory, query, key)  # [B|1, 1, T, P + S] or None
+    key = torch.cat([memory.key.expand(rows, -1, -1, -1), key], dim=2)  # [B, K, P + S, dh]
+    value = torch.cat([memory.value.expand(rows, -1, -1, -1), value], dim=2)
+    grouped = query.device.type == "cpu" or use_gqa_in_sdpa(mask, key, value)
+    if not grouped:  # with a mask, only the slowest CUDA kernel takes fewer key-value heads than query heads
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+    )
+
+
+def _prepend_visible(mask: Tensor | None, memory: LayerMemory, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask [B|1, 1|H, T, P + S] over memory and tokens; None when everything is seen."""
+    slots, visible = memory.key.shape[2], memory.visible
+    if mask is None and visible is None:
+        return None
+    if mask is None:
+        mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
+    if visible is None:
+        return F.pad(mask, (slots, 0), value=True if mask.dtype == torch.bool else 0.0)
+    seen = visible[:, None, None, :]  # [R, 1, 1, P]
+    if mask.dtype != torch.bool:
+        seen = _additive(seen, mask.dtype)
+    rows = max(len(mask), len(seen))
+    return torch.cat([seen.expand(rows, *mask.shape[1:3], -1), mask.expand(rows, -1, -1, -1)], dim=-1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as a term of the scores: 0 where seen, -inf where not."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def attend_merged(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: LayerMemory,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+) -> Tensor:
+    """Two flash attentions, over the tokens and over the memory, merged by their log-sum-exp: exact, nothing copied.
+
+    Same arguments and result as :func:`attend_reference`. On CUDA: bfloat16 or float16, no `mask`, no `visible`.
+    """
+    tokens = None if mask is None else _additive(mask, query.dtype)
+    slots = None if memory.visible is None else _additive(memory.visible[:, None, None, :], query.dtype)
+    return MergedAttention.apply(query, key, value, memory.key, memory.value, tokens, slots, scale, is_causal)
+
+
+AttentionInterface.register(NAME, koff_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # without it transformers makes no mask: padding and packing are lost

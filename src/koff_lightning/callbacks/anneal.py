@@ -1,0 +1,91 @@
+"""AnnealSparsity: decides WHEN. At every step it sets the target and phase, keeps the mask on the ramp, hardens once."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from koff_lightning.errors import KoffError
+from koff_lightning.module import KOFFModule
+from koff_lightning.sparsity import SparsitySchedule
+
+
+class AnnealSparsity(Callback):
+    """Memory warm-up, ramp of the target, hold, hardening, consolidation: a pure function of the optimizer step.
+
+    Args:
+        warmup: Share of all steps before the ramp, in which memories train on the dense model.
+        ramp: Share in which the target rises from 0.
+        hold: Share at the full target before the mask is fixed; what remains consolidates the memories.
+        shape: Course of the ramp.
+    """
+
+    def __init__(
+        self,
+        warmup: float = 0.05,
+        ramp: float = 0.40,
+        hold: float = 0.15,
+        shape: Literal["linear", "cosine", "cubic"] = "linear",
+    ) -> None:
+        if min(warmup, ramp, hold) < 0 or not 0 < warmup + ramp + hold <= 1:
+            raise KoffError(f"anneal: warmup + ramp + hold must lie in (0, 1]; got {warmup} + {ramp} + {hold}")
+        self.fractions = {"warmup": warmup, "ramp": ramp, "hold": hold}
+        self.shape = shape
+        self.schedule: SparsitySchedule | None = None
+        self._steps: int | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Lay out the schedule over the run's steps (kept from the checkpoint when a run goes on)."""
+        steps = self._steps or int(trainer.estimated_stepping_batches)
+        self.schedule = SparsitySchedule(pl_module.sparsity.target, steps, **self.fractions, shape=self.shape)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: object, batch_idx: int) -> None:
+        """Prepare step `trainer.global_step`."""
+        step, module = trainer.global_step, pl_module
+        before, module.phase = module.phase, self.schedule.phase(step)
+        module.target = self.schedule.target_at(step)
+        if not module.learns_mask or module.gates.hardened:
+            return
+        if module.phase == "consolidate":
+            module.harden()
+        elif module.phase != "warmup":
+            if before == "warmup":
+                module.gates.order_by_prior(module.budget.costs, module.sparsity.spread)
+            module.gates.gate.anneal(self.schedule.progress(step))
+            if module.sparsity.penalty == "lagrangian":
+                module.gates.hold_near(module.target, module.sparsity.band, module.budget.tracked)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: KOFFModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Log what the penalty did."""
+        if pl_module.learns_mask:
+            pl_module.log_dict(self.state_of_mask(pl_module))
+
+    @staticmethod
+    @torch.no_grad()
+    def state_of_mask(module: KOFFModule) -> dict[str, float]:
+        """Target, expected sparsity, sparsity of the gates more often closed than open, multipliers, temperature."""
+        gates = module.gates
+        often = gates.kept if gates.hardened else gates.gate.keep(gates.logits) > 0.5
+        state = {
+            "sparsity/target": module.target,
+            "sparsity/expected": float(module.expected_sparsity()),
+            "sparsity/realised": module.budget.report(often)[module.sparsity.denominator],
+        }
+        state |= {f"penalty/{name}": float(p) for name, p in module.penalty.named_parameters()}
+        return state | ({"sparsity/mu": gates.gate.mu} if hasattr(gates.gate, "mu") else {})
+
+    def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """A schedule without consolidation hardens here, so that every finished run has its exact mask."""
+        finished = self.schedule is not None and trainer.global_step >= self.schedule.steps
+        if finished and pl_module.learns_mask and not pl_module.gates.hardened:
+            pl_module.harden()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's length, so that a resumed run keeps its course even if asked for more steps."""
+        return {"steps": self.schedule.steps if self.schedule else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it; `on_fit_start` lays out the rest."""
+        self._steps = state["steps"]

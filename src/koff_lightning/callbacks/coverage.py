@@ -1,0 +1,104 @@
+"""GradientCoverage: stops a run in which something that should be learning gets no gradient.
+
+A memory that is cut off from the loss trains without an error: the run ends, and the figures are those of a model that
+never had it. (transformers drops a cache under activation checkpointing, for one.)
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from koff_lightning.errors import KoffError
+from koff_lightning.module import KOFFModule
+
+NAMED = 3  # tensors that the error names
+
+
+class GradientCoverage(Callback):
+    """When a phase begins, check the gradient of everything that it trains, once for each domain that comes up.
+
+    Every tensor must have a finite gradient. It must not be all zero either, except for LoRA's A, whose gradient is
+    zero while B is, and for the multipliers, whose gradient is the gap to the target.
+    """
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._checked: set[str] = set()  # parts that are known to learn in this phase
+        self._present: set[str] = set()  # domains of the micro-batches since the last optimizer step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: dict[str, Any], _: int) -> None:
+        """Note which domains this optimizer step sees."""
+        self._present |= {domain for domain in batch["domains"] if domain is not None}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: KOFFModule, optimizer: Optimizer) -> None:
+        """Check what has not been checked in this phase; gradients are accumulated and unscaled here, not yet clipped.
+
+        Raises:
+            KoffError: A tensor that should be learning is not.
+        """
+        present, self._present = self._present, set()
+        if pl_module.phase != self._phase:
+            self._phase, self._checked = pl_module.phase, set()
+        due = {part: tensors for part, tensors in _trained(pl_module, present).items() if part not in self._checked}
+        if not due:
+            return
+        names = {tensor: name for name, tensor in pl_module.named_parameters()}
+        faults = {
+            names[t]: fault for tensors in due.values() for t, fault in _faults(tensors, names, pl_module).items()
+        }
+        if "not finite" in faults.values() and getattr(trainer.precision_plugin, "scaler", None):
+            return  # 16-bit training finds its loss scale by overflowing: it skips such a step, and so do we
+        if faults:
+            raise KoffError(_message(faults, sum(map(len, due.values())), self._phase, trainer.global_step))
+        self._checked |= due.keys()
+
+
+def _trained(module: KOFFModule, present: set[str]) -> dict[str, list[nn.Parameter]]:
+    """What the current phase trains, by part, as far as the domains `present` touch it."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    if _mask_moves(module):
+        parts["mask"] = [module.gates.logits]
+        parts["multipliers"] = list(module.penalty.parameters())
+    for domain in sorted(present) if module.memories_on else ():
+        parts[f"LoRA of {domain}"] = module.memories.lora_parameters(domain)
+        parts[f"KV memory of {domain}"] = module.memories.kv_parameters(domain)
+    return {part: tensors for part, tensors in parts.items() if tensors}
+
+
+def _mask_moves(module: KOFFModule) -> bool:
+    return module.learns_mask and module.phase in ("ramp", "hold") and not module.gates.hardened
+
+
+def _faults(tensors: list[nn.Parameter], names: dict[nn.Parameter, str], module: KOFFModule) -> dict[nn.Parameter, str]:
+    """What is wrong with the gradients of one part, by tensor."""
+    faults: dict[nn.Parameter, str] = {}
+    for tensor in tensors:
+        if tensor.grad is None:
+            faults[tensor] = "none"
+        elif not torch.isfinite(_local(tensor.grad)).all():
+            faults[tensor] = "not finite"
+    if faults:
+        return faults
+    moving = [t for t in tensors if "lora_A" not in names[t] and not names[t].startswith("penalty.")]
+    zero = [t for t in moving if _local(t.grad) is t.grad and not t.grad.any()]  # a mere shard may well be all zero
+    if _mask_moves(module) and len(zero) < len(moving):
+        return {}  # gates are drawn: all of a layer's may be closed, and what lies behind them gets zeros in this step
+    return dict.fromkeys(zero, "all zero")
+
+
+def _local(grad: Tensor) -> Tensor:
+    """This rank's shard of a sharded gradient, else the gradient itself."""
+    return grad.to_local() if hasattr(grad, "to_local") else grad
+
+
+def _message(faults: dict[str, str], total: int, phase: str, step: int) -> str:
+    named = ", ".join(f"{name} ({fault})" for name, fault in list(faults.items())[:NAMED])
+    more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+    return (
+        f"phase {phase!r} trains {total} tensors, but at step {step} {len(faults)} have no usable gradient: "
+        f"{named}{more}. "
+        "They would silently stay as they are; something cuts them off from the loss"
+    )

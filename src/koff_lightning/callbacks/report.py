@@ -1,0 +1,219 @@
+"""RunReport: what a run leaves behind. Scores held-out text, prints a table, writes results.json and plots."""
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich import get_console
+from rich.console import Console
+
+from koff_lightning import plots, results
+from koff_lightning.callbacks.anneal import AnnealSparsity
+from koff_lightning.callbacks.progress import predicted_tokens
+from koff_lightning.errors import KoffError
+from koff_lightning.history import MaskHistory
+from koff_lightning.module import ARMS, KOFFModule
+
+
+class RunReport(Callback):
+    """Report of `fit`: table on the terminal, `results.json` and `plots/` in `default_root_dir`.
+
+    `test` prints the table; `predict` writes `predictions.jsonl`, a line for each row of text. With `fast_dev_run`
+    nothing is written.
+    """
+
+    def __init__(self) -> None:
+        self.history = MaskHistory()
+        self.results: results.Figures = {}
+        self._tokens = torch.tensor(0)  # on this rank; stays on the device, since reading it would wait for the step
+        self._seconds, self._since = 0.0, 0.0
+        self._predictions: list[dict[str, Any]] = []
+
+    # --------------------------------------------------------------------------------------------------- fit
+
+    def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Refuse now what would fail at the end."""
+        if trainer.datamodule is None:
+            raise KoffError(
+                "the report scores held-out text at the end: give trainer.fit a datamodule with test batches"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: KOFFModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        """Count tokens, remember the mask."""
+        self._tokens = predicted_tokens(batch) + self._tokens.to(batch["labels"].device)
+        if pl_module.learns_mask and trainer.global_step:
+            self.history.record(trainer.global_step, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Score and print. Every rank takes part: metrics and sharded weights need them all."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, AnnealSparsity):  # hardens at the end of training, but may come after us
+                callback.on_train_end(trainer, pl_module)
+        self._seconds, self._since = self._elapsed(), 0.0
+        since = time.perf_counter()
+        _say(trainer, f"scoring held-out text: {', '.join(ARMS)}")
+        score(trainer, pl_module)
+        tokens = trainer.strategy.reduce(self._tokens.to(pl_module.device), reduce_op="sum")
+        self.results = _figures(trainer, pl_module) | {
+            "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
+            "steps": trainer.global_step,
+            "tokens": int(tokens),
+            "seconds": self._seconds,
+            "seconds_scoring": time.perf_counter() - since,
+            "config": _config(trainer, pl_module),
+            "versions": results.versions(),
+        }
+        _print(trainer, self.results)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Write, after everything else is done and printed.
+
+        Raises:
+            KoffError: The disk did not take it.
+        """
+        if not trainer.is_global_zero or trainer.fast_dev_run or not self.results:
+            return
+        root = Path(trainer.default_root_dir)
+        results.write_atomically(root / "results.json", results.as_json(self.results))
+        try:
+            for name, figure in self._figures(pl_module).items():
+                plots.save(figure, root / "plots", name)
+        except OSError as error:
+            raise KoffError(f"cannot write plots to {root / 'plots'}: {error.strerror or error}") from error
+        _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}")
+
+    def _figures(self, module: KOFFModule) -> dict[str, plots.Figure]:
+        figures = {"bits_per_byte": plots.domain_bars(self.results["domains"])}
+        if points := self.history.points:
+            groups = [(group.layer, group.kind) for group in module.gates.groups]
+            figures["sparsity"] = plots.sparsity_over_training(points, module.sparsity.denominator)
+            figures["sparsity_by_layer"] = plots.sparsity_by_layer(points, groups)
+        return figures
+
+    def _elapsed(self) -> float:
+        """Seconds of training, earlier parts of a resumed run included."""
+        return self._seconds + (time.perf_counter() - self._since if self._since else 0.0)
+
+    def on_exception(self, trainer: Trainer, pl_module: KOFFModule, exception: BaseException) -> None:
+        """Say what is left of a run that was cut short."""
+        if trainer.state.fn == "fit":
+            _say(trainer, what_was_saved(trainer))
+
+    # ---------------------------------------------------------------------------------------- test, predict
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """The same table, of the checkpoint under test."""
+        _print(trainer, _figures(trainer, pl_module))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Start an empty list."""
+        self._predictions = []
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: KOFFModule, outputs: Any, *_: Any) -> None:
+        """Collect."""
+        self._predictions += outputs
+
+    def on_predict_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Gather the ranks' predictions and write them."""
+        parts = [self._predictions]
+        if trainer.world_size > 1:
+            parts = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(parts, self._predictions)
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / "predictions.jsonl"
+            rows = [row for part in parts for row in part]
+            results.write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            _say(trainer, f"wrote {path}: {len(rows)} rows")
+
+    # ----------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on counting from. Tokens are this rank's: ranks see equally many."""
+        return {"history": self.history.state_dict(), "tokens": int(self._tokens), "seconds": self._elapsed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.history.load_state_dict(state["history"])
+        self._tokens, self._seconds = torch.tensor(state["tokens"]), state["seconds"]
+
+
+def score(trainer: Trainer, module: KOFFModule) -> None:
+    """Fill the module's metrics for all arms with held-out text; modes and random state are as before afterwards."""
+    loader = trainer.datamodule.test_dataloader()
+    limit = trainer.limit_test_batches
+    batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
+    with isolate_rng(), torch.no_grad(), _evaluating(module), trainer.precision_plugin.forward_context():
+        module.on_test_epoch_start()
+        for index, batch in enumerate(islice(loader, batches)):
+            module.test_step(trainer.strategy.batch_to_device(batch), index)
+
+
+@contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _figures(trainer: Trainer, module: KOFFModule) -> results.Figures:
+    """Figures of the evaluation that just ran, from all ranks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")  # domains without text
+        held_out = module.held_out(ARMS)
+    counts = torch.stack([module.bpb[f"dense/{domain}"].num_bytes for domain in module.domains])
+    counts = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+    num_bytes = dict(zip(module.domains, map(round, counts), strict=True))
+    memories = len(set(module.memories.names.values()))
+    return results.held_out_figures(held_out, num_bytes, memories) | results.mask_and_size(module)
+
+
+def _config(trainer: Trainer, module: KOFFModule) -> dict[str, Any]:
+    """The resolved options of the command line; without one those of the module."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, SaveConfigCallback):
+            return yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))
+    return {"model": dict(module.hparams)}
+
+
+def what_was_saved(trainer: Trainer) -> str:
+    """The newest checkpoint, as the option that resumes from it."""
+    paths = [Path(p) for c in trainer.checkpoint_callbacks for p in (c.last_model_path, c.best_model_path) if p]
+    saved = sorted((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime)
+    return (
+        f"go on from the last checkpoint with --ckpt_path {saved[-1]}" if saved else "no checkpoint had been saved yet"
+    )
+
+
+def _print(trainer: Trainer, figures: results.Figures) -> None:
+    if trainer.is_global_zero:
+        console = get_console() if get_console().is_terminal else Console(width=100)
+        console.print(results.table(figures))
+        for line in results.sentences(figures):
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def _say(trainer: Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        print(line, flush=True)

@@ -1,0 +1,91 @@
+"""The `koff` command: a table of verbs. A verb imports what is heavy only when it runs, so help is immediate."""
+
+import sys
+from importlib import import_module
+
+from koff_lightning import __version__
+from koff_lightning.errors import KoffError
+from koff_lightning.option_errors import nearest, one_line
+
+TRAINING = {
+    "fit": "learn the mask and the memories",
+    "validate": "score a checkpoint on the held-out text",
+    "test": "score a checkpoint on the held-out text and report",
+    "predict": "write a checkpoint's predictions",
+}
+# verb -> (module:function, help); the function's typed arguments and docstring become the verb's options and help
+TOOLS = {
+    "configs": ("koff_lightning.config_files:list_configs", "list the configs that ship with the package"),
+    "fetch": ("koff_lightning.fetch:fetch", "download a small real model: koff fetch smollm2"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `koff` and return the exit status: 0 done, 2 bad input, 130 interrupted.
+
+    Args:
+        argv: The words after `koff`; by default those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except KoffError as error:
+        print(f"koff: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"koff: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # a parser that has printed its help
+        return int(stop.code or 0)
+
+
+def usage() -> str:
+    """The help of `koff` itself."""
+    verbs = TRAINING | {verb: text for verb, (_, text) in TOOLS.items()}
+    lines = [f"  {verb:<10}{text}" for verb, text in verbs.items()]
+    return "\n".join(
+        [
+            "usage: koff VERB [options]      koff VERB --help tells the options of a verb",
+            "",
+            "Knowledge offloading for frozen LLMs: a smaller shared backbone and one memory per domain.",
+            "",
+            *lines,
+            "",
+            "start with: koff fit --config demo.yaml",
+        ]
+    )
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    verb = argv[0]
+    if verb == "--version":
+        print(f"koff-lightning {__version__}")
+    elif verb in TRAINING:
+        from koff_lightning.training_cli import run  # 5 s of imports
+
+        run(argv)
+    elif verb in TOOLS:
+        _run_tool(verb, argv[1:])
+    elif later := [word for word in argv if word in TRAINING or word in TOOLS]:
+        raise KoffError(f"the verb comes first: koff {later[0]} {' '.join(w for w in argv if w != later[0])}")
+    else:
+        raise KoffError(f"no verb {verb!r}.{nearest(verb, [*TRAINING, *TOOLS])} `koff --help` lists them")
+    return 0
+
+
+def _run_tool(verb: str, argv: list[str]) -> None:
+    """Parse the verb's options from its function's signature and call it."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    module, function = TOOLS[verb][0].split(":")
+    run = getattr(import_module(module), function)
+    parser = ArgumentParser(prog=f"koff {verb}", exit_on_error=False)
+    parser.add_function_arguments(run, as_positional=True)
+    try:
+        options = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise KoffError(f"{verb}: {one_line(str(error), parser.get_defaults().keys())}") from error
+    run(**options.as_dict())

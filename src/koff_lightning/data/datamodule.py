@@ -1,0 +1,217 @@
+"""DomainDataModule: text sources of several domains -> training, validation, test and prediction batches."""
+
+import zlib
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from transformers import PreTrainedTokenizerBase
+
+from koff_lightning.backbone import load_tokenizer
+from koff_lightning.data.loader import HeldoutLoader, TrainLoader
+from koff_lightning.data.mixture import DomainBatches
+from koff_lightning.data.packing import PackedRows, TokenStream, pack, tokenize
+from koff_lightning.data.sources import DomainSource, as_sources, read_domain
+from koff_lightning.errors import KoffError
+
+CHUNK = 64  # tokens that `sample_ids` takes from one document,
+MAX_CHUNKS = 8  # or more where that would take more documents than this
+MIN_SEQ_LEN = 8
+
+
+class DomainDataModule(LightningDataModule):
+    """Text of several domains, tokenised, packed into rows and mixed into batches.
+
+    Training rows of all domains are mixed by weight; every batch holds every domain when it has room for all, else
+    every optimizer step does where it can. Held-out rows come domain by domain, each token predicted exactly once, and
+    serve validation, test and prediction alike. All text is read and tokenised once and kept in memory (4 bytes per
+    token).
+
+    Batches are dicts: input_ids [B, T], labels [B, T] (aligned with input_ids; -100 = not predicted), position_ids
+    [B, T] (restart at each document; absent when no row holds more than one), domains (B names), num_bytes [B] (UTF-8
+    bytes of the text predicted in each row).
+
+    Args:
+        domains: Text of each domain, by name. An entry is ``bundled:<name>`` (text that ships with the package), a
+            file or glob, a list of these, or a mapping with the fields of `DomainSource`: files, text_field (default
+            text), id_field (default id), weight (default 1). Files: jsonl, csv, txt, each also .gz .xz .zst, and
+            parquet.
+        tokenizer: Hub id or folder of a tokenizer; by default that of the module's backbone.
+        seq_len: Tokens per row.
+        batch_size: Rows per batch on each device.
+        heldout_fraction: Part of the documents of local files, chosen by hash of their id, kept for validation and
+            test. Bundled text comes already split.
+        max_heldout_bytes: At most this much held-out text per domain (UTF-8 bytes, whole documents), to validate fast.
+        max_train_bytes: At most this much training text per domain (UTF-8 bytes, whole documents in file order).
+        on_bad_line: What to do with a line that cannot be used: ``fail`` (name file and line) or ``skip`` (leave it
+            out, and say how many were).
+        num_workers: Processes that build batches. Rows are in memory, so 0 is fast.
+        seed: Seed of the order of rows.
+    """
+
+    def __init__(
+        self,
+        domains: dict[str, DomainSource | str | list[str]],
+        tokenizer: str | None = None,
+        seq_len: int = 256,
+        batch_size: int = 8,
+        heldout_fraction: float = 0.05,
+        max_heldout_bytes: int | None = None,
+        max_train_bytes: int | None = None,
+        on_bad_line: Literal["fail", "skip"] = "fail",
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _require(seq_len >= MIN_SEQ_LEN, f"data.seq_len must be {MIN_SEQ_LEN} or more, got {seq_len}")
+        _require(batch_size >= 1, f"data.batch_size must be 1 or more, got {batch_size}")
+        _require(0 < heldout_fraction < 1, f"data.heldout_fraction must lie between 0 and 1, got {heldout_fraction}")
+        _require(num_workers >= 0, f"data.num_workers must be 0 or more, got {num_workers}")
+        _require(seed >= 0, f"data.seed must be 0 or more, got {seed}")
+        _require(on_bad_line in ("fail", "skip"), f"data.on_bad_line must be 'fail' or 'skip', got '{on_bad_line}'")
+        for name, limit in (("max_heldout_bytes", max_heldout_bytes), ("max_train_bytes", max_train_bytes)):
+            _require(limit is None or limit >= 1, f"data.{name} must be 1 or more (or null for no limit), got {limit}")
+        self.sources = as_sources(domains)
+        self.tokenizer_source = tokenizer
+        self.seq_len, self.batch_size, self.num_workers, self.seed = seq_len, batch_size, num_workers, seed
+        self.heldout_fraction, self.on_bad_line = heldout_fraction, on_bad_line
+        self.max_heldout_bytes, self.max_train_bytes = max_heldout_bytes, max_train_bytes
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._documents: dict[str, TokenStream] = {}  # training text
+        self._train: dict[str, PackedRows] = {}
+        self._heldout: dict[str, PackedRows] = {}
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Names of the domains, in the order in which they were given."""
+        return list(self.sources)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenise and pack all text; later calls find it done.
+
+        Raises:
+            KoffError: Bad files or lines, a domain without training or held-out text, or no tokenizer.
+        """
+        if self._train:
+            return
+        self.tokenizer = self._load_tokenizer()
+        pad_id = self.tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
+        for name, source in self.sources.items():
+            texts = read_domain(
+                name,
+                source,
+                heldout_fraction=self.heldout_fraction,
+                max_train_bytes=self.max_train_bytes,
+                max_heldout_bytes=self.max_heldout_bytes,
+                on_bad_line=self.on_bad_line,
+            )
+            train, heldout = tokenize(texts.train, self.tokenizer), tokenize(texts.heldout, self.tokenizer)
+            for split, stream in (("training", train), ("held-out", heldout)):
+                _require(
+                    len(stream.tokens) > 0,
+                    f"domain '{name}': no {split} document is two tokens or longer; give it longer text",
+                )
+            self._documents[name] = train
+            self._train[name] = pack(train, self.seq_len, overlap=False, pad_id=pad_id)
+            self._heldout[name] = pack(heldout, self.seq_len, overlap=True, pad_id=pad_id)
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer_source is not None:
+            return load_tokenizer(self.tokenizer_source)
+        module = self.trainer.lightning_module if self.trainer else None
+        options = getattr(module, "hparams", {})
+        _require("backbone" in options, "data.tokenizer is not set and there is no backbone to take it from: set it")
+        return load_tokenizer(
+            options["backbone"],
+            revision=options.get("revision"),
+            trust_remote_code=options.get("trust_remote_code", False),
+        )
+
+    def train_dataloader(self) -> TrainLoader:
+        """Batches for the whole run (or one pass, where the trainer has no step limit), resumable."""
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        max_steps = self.trainer.max_steps if self.trainer else -1
+        rank, world_size = self._place()
+        num_rows = {name: len(rows) for name, rows in self._train.items()}
+        batches = DomainBatches(
+            num_rows,
+            {name: source.weight for name, source in self.sources.items()},
+            self.batch_size,
+            seed=self.seed,
+            window=self._window(accumulate),
+            rank=rank,
+            world_size=world_size,
+        )
+        one_pass = -(-sum(num_rows.values()) // (self.batch_size * world_size))
+        length = max_steps * accumulate if max_steps > 0 else one_pass
+        return TrainLoader(self._train, batches, length, self.num_workers)
+
+    def _window(self, accumulate: int) -> int:
+        """Batches that together must hold every domain: one if it has room, else an optimizer step's if those have."""
+        needed = -(-len(self.sources) // self.batch_size)
+        return accumulate if 1 < needed <= accumulate else needed
+
+    def val_dataloader(self) -> HeldoutLoader:
+        """Held-out batches, domain by domain."""
+        rank, world_size = self._place()
+        return HeldoutLoader(self._heldout, self.batch_size, rank, world_size, self.num_workers)
+
+    def test_dataloader(self) -> HeldoutLoader:
+        """The same held-out batches as in validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> HeldoutLoader:
+        """The same held-out batches as in validation."""
+        return self.val_dataloader()
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and world size among processes that see different data (not the tensor-parallel ones)."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return 0, 1
+        place = self.trainer.strategy.distributed_sampler_kwargs
+        return place["rank"], place["num_replicas"]
+
+    def sample_ids(self, domain: str, num_tokens: int) -> torch.Tensor:
+        """Tokens of training text from which to initialise a memory of `domain`, [num_tokens].
+
+        Chunks from the beginnings of several documents, in seeded order (Sampled Chunk Initialisation), with BOS (if
+        the tokenizer has one) at the very beginning only: the same tokens on every call and every rank.
+
+        Raises:
+            KoffError: The training text is shorter than `num_tokens`.
+        """
+        stream = self._documents[domain]
+        has_bos = self.tokenizer is not None and self.tokenizer.bos_token_id is not None
+        chunk_len = max(CHUNK, -(-num_tokens // MAX_CHUNKS))
+        order = np.random.default_rng([self.seed, zlib.crc32(domain.encode())]).permutation(len(stream.lengths))
+        chunks: list[np.ndarray] = []
+        for first, length in zip(stream.starts[order], stream.lengths[order], strict=True):
+            skip = int(has_bos and len(chunks) > 0)
+            chunks.append(stream.tokens[first + skip : first + min(length, skip + chunk_len)])
+            if sum(map(len, chunks)) >= num_tokens:
+                return torch.from_numpy(np.concatenate(chunks)[:num_tokens].astype(np.int64))
+        raise KoffError(
+            f"the training text of domain '{domain}' is too short for a memory of {num_tokens} slots: chunks of "
+            f"{chunk_len} tokens from all of its {len(order)} document(s) give {sum(map(len, chunks))}. "
+            "Add text, or take fewer slots"
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
+    """Refuse a tokenizer that can produce ids for which the backbone has no embedding.
+
+    Raises:
+        KoffError: The tokenizer's largest id is not below `num_embeddings`.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    _require(
+        largest < num_embeddings,
+        f"the tokenizer does not match the backbone: it has ids up to {largest}, the backbone embeds {num_embeddings} "
+        "tokens. Leave data.tokenizer unset to use the backbone's own",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise KoffError(message)

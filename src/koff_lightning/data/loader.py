@@ -1,0 +1,122 @@
+"""Loaders: batch references in, batches out.
+
+They are not torch DataLoaders on the outside, on purpose: Lightning replaces the sampler of those under several
+processes, while ours already deals rows to ranks (and Lightning's would count some held-out text twice). Inside, a
+torch DataLoader does the work and runs the workers.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+
+from koff_lightning.data.mixture import DomainBatches, RowRef
+from koff_lightning.data.packing import IGNORED, PackedRows, collate
+
+Batch = dict[str, Any]
+
+
+class _Rows(Dataset[Batch]):
+    """Looks up whole batches by their row references."""
+
+    def __init__(self, packed: Mapping[str, PackedRows]) -> None:
+        self.packed = packed
+
+    def __getitem__(self, refs: list[RowRef]) -> Batch:
+        return collate([(domain, self.packed[domain], row) for domain, row in refs])
+
+
+def _load(packed: Mapping[str, PackedRows], refs: Iterable[list[RowRef]], num_workers: int) -> DataLoader[Batch]:
+    generator = torch.Generator().manual_seed(0)  # without one, opening a loader draws from the global random state
+    return DataLoader(
+        _Rows(packed), batch_size=None, sampler=refs, num_workers=num_workers, collate_fn=_same, generator=generator
+    )
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+class TrainLoader:
+    """Training batches; counts what it hands out and goes on from there, also in a resumed run.
+
+    It has a length because Lightning, to find the end of a loader without one, fetches a batch ahead and loses it on
+    resume. An iteration hands out up to `length` batches from where the last one stopped.
+
+    Args:
+        packed: Packed training rows by domain.
+        batches: Which rows make up batch number n.
+        length: Batches in a run (or in an epoch where the run has no step limit).
+        num_workers: Worker processes; 0 builds batches in this one.
+    """
+
+    def __init__(
+        self, packed: Mapping[str, PackedRows], batches: DomainBatches, length: int, num_workers: int = 0
+    ) -> None:
+        self._packed, self._batches, self._length, self._num_workers = packed, batches, length, num_workers
+        self._handed_out = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        refs = islice(self._batches.start_at(self._handed_out), self._length)
+        for batch in _load(self._packed, refs, self._num_workers):
+            self._handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches handed out since the first step of the run, and what their order depends on."""
+        return {"batches": self._handed_out, "order": self._batches.identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batches that `state` counts; warns when they come in another order than in that run."""
+        mine = self._batches.identity()
+        changed = [key for key, value in state["order"].items() if mine[key] != value]
+        if changed:
+            rank_zero_warn(
+                f"the data of this run differs from the checkpoint's in {', '.join(changed)}: it goes on from batch "
+                f"{state['batches']}, but the rows are not those of an uninterrupted run."
+            )
+        self._handed_out = state["batches"]
+
+
+class HeldoutLoader:
+    """Held-out batches of one domain each, domain after domain, every row once.
+
+    Ranks take batches in turn. Where they do not come out even, a rank gets a copy of a batch with nothing to predict
+    (labels -100, zero bytes): sharded models need the same number of forwards on all ranks, and sums stay exact.
+    """
+
+    def __init__(
+        self,
+        packed: Mapping[str, PackedRows],
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        self._packed, self._num_workers = packed, num_workers
+        batches = [
+            [(domain, row) for row in range(first, min(first + batch_size, len(rows)))]
+            for domain, rows in packed.items()
+            for first in range(0, len(rows), batch_size)
+        ]
+        self._refs: Sequence[list[RowRef]] = batches[rank::world_size]
+        self._blank = -(-len(batches) // world_size) - len(self._refs)  # 0 or 1
+        self._first = batches[0]
+
+    def __len__(self) -> int:
+        return len(self._refs) + self._blank
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from _load(self._packed, self._refs, self._num_workers)
+        for _ in range(self._blank):
+            batch = _Rows(self._packed)[self._first]
+            yield batch | {
+                "labels": torch.full_like(batch["labels"], IGNORED),
+                "num_bytes": torch.zeros_like(batch["num_bytes"]),
+            }

@@ -1,0 +1,107 @@
+"""Which rows of which domains make up batch number n: a pure function of (seed, n), so that a run can resume anywhere.
+
+Shares. Batches come in windows: one batch when it has room for every domain, else as many as are needed. In a window
+domain d is due q_d = max(1, c w_d) rows on average (c such that the q_d fill the window), so every window holds every
+domain. Whole rows are dealt by systematic sampling: lay the q_d end to end on a line and count the integers that fall
+on each after a shift u in [0, 1). Any u gives each domain floor(q_d) or ceil(q_d) rows and fills the window exactly.
+The golden-ratio sequence of shifts, the most even there is, keeps every domain within a few rows of its share for good.
+
+Rows. Each pass over a domain follows a new seeded permutation of its rows. All ranks draw the same number of rows of
+each domain in each batch, and different rows.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNIT = 2**32  # shares and shifts are integers in units of 1/UNIT: no rounding error however long the run
+GOLDEN = 2654435769  # UNIT / golden ratio, made odd (Knuth, TAOCP vol. 3, section 6.4)
+RowRef = tuple[str, int]  # domain, row
+
+
+class DomainBatches:
+    """An endless, indexable sequence of batches of (domain, row) references.
+
+    Args:
+        num_rows: Rows of each domain, in the order in which domains appear in a batch.
+        weights: Share of each domain, any scale.
+        batch_size: Rows per batch on each rank.
+        seed: Seed of the row order.
+        window: Batches that must together hold every domain; by default as few as have room for all.
+        rank: This process among `world_size`.
+        world_size: Number of processes that draw disjoint rows.
+    """
+
+    def __init__(
+        self,
+        num_rows: Mapping[str, int],
+        weights: Mapping[str, float],
+        batch_size: int,
+        seed: int = 0,
+        window: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.domains = list(num_rows)
+        self.num_rows = dict(num_rows)
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.window = window or -(-len(self.domains) // batch_size)
+        quotas = _quotas([weights[domain] for domain in self.domains], self.window * batch_size)
+        self._edges = np.concatenate([[0], np.cumsum(quotas)])  # [D + 1] the line of the file's head
+        self._orders: dict[str, tuple[int, NDArray[np.int64]]] = {}  # the pass each domain is in, and its order
+
+    def start_at(self, first: int) -> Iterator[list[RowRef]]:
+        """Yield batches number `first`, `first` + 1, ... without end."""
+        window, skip = divmod(first, self.window)
+        taken = self.counts(np.arange(window)).sum(axis=0)  # [D] rows dealt to each rank before this window
+        while True:
+            counts = self.counts(np.array([window]))[0]
+            refs = list(chain.from_iterable(map(self._draw, self.domains, taken, counts)))  # sorted by domain, so that
+            yield from (refs[batch :: self.window] for batch in range(skip, self.window))  # each batch gets some of all
+            taken, window, skip = taken + counts, window + 1, 0
+
+    def identity(self) -> dict[str, Any]:
+        """What the sequence depends on, in plain values, to tell after a restart whether it is the same one."""
+        return {
+            "seed": self.seed,
+            "world_size": self.world_size,
+            "batch_size": self.batch_size,
+            "window": self.window,
+            "rows": self.num_rows,
+            "shares": [int(edge) for edge in self._edges],
+        }
+
+    def counts(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of each domain in each of these windows on each rank, [W, D]."""
+        shifts = windows.astype(np.uint64) * np.uint64(GOLDEN) % np.uint64(UNIT)  # overflow is harmless: UNIT | 2^64
+        return np.diff((self._edges + shifts.astype(np.int64)[:, None]) // UNIT, axis=1)
+
+    def _draw(self, domain: str, taken: int, count: int) -> Iterator[RowRef]:
+        size = self.num_rows[domain]
+        for draw in range(int(taken), int(taken + count)):
+            passes, place = divmod(draw * self.world_size + self.rank, size)
+            yield domain, int(self._order(domain, passes)[place])
+
+    def _order(self, domain: str, passes: int) -> NDArray[np.int64]:
+        """Order of a domain's rows in one pass; it depends on the domain's name, not on which others are there."""
+        if domain not in self._orders or self._orders[domain][0] != passes:
+            rng = np.random.default_rng([self.seed, zlib.crc32(domain.encode()), passes])
+            self._orders[domain] = passes, rng.permutation(self.num_rows[domain])
+        return self._orders[domain][1]
+
+
+def _quotas(weights: list[float], size: int) -> NDArray[np.int64]:
+    """Average rows per window of each domain in units of 1/UNIT: proportional to weight, at least one row each."""
+    weight = np.array(weights, dtype=np.float64)
+    least = np.zeros(len(weight), dtype=bool)  # domains raised to one row because their proportional share is less
+    share = weight * size / weight.sum()
+    while (below := ~least & (share < 1 - 1e-9)).any():
+        least |= below
+        share = np.where(least, 1.0, weight * (size - least.sum()) / weight[~least].sum())
+    quotas = np.rint(np.maximum(share, 1.0) * UNIT).astype(np.int64)
+    quotas[np.argmax(quotas)] += size * UNIT - quotas.sum()
+    return quotas

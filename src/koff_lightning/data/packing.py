@@ -1,0 +1,158 @@
+"""Documents -> token rows of one length, with document boundaries kept. Pure functions on numpy arrays.
+
+Letters: N tokens of all documents, D documents, R rows, T = seq_len.
+
+A row holds one or more segments; a segment is a document or a piece of one. Attention and positions restart at each
+segment, and nothing predicts a segment's first token, so no prediction crosses a document boundary. Training rows cut
+the token stream every T tokens. Held-out rows overlap by one token where a document goes on in the next row, so that
+every token of a document but its first is predicted exactly once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # label of a token that is not predicted (the value torch's cross-entropy leaves out)
+TEXTS_PER_CALL = 1024  # large enough to keep all cores of a fast tokenizer busy, small enough for its Python lists
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Tokenised documents, end to end."""
+
+    tokens: NDArray[np.int32]  # [N]
+    lengths: NDArray[np.int64]  # [D] tokens of each document, 2 or more
+    num_bytes: NDArray[np.int64]  # [D] UTF-8 bytes of each document's text
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Index of each document's first token, [D]."""
+        return np.cumsum(self.lengths) - self.lengths
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of one length, ready to be batched."""
+
+    tokens: NDArray[np.int32]  # [R, T]
+    starts: NDArray[np.bool_]  # [R, T] True at the first token of each segment, and at the first padding token
+    num_bytes: NDArray[np.int64]  # [R] UTF-8 bytes of the text predicted in the row; sums to the documents' bytes
+    padding: int  # padding tokens at the end of the last row
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+    """Tokenise documents; each begins with BOS when the tokenizer has one.
+
+    A document of one token alone predicts nothing and is left out.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    pieces: list[NDArray[np.int32]] = []
+    num_bytes: list[int] = []
+    for first in range(0, len(texts), TEXTS_PER_CALL):
+        chunk = list(texts[first : first + TEXTS_PER_CALL])
+        encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for text, ids in zip(chunk, encoded, strict=True):
+            if len(bos) + len(ids) >= 2:
+                pieces.append(np.array(bos + ids, dtype=np.int32))
+                num_bytes.append(len(text.encode()))
+    return TokenStream(
+        tokens=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
+        lengths=np.array([len(piece) for piece in pieces], dtype=np.int64),
+        num_bytes=np.array(num_bytes, dtype=np.int64),
+    )
+
+
+def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -> PackedRows:
+    """Lay documents out in rows.
+
+    Args:
+        stream: The documents.
+        seq_len: T, tokens per row.
+        overlap: False for training rows, True for held-out rows (see the head of this file).
+        pad_id: Token that fills the last row; padding is a segment of its own and is never predicted.
+
+    Returns:
+        Rows whose `num_bytes` share each document's bytes over its predicted tokens, in proportion and in whole bytes.
+    """
+    num_tokens = len(stream.tokens)
+    is_start = np.zeros(num_tokens, dtype=bool)  # [N]
+    is_start[stream.starts] = True
+    row_starts = _row_starts(is_start, seq_len, overlap)  # [R]
+    index = row_starts[:, None] + np.arange(seq_len)  # [R, T] into the stream; only the last row can run past its end
+    real = index < num_tokens
+    index = np.minimum(index, num_tokens - 1)
+    starts = is_start[index] & real
+    starts[:, 0] = True
+    padding = int((~real).sum())
+    segments = np.flatnonzero(starts)  # in reading order; with where they end and what they belong to:
+    ends = np.append(segments[1:], real.sum())
+    documents = np.searchsorted(stream.starts, index.reshape(-1)[segments], side="right") - 1
+    shares = _share_bytes(stream.num_bytes, documents, predicted=ends - segments - 1)
+    num_bytes = np.zeros(len(row_starts), dtype=np.int64)
+    np.add.at(num_bytes, segments // seq_len, shares)
+    if padding:
+        starts[-1, seq_len - padding] = True
+    return PackedRows(np.where(real, stream.tokens[index], np.int32(pad_id)), starts, num_bytes, padding)
+
+
+def _row_starts(is_start: NDArray[np.bool_], seq_len: int, overlap: bool) -> NDArray[np.int64]:
+    """Index of each row's first token. With overlap a row that opens inside a document repeats the token before."""
+    if not overlap:
+        return np.arange(0, len(is_start), seq_len)
+    starts, begin = [0], seq_len
+    while begin < len(is_start):
+        begin -= not is_start[begin]
+        starts.append(begin)
+        begin += seq_len
+    return np.array(starts)
+
+
+def _share_bytes(
+    num_bytes: NDArray[np.int64], documents: NDArray[np.int64], predicted: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Share each document's bytes over its segments in proportion to the tokens predicted in each.
+
+    Rounding the running total, not the parts, keeps the sum of a document's shares equal to its bytes exactly.
+
+    Args:
+        num_bytes: Bytes per document, [D].
+        documents: Document of each segment, non-decreasing, [S].
+        predicted: Tokens predicted in each segment, [S].
+    """
+    totals = np.bincount(documents, weights=predicted, minlength=len(num_bytes)).astype(np.int64)  # [D]
+    after = np.cumsum(predicted) - (np.cumsum(totals) - totals)[documents]  # [S] predicted so far in the same document
+    total, size = np.maximum(totals[documents], 1), num_bytes[documents]
+    return size * after // total - size * (after - predicted) // total
+
+
+def collate(rows: Sequence[tuple[str, PackedRows, int]]) -> dict[str, torch.Tensor | list[str]]:
+    """Build a batch from (domain, its packed rows, row number) triples.
+
+    Returns:
+        input_ids and labels [B, T] (labels aligned with input_ids, -100 = not predicted), position_ids [B, T] which
+        restart at each segment (absent when no row holds more than one: then no mask is needed), domains (B names)
+        and num_bytes [B], UTF-8 bytes of the text predicted in each row.
+    """
+    tokens = np.stack([packed.tokens[row] for _, packed, row in rows]).astype(np.int64)  # [B, T]
+    starts = np.stack([packed.starts[row] for _, packed, row in rows])  # [B, T]
+    labels = np.where(starts, IGNORED, tokens)
+    for line, (_, packed, row) in enumerate(rows):
+        if packed.padding and row == len(packed) - 1:
+            labels[line, -packed.padding :] = IGNORED
+    batch: dict[str, torch.Tensor | list[str]] = {
+        "input_ids": torch.from_numpy(tokens),
+        "labels": torch.from_numpy(labels),
+        "domains": [domain for domain, _, _ in rows],
+        "num_bytes": torch.tensor([packed.num_bytes[row] for _, packed, row in rows], dtype=torch.float32),
+    }
+    if starts[:, 1:].any():
+        place = np.arange(tokens.shape[1])
+        batch["position_ids"] = torch.from_numpy(place - np.maximum.accumulate(np.where(starts, place, 0), axis=1))
+    return batch

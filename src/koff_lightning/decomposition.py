@@ -1,0 +1,177 @@
+"""Decomposition: frozen backbone + mask + memories in one module; what it predicts under each arm, what it saves.
+
+Training it is `KOFFModule`'s business (module.py).
+
+Shapes: B rows, T tokens, N predicted tokens, d hidden, U prunable units.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from koff_lightning.backbone import fingerprint, hidden_states, load_backbone, parameter_counts, prunable_groups
+from koff_lightning.errors import KoffError
+from koff_lightning.gates import BackboneGates
+from koff_lightning.losses import head_nats
+from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.sparsity import Budget, SparsitySpec
+
+Batch = dict[str, Any]
+ARMS = ("dense", "koff", "memory_off", "swapped")
+
+
+class Decomposition(LightningModule):
+    """A frozen LLM with gates on its units and a memory per domain.
+
+    Args:
+        backbone: Hub id, local folder, `.gguf` file, or `koff-tiny`.
+        domains: Names of the domains.
+        sparsity: What to remove.
+        lora: LoRA adapter of every domain; None for none.
+        kv: Key-value memory of every domain; None for none.
+        shared_memory: One memory for all domains.
+        loading: Further arguments of `load_backbone`.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        domains: Sequence[str],
+        sparsity: SparsitySpec,
+        lora: LoraSpec | None,
+        kv: KVSpec | None,
+        shared_memory: bool = False,
+        **loading: Any,
+    ) -> None:
+        super().__init__()
+        self.source, self.domains, self.shared_memory, self._loading = backbone, list(domains), shared_memory, loading
+        self.sparsity, self.lora, self.kv = sparsity, lora, kv
+        self.target = 0.0  # sparsity to aim for now
+        self.chunk = 1024  # tokens whose logits exist at one time
+        self.strict_loading = False  # checkpoints hold what is trained; `on_load_checkpoint` looks for what is missing
+        self._built = False
+
+    def configure_model(self) -> None:
+        """Load the backbone and hang memories, then gates, on it (in this order: gates go outside the adapters)."""
+        if self._built:
+            return
+        self.backbone = load_backbone(self.source, **self._loading)
+        groups = prunable_groups(self.backbone, self.sparsity.units)
+        self.budget = Budget(groups, parameter_counts(self.backbone), self.sparsity)
+        self.backbone_hash = fingerprint(self.backbone)
+        self.memories = MemoryBank(self.backbone, self.domains, self.lora, self.kv, self.shared_memory)
+        self.gates = BackboneGates(groups, self.sparsity.gate)
+        self.gates.attach(self.backbone)
+        self._built = True
+
+    # ------------------------------------------------------------------------------------------------- mask
+
+    @property
+    def learns_mask(self) -> bool:
+        """Whether anything is pruned at all."""
+        return self.sparsity.target > 0
+
+    def expected_sparsity(self) -> Tensor:
+        """Sparsity in the target's denominator, scalar: the soft count, exact once hardened."""
+        keep = self.gates.kept.float() if self.gates.hardened else self.gates.gate.keep(self.gates.logits)
+        return self.budget.expected(keep)
+
+    def hard_mask(self) -> Tensor:
+        """The mask if training stopped now, bool [U]: hardened, or without the lowest logits up to the current target."""
+        if self.gates.hardened:
+            return self.gates.kept
+        return self.budget.harden(self.gates.logits, self.target).to(self.gates.kept.device)
+
+    def harden(self) -> None:
+        """Fix the mask at the exact final budget. Deterministic, so every rank finds the same mask."""
+        self.gates.harden(self.budget.harden(self.gates.logits))
+
+    # ---------------------------------------------------------------------------------------------- forward
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states [B, T, d] under the gates and memories in force."""
+        inputs = {name: batch.get(name) for name in ("input_ids", "position_ids", "attention_mask")}
+        return hidden_states(self.backbone, **inputs)
+
+    @torch.no_grad()
+    def dense_hidden(self, batch: Batch) -> Tensor:
+        """The same of the dense model: gates and memories off."""
+        with self.gates.off(), self.memories.off():
+            return self.hidden(batch)
+
+    @property
+    def head(self) -> Tensor:
+        """Frozen output embedding, [V, d]."""
+        return self.backbone.get_output_embeddings().weight
+
+    @staticmethod
+    def targets(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Next tokens [N] and where they are predicted, bool [B, T-1]."""
+        labels = batch["labels"][:, 1:]
+        predicted = labels != -100
+        return labels[predicted], predicted
+
+    @torch.no_grad()
+    def row_nats(self, batch: Batch, arm: str) -> Tensor:
+        """Negative log-likelihood of each row in nats, [B], for one arm.
+
+        Arms: `dense` (the unpruned model), `koff` (mask and own memory), `memory_off` (mask alone), `swapped` (mask and
+        another domain's memory, mean over the others; with one domain only, its own).
+        """
+        rows: Sequence[str | None] = batch["domains"]
+        if arm == "dense":
+            return self._nats(batch, self.dense_hidden(batch))
+        if arm == "swapped" and len(self.domains) > 1:
+            return torch.stack([self._pruned(batch, self._rotated(rows, k)) for k in range(1, len(self.domains))]).mean(
+                0
+            )
+        return self._pruned(batch, [None] * len(rows) if arm == "memory_off" else rows)
+
+    def _rotated(self, rows: Sequence[str | None], k: int) -> list[str | None]:
+        places = {domain: i for i, domain in enumerate(self.domains)}
+        return [d if d is None else self.domains[(places[d] + k) % len(self.domains)] for d in rows]
+
+    def _pruned(self, batch: Batch, memories: Sequence[str | None]) -> Tensor:
+        self.gates.set(self.hard_mask().float().unsqueeze(0) if self.learns_mask else None)
+        self.memories.activate(memories)
+        return self._nats(batch, self.hidden(batch))
+
+    def _nats(self, batch: Batch, hidden: Tensor) -> Tensor:
+        labels, predicted = self.targets(batch)
+        nats = head_nats(hidden[:, :-1][predicted], self.head, labels, self.chunk)  # [N]
+        return torch.zeros(len(predicted), device=nats.device).index_add_(0, predicted.nonzero()[:, 0], nats)  # [B]
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was trained; of the backbone only its name and hash."""
+        owned = self._owned()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in owned}
+        checkpoint["koff"] = {"backbone": self.source, "backbone_hash": self.backbone_hash, "domains": self.domains}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another backbone, or one that lacks something trained here."""
+        about = checkpoint.get("koff")
+        if about is None:
+            raise KoffError(
+                "this checkpoint was not written by koff-lightning: it does not say which backbone it belongs to"
+            )
+        if about["backbone_hash"] != self.backbone_hash:
+            raise KoffError(
+                f"the checkpoint belongs to backbone {about['backbone']!r} (hash {about['backbone_hash'][:12]}), "
+                f"but {self.source!r} has hash {self.backbone_hash[:12]}: load that backbone"
+            )
+        missing = sorted(self._owned() - set(checkpoint["state_dict"]))
+        if missing:
+            raise KoffError(
+                f"the checkpoint (domains {', '.join(about['domains'])}) lacks {len(missing)} trained tensors of this run "
+                f"(domains {', '.join(self.domains)}), first {missing[0]}: use the model and data options of that run"
+            )
+
+    def _owned(self) -> set[str]:
+        """Names in the state dict that are ours: everything but the frozen weights and the metrics."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return trained | {k for k in self.state_dict() if k.startswith(("gates.", "memories.", "penalty."))}

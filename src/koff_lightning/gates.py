@@ -1,0 +1,212 @@
+"""Gates that switch prunable units on and off: what a gate is (`HardConcrete`, `ShrinkingReLU`) and where it acts.
+
+One flat vector of logits holds all units of all groups, so a mask is sampled, counted and hardened in single operations.
+
+Shapes: U units in all, U_g units of group g, C_g = U_g * width input columns of its consumer, R = 1 or rows of the batch.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from koff_lightning.backbone import PrunableGroup
+
+
+class HardConcrete:
+    """Stochastic gate in [0, 1] with mass at both ends (Louizos et al. 2018, eq. 10-12).
+
+    `logits` are the paper's log alpha. Constants as in CoFi and Sheared-LLaMA.
+    """
+
+    initial, rate, bound = 3.0, 1.0, 8.0  # P(m > 0) = 0.99 at the start
+    gamma, zeta, beta, eps = -0.1, 1.1, 2 / 3, 1e-6
+    offset = beta * math.log(-gamma / zeta)  # -1.5986: where a gate is as often zero as not
+
+    def sample(self, logits: Tensor, rows: int = 1) -> Tensor:
+        """Independent draws for each row, [rows, U]. fp32: in bf16 1 - eps rounds to 1 and the logit to inf."""
+        noise = torch.rand(rows, logits.numel(), device=logits.device).clamp_(self.eps, 1 - self.eps)
+        soft = torch.sigmoid((torch.logit(noise) + logits) / self.beta)
+        return (soft * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
+
+    def keep(self, logits: Tensor) -> Tensor:
+        """P(m > 0), the differentiable count of kept units, [U]."""
+        return torch.sigmoid(logits - self.offset)
+
+    def shift(self, logits: Tensor, delta: Tensor | float) -> Tensor:
+        """Logits that keep more (delta > 0) or fewer units; every gate moves alike, so their order stays."""
+        return logits + delta
+
+    def prior(self, order: Tensor) -> Tensor:
+        """First logits for units in an order given as normal scores, [U]."""
+        return self.initial + order
+
+    def anneal(self, progress: float) -> None:
+        """Nothing to anneal: the noise is what probes the loss away from the dense point."""
+
+
+class ShrinkingReLU:
+    """Deterministic gate max(z, 0) with an annealed soft count (DDP, arXiv 2603.08065, as in its released code).
+
+    Kept units may be amplified (m > 1). `mu` falls from 0.5 to 0.1 by a square-root schedule.
+    """
+
+    initial, rate, bound = 1.0, 0.1, 4.0  # z moves in a range a tenth of the logits'
+    start, end, slope, stretch = 0.5, 0.1, 2.4, (-0.1, 1.1)
+
+    def __init__(self) -> None:
+        self.mu = self.start
+
+    def sample(self, logits: Tensor, rows: int = 1) -> Tensor:
+        """The gate itself, [1, U]; straight-through so that a unit at zero can come back."""
+        return (logits + (logits.clamp(min=0) - logits).detach()).unsqueeze(0)
+
+    def keep(self, logits: Tensor) -> Tensor:
+        """Soft count: 0 at z = 0, 1 at z = 2 mu; straight-through outside, [U]."""
+        low, high = self.stretch
+        soft = torch.sigmoid((logits - self.mu) * self.slope / self.mu) * (high - low) + low
+        return soft + (soft.clamp(0, 1) - soft).detach()
+
+    def shift(self, logits: Tensor, delta: Tensor | float) -> Tensor:
+        """Move the units near the threshold most: a uniform shift would rescale every kept activation."""
+        return logits + delta / (1 + ((logits - self.mu) / (2 * self.mu)) ** 2)
+
+    def prior(self, order: Tensor) -> Tensor:
+        """First z, [U]: the lower half of the order comes down from 1, no unit starts amplified."""
+        return self.initial + 0.15 * order.clamp(max=0)
+
+    def anneal(self, progress: float) -> None:
+        """Set mu for a share `progress` in [0, 1] of the mask phase."""
+        self.mu = self.start - (self.start - self.end) * math.sqrt(min(max(progress, 0.0), 1.0))
+
+
+KINDS = {"hc": HardConcrete, "ddp": ShrinkingReLU}
+
+
+class BackboneGates(nn.Module):
+    """The mask: logits of all units, and the hooks by which they act on the backbone.
+
+    A gate multiplies the INPUT of the outermost (LoRA-wrapped) consumer, so the base path and LoRA see the same gated
+    activation and a zero gate equals a removed column (checked by the tests of surgery).
+    """
+
+    kept: Tensor  # bool [U], the hardened mask
+    importance: Tensor  # [U]
+    hardened: Tensor  # bool [], whether `kept` is in force
+
+    def __init__(self, groups: list[PrunableGroup], kind: str = "hc") -> None:
+        super().__init__()
+        self.groups, self.gate = groups, KINDS[kind]()
+        self.sizes = [group.size for group in groups]
+        units = sum(self.sizes)
+        self.logits = nn.Parameter(torch.full((units,), self.gate.initial))  # [U] fp32
+        self.register_buffer("kept", torch.ones(units, dtype=torch.bool))
+        self.register_buffer("hardened", torch.tensor(False))
+        self.register_buffer("importance", torch.zeros(units))  # squared gate gradients of the warm-up
+        self._probe: Tensor | None = None
+        self._columns: list[Tensor] | None = None  # per group [R, 1, C_g]; None = all gates at one, nothing multiplied
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Hang the hooks. After LoRA injection: a hook on an inner `base_layer` would leave the adapter ungated."""
+        for index, group in enumerate(self.groups):
+            consumer = model.get_submodule(group.consumer)
+            inner = getattr(consumer, "base_layer", None)
+            if inner is not None and inner._forward_pre_hooks:
+                raise RuntimeError(f"{group.consumer}: a gate sits inside the adapter; attach gates after injection")
+            consumer.register_forward_pre_hook(self._hook(index))
+
+    def _hook(self, index: int) -> object:
+        def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if self._columns is None:
+                return None
+            return (inputs[0] * self._columns[index].to(inputs[0].dtype), *inputs[1:])  # [B, T, C_g]
+
+        return multiply
+
+    def set(self, values: Tensor | None) -> None:
+        """Put gate values [R, U] in force until the next call; None switches the gates off (dense model).
+
+        They stay after the forward, because a checkpointed layer reads them again in the backward.
+        """
+        if values is None:
+            self._columns = None
+            return
+        parts = values.split(self.sizes, dim=1)
+        self._columns = [
+            part.repeat_interleave(group.width, dim=1).unsqueeze(1) if group.width > 1 else part.unsqueeze(1)
+            for part, group in zip(parts, self.groups, strict=True)
+        ]
+
+    def probe(self, rows: int) -> Tensor:
+        """Gates at one, [rows, U], whose gradient `observe` collects after the backward."""
+        self._probe = torch.ones(rows, self.logits.numel(), device=self.logits.device, requires_grad=True)
+        return self._probe
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Add each gate's squared gradient per row: the empirical Fisher information of removing the unit, [U]."""
+        if self._probe is not None and self._probe.grad is not None:
+            self.importance += self._probe.grad.square().sum(0)
+        self._probe = None
+
+    @torch.no_grad()
+    def order_by_prior(self, costs: Tensor, spread: float) -> None:
+        """Start the logits normally distributed in the order of importance per parameter.
+
+        Only the order of the prior is used: the scale of Fisher scores says nothing about gates. Without observations
+        the logits stay equal.
+        """
+        if self.importance.sum() == 0:
+            return
+        rank = (self.importance / costs.to(self.importance)).argsort().argsort()  # [U]
+        quantile = (rank + 0.5) / len(rank)
+        self.logits.copy_(self.gate.prior(spread * torch.special.ndtri(quantile)))
+
+    @torch.no_grad()
+    def hold_near(self, target: float, band: float, sparsity: Callable[[Tensor], Tensor]) -> None:
+        """Shift the logits by the least amount that brings sparsity(keep) into target +- band.
+
+        The multipliers find the price of a parameter, but in a run of a few hundred steps Adam moves all logits alike
+        and overshoots before they do; memories would then learn for the wrong model.
+        """
+
+        def after(shift: float) -> float:
+            return float(sparsity(self.gate.keep(self.gate.shift(self.logits, shift))))
+
+        now = after(0.0)
+        goal = min(max(now, target - band), target + band)
+        if goal == now:
+            return
+        low, high = -2 * self.gate.bound, 2 * self.gate.bound  # sparsity falls as the shift grows
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if after(middle) > goal else (low, middle)
+        self.logits.copy_(self.gate.shift(self.logits, high))
+
+    def draw(self, rows: int = 1) -> Tensor:
+        """Gate values for one micro-batch, [R, U]: hardened mask, or a sample while training."""
+        if self.hardened:
+            return self.kept.float().unsqueeze(0)
+        return self.gate.sample(self.logits, rows)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The dense model inside the block; what was in force comes back after it."""
+        before, self._columns = self._columns, None
+        try:
+            yield
+        finally:
+            self._columns = before
+
+    def per_group(self, values: Tensor) -> list[tuple[PrunableGroup, Tensor]]:
+        """Split a vector over units [U] by group."""
+        return list(zip(self.groups, values.split(self.sizes), strict=True))
+
+    @torch.no_grad()
+    def harden(self, kept: Tensor) -> None:
+        """Fix the mask: from here on gates are exactly `kept` (bool [U]) and the logits no longer act."""
+        self.kept.copy_(kept)
+        self.hardened.fill_(True)

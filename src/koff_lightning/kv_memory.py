@@ -1,0 +1,229 @@
+"""A domain's learned memory: for each layer, the keys and values of P slots that every token of the domain can see.
+
+The slots live at the positions -P..-1, before the first token. Tokens keep the positions that they have without a
+memory, so domains of unequal P share a batch, and a row without a memory gives what the plain model gives.
+
+Source: Cartridges (arXiv 2506.06266): initialised from the cache of real text, first slot frozen.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from koff_lightning.attention import LayerMemory
+from koff_lightning.backbone import attention_modules, rotary_inv_freq
+from koff_lightning.errors import KoffError
+
+MAX_SLOTS = 8192  # the largest memory that was studied (Cartridges)
+
+# Rotary embeddings whose frequencies change with the length of the text: no one rotation moves their keys.
+_MOVING_ROPE = ("dynamic", "longrope")
+
+
+class KVMemory(nn.Module):
+    """The memory of one domain: fp32 keys (after the rotary embedding) and values, per layer.
+
+    Slot 0 is frozen: it holds the attention sink of the text's first token, and training it makes a model forget
+    (Cartridges, section 3). The others are parameters.
+
+    Args:
+        shapes: Key-value heads K and head size dh of each layer, in order.
+        slots: P, at least 1 and at most 8192.
+
+    Raises:
+        KoffError: `slots` is out of range.
+    """
+
+    initialised: Tensor
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], slots: int) -> None:
+        super().__init__()
+        if not 1 <= slots <= MAX_SLOTS:
+            raise KoffError(f"a memory needs 1 to {MAX_SLOTS} slots, got {slots}: set kv.slots in that range")
+        self.slots = slots
+        self.sink_key = _Buffers([torch.zeros(heads, 1, size) for heads, size in shapes])
+        self.sink_value = _Buffers([torch.zeros(heads, 1, size) for heads, size in shapes])
+        self.key = nn.ParameterList(torch.zeros(heads, slots - 1, size) for heads, size in shapes)
+        self.value = nn.ParameterList(torch.zeros(heads, slots - 1, size) for heads, size in shapes)
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """The keys and the values of one layer, each [K, P, dh]."""
+        key = torch.cat([self.sink_key[index], self.key[index]], dim=1)  # [K, P, dh]
+        value = torch.cat([self.sink_value[index], self.value[index]], dim=1)  # [K, P, dh]
+        return key, value
+
+    @torch.no_grad()
+    def initialise_(self, model: PreTrainedModel, input_ids: Tensor) -> None:
+        """Fill the memory with what `model` remembers of a text, moved to the positions -P..-1.
+
+        The model then continues any tokens as if it had read the text before them (exactly, as long as no layer's
+        sliding window ends inside the text).
+
+        Args:
+            model: The frozen model, in eval mode, with memories, adapters and gates off.
+            input_ids: Long [n] with n >= P; the first P tokens are used.
+
+        Raises:
+            KoffError: the text is shorter than P, the layers' shapes are not the model's, the rotary embedding
+                cannot be moved, or a memory is active.
+        """
+        inv_freq = _movable_inv_freq(model)
+        _check_text(input_ids, self.slots)
+        _check_memories_off(model)
+        cache = DynamicCache()  # made without the config: with it, sliding-window layers would drop the first tokens
+        model(
+            input_ids=input_ids[None, : self.slots].to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        pairs = [(layer.keys[0].float(), layer.values[0].float()) for layer in cache.layers]  # each [K, P, dh]
+        self._check_shapes([key for key, _ in pairs])
+        for index, (key, value) in enumerate(pairs):
+            self._write_(index, rotate_keys(key, inv_freq, -self.slots), value)
+        self.initialised.fill_(True)
+
+    def numel(self) -> int:
+        """Numbers stored, the frozen slot included."""
+        tensors = [*self.key, *self.value, *self.sink_key.buffers(), *self.sink_value.buffers()]
+        return sum(tensor.numel() for tensor in tensors)
+
+    @torch.no_grad()
+    def keep_heads_(self, index: int, heads: Tensor) -> None:
+        """Keep only the given key-value heads (long [n]) of one layer, in place."""
+        for slots in (self.key, self.value):
+            slots[index] = nn.Parameter(slots[index][heads], requires_grad=slots[index].requires_grad)
+        for sink in (self.sink_key, self.sink_value):
+            sink.register_buffer(str(index), sink[index][heads])
+
+    def _write_(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Copy keys and values, each [K, P, dh], into one layer."""
+        self.sink_key[index].copy_(key[:, :1])
+        self.sink_value[index].copy_(value[:, :1])
+        self.key[index].copy_(key[:, 1:])
+        self.value[index].copy_(value[:, 1:])
+
+    def _check_shapes(self, keys: list[Tensor]) -> None:
+        """Raise KoffError unless the model's keys, each [K, P, dh], fill this memory."""
+        wanted = [(key.shape[0], key.shape[2]) for key in self.key]
+        got = [(key.shape[0], key.shape[2]) for key in keys]
+        if wanted != got:
+            raise KoffError(
+                f"the memory was made for layers with (key-value heads, head size) {wanted} but the model has {got}: "
+                "make the memory from this model"
+            )
+
+
+class _Buffers(nn.Module):
+    """A list of buffers; torch has lists of parameters only."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        for index, tensor in enumerate(tensors):
+            self.register_buffer(str(index), tensor)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.get_buffer(str(index))
+
+
+def rotate_keys(key: Tensor, inv_freq: Tensor, shift: int) -> Tensor:
+    """Move keys by `shift` positions, exactly: rotary embeddings add up (RoFormer, arXiv 2104.09864, eq. 15).
+
+    Args:
+        key: [..., P, dh] after the rotary embedding, in the half-split layout of transformers (`rotate_half`).
+        inv_freq: [dh/2] radians per position, with the model's own scaling. A factor on cos and sin (yarn) is in the
+            keys already and stays.
+        shift: Positions; negative moves towards the start.
+
+    Returns:
+        [..., P, dh] in the keys' dtype, computed in fp32 or better.
+
+    Raises:
+        KoffError: inv_freq does not cover the head (partial rotary embedding).
+    """
+    if 2 * len(inv_freq) != key.shape[-1]:
+        raise KoffError(
+            f"rotary embeddings of {2 * len(inv_freq)} of {key.shape[-1]} head dimensions are not supported: "
+            "use a model that rotates the whole head"
+        )
+    angle = shift * inv_freq.detach().cpu().double()  # [dh/2]; double, as fp32 loses 1e-4 rad at 8192 positions
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    cos, sin = angle.cos().to(key.device, dtype), angle.sin().to(key.device, dtype)
+    first, second = key.to(dtype).chunk(2, dim=-1)  # each [..., P, dh/2]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(key.dtype)
+
+
+def read_memories(memories: Sequence[KVMemory], rows: Tensor, layer: int) -> LayerMemory | None:
+    """What each row of a batch reads in one layer. Memories that no row reads are not touched and get no gradient.
+
+    Args:
+        memories: One per domain.
+        rows: Long [B], the memory of each row, -1 for none; on the CPU, as every layer would wait for a GPU to tell it.
+        layer: Index of the layer.
+
+    Returns:
+        None when no row has a memory; one shared memory [1, K, P, dh] when all rows read the same; else one per row
+        [B, K, P, dh], where P is the largest present and `visible` hides what a row does not have.
+
+    Raises:
+        KoffError: a row names a memory that does not exist.
+    """
+    names = rows.tolist()
+    present = sorted({name for name in names if name != -1})
+    if not present:
+        return None
+    if present[0] < 0 or present[-1] >= len(memories):
+        raise KoffError(f"rows must be -1 (none) or 0 to {len(memories) - 1}, got {names}")
+    pairs = {name: memories[name].layer(layer) for name in present}  # name -> [K, P, dh] twice
+    if len(set(names)) == 1:
+        key, value = pairs[present[0]]
+        return LayerMemory(key[None], value[None])
+    slots = max(memories[name].slots for name in present)
+    padded = {name: tuple(_pad_slots(part, slots) for part in pair) for name, pair in pairs.items()}
+    filled = [name if name != -1 else present[0] for name in names]  # a row without a memory: any, all hidden
+    key = torch.stack([padded[name][0] for name in filled])  # [B, K, P, dh]
+    value = torch.stack([padded[name][1] for name in filled])  # [B, K, P, dh]
+    return LayerMemory(key, value, _visible([memories[n].slots if n != -1 else 0 for n in names], slots, key.device))
+
+
+def _pad_slots(part: Tensor, slots: int) -> Tensor:
+    """[K, P, dh] with P raised to `slots` by slots of zeros, to be hidden."""
+    return part if part.shape[1] == slots else F.pad(part, (0, 0, 0, slots - part.shape[1]))
+
+
+def _visible(counts: list[int], slots: int, device: torch.device) -> Tensor | None:
+    """Bool [B, P]: the first `counts` slots of each row; None when every row sees all."""
+    if min(counts) == slots:
+        return None
+    return (torch.arange(slots) < torch.tensor(counts)[:, None]).to(device)
+
+
+def _movable_inv_freq(model: PreTrainedModel) -> Tensor:
+    """The radians per position of the model's rotary embedding, [dh/2]."""
+    kind = model.config.rope_parameters.get("rope_type", "default")
+    if kind in _MOVING_ROPE:
+        raise KoffError(
+            f"rope type '{kind}' depends on the text's length, so no memory can be placed: use a model with rope type "
+            "default, linear, llama3 or yarn, or set model.kv to null"
+        )
+    return rotary_inv_freq(model)
+
+
+def _check_text(input_ids: Tensor, slots: int) -> None:
+    if input_ids.ndim != 1 or input_ids.is_floating_point():
+        raise KoffError(f"a memory starts from one row of token ids [n], got {input_ids.dtype} {list(input_ids.shape)}")
+    if len(input_ids) < slots:
+        raise KoffError(
+            f"a memory of {slots} slots starts from at least {slots} tokens of text, got {len(input_ids)}: "
+            "give more text or set kv.slots lower"
+        )
+
+
+def _check_memories_off(model: PreTrainedModel) -> None:
+    readers = [getattr(module, "koff_memory", None) for module in attention_modules(model)]
+    if any(read is not None and read() is not None for read in readers):
+        raise KoffError("a memory is active while another is initialised: turn the memories off first")

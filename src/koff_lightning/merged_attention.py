@@ -1,0 +1,106 @@
+"""Attention over memory and tokens as two flash attentions merged by their log-sum-exp, in one differentiable step.
+
+The longer the row, the more this saves over one attention on their concatenation: keys and values are not copied, and
+causal attention to the tokens needs no mask, so the kernel skips the half of the scores that lies in the future.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+class MergedAttention(torch.autograd.Function):
+    """Softmax over [memory; tokens] from the two parts' own softmax, as ring attention does (arXiv 2310.01889).
+
+    Forward: with l_t, l_m the parts' log-sum-exp, out = (1 - w) out_t + w out_m where w = sigmoid(l_m - l_t).
+    Backward: a flash kernel rebuilds its weights as exp(score - lse) and needs rowsum(grad * out) besides. Given the
+    MERGED lse and out it so returns each part's share of the exact gradient, and the shares for the query add up.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        memory_key: Tensor,
+        memory_value: Tensor,
+        mask: Tensor | None,
+        visible: Tensor | None,
+        scale: float | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """The output [B, H, T, dh]; the arguments are those of `attend_merged`, the masks additive."""
+        out_t, lse_t, seed_t = _flash(query, key, value, mask, scale, is_causal)
+        out_m, lse_m, seed_m = _flash(query, *_shared(query, memory_key, memory_value), visible, scale, False)
+        weight = torch.sigmoid(lse_m - lse_t).unsqueeze(-1)  # [B, H, T, 1]
+        out = torch.lerp(out_t.to(weight.dtype), out_m.to(weight.dtype), weight).to(query.dtype)
+        lse = torch.logaddexp(lse_t, lse_m)  # [B, H, T]
+        ctx.save_for_backward(query, key, value, memory_key, memory_value, mask, visible, out, lse, *seed_t, *seed_m)
+        ctx.scale, ctx.is_causal = scale, is_causal
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the first five arguments from that of the output, [B, H, T, dh]."""
+        query, key, value, memory_key, memory_value, mask, visible, out, lse, *seeds = ctx.saved_tensors
+        half = len(seeds) // 2
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # the kernels want dense heads
+        result = (grad, query, out, lse)
+        grads_t = _flash_backward(*result, key, value, mask, ctx.scale, ctx.is_causal, seeds[:half])
+        shared = _shared(query, memory_key, memory_value)
+        grads_m = _flash_backward(*result, *shared, visible, ctx.scale, False, seeds[half:])
+        return (
+            grads_t[0].add_(grads_m[0]),
+            *grads_t[1:],
+            grads_m[1].sum_to_size(memory_key.shape),
+            grads_m[2].sum_to_size(memory_value.shape),
+            *(None,) * 4,
+        )
+
+
+def _shared(query: Tensor, memory_key: Tensor, memory_value: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory seen by each row, [B, K, P, dh]; a shared memory is expanded, not copied."""
+    return memory_key.expand(len(query), -1, -1, -1), memory_value.expand(len(query), -1, -1, -1)
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The output [B, H, T, dh], its log-sum-exp [B, H, T], and the random state that the CUDA backward asks for."""
+    if query.is_cuda:  # not yet run on a GPU: written from the operators' schemas
+        out, lse, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, is_causal, scale=scale
+        )
+        return out, lse, (seed, offset)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    if mask is not None:  # a query that sees nothing gets output 0 and, from the kernel, lse 0 where it must be -inf
+        blind = torch.isneginf(mask).all(dim=-1)  # [B|1, 1, T|1]
+        lse = lse.masked_fill(blind, torch.finfo(lse.dtype).min)  # finite, so that no difference of two is nan
+    return out, lse, ()
+
+
+def _flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    seed: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for query, key and value of the part of the softmax that falls on `key`."""
+    if query.is_cuda:  # not yet run on a GPU
+        sizes = (None, None, query.shape[2], key.shape[2])
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad, query, key, value, out, lse, *sizes, 0.0, is_causal, *seed, scale=scale
+        )
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
+    )

@@ -1,0 +1,234 @@
+"""KOFFModule: trains a decomposition by one equation.
+
+    L = sum_d w_d [ce * CE_d + kl * KL(dense || student)_d] + lam1 (s - t) + lam2 (s - t)^2
+
+Shapes: B rows, T tokens, N predicted tokens, U prunable units.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from koff_lightning.decomposition import ARMS, Batch, Decomposition
+from koff_lightning.errors import KoffError
+from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
+from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.metrics import BitsPerByte
+from koff_lightning.optim import OptimSpec, clip_by_group, parameter_groups, rate_lambdas
+from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, SparsitySpec
+
+
+class KOFFModule(Decomposition):
+    """Decompose a frozen LLM into a smaller shared backbone and per-domain memories (KOFF, arXiv 2605.29075).
+
+    Args:
+        backbone: Hub id, local folder, `.gguf` file, or `koff-tiny`, the model that ships with the package.
+        domains: Names of the domains; on the command line they are the keys of `data.domains`.
+        sparsity: What to remove and how the mask is learned.
+        lora: LoRA adapter of every domain; null for none.
+        kv: Key-value memory of every domain; null for none.
+        loss: Weights of cross-entropy and of KL to the dense self.
+        optim: Learning rates of mask, multipliers and memories.
+        joint: Train mask and memories together; false trains the mask alone and the memories after hardening.
+        shared_memory: One memory for all domains (an ablation).
+        revision: Branch, tag or commit of a hub model.
+        dtype: Torch dtype of the frozen weights; what is trained stays fp32.
+        activation_checkpointing: Recompute activations in the backward to save memory.
+        trust_remote_code: Allow code from the model repository to run.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "koff-tiny",
+        domains: list[str] | None = None,
+        sparsity: SparsitySpec = SparsitySpec(),  # noqa: B008 (read only; LightningCLI shows its fields as options)
+        lora: LoraSpec | None = LoraSpec(),  # noqa: B008
+        kv: KVSpec | None = KVSpec(),  # noqa: B008
+        loss: LossSpec = LossSpec(),  # noqa: B008
+        optim: OptimSpec = OptimSpec(),  # noqa: B008
+        joint: bool = True,
+        shared_memory: bool = False,
+        revision: str | None = None,
+        dtype: str = "float32",
+        activation_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if not domains:
+            raise KoffError(
+                "model.domains is empty: name at least one domain (on the command line: under data.domains)"
+            )
+        sparsity, lora, kv = _spec(SparsitySpec, sparsity), _spec(LoraSpec, lora), _spec(KVSpec, kv)
+        loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        super().__init__(backbone, domains, sparsity, lora, kv, shared_memory, **loading)
+        self.loss, self.optim, self.joint = _spec(LossSpec, loss), _spec(OptimSpec, optim), joint
+        self.activation_checkpointing = activation_checkpointing
+        self.chunk = self.loss.chunk
+        self.phase = "warmup"  # set at every step by AnnealSparsity, as is `target`
+        if sparsity.target == 0 and lora is None and kv is None:
+            raise KoffError("nothing to train: sparsity.target is 0 and both model.lora and model.kv are null")
+        specs = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": self.loss, "optim": self.optim}
+        plain = {"backbone": backbone, "domains": self.domains, "joint": joint, "shared_memory": shared_memory}
+        self.save_hyperparameters(
+            {k: v and asdict(v) for k, v in specs.items()}
+            | plain
+            | loading
+            | {"activation_checkpointing": activation_checkpointing}
+        )
+
+    def configure_model(self) -> None:
+        """Build the decomposition and what trains and measures it."""
+        if self._built:
+            return
+        super().configure_model()
+        self.penalty = (
+            LagrangianPenalty() if self.sparsity.penalty == "lagrangian" else FixedPenalty(self.sparsity.weight)
+        )
+        if self.activation_checkpointing:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.bpb = torch.nn.ModuleDict({f"{arm}/{d}": BitsPerByte() for arm in ARMS for d in self.domains})
+
+    # --------------------------------------------------------------------------------------------- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch; the equation at the head of this file."""
+        labels, predicted = self.targets(batch)  # [N], bool [B, T-1]
+        domain = self._domain_of_row(batch)  # [B]
+        teacher = self.dense_hidden(batch)[:, :-1][predicted] if self.loss.kl else None  # [N, d]
+        self.gates.set(self.draw_gates(len(predicted)))
+        self.memories.activate(batch["domains"] if self.memories_on else [None] * len(predicted))
+        student = self.hidden(batch)[:, :-1][predicted]  # [N, d]
+
+        weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
+        data, ce, kl = fused_head_loss(student, teacher, self.head, labels, weights, self.loss)
+        penalty = self.sparsity_penalty()
+        loss = data + penalty
+        self._guard(loss, batch_idx)
+        self.log_dict(
+            {"train/loss": loss, "train/ce": weights @ ce, "train/kl": weights @ kl, "train/penalty": penalty}
+        )
+        return loss
+
+    @property
+    def memories_on(self) -> bool:
+        """Whether memories take part now: always, or only after hardening in a two-stage run."""
+        return self.joint or bool(self.gates.hardened) or not self.learns_mask
+
+    def draw_gates(self, rows: int) -> Tensor | None:
+        """Gate values for a micro-batch, [R, U]: ones while memories warm up, then a sample, then the hard mask."""
+        if not self.learns_mask:
+            return None
+        if self.gates.hardened or self.phase in ("ramp", "hold"):
+            return self.gates.draw(rows)
+        return self.gates.probe(rows) if self.sparsity.prior == "fisher" and self.training else None
+
+    def sparsity_penalty(self) -> Tensor:
+        """lam1 (s - t) + lam2 (s - t)^2 while the mask is learned, scalar in nats."""
+        if not self.learns_mask or self.gates.hardened or self.phase not in ("ramp", "hold"):
+            return torch.zeros((), device=self.device)
+        return self.penalty(self.budget.tracked(self.gates.gate.keep(self.gates.logits)), self.target)
+
+    def on_fit_start(self) -> None:
+        """Fill fresh KV memories from each domain's own text; restored ones are left alone."""
+        slots = self.kv.slots if self.kv else 0
+        for name in dict.fromkeys(self.memories.names.values()) if self.kv else ():
+            memory = self.memories.kv[self.memories.key(name)]
+            if not memory.initialised:
+                readers = [d for d in self.domains if self.memories.names[d] == name]
+                parts = [self.trainer.datamodule.sample_ids(d, -(-slots // len(readers))) for d in readers]
+                with self.gates.off(), self.memories.off():
+                    memory.initialise_(self.backbone, torch.cat(parts)[:slots].to(self.device))
+
+    def on_after_backward(self) -> None:
+        """Collect the squared gate gradients of the warm-up, which order the logits later."""
+        self.gates.observe()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One AdamW: mask, multipliers (ascent), LoRA, KV."""
+        groups = parameter_groups(self.gates, self.penalty, self.memories, self.optim)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        lambdas = rate_lambdas(groups, self.optim, int(self.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas), "interval": "step"},
+        }
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
+        """Clip each memory group by its own norm: one global norm would let the multipliers eat the budget."""
+        clip_by_group(optimizer, self.optim.clip)
+
+    # ------------------------------------------------------------------------------------------- evaluation
+
+    def _evaluate(self, batch: Batch, arms: Sequence[str]) -> None:
+        for arm in arms:
+            nats = self.row_nats(batch, arm)
+            for domain in dict.fromkeys(batch["domains"]):
+                chosen = [i for i, d in enumerate(batch["domains"]) if d == domain]
+                self.bpb[f"{arm}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen])
+
+    def held_out(self, arms: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Bits per byte of the evaluation that just ran: {domain: {arm: bits per byte}}."""
+        return {d: {arm: float(self.bpb[f"{arm}/{d}"].compute()) for arm in arms} for d in self.domains}
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the counts anew."""
+        for metric in self.bpb.values():
+            metric.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Held-out bits per byte with the own memory, under the mask in force."""
+        self._evaluate(batch, ("koff",))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log bits per byte by domain, and their mean as the figure to monitor."""
+        self._log_table("val", ("koff",))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Held-out bits per byte for all arms."""
+        self._evaluate(batch, ARMS)
+
+    def on_test_epoch_end(self) -> None:
+        """Log all arms by domain."""
+        self._log_table("test", ARMS)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Bits per byte of every row under its own memory."""
+        nats, size = self.row_nats(batch, "koff"), batch["num_bytes"]
+        bits = (nats / torch.log(torch.tensor(2.0)) / size).tolist()
+        return [{"domain": d, "bits_per_byte": b} for d, b in zip(batch["domains"], bits, strict=True)]
+
+    # ---------------------------------------------------------------------------------------------- helpers
+
+    def _domain_of_row(self, batch: Batch) -> Tensor:
+        """Index of each row's domain, [B]; rows without one count as a domain of their own."""
+        places = {domain: i for i, domain in enumerate(self.domains)} | {None: len(self.domains)}
+        unknown = sorted({str(d) for d in batch["domains"]} - {str(d) for d in places})
+        if unknown:
+            raise KoffError(
+                f"a batch holds rows of unknown domain {', '.join(unknown)}; this model has {', '.join(self.domains)}"
+            )
+        return torch.tensor([places[d] for d in batch["domains"]], device=batch["labels"].device)
+
+    def _guard(self, loss: Tensor, batch_idx: int) -> None:
+        if not torch.isfinite(loss):
+            raise KoffError(
+                f"the loss became {loss.item()} at step {self.global_step} (batch {batch_idx}); the last checkpoint is intact. "
+                "Lower the learning rates (model.optim) or look at this batch's text"
+            )
+
+    def _log_table(self, stage: str, arms: Sequence[str]) -> None:
+        table = self.held_out(arms)
+        for arm in arms:
+            for domain, row in table.items():
+                self.log(f"{stage}/{arm}_bpb/{domain}", row[arm])
+            self.log(f"{stage}/{arm}_bpb", sum(row[arm] for row in table.values()) / len(table), prog_bar=arm == "koff")
+
+
+def _spec(kind: type, value: Any) -> Any:
+    """A spec given as a dict (from a checkpoint) or as itself."""
+    return kind(**value) if isinstance(value, dict) else value

@@ -1,0 +1,81 @@
+"""One AdamW with a group for each kind of thing that is trained."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from koff_lightning.errors import KoffError
+from koff_lightning.gates import BackboneGates
+from koff_lightning.memory import MemoryBank
+
+
+@dataclass
+class OptimSpec:
+    """Learning rates and their course.
+
+    Args:
+        mask_lr: For the mask logits, in hard-concrete logits per step; scaled for other gates; constant.
+        multiplier_lr: For the Lagrange multipliers, by ascent; constant.
+        lora_lr: Peak for LoRA, in an LR course of linear warm-up and cosine decay.
+        kv_lr: Peak for the KV memories, same course.
+        warmup: Share of all steps in which the memories' rate rises.
+        final: Share of the peak rate that is left at the end.
+        clip: Largest gradient norm of all LoRA, and of all KV parameters.
+    """
+
+    mask_lr: float = 0.1
+    multiplier_lr: float = 0.1
+    lora_lr: float = 1e-3
+    kv_lr: float = 5e-3
+    warmup: float = 0.03
+    final: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        rates = {k: getattr(self, k) for k in ("mask_lr", "multiplier_lr", "lora_lr", "kv_lr", "clip")}
+        bad = [f"{k}={v}" for k, v in rates.items() if not v > 0 or math.isinf(v)]
+        if bad:
+            raise KoffError(f"optim: rates and clip must be positive and finite; got {', '.join(bad)}")
+
+
+def parameter_groups(
+    gates: BackboneGates, penalty: nn.Module, memories: MemoryBank, spec: OptimSpec
+) -> list[dict[str, Any]]:
+    """Groups for AdamW, each with its own rate; empty ones left out."""
+    # eps: a gate's gradient shrinks with the number of units and must not vanish beside Adam's default 1e-8; that of a
+    # multiplier is the sparsity gap, and with a large eps the ascent is in proportion to it instead of to its sign.
+    groups = [
+        {"name": "mask", "params": [gates.logits], "lr": spec.mask_lr * gates.gate.rate, "eps": 1e-15},
+        {
+            "name": "multipliers",
+            "params": list(penalty.parameters()),
+            "lr": spec.multiplier_lr,
+            "eps": 0.02,
+            "maximize": True,
+        },
+        {"name": "lora", "params": memories.lora_parameters(), "lr": spec.lora_lr},
+        {"name": "kv", "params": memories.kv_parameters(), "lr": spec.kv_lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def rate_lambdas(groups: list[dict[str, Any]], spec: OptimSpec, steps: int) -> list[Callable[[int], float]]:
+    """Factor on each group's rate by optimizer step: constant for the mask, warm-up and cosine for memories."""
+
+    def course(step: int) -> float:
+        rise = max(spec.warmup * steps, 1)
+        fall = min(max((step - rise) / max(steps - rise, 1), 0.0), 1.0)
+        return min((step + 1) / rise, 1.0) * (spec.final + (1 - spec.final) * (1 + math.cos(math.pi * fall)) / 2)
+
+    return [course if group["name"] in ("lora", "kv") else lambda _: 1.0 for group in groups]
+
+
+def clip_by_group(optimizer: torch.optim.Optimizer, clip: float) -> None:
+    """Clip LoRA and KV gradients, each to norm `clip`; mask and multipliers are left as they are."""
+    for group in optimizer.param_groups:
+        if group["name"] in ("lora", "kv"):
+            torch.nn.utils.clip_grad_norm_(group["params"], clip)

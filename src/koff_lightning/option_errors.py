@@ -1,0 +1,60 @@
+"""Say in one line what is wrong with an option; the parser's own words run to ninety lines."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+_BAD_VALUE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
+_UNKNOWN_INNER = re.compile(r"Option '([\w.-]+)' is not accepted")
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: (?:--)?|does not accept option ')([^\s'=]+)")
+_LINKED = re.compile(r"\((\S+)\) --> (\S+):")
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """The hint " Did you mean '...'?" with the name closest to `word`, or nothing when none is close.
+
+    A dotted option whose last part is right but stands in the wrong place is found by that last part.
+    """
+    names = sorted(names)
+    same_leaf = [name for name in names if "." in word and name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    close = difflib.get_close_matches(word, same_leaf or names, n=1, cutoff=0 if same_leaf else 0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(message: str, names: Iterable[str]) -> str:
+    """Condense a jsonargparse error.
+
+    Args:
+        message: What the parser said, often many lines.
+        names: Valid option names, dotted, to suggest from.
+    """
+    if linked := _LINKED.search(message):
+        return f"{linked[2]} is taken from {linked[1]}: give that instead"
+    if unknown := _UNKNOWN.search(message):
+        return f"no option {unknown[1]!r}.{nearest(unknown[1], names)}"
+    key = ".".join(re.findall(r'Parser key "([^"]+)":\s*$', message, re.MULTILINE))
+    if inner := _UNKNOWN_INNER.search(message):
+        return f"no option '{key}.{inner[1]}'.{nearest(f'{key}.{inner[1]}', names)}"
+    if bad := _BAD_VALUE.search(message):
+        return f"{key} must be {_readable([bad[1]])}; got {bad[2]!r}.{nearest(bad[2], _choices(bad[1]))}"
+    wanted = re.findall(r"^\s*- Expected an? (.+)$", message, re.MULTILINE)
+    given = re.search(r"Given value: (?:NestedArg\(key='\w+', val=)?(.+?)\)?$", message, re.MULTILINE)
+    if key and wanted and given:
+        value = given[1].strip("'")
+        return f"{key} must be {_readable(wanted)}; got {value!r}.{nearest(value, _choices(' '.join(wanted)))}"
+    return " ".join(message.split())
+
+
+def _choices(types: str) -> list[str]:
+    return re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[(.*?)\]", types)))
+
+
+def _readable(types: list[str]) -> str:
+    """Python's names of types as a person writes them."""
+    parts: list[str] = []
+    for name in types:
+        name = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", name)
+        name = re.sub(r"(?:typing\.)?Literal\[(.*)\]", r"\1", name)
+        name = re.sub(r"[\w.]+\.(\w+)", r"\1", "null" if name == "NoneType" else name)
+        parts += [name] * (name not in parts)
+    return " or ".join(parts)

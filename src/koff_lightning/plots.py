@@ -1,0 +1,132 @@
+"""Pictures of a run: the mask over training, and held-out bits per byte by domain.
+
+Made with matplotlib's objects, not pyplot: nothing global is touched and no display is needed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which tells apart under the common kinds of colour blindness
+BLACK, GREY, BLUE, ORANGE, PURPLE = "#000000", "#999999", "#0072B2", "#E69F00", "#CC79A7"
+ARM_STYLE = {
+    "dense": ("dense", GREY),
+    "koff": ("KOFF", BLUE),
+    "memory_off": ("memory off", ORANGE),
+    "swapped": ("swapped", PURPLE),
+}
+KIND_TITLE = {"channel": "FFN neurons", "kv_group": "kv groups"}
+Point = Mapping[str, Any]
+Bpb = Mapping[str, Mapping[str, float | None]]
+
+
+def sparsity_over_training(points: Sequence[Point], denominator: str) -> Figure:
+    """Target, expected and realised sparsity by step.
+
+    Args:
+        points: As recorded by `MaskHistory`.
+        denominator: What sparsity is a share of.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [point["step"] for point in points]
+    for name, colour, style in (("target", BLACK, "--"), ("expected", BLUE, "-"), ("realised", ORANGE, "-")):
+        axes.plot(steps, [100 * point[name] for point in points], style, color=colour, label=name, linewidth=1.6)
+    axes.set(xlabel="optimizer step", ylabel=f"parameters removed, % of {denominator}", title="Sparsity over training")
+    axes.set_ylim(bottom=0)
+    _plain(axes)
+    axes.legend(frameon=False)
+    return figure
+
+
+def sparsity_by_layer(points: Sequence[Point], groups: Sequence[tuple[int, str]]) -> Figure:
+    """Share of units removed in each layer by step, a panel for each kind of unit.
+
+    Args:
+        points: As recorded by `MaskHistory`.
+        groups: (layer, kind) of each entry of a point's `removed`.
+    """
+    kinds = [kind for kind in KIND_TITLE if any(k == kind for _, k in groups)]
+    removed = 100 * np.array([point["removed"] for point in points])  # [points, groups]
+    edges = _edges([point["step"] for point in points])
+    figure = Figure(figsize=(1.5 + 4.2 * len(kinds), 4), layout="constrained")
+    for place, kind in enumerate(kinds):
+        rows = [i for i, (_, k) in enumerate(groups) if k == kind]
+        layers = [groups[i][0] for i in rows]
+        axes = figure.add_subplot(1, len(kinds), place + 1)
+        top = max(float(removed[:, rows].max()), 1.0)
+        mesh = axes.pcolormesh(
+            edges, np.arange(len(rows) + 1) - 0.5, removed[:, rows].T, cmap="cividis", vmin=0, vmax=top
+        )
+        every = -(-len(layers) // 12)
+        axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
+        axes.set(title=KIND_TITLE[kind], xlabel="optimizer step", ylabel="layer" if place == 0 else "")
+        figure.colorbar(mesh, ax=axes, label="removed, % of the layer's units")
+    return figure
+
+
+def domain_bars(domains: Bpb) -> Figure:
+    """Held-out bits per byte of all arms by domain, and below how far each arm is from the dense model.
+
+    Args:
+        domains: {domain: {"dense_bpb": ..., "koff_bpb": ..., "memory_off_bpb": ..., "swapped_bpb": ...}}.
+    """
+    names = list(domains)
+    figure = Figure(figsize=(max(6.0, 2.0 + 1.1 * len(names)), 6.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    _bars(above, {arm: [domains[name][f"{arm}_bpb"] for name in names] for arm in ARM_STYLE})
+    rest = [arm for arm in ARM_STYLE if arm != "dense"]
+    _bars(below, {arm: [_against_dense(domains[name], arm) for name in names] for arm in rest})
+    above.set(ylabel="bits per byte", title="Held-out text: less is better")
+    above.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.1))
+    below.set(ylabel="change against dense, %")
+    below.axhline(0, color=BLACK, linewidth=0.8)
+    below.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
+    below.tick_params(axis="x", length=0)
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write `folder/name.png` and `.svg`.
+
+    Raises:
+        OSError: The disk did not take it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=150)
+    figure.savefig(folder / f"{name}.svg")
+
+
+def _bars(axes: Axes, values: Mapping[str, Sequence[float | None]]) -> None:
+    """Grouped bars from zero, one group for each domain; arms without figures are left out."""
+    shown = {arm: row for arm, row in values.items() if any(value is not None for value in row)}
+    width = 0.8 / max(len(shown), 1)
+    for place, (arm, row) in enumerate(shown.items()):
+        label, colour = ARM_STYLE[arm]
+        at = np.arange(len(row)) + (place - (len(shown) - 1) / 2) * width
+        axes.bar(at, [np.nan if value is None else value for value in row], width, color=colour, label=label)
+    _plain(axes)
+
+
+def _against_dense(row: Mapping[str, float | None], arm: str) -> float | None:
+    dense, value = row["dense_bpb"], row[f"{arm}_bpb"]
+    return None if dense is None or value is None else 100 * (value / dense - 1)
+
+
+def _edges(steps: Sequence[int]) -> np.ndarray:
+    """Cell borders around the steps, [points + 1]."""
+    at = np.asarray(steps, dtype=float)
+    if len(at) == 1:
+        return np.array([at[0] - 0.5, at[0] + 0.5])
+    middle = (at[1:] + at[:-1]) / 2
+    return np.concatenate([[2 * at[0] - middle[0]], middle, [2 * at[-1] - middle[-1]]])
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)

@@ -1,0 +1,151 @@
+"""What a run found out: the figures of `results.json` and their table."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from koff_lightning import __version__
+from koff_lightning.errors import KoffError
+from koff_lightning.module import ARMS, KOFFModule
+
+Figures = dict[str, Any]
+
+
+def mask_and_size(module: KOFFModule) -> Figures:
+    """Hard counts of the mask in force: sparsity, kept units, parameters."""
+    kept, spec = module.hard_mask(), module.sparsity
+    memory = {domain: module.memories.size(domain) for domain in module.domains}
+    owner = {module.memories.names[domain]: size for domain, size in memory.items()}  # a shared memory is stored once
+    backbone = module.budget.kept_parameters(kept)
+    return {
+        "sparsity": {
+            "target": spec.target,
+            "denominator": spec.denominator,
+            "hardened": bool(module.gates.hardened),
+            **module.budget.report(kept),
+        },
+        "kept_units": [
+            {"layer": group.layer, "kind": group.kind, "kept": int(part.sum()), "of": group.size}
+            for group, part in module.gates.per_group(kept)
+        ],
+        "parameters": {
+            "dense_total": module.budget.denominators["total"],
+            "backbone_kept": backbone,
+            "memory": memory,
+            "active": backbone + max(memory.values()),
+            "active_by_domain": {domain: backbone + size for domain, size in memory.items()},
+            "stored": backbone + sum(owner.values()),
+        },
+    }
+
+
+def held_out_figures(held_out: dict[str, dict[str, float]], num_bytes: dict[str, int], memories: int) -> Figures:
+    """Bits per byte by domain and their mean over domains.
+
+    Args:
+        held_out: {domain: {arm: bits per byte}}; not-a-number where a domain had no text.
+        num_bytes: Bytes of held-out text behind them.
+        memories: How many different memories there are; with fewer than two none can be swapped.
+    """
+    arms = [arm for arm in ARMS if arm != "swapped" or memories > 1]
+    domains = {
+        domain: {f"{arm}_bpb": _number(row[arm]) if arm in arms else None for arm in ARMS}
+        for domain, row in held_out.items()
+    }
+    mean = {key: _mean([row[key] for row in domains.values()]) for key in (f"{arm}_bpb" for arm in ARMS)}
+    return {"domains": domains, "mean": mean, "heldout_bytes": num_bytes}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    packages = {name: version(name) for name in ("torch", "lightning", "transformers", "peft")}
+    return {"python": platform.python_version(), **packages, "koff_lightning": __version__}
+
+
+def table(results: Figures) -> Table:
+    """Held-out bits per byte: a row for each domain and their mean."""
+    shown = Table(title="held-out text, bits per byte (less is better)", title_justify="left", box=box.SIMPLE_HEAD)
+    shown.add_column("domain", overflow="fold")
+    for name in ("bytes", "dense", "koff", "koff/dense", "memory off", "swapped"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for domain, row in results["domains"].items():
+        shown.add_row(domain, f"{results['heldout_bytes'][domain]:,}", *_cells(row))
+    shown.add_section()
+    shown.add_row("mean", f"{sum(results['heldout_bytes'].values()):,}", *_cells(results["mean"]), style="bold")
+    return shown
+
+
+def sentences(results: Figures) -> list[str]:
+    """Sparsity and parameters, a line each."""
+    rates, size = results["sparsity"], results["parameters"]
+    percent = {key: f"{100 * rates[key]:.2f} %" for key in ("body", "total", "units", "ffn", "attention")}
+    lines = [
+        f"sparsity    {percent['body']} of body, {percent['total']} of total, {percent['units']} of prunable units "
+        f"(target: {100 * rates['target']:g} % of {rates['denominator']})",
+        f"            by type: {percent['ffn']} of FFN neurons, {percent['attention']} of kv groups, in parameters",
+        f"parameters  dense {_count(size['dense_total'])}, backbone kept {_count(size['backbone_kept'])}; "
+        f"active (with one memory) {_count(size['active'])}, {_change(size['active'], size['dense_total'])}; "
+        f"stored (with all) {_count(size['stored'])}, {_change(size['stored'], size['dense_total'])}",
+    ]
+    if rates["target"] and not rates["hardened"]:
+        lines.append(
+            "            the run ended before its mask was fixed: these figures are of the mask of that moment"
+        )
+    return lines
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there in full or as it was before.
+
+    Raises:
+        KoffError: The disk did not take it.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise KoffError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def as_json(results: Figures) -> str:
+    """Plain JSON; what has no JSON type (a path in a config) as its text."""
+    return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _cells(row: dict[str, float | None]) -> list[str]:
+    dense, koff, off, swapped = (row[f"{arm}_bpb"] for arm in ARMS)
+    ratio = None if dense is None or koff is None else koff / dense
+    return ["-" if value is None else f"{value:.4f}" for value in (dense, koff, ratio, off, swapped)]
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _count(n: int) -> str:
+    for size, sign in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if n >= size:
+            return f"{n / size:.3f}{sign}"
+    return str(n)
+
+
+def _change(now: int, before: int) -> str:
+    return f"{100 * (now / before - 1):+.1f} % against dense"

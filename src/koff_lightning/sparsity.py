@@ -1,0 +1,203 @@
+"""How much is removed: exact accounting in parameters, the target over time, the penalty, and hardening to a budget.
+
+Shapes: U units over all groups. Sparsity is always removed parameters / a named denominator (method of counting:
+Sheared-LLaMA counts the body; "model X minus 12 %" counts the total; both and the share of prunable units are reported).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from koff_lightning.backbone import PrunableGroup
+from koff_lightning.errors import KoffError
+
+
+@dataclass
+class SparsitySpec:
+    """What to remove and how the mask is learned.
+
+    Args:
+        target: Share of the denominator's parameters to remove; 0 learns no mask.
+        denominator: What the target is a share of: `body` (linears of all layers), `total` (all parameters) or `units`
+            (parameters of the prunable units).
+        units: Kinds of prunable units: FFN neurons (`channel`) and kv heads with their queries (`kv_group`).
+        gate: `hc` (hard concrete) or `ddp` (deterministic shrinking ReLU).
+        penalty: `lagrangian` tracks the target with learned multipliers; `fixed` adds weight * expected sparsity.
+        weight: Penalty weight for `fixed`, in nats per unit of sparsity.
+        band: Widest gap allowed between tracked sparsity and the ramp (`lagrangian` only), in absolute sparsity.
+        prior: Order the logits after warm-up by each gate's squared gradient (`fisher`), or start them equal (`none`).
+        spread: Standard deviation of the logits that the prior sets.
+        min_channels: FFN neurons that every layer keeps.
+        min_kv_groups: kv groups that every layer keeps.
+    """
+
+    target: float = 0.12
+    denominator: Literal["body", "total", "units"] = "body"
+    units: list[str] = field(default_factory=lambda: ["channel", "kv_group"])
+    gate: Literal["hc", "ddp"] = "hc"
+    penalty: Literal["lagrangian", "fixed"] = "lagrangian"
+    weight: float = 1.0
+    band: float = 0.004
+    prior: Literal["fisher", "none"] = "fisher"
+    spread: float = 4.0
+    min_channels: int = 64
+    min_kv_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.target < 1:
+            raise KoffError(
+                f"sparsity.target must lie in [0, 1): the share to remove, 0.12 for 12 %; got {self.target}"
+            )
+        if self.min_channels < 1 or self.min_kv_groups < 1:
+            raise KoffError(
+                "sparsity.min_channels and sparsity.min_kv_groups must be at least 1: no layer may lose all its units"
+            )
+        if not 0 < self.band <= 0.5:
+            raise KoffError(f"sparsity.band must lie in (0, 0.5]; got {self.band}")
+
+
+class Budget:
+    """Parameter accounting of one backbone's units: what each costs, and what a mask therefore removes."""
+
+    def __init__(self, groups: list[PrunableGroup], counts: dict[str, int], spec: SparsitySpec) -> None:
+        """Args: groups from `prunable_groups`, counts from `parameter_counts` (both of the plain backbone)."""
+        self.groups, self.spec = groups, spec
+        self.costs = torch.cat([torch.full((g.size,), g.params_per_unit, dtype=torch.int64) for g in groups])  # [U]
+        self.is_channel = torch.cat([torch.full((g.size,), g.kind == "channel") for g in groups])  # [U]
+        self.denominators = {**counts, "units": int(self.costs.sum())}
+        self._shares: Tensor | None = None
+        removable = sum((g.size - self._minimum(g)) * g.params_per_unit for g in groups if g.size > self._minimum(g))
+        most = removable / self.denominators[spec.denominator]
+        if spec.target > most:
+            raise KoffError(
+                f"sparsity.target {spec.target} of {spec.denominator} cannot be reached: with at least {spec.min_channels} "
+                f"neurons and {spec.min_kv_groups} kv groups kept per layer, at most {most:.4f} can be removed"
+            )
+
+    def _minimum(self, group: PrunableGroup) -> int:
+        return self.spec.min_channels if group.kind == "channel" else self.spec.min_kv_groups
+
+    def expected(self, keep: Tensor) -> Tensor:
+        """Differentiable sparsity in the chosen denominator for keep probabilities or gates [U]."""
+        if self._shares is None or self._shares.device != keep.device:
+            self._shares = (self.costs.double() / self.denominators[self.spec.denominator]).float().to(keep.device)
+        return ((1 - keep) * self._shares).sum()
+
+    def tracked(self, keep: Tensor) -> Tensor:
+        """What the penalty holds to the ramp: the mean of the soft count and the hard one (gates more often closed).
+
+        Its gradient is the soft count's. Tracking the soft count alone lets the hard one lag by many points.
+        """
+        soft = self.expected(keep)
+        return soft + ((self.expected((keep > 0.5).float()) - soft) / 2).detach()
+
+    def report(self, kept: Tensor) -> dict[str, float]:
+        """Hard counts of a mask (bool [U]): sparsity in all three denominators, and per type of unit."""
+        gone, kept = self.costs.double() * ~kept.cpu(), kept.cpu()
+        rates = {name: gone.sum().item() / size for name, size in self.denominators.items()}
+        for name, chosen in (("ffn", self.is_channel), ("attention", ~self.is_channel)):
+            rates[name] = gone[chosen].sum().item() / max(self.costs[chosen].sum().item(), 1)
+        return rates
+
+    def kept_parameters(self, kept: Tensor) -> int:
+        """Parameters of the backbone that remain under a mask (bool [U])."""
+        return self.denominators["total"] - int(self.costs[~kept.cpu()].sum())
+
+    def harden(self, scores: Tensor, target: float | None = None) -> Tensor:
+        """Remove the lowest-scored units until no further one fits into the budget; bool [U], True = kept.
+
+        Greedy with skip: a kv group that would overshoot is passed over and neurons fill the rest, so the result is
+        below the target by less than the cheapest unit. Each layer keeps its minimum.
+        """
+        scores = self._protected(scores.detach().float().cpu())
+        left = round((self.spec.target if target is None else target) * self.denominators[self.spec.denominator])
+        kept = torch.ones_like(scores, dtype=torch.bool)
+        order = torch.argsort(scores, stable=True)
+        order = order[scores[order] < math.inf]
+        while len(order := order[self.costs[order] <= left]):
+            fits = int((self.costs[order].cumsum(0) <= left).sum())  # at least 1: each fits alone
+            kept[order[:fits]] = False
+            left -= int(self.costs[order[:fits]].sum())
+            order = order[fits:]
+        return kept
+
+    def _protected(self, scores: Tensor) -> Tensor:
+        """Scores with the best `minimum` units of every group set to infinity, so that they are never removed."""
+        parts = []
+        for group, part in zip(self.groups, scores.split([g.size for g in self.groups]), strict=True):
+            best = part.topk(min(self._minimum(group), group.size)).indices
+            parts.append(part.index_fill(0, best, math.inf))
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class SparsitySchedule:
+    """Target and phase as pure functions of the optimizer step (method: warm-up, ramp, hold, harden, consolidate)."""
+
+    target: float
+    steps: int
+    warmup: float = 0.05
+    ramp: float = 0.40
+    hold: float = 0.15
+    shape: Literal["linear", "cosine", "cubic"] = "linear"
+
+    @property
+    def ramp_step(self) -> int:
+        """First step with gates in use."""
+        return round(self.warmup * self.steps)
+
+    @property
+    def harden_step(self) -> int:
+        """First step with the mask fixed."""
+        return round((self.warmup + self.ramp + self.hold) * self.steps)
+
+    def phase(self, step: int) -> Literal["warmup", "ramp", "hold", "consolidate"]:
+        """Name of the phase that optimizer step `step` (from 0) belongs to."""
+        if step < self.ramp_step:
+            return "warmup"
+        if step >= self.harden_step:
+            return "consolidate"
+        return "ramp" if step < self.ramp_step + self.ramp * self.steps else "hold"
+
+    def target_at(self, step: int) -> float:
+        """Sparsity that step `step` aims for, in the units of `target`."""
+        x = min(max((step - self.ramp_step + 1) / max(self.ramp * self.steps, 1), 0.0), 1.0)
+        shaped = {"linear": x, "cosine": (1 - math.cos(math.pi * x)) / 2, "cubic": 1 - (1 - x) ** 3}[self.shape]
+        return self.target * shaped
+
+    def progress(self, step: int) -> float:
+        """Share of the mask phase (ramp and hold) that is over, in [0, 1]."""
+        return min(max((step - self.ramp_step) / max(self.harden_step - self.ramp_step, 1), 0.0), 1.0)
+
+
+class LagrangianPenalty(nn.Module):
+    """lam1 (s - t) + lam2 (s - t)^2, minimised over the mask and maximised over the multipliers (CoFi; Sheared-LLaMA).
+
+    Our choice: lam2 starts stiff instead of at 0. A price that must first be found by ascent lags the ramp, overshoots,
+    and short runs have no time to come back (docs/log.md).
+    """
+
+    def __init__(self, stiffness: float = 20.0) -> None:
+        super().__init__()
+        self.linear = nn.Parameter(torch.tensor(0.0))
+        self.quadratic = nn.Parameter(torch.tensor(stiffness))
+
+    def forward(self, sparsity: Tensor, target: float) -> Tensor:
+        """Args: tracked sparsity (scalar) and its target. Returns nats."""
+        gap = sparsity - target
+        return self.linear * gap + self.quadratic.clamp(min=0) * gap.square()
+
+
+class FixedPenalty(nn.Module):
+    """A constant price on what is kept; the sparsity that results is whatever the price buys (the ablation)."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, sparsity: Tensor, target: float) -> Tensor:
+        """Args: tracked sparsity (scalar); the target only switches the price on. Returns nats."""
+        return -self.weight * sparsity if target > 0 else 0 * sparsity

@@ -1,0 +1,145 @@
+"""`koff fit | validate | test | predict`: LightningCLI over KOFFModule and DomainDataModule, and what users see.
+
+Every option is a typed, documented argument of a class; nothing is decided here but names, folders and words.
+"""
+
+import logging
+import sys
+import warnings
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from koff_lightning.callbacks import AnnealSparsity, GradientCoverage, KoffProgress, RunReport
+from koff_lightning.config_files import find_configs
+from koff_lightning.data import DomainDataModule
+from koff_lightning.data.yaml_keys import refuse_duplicate_keys
+from koff_lightning.errors import KoffError
+from koff_lightning.module import KOFFModule
+from koff_lightning.option_errors import one_line
+
+
+class KoffCLI(LightningCLI):
+    """LightningCLI with one-line errors and one folder per run."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give the callbacks that every run has their own sections, and take the domains' names from the data."""
+        parser.add_lightning_class_args(AnnealSparsity, "anneal")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.every_n_train_steps": 100, "checkpoint.save_last": True})
+        parser.link_arguments("data.domains", "model.domains", compute_fn=_names)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parse; what is wrong is said in one line."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            verb = self._subcommand_parsers[args[0]]
+            raise _own_words(error) or KoffError(one_line(str(error), _option_names(verb.get_defaults()))) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Options come from configs and the command line alone.
+
+        LightningCLI would let the checkpoint's hyperparameters override them silently (Lightning pull request 21455).
+        """
+
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        """Add what every run has unless the trainer's options switch it off: loggers, checkpoints, progress, report."""
+        trainer = self._get(self.config_init, "trainer")
+        self.trainer_defaults["callbacks"] = [GradientCoverage(), RunReport()]
+        if trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(KoffProgress())
+        if trainer.enable_checkpointing is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+        if trainer.logger is None and not trainer.fast_dev_run:
+            kwargs["logger"] = _default_loggers(trainer.default_root_dir)
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; RunReport has said what was saved when that is cut short."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from stop
+        except OSError as error:  # a full disk, say
+            raise KoffError(str(error)) from error
+
+
+def run(argv: list[str]) -> None:
+    """Run one of the training verbs.
+
+    Args:
+        argv: The verb and its options.
+
+    Raises:
+        KoffError: Bad options or input, or an interrupted run.
+    """
+    _keep_the_terminal_quiet()
+    argv, configs = find_configs(argv)
+    for config in configs:
+        refuse_duplicate_keys(config)
+    try:
+        KoffCLI(
+            KOFFModule,
+            DomainDataModule,
+            args=argv,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "default_root_dir": f"runs/{'+'.join(path.stem for path in configs) or 'unnamed'}",
+                "enable_model_summary": False,  # it counts adapters as backbone; the report says what is what
+            },
+            parser_kwargs={"prog": "koff", "exit_on_error": False},
+        )
+    except MisconfigurationException as error:  # options of the trainer that do not go together
+        raise KoffError(" ".join(str(error).split())) from error
+
+
+def _names(domains: dict[str, object] | None) -> list[str]:
+    if not domains:
+        raise KoffError(
+            "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
+        )
+    return list(domains)
+
+
+def _own_words(error: BaseException | None) -> KoffError | None:
+    """Our own error among those that led to this one."""
+    while error and not isinstance(error, KoffError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _option_names(defaults: Namespace) -> set[str]:
+    """Dotted option names of a parser as a user writes them."""
+    return {name.replace(".init_args.", ".") for name in defaults.keys() if "__" not in name}  # noqa: SIM118
+
+
+def _default_loggers(root: str) -> list[Logger]:
+    """Both in `root/version_N`, which is also where Lightning saves config.yaml and the checkpoints."""
+    csv = CSVLogger(root, name="")
+    return [csv, TensorBoardLogger(root, name="", version=csv.version)]
+
+
+def _keep_the_terminal_quiet() -> None:
+    """Hide what third parties say to developers; whatever a user can act on stays."""
+    for part in ("pytorch", "fabric"):  # advertisements
+        rank_zero = logging.getLogger(f"lightning.{part}.utilities.rank_zero")
+        rank_zero.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    if sys.warnoptions:  # the user asked for warnings with python -W
+        return
+    # LightningCLI calls old names of jsonargparse, which setup.cfg therefore keeps below 5.
+    warnings.filterwarnings("ignore", message=r"[\s\S]*(JsonargparseDeprecationWarning|removed in v5)")
+    # Lightning's use of torch.utils._pytree.
+    warnings.filterwarnings("ignore", message=r".*LeafSpec")
+    # Every domain has an adapter of its own, all in one model: that is the point.
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    # The frozen backbone stays in eval mode on purpose.
+    warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training")
+    # Text is tokenised before the run: workers would have nothing to do.
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")

@@ -1,0 +1,226 @@
+"""The command as a user meets it: speed of help, one-line errors, names looked up, what a run's options become."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from koff_lightning import config_files, training_cli
+from koff_lightning.cli import TOOLS, TRAINING, main
+from koff_lightning.errors import KoffError
+from koff_lightning.option_errors import nearest, one_line
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """Parse a command to the options that the run would have, without building anything."""
+
+    def parse(*argv: str) -> object:
+        taken = {}
+
+        def stop(cli: training_cli.KoffCLI) -> None:
+            taken["config"] = cli.config[cli.subcommand]
+            raise SystemExit
+
+        monkeypatch.setattr(training_cli.KoffCLI, "before_instantiate_classes", stop)
+        status = main(list(argv))
+        assert status == 0, "the command line was refused"
+        return taken["config"]
+
+    return parse
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one line that a bad command leaves."""
+    assert main(list(argv)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1, said.err
+    return said.err.strip()
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = "import sys; from koff_lightning.cli import main; main(['--help']); print(sorted(sys.modules))"
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - start)
+    assert not [name for name in ("torch", "lightning", "transformers", "jsonargparse") if f"'{name}'" in done.stdout]
+    assert best < 0.5
+
+
+def test_help_lists_every_verb(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {verb} " in said for verb in [*TRAINING, *TOOLS])
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("verb", TOOLS)
+def test_each_tool_has_its_own_help(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    assert f"usage: koff {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["fti"], "koff: no verb 'fti'. Did you mean 'fit'? `koff --help` lists them"),
+        (["--config", "demo.yaml", "fit"], "koff: the verb comes first: koff fit --config demo.yaml"),
+        (["fetch"], "koff: fetch: the following arguments are required: name"),
+        (["fetch", "smollm2", "--otu", "x"], "koff: fetch: no option 'otu'. Did you mean 'out'?"),
+        (["configs", "demo.yaml"], "koff: configs: no option 'demo.yaml'."),
+        (
+            ["fit", "--config", "lama_12pct.yaml"],
+            "koff: config 'lama_12pct.yaml' is neither a file here nor one that ships with the package. "
+            "Did you mean 'llama_12pct.yaml'? `koff configs` lists them",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "--model.sparcity.target", "0.2"],
+            "koff: no option 'model.sparcity.target'. Did you mean 'model.sparsity.target'?",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "--model.target", "0.2"],
+            "koff: no option 'model.target'. Did you mean 'model.sparsity.target'?",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "--model.lora.rnk", "4"],
+            "koff: no option 'model.lora.rnk'. Did you mean 'model.lora.rank'?",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "--model.sparsity.target", "much"],
+            "koff: model.sparsity.target must be float; got 'much'.",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "--model.lora.rank", "big"],
+            "koff: model.lora.rank must be int; got 'big'.",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "--anneal.shape", "kubic"],
+            "koff: anneal.shape must be 'linear', 'cosine', 'cubic'; got 'kubic'. Did you mean 'cubic'?",
+        ),
+        (
+            ["fit"],
+            "koff: data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "--model.domains", "[de]"],
+            "koff: model.domains is taken from data.domains: give that instead",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "--model.sparsity.target", "1.2"],
+            "koff: sparsity.target must lie in [0, 1): the share to remove, 0.12 for 12 %; got 1.2",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(argv, line, capsys):
+    assert refused(capsys, *argv) == line
+
+
+def test_a_typo_in_a_config_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: {sparsity: {traget: 0.1}}\ndata: {domains: {de: bundled:de}}\n")
+    line = refused(capsys, "fit", "--config", str(tmp_path / "mine.yaml"))
+    assert line == "koff: no option 'model.sparsity.traget'. Did you mean 'model.sparsity.target'?"
+
+
+def test_broken_yaml_is_one_line(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: [1\n")
+    assert "is not valid YAML" in refused(capsys, "fit", "--config", str(tmp_path / "mine.yaml"))
+
+
+def test_a_domain_given_twice_is_one_line(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("data:\n  domains:\n    de: bundled:de\n    de: bundled:en\n")
+    assert "mine.yaml:4: 'de' is given twice" in refused(capsys, "fit", "--config", str(tmp_path / "mine.yaml"))
+
+
+def test_print_config_gives_a_config_that_parses_again(tmp_path, capsys, config):
+    assert main(["fit", "--config", "demo.yaml", "--model.sparsity.target", "0.25", "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert "target: 0.25" in printed
+    (tmp_path / "again.yaml").write_text(printed)
+    assert config("fit", "--config", str(tmp_path / "again.yaml")).model.sparsity.target == 0.25
+
+
+def test_domains_of_the_model_are_those_of_the_data(config):
+    options = config("fit", "--data.domains", "{de: bundled:de, py: bundled:python}")
+    assert options.model.domains == ["de", "py"]
+
+
+def test_later_configs_and_options_win(config):
+    options = config("fit", "--config", "demo.yaml", "--config", "ablations/no_memory.yaml", "--seed_everything", "7")
+    assert options.model.lora is None
+    assert options.model.kv is None
+    assert options.seed_everything == 7
+
+
+def test_the_seed_is_fixed_and_the_folder_is_named_after_the_configs(config):
+    options = config("fit", "--config", "demo.yaml", "--config=ablations/lora_only.yaml")
+    assert options.seed_everything == 0
+    assert options.trainer.default_root_dir == "runs/demo+lora_only"
+
+
+def test_explicit_options_win_over_the_checkpoint(tmp_path, config):
+    import torch
+
+    torch.save({"hyper_parameters": {"sparsity": {"target": 0.5}}, "state_dict": {}}, tmp_path / "old.ckpt")
+    options = config("validate", "--config", "demo.yaml", "--ckpt_path", str(tmp_path / "old.ckpt"))
+    assert options.model.sparsity.target == 0.12
+
+
+def test_a_file_here_goes_before_a_shipped_config(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo.yaml").write_text("data: {domains: {mine: bundled:en}}\n")
+    assert config("fit", "--config", "demo.yaml").model.domains == ["mine"]
+
+
+def test_configs_lists_each_with_its_first_line(capsys):
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(config_files.shipped_configs())
+    assert lines[0].startswith("demo.yaml ")
+    assert any(line.startswith("ablations/no_memory.yaml ") for line in lines)
+
+
+def test_unknown_name_without_a_near_one():
+    assert nearest("zzzz", ["model.sparsity.target"]) == ""
+    with pytest.raises(KoffError, match=r"ships with the package\. `koff configs`"):
+        config_files.find_config("zzzz")
+
+
+def test_union_errors_name_the_types_once():
+    message = """Parser key "trainer.precision":
+  Does not validate against any of the Union subtypes
+  Errors:
+    - Expected a <class 'int'>
+    - Expected a typing.Literal['bf16-mixed', '32-true']
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: bf16-mix"""
+    said = one_line(message, [])
+    assert said == (
+        "trainer.precision must be int or 'bf16-mixed', '32-true' or null; got 'bf16-mix'. Did you mean 'bf16-mixed'?"
+    )
+
+
+def test_unforeseen_parser_errors_are_flattened():
+    assert one_line("something\n  new", []) == "something new"
+
+
+def test_python_m_is_the_same_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "koff_lightning", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("koff-lightning ")
+
+
+@pytest.mark.parametrize(("raised", "status"), [(KoffError("said"), 2), (KeyboardInterrupt("said"), 130)])
+def test_exit_status(monkeypatch, capsys, raised, status):
+    def fail(argv: list[str]) -> None:
+        raise raised
+
+    monkeypatch.setattr(training_cli, "run", fail)
+    assert main(["fit"]) == status
+    assert capsys.readouterr().err == "koff: said\n"

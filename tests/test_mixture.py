@@ -1,0 +1,105 @@
+"""The batch sampler: shares, coverage, passes, ranks, and that batch n depends on nothing but the seed and n."""
+
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from koff_lightning.data.mixture import DomainBatches
+
+WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=9)
+
+
+def named(values):
+    return {f"d{i}": value for i, value in enumerate(values)}
+
+
+def batches(weights, batch_size, count, first=0, rows=50, **options):
+    sampler = DomainBatches(named([rows] * len(weights)), named(weights), batch_size, **options)
+    return list(islice(sampler.start_at(first), count))
+
+
+@settings(deadline=None)
+@given(weights=WEIGHTS, batch_size=st.integers(1, 12))
+def test_every_window_of_batches_is_full_and_holds_every_domain(weights, batch_size):
+    needed = -(-len(weights) // batch_size)
+    drawn = batches(weights, batch_size, 20 * needed)
+    assert all(len(batch) == batch_size for batch in drawn)
+    for first in range(0, len(drawn), needed):
+        present = {domain for batch in drawn[first : first + needed] for domain, _ in batch}
+        assert len(present) == len(weights)
+
+
+@settings(deadline=None)
+@given(weights=WEIGHTS, spare=st.integers(0, 9))
+def test_shares_follow_weights_within_a_few_rows_at_every_step(weights, spare):
+    batch_size, steps = len(weights) + spare, 1500
+    sampler = DomainBatches(named([50] * len(weights)), named(weights), batch_size)
+    total = np.cumsum(sampler.counts(np.arange(steps)), axis=0)  # [steps, D]
+    share = total[-1] / steps
+    due = share_by_hand(weights, batch_size)
+    assert np.abs(total - np.arange(1, steps + 1)[:, None] * due).max() < 5
+    np.testing.assert_allclose(share, due, atol=5 / steps)
+
+
+def share_by_hand(weights, batch_size):
+    """max(1, c w) with c found by bisection."""
+    weights, low, high = np.array(weights), 0.0, batch_size / min(weights)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.maximum(1, middle * weights).sum() < batch_size else (low, middle)
+    return np.maximum(1, high * weights)
+
+
+def test_equal_weights_that_fit_give_the_same_batch_shape_every_time():
+    for batch in batches([0.1] * 3, 6, 50):
+        assert Counter(domain for domain, _ in batch) == {"d0": 2, "d1": 2, "d2": 2}
+
+
+def test_rows_of_a_batch_are_ordered_by_domain():
+    for batch in batches([1, 2, 3, 4, 5], 3, 40):
+        assert [domain for domain, _ in batch] == sorted(domain for domain, _ in batch)
+
+
+@settings(deadline=None)
+@given(first=st.integers(0, 200), batch_size=st.integers(1, 9), seed=st.integers(0, 5))
+def test_batch_n_is_the_same_wherever_the_iteration_started(first, batch_size, seed):
+    weights = [1, 5, 2, 3]
+    whole = batches(weights, batch_size, first + 8, rows=7, seed=seed)
+    assert batches(weights, batch_size, 8, first=first, rows=7, seed=seed) == whole[first:]
+
+
+def test_another_seed_gives_another_order():
+    assert batches([1, 1], 4, 5, seed=0) != batches([1, 1], 4, 5, seed=1)
+
+
+def test_no_row_comes_twice_in_a_pass_and_passes_differ():
+    rows = [row for batch in batches([1.0, 1.0], 2, 30, rows=10) for domain, row in batch if domain == "d1"]
+    passes = [rows[i : i + 10] for i in range(0, 30, 10)]
+    assert all(sorted(order) == list(range(10)) for order in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_a_domains_row_order_does_not_depend_on_the_other_domains():
+    alone = [row for batch in batches([1], 1, 20) for _, row in batch]
+    among = [row for batch in batches([1, 1, 1], 3, 20) for domain, row in batch if domain == "d0"]
+    assert alone == among
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_ranks_draw_the_same_domains_and_different_rows(batch_size):
+    ranks = [batches([1, 2, 3], batch_size, 40, rows=1000, rank=rank, world_size=3) for rank in range(3)]
+    for step in zip(*ranks, strict=True):
+        domains = [[domain for domain, _ in batch] for batch in step]
+        assert domains[0] == domains[1] == domains[2]
+    seen = [{ref for batch in rank for ref in batch} for rank in ranks]
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+
+
+def test_a_wider_window_holds_every_domain_once_per_optimizer_step():
+    drawn = batches([1] * 7, 3, 40, window=4)
+    for first in range(0, 40, 4):
+        assert len({domain for batch in drawn[first : first + 4] for domain, _ in batch}) == 7

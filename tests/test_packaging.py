@@ -1,0 +1,113 @@
+"""What pip installs: the wheel's contents, its metadata, and the door of the package."""
+
+import re
+import shutil
+import subprocess
+import sys
+from email.parser import Parser
+from importlib.metadata import distribution
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from packaging.requirements import Requirement
+
+import koff_lightning
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> ZipFile:
+    """A wheel built from a copy of the tree, as pip would from a clone."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in ("src", "configs"):
+        shutil.copytree(
+            ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    for file in [*ROOT.glob("*.cfg"), *ROOT.glob("*.toml"), *ROOT.glob("*.md"), ROOT / "LICENSE"]:
+        shutil.copy(file, tree)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", out, tree], check=True, capture_output=True, text=True)
+    return ZipFile(next(out.glob("*.whl")))
+
+
+@pytest.fixture(scope="module")
+def requirements() -> dict[str, Requirement]:
+    """What setup.cfg asks for, read from the installed metadata."""
+    return {r.name: r for r in map(Requirement, distribution("koff-lightning").requires)}
+
+
+def test_the_wheel_holds_every_module_and_data_file(wheel):
+    packaged = {name for name in wheel.namelist() if name.startswith("koff_lightning/")}
+    package = ROOT / "src" / "koff_lightning"
+    wanted = {file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    names = {f"koff_lightning/{file.relative_to(package).as_posix()}" for file in wanted}
+    configs = {
+        f"koff_lightning/configs/{c.relative_to(ROOT / 'configs').as_posix()}"
+        for c in (ROOT / "configs").rglob("*.yaml")
+    }
+    assert packaged == names | configs
+
+
+def test_configs_in_the_wheel_are_the_files_themselves(wheel):
+    for config in (ROOT / "configs").rglob("*.yaml"):
+        name = f"koff_lightning/configs/{config.relative_to(ROOT / 'configs').as_posix()}"
+        assert wheel.read(name) == config.read_bytes()
+
+
+def test_the_wheel_is_small(wheel):
+    assert sum(info.compress_size for info in wheel.infolist()) < 20e6
+
+
+def test_the_command_and_the_licence(wheel):
+    info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(wheel.read(info).decode())
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Version"] == koff_lightning.__version__
+    commands = wheel.read(info.replace("METADATA", "entry_points.txt")).decode()
+    assert "koff = koff_lightning.cli:main" in commands
+
+
+def test_the_malicious_lightning_releases_are_excluded(requirements):
+    """Advisory GHSA-w37p-236h-pfx3: they stole credentials on import."""
+    lightning = requirements["lightning"].specifier
+    assert {"2.6.2", "2.6.3"}.isdisjoint(lightning.filter(["2.6.2", "2.6.3", "2.6.6"]))
+    assert {str(part) for part in lightning} >= {"!=2.6.2", "!=2.6.3", ">=2.6.6"}, "spelled out, whatever the floor"
+    assert "pytorch-lightning" not in requirements, "it would need the same exclusions"
+
+
+def test_ranges_that_the_stack_needs(requirements):
+    assert "5.0" not in requirements["jsonargparse"].specifier, "LightningCLI calls what jsonargparse 5 removed"
+    assert "0.4.9" not in requirements["lm-eval"].specifier, "broken with transformers 5"
+
+
+def test_constraints_are_exact_portable_and_cover_what_we_require(requirements):
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)], (
+        "no paths, no hosts, no local builds"
+    )
+    pinned = dict(line.lower().replace("_", "-").split("==") for line in lines)
+    for name, requirement in requirements.items():
+        if requirement.marker is None or "notebooks" not in str(requirement.marker):
+            assert pinned[name] in requirement.specifier, name
+
+
+def test_import_is_light_and_has_no_effects():
+    code = "import sys; import koff_lightning; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert [name for name in loaded if name.startswith("koff_lightning")] == ["koff_lightning"]
+    assert not {"torch", "lightning", "transformers", "numpy"} & set(loaded)
+
+
+@pytest.mark.parametrize("name", koff_lightning._HOME)
+def test_every_name_at_the_door_opens(name):
+    thing = getattr(koff_lightning, name)
+    assert thing.__name__ == name
+    assert name in dir(koff_lightning)
+
+
+def test_a_wrong_name_at_the_door():
+    with pytest.raises(AttributeError, match="module 'koff_lightning' has no attribute 'KOFModule'"):
+        koff_lightning.KOFModule  # noqa: B018

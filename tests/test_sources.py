@@ -1,0 +1,349 @@
+"""Sources: every file kind, the split, the limits, and each kind of bad input with its own line."""
+
+import csv
+import gzip
+import json
+import lzma
+import warnings
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from toy_text import toy_documents, write_jsonl
+
+from koff_lightning.data.readers import read_file
+from koff_lightning.data.sources import (
+    DomainSource,
+    as_sources,
+    bundled_domains,
+    expand_files,
+    is_heldout,
+    read_domain,
+)
+from koff_lightning.data.yaml_keys import refuse_duplicate_keys
+from koff_lightning.errors import KoffError
+
+TEXTS = ["first document\nwith two lines", 'zweites, größeres "Dokument"', "третий 狐狸"]
+
+
+def fail(message):
+    raise KoffError(message)
+
+
+def texts_of(path, text_field="text", id_field="id", on_bad=fail):
+    return [document.text for document in read_file(path, text_field, id_field, on_bad)]
+
+
+def read(source, **options):
+    return read_domain("x", source, **{"heldout_fraction": 0.3, **options})
+
+
+# ------------------------------------------------------------------------------------------------- kinds of file
+
+
+def jsonl_bytes():
+    return "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_jsonl_plain_and_compressed(tmp_path, suffix, pack):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(pack(jsonl_bytes()))
+    assert texts_of(path) == TEXTS
+
+
+def test_zst_reads_or_says_which_package_is_missing(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    try:
+        import zstandard
+    except ImportError:
+        path.write_bytes(b"")
+        with pytest.raises(KoffError, match="pip install zstandard"):
+            texts_of(path)
+    else:
+        path.write_bytes(zstandard.compress(jsonl_bytes()))
+        assert texts_of(path) == TEXTS
+
+
+def test_csv_with_commas_quotes_and_line_ends_in_the_text(tmp_path):
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:  # as Excel writes it
+        csv.writer(file).writerows([["text", "id"], *([text, str(i)] for i, text in enumerate(TEXTS))])
+    assert [tuple(document) for document in read_file(path, "text", "id", fail)] == [
+        (str(i), text) for i, text in enumerate(TEXTS)
+    ]
+
+
+def test_csv_fields_may_be_longer_than_the_csv_modules_limit(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"text\n{'x' * 200_000}\n")
+    assert len(texts_of(path)[0]) == 200_000
+
+
+def test_txt_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(TEXTS), encoding="utf-8")
+    assert texts_of(path) == ["\n".join(TEXTS)]
+
+
+def test_parquet_with_named_columns(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"content": TEXTS, "path": [7, 8, 9], "other": [0, 0, 0]}), path)
+    documents = list(read_file(path, "content", "path", fail))
+    assert [(d.id, d.text) for d in documents] == list(zip("789", TEXTS, strict=True))
+
+
+def test_a_document_without_id_is_its_own_id_and_empty_ones_are_left_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "id": null}\n\n{"text": ""}\n{"text": "b"}\n')
+    assert [tuple(document) for document in read_file(path, "text", "id", fail)] == [("a", "a"), ("b", "b")]
+
+
+# ------------------------------------------------------------------------------------------------- bad lines
+
+
+BAD_LINES = {
+    b'{"text": ': r"a\.jsonl:2: not valid JSON \(Expecting value at column 9\)",
+    b'["text"]': r"a\.jsonl:2: expected a JSON object with a field 'text', got a list",
+    b'{"content": "x", "url": "y"}': r"a\.jsonl:2: no field 'text', only content, url: set text_field",
+    b'{"text": 3}': r"a\.jsonl:2: field 'text' should be text, got int",
+    b'{"text": null}': r"a\.jsonl:2: field 'text' should be text, got null",
+    b'{"text": "\xff"}': r"a\.jsonl:2: not valid UTF-8",
+    b'{"text": "\\ud800"}': r"a\.jsonl:2: not valid UTF-8",
+    b'{"text": "x", "id": "\\ud800"}': r"a\.jsonl:2: not valid UTF-8",
+    b"[" * 100_000: r"a\.jsonl:2: not (usable|valid) JSON",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES.items(), ids=[m[12:35] for m in BAD_LINES.values()])
+def test_a_bad_line_is_named_or_left_out(tmp_path, line, message):
+    good = [json.dumps({"text": text}).encode() for text in toy_documents(30)]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([good[0], line, *good[1:]]))
+    with pytest.raises(KoffError, match=f"{message}.*on_bad_line=skip"):
+        read(DomainSource(str(path)))
+    with pytest.warns(UserWarning, match=f"'x': left out 1 line.*{message}"):
+        texts = read(DomainSource(str(path)), on_bad_line="skip")
+    assert len(texts.train) + len(texts.heldout) == 30
+
+
+def test_skip_says_nothing_when_there_is_nothing_to_skip(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", toy_documents(30))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(DomainSource(str(path)), on_bad_line="skip")
+
+
+def test_bad_utf8_in_csv_txt_and_parquet(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text\ngood\n\xff\n")
+    with pytest.raises(KoffError, match=r"a\.csv:3: not valid UTF-8"):
+        texts_of(tmp_path / "a.csv")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(KoffError, match=r"a\.txt:1: not valid UTF-8"):
+        texts_of(tmp_path / "a.txt")
+    column = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        2,
+        [None, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0])), pyarrow.py_buffer(b"a\xff")],
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(KoffError, match=r"a\.parquet:2: not valid UTF-8"):
+        texts_of(tmp_path / "a.parquet")
+
+
+def test_a_csv_row_that_is_too_short_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n1,good\n2\n")
+    with pytest.raises(KoffError, match=r"a\.csv:3: field 'text' should be text, got null"):
+        texts_of(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_without_the_text_column_names_those_it_has(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        path.write_text("body,id\nx,1\n")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": ["1"]}), path)
+    with pytest.raises(KoffError, match="has no column 'text', only body, id: set text_field"):
+        texts_of(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.parquet"])
+def test_a_damaged_file_stops_even_when_bad_lines_are_skipped(tmp_path, name):
+    (tmp_path / name).write_bytes(b"this is neither")
+    with pytest.raises(KoffError, match=f"cannot read .*{name}"):
+        texts_of(tmp_path / name, on_bad=lambda message: None)
+
+
+def test_a_truncated_archive_stops(tmp_path):
+    whole = gzip.compress(b"".join(json.dumps({"text": t}).encode() + b"\n" for t in toy_documents(200)))
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(KoffError, match=r"cannot read .*a\.jsonl\.gz"):
+        texts_of(tmp_path / "a.jsonl.gz", on_bad=lambda message: None)
+
+
+# ------------------------------------------------------------------------------------------------- files and names
+
+
+def test_globs_are_sorted_and_a_file_counts_once(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl"):
+        write_jsonl(tmp_path / name, ["x"])
+    found = expand_files([f"{tmp_path}/**/*.jsonl", f"{tmp_path}/a.jsonl"])
+    assert [path.name for path in found] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+
+
+def test_a_file_name_may_hold_glob_characters(tmp_path):
+    path = write_jsonl(tmp_path / "a[1].jsonl", ["x"])
+    assert expand_files([str(path)]) == [path]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("none/*.jsonl", r"no file matches '.*none/\*\.jsonl' \(looked in .*\): correct the path"),
+        ("gone.jsonl", "no file matches"),
+        ("folder", r"'.*folder' is a folder: name the files in it, for example '.*\*\.jsonl'"),
+        ("notes.docx", r"cannot read .*notes\.docx: unknown kind of file '\.docx'\. Known: \.jsonl, \.csv"),
+        ("bare", "unknown kind of file ''"),
+        ("a.parquet.gz", "all but parquet also with"),
+    ],
+)
+def test_files_that_are_not_there_or_not_text(tmp_path, pattern, message):
+    (tmp_path / "folder").mkdir()
+    for name in ("notes.docx", "bare", "a.parquet.gz"):
+        (tmp_path / name).touch()
+    with pytest.raises(KoffError, match=message):
+        read(DomainSource(f"{tmp_path}/{pattern}"))
+
+
+def test_an_unknown_bundled_domain_lists_those_there_are():
+    with pytest.raises(KoffError, match="unknown bundled domain 'klingon'; bundled are: de, en, .*zh"):
+        read(DomainSource("bundled:klingon"))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "..", "ä", "a.b", "x" * 65, "a\n"])
+def test_names_that_are_not_safe_as_file_names(name):
+    with pytest.raises(KoffError, match="is not safe as a file name: use 1 to 64"):
+        as_sources({name: "bundled:de"})
+
+
+def test_names_that_yaml_does_not_read_as_text():
+    with pytest.raises(KoffError, match="domain name False is not text: put it in quotes"):
+        as_sources({False: "bundled:de"})
+
+
+def test_names_that_differ_in_case_only():
+    with pytest.raises(KoffError, match="duplicate domain names 'de' and 'DE'"):
+        as_sources({"de": "bundled:de", "DE": "bundled:de"})
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), True])
+def test_bad_weights(weight):
+    with pytest.raises(KoffError, match="domain 'de': weight must be a finite number above 0, got"):
+        as_sources({"de": DomainSource("bundled:de", weight=weight)})
+
+
+def test_no_domains_and_no_files():
+    with pytest.raises(KoffError, match=r"data\.domains is empty"):
+        as_sources({})
+    with pytest.raises(KoffError, match="domain 'de' has an empty list of files"):
+        as_sources({"de": []})
+
+
+def test_duplicate_keys_in_yaml_name_both_lines(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  domains:\n    de: bundled:de\n    en: bundled:en\n    de: [x.jsonl]\n")
+    with pytest.raises(KoffError, match=r"run\.yaml:5: 'de' is given twice, first in line 3"):
+        refuse_duplicate_keys(path)
+    path.write_text("list:\n- {a: 1, a: 2}\n")
+    with pytest.raises(KoffError, match=r"run\.yaml:2: 'a' is given twice"):
+        refuse_duplicate_keys(path)
+    path.write_text("a: [\n")
+    with pytest.raises(KoffError, match=r"run\.yaml is not valid YAML"):
+        refuse_duplicate_keys(path)
+    for good in ("", "a: {de: 1}\nb: {de: 2}\nc: [{de: 1}, {de: 2}]\n", "a: &x {b: 1}\nc: *x\n"):
+        path.write_text(good)
+        refuse_duplicate_keys(path)
+
+
+# ------------------------------------------------------------------------------------------------- split and limits
+
+
+def test_the_split_is_by_id_and_the_same_for_parallel_documents(tmp_path):
+    german, french = (write_jsonl(tmp_path / f"{n}.jsonl", toy_documents(200, seed=n)) for n in (1, 2))
+    sides = []
+    for path in (german, french):
+        texts = read(DomainSource(str(path)))
+        sides.append([text.split()[0] for text in texts.heldout])
+        assert len(texts.train) + len(texts.heldout) == 200
+        assert 30 < len(texts.heldout) < 90
+    assert sides[0] == sides[1] == [str(i) for i in range(200) if is_heldout(f"doc-{i}", 0.3)]
+
+
+def test_is_heldout_is_fixed_for_good():
+    assert [i for i in range(40) if is_heldout(f"doc-{i}", 0.1)] == [7, 19, 20, 21]
+    assert not is_heldout("x", 0.0)
+    assert is_heldout("x", 1.0)
+
+
+def test_a_training_text_that_is_also_held_out_is_dropped(tmp_path):
+    texts = toy_documents(50)
+    held, trained = (
+        next(i for i in range(50) if is_heldout(f"doc-{i}", 0.3)),
+        next(i for i in range(50) if not is_heldout(f"doc-{i}", 0.3)),
+    )
+    texts[trained] = texts[held]
+    split = read(DomainSource(str(write_jsonl(tmp_path / "a.jsonl", texts))))
+    assert texts[held] in split.heldout
+    assert texts[held] not in split.train
+
+
+def test_limits_take_whole_documents(tmp_path):
+    texts = toy_documents(200)
+    path = str(write_jsonl(tmp_path / "a.jsonl", texts))
+    full, cut = read(DomainSource(path)), read(DomainSource(path), max_train_bytes=9000, max_heldout_bytes=3000)
+    assert cut.train == full.train[: len(cut.train)]
+    assert 8000 < sum(len(t.encode()) for t in cut.train) <= 9000
+    assert set(cut.heldout) < set(texts)
+    assert 2900 < sum(len(t.encode()) for t in cut.heldout) <= 3000
+
+
+def test_reading_stops_when_the_training_text_is_full(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", toy_documents(200))
+    path.write_bytes(path.read_bytes() + b"this line is never reached\n")
+    read(DomainSource(str(path)), max_train_bytes=5000)
+
+
+def test_the_heldout_sample_does_not_depend_on_file_order(tmp_path):
+    texts = toy_documents(100)
+    lines = [json.dumps({"id": f"doc-{i}", "text": text}) for i, text in enumerate(texts)]
+    for name, order in (("a.jsonl", lines), ("b.jsonl", lines[::-1])):
+        (tmp_path / name).write_text("\n".join(order))
+    a, b = (read(DomainSource(str(tmp_path / name)), max_heldout_bytes=2000).heldout for name in ("a.jsonl", "b.jsonl"))
+    assert a == b
+
+
+def test_sides_without_text_say_what_to_do(tmp_path):
+    many, empty, one = (
+        DomainSource(str(write_jsonl(tmp_path / name, texts)))
+        for name, texts in (("many.jsonl", toy_documents(50)), ("empty.jsonl", []), ("one.jsonl", ["only one"]))
+    )
+    with pytest.raises(KoffError, match="domain 'x' is empty: its files hold no document"):
+        read(empty)
+    with pytest.raises(KoffError, match="domain 'x' has no held-out text: none of the 1 document.*heldout_fraction"):
+        read(one, heldout_fraction=1e-9)
+    with pytest.raises(KoffError, match="domain 'x' has no training text: its documents are held out"):
+        read(one, heldout_fraction=1 - 1e-9)
+    with pytest.raises(KoffError, match="domain 'x' has no training text: .*max_train_bytes=1"):
+        read(many, max_train_bytes=1)
+    with pytest.raises(KoffError, match="none of its .* held-out document.* fits in data.max_heldout_bytes=1"):
+        read(many, max_heldout_bytes=1)
+
+
+def test_bundled_text_is_split_as_shipped_and_entries_can_be_joined():
+    assert bundled_domains() == ["de", "en", "es", "fr", "python", "ru", "zh"]
+    german = read(DomainSource("bundled:de"), max_train_bytes=20_000, max_heldout_bytes=20_000)
+    both = read(DomainSource(["bundled:de", "bundled:zh"]), max_train_bytes=20_000)
+    assert german.train == both.train
+    assert set(german.heldout) < set(both.heldout)
+    assert not set(both.train) & set(both.heldout)

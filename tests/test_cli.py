@@ -1,14 +1,20 @@
 """The command as a user meets it: speed of help, one-line errors, names looked up, what a run's options become."""
 
+import json
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from koff_lightning import config_files, training_cli
 from koff_lightning.cli import TOOLS, TRAINING, main
 from koff_lightning.errors import KoffError
+from koff_lightning.module import KOFFModule
 from koff_lightning.option_errors import nearest, one_line
 
 
@@ -163,8 +169,6 @@ def test_the_seed_is_fixed_and_the_folder_is_named_after_the_configs(config):
 
 
 def test_explicit_options_win_over_the_checkpoint(tmp_path, config):
-    import torch
-
     torch.save({"hyper_parameters": {"sparsity": {"target": 0.5}}, "state_dict": {}}, tmp_path / "old.ckpt")
     options = config("validate", "--config", "demo.yaml", "--ckpt_path", str(tmp_path / "old.ckpt"))
     assert options.model.sparsity.target == 0.12
@@ -216,11 +220,84 @@ def test_python_m_is_the_same_command():
     assert done.stdout.startswith("koff-lightning ")
 
 
-@pytest.mark.parametrize(("raised", "status"), [(KoffError("said"), 2), (KeyboardInterrupt("said"), 130)])
-def test_exit_status(monkeypatch, capsys, raised, status):
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [(KoffError("said"), 2, "said"), (KeyboardInterrupt(), 130, "interrupted"), (SystemExit(0), 0, None)],
+)
+def test_exit_status(monkeypatch, capsys, raised, status, line):
     def fail(argv: list[str]) -> None:
         raise raised
 
     monkeypatch.setattr(training_cli, "run", fail)
     assert main(["fit"]) == status
-    assert capsys.readouterr().err == "koff: said\n"
+    assert capsys.readouterr().err == (f"koff: {line}\n" if line else "")
+
+
+# ---------------------------------------------------------------------------------------------------- real, tiny runs
+
+
+@pytest.fixture
+def run_tiny(tmp_path, monkeypatch):
+    """Run a verb for real, a few steps on little text."""
+    monkeypatch.chdir(tmp_path)
+    small = {"seq_len": 64, "batch_size": 8, "max_train_bytes": 20_000, "max_heldout_bytes": 1_500}
+    options = {
+        "data": {"domains": {"de": "bundled:de", "python": "bundled:python"}} | small,
+        "trainer": {"accelerator": "cpu", "max_steps": 4, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
+        "checkpoint": {"every_n_train_steps": 2},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(options))
+    handler = signal.getsignal(signal.SIGINT)
+    yield lambda verb, *argv: main([verb, "--config", "mine.yaml", *argv])
+    signal.signal(signal.SIGINT, handler)  # Lightning turns it off when interrupted
+
+
+def stop_at_step_3(monkeypatch, with_what: BaseException) -> None:
+    step = KOFFModule.training_step
+
+    def stop(module: KOFFModule, batch: dict, batch_idx: int) -> torch.Tensor:
+        if module.global_step == 3:
+            raise with_what
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(KOFFModule, "training_step", stop)
+
+
+def test_a_run_is_interrupted_resumed_and_scored(run_tiny, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at_step_3(patch, KeyboardInterrupt())
+        assert run_tiny("fit") == 130
+    said = capsys.readouterr()
+    checkpoint = "runs/mine/version_0/checkpoints/last.ckpt"
+    assert f"--ckpt_path {checkpoint}" in said.out
+    assert said.err.splitlines()[-1] == "koff: interrupted"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+
+    assert run_tiny("fit", "--ckpt_path", checkpoint) == 0
+    root = Path("runs/mine")
+    assert json.loads((root / "results.json").read_text())["steps"] == 4
+    assert {f.name for f in (root / "version_1").iterdir()} >= {"config.yaml", "metrics.csv", "checkpoints"}
+    assert list((root / "version_1").glob("events.out.tfevents.*"))
+    assert yaml.safe_load((root / "version_1/config.yaml").read_text())["model"]["sparsity"]["target"] == 0.12
+
+    assert run_tiny("validate", "--ckpt_path", str(root / "version_1/checkpoints/last.ckpt")) == 0
+
+
+def test_a_full_disk_stops_the_run_in_one_line(run_tiny, monkeypatch, capsys):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "last.ckpt")
+
+    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+    assert run_tiny("fit") == 2
+    assert "koff: [Errno 28] No space left on device: 'last.ckpt'" in capsys.readouterr().err.splitlines()
+
+
+def test_loggers_checkpoints_and_progress_can_be_switched_off(run_tiny):
+    off = [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")]
+    assert run_tiny("fit", *off) == 0
+    assert not list(Path("runs/mine").glob("version_*"))
+
+
+def test_trainer_options_that_do_not_go_together_are_one_line(run_tiny, capsys):
+    assert run_tiny("fit", "--trainer.accelerator", "gpu") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("koff: ")

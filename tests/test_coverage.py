@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -59,14 +61,14 @@ def test_a_detached_kv_memory_is_named(tmp_path):
         read = module.memories.read
         module.memories.read = lambda layer: _detached(read(layer))
 
-    with pytest.raises(KoffError, match=r"'warmup'.*8 have no usable gradient: memories\.kv\.koff_en\S* \(none\).*more"):
+    with pytest.raises(
+        KoffError, match=r"'warmup'.*8 have no usable gradient: memories\.kv\.koff_en\S* \(none\).*more"
+    ):
         fit(tmp_path, At(0, detach))
 
 
 def _detached(memory):
-    if memory is not None:
-        memory.key, memory.value = memory.key.detach(), memory.value.detach()
-    return memory
+    return memory and replace(memory, key=memory.key.detach(), value=memory.value.detach())
 
 
 def test_one_unread_layer_is_named(tmp_path):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.backbone import load_tokenizer
-from koff_lightning.data import DomainDataModule, DomainSource, check_vocabulary, is_heldout
+from koff_lightning.data import DomainDataModule, DomainSource, bundled_domains, check_vocabulary, is_heldout
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.errors import KoffError
 
@@ -288,6 +288,19 @@ def test_a_tokenizer_larger_than_the_embedding(text):
     check_vocabulary(tokenizer, 300)
     with pytest.raises(KoffError, match="does not match the backbone: it has ids up to 299, the backbone embeds 299"):
         check_vocabulary(tokenizer, 299)
+
+
+def test_all_bundled_text_with_the_bundled_tokenizer():
+    limits = {"max_train_bytes": 60_000, "max_heldout_bytes": 40_000}
+    data = DomainDataModule({name: f"bundled:{name}" for name in bundled_domains()}, tokenizer="koff-tiny", **limits)
+    data.setup()
+    bos = data.tokenizer.bos_token_id
+    for name in bundled_domains():
+        assert data.sample_ids(name, 16)[0] == bos
+        assert (data._train[name].tokens[0, 0], data._heldout[name].tokens[0, 0]) == (bos, bos)
+        assert 20_000 < data._heldout[name].num_bytes.sum() <= 40_000
+    batch = next(iter(data.train_dataloader()))
+    assert sorted(set(batch["domains"])) == bundled_domains()
 
 
 def test_domains_in_yaml(tmp_path):

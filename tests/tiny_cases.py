@@ -43,7 +43,7 @@ def make_case(family: str, *, lora: bool = True, kv: bool = True, domains: Seque
         spec = LoraSpec(RANK, ALPHA) if lora else None
         bank = MemoryBank(model, domains, spec, KVSpec(SLOTS) if kv else None)
         for tensor in (*bank.lora_parameters(), *bank.kv_parameters(), *_sinks(bank)):
-            nn.init.normal_(tensor, std=0.3)
+            nn.init.normal_(tensor, std=0.3 if tensor.ndim == 3 else 0.1)  # KV [K, P, dh], LoRA [r, in]
     gates = BackboneGates(groups)
     gates.attach(model)
     return Case(plain, model, groups, bank, gates)

@@ -82,4 +82,3 @@ def tiny_trainer(folder: Path, callbacks: Sequence[Callback], steps: int = 8, **
         enable_progress_bar=bars,
         **defaults | options,
     )
-

@@ -7,7 +7,21 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "während", "größere", "Füchse", "schlafen", "и", "кошки", "狐狸", "跳过"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "während",
+    "größere",
+    "Füchse",
+    "schlafen",
+    "и",
+    "кошки",
+    "狐狸",
+    "跳过",
+]
 
 
 def toy_documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:

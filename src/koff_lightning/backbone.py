@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,7 +70,14 @@ def load_backbone(
         where = where | {
             "quantization_config": GgufConfig(dequantize=True)
         }  # packed weights can be neither cut nor adapted
-    model = _loading(source, AutoModelForCausalLM.from_pretrained, where | {"dtype": getattr(torch, dtype)})
+    where = where | {"dtype": _dtype(dtype), "output_loading_info": True}
+    model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
+    if info["missing_keys"]:  # transformers fills them with random numbers and goes on
+        missing = sorted(info["missing_keys"])
+        raise KoffError(
+            f"backbone {source!r}: its files lack {len(missing)} tensors that its config asks for, first {missing[0]}: "
+            "the download is incomplete, or config and weights belong to different models"
+        )
     model.config.use_cache = False  # a cache makes packed documents see each other, silently
     return model.requires_grad_(False).eval()
 
@@ -103,7 +111,7 @@ def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
 
 
 def rotary_inv_freq(model: PreTrainedModel) -> Tensor:
-    """Inverse frequencies of the rotary embedding, any static scaling included, [head_dim / 2], radians per position."""
+    """Inverse frequencies of the rotary embedding, static scaling included, [head_dim / 2], radians per position."""
     return model.model.rotary_emb.inv_freq
 
 
@@ -163,6 +171,13 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise KoffError(f"dtype must be a floating torch dtype such as float32, bfloat16 or float16; got {name!r}")
+    return dtype
+
+
 def _resolve(source: str, revision: str | None, trust_remote_code: bool) -> dict[str, object]:
     """Keyword arguments for `from_pretrained`."""
     where: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -172,7 +187,7 @@ def _resolve(source: str, revision: str | None, trust_remote_code: bool) -> dict
     if source.endswith(".gguf"):
         if not path.is_file():
             raise KoffError(
-                f"backbone {source!r}: no such file. `koff fetch smollm2` downloads one; a hub id or a folder also works"
+                f"backbone {source!r}: no such file. `koff fetch smollm2` gets one; a hub id or a folder also works"
             )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
@@ -192,14 +207,14 @@ def _loading(source: str, load: object, where: dict[str, object]) -> object:
     """Call `load`, turning the hub's many exceptions into one line that says what to do."""
     try:
         return load(**where)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         text = str(error)
         if "gated" in text.lower() or "401" in text or "403" in text:
             hint = "access is restricted: accept its licence on the hub and log in with `hf auth login`"
         elif any(
             sign in text.lower() for sign in ("offline", "connect", "couldn't reach", "resolve host", "timed out")
         ):
-            hint = f"the hub cannot be reached and no copy is cached: download it where there is a network, or use {TINY!r}"
+            hint = f"no copy is cached and the hub cannot be reached: fetch it where it can be, or use {TINY!r}"
         elif "not a valid model identifier" in text or "404" in text:
             hint = "no such model on the hub: check the spelling, or give a local folder"
         else:

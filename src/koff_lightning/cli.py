@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"koff: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"koff: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"koff: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except SystemExit as stop:  # a parser that has printed its help
         return int(stop.code or 0)

@@ -80,7 +80,7 @@ class Decomposition(LightningModule):
         return self.budget.expected(keep)
 
     def hard_mask(self) -> Tensor:
-        """The mask if training stopped now, bool [U]: hardened, or without the lowest logits up to the current target."""
+        """The mask if training stopped now, bool [U]: hardened, or without the lowest logits up to the target."""
         if self.gates.hardened:
             return self.gates.kept
         return self.budget.harden(self.gates.logits, self.target).to(self.gates.kept.device)
@@ -167,7 +167,7 @@ class Decomposition(LightningModule):
         missing = sorted(self._owned() - set(checkpoint["state_dict"]))
         if missing:
             raise KoffError(
-                f"the checkpoint (domains {', '.join(about['domains'])}) lacks {len(missing)} trained tensors of this run "
+                f"the checkpoint (domains {', '.join(about['domains'])}) lacks {len(missing)} tensors that this run trains "
                 f"(domains {', '.join(self.domains)}), first {missing[0]}: use the model and data options of that run"
             )
 

@@ -1,6 +1,6 @@
-"""Gates that switch prunable units on and off: what a gate is (`HardConcrete`, `ShrinkingReLU`) and where it acts.
+"""Gates that switch prunable units: what a gate is (`HardConcrete`, `ShrinkingReLU`) and where it acts.
 
-One flat vector of logits holds all units of all groups, so a mask is sampled, counted and hardened in single operations.
+One flat vector of logits holds all units of all groups: sampling, counting and hardening are single operations.
 
 Shapes: U units in all, U_g units of group g, C_g = U_g * width input columns of its consumer, R = 1 or rows of the batch.
 """
@@ -25,6 +25,11 @@ class HardConcrete:
     initial, rate, bound = 3.0, 1.0, 8.0  # P(m > 0) = 0.99 at the start
     gamma, zeta, beta, eps = -0.1, 1.1, 2 / 3, 1e-6
     offset = beta * math.log(-gamma / zeta)  # -1.5986: where a gate is as often zero as not
+
+    @property
+    def temperature(self) -> float:
+        """Of the sigmoid that makes a sample; constant."""
+        return self.beta
 
     def sample(self, logits: Tensor, rows: int = 1) -> Tensor:
         """Independent draws for each row, [rows, U]. fp32: in bf16 1 - eps rounds to 1 and the logit to inf."""
@@ -59,6 +64,11 @@ class ShrinkingReLU:
 
     def __init__(self) -> None:
         self.mu = self.start
+
+    @property
+    def temperature(self) -> float:
+        """Width of the soft count, mu."""
+        return self.mu
 
     def sample(self, logits: Tensor, rows: int = 1) -> Tensor:
         """The gate itself, [1, U]; straight-through so that a unit at zero can come back."""

@@ -7,6 +7,7 @@ no logit tensor of the whole batch ever exists and nothing is recomputed.
 Shapes: N predicted tokens, d hidden, V vocabulary, C tokens per chunk.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,8 @@ class LossSpec:
     chunk: int = 1024
 
     def __post_init__(self) -> None:
-        if min(self.ce, self.kl) < 0 or self.ce + self.kl == 0:
-            raise KoffError(f"loss.ce and loss.kl must be >= 0 and not both 0; got {self.ce} and {self.kl}")
+        if not (self.ce >= 0 and self.kl >= 0 and 0 < self.ce + self.kl < math.inf):
+            raise KoffError(f"loss.ce and loss.kl must be >= 0, finite and not both 0; got {self.ce} and {self.kl}")
         if self.chunk < 1:
             raise KoffError(f"loss.chunk must be at least 1 token; got {self.chunk}")
 

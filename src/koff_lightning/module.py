@@ -217,7 +217,7 @@ class KOFFModule(Decomposition):
     def _guard(self, loss: Tensor, batch_idx: int) -> None:
         if not torch.isfinite(loss):
             raise KoffError(
-                f"the loss became {loss.item()} at step {self.global_step} (batch {batch_idx}); the last checkpoint is intact. "
+                f"the loss became {loss.item()} at step {self.global_step} (batch {batch_idx}); saved checkpoints are intact. "
                 "Lower the learning rates (model.optim) or look at this batch's text"
             )
 

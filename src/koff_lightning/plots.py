@@ -35,7 +35,9 @@ def sparsity_over_training(points: Sequence[Point], denominator: str) -> Figure:
     axes = figure.add_subplot()
     steps = [point["step"] for point in points]
     for name, colour, style in (("target", BLACK, "--"), ("expected", BLUE, "-"), ("realised", ORANGE, "-")):
-        axes.plot(steps, [100 * point[name] for point in points], style, color=colour, label=name, linewidth=1.6)
+        on_top = 3 if name == "target" else 2
+        share = [100 * point[name] for point in points]
+        axes.plot(steps, share, style, color=colour, label=name, linewidth=1.6, zorder=on_top)
     axes.set(xlabel="optimizer step", ylabel=f"parameters removed, % of {denominator}", title="Sparsity over training")
     axes.set_ylim(bottom=0)
     _plain(axes)
@@ -60,12 +62,12 @@ def sparsity_by_layer(points: Sequence[Point], groups: Sequence[tuple[int, str]]
         axes = figure.add_subplot(1, len(kinds), place + 1)
         top = max(float(removed[:, rows].max()), 1.0)
         mesh = axes.pcolormesh(
-            edges, np.arange(len(rows) + 1) - 0.5, removed[:, rows].T, cmap="cividis", vmin=0, vmax=top
+            edges, np.arange(len(rows) + 1) - 0.5, removed[:, rows].T, cmap="Blues", vmin=0, vmax=top, rasterized=True
         )
         every = -(-len(layers) // 12)
         axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
         axes.set(title=KIND_TITLE[kind], xlabel="optimizer step", ylabel="layer" if place == 0 else "")
-        figure.colorbar(mesh, ax=axes, label="removed, % of the layer's units")
+        figure.colorbar(mesh, ax=axes, label="removed, % of the layer's units" if place == len(kinds) - 1 else "")
     return figure
 
 
@@ -86,7 +88,8 @@ def domain_bars(domains: Bpb) -> Figure:
     below.set(ylabel="change against dense, %")
     below.axhline(0, color=BLACK, linewidth=0.8)
     below.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
-    below.tick_params(axis="x", length=0)
+    for axes in (above, below):
+        axes.tick_params(axis="x", length=0)
     return figure
 
 

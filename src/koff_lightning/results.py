@@ -13,8 +13,9 @@ from rich import box
 from rich.table import Table
 
 from koff_lightning import __version__
+from koff_lightning.decomposition import ARMS
 from koff_lightning.errors import KoffError
-from koff_lightning.module import ARMS, KOFFModule
+from koff_lightning.module import KOFFModule
 
 Figures = dict[str, Any]
 

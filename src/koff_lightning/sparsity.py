@@ -1,7 +1,7 @@
 """How much is removed: exact accounting in parameters, the target over time, the penalty, and hardening to a budget.
 
-Shapes: U units over all groups. Sparsity is always removed parameters / a named denominator (method of counting:
-Sheared-LLaMA counts the body; "model X minus 12 %" counts the total; both and the share of prunable units are reported).
+Sparsity is always removed parameters over a named denominator: Sheared-LLaMA counts the body, "model X minus 12 %" the
+total; both and the share of prunable units are reported. Shapes: U units over all groups.
 """
 
 import math
@@ -73,7 +73,7 @@ class Budget:
         most = removable / self.denominators[spec.denominator]
         if spec.target > most:
             raise KoffError(
-                f"sparsity.target {spec.target} of {spec.denominator} cannot be reached: with at least {spec.min_channels} "
+                f"sparsity.target {spec.target} of {spec.denominator} cannot be reached: with {spec.min_channels} "
                 f"neurons and {spec.min_kv_groups} kv groups kept per layer, at most {most:.4f} can be removed"
             )
 
@@ -113,7 +113,8 @@ class Budget:
         below the target by less than the cheapest unit. Each layer keeps its minimum.
         """
         scores = self._protected(scores.detach().float().cpu())
-        left = round((self.spec.target if target is None else target) * self.denominators[self.spec.denominator])
+        size = self.denominators[self.spec.denominator]
+        left = math.floor((self.spec.target if target is None else target) * size + 1e-4)  # parameters; 0.3 * 10 is 3
         kept = torch.ones_like(scores, dtype=torch.bool)
         order = torch.argsort(scores, stable=True)
         order = order[scores[order] < math.inf]

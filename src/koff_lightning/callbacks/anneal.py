@@ -1,4 +1,4 @@
-"""AnnealSparsity: decides WHEN. At every step it sets the target and phase, keeps the mask on the ramp, hardens once."""
+"""AnnealSparsity: decides WHEN. It sets target and phase at every step, keeps the mask on the ramp, hardens once."""
 
 from typing import Any, Literal
 
@@ -42,14 +42,11 @@ class AnnealSparsity(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: object, batch_idx: int) -> None:
         """Prepare step `trainer.global_step`."""
         step, module = trainer.global_step, pl_module
-        before, module.phase = module.phase, self.schedule.phase(step)
-        module.target = self.schedule.target_at(step)
+        module.phase, module.target = self.schedule.phase(step), self.schedule.target_at(step)
         if not module.learns_mask or module.gates.hardened:
             return
-        if module.phase == "consolidate":
-            module.harden()
-        elif module.phase != "warmup":
-            if before == "warmup":
+        if module.phase != "warmup":
+            if step == self.schedule.ramp_step:
                 module.gates.order_by_prior(module.budget.costs, module.sparsity.spread)
             module.gates.gate.anneal(self.schedule.progress(step))
             if module.sparsity.penalty == "lagrangian":
@@ -58,9 +55,12 @@ class AnnealSparsity(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: KOFFModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Log what the penalty did."""
-        if pl_module.learns_mask:
-            pl_module.log_dict(self.state_of_mask(pl_module))
+        """Harden after the last step of the mask, so that a checkpoint of this step holds the final mask; then log."""
+        if not pl_module.learns_mask:
+            return
+        if trainer.global_step >= self.schedule.harden_step and not pl_module.gates.hardened:
+            pl_module.harden()
+        pl_module.log_dict(self.state_of_mask(pl_module))
 
     @staticmethod
     @torch.no_grad()
@@ -74,13 +74,7 @@ class AnnealSparsity(Callback):
             "sparsity/realised": module.budget.report(often)[module.sparsity.denominator],
         }
         state |= {f"penalty/{name}": float(p) for name, p in module.penalty.named_parameters()}
-        return state | ({"sparsity/mu": gates.gate.mu} if hasattr(gates.gate, "mu") else {})
-
-    def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """A schedule without consolidation hardens here, so that every finished run has its exact mask."""
-        finished = self.schedule is not None and trainer.global_step >= self.schedule.steps
-        if finished and pl_module.learns_mask and not pl_module.gates.hardened:
-            pl_module.harden()
+        return state | {"sparsity/temperature": gates.gate.temperature}
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's length, so that a resumed run keeps its course even if asked for more steps."""

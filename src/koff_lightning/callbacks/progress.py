@@ -47,7 +47,7 @@ class KoffProgress(RichProgressBar):
         super().setup(trainer, pl_module, stage)
         console = get_console()
         live = console.is_jupyter or (sys.stdout.isatty() and not console.is_dumb_terminal)
-        self.plain = trainer.is_global_zero and not live
+        self.plain, self._lines = trainer.is_global_zero and not live, Pace()
         if self.plain:
             self.disable()
 

@@ -20,11 +20,11 @@ from rich import get_console
 from rich.console import Console
 
 from koff_lightning import plots, results
-from koff_lightning.callbacks.anneal import AnnealSparsity
 from koff_lightning.callbacks.progress import predicted_tokens
+from koff_lightning.decomposition import ARMS
 from koff_lightning.errors import KoffError
 from koff_lightning.history import MaskHistory
-from koff_lightning.module import ARMS, KOFFModule
+from koff_lightning.module import KOFFModule
 
 
 class RunReport(Callback):
@@ -64,9 +64,6 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Score and print. Every rank takes part: metrics and sharded weights need them all."""
-        for callback in trainer.callbacks:
-            if isinstance(callback, AnnealSparsity):  # hardens at the end of training, but may come after us
-                callback.on_train_end(trainer, pl_module)
         self._seconds, self._since = self._elapsed(), 0.0
         since = time.perf_counter()
         _say(trainer, f"scoring held-out text: {', '.join(ARMS)}")
@@ -81,7 +78,7 @@ class RunReport(Callback):
             "config": _config(trainer, pl_module),
             "versions": results.versions(),
         }
-        _print(trainer, self.results)
+        print_figures(trainer, self.results)
 
     def on_fit_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Write, after everything else is done and printed.
@@ -114,14 +111,14 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: KOFFModule, exception: BaseException) -> None:
         """Say what is left of a run that was cut short."""
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and trainer.global_step:
             _say(trainer, what_was_saved(trainer))
 
     # ---------------------------------------------------------------------------------------- test, predict
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """The same table, of the checkpoint under test."""
-        _print(trainer, _figures(trainer, pl_module))
+        print_figures(trainer, _figures(trainer, pl_module))
 
     def on_predict_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Start an empty list."""
@@ -206,7 +203,8 @@ def what_was_saved(trainer: Trainer) -> str:
     )
 
 
-def _print(trainer: Trainer, figures: results.Figures) -> None:
+def print_figures(trainer: Trainer, figures: results.Figures) -> None:
+    """The table and what stands below it, on rank 0."""
     if trainer.is_global_zero:
         console = get_console() if get_console().is_terminal else Console(width=100)
         console.print(results.table(figures))

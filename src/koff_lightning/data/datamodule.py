@@ -93,7 +93,7 @@ class DomainDataModule(LightningDataModule):
         Raises:
             KoffError: Bad files or lines, a domain without training or held-out text, or no tokenizer.
         """
-        if self._train:
+        if self._heldout.keys() == self.sources.keys():
             return
         self.tokenizer = self._load_tokenizer()
         pad_id = self.tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves

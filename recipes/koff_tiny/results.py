@@ -1,0 +1,106 @@
+"""Measure koff-tiny: KOFF against its controls over seeds, and the curve of sparsity; writes docs/results/.
+
+    python recipes/koff_tiny/results.py --jobs 2
+
+Every run is a plain `koff fit` with one thread, in a folder of its own under --runs; a run whose results.json exists is
+not repeated, so an interrupted measurement goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ARMS = {"koff": [], "no_memory": ["ablations/no_memory.yaml"], "dense_memory": ["ablations/dense_memory.yaml"]}
+CURVE = (0.05, 0.12, 0.25, 0.40, 0.50, 0.60)
+SHOWN = ("dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb")
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+def plan(seeds: list[int]) -> list[tuple[str, float, int]]:
+    """(arm, target, seed) of every run: what answers the claim first, then the curve."""
+    main = [(arm, 0.12, seed) for seed in seeds for arm in ARMS]
+    curve = [(arm, target, seeds[0]) for target in CURVE if target != 0.12 for arm in ("koff", "no_memory")]
+    return main + curve
+
+
+def run(job: tuple[str, float, int], options: argparse.Namespace) -> dict:
+    """Run one job, or read what it left."""
+    arm, target, seed = job
+    folder = Path(options.runs) / f"{arm}-{target:.2f}-{seed}"
+    if not (folder / "results.json").exists():
+        command = ["koff", "fit", "--config", options.config]
+        command += [part for overlay in ARMS[arm] for part in ("--config", overlay)]
+        command += [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]
+        command += [] if arm == "dense_memory" else [f"--model.sparsity.target={target}"]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("w") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command + options.more, stdout=log, stderr=log, check=True, env=environment)
+    print(f"done: {folder.name}", flush=True)
+    return json.loads((folder / "results.json").read_text())
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, over several seeds, standard deviation."""
+    mean = statistics.mean(values)
+    return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def write(results: dict[tuple[str, float, int], dict], options: argparse.Namespace) -> None:
+    """The table over seeds and the curve, as Markdown and JSON."""
+    seeds = sorted({seed for _, _, seed in results})
+    one = next(iter(results.values()))
+    command = "python recipes/koff_tiny/results.py" + "".join(f" {part}" for part in options.more)
+    lines = [
+        "# koff-tiny: KOFF and its controls", "",
+        f"Command: `{command}` (config `{options.config}`, {one['steps']} steps of {one['tokens'] // one['steps']:,} "
+        f"predicted tokens, seeds {', '.join(map(str, seeds))}; {len(one['domains'])} domains: {', '.join(one['domains'])}).",
+        "Bits per byte of held-out text, mean over domains, ± standard deviation over seeds. Less is better.", "",
+        "## 12 % of the body", "",
+        "| arm | dense | with memory | ratio to dense | memory off | other domain's memory |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for arm in ARMS:
+        means = [results[arm, 0.12, seed]["mean"] for seed in seeds]
+        ratio = spread([m["koff_bpb"] / m["dense_bpb"] for m in means])
+        cells = [spread([m[name] for m in means]) for name in SHOWN]
+        lines.append(f"| {arm} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} | {cells[3]} |")
+    lines += ["", "By domain, KOFF:", "", "| domain | dense | with memory | ratio | memory off | other's |", "|---|---|---|---|---|---|"]
+    for name in one["domains"]:
+        rows = [results["koff", 0.12, seed]["domains"][name] for seed in seeds]
+        ratio = spread([r["koff_bpb"] / r["dense_bpb"] for r in rows])
+        cells = [spread([r[key] for r in rows]) for key in SHOWN]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} | {cells[3]} |")
+    lines += ["", f"## The curve (seed {seeds[0]})", "", "| removed of body | KOFF | ratio to dense | KOFF, memory off | mask without memories | ratio |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for target in CURVE:
+        koff, alone = (results[arm, target, seeds[0]]["mean"] for arm in ("koff", "no_memory"))
+        lines.append(
+            f"| {100 * results['koff', target, seeds[0]]['sparsity']['body']:.1f} % | {koff['koff_bpb']:.4f} "
+            f"| {koff['koff_bpb'] / koff['dense_bpb']:.4f} | {koff['memory_off_bpb']:.4f} "
+            f"| {alone['koff_bpb']:.4f} | {alone['koff_bpb'] / alone['dense_bpb']:.4f} |"
+        )
+    (DOCS / "koff_tiny.md").write_text("\n".join(lines) + "\n")
+    plain = [{"arm": a, "target": t, "seed": s} | {k: r[k] for k in ("mean", "domains", "sparsity", "parameters", "seconds", "steps", "tokens")} for (a, t, s), r in results.items()]  # fmt: skip
+    (DOCS / "koff_tiny.json").write_text(json.dumps(plain, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run what is missing, then write the tables."""
+    parser = argparse.ArgumentParser(description="Measure koff-tiny; further arguments go to every `koff fit`.")
+    parser.add_argument("--config", default="tiny_12pct.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at one time, one thread each")
+    parser.add_argument("--runs", default="runs/koff_tiny_results")
+    options, options.more = parser.parse_known_args()
+    jobs = plan(options.seeds)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = dict(zip(jobs, pool.map(lambda job: run(job, options), jobs), strict=True))
+    DOCS.mkdir(parents=True, exist_ok=True)
+    write(results, options)
+
+
+if __name__ == "__main__":
+    main()

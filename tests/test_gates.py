@@ -1,0 +1,232 @@
+"""What a gate is: its distribution, its count, its order; and the mask as a module."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+
+from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
+from koff_lightning.gates import BackboneGates, HardConcrete, ShrinkingReLU
+
+GATES = {"hc": HardConcrete, "ddp": ShrinkingReLU}
+LOGITS = torch.linspace(-6, 6, 25)
+
+
+def groups():
+    return [PrunableGroup(0, "channel", 5, (), "a", 1, 10), PrunableGroup(0, "kv_group", 3, (), "b", 4, 40)]
+
+
+# -------------------------------------------------------------------------------------------- hard concrete
+
+
+@pytest.mark.parametrize(
+    ("logit", "alive", "full"),
+    [(-4.605, 0.0471, 0.0020), (-1.599, 0.5, 0.0393), (0.0, 0.8318, 0.1682), (3.0, 0.9900, 0.8024), (4.605, 0.9980, 0.9529)],
+)
+def test_hard_concrete_has_the_mass_of_the_closed_form(logit, alive, full):
+    """P(m > 0) = sigmoid(a + 1.5986), P(m = 1) = sigmoid(a - 1.5986) (Louizos et al. 2018, eq. 12)."""
+    torch.manual_seed(0)
+    draws = HardConcrete().sample(torch.full((1000,), logit), rows=100)
+    assert HardConcrete().keep(torch.tensor(logit)).item() == pytest.approx(alive, abs=2e-4)
+    assert (draws > 0).float().mean().item() == pytest.approx(alive, abs=5e-3)
+    assert (draws == 1).float().mean().item() == pytest.approx(full, abs=5e-3)
+    assert 0 <= draws.min() <= draws.max() <= 1
+
+
+def test_hard_concrete_draws_rows_apart_and_passes_gradients():
+    torch.manual_seed(0)
+    logits = torch.zeros(2000, requires_grad=True)
+    draws = HardConcrete().sample(logits, rows=3)
+    assert draws.shape == (3, 2000)
+    assert (draws[0] != draws[1]).float().mean() > 0.3
+    (slope,) = torch.autograd.grad(draws.sum(), logits)
+    between = ((draws > 0) & (draws < 1)).any(0)
+    assert (slope[between] > 0).all()
+    assert not slope[~between].any()
+
+
+def test_noise_at_its_ends_is_finite(monkeypatch):
+    for noise in (0.0, 1.0):
+        monkeypatch.setattr(torch, "rand", lambda *shape, noise=noise, **_: torch.full(shape, noise))
+        assert HardConcrete().sample(LOGITS).tolist() == [[float(noise > 0)] * 25]
+
+
+# ------------------------------------------------------------------------------------------ shrinking ReLU
+
+
+def test_shrinking_relu_is_a_relu_that_a_closed_unit_can_leave():
+    logits = LOGITS.clone().requires_grad_()
+    values = ShrinkingReLU().sample(logits, rows=7)
+    assert torch.equal(values, LOGITS.clamp(min=0)[None])
+    assert torch.equal(torch.autograd.grad(values.sum(), logits)[0], torch.ones(25))
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_its_count_runs_from_zero_to_one_over_two_mu(progress):
+    gate = ShrinkingReLU()
+    gate.anneal(progress)
+    ends = gate.keep(torch.tensor([-1.0, 0.0, gate.mu, 2 * gate.mu, 5.0]))
+    torch.testing.assert_close(ends, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]), atol=3e-4, rtol=0)
+    logits = torch.tensor([-0.1, 0.0, 3 * gate.mu], requires_grad=True)
+    assert (torch.autograd.grad(gate.keep(logits).sum(), logits)[0] > 1e-3).all(), "beyond its ends too it has a slope"
+
+
+def test_mu_falls_as_a_square_root():
+    gate = ShrinkingReLU()
+    values = []
+    for progress in (-1.0, 0.0, 0.25, 1.0, 2.0):
+        gate.anneal(progress)
+        values.append(gate.mu)
+    assert values == pytest.approx([0.5, 0.5, 0.3, 0.1, 0.1])
+
+
+# ---------------------------------------------------------------------------------------------- both kinds
+
+
+@pytest.mark.parametrize("kind", GATES)
+@given(
+    logits=st.lists(st.floats(-6, 6, width=32), min_size=1, max_size=30),
+    delta=st.floats(-10, 10),
+    more=st.floats(0, 10),
+    progress=st.floats(0, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_shift_keeps_more_the_larger_it_is(kind, logits, delta, more, progress):
+    gate, logits = GATES[kind](), torch.tensor(logits)
+    gate.anneal(progress)
+    less, most = (gate.keep(gate.shift(logits, d)) for d in (delta, delta + more))
+    assert (most - less).min() >= -1e-6
+
+
+@pytest.mark.parametrize("kind", GATES)
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_a_prior_keeps_the_order_and_starts_nearly_dense(kind, order):
+    gate, order = GATES[kind](), torch.tensor(order).sort().values
+    prior = gate.prior(order)
+    assert (prior.diff() >= 0).all()
+    assert gate.keep(gate.prior(torch.zeros(3))).min() > 0.98
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_a_new_mask_is_nearly_dense(kind):
+    mask = BackboneGates(groups(), kind)
+    assert mask.gate.keep(mask.logits).min() > 0.98
+    assert mask.logits.dtype == torch.float32
+    assert not mask.hardened
+
+
+@pytest.mark.parametrize("kind", GATES)
+@given(
+    seed=st.integers(0, 100),
+    spread=st.floats(0.1, 4.0),
+    target=st.floats(0.05, 0.9),
+    band=st.sampled_from([0.001, 0.01, 0.1]),
+    progress=st.floats(0, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_hold_near_brings_the_count_into_the_band_and_no_further(kind, seed, spread, target, band, progress):
+    mask = BackboneGates([PrunableGroup(0, "channel", 400, (), "a", 1, 1)], kind)
+    mask.gate.anneal(progress)
+    with torch.no_grad():
+        noise = torch.randn(400, generator=torch.Generator().manual_seed(seed))
+        mask.logits.add_(noise * spread * mask.gate.rate)
+    before = mask.logits.detach().clone()
+
+    def sparsity(keep):
+        return (1 - keep).mean()
+
+    was = float(sparsity(mask.gate.keep(before)))
+    mask.hold_near(target, band, sparsity)
+    now = float(sparsity(mask.gate.keep(mask.logits.detach())))
+    assert abs(now - target) <= band + 1e-4
+    if abs(was - target) <= band:
+        assert torch.equal(mask.logits, before), "inside the band nothing is touched"
+    else:
+        assert abs(now - target) >= band - 1e-4, "the least shift ends at the edge of the band"
+    mask.hold_near(target, band, sparsity)
+    assert abs(float(sparsity(mask.gate.keep(mask.logits.detach()))) - now) < 1e-4, "twice is once"
+
+
+def test_hold_near_keeps_the_order_of_hard_concrete_logits():
+    mask = BackboneGates([PrunableGroup(0, "channel", 400, (), "a", 1, 1)])
+    with torch.no_grad():
+        mask.logits.add_(torch.randn(400))
+    order = mask.logits.argsort()
+    mask.hold_near(0.3, 0.001, lambda keep: (1 - keep).mean())
+    assert torch.equal(mask.logits.argsort(), order)
+
+
+def test_the_prior_orders_by_importance_per_parameter():
+    mask = BackboneGates(groups())
+    costs = torch.tensor([10] * 5 + [40] * 3)
+    mask.importance.copy_(torch.tensor([5.0, 1.0, 3.0, 4.0, 2.0, 4.0, 100.0, 18.0]))  # per parameter: .5 .1 .3 .4 .2 .1 2.5 .45
+    mask.order_by_prior(costs, 2.0)
+    assert mask.logits.argsort().tolist()[2:] == [4, 2, 3, 7, 0, 6]
+    assert mask.logits.std(correction=0).item() == pytest.approx(2.0, rel=0.2)
+    assert mask.logits.mean().item() == pytest.approx(mask.gate.initial, abs=1e-5)
+
+
+def test_without_observations_the_logits_stay_equal():
+    mask = BackboneGates(groups())
+    mask.order_by_prior(torch.ones(8), 4.0)
+    assert mask.logits.unique().numel() == 1
+
+
+def test_probe_and_observe_collect_squared_gradients_per_row():
+    mask = BackboneGates(groups())
+    weight = torch.arange(16.0).view(2, 8)
+    (mask.probe(2) * weight).sum().backward()
+    mask.observe()
+    torch.testing.assert_close(mask.importance, weight.square().sum(0))
+    mask.observe()  # nothing new
+    torch.testing.assert_close(mask.importance, weight.square().sum(0))
+
+
+def test_a_value_acts_on_all_columns_of_its_unit():
+    model = tiny_model("llama").requires_grad_(False)
+    mask = BackboneGates(prunable_groups(model))
+    mask.attach(model)
+    seen = {}
+    for group in mask.groups:
+        model.get_submodule(group.consumer).register_forward_hook(lambda m, a, o, name=group.consumer: seen.update({name: a[0]}))
+    ids = torch.arange(3, 23).view(2, 10)
+    hidden_states(model, input_ids=ids)
+    dense = dict(seen)
+    for unit in (0, 95, 96, 97):  # neurons 0 and 95 and kv heads 0 and 1 of layer 0
+        values = torch.ones(1, len(mask.logits))
+        values[0, unit] = 0
+        mask.set(values)
+        hidden_states(model, input_ids=ids)
+        group = mask.groups[int(unit >= 96)]
+        first = (unit - 96 * int(unit >= 96)) * group.width
+        removed = torch.zeros(dense[group.consumer].shape[-1], dtype=torch.bool)
+        removed[first : first + group.width] = True
+        got = seen[group.consumer]
+        assert not got[..., removed].any()
+        if group.kind == "kv_group":
+            assert torch.equal(got[..., ~removed], dense[group.consumer][..., ~removed])
+
+
+def test_hardening_is_final_and_exact():
+    mask = BackboneGates(groups())
+    kept = torch.tensor([True, False] * 4)
+    mask.harden(kept)
+    assert mask.hardened
+    assert torch.equal(mask.draw(5), kept.float()[None])
+    assert not mask.draw().requires_grad, "the logits no longer act"
+    again = BackboneGates(groups())
+    again.load_state_dict(mask.state_dict())
+    assert again.hardened
+    assert torch.equal(again.draw(), mask.draw())
+
+
+def test_off_restores_what_was_in_force_even_after_an_error():
+    mask = BackboneGates(groups())
+    mask.set(torch.zeros(1, 8))
+    before = mask._columns
+    with pytest.raises(ZeroDivisionError), mask.off():
+        assert mask._columns is None
+        raise ZeroDivisionError
+    assert mask._columns is before

@@ -1,0 +1,239 @@
+"""A memory made from a text stands for that text; rows read only their own; bad input is named."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, YARN_ROPE, tiny_model
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from koff_lightning.errors import KoffError
+from koff_lightning.kv_memory import KVMemory, read_memories, rotate_keys
+
+SHAPES = [(2, 16), (2, 16)]  # of tiny_model
+P = 13
+
+
+def ids(rows, length, seed=1):
+    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def attach(model, memories, rows):
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.koff_memory = lambda i=index: read_memories(memories, torch.tensor(rows), i)
+
+
+def filled(slots=4, seed=0, shapes=SHAPES):
+    """A memory of random numbers."""
+    memory = KVMemory(shapes, slots)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*memory.parameters(), *memory.sink_key.buffers(), *memory.sink_value.buffers()):
+            tensor.normal_()
+    return memory
+
+
+# --- a memory from a text ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [*FAMILIES, "yarn", "bias"])
+@torch.no_grad()
+def test_reading_after_a_memory_is_reading_after_its_text(variant):
+    overrides = {"yarn": {"rope_parameters": YARN_ROPE}, "bias": {"attention_bias": True}}.get(variant, {})
+    model = tiny_model(variant if variant in FAMILIES else "llama", **overrides)
+    text = ids(1, 40)
+    memory = KVMemory(SHAPES, P)
+    memory.initialise_(model, text[0])
+    assert memory.initialised
+    in_context = model(text, use_cache=False).logits[:, P:]
+    without = model(text[:, P:], use_cache=False).logits
+    attach(model, [memory], [0])
+    remembered = model(text[:, P:], use_cache=False).logits
+    torch.testing.assert_close(remembered, in_context, rtol=0, atol=1e-5)
+    assert (without - in_context).abs().max() > 1
+
+
+@torch.no_grad()
+def test_a_text_longer_than_the_sliding_window_is_kept_whole():
+    model = tiny_model("mistral", sliding_window=6)
+    memory = KVMemory(SHAPES, P)
+    memory.initialise_(model, ids(1, P)[0])
+    assert all(part.abs().sum(-1).min() > 0 for layer in range(2) for part in memory.layer(layer))
+
+
+def test_a_half_precision_model_gives_a_full_precision_memory():
+    memories = [KVMemory(SHAPES, P) for _ in range(2)]
+    for memory, dtype in zip(memories, (torch.float32, torch.bfloat16), strict=True):
+        memory.initialise_(tiny_model("qwen3").to(dtype), ids(1, P)[0])
+    for exact, rounded in zip(memories[0].parameters(), memories[1].parameters(), strict=True):
+        assert rounded.dtype == torch.float32
+        assert (exact - rounded).norm() < 0.05 * exact.norm()
+
+
+def test_slot_0_is_frozen_and_all_is_saved():
+    memory = filled(slots=4)
+    assert memory.numel() == 2 * 2 * 2 * 4 * 16  # keys and values, layers, heads, slots, size
+    assert sum(p.numel() for p in memory.parameters()) == memory.numel() * 3 // 4
+    sum(part.sum() for layer in range(2) for part in memory.layer(layer)).backward()
+    assert all((p.grad == 1).all() for p in memory.parameters())
+    other = KVMemory(SHAPES, 4)
+    other.load_state_dict(memory.state_dict())
+    for layer in range(2):
+        for got, wanted in zip(other.layer(layer), memory.layer(layer), strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_initialising_leaves_no_gradient_behind():
+    memory = KVMemory(SHAPES, P)
+    memory.initialise_(tiny_model("llama"), ids(1, P)[0])
+    assert all(p.requires_grad and p.is_leaf and p.grad is None for p in memory.parameters())
+
+
+def test_keeping_heads_keeps_what_they_remember():
+    memory = filled(slots=4)
+    before = memory.layer(1)
+    memory.keep_heads_(1, torch.tensor([1]))
+    for got, wanted in zip(memory.layer(1), before, strict=True):
+        assert torch.equal(got, wanted[1:])
+    assert memory.layer(0)[0].shape == (2, 4, 16)
+    assert all(p.requires_grad for p in memory.parameters())
+
+
+# --- rotation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [-8192, -13, 1, 500])
+def test_rotating_is_the_models_own_embedding_at_another_position(shift):
+    rotary = LlamaRotaryEmbedding(tiny_model("llama3_rope").config)
+    key = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+
+    def embedded(start):
+        cos, sin = rotary(key, torch.arange(start, start + 5)[None])
+        return apply_rotary_pos_emb(key[None], key[None], cos, sin)[1][0]
+
+    start = max(0, -shift)
+    moved = rotate_keys(embedded(start), rotary.inv_freq, shift)
+    tolerance = 1e-6 * max(10, abs(shift))  # the model itself computes its angles in fp32
+    torch.testing.assert_close(moved, embedded(start + shift), rtol=0, atol=tolerance)
+
+
+def test_rotations_add_up_keep_the_norm_and_are_undone():
+    inv_freq = 1e4 ** (-torch.arange(8) / 8)
+    key = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rotate_keys(key, inv_freq, 0), key)
+    twice = rotate_keys(rotate_keys(key, inv_freq, 700), inv_freq, 33)
+    torch.testing.assert_close(twice, rotate_keys(key, inv_freq, 733))
+    torch.testing.assert_close(twice.norm(dim=-1), key.norm(dim=-1))
+    torch.testing.assert_close(rotate_keys(twice, inv_freq, -733), key)
+    assert rotate_keys(key.bfloat16(), inv_freq, 5).dtype == torch.bfloat16
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_without_memory_read_nothing():
+    assert read_memories([filled()], torch.tensor([-1, -1]), 0) is None
+
+
+def test_one_memory_for_all_rows_is_not_repeated():
+    memories = [filled(seed=0), filled(seed=1)]
+    read = read_memories(memories, torch.tensor([1, 1, 1]), 1)
+    assert read.visible is None
+    assert torch.equal(read.key, memories[1].layer(1)[0][None])
+    assert torch.equal(read.value, memories[1].layer(1)[1][None])
+
+
+def test_each_row_reads_its_own_memory():
+    memories = [filled(seed=seed) for seed in range(3)]
+    read = read_memories(memories, torch.tensor([2, 0, 2]), 0)
+    assert read.visible is None
+    for row, name in enumerate([2, 0, 2]):
+        assert torch.equal(read.key[row], memories[name].layer(0)[0])
+        assert torch.equal(read.value[row], memories[name].layer(0)[1])
+
+
+def test_what_a_row_does_not_have_is_hidden():
+    memories = [filled(slots=2, seed=0), filled(slots=4, seed=1)]
+    read = read_memories(memories, torch.tensor([1, -1, 0]), 0)
+    assert read.visible.tolist() == [[True] * 4, [False] * 4, [True, True, False, False]]
+    assert torch.equal(read.key[2, :, :2], memories[0].layer(0)[0])
+    assert torch.equal(read.value[0], memories[1].layer(0)[1])
+
+
+def test_only_memories_that_rows_read_get_a_gradient():
+    memories = [filled(seed=seed) for seed in range(3)]
+    read = read_memories(memories, torch.tensor([2, -1, 0, 2]), 0)
+    weight = read.visible[:, None, :, None].float()
+    ((read.key + read.value) * weight).sum().backward()
+    assert [m.key[0].grad is None for m in memories] == [False, True, False]
+    assert (memories[2].key[0].grad == 2).all() and (memories[0].value[0].grad == 1).all()
+    assert all(m.key[1].grad is None for m in memories)  # the other layer was not read
+
+
+@torch.no_grad()
+def test_a_mixed_batch_is_its_rows_read_alone():
+    model = tiny_model("qwen3")
+    memories = [KVMemory(SHAPES, slots) for slots in (3, 8)]
+    for seed, memory in enumerate(memories):
+        memory.initialise_(model, ids(1, 8, seed)[0])
+    text, rows = ids(3, 9, seed=7), [1, -1, 0]
+    attach(model, memories, rows)
+    together = model(text, use_cache=False).logits
+    for row, name in enumerate(rows):
+        attach(model, memories, [name])
+        alone = model(text[row : row + 1], use_cache=False).logits
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-5)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [-1, 0, 8193])
+def test_slots_out_of_range(slots):
+    with pytest.raises(KoffError, match=rf"needs 1 to 8192 slots, got {slots}: set kv.slots"):
+        KVMemory(SHAPES, slots)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (torch.arange(5), "of 13 slots starts from at least 13 tokens of text, got 5: give more text or set kv.slots"),
+        (ids(1, 20), r"one row of token ids \[n\], got torch.int64 \[1, 20\]"),
+        (torch.rand(20), r"one row of token ids \[n\], got torch.float32 \[20\]"),
+    ],
+)
+def test_a_text_that_cannot_fill_the_memory(text, message):
+    memory = KVMemory(SHAPES, P)
+    with pytest.raises(KoffError, match=message):
+        memory.initialise_(tiny_model("llama"), text)
+    assert not memory.initialised
+
+
+@pytest.mark.parametrize("shapes", [[(2, 16)], [(2, 16), (1, 16)], [(2, 16), (2, 8)]])
+def test_a_memory_of_another_models_shapes(shapes):
+    with pytest.raises(KoffError, match=r"but the model has \[\(2, 16\), \(2, 16\)\]: make the memory from this model"):
+        KVMemory(shapes, P).initialise_(tiny_model("llama"), ids(1, P)[0])
+
+
+def test_a_rotary_embedding_that_moves_with_the_length():
+    model = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(KoffError, match="rope type 'dynamic' depends on the text's length"):
+        KVMemory(SHAPES, P).initialise_(model, ids(1, P)[0])
+
+
+def test_initialising_while_a_memory_is_active():
+    model = tiny_model("llama")
+    attach(model, [filled()], [0])
+    with pytest.raises(KoffError, match="turn the memories off first"):
+        KVMemory(SHAPES, P).initialise_(model, ids(1, P)[0])
+    attach(model, [filled()], [-1])
+    KVMemory(SHAPES, P).initialise_(model, ids(1, P)[0])
+
+
+def test_a_rotary_embedding_of_part_of_the_head():
+    with pytest.raises(KoffError, match="rotary embeddings of 8 of 16 head dimensions are not supported"):
+        rotate_keys(torch.zeros(2, 5, 16), torch.ones(4), 1)
+
+
+@pytest.mark.parametrize("rows", [[0, 2], [-2, 0]])
+def test_rows_of_a_memory_that_does_not_exist(rows):
+    with pytest.raises(KoffError, match=r"rows must be -1 \(none\) or 0 to 1"):
+        read_memories([filled(), filled()], torch.tensor(rows), 0)

@@ -1,0 +1,144 @@
+"""The fused loss against the plain one, chunk by chunk, and the weights by which domains count alike."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from koff_lightning import KoffError, LossSpec
+from koff_lightning.losses import domain_weights, fused_head_loss, head_nats
+
+N, D, V = 23, 8, 31
+
+
+def inputs(seed=0, dtype=torch.float64, n=N):
+    random = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(n, D, generator=random, dtype=torch.float64).to(dtype) for _ in range(2))
+    head = torch.randn(V, D, generator=random, dtype=torch.float64).to(dtype)
+    labels = torch.randint(V, (n,), generator=random)
+    return student.requires_grad_(), teacher, head, labels, torch.rand(n, generator=random)
+
+
+def naive(student, teacher, head, labels, weights, spec):
+    """The equation, with all logits at once."""
+    logits = student @ head.T
+    ce = F.cross_entropy(logits, labels, reduction="none")
+    kl = torch.zeros_like(ce)
+    if teacher is not None:
+        log_p, log_q = logits.log_softmax(-1), (teacher @ head.T).log_softmax(-1)
+        kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    return (weights * (spec.ce * ce + spec.kl * kl)).sum(), ce, kl
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, N - 1, N, 1000])
+@pytest.mark.parametrize(("ce", "kl"), [(1.0, 2.0), (1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
+def test_value_and_gradient_are_those_of_the_plain_loss(ce, kl, chunk, with_teacher):
+    student, teacher, head, labels, weights = inputs()
+    teacher, spec = teacher if with_teacher else None, LossSpec(ce, kl, chunk)
+    for got, want in zip(
+        fused_head_loss(student, teacher, head, labels, weights, spec),
+        naive(student, teacher, head, labels, weights, spec),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    (slope,) = torch.autograd.grad(3 * fused_head_loss(student, teacher, head, labels, weights, spec)[0], student)
+    (want,) = torch.autograd.grad(3 * naive(student, teacher, head, labels, weights, spec)[0], student)
+    torch.testing.assert_close(slope, want, atol=2e-6, rtol=1e-5)
+
+
+def test_gradient_agrees_with_finite_differences():
+    student, teacher, head, labels, weights = inputs(n=3)
+    spec = LossSpec(1.0, 2.0, 2)
+    (slope,) = torch.autograd.grad(fused_head_loss(student, teacher, head, labels, weights, spec)[0], student)
+    for place in [(0, 0), (1, 3), (2, D - 1)]:
+        step = torch.zeros_like(student)
+        step[place] = 1e-4
+        ends = [naive(student + sign * step, teacher, head, labels, weights, spec)[0] for sign in (1, -1)]
+        torch.testing.assert_close(slope[place], (ends[0] - ends[1]) / 2e-4, atol=1e-5, rtol=1e-4)
+
+
+def test_the_chunk_does_not_matter():
+    student, *rest = inputs(dtype=torch.float32)
+    results = []
+    for chunk in (1, 7, N):
+        loss = fused_head_loss(student, *rest, LossSpec(chunk=chunk))
+        results.append((*loss, *torch.autograd.grad(loss[0], student)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_is_near_and_keeps_figures_in_fp32():
+    student, teacher, head, labels, weights = inputs(dtype=torch.bfloat16)
+    loss, ce, kl = fused_head_loss(student, teacher, head, labels, weights, LossSpec(chunk=4))
+    loss.backward()
+    assert (loss.dtype, ce.dtype, kl.dtype, student.grad.dtype) == (torch.float32,) * 3 + (torch.bfloat16,)
+    exact, *others = [x.detach().double() for x in (student, teacher, head)]
+    want = naive(exact.requires_grad_(), *others, labels, weights, LossSpec())
+    want[0].backward()
+    torch.testing.assert_close(loss.double(), want[0], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=0.05, atol=0.05)
+
+
+def test_the_dense_model_has_no_divergence_from_itself_exactly():
+    student, _, head, labels, weights = inputs(dtype=torch.float32)
+    loss, _, kl = fused_head_loss(student, student.detach().clone(), head, labels, weights, LossSpec(ce=0.0, kl=1.0))
+    assert not kl.any()
+    assert not torch.autograd.grad(loss, student)[0].any()
+
+
+def test_extreme_logits_stay_finite():
+    student, teacher, head, labels, weights = inputs(dtype=torch.float32)
+    loss, _, _ = fused_head_loss(student * 1e4, teacher * 1e4, head, labels, weights, LossSpec())
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
+
+
+def test_nothing_to_predict_is_a_loss_of_zero():
+    student, teacher, head, labels, weights = inputs(n=0)
+    loss, *_ = fused_head_loss(student, teacher, head, labels, weights, LossSpec())
+    loss.backward()
+    assert loss == 0
+
+
+def test_weights_are_the_mean_of_means():
+    """Two tokens of one domain count as much as three of another; an absent domain does not count."""
+    domain = torch.tensor([0, 2, 0, 2, 2])
+    values = torch.tensor([1.0, 5.0, 3.0, 6.0, 7.0])
+    assert (domain_weights(domain, 4) * values).sum() == pytest.approx(((1 + 3) / 2 + (5 + 6 + 7) / 3) / 2)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_weights_sum_to_one_and_are_equal_per_domain(domains):
+    domain = torch.tensor(domains)
+    weights = domain_weights(domain, 5)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-5)
+    shares = torch.zeros(5).index_add_(0, domain, weights)
+    assert shares[shares > 0].tolist() == pytest.approx([1 / len(set(domains))] * len(set(domains)), abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, N, 100])
+def test_head_nats_is_cross_entropy(chunk):
+    student, _, head, labels, _ = inputs(dtype=torch.float32)
+    want = F.cross_entropy(student @ head.T, labels, reduction="none")
+    torch.testing.assert_close(head_nats(student, head, labels, chunk), want, atol=1e-6, rtol=1e-6)
+    assert head_nats(student[:0], head, labels[:0], chunk).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ce": -1.0}, "must be >= 0"),
+        ({"kl": -0.1}, "must be >= 0"),
+        ({"ce": 0.0, "kl": 0.0}, "not both 0"),
+        ({"ce": float("nan")}, "loss.ce and loss.kl"),
+        ({"kl": float("inf")}, "loss.ce and loss.kl"),
+        ({"chunk": 0}, "at least 1 token; got 0"),
+    ],
+)
+def test_bad_weights_are_refused(options, message):
+    with pytest.raises(KoffError, match=message):
+        LossSpec(**options)

@@ -1,0 +1,108 @@
+import io
+import time
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from tiny_run import RandomText, tiny_module, tiny_trainer
+
+from koff_lightning.callbacks import KoffProgress
+from koff_lightning.callbacks.progress import Pace, Throughput, peak_memory
+
+pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # the frozen backbone
+
+
+def fit(folder, steps=8, **options):
+    progress = KoffProgress()
+    trainer = tiny_trainer(folder, [progress], steps=steps, **options)
+    trainer.fit(tiny_module(folder), RandomText(batches=3))
+    return progress, trainer
+
+
+def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
+    progress, _ = fit(tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert progress.plain and len(lines) == 2  # first and last: the run took less than the time between lines
+    assert lines[0].startswith("step 1/8   12%  warmup") and lines[1].startswith("step 8/8  100%  consolidate")
+    for word in ("loss ", "sparsity ", "tokens/s ", "peak ", "GiB", "left"):
+        assert word in lines[1]
+    assert not any(ord(sign) < 32 for sign in "".join(lines))
+
+
+def test_accumulated_batches_count_as_one_step(tmp_path, capsys):
+    fit(tmp_path, steps=2, accumulate_grad_batches=3)
+    lines = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert lines == ["1/2", "2/2"]
+
+
+def test_on_a_terminal_one_bar_spans_all_epochs(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=160)
+    monkeypatch.setattr("koff_lightning.callbacks.progress.get_console", lambda: console)
+    monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.get_console", lambda: console)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    progress, _ = fit(tmp_path)
+    assert not progress.plain
+    assert len(progress.progress.tasks) == 1 and progress.progress.tasks[0].completed == 8
+    shown = screen.getvalue()
+    for word in ("8/8", "consolidate", "tokens/s", "sparsity", "loss"):
+        assert word in shown
+
+
+def test_throughput_and_memory_are_logged(tmp_path):
+    _, trainer = fit(tmp_path, logger=CSVLogger(tmp_path, name=""), log_every_n_steps=2)
+    head = (tmp_path / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert "throughput/tokens_per_second" in head and "memory/peak_gib" in head
+    assert float(trainer.logged_metrics["throughput/tokens_per_second"]) > 0
+
+
+def test_the_loss_is_not_that_of_a_share_of_the_step(tmp_path):
+    progress, trainer = fit(tmp_path, steps=1, accumulate_grad_batches=2)
+    assert progress._figures["loss"] == pytest.approx(float(trainer.callback_metrics["train/loss"]), rel=1e-5)
+
+
+def test_test_and_predict_count_batches(tmp_path, capsys):
+    trainer = tiny_trainer(tmp_path, [KoffProgress()])
+    trainer.test(tiny_module(tmp_path), RandomText(), verbose=False)
+    trainer.predict(tiny_module(tmp_path), RandomText(), return_predictions=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert "test: batch 4/4" in lines and "predict: batch 4/4" in lines
+
+
+def test_lines_are_rare_in_steps_and_in_time(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def printed(seconds_per_step, total=1000):
+        pace, clock[0], found = Pace(), 0.0, []
+        for step in range(1, total + 1):
+            clock[0] += seconds_per_step
+            if pace.due(step, total):
+                found.append(step)
+        return found
+
+    assert printed(1.0) == [1, *range(51, 1000, 50), 1000]  # 5 % of the steps is rarer
+    assert printed(0.0625) == [1, *range(161, 1000, 160), 1000]  # 10 seconds is rarer
+
+
+def test_throughput_leaves_out_pauses(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    throughput = Throughput(batches=2)
+    for seconds in (5.0, 1.0, 1.0):  # the first falls out of the window
+        clock[0] += seconds
+        throughput.add(torch.tensor(30))
+    assert throughput.rate() == 30
+    clock[0] += 100  # validation
+    throughput.restart()
+    clock[0] += 1
+    throughput.add(torch.tensor(30))
+    assert throughput.rate() == 30
+
+
+def test_peak_memory_is_that_of_the_process():
+    before = peak_memory(torch.device("cpu"))
+    block = torch.ones(64 * 2**20)  # 256 MiB
+    assert peak_memory(torch.device("cpu")) >= max(before, block.numel() * 4 / 2**30)

@@ -1,0 +1,265 @@
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_run import BYTES, DOMAINS, RandomText, tiny_module, tiny_trainer
+
+from koff_lightning import KoffError, SparsitySpec, results
+from koff_lightning.callbacks import RunReport
+from koff_lightning.callbacks.report import score
+from koff_lightning.history import MOST, MaskHistory
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode"),  # the frozen backbone
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),  # the backbone lies in it
+]
+ARMS = {"dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb"}
+
+
+def fit(folder, *callbacks, data=None, steps=8, **options):
+    module = tiny_module(folder, **options)
+    trainer = tiny_trainer(folder, [RunReport(), *callbacks], steps=steps)
+    trainer.fit(module, data or RandomText())
+    return trainer, module
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """Plots take a second, so only their names are taken down; `run` draws them."""
+    names = []
+    monkeypatch.setattr("koff_lightning.plots.save", lambda figure, folder, name: names.append(name))
+    return names
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder, module and output of a finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("koff_lightning.callbacks.report.print_figures", lambda _, figures: lines.append(figures))
+        seed_everything(3, verbose=False)
+        _, module = fit(folder)
+        del os.environ["PL_GLOBAL_SEED"]
+    assert len(lines) == 1
+    return folder, module
+
+
+def test_results_hold_what_the_docs_promise(run):
+    figures = read(run[0])
+    assert set(figures["domains"]) == set(DOMAINS)
+    assert all(set(row) == ARMS for row in (*figures["domains"].values(), figures["mean"]))
+    assert figures["heldout_bytes"] == {domain: 4 * BYTES for domain in DOMAINS}
+    assert figures["seed"] == 3
+    assert figures["steps"] == 8
+    assert figures["tokens"] == 8 * 2 * 11
+    assert figures["seconds"] > 0
+    assert figures["config"]["model"]["sparsity"]["target"] == 0.2
+    assert {"python", "torch", "lightning", "transformers", "peft", "koff_lightning"} == set(figures["versions"])
+
+
+def test_figures_are_those_of_the_hardened_mask(run):
+    figures, module = read(run[0]), run[1]
+    assert module.gates.hardened and figures["sparsity"]["hardened"]
+    assert figures["sparsity"]["body"] == pytest.approx(0.2, abs=0.01)
+    assert {"target", "denominator", "body", "total", "units", "ffn", "attention"} <= set(figures["sparsity"])
+    assert sum(unit["kept"] for unit in figures["kept_units"]) == int(module.gates.kept.sum())
+
+
+def test_parameters_add_up(run):
+    size, module = read(run[0])["parameters"], run[1]
+    gone = size["dense_total"] - size["backbone_kept"]
+    assert gone == pytest.approx(module.budget.report(module.gates.kept)["total"] * size["dense_total"])
+    assert size["active"] == size["backbone_kept"] + max(size["memory"].values())
+    assert size["stored"] == size["backbone_kept"] + sum(size["memory"].values())
+
+
+def test_bits_per_byte_are_those_of_the_model(run):
+    figures, module = read(run[0]), run[1]
+    batches = [batch for batch in RandomText().test_dataloader() if batch["domains"][0] == "law"]
+    for arm in ("dense", "koff", "memory_off", "swapped"):
+        nats = sum(module.row_nats(batch, arm).sum().item() for batch in batches)
+        expected = nats / torch.log(torch.tensor(2.0)).item() / (4 * BYTES)
+        assert figures["domains"]["law"][f"{arm}_bpb"] == pytest.approx(expected, rel=1e-5)
+    assert figures["mean"]["koff_bpb"] == pytest.approx(
+        sum(row["koff_bpb"] for row in figures["domains"].values()) / len(DOMAINS)
+    )
+
+
+def test_plots_are_written(run):
+    names = {file.name for file in (run[0] / "plots").iterdir()}
+    stems = ("bits_per_byte", "sparsity", "sparsity_by_layer")
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+
+
+def test_nothing_half_written_stays(run):
+    assert not [file for file in run[0].iterdir() if file.name.startswith(".")]
+
+
+def test_the_table_reads_well_without_a_terminal(tmp_path, capsys):
+    fit(tmp_path)
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["domain", "bytes", "dense", "koff", "koff/dense", "memory", "off", "swapped"] in rows
+    (law,) = [row for row in rows if row[:1] == ["law"]]
+    assert law[1] == "160" and float(law[4]) == pytest.approx(float(law[3]) / float(law[2]), abs=1e-3)
+    assert "of body" in text and "active (with one memory)" in text and "results.json" in text
+
+
+def test_scoring_leaves_modes_and_random_state_alone(tmp_path):
+    class Check(Callback):
+        def on_train_end(self, trainer, pl_module):
+            pl_module.gates.train()
+            before = torch.get_rng_state(), [part.training for part in pl_module.modules()]
+            score(trainer, pl_module)
+            assert torch.equal(before[0], torch.get_rng_state())
+            assert before[1] == [part.training for part in pl_module.modules()]
+            assert not any(p.grad is not None for p in pl_module.backbone.parameters() if not p.requires_grad)
+
+    fit(tmp_path, Check())
+
+
+def test_the_mask_is_hardened_before_scoring_wherever_the_report_stands(tmp_path):
+    trainer = tiny_trainer(tmp_path, [RunReport()], steps=5)
+    trainer.callbacks[-1].fractions = {"warmup": 0.2, "ramp": 0.4, "hold": 0.4}  # nothing left to consolidate
+    trainer.fit(tiny_module(tmp_path), RandomText())
+    assert read(tmp_path)["sparsity"]["hardened"]
+
+
+def test_a_run_stopped_early_says_so(tmp_path, capsys):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 3
+
+    fit(tmp_path, Stop())
+    assert not read(tmp_path)["sparsity"]["hardened"]
+    assert "before its mask was fixed" in capsys.readouterr().out
+
+
+def test_without_a_mask_there_are_no_sparsity_plots(tmp_path, drawn):
+    fit(tmp_path, sparsity=SparsitySpec(target=0.0, min_channels=4))
+    assert drawn == ["bits_per_byte"]
+
+
+def test_a_shared_memory_is_stored_once_and_cannot_be_swapped(tmp_path):
+    fit(tmp_path, shared_memory=True)
+    size = read(tmp_path)["parameters"]
+    assert size["stored"] == size["active"]
+    assert read(tmp_path)["mean"]["swapped_bpb"] is None
+
+
+def test_a_domain_without_text_has_no_figure(tmp_path):
+    module = tiny_module(tmp_path)
+    trainer = tiny_trainer(tmp_path, [RunReport()], limit_test_batches=1)
+    trainer.fit(module, RandomText())
+    figures = read(tmp_path)
+    assert figures["domains"]["law"]["koff_bpb"] is None
+    assert figures["mean"]["koff_bpb"] == figures["domains"]["en"]["koff_bpb"]
+
+
+def test_a_full_disk_is_one_line_after_the_table(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(KoffError, match=r"^cannot write .*results\.json: No space left on device$"):
+        fit(tmp_path)
+    assert "koff/dense" in capsys.readouterr().out
+    assert not [file for file in tmp_path.iterdir() if file.suffix == ".part"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    results.write_atomically(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "write_text", lambda self, *_, **__: (self.touch(), (_ for _ in ()).throw(OSError(28, "full")))
+        )
+        with pytest.raises(KoffError, match="full"):
+            results.write_atomically(path, "new")
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path):
+    checkpoint = ModelCheckpoint(
+        tmp_path, filename="half", every_n_train_steps=4, save_top_k=-1, save_on_train_epoch_end=False
+    )
+
+    def go(steps, path=None):
+        trainer = tiny_trainer(tmp_path, [RunReport(), checkpoint], steps=steps, enable_checkpointing=True)
+        trainer.fit(tiny_module(tmp_path), RandomText(batches=4), ckpt_path=path)
+        return next(c for c in trainer.callbacks if isinstance(c, RunReport))
+
+    go(4)
+    whole = go(8, tmp_path / "half.ckpt")
+    assert read(tmp_path)["tokens"] == 8 * 2 * 11
+    assert [point["step"] for point in whole.history.points] == list(range(1, 9))
+
+
+def test_history_is_thinned_evenly(tmp_path):
+    module = tiny_module(tmp_path)
+    module.configure_model()
+    history = MaskHistory()
+    for step in range(1, 1001):
+        history.record(step, module)
+        history.record(step, module)  # a second micro-batch of the same step
+    steps = [point["step"] for point in history.points]
+    assert MOST / 2 <= len(steps) <= MOST
+    assert len({b - a for a, b in pairwise(steps)}) == 1
+    again = MaskHistory()
+    again.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    assert again.points == history.points and again.every == history.every
+
+
+def test_test_prints_the_same_table(tmp_path, capsys):
+    trainer = tiny_trainer(tmp_path, [RunReport()])
+    trainer.test(tiny_module(tmp_path), RandomText(), verbose=False)
+    assert "koff/dense" in capsys.readouterr().out
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_predictions_are_written_a_line_each(tmp_path):
+    trainer = tiny_trainer(tmp_path, [RunReport()])
+    trainer.predict(tiny_module(tmp_path), RandomText(), return_predictions=False)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["domain"] for row in rows] == ["en", "en", "law", "law"] * 2
+    assert all(row["bits_per_byte"] > 0 for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:The ..compute.. method of metric")  # one batch has one domain
+def test_fast_dev_run_writes_nothing(tmp_path):
+    trainer = tiny_trainer(tmp_path, [RunReport()], fast_dev_run=True)
+    trainer.fit(tiny_module(tmp_path), RandomText())
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_an_interrupted_run_names_its_checkpoint(tmp_path, capsys):
+    class Fail(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 3:
+                raise KoffError("broken")
+
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)
+    trainer = tiny_trainer(tmp_path, [RunReport(), checkpoint, Fail()], enable_checkpointing=True)
+    with pytest.raises(KoffError, match="broken"):
+        trainer.fit(tiny_module(tmp_path), RandomText())
+    assert f"--ckpt_path {tmp_path / 'last.ckpt'}" in capsys.readouterr().out
+    with pytest.raises(KoffError, match="broken"):
+        tiny_trainer(tmp_path, [RunReport(), Fail()]).fit(tiny_module(tmp_path), RandomText())
+    assert "no checkpoint had been saved" in capsys.readouterr().out
+
+
+def test_held_out_text_is_asked_for_before_the_run(tmp_path):
+    with pytest.raises(KoffError, match="datamodule"):
+        batches = RandomText().train_dataloader()
+        tiny_trainer(tmp_path, [RunReport()]).fit(tiny_module(tmp_path, kv=None), batches, batches)

@@ -1,0 +1,452 @@
+"""Whole runs through Lightning's Trainer: phases, who moves when, resuming to the bit, checkpoints, and what stops a run."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_models import tiny_model
+from tiny_run import Batches, RandomText
+from toy_text import toy_documents, toy_tokenizer, write_jsonl
+
+from koff_lightning import DomainDataModule, KoffError, KOFFModule, KVSpec, LoraSpec, LossSpec, OptimSpec, SparsitySpec
+from koff_lightning.backbone import parameter_counts
+from koff_lightning.callbacks import AnnealSparsity
+from koff_lightning.surgery import cut_
+
+DOMAINS = ["en", "law"]
+STEPS = 20
+PHASES = {"warmup": 0.2, "ramp": 0.3, "hold": 0.1}  # steps 0-3, 4-9, 10-11; hardened from 12
+
+
+class Recorder(Callback):
+    """Notes after every step what was in force in it, what was logged and where the trained tensors stand."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        values = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        expected, target = float(pl_module.expected_sparsity()), pl_module.target
+        self.steps.append({"phase": pl_module.phase, "values": values, "logged": logged, "expected": expected, "target": target})
+
+    def moved(self, name_part, steps):
+        """Whether any tensor of that name moved in any of `steps` (the first step cannot tell)."""
+        return any(
+            not torch.equal(value, self.steps[step - 1]["values"][name])
+            for step in steps
+            for name, value in self.steps[step]["values"].items()
+            if name_part in name
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama with a tokenizer, and text of two domains."""
+    path = tmp_path_factory.mktemp("backbone")
+    toy_tokenizer(path)
+    tiny_model("llama", vocab_size=300, hidden_size=32, intermediate_size=24, head_dim=8).save_pretrained(path)
+    for i, domain in enumerate(DOMAINS):
+        write_jsonl(path / "text" / f"{domain}.jsonl", toy_documents(60, seed=i, longest=30))
+    return path
+
+
+def text(folder):
+    files = {domain: str(folder / "text" / f"{domain}.jsonl") for domain in DOMAINS}
+    return DomainDataModule(files, seq_len=16, batch_size=4, heldout_fraction=0.1)
+
+
+def module(folder, **options):
+    torch.manual_seed(0)
+    sparsity = {"target": 0.2, "min_channels": 4} | options.pop("sparsity", {})
+    defaults = {"domains": DOMAINS, "lora": LoraSpec(rank=2), "kv": KVSpec(slots=4), "sparsity": SparsitySpec(**sparsity)}
+    return KOFFModule(str(folder), **defaults | options)
+
+
+def trainer(tmp_path, *callbacks, steps=STEPS, anneal=None, **options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    checkpointing = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+    return Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_steps=steps,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        callbacks=[AnnealSparsity(**anneal or PHASES), *callbacks],
+        **quiet | {"enable_checkpointing": checkpointing} | options,
+    )
+
+
+def fit(folder, tmp_path, *callbacks, data=None, **options):
+    """Run; returns the module and what was recorded."""
+    recorder = Recorder()
+    running = {key: options.pop(key) for key in ("steps", "anneal", "accumulate_grad_batches") if key in options}
+    model = module(folder, **options)
+    trainer(tmp_path, recorder, *callbacks, **running).fit(model, data or text(folder))
+    return model, recorder
+
+
+# ---------------------------------------------------------------------------------------------- who moves when
+
+
+@pytest.mark.parametrize("gate", ["hc", "ddp"])
+def test_phases_come_in_order_and_the_mask_is_fixed_once(folder, tmp_path, monkeypatch, gate):
+    hardened = []
+    harden = KOFFModule.harden
+    monkeypatch.setattr(KOFFModule, "harden", lambda self: (hardened.append(self.global_step), harden(self)))
+    model, run = fit(folder, tmp_path, sparsity={"gate": gate})
+    assert [s["phase"] for s in run.steps] == ["warmup"] * 4 + ["ramp"] * 6 + ["hold"] * 2 + ["consolidate"] * 8
+    assert hardened == [12]
+    assert not run.moved("gates.logits", range(1, 4))
+    assert not run.moved("penalty.", range(1, 4))
+    assert all(run.moved("gates.logits", [step]) for step in range(4, 12))
+    assert all(run.moved("penalty.", [step]) for step in range(5, 12))
+    assert not run.moved("gates.logits", range(12, STEPS)), "after hardening neither momentum nor gradient moves it"
+    assert not run.moved("penalty.", range(12, STEPS))
+    assert all(run.moved(part, [step]) for step in range(1, STEPS) for part in ("lora_B", "memories.kv"))
+    assert 0 <= 0.2 - model.budget.report(model.gates.kept)["body"] < 3 * 32 / model.budget.denominators["body"]
+
+
+def test_what_is_trained_is_the_mask_the_multipliers_and_the_memories(folder, tmp_path):
+    model, run = fit(folder, tmp_path, steps=1)
+    kinds = ("gates.logits", "penalty.linear", "penalty.quadratic")
+    layers = {f"{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")}
+    names = set(run.steps[0]["values"])
+    lora = {n for n in names if ".lora_A.koff_" in n or ".lora_B.koff_" in n}
+    kv = {n for n in names if n.startswith("memories.kv.koff_")}
+    assert names == {*kinds, *lora, *kv}
+    assert len(lora) == 2 * 2 * 7 * 2  # layers, domains, linears, A and B
+    assert len(kv) == 2 * 2 * 2  # layers, domains, key and value
+    assert all(any(layer in n for n in lora) for layer in layers)
+    optimized = {id(p) for group in model.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in model.parameters() if p.requires_grad}
+    frozen = tiny_model("llama", vocab_size=300, hidden_size=32, intermediate_size=24, head_dim=8)
+    for name, value in frozen.state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        own = dict(model.backbone.named_parameters())
+        assert torch.equal(own.get(name, own.get(f"{prefix}.base_layer.{last}")), value)
+
+
+class Scheduled(RandomText):
+    """Training batches whose rows have given domains."""
+
+    def __init__(self, *domains):
+        super().__init__()
+        self.rows = domains
+
+    def train_dataloader(self):
+        return Batches([self.batch(rows, seed) for seed, rows in enumerate(self.rows)])
+
+
+class AdamStates(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        state = trainer.optimizers[0].state
+        self.steps.append({d: copy.deepcopy([state.get(p) for p in tensors(pl_module, d)]) for d in DOMAINS})
+
+
+def tensors(model, domain):
+    return model.memories.lora_parameters(domain) + model.memories.kv_parameters(domain)
+
+
+def test_a_step_moves_only_the_domains_present(folder, tmp_path):
+    both, alone = ["en", "law"], ["en", None]
+    data, states = Scheduled(both, both, both, alone, alone, ["law", "law"], both), AdamStates()
+    _, run = fit(folder, tmp_path, states, data=data, steps=7)
+    for step in (3, 4):
+        assert run.moved("koff_en", [step])
+        assert not run.moved("koff_law", [step])
+    assert run.moved("koff_law", [5])
+    assert not run.moved("koff_en", [5])
+    for before, after, absent in ((2, 4, "law"), (4, 5, "en")):
+        for one, other in zip(states.steps[before][absent], states.steps[after][absent], strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+
+
+@pytest.mark.parametrize("prior", ["fisher", "none"])
+def test_two_stages_leave_the_memories_alone_until_the_mask_is_fixed(folder, tmp_path, prior):
+    _, run = fit(folder, tmp_path, joint=False, sparsity={"prior": prior})
+    assert not run.moved("koff_", range(1, 12))
+    assert all(run.moved(f"koff_{domain}", [12]) for domain in DOMAINS)
+    assert all(step["logged"]["train/kl"] == 0 for step in run.steps[:4]), "the student is the teacher, to the bit"
+    assert all(step["logged"]["train/kl"] > 0 for step in run.steps[4:])
+
+
+def test_dense_memory_runs_without_a_mask(folder, tmp_path):
+    model, run = fit(folder, tmp_path, sparsity={"target": 0.0})
+    assert not run.moved("gates.logits", range(1, STEPS))
+    assert run.moved("koff_en", range(1, STEPS))
+    assert model.gates.kept.all()
+    assert model.draw_gates(2) is None
+
+
+@pytest.mark.parametrize("prior", ["fisher", "none"])
+def test_no_memory_runs_and_hardens_at_the_end(folder, tmp_path, prior):
+    anneal = {"warmup": 0.1, "ramp": 0.5, "hold": 0.4}
+    saver = ModelCheckpoint(tmp_path, filename="end", save_last=True, every_n_train_steps=STEPS)
+    model, run = fit(folder, tmp_path, saver, lora=None, kv=None, anneal=anneal, sparsity={"prior": prior})
+    assert set(run.steps[0]["values"]) == {"gates.logits", "penalty.linear", "penalty.quadratic"}
+    assert model.gates.hardened
+    assert 0 <= 0.2 - model.budget.report(model.gates.kept)["body"] < 0.01
+    saved = torch.load(saver.best_model_path or saver.last_model_path, weights_only=True)["state_dict"]
+    assert bool(saved["gates.hardened"]), "what is left on disk is the finished model"
+    assert torch.equal(saved["gates.kept"], model.gates.kept)
+
+
+def test_accumulated_batches_make_one_step(folder, tmp_path):
+    model, run = fit(folder, tmp_path, accumulate_grad_batches=2, steps=10)
+    assert [s["phase"] for s in run.steps] == ["warmup"] * 4 + ["ramp"] * 6 + ["hold"] * 2 + ["consolidate"] * 8
+    assert not run.moved("gates.logits", range(12, 20))
+    assert model.gates.hardened
+
+
+def test_a_fixed_penalty_runs_and_still_ends_at_the_exact_budget(folder, tmp_path):
+    model, run = fit(folder, tmp_path, sparsity={"penalty": "fixed", "weight": 3.0})
+    assert run.moved("gates.logits", range(4, 12))
+    assert 0 <= 0.2 - model.budget.report(model.gates.kept)["body"] < 0.01
+
+
+# ------------------------------------------------------------------------------------------- what a run says
+
+
+@pytest.mark.parametrize("gate", ["hc", "ddp"])
+def test_every_step_logs_the_mask_and_sparsity_follows_the_ramp(folder, tmp_path, gate):
+    _, run = fit(folder, tmp_path, sparsity={"gate": gate}, steps=60)
+    names = {"sparsity/target", "sparsity/expected", "sparsity/realised", "penalty/linear", "penalty/quadratic"}
+    names |= {"train/loss", "train/ce", "train/kl", "train/penalty"} | ({"sparsity/mu"} if gate == "ddp" else set())
+    one_group = 0.03  # of the body: in a model this small a kv head more or less is a jump
+    for step in run.steps:
+        assert names <= set(step["logged"])
+        assert step["logged"]["sparsity/target"] == pytest.approx(step["target"])
+        if step["phase"] in ("ramp", "hold"):
+            assert abs(step["expected"] - step["target"]) < 0.02 + one_group
+    assert run.steps[-1]["logged"]["sparsity/realised"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_loss_is_the_equation(folder, tmp_path):
+    _, run = fit(folder, tmp_path, loss=LossSpec(ce=0.5, kl=1.5))
+    for logged in (step["logged"] for step in run.steps):
+        data = 0.5 * logged["train/ce"] + 1.5 * logged["train/kl"]
+        assert logged["train/loss"] == pytest.approx(data + logged["train/penalty"], rel=1e-5)
+
+
+def test_without_kl_there_is_no_teacher(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(KOFFModule, "dense_hidden", lambda *_: pytest.fail("a teacher pass that nobody needs"))
+    _, run = fit(folder, tmp_path, loss=LossSpec(kl=0.0), steps=6)
+    assert run.steps[-1]["logged"]["train/kl"] == 0
+
+
+def test_activation_checkpointing_recomputes_and_changes_nothing(folder, tmp_path):
+    runs, calls = [], []
+    for flag in (False, True):
+        model, recorder, count = module(folder, activation_checkpointing=flag), Recorder(), []
+        model.configure_model()
+        model.backbone.model.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        trainer(tmp_path, recorder, steps=6).fit(model, text(folder))
+        runs.append([step["logged"]["train/loss"] for step in recorder.steps])
+        calls.append(len(count))
+    assert calls[1] - calls[0] == 6, "one more forward of each layer in each step"
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_test_arms_are_the_dense_the_cut_and_the_swapped_model(folder, tmp_path):
+    model, _ = fit(folder, tmp_path)
+    batch = RandomText.batch(["en", "law", "en"], seed=3)
+    nats = {arm: model.row_nats(batch, arm) for arm in ("dense", "koff", "memory_off", "swapped")}
+    plain = tiny_model("llama", vocab_size=300, hidden_size=32, intermediate_size=24, head_dim=8).requires_grad_(False)
+
+    def score(backbone):
+        logits = backbone(batch["input_ids"], use_cache=False).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.mT, batch["labels"][:, 1:], reduction="none")
+        return losses.sum(1)
+
+    torch.testing.assert_close(nats["dense"], score(plain), rtol=1e-5, atol=1e-4)
+    cut_(plain, model.gates.groups, model.gates.kept)
+    torch.testing.assert_close(nats["memory_off"], score(plain), rtol=1e-5, atol=1e-4)
+    assert parameter_counts(plain)["total"] == model.budget.kept_parameters(model.gates.kept)
+    other = model.row_nats(batch | {"domains": ["law", "en", "law"]}, "koff")
+    torch.testing.assert_close(nats["swapped"], other, rtol=1e-5, atol=1e-4)
+    assert (nats["koff"] - nats["memory_off"]).abs().min() > 1e-3
+
+
+# ------------------------------------------------------------------------------------- resuming, checkpoints
+
+
+@pytest.mark.parametrize("gate", ["hc", "ddp"])
+@pytest.mark.parametrize("at", [2, 7, 15])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(folder, tmp_path, at, gate):
+    """Interrupted in the warm-up, in mid-ramp and in the consolidation."""
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=at)
+    model, straight = fit(folder, tmp_path, saver, sparsity={"gate": gate})
+    resumed, recorder = module(folder, sparsity={"gate": gate}), Recorder()
+    torch.manual_seed(12345)  # the random state of another process
+    path = tmp_path / f"step={at}.ckpt"
+    trainer(tmp_path, recorder).fit(resumed, text(folder), ckpt_path=path, weights_only=True)
+    assert len(recorder.steps) == STEPS - at
+    for one, other in zip(recorder.steps, straight.steps[at:], strict=True):
+        assert one["phase"] == other["phase"]
+        assert one["logged"] == other["logged"]
+        assert all(torch.equal(value, other["values"][name]) for name, value in one["values"].items())
+    assert torch.equal(resumed.gates.kept, model.gates.kept)
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A checkpoint of a whole run, one of its mid-ramp, and the module."""
+    path = tmp_path_factory.mktemp("finished")
+    saver = ModelCheckpoint(path, filename="{step}", save_top_k=-1, every_n_train_steps=4)
+    model, _ = fit(folder, path, saver)
+    return path / f"step={STEPS}.ckpt", path / "step=8.ckpt", model
+
+
+def test_a_checkpoint_holds_what_was_trained_and_little_else(finished):
+    checkpoint = torch.load(finished[0], weights_only=True)
+    model, state = finished[2], checkpoint["state_dict"]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {n for n, _ in model.named_buffers() if n.startswith(("gates.", "memories."))}
+    assert set(state) == trained | buffers
+    assert not any(name.startswith("backbone.") and "lora_" not in name for name in state)
+    assert checkpoint["koff"]["backbone_hash"] == model.backbone_hash
+    backbone = parameter_counts(tiny_model("llama", vocab_size=300, hidden_size=32, intermediate_size=24, head_dim=8))
+    assert sum(v.numel() for k, v in state.items() if k not in trained) < backbone["total"] / 10
+
+
+def test_a_module_comes_back_from_its_checkpoint_alone(finished):
+    path, _, model = finished
+    loaded = KOFFModule.load_from_checkpoint(path, weights_only=True)
+    assert loaded.hparams == model.hparams
+    batch = RandomText.batch(["en", "law", "en"], seed=3)
+    for arm in ("dense", "koff", "memory_off"):
+        assert torch.equal(loaded.row_nats(batch, arm), model.row_nats(batch, arm))
+
+
+def test_a_checkpoint_of_mid_ramp_is_not_measured_as_the_dense_model(finished, folder):
+    loaded = KOFFModule.load_from_checkpoint(finished[1], weights_only=True)
+    assert not loaded.gates.hardened
+    assert not loaded.hard_mask().all(), "at that step two thirds of the target were reached"
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(finished, folder, tmp_path):
+    toy_tokenizer(tmp_path)
+    tiny_model("llama", seed=1, vocab_size=300, hidden_size=32, intermediate_size=24, head_dim=8).save_pretrained(tmp_path)
+    with pytest.raises(KoffError, match="belongs to backbone .* hash .*: load that backbone"):
+        trainer(tmp_path).fit(module(tmp_path), text(folder), ckpt_path=finished[0], weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"domains": [*DOMAINS, "medicine"]}, r"lacks \d+ trained tensors .*en, law, medicine"),
+        ({"shared_memory": True}, "lacks .*shared"),
+        ({"lora": LoraSpec(rank=3)}, "checkpoint.*shape"),
+        ({"kv": KVSpec(slots=5)}, "checkpoint.*shape"),
+        ({"sparsity": {"units": ["channel"]}}, "checkpoint.*shape"),
+        ({"sparsity": {"gate": "ddp"}}, "checkpoint.*gate"),
+    ],
+)
+def test_a_checkpoint_of_another_make_is_refused(finished, folder, tmp_path, options, message):
+    model = module(folder, **options)
+    model.configure_model()
+    with pytest.raises(KoffError, match=message):
+        trainer(tmp_path).fit(model, text(folder), ckpt_path=finished[0], weights_only=True)
+
+
+def test_a_strangers_checkpoint_is_refused(finished, folder, tmp_path):
+    checkpoint = torch.load(finished[0], weights_only=True)
+    checkpoint.pop("koff")
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(KoffError, match="not written by koff-lightning"):
+        trainer(tmp_path).fit(module(folder), text(folder), ckpt_path=tmp_path / "other.ckpt", weights_only=True)
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+class Poison(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if trainer.global_step == self.step:
+            pl_module.memories.lora_parameters("en")[0].fill_(float("nan"))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(folder, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=2)
+    with pytest.raises(KoffError, match="loss became nan at step 5 "):
+        fit(folder, tmp_path, saver, Poison(5))
+    saved = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.isfinite(v).all() for v in saved.values() if v.is_floating_point())
+    assert not (tmp_path / "step=6.ckpt").exists()
+
+
+def test_a_batch_of_an_unknown_domain(folder, tmp_path):
+    with pytest.raises(KoffError, match="unknown domain chemistry; this model has en, law"):
+        fit(folder, tmp_path, data=Scheduled(["en", "chemistry"]), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"domains": []}, "domains is empty"),
+        ({"domains": ["en", "en"]}, "en.*(twice|duplicate|more than once)"),
+        ({"domains": ["en", "a/b"]}, "a/b"),
+        ({"domains": ["en", "v1.5"]}, r"v1\.5"),
+        ({"sparsity": {"target": 0.0}, "lora": None, "kv": None}, "nothing to train"),
+        ({"dtype": "flaot32"}, "flaot32"),
+        ({"sparsity": {"units": ["layer"]}}, "some of channel, kv_group; got layer"),
+        ({"sparsity": {"target": 0.95}}, "cannot be reached"),
+        ({"kv": KVSpec(slots=4000)}, "too short for a memory of 4000 slots"),
+    ],
+)
+def test_bad_options_are_refused_before_training(folder, tmp_path, options, message):
+    with pytest.raises(KoffError, match=message):
+        fit(folder, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoraSpec(rank=0), "between 1 and 1024; got 0"),
+        (lambda: LoraSpec(rank=5000), "got 5000"),
+        (lambda: LoraSpec(alpha=0.0), "alpha.*got 0"),
+        (lambda: LoraSpec(alpha=float("nan")), "alpha.*nan"),
+        (lambda: LoraSpec(targets=["q_proj", "wq"]), "got wq"),
+        (lambda: LoraSpec(targets=[]), "got none"),
+        (lambda: KVSpec(slots=0), "slot 0 is frozen.*got 0"),
+        (lambda: KVSpec(slots=1), "got 1"),
+        (lambda: KVSpec(slots=10**6), "got 1000000"),
+        (lambda: OptimSpec(mask_lr=0.0), "mask_lr=0"),
+        (lambda: OptimSpec(kv_lr=float("nan")), "kv_lr=nan"),
+        (lambda: OptimSpec(warmup=-0.5), "warmup"),
+        (lambda: OptimSpec(final=2.0), "final"),
+        (lambda: AnnealSparsity(0.5, 0.5, 0.5), r"must lie in \(0, 1\]"),
+        (lambda: AnnealSparsity(-0.1, 0.5, 0.5), r"must lie in \(0, 1\]"),
+        (lambda: AnnealSparsity(shape="square"), "shape.*square"),
+    ],
+)
+def test_bad_specs_are_refused(make, message):
+    with pytest.raises(KoffError, match=message):
+        make()
+
+
+def test_a_run_without_an_end_is_refused(folder, tmp_path):
+    with pytest.raises(KoffError, match="max_steps"):
+        fit(folder, tmp_path, steps=-1)
+
+
+def test_training_without_text_for_the_memories_says_so(folder, tmp_path):
+    loader = RandomText().train_dataloader()
+    with pytest.raises(KoffError, match="datamodule|sample_ids"):
+        trainer(tmp_path, steps=1).fit(module(folder), loader)
+
+
+def test_rows_without_a_domain_train_the_mask_only(folder, tmp_path):
+    _, run = fit(folder, tmp_path, data=Scheduled(*[[None, None]] * 12), steps=12)
+    assert not run.moved("koff_", range(1, 12))
+    assert run.moved("gates.logits", range(3, 6))

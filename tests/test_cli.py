@@ -243,7 +243,7 @@ def run_tiny(tmp_path, monkeypatch):
     small = {"seq_len": 64, "batch_size": 8, "max_train_bytes": 20_000, "max_heldout_bytes": 1_500}
     options = {
         "data": {"domains": {"de": "bundled:de", "python": "bundled:python"}} | small,
-        "trainer": {"accelerator": "cpu", "max_steps": 4, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
+        "trainer": {"accelerator": "cpu", "max_steps": 4, "limit_val_batches": 1, "limit_test_batches": 1},
         "checkpoint": {"every_n_train_steps": 2},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(options))

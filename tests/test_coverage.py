@@ -8,8 +8,6 @@ from tiny_run import Batches, RandomText, tiny_module, tiny_trainer
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.callbacks import GradientCoverage
 
-pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # the frozen backbone
-
 
 class At(Callback):
     """Do something to the module before a step."""

@@ -10,8 +10,6 @@ from tiny_run import RandomText, tiny_module, tiny_trainer
 from koff_lightning.callbacks import KoffProgress
 from koff_lightning.callbacks.progress import Pace, Throughput, peak_memory
 
-pytestmark = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # the frozen backbone
-
 
 def fit(folder, steps=8, **options):
     progress = KoffProgress()

@@ -14,10 +14,7 @@ from koff_lightning.callbacks import RunReport
 from koff_lightning.callbacks.report import score
 from koff_lightning.history import MOST, MaskHistory
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode"),  # the frozen backbone
-    pytest.mark.filterwarnings("ignore:Checkpoint directory"),  # the backbone lies in it
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the backbone lies in it
 ARMS = {"dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb"}
 
 

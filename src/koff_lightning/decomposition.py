@@ -167,8 +167,8 @@ class Decomposition(LightningModule):
         missing = sorted(self._owned() - set(checkpoint["state_dict"]))
         if missing:
             raise KoffError(
-                f"the checkpoint (domains {', '.join(about['domains'])}) lacks {len(missing)} tensors that this run trains "
-                f"(domains {', '.join(self.domains)}), first {missing[0]}: use the model and data options of that run"
+                f"the checkpoint (domains {', '.join(about['domains'])}) lacks {len(missing)} of the trained tensors "
+                f"of this run ({', '.join(self.domains)}), first {missing[0]}: use the model and data options of that run"
             )
 
     def _owned(self) -> set[str]:

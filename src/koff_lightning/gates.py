@@ -1,8 +1,8 @@
 """Gates that switch prunable units: what a gate is (`HardConcrete`, `ShrinkingReLU`) and where it acts.
 
-One flat vector of logits holds all units of all groups: sampling, counting and hardening are single operations.
+One flat vector of logits holds the units of all groups: sampling, counting and hardening are one operation.
 
-Shapes: U units in all, U_g units of group g, C_g = U_g * width input columns of its consumer, R = 1 or rows of the batch.
+Shapes: U units in all, U_g of group g, C_g = U_g * width input columns of its consumer, R = 1 or rows of the batch.
 """
 
 import math

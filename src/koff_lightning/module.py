@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from koff_lightning.backbone import decoder_layers
 from koff_lightning.decomposition import ARMS, Batch, Decomposition
 from koff_lightning.errors import KoffError
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
@@ -88,7 +89,9 @@ class KOFFModule(Decomposition):
             LagrangianPenalty() if self.sparsity.penalty == "lagrangian" else FixedPenalty(self.sparsity.weight)
         )
         if self.activation_checkpointing:
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            self.backbone.activation_checkpointing_enable()
+            for layer in decoder_layers(self.backbone):
+                layer.training = True  # in eval mode it would recompute nothing; what is inside it stays in eval mode
         self.bpb = torch.nn.ModuleDict({f"{arm}/{d}": BitsPerByte() for arm in ARMS for d in self.domains})
 
     # --------------------------------------------------------------------------------------------- training
@@ -110,7 +113,7 @@ class KOFFModule(Decomposition):
         self.log_dict(
             {"train/loss": loss, "train/ce": weights @ ce, "train/kl": weights @ kl, "train/penalty": penalty}
         )
-        return loss
+        return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
 
     @property
     def memories_on(self) -> bool:
@@ -217,7 +220,7 @@ class KOFFModule(Decomposition):
     def _guard(self, loss: Tensor, batch_idx: int) -> None:
         if not torch.isfinite(loss):
             raise KoffError(
-                f"the loss became {loss.item()} at step {self.global_step} (batch {batch_idx}); saved checkpoints are intact. "
+                f"the loss became {loss.item()} at step {self.global_step} (batch {batch_idx}); what was saved stays. "
                 "Lower the learning rates (model.optim) or look at this batch's text"
             )
 

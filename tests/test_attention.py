@@ -197,6 +197,12 @@ def test_an_empty_static_cache_is_cut_to_the_tokens_seen():
     )
 
 
+def test_a_single_new_token_sees_the_whole_cache():
+    query, key, value, *slots = tensors(1, 9)
+    out, _ = koff_attention(Layer(LayerMemory(*slots)), query, key, value, None)
+    close(out.transpose(1, 2), defined(query, key, value, *slots, None, None))
+
+
 def test_a_layer_that_is_not_causal_stays_so():
     query, key, value, *slots = tensors(6, 6)
     out, _ = koff_attention(Layer(LayerMemory(*slots)), query, key, value, None, is_causal=False)

@@ -56,7 +56,9 @@ def test_units_and_their_costs(family):
     model = tiny_model(family, num_attention_heads=8, num_key_value_heads=2)
     d, dh, g = 64, 16, 4
     groups = prunable_groups(model)
-    assert [(x.layer, x.kind, x.size) for x in groups] == [(i, *u) for i in range(2) for u in (("channel", 96), ("kv_group", 2))]
+    assert [(x.layer, x.kind, x.size) for x in groups] == [
+        (i, *u) for i in range(2) for u in (("channel", 96), ("kv_group", 2))
+    ]
     channel, heads = groups[:2]
     assert (channel.width, channel.params_per_unit) == (1, 3 * d)
     biases = (g + 2) * dh if family == "qwen2" else 0
@@ -203,7 +205,9 @@ def test_an_unknown_dtype(tmp_path):
 
 
 def test_an_encoder_saved_as_a_folder(tmp_path):
-    BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
+    BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
+        tmp_path
+    )
     refused(tmp_path, "'bert' model")
 
 
@@ -236,7 +240,9 @@ def hub(monkeypatch, tmp_path):
 def use_hub(monkeypatch, address):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
 
 
 def test_a_gated_model(hub):
@@ -308,8 +314,12 @@ def write_gguf(path, model):
     writer.add_vocab_size(config.vocab_size)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
-    parts |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
-    names |= {f"model.layers.{i}.{a}": f"blk.{i}.{b}" for i in range(config.num_hidden_layers) for a, b in parts.items()}
+    parts |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {
+        f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")
+    }
+    names |= {
+        f"model.layers.{i}.{a}": f"blk.{i}.{b}" for i in range(config.num_hidden_layers) for a, b in parts.items()
+    }
     for name, tensor in model.state_dict().items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             rows = tensor.shape[0] // config.head_dim

@@ -1,4 +1,4 @@
-"""What must be equal: to the frozen model, to a model cut down by hand, to each row run alone, to each document alone."""
+"""What must be equal: to the frozen model, to a model cut down by hand, to each row alone, to each document alone."""
 
 import copy
 
@@ -116,7 +116,7 @@ def rows_equal_alone(case, batch, order):
     tensors = {d: case.trained(d) for d in present}
     together = run(case, batch, order, kept)
     if present:
-        mixed = torch.autograd.grad((together * weight).sum(), sum(tensors.values(), []))
+        mixed = torch.autograd.grad((together * weight).sum(), [p for part in tensors.values() for p in part])
     alone = [run(case, {k: v[i : i + 1] for k, v in batch.items()}, [d], kept) for i, d in enumerate(order)]
     torch.testing.assert_close(together[chosen], torch.cat(alone)[chosen], atol=1e-5, rtol=0)
     for domain in present:
@@ -138,7 +138,7 @@ def test_a_row_without_a_domain_is_the_plain_pruned_model(case):
 def test_absent_domains_get_no_gradient(case):
     tensors = {d: case.trained(d) for d in DOMAINS}
     loss = run(case, plain_batch(), ["de", None, "de"], random_mask(case.groups)).square().sum()
-    grads = torch.autograd.grad(loss, sum(tensors.values(), []), allow_unused=True)
+    grads = torch.autograd.grad(loss, [p for part in tensors.values() for p in part], allow_unused=True)
     present, absent = grads[: len(tensors["de"])], grads[len(tensors["de"]) :]
     assert all(g is not None and g.any() for g in present)
     assert all(g is None for g in absent)
@@ -205,7 +205,11 @@ def test_a_sliding_window_does_not_hide_the_memory():
     case, batch = make_case("mistral", sliding_window=4), plain_batch(3, 21)
     rows_equal_alone(case, batch, ["law", None, "de"])
     whole = run(case, batch, ["law", None, "de"])
-    other = run(case, {"input_ids": torch.cat([plain_batch(3, 14, seed=8)["input_ids"], batch["input_ids"][:, 14:]], 1)}, ["law", None, "de"])
+    other = run(
+        case,
+        {"input_ids": torch.cat([plain_batch(3, 14, seed=8)["input_ids"], batch["input_ids"][:, 14:]], 1)},
+        ["law", None, "de"],
+    )
     torch.testing.assert_close(whole[:, 20:], other[:, 20:], atol=1e-5, rtol=0)
     assert (whole - run(case, batch))[:, 20].abs().amax(-1)[[0, 2]].min() > 0.01
 

@@ -66,6 +66,7 @@ def test_a_half_precision_model_gives_a_full_precision_memory():
     for exact, rounded in zip(memories[0].parameters(), memories[1].parameters(), strict=True):
         assert rounded.dtype == torch.float32
         assert (exact - rounded).norm() < 0.05 * exact.norm()
+    assert not torch.equal(memories[1].key[0], memories[1].key[0].bfloat16().float())  # rotated in full precision
 
 
 def test_slot_0_is_frozen_and_all_is_saved():
@@ -74,8 +75,10 @@ def test_slot_0_is_frozen_and_all_is_saved():
     assert sum(p.numel() for p in memory.parameters()) == memory.numel() * 3 // 4
     sum(part.sum() for layer in range(2) for part in memory.layer(layer)).backward()
     assert all((p.grad == 1).all() for p in memory.parameters())
+    memory.initialised.fill_(True)
     other = KVMemory(SHAPES, 4)
     other.load_state_dict(memory.state_dict())
+    assert other.initialised
     for layer in range(2):
         for got, wanted in zip(other.layer(layer), memory.layer(layer), strict=True):
             assert torch.equal(got, wanted)

@@ -1,4 +1,5 @@
 import io
+import math
 import time
 
 import pytest
@@ -8,7 +9,14 @@ from rich.console import Console
 from tiny_run import RandomText, tiny_module, tiny_trainer
 
 from koff_lightning.callbacks import KoffProgress
+from koff_lightning.callbacks import progress as progress_module
 from koff_lightning.callbacks.progress import Pace, Throughput, peak_memory
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    """A slow machine must not add lines."""
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", math.inf)
 
 
 def fit(folder, steps=8, **options):
@@ -72,6 +80,7 @@ def test_test_and_predict_count_batches(tmp_path, capsys):
 def test_lines_are_rare_in_steps_and_in_time(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 10.0)
 
     def printed(seconds_per_step, total=1000):
         pace, clock[0], found = Pace(), 0.0, []

@@ -86,7 +86,10 @@ def load_tokenizer(
     source: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `source`, which is given as to `load_backbone`."""
-    return _loading(source, AutoTokenizer.from_pretrained, _resolve(source, revision, trust_remote_code))
+    where = _resolve(
+        source, revision, trust_remote_code, wanted=("tokenizer_config.json", "tokenizer.json", "config.json")
+    )
+    return _loading(source, AutoTokenizer.from_pretrained, where)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -178,8 +181,10 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _resolve(source: str, revision: str | None, trust_remote_code: bool) -> dict[str, object]:
-    """Keyword arguments for `from_pretrained`."""
+def _resolve(
+    source: str, revision: str | None, trust_remote_code: bool, wanted: tuple[str, ...] = ("config.json",)
+) -> dict[str, object]:
+    """Keyword arguments for `from_pretrained`; a folder must hold one of the `wanted` files."""
     where: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
     path = Path(source).expanduser()
     if source == TINY:
@@ -191,9 +196,9 @@ def _resolve(source: str, revision: str | None, trust_remote_code: bool) -> dict
             )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in wanted):
             raise KoffError(
-                f"backbone {source!r}: the folder has no config.json, so it is not a saved transformers model"
+                f"{source!r}: the folder holds no {' or '.join(wanted)}, so it is nothing transformers saved"
             )
         return where | {"pretrained_model_name_or_path": str(path)}
     if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):

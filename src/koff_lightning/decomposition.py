@@ -5,6 +5,7 @@ Training it is `KOFFModule`'s business (module.py).
 Shapes: B rows, T tokens, N predicted tokens, d hidden, U prunable units.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ class Decomposition(LightningModule):
         **loading: Any,
     ) -> None:
         super().__init__()
+        _check_names(domains)
         self.source, self.domains, self.shared_memory, self._loading = backbone, list(domains), shared_memory, loading
         self.sparsity, self.lora, self.kv = sparsity, lora, kv
         self.target = 0.0  # sparsity to aim for now
@@ -150,7 +152,10 @@ class Decomposition(LightningModule):
         """Keep what was trained; of the backbone only its name and hash."""
         owned = self._owned()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in owned}
-        checkpoint["koff"] = {"backbone": self.source, "backbone_hash": self.backbone_hash, "domains": self.domains}
+        checkpoint["koff"] = {"backbone": self.source, "backbone_hash": self.backbone_hash, "domains": self.domains} | {
+            "target": self.target,
+            "gate": self.sparsity.gate,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another backbone, or one that lacks something trained here."""
@@ -167,11 +172,36 @@ class Decomposition(LightningModule):
         missing = sorted(self._owned() - set(checkpoint["state_dict"]))
         if missing:
             raise KoffError(
-                f"the checkpoint (domains {', '.join(about['domains'])}) lacks {len(missing)} of the trained tensors "
-                f"of this run ({', '.join(self.domains)}), first {missing[0]}: use the model and data options of that run"
+                f"the checkpoint (of {', '.join(about['domains'])}) lacks {len(missing)} of the tensors that this run "
+                f"({', '.join(self.domains)}) trains, first {missing[0]}: use the model and data options of that run"
+            )
+        self._check_make(about, checkpoint["state_dict"])
+        self.target = about["target"]  # what an unfinished mask is measured at
+
+    def _check_make(self, about: dict[str, Any], saved: dict[str, Tensor]) -> None:
+        """Refuse tensors of another shape, and logits of another kind of gate."""
+        own = self.state_dict()
+        odd = sorted(name for name in self._owned() if own[name].shape != saved[name].shape)
+        if odd:
+            raise KoffError(
+                f"the checkpoint does not fit this run: {odd[0]} has shape {list(saved[odd[0]].shape)} there and "
+                f"{list(own[odd[0]].shape)} here ({len(odd)} tensors in all): use the model options of that run"
+            )
+        if about["gate"] != self.sparsity.gate:
+            raise KoffError(
+                f"the checkpoint has gates of kind {about['gate']!r}, this run of kind {self.sparsity.gate!r}"
             )
 
     def _owned(self) -> set[str]:
         """Names in the state dict that are ours: everything but the frozen weights and the metrics."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         return trained | {k for k in self.state_dict() if k.startswith(("gates.", "memories.", "penalty."))}
+
+
+def _check_names(domains: Sequence[str]) -> None:
+    """The data module checks the same; here for those who build a model without it."""
+    unsafe = [name for name in domains if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)]
+    if unsafe:
+        raise KoffError(f"domain name {unsafe[0]!r} is not safe as a file name: use letters, digits, '_' and '-'")
+    if twice := sorted({name for name in domains if domains.count(name) > 1}):
+        raise KoffError(f"domain {twice[0]!r} is given more than once: its rows would share one memory")

@@ -7,6 +7,7 @@ keeps its own parameters, so a domain that is absent from a batch has no gradien
 Shapes: B rows, T tokens, r rank, M distinct memories present in the batch.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ class LoraSpec:
             raise KoffError(
                 f"lora.rank must be between 1 and 1024; got {self.rank} (set model.lora to null for no LoRA)"
             )
+        if not 0 < self.alpha < math.inf:
+            raise KoffError(f"lora.alpha must be positive and finite; got {self.alpha}")
         unknown = sorted(set(self.targets) - set(LORA_TARGETS))
         if unknown or not self.targets:
             raise KoffError(

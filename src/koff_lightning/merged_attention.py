@@ -46,7 +46,7 @@ class MergedAttention(torch.autograd.Function):
         """The gradients of the first five arguments from that of the output, [B, H, T, dh]."""
         query, key, value, memory_key, memory_value, mask, visible, out, lse, *seeds = ctx.saved_tensors
         half = len(seeds) // 2
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # the kernels want dense heads
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # CUDA refuses expanded ones
         result = (grad, query, out, lse)
         grads_t = _flash_backward(*result, key, value, mask, ctx.scale, ctx.is_causal, seeds[:half])
         shared = _shared(query, memory_key, memory_value)

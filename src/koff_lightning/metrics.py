@@ -34,7 +34,7 @@ class BitsPerByte(Metric):
             nats: Negative log-likelihoods in nats, any shape (per token, per row or summed).
             num_bytes: UTF-8 bytes of the text that these predict, any shape.
         """
-        self.nats += nats.detach().sum(dtype=self.nats.dtype)
+        self.nats += nats.sum(dtype=self.nats.dtype)
         self.num_bytes += num_bytes.sum(dtype=self.num_bytes.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:

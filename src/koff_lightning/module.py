@@ -5,7 +5,8 @@
 Shapes: B rows, T tokens, N predicted tokens, U prunable units.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from koff_lightning.backbone import decoder_layers
+from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import ARMS, Batch, Decomposition
 from koff_lightning.errors import KoffError
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
@@ -85,13 +87,13 @@ class KOFFModule(Decomposition):
         if self._built:
             return
         super().configure_model()
+        if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
+            check_vocabulary(tokenizer, self.backbone.get_input_embeddings().num_embeddings)
         self.penalty = (
             LagrangianPenalty() if self.sparsity.penalty == "lagrangian" else FixedPenalty(self.sparsity.weight)
         )
         if self.activation_checkpointing:
             self.backbone.activation_checkpointing_enable()
-            for layer in decoder_layers(self.backbone):
-                layer.training = True  # in eval mode it would recompute nothing; what is inside it stays in eval mode
         self.bpb = torch.nn.ModuleDict({f"{arm}/{d}": BitsPerByte() for arm in ARMS for d in self.domains})
 
     # --------------------------------------------------------------------------------------------- training
@@ -103,17 +105,29 @@ class KOFFModule(Decomposition):
         teacher = self.dense_hidden(batch)[:, :-1][predicted] if self.loss.kl else None  # [N, d]
         self.gates.set(self.draw_gates(len(predicted)))
         self.memories.activate(batch["domains"] if self.memories_on else [None] * len(predicted))
-        student = self.hidden(batch)[:, :-1][predicted]  # [N, d]
+        student = self._student_hidden(batch)[:, :-1][predicted]  # [N, d]
 
         weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
         data, ce, kl = fused_head_loss(student, teacher, self.head, labels, weights, self.loss)
         penalty = self.sparsity_penalty()
         loss = data + penalty
         self._guard(loss, batch_idx)
-        self.log_dict(
-            {"train/loss": loss, "train/ce": weights @ ce, "train/kl": weights @ kl, "train/penalty": penalty}
-        )
+        parts = {"train/loss": loss, "train/ce": weights @ ce, "train/kl": weights @ kl, "train/penalty": penalty}
+        self.log_dict(parts, batch_size=len(predicted))
         return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
+
+    def _student_hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states [B, T, d] under gates and memories; with activation checkpointing they are recomputed.
+
+        transformers recomputes a layer in training mode only, and drops its cache there: hence for this pass alone.
+        """
+        layers = decoder_layers(self.backbone) if self.activation_checkpointing else []
+        for layer in layers:
+            layer.training = True  # the flag of the layer itself: its parts stay in eval mode
+        hidden = self.hidden(batch)
+        for layer in layers:
+            layer.training = False
+        return hidden
 
     @property
     def memories_on(self) -> bool:
@@ -141,9 +155,21 @@ class KOFFModule(Decomposition):
             memory = self.memories.kv[self.memories.key(name)]
             if not memory.initialised:
                 readers = [d for d in self.domains if self.memories.names[d] == name]
-                parts = [self.trainer.datamodule.sample_ids(d, -(-slots // len(readers))) for d in readers]
+                parts = [self._sampler()(d, -(-slots // len(readers))) for d in readers]
                 with self.gates.off(), self.memories.off():
                     memory.initialise_(self.backbone, torch.cat(parts)[:slots].to(self.device))
+
+    def _number_of_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise KoffError("a schedule needs an end: set trainer.max_steps (or max_epochs with data of known length)")
+        return int(steps)
+
+    def _sampler(self) -> Callable[[str, int], Tensor]:
+        """Where the first text of a memory comes from."""
+        if not hasattr(self.trainer.datamodule, "sample_ids"):
+            raise KoffError("KV memories start from text: train with DomainDataModule, or one that has sample_ids")
+        return self.trainer.datamodule.sample_ids
 
     def on_after_backward(self) -> None:
         """Collect the squared gate gradients of the warm-up, which order the logits later."""
@@ -153,7 +179,7 @@ class KOFFModule(Decomposition):
         """One AdamW: mask, multipliers (ascent), LoRA, KV."""
         groups = parameter_groups(self.gates, self.penalty, self.memories, self.optim)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        lambdas = rate_lambdas(groups, self.optim, int(self.trainer.estimated_stepping_batches))
+        lambdas = rate_lambdas(groups, self.optim, self._number_of_steps())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas), "interval": "step"},

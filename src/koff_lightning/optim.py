@@ -40,6 +40,8 @@ class OptimSpec:
         bad = [f"{k}={v}" for k, v in rates.items() if not v > 0 or math.isinf(v)]
         if bad:
             raise KoffError(f"optim: rates and clip must be positive and finite; got {', '.join(bad)}")
+        if not (0 <= self.warmup < 1 and 0 <= self.final <= 1):
+            raise KoffError(f"optim.warmup and optim.final are shares of 1; got {self.warmup} and {self.final}")
 
 
 def parameter_groups(

@@ -73,7 +73,9 @@ def versions() -> dict[str, str]:
 
 def table(results: Figures) -> Table:
     """Held-out bits per byte: a row for each domain and their mean."""
-    shown = Table(title="held-out text, bits per byte (less is better)", title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(
+        title="held-out text, bits per byte (less is better)", title_justify="left", title_style="", box=box.SIMPLE_HEAD
+    )
     shown.add_column("domain", overflow="fold")
     for name in ("bytes", "dense", "koff", "koff/dense", "memory off", "swapped"):
         shown.add_column(name, justify="right", no_wrap=True)
@@ -87,14 +89,15 @@ def table(results: Figures) -> Table:
 def sentences(results: Figures) -> list[str]:
     """Sparsity and parameters, a line each."""
     rates, size = results["sparsity"], results["parameters"]
+    dense, active, stored = size["dense_total"], size["active"], size["stored"]
     percent = {key: f"{100 * rates[key]:.2f} %" for key in ("body", "total", "units", "ffn", "attention")}
     lines = [
         f"sparsity    {percent['body']} of body, {percent['total']} of total, {percent['units']} of prunable units "
         f"(target: {100 * rates['target']:g} % of {rates['denominator']})",
         f"            by type: {percent['ffn']} of FFN neurons, {percent['attention']} of kv groups, in parameters",
-        f"parameters  dense {_count(size['dense_total'])}, backbone kept {_count(size['backbone_kept'])}; "
-        f"active (with one memory) {_count(size['active'])}, {_change(size['active'], size['dense_total'])}; "
-        f"stored (with all) {_count(size['stored'])}, {_change(size['stored'], size['dense_total'])}",
+        f"parameters  dense {_count(dense)}, backbone kept {_count(size['backbone_kept'])}",
+        f"            active (with one memory) {_count(active)}: {_change(active, dense)}",
+        f"            stored (with all) {_count(stored)}: {_change(stored, dense)}",
     ]
     if rates["target"] and not rates["hardened"]:
         lines.append(

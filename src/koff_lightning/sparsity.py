@@ -6,7 +6,7 @@ total; both and the share of prunable units are reported. Shapes: U units over a
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,12 @@ class SparsitySpec:
             )
         if not 0 < self.band <= 0.5:
             raise KoffError(f"sparsity.band must lie in (0, 0.5]; got {self.band}")
+        for name, value in {"spread": self.spread, "weight": self.weight}.items():
+            if not 0 <= value < math.inf:
+                raise KoffError(f"sparsity.{name} must be >= 0 and finite; got {value}")
+        for name, kinds in get_type_hints(SparsitySpec).items():  # the command line checks these, Python does not
+            if get_origin(kinds) is Literal and getattr(self, name) not in get_args(kinds):
+                raise KoffError(f"sparsity.{name} must be {' or '.join(get_args(kinds))}; got {getattr(self, name)}")
 
 
 class Budget:

@@ -29,6 +29,8 @@ class AnnealSparsity(Callback):
     ) -> None:
         if min(warmup, ramp, hold) < 0 or not 0 < warmup + ramp + hold <= 1:
             raise KoffError(f"anneal: warmup + ramp + hold must lie in (0, 1]; got {warmup} + {ramp} + {hold}")
+        if shape not in ("linear", "cosine", "cubic"):
+            raise KoffError(f"anneal: shape must be linear, cosine or cubic; got {shape}")
         self.fractions = {"warmup": warmup, "ramp": ramp, "hold": hold}
         self.shape = shape
         self.schedule: SparsitySchedule | None = None
@@ -43,12 +45,12 @@ class AnnealSparsity(Callback):
         """Prepare step `trainer.global_step`."""
         step, module = trainer.global_step, pl_module
         module.phase, module.target = self.schedule.phase(step), self.schedule.target_at(step)
+        module.gates.gate.anneal(self.schedule.progress(step))
         if not module.learns_mask or module.gates.hardened:
             return
         if module.phase != "warmup":
             if step == self.schedule.ramp_step:
                 module.gates.order_by_prior(module.budget.costs, module.sparsity.spread)
-            module.gates.gate.anneal(self.schedule.progress(step))
             if module.sparsity.penalty == "lagrangian":
                 module.gates.hold_near(module.target, module.sparsity.band, module.budget.tracked)
 
@@ -60,7 +62,7 @@ class AnnealSparsity(Callback):
             return
         if trainer.global_step >= self.schedule.harden_step and not pl_module.gates.hardened:
             pl_module.harden()
-        pl_module.log_dict(self.state_of_mask(pl_module))
+        pl_module.log_dict(self.state_of_mask(pl_module), batch_size=1)
 
     @staticmethod
     @torch.no_grad()

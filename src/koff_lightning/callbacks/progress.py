@@ -98,9 +98,10 @@ class KoffProgress(RichProgressBar):
     def _look(self, trainer: Trainer, module: KOFFModule, outputs: Any) -> dict[str, float]:
         """The figures of this moment."""
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        gated = module.learns_mask and module.phase != "warmup"  # before that gates stand at one, whatever the logits
         return {
             "loss": float(loss) * trainer.accumulate_grad_batches,
-            "sparsity": float(module.expected_sparsity()) if module.learns_mask else 0.0,
+            "sparsity": float(module.expected_sparsity()) if gated else 0.0,
             "target": module.target,
             "rate": self._throughput.rate() * trainer.world_size,
             "peak": peak_memory(module.device),

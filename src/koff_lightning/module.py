@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, N predicted tokens, U prunable units.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -149,6 +150,16 @@ class KOFFModule(Decomposition):
         return self.penalty(self.budget.tracked(self.gates.gate.keep(self.gates.logits)), self.target)
 
     def on_fit_start(self) -> None:
+        """Refuse a precision that would round what is trained; then fill fresh KV memories."""
+        cast = [name for name, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+        if cast:
+            raise KoffError(
+                f"trainer.precision {self.trainer.precision!r} casts what is trained (first: {cast[0]}): small steps "
+                "would be rounded away. Use bf16-mixed, and model.dtype for the frozen weights"
+            )
+        self.fill_memories()
+
+    def fill_memories(self) -> None:
         """Fill fresh KV memories from each domain's own text; restored ones are left alone."""
         slots = self.kv.slots if self.kv else 0
         for name in dict.fromkeys(self.memories.names.values()) if self.kv else ():
@@ -170,6 +181,8 @@ class KOFFModule(Decomposition):
         if not hasattr(self.trainer.datamodule, "sample_ids"):
             raise KoffError("KV memories start from text: train with DomainDataModule, or one that has sample_ids")
         return self.trainer.datamodule.sample_ids
+
+    on_validation_start = on_test_start = on_predict_start = fill_memories
 
     def on_after_backward(self) -> None:
         """Collect the squared gate gradients of the warm-up, which order the logits later."""
@@ -200,7 +213,9 @@ class KOFFModule(Decomposition):
 
     def held_out(self, arms: Sequence[str]) -> dict[str, dict[str, float]]:
         """Bits per byte of the evaluation that just ran: {domain: {arm: bits per byte}}."""
-        return {d: {arm: float(self.bpb[f"{arm}/{d}"].compute()) for arm in arms} for d in self.domains}
+        with warnings.catch_warnings():  # a domain without a row, as in a run cut short, is not a number
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            return {d: {arm: float(self.bpb[f"{arm}/{d}"].compute()) for arm in arms} for d in self.domains}
 
     def on_validation_epoch_start(self) -> None:
         """Start the counts anew."""
@@ -248,6 +263,11 @@ class KOFFModule(Decomposition):
             raise KoffError(
                 f"the loss became {loss.item()} at step {self.global_step} (batch {batch_idx}); what was saved stays. "
                 "Lower the learning rates (model.optim) or look at this batch's text"
+            )
+        if not loss.requires_grad:
+            raise KoffError(
+                f"nothing is trained in phase {self.phase!r}, as there are no memories: set anneal.warmup to 0 (or "
+                "sparsity.prior to fisher), and anneal.hold so that warmup + ramp + hold is 1"
             )
 
     def _log_table(self, stage: str, arms: Sequence[str]) -> None:

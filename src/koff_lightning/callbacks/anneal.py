@@ -1,5 +1,6 @@
 """AnnealSparsity: decides WHEN. It sets target and phase at every step, keeps the mask on the ramp, hardens once."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -38,8 +39,10 @@ class AnnealSparsity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Lay out the schedule over the run's steps (kept from the checkpoint when a run goes on)."""
-        steps = self._steps or int(trainer.estimated_stepping_batches)
-        self.schedule = SparsitySchedule(pl_module.sparsity.target, steps, **self.fractions, shape=self.shape)
+        steps = self._steps or trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise KoffError("the schedule needs to know how long the run is: set trainer.max_steps")
+        self.schedule = SparsitySchedule(pl_module.sparsity.target, int(steps), **self.fractions, shape=self.shape)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: object, batch_idx: int) -> None:
         """Prepare step `trainer.global_step`."""
@@ -69,6 +72,8 @@ class AnnealSparsity(Callback):
     def state_of_mask(module: KOFFModule) -> dict[str, float]:
         """Target, expected sparsity, sparsity of the gates more often closed than open, multipliers, temperature."""
         gates = module.gates
+        if module.phase == "warmup":  # all gates stand at one, whatever their logits
+            return {f"sparsity/{name}": 0.0 for name in ("target", "expected", "realised")}
         often = gates.kept if gates.hardened else gates.gate.keep(gates.logits) > 0.5
         state = {
             "sparsity/target": module.target,

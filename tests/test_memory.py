@@ -103,7 +103,6 @@ def test_activating_for_another_number_of_rows_is_refused():
         case.model(**plain_batch(4), use_cache=False)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: with LoRA alone, blocks of other rows are adapted silently")
 def test_activating_for_another_number_of_rows_is_refused_with_lora_alone():
     case = make_case("llama", kv=False)
     case.bank.activate(["de", "fr"])

@@ -298,7 +298,7 @@ def toy(kind, steps, *, shape="linear", target=0.12, seed=0):
     for step in range(schedule.ramp_step, schedule.harden_step):
         goal = schedule.target_at(step)
         gates.gate.anneal(schedule.progress(step))
-        gates.hold_near(goal, spec.band, budget.tracked)
+        gates.hold_near(goal, spec.band, budget.counts)
         keep = gates.gate.keep(gates.logits)
         values = gates.gate.sample(gates.logits, 8)
         loss = (weights * (1 - values).square() * torch.exp(0.5 * torch.randn(len(values), len(weights)))).sum(1).mean()
@@ -329,7 +329,10 @@ def test_other_ramps_are_followed_too(kind, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="reported: the band holds the mean of the soft and the hard count, not each")
+@pytest.mark.xfail(
+    strict=True,
+    reason="up to 2.5 points: the band holds the mean of both counts, and one kv group is a jump of the hard one",
+)
 @pytest.mark.parametrize(
     ("kind", "shape", "target"), [("hc", "linear", 0.4), ("hc", "cubic", 0.6), ("ddp", "cubic", 0.6)]
 )

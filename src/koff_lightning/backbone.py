@@ -110,6 +110,13 @@ def kv_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
     """Last hidden states [B, T, d] after the final norm; `lm_head` is left to the loss, which works on token chunks."""
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and positions is not None and mask.ndim == 2:
+        inside = mask[:, 1:].bool() & mask[:, :-1].bool()
+        if ((positions.diff(dim=1) != 1) & inside).any():  # transformers would let the documents see each other
+            raise KoffError(
+                "packed rows (positions that restart) and a padding mask cannot be combined: give one of them"
+            )
     return model.model(use_cache=False, **inputs).last_hidden_state
 
 

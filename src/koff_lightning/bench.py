@@ -71,7 +71,7 @@ def koff_step(batch: dict[str, Any], data: DomainDataModule, rank: int, slots: i
 
     def step() -> None:
         with torch.no_grad():
-            module.gates.hold_near(module.target, module.sparsity.band, module.budget.tracked)
+            module.gates.hold_near(module.target, module.sparsity.band, module.budget.counts)
         AnnealSparsity.state_of_mask(module)
         module.training_step(batch, 0).backward()
         optimizer.step()

@@ -6,10 +6,12 @@ Shapes: U units in all, U_g of group g, C_g = U_g * width input columns of its c
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,9 +33,9 @@ class HardConcrete:
         """Of the sigmoid that makes a sample; constant."""
         return self.beta
 
-    def sample(self, logits: Tensor, rows: int = 1) -> Tensor:
+    def sample(self, logits: Tensor, rows: int = 1, random: torch.Generator | None = None) -> Tensor:
         """Independent draws for each row, [rows, U]. fp32: in bf16 1 - eps rounds to 1 and the logit to inf."""
-        noise = torch.rand(rows, logits.numel(), device=logits.device).clamp_(self.eps, 1 - self.eps)
+        noise = torch.rand(rows, logits.numel(), device=logits.device, generator=random).clamp_(self.eps, 1 - self.eps)
         soft = torch.sigmoid((torch.logit(noise) + logits) / self.beta)
         return (soft * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
 
@@ -44,6 +46,10 @@ class HardConcrete:
     def shift(self, logits: Tensor, delta: Tensor | float) -> Tensor:
         """Logits that keep more (delta > 0) or fewer units; every gate moves alike, so their order stays."""
         return logits + delta
+
+    def sharpen(self, logits: Tensor) -> Tensor:
+        """Logits further from the point where a gate is open half the time; which side they are on stays."""
+        return self.offset + 1.2 * (logits - self.offset)
 
     def prior(self, order: Tensor) -> Tensor:
         """First logits for units in an order given as normal scores, [U]."""
@@ -70,7 +76,7 @@ class ShrinkingReLU:
         """Width of the soft count, mu."""
         return self.mu
 
-    def sample(self, logits: Tensor, rows: int = 1) -> Tensor:
+    def sample(self, logits: Tensor, rows: int = 1, random: torch.Generator | None = None) -> Tensor:
         """The gate itself, [1, U]; straight-through so that a unit at zero can come back."""
         return (logits + (logits.clamp(min=0) - logits).detach()).unsqueeze(0)
 
@@ -83,6 +89,10 @@ class ShrinkingReLU:
     def shift(self, logits: Tensor, delta: Tensor | float) -> Tensor:
         """Move the units near the threshold most: a uniform shift would rescale every kept activation."""
         return logits + delta / (1 + ((logits - self.mu) / (2 * self.mu)) ** 2)
+
+    def sharpen(self, logits: Tensor) -> Tensor:
+        """Nothing: that is what the annealing of mu does, and stretching z would rescale activations."""
+        return logits
 
     def prior(self, order: Tensor) -> Tensor:
         """First z, [U]: the lower half of the order comes down from 1, no unit starts amplified."""
@@ -116,6 +126,7 @@ class BackboneGates(nn.Module):
         self.register_buffer("kept", torch.ones(units, dtype=torch.bool))
         self.register_buffer("hardened", torch.tensor(False))
         self.register_buffer("importance", torch.zeros(units))  # squared gate gradients of the warm-up
+        self.register_buffer("seed", torch.tensor(torch.initial_seed() % 2**31))  # of all draws of a run
         self._probe: Tensor | None = None
         self._columns: list[Tensor] | None = None  # per group [R, 1, C_g]; None = all gates at one, nothing multiplied
 
@@ -169,6 +180,8 @@ class BackboneGates(nn.Module):
         Only the order of the prior is used: the scale of Fisher scores says nothing about gates. Without observations
         the logits stay equal.
         """
+        if dist.is_initialized():  # ranks saw different rows and must start from the same logits
+            dist.all_reduce(self.importance)
         if self.importance.sum() == 0:
             return
         rank = (self.importance / costs.to(self.importance)).argsort().argsort()  # [U]
@@ -176,31 +189,55 @@ class BackboneGates(nn.Module):
         self.logits.copy_(self.gate.prior(spread * torch.special.ndtri(quantile)))
 
     @torch.no_grad()
-    def hold_near(self, target: float, band: float, sparsity: Callable[[Tensor], Tensor]) -> None:
-        """Shift the logits by the least amount that brings sparsity(keep) into target +- band.
+    def hold_near(self, target: float, band: float, counts: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Move the logits by the least that brings sparsity, the mean of both `counts`, into target +- band.
 
-        The multipliers find the price of a parameter, but in a run of a few hundred steps Adam moves all logits alike
+        First the logits are sharpened until soft and hard count agree within 6 bands, then all are shifted alike. The
+        multipliers find the price of a parameter, but in a run of a few hundred steps Adam moves all logits together
         and overshoots before they do; memories would then learn for the wrong model.
+
+        Args:
+            target: Sparsity to be at.
+            band: Distance from it that is left alone.
+            counts: (soft, hard) sparsity for keep probabilities [U], as `Budget.counts`.
         """
 
-        def after(shift: float) -> float:
-            return float(sparsity(self.gate.keep(self.gate.shift(self.logits, shift))))
+        def after(shift: float) -> tuple[float, float]:
+            soft, hard = counts(self.gate.keep(self.gate.shift(self.logits, shift)))
+            return float(soft), float(hard)
 
-        now = after(0.0)
-        goal = min(max(now, target - band), target + band)
-        if goal == now:
-            return
-        low, high = -2 * self.gate.bound, 2 * self.gate.bound  # sparsity falls as the shift grows
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if after(middle) > goal else (low, middle)
-        self.logits.copy_(self.gate.shift(self.logits, high))
+        def settle() -> None:
+            goal = min(max(sum(after(0.0)) / 2, target - band), target + band)
+            if goal == sum(after(0.0)) / 2:
+                return
+            low, high = -self.gate.bound, self.gate.bound  # sparsity falls as the shift grows
+            for _ in range(10):  # until the goal lies between
+                low *= 1 + (sum(after(low)) / 2 < goal)
+                high *= 1 + (sum(after(high)) / 2 > goal)
+            for _ in range(40):
+                middle = (low + high) / 2
+                low, high = (middle, high) if sum(after(middle)) / 2 > goal else (low, middle)
+            self.logits.copy_(self.gate.shift(self.logits, high))
 
-    def draw(self, rows: int = 1) -> Tensor:
-        """Gate values for one micro-batch, [R, U]: hardened mask, or a sample while training."""
+        settle()
+        for _ in range(30):
+            soft, hard = after(0.0)
+            if abs(soft - hard) <= 6 * band:
+                return
+            self.logits.copy_(self.gate.sharpen(self.logits))
+            settle()
+
+    def draw(self, rows: int = 1, place: tuple[int, ...] = ()) -> Tensor:
+        """Gate values for one micro-batch, [R, U]: hardened mask, or a sample while training.
+
+        The noise depends on the run's seed and on `place` (step, micro-batch, rank) alone, so a resumed run draws what
+        an uninterrupted one would have drawn.
+        """
         if self.hardened:
             return self.kept.float().unsqueeze(0)
-        return self.gate.sample(self.logits, rows)
+        random = torch.Generator(self.logits.device)
+        random.manual_seed(zlib.crc32(repr((int(self.seed), *place)).encode()))
+        return self.gate.sample(self.logits, rows, random)
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -94,6 +94,10 @@ class RoutedLinear(peft_lora.Linear):
         base, routes = self.base_layer(x), self.routes
         if not routes.names:
             return base
+        if len(x) != len(routes.order):
+            raise KoffError(
+                f"memories are active for {len(routes.order)} rows, the batch has {len(x)}: activate one per row"
+            )
         down = [self.lora_A[name].weight for name in routes.names]
         up = [self.lora_B[name].weight * self.scaling[name] for name in routes.names]
         if routes.rows is None:

@@ -104,7 +104,7 @@ class KOFFModule(Decomposition):
         labels, predicted = self.targets(batch)  # [N], bool [B, T-1]
         domain = self._domain_of_row(batch)  # [B]
         teacher = self.dense_hidden(batch)[:, :-1][predicted] if self.loss.kl else None  # [N, d]
-        self.gates.set(self.draw_gates(len(predicted)))
+        self.gates.set(self.draw_gates(len(predicted), batch_idx))
         self.memories.activate(batch["domains"] if self.memories_on else [None] * len(predicted))
         student = self._student_hidden(batch)[:, :-1][predicted]  # [N, d]
 
@@ -135,12 +135,12 @@ class KOFFModule(Decomposition):
         """Whether memories take part now: always, or only after hardening in a two-stage run."""
         return self.joint or bool(self.gates.hardened) or not self.learns_mask
 
-    def draw_gates(self, rows: int) -> Tensor | None:
+    def draw_gates(self, rows: int, batch_idx: int = 0) -> Tensor | None:
         """Gate values for a micro-batch, [R, U]: ones while memories warm up, then a sample, then the hard mask."""
         if not self.learns_mask:
             return None
         if self.gates.hardened or self.phase in ("ramp", "hold"):
-            return self.gates.draw(rows)
+            return self.gates.draw(rows, (self.global_step, batch_idx, self.global_rank))
         return self.gates.probe(rows) if self.sparsity.prior == "fisher" and self.training else None
 
     def sparsity_penalty(self) -> Tensor:
@@ -263,11 +263,6 @@ class KOFFModule(Decomposition):
             raise KoffError(
                 f"the loss became {loss.item()} at step {self.global_step} (batch {batch_idx}); what was saved stays. "
                 "Lower the learning rates (model.optim) or look at this batch's text"
-            )
-        if not loss.requires_grad:
-            raise KoffError(
-                f"nothing is trained in phase {self.phase!r}, as there are no memories: set anneal.warmup to 0 (or "
-                "sparsity.prior to fisher), and anneal.hold so that warmup + ramp + hold is 1"
             )
 
     def _log_table(self, stage: str, arms: Sequence[str]) -> None:

@@ -92,13 +92,17 @@ class Budget:
             self._shares = (self.costs.double() / self.denominators[self.spec.denominator]).float().to(keep.device)
         return ((1 - keep) * self._shares).sum()
 
-    def tracked(self, keep: Tensor) -> Tensor:
-        """What the penalty holds to the ramp: the mean of the soft count and the hard one (gates more often closed).
+    def counts(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Sparsity by the soft count of keep probabilities [U], and by the hard one: gates mostly closed."""
+        return self.expected(keep), self.expected((keep > 0.5).float())
 
-        Its gradient is the soft count's. Tracking the soft count alone lets the hard one lag by many points.
+    def tracked(self, keep: Tensor) -> Tensor:
+        """What the penalty holds to the ramp: the mean of both counts, with the gradient of the soft one.
+
+        Tracking the soft count alone lets the hard one lag by many points.
         """
-        soft = self.expected(keep)
-        return soft + ((self.expected((keep > 0.5).float()) - soft) / 2).detach()
+        soft, hard = self.counts(keep)
+        return soft + ((hard - soft) / 2).detach()
 
     def report(self, kept: Tensor) -> dict[str, float]:
         """Hard counts of a mask (bool [U]): sparsity in all three denominators, and per type of unit."""

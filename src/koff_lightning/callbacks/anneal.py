@@ -55,7 +55,7 @@ class AnnealSparsity(Callback):
             if step == self.schedule.ramp_step:
                 module.gates.order_by_prior(module.budget.costs, module.sparsity.spread)
             if module.sparsity.penalty == "lagrangian":
-                module.gates.hold_near(module.target, module.sparsity.band, module.budget.tracked)
+                module.gates.hold_near(module.target, module.sparsity.band, module.budget.counts)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: KOFFModule, outputs: object, batch: object, batch_idx: int
@@ -72,16 +72,20 @@ class AnnealSparsity(Callback):
     def state_of_mask(module: KOFFModule) -> dict[str, float]:
         """Target, expected sparsity, sparsity of the gates more often closed than open, multipliers, temperature."""
         gates = module.gates
+        closed = ~gates.kept if gates.hardened else gates.gate.keep(gates.logits) <= 0.5
+        expected, realised = (
+            float(module.expected_sparsity()),
+            module.budget.report(~closed)[module.sparsity.denominator],
+        )
         if module.phase == "warmup":  # all gates stand at one, whatever their logits
-            return {f"sparsity/{name}": 0.0 for name in ("target", "expected", "realised")}
-        often = gates.kept if gates.hardened else gates.gate.keep(gates.logits) > 0.5
-        state = {
+            expected = realised = 0.0
+        return {
             "sparsity/target": module.target,
-            "sparsity/expected": float(module.expected_sparsity()),
-            "sparsity/realised": module.budget.report(often)[module.sparsity.denominator],
+            "sparsity/expected": expected,
+            "sparsity/realised": realised,
+            "sparsity/temperature": gates.gate.temperature,
+            **{f"penalty/{name}": float(p) for name, p in module.penalty.named_parameters()},
         }
-        state |= {f"penalty/{name}": float(p) for name, p in module.penalty.named_parameters()}
-        return state | {"sparsity/temperature": gates.gate.temperature}
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's length, so that a resumed run keeps its course even if asked for more steps."""

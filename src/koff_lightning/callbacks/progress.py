@@ -115,6 +115,10 @@ class KoffProgress(RichProgressBar):
         words = {"loss": f"{now['loss']:.3f}"}
         if pl_module.learns_mask:
             words["sparsity"] = f"{100 * now['sparsity']:.1f}/{100 * now['target']:.1f} %"
+        if pl_module.learns_mask and pl_module.phase in ("ramp", "hold"):
+            price = [p.item() for p in pl_module.penalty.parameters()] or [getattr(pl_module.penalty, "weight", 0.0)]
+            words["penalty"] = "/".join(f"{p:.2f}" for p in price)
+            words["temperature"] = f"{pl_module.gates.gate.temperature:.2f}"
         words["tokens/s"] = f"{now['rate']:,.0f}"
         if math.isfinite(now["peak"]):
             words["peak"] = f"{now['peak']:.2f} GiB"

@@ -55,17 +55,15 @@ def build(folder: Path, out: Path) -> None:
         held_texts = {d["text"] for d in heldout}
         train = [d for d in docs if not is_heldout(d["id"]) and d["text"] not in held_texts]
         for split, part in (("train", train), ("heldout", heldout)):
-            rows = (
-                json.dumps({k: d[k] for k in ("text", "id", "source")}, ensure_ascii=False)
-                for d in part
-            )
+            rows = (json.dumps({k: d[k] for k in ("text", "id", "source")}, ensure_ascii=False) for d in part)
             raw = ("\n".join(rows) + "\n").encode("utf-8")
             packed = lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
             (out / f"{domain}.{split}.jsonl.xz").write_bytes(packed)
             total += len(packed)
             text_bytes = sum(len(d["text"].encode("utf-8")) for d in part)
-            print(f"{domain:7s} {split:8s} {len(part):5d} docs {text_bytes:9,d} text bytes "
-                  f"{len(packed):9,d} bytes packed")
+            print(
+                f"{domain:7s} {split:8s} {len(part):5d} docs {text_bytes:9,d} text bytes {len(packed):9,d} bytes packed"
+            )
         leaked = len(docs) - len(heldout) - len(train)
         if leaked:
             print(f"{domain:7s} dropped  {leaked:5d} train docs equal to a held-out one")

@@ -20,26 +20,30 @@ SHOWN = ("dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb")
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
-def plan(seeds: list[int]) -> list[tuple[str, float, int]]:
-    """(arm, target, seed) of every run: what answers the claim first, then the curve."""
-    main = [(arm, 0.12, seed) for seed in seeds for arm in ARMS]
-    curve = [(arm, target, seeds[0]) for target in CURVE if target != 0.12 for arm in ("koff", "no_memory")]
-    return main + curve
+Job = tuple[str, float, str]  # arm, target, and the seed or "curve"
 
 
-def run(job: tuple[str, float, int], options: argparse.Namespace) -> dict:
+def plan(seeds: list[int]) -> list[Job]:
+    """Every run: what answers the claim first, then the curve."""
+    main = [(arm, 0.12, str(seed)) for seed in seeds for arm in ARMS]
+    return main + [(arm, target, "curve") for target in CURVE for arm in ("koff", "no_memory")]
+
+
+def run(job: Job, options: argparse.Namespace) -> dict:
     """Run one job, or read what it left."""
-    arm, target, seed = job
-    folder = Path(options.runs) / f"{arm}-{target:.2f}-{seed}"
+    arm, target, which = job
+    folder = Path(options.runs) / f"{arm}-{target:.2f}-{which}"
+    seed = options.seeds[0] if which == "curve" else which
     if not (folder / "results.json").exists():
         command = ["koff", "fit", "--config", options.config]
         command += [part for overlay in ARMS[arm] for part in ("--config", overlay)]
         command += [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]
         command += [] if arm == "dense_memory" else [f"--model.sparsity.target={target}"]
+        command += options.more + (options.curve.split() if which == "curve" else [])
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(command + options.more, stdout=log, stderr=log, check=True, env=environment)
+            subprocess.run(command, stdout=log, stderr=log, check=True, env=environment)
     print(f"done: {folder.name}", flush=True)
     return json.loads((folder / "results.json").read_text())
 
@@ -50,15 +54,21 @@ def spread(values: list[float]) -> str:
     return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def write(results: dict[tuple[str, float, int], dict], options: argparse.Namespace) -> None:
+def write(results: dict[Job, dict], options: argparse.Namespace) -> None:
     """The table over seeds and the curve, as Markdown and JSON."""
-    seeds = sorted({seed for _, _, seed in results})
-    one = next(iter(results.values()))
-    command = "python recipes/koff_tiny/results.py" + "".join(f" {part}" for part in options.more)
+    seeds = [str(seed) for seed in options.seeds]
+    one, first = next(iter(results.values())), results["koff", 0.12, "curve"]
+    command = " ".join(
+        [
+            "python recipes/koff_tiny/results.py",
+            *([f'--curve="{options.curve}"'] if options.curve else []),
+            *options.more,
+        ]
+    )
     lines = [
         "# koff-tiny: KOFF and its controls", "",
         f"Command: `{command}` (config `{options.config}`, {one['steps']} steps of {one['tokens'] // one['steps']:,} "
-        f"predicted tokens, seeds {', '.join(map(str, seeds))}; {len(one['domains'])} domains: {', '.join(one['domains'])}).",
+        f"predicted tokens, seeds {', '.join(seeds)}; domains {', '.join(one['domains'])}).",
         "Bits per byte of held-out text, mean over domains, ± standard deviation over seeds. Less is better.", "",
         "## 12 % of the body", "",
         "| arm | dense | with memory | ratio to dense | memory off | other domain's memory |", "|---|---|---|---|---|---|",
@@ -68,22 +78,34 @@ def write(results: dict[tuple[str, float, int], dict], options: argparse.Namespa
         ratio = spread([m["koff_bpb"] / m["dense_bpb"] for m in means])
         cells = [spread([m[name] for m in means]) for name in SHOWN]
         lines.append(f"| {arm} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} | {cells[3]} |")
-    lines += ["", "By domain, KOFF:", "", "| domain | dense | with memory | ratio | memory off | other's |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "By domain, KOFF:",
+        "",
+        "| domain | dense | with memory | ratio | memory off | other's |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in one["domains"]:
         rows = [results["koff", 0.12, seed]["domains"][name] for seed in seeds]
         ratio = spread([r["koff_bpb"] / r["dense_bpb"] for r in rows])
         cells = [spread([r[key] for r in rows]) for key in SHOWN]
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} | {cells[3]} |")
-    lines += ["", f"## The curve (seed {seeds[0]})", "", "| removed of body | KOFF | ratio to dense | KOFF, memory off | mask without memories | ratio |", "|---|---|---|---|---|---|"]  # fmt: skip
+    head = ("removed of body", "KOFF", "ratio to dense", "KOFF, memory off", "mask without memories", "ratio to dense")
+    lines += ["", f"## The curve (seed {seeds[0]}, {first['steps']} steps)", "", f"| {' | '.join(head)} |"]
+    lines += ["|---" * len(head) + "|"]
     for target in CURVE:
-        koff, alone = (results[arm, target, seeds[0]]["mean"] for arm in ("koff", "no_memory"))
+        koff, alone = (results[arm, target, "curve"]["mean"] for arm in ("koff", "no_memory"))
         lines.append(
-            f"| {100 * results['koff', target, seeds[0]]['sparsity']['body']:.1f} % | {koff['koff_bpb']:.4f} "
+            f"| {100 * results['koff', target, 'curve']['sparsity']['body']:.1f} % | {koff['koff_bpb']:.4f} "
             f"| {koff['koff_bpb'] / koff['dense_bpb']:.4f} | {koff['memory_off_bpb']:.4f} "
             f"| {alone['koff_bpb']:.4f} | {alone['koff_bpb'] / alone['dense_bpb']:.4f} |"
         )
     (DOCS / "koff_tiny.md").write_text("\n".join(lines) + "\n")
-    plain = [{"arm": a, "target": t, "seed": s} | {k: r[k] for k in ("mean", "domains", "sparsity", "parameters", "seconds", "steps", "tokens")} for (a, t, s), r in results.items()]  # fmt: skip
+    kept = ("mean", "domains", "sparsity", "parameters", "seconds", "steps", "tokens")
+    plain = [
+        {"arm": arm, "target": target, "run": which} | {key: result[key] for key in kept}
+        for (arm, target, which), result in results.items()
+    ]
     (DOCS / "koff_tiny.json").write_text(json.dumps(plain, indent=1) + "\n")
 
 
@@ -93,6 +115,7 @@ def main() -> None:
     parser.add_argument("--config", default="tiny_12pct.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at one time, one thread each")
+    parser.add_argument("--curve", default="", help="further arguments of the curve's runs alone")
     parser.add_argument("--runs", default="runs/koff_tiny_results")
     options, options.more = parser.parse_known_args()
     jobs = plan(options.seeds)

@@ -53,10 +53,12 @@ def train_tokenizer(texts: dict[str, list[str]], vocab_size: int) -> PreTrainedT
         r"|\s+(?!\S)"
         r"|\s+"
     )
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(split), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tok.decoder = decoders.ByteLevel()
 
     budget = min(sum(len(t.encode()) for t in part) for part in texts.values())
@@ -82,8 +84,12 @@ def train_tokenizer(texts: dict[str, list[str]], vocab_size: int) -> PreTrainedT
         special_tokens=[(BOS, tok.token_to_id(BOS))],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token=BOS, eos_token=EOS, pad_token=EOS,
-        model_max_length=1024, clean_up_tokenization_spaces=False,
+        tokenizer_object=tok,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -103,7 +109,7 @@ class DomainStream:
     def next(self, length: int) -> np.ndarray:
         if length != self.length or not self.windows:
             stream = np.concatenate([self.docs[i] for i in self.rng.permutation(len(self.docs))])
-            stream = stream[self.rng.integers(length):]
+            stream = stream[self.rng.integers(length) :]
             n = len(stream) // length
             self.windows = list(self.rng.permutation(stream[: n * length].reshape(n, length)))
             self.length = length
@@ -136,9 +142,19 @@ class Batches:
 
 def make_model(vocab_size: int) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=16, max_position_embeddings=1024,
-        rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=1024,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
     )
     model = LlamaForCausalLM(config)
     for layer in model.model.layers:  # residual outputs start at zero
@@ -199,8 +215,9 @@ def bits_per_byte(model, tokenizer, texts: list[str], window: int = 256) -> tupl
         for row, ids in zip(x, part):
             row[: len(ids)] = torch.tensor(ids)
         logits = model(input_ids=x.clamp(min=0)).logits[:, :-1].float()
-        nats += F.cross_entropy(logits.reshape(-1, logits.shape[-1]), x[:, 1:].reshape(-1),
-                                reduction="sum", ignore_index=-100).item()
+        nats += F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), x[:, 1:].reshape(-1), reduction="sum", ignore_index=-100
+        ).item()
     n_bytes = sum(len(t.encode()) for t in texts)
     return nats / math.log(2) / n_bytes, nats, sum(len(r) - 1 for r in rows)
 
@@ -229,8 +246,7 @@ def worker(rank: int, args, docs, n_bytes, port: int) -> None:
     if hasattr(os, "sched_setaffinity"):  # keep the processes on different cores
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
-                            world_size=args.procs)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.procs)
     torch.manual_seed(args.seed)  # same initial weights everywhere
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer") if rank == 0 else None
     model = make_model(args.vocab)
@@ -292,12 +308,21 @@ def worker(rank: int, args, docs, n_bytes, port: int) -> None:
         now = time.time()
         if rank == 0 and (step <= 5 or step % 25 == 0):
             with open(args.out / "log.jsonl", "a") as log:
-                log.write(json.dumps({
-                    "step": step, "tokens": tokens, "seconds": round(now - start, 1),
-                    "loss": round(mean, 4), "lr_scale": round(scale, 4), "length": length,
-                    "seconds_per_step": round((now - logged) / (1 if step <= 5 else 25), 3),
-                    "epochs": [s.epochs for s in batches.streams],
-                }) + "\n")
+                log.write(
+                    json.dumps(
+                        {
+                            "step": step,
+                            "tokens": tokens,
+                            "seconds": round(now - start, 1),
+                            "loss": round(mean, 4),
+                            "lr_scale": round(scale, 4),
+                            "length": length,
+                            "seconds_per_step": round((now - logged) / (1 if step <= 5 else 25), 3),
+                            "epochs": [s.epochs for s in batches.streams],
+                        }
+                    )
+                    + "\n"
+                )
             logged = now
         if rank == 0 and now - saved > args.snapshot_minutes * 60:
             save(model, tokenizer, args.out / "latest")
@@ -306,17 +331,29 @@ def worker(rank: int, args, docs, n_bytes, port: int) -> None:
     if rank == 0:
         seconds = time.time() - start
         save(model, tokenizer, args.out / "latest")
-        (args.out / "done.json").write_text(json.dumps(
-            {"steps": step, "tokens": tokens, "train_seconds": round(seconds, 1),
-             "final_loss": round(mean, 4), "epochs": [s.epochs for s in batches.streams]}))
+        (args.out / "done.json").write_text(
+            json.dumps(
+                {
+                    "steps": step,
+                    "tokens": tokens,
+                    "train_seconds": round(seconds, 1),
+                    "final_loss": round(mean, 4),
+                    "epochs": [s.epochs for s in batches.streams],
+                }
+            )
+        )
     dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpora", type=Path, default=PACKAGE_DATA / "corpora")
-    parser.add_argument("--out", type=Path, default=Path("koff-tiny-run"),
-                        help="work folder: log.jsonl, snapshots (latest/), final/ and heldout.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("koff-tiny-run"),
+        help="work folder: log.jsonl, snapshots (latest/), final/ and heldout.json",
+    )
     parser.add_argument("--minutes", type=float, default=45.0, help="training time")
     parser.add_argument("--steps", type=int, default=0, help="train this many steps instead")
     parser.add_argument("--procs", type=int, default=2, help="one per core")
@@ -341,8 +378,10 @@ def main() -> None:
         tokenizer = train_tokenizer(texts, args.vocab)
         tokenizer.save_pretrained(args.out / "tokenizer")
         docs = {
-            d: [np.array(ids + [tokenizer.eos_token_id], dtype=np.uint16)
-                for ids in tokenizer(part, verbose=False)["input_ids"]]
+            d: [
+                np.array(ids + [tokenizer.eos_token_id], dtype=np.uint16)
+                for ids in tokenizer(part, verbose=False)["input_ids"]
+            ]
             for d, part in texts.items()
         }
         n_bytes = {d: sum(len(t.encode()) for t in part) for d, part in texts.items()}

@@ -32,7 +32,7 @@ def test_both_counts_stay_within_two_points_of_the_ramp_at_every_one_of_200_step
 def test_koff_tiny_writes_its_domains():
     """It continues held-out text far better than chance: a guard against a broken tokenizer or weights."""
     model, tokenizer = load_backbone(TINY), load_tokenizer(TINY)
-    for text in ("def __init__(self, name):\n    self.name = name\n", "Klicken Sie auf die Schaltfläche und wählen Sie"):
+    for text in ("def __init__(self, name):\n    self.name = name\n", "Klicken Sie auf die Schaltfläche"):
         ids = tokenizer(text, return_tensors="pt").input_ids
         assert ids[0, 0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids[0], skip_special_tokens=True) == text

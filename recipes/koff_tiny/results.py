@@ -54,53 +54,53 @@ def spread(values: list[float]) -> str:
     return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def compared(results: list[dict]) -> list[str]:
+    """Cells of one row: the four figures of `results` (one by seed) and the ratio of KOFF to dense."""
+    cells = [spread([result[name] for result in results]) for name in SHOWN]
+    return [*cells, spread([result["koff_bpb"] / result["dense_bpb"] for result in results])]
+
+
 def write(results: dict[Job, dict], options: argparse.Namespace) -> None:
     """The table over seeds and the curve, as Markdown and JSON."""
     seeds = [str(seed) for seed in options.seeds]
-    one, first = next(iter(results.values())), results["koff", 0.12, "curve"]
-    command = " ".join(
-        [
-            "python recipes/koff_tiny/results.py",
-            *([f'--curve="{options.curve}"'] if options.curve else []),
-            *options.more,
-        ]
-    )
-    lines = [
-        "# koff-tiny: KOFF and its controls", "",
-        f"Command: `{command}` (config `{options.config}`, {one['steps']} steps of {one['tokens'] // one['steps']:,} "
-        f"predicted tokens, seeds {', '.join(seeds)}; domains {', '.join(one['domains'])}).",
-        "Bits per byte of held-out text, mean over domains, ± standard deviation over seeds. Less is better.", "",
-        "## 12 % of the body", "",
-        "| arm | dense | with memory | ratio to dense | memory off | other domain's memory |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for arm in ARMS:
-        means = [results[arm, 0.12, seed]["mean"] for seed in seeds]
-        ratio = spread([m["koff_bpb"] / m["dense_bpb"] for m in means])
-        cells = [spread([m[name] for m in means]) for name in SHOWN]
-        lines.append(f"| {arm} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} | {cells[3]} |")
-    lines += [
-        "",
-        "By domain, KOFF:",
-        "",
-        "| domain | dense | with memory | ratio | memory off | other's |",
-        "|---|---|---|---|---|---|",
+    one, curve = results["koff", 0.12, seeds[0]], results["koff", 0.12, "curve"]
+    given = [*([f'--curve="{options.curve}"'] if options.curve else []), *options.more]
+    head = ["dense", "with memory", "memory off", "other domain's memory", "with memory / dense"]
+    arms = [[arm, *compared([results[arm, 0.12, seed]["mean"] for seed in seeds])] for arm in ARMS]
+    domains = [
+        [name, *compared([results["koff", 0.12, seed]["domains"][name] for seed in seeds])] for name in one["domains"]
     ]
-    for name in one["domains"]:
-        rows = [results["koff", 0.12, seed]["domains"][name] for seed in seeds]
-        ratio = spread([r["koff_bpb"] / r["dense_bpb"] for r in rows])
-        cells = [spread([r[key] for r in rows]) for key in SHOWN]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} | {cells[3]} |")
-    head = ("removed of body", "KOFF", "ratio to dense", "KOFF, memory off", "mask without memories", "ratio to dense")
-    lines += ["", f"## The curve (seed {seeds[0]}, {first['steps']} steps)", "", f"| {' | '.join(head)} |"]
-    lines += ["|---" * len(head) + "|"]
+    points = []
     for target in CURVE:
         koff, alone = (results[arm, target, "curve"]["mean"] for arm in ("koff", "no_memory"))
-        lines.append(
-            f"| {100 * results['koff', target, 'curve']['sparsity']['body']:.1f} % | {koff['koff_bpb']:.4f} "
-            f"| {koff['koff_bpb'] / koff['dense_bpb']:.4f} | {koff['memory_off_bpb']:.4f} "
-            f"| {alone['koff_bpb']:.4f} | {alone['koff_bpb'] / alone['dense_bpb']:.4f} |"
-        )
-    (DOCS / "koff_tiny.md").write_text("\n".join(lines) + "\n")
+        removed = results["koff", target, "curve"]["sparsity"]["body"]
+        points.append([f"{removed:.1%}", *compared([koff])[1:3], compared([koff])[-1], *compared([alone])[1::3]])
+    columns = ["removed of body", "KOFF", "memory off", "KOFF / dense", "mask without memories", "the same / dense"]
+    text = f"""# koff-tiny: KOFF and its controls
+
+Command: `{" ".join(["python recipes/koff_tiny/results.py", *given])}` (config `{options.config}`, {one["steps"]} steps of
+{one["tokens"] // one["steps"]:,} predicted tokens, seeds {", ".join(seeds)}). Bits per byte of held-out text, mean over
+domains, ± standard deviation over seeds. Less is better.
+
+## 12 % of the body
+
+{table(["arm", *head], arms)}
+
+KOFF by domain:
+
+{table(["domain", *head], domains)}
+
+## The curve (seed {seeds[0]}, {curve["steps"]} steps)
+
+{table(columns, points)}
+"""
+    (DOCS / "koff_tiny.md").write_text(text)
     kept = ("mean", "domains", "sparsity", "parameters", "seconds", "steps", "tokens")
     plain = [
         {"arm": arm, "target": target, "run": which} | {key: result[key] for key in kept}

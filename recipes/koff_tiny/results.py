@@ -84,9 +84,11 @@ def write(results: dict[Job, dict], options: argparse.Namespace) -> None:
     columns = ["removed of body", "KOFF", "memory off", "KOFF / dense", "mask without memories", "the same / dense"]
     text = f"""# koff-tiny: KOFF and its controls
 
-Command: `{" ".join(["python recipes/koff_tiny/results.py", *given])}` (config `{options.config}`, {one["steps"]} steps of
-{one["tokens"] // one["steps"]:,} predicted tokens, seeds {", ".join(seeds)}). Bits per byte of held-out text, mean over
-domains, ± standard deviation over seeds. Less is better.
+Command: `{" ".join(["python recipes/koff_tiny/results.py", *given])}`
+
+Config `{options.config}`, {one["steps"]} steps of {one["tokens"] // one["steps"]:,} predicted tokens,
+seeds {", ".join(seeds)}. Bits per byte of held-out text, mean over domains, ± standard deviation over
+seeds. Less is better.
 
 ## 12 % of the body
 

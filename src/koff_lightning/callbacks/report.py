@@ -116,6 +116,10 @@ class RunReport(Callback):
 
     # ---------------------------------------------------------------------------------------- test, predict
 
+    def on_test_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Keep Lightning's list of the same figures off the terminal."""
+        trainer.test_loop.verbose = False
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """The same table, of the checkpoint under test."""
         print_figures(trainer, _figures(trainer, pl_module))

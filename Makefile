@@ -40,7 +40,8 @@ bench: .venv/installed ## time and memory of a step against LoRA alone
 	$(BIN)/python -m koff_lightning.bench
 
 notebooks: .venv/notebooks-installed ## run every notebook from top to bottom
-	$(BIN)/python -m pytest --nbmake notebooks
+	@ls notebooks/*.ipynb >/dev/null 2>&1 || echo "no notebooks yet: see notebooks/README.md"
+	@! ls notebooks/*.ipynb >/dev/null 2>&1 || $(BIN)/python -m pytest --nbmake notebooks
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -300,3 +300,9 @@ def test_loggers_checkpoints_and_progress_can_be_switched_off(run_tiny):
 def test_trainer_options_that_do_not_go_together_are_one_line(run_tiny, capsys):
     assert run_tiny("fit", "--trainer.accelerator", "gpu") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("koff: ")
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_scoring_nothing_is_refused(run_tiny, capsys, verb):
+    assert run_tiny(verb) == 2
+    assert "give its --ckpt_path" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_models import tiny_model
 from tiny_run import Batches, RandomText
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
@@ -484,3 +485,10 @@ def test_rows_without_a_domain_train_the_mask_only(folder, tmp_path):
     _, run = fit(folder, tmp_path, data=Scheduled(*[[None, None]] * 12), steps=12)
     assert not run.moved("koff_", range(1, 12))
     assert run.moved("gates.logits", range(3, 6))
+
+
+def test_sharded_strategies_are_refused_rather_than_run_unsharded(folder, tmp_path, monkeypatch):
+    """ModelParallelStrategy would give every rank a whole copy and never reduce a gradient."""
+    monkeypatch.setattr("koff_lightning.module.FSDPStrategy", SingleDeviceStrategy)
+    with pytest.raises(KoffError, match="not supported yet"):
+        fit(folder, tmp_path)

@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,16 +35,20 @@ def run(job: Job, options: argparse.Namespace) -> dict:
     arm, target, which = job
     folder = Path(options.runs) / f"{arm}-{target:.2f}-{which}"
     seed = options.seeds[0] if which == "curve" else which
+    given = json.dumps([options.config, options.more, options.curve])
     if not (folder / "results.json").exists():
-        command = ["koff", "fit", "--config", options.config]
+        command = [sys.executable, "-m", "koff_lightning", "fit", "--config", options.config]
         command += [part for overlay in ARMS[arm] for part in ("--config", overlay)]
         command += [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]
         command += [] if arm == "dense_memory" else [f"--model.sparsity.target={target}"]
         command += options.more + (options.curve.split() if which == "curve" else [])
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "options.json").write_text(given)
         with (folder / "log.txt").open("w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, stdout=log, stderr=log, check=True, env=environment)
+    if (folder / "options.json").read_text() != given:
+        raise SystemExit(f"{folder} holds a run with other options: give another --runs")
     print(f"done: {folder.name}", flush=True)
     return json.loads((folder / "results.json").read_text())
 

@@ -108,11 +108,12 @@ def make(kind: str, options: argparse.Namespace) -> Step:
 def measure_peak(kind: str, options: argparse.Namespace) -> float:
     """What `peak` reads from its child. On the CPU by Linux's own high-water mark, which can be set back."""
     step = make(kind, options)
+    gc.collect()
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
     for _ in range(3):
         step()
     return torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else _status("VmHWM") - before

@@ -81,6 +81,11 @@ class Decomposition(LightningModule):
         keep = self.gates.kept.float() if self.gates.hardened else self.gates.gate.keep(self.gates.logits)
         return self.budget.expected(keep)
 
+    def realised_sparsity(self) -> float:
+        """Sparsity in the target's denominator by gates more often closed than open; exact once hardened."""
+        keep = self.gates.kept.float() if self.gates.hardened else self.gates.gate.keep(self.gates.logits)
+        return float(self.budget.counts(keep)[1])
+
     def hard_mask(self) -> Tensor:
         """The mask if training stopped now, bool [U]: hardened, or without the lowest logits up to the target."""
         if self.gates.hardened:
@@ -121,12 +126,12 @@ class Decomposition(LightningModule):
         """Negative log-likelihood of each row in nats, [B], for one arm.
 
         Arms: `dense` (the unpruned model), `koff` (mask and own memory), `memory_off` (mask alone), `swapped` (mask and
-        another domain's memory, mean over the others; with one domain only, its own).
+        another domain's memory, mean over the others; with one memory only, that one).
         """
         rows: Sequence[str | None] = batch["domains"]
         if arm == "dense":
             return self._nats(batch, self.dense_hidden(batch))
-        if arm == "swapped" and len(self.domains) > 1:
+        if arm == "swapped" and len(set(self.memories.names.values())) > 1:
             return torch.stack([self._pruned(batch, self._rotated(rows, k)) for k in range(1, len(self.domains))]).mean(
                 0
             )

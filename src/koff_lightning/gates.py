@@ -170,7 +170,10 @@ class BackboneGates(nn.Module):
     def observe(self) -> None:
         """Add each gate's squared gradient per row: the empirical Fisher information of removing the unit, [U]."""
         if self._probe is not None and self._probe.grad is not None:
-            self.importance += self._probe.grad.square().sum(0)
+            seen = self._probe.grad.square().sum(0)  # [U]
+            if dist.is_initialized():  # ranks see different rows, and must start the ramp from the same logits
+                dist.all_reduce(seen)
+            self.importance += seen
         self._probe = None
 
     @torch.no_grad()
@@ -180,8 +183,6 @@ class BackboneGates(nn.Module):
         Only the order of the prior is used: the scale of Fisher scores says nothing about gates. Without observations
         the logits stay equal.
         """
-        if dist.is_initialized():  # ranks saw different rows and must start from the same logits
-            dist.all_reduce(self.importance)
         if self.importance.sum() == 0:
             return
         rank = (self.importance / costs.to(self.importance)).argsort().argsort()  # [U]

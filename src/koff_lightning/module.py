@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -150,7 +151,9 @@ class KOFFModule(Decomposition):
         return self.penalty(self.budget.tracked(self.gates.gate.keep(self.gates.logits)), self.target)
 
     def on_fit_start(self) -> None:
-        """Refuse a precision that would round what is trained; then fill fresh KV memories."""
+        """Refuse what would train wrongly without a word; then fill fresh KV memories."""
+        if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise KoffError("sharded strategies are not supported yet: each rank would train its own copy; use ddp")
         cast = [name for name, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if cast:
             raise KoffError(
@@ -207,7 +210,7 @@ class KOFFModule(Decomposition):
     def _evaluate(self, batch: Batch, arms: Sequence[str]) -> None:
         for arm in arms:
             nats = self.row_nats(batch, arm)
-            for domain in dict.fromkeys(batch["domains"]):
+            for domain in dict.fromkeys(d for d in batch["domains"] if d is not None):
                 chosen = [i for i, d in enumerate(batch["domains"]) if d == domain]
                 self.bpb[f"{arm}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen])
 
@@ -244,7 +247,8 @@ class KOFFModule(Decomposition):
         """Bits per byte of every row under its own memory."""
         nats, size = self.row_nats(batch, "koff"), batch["num_bytes"]
         bits = (nats / torch.log(torch.tensor(2.0)) / size).tolist()
-        return [{"domain": d, "bits_per_byte": b} for d, b in zip(batch["domains"], bits, strict=True)]
+        rows = zip(batch["domains"], bits, size.tolist(), strict=True)
+        return [{"domain": domain, "bits_per_byte": value} for domain, value, count in rows if count > 0]
 
     # ---------------------------------------------------------------------------------------------- helpers
 

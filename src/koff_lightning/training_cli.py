@@ -61,6 +61,8 @@ class KoffCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; RunReport has said what was saved when that is cut short."""
+        if subcommand != "fit" and not self._get(self.config_init, "ckpt_path"):
+            raise KoffError(f"koff {subcommand} scores what a run has trained: give its --ckpt_path")
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as stop:  # Lightning's answer to Ctrl-C

@@ -72,11 +72,7 @@ class AnnealSparsity(Callback):
     def state_of_mask(module: KOFFModule) -> dict[str, float]:
         """Target, expected sparsity, sparsity of the gates more often closed than open, multipliers, temperature."""
         gates = module.gates
-        closed = ~gates.kept if gates.hardened else gates.gate.keep(gates.logits) <= 0.5
-        expected, realised = (
-            float(module.expected_sparsity()),
-            module.budget.report(~closed)[module.sparsity.denominator],
-        )
+        expected, realised = float(module.expected_sparsity()), module.realised_sparsity()
         if module.phase == "warmup":  # all gates stand at one, whatever their logits
             expected = realised = 0.0
         return {

@@ -101,7 +101,7 @@ class KoffProgress(RichProgressBar):
         gated = module.learns_mask and module.phase != "warmup"  # before that gates stand at one, whatever the logits
         return {
             "loss": float(loss) * trainer.accumulate_grad_batches,
-            "sparsity": float(module.expected_sparsity()) if gated else 0.0,
+            "sparsity": module.realised_sparsity() if gated else 0.0,
             "target": module.target,
             "rate": self._throughput.rate() * trainer.world_size,
             "peak": peak_memory(module.device),

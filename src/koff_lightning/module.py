@@ -273,8 +273,13 @@ class KOFFModule(Decomposition):
         table = self.held_out(arms)
         for arm in arms:
             for domain, row in table.items():
-                self.log(f"{stage}/{arm}_bpb/{domain}", row[arm])
-            self.log(f"{stage}/{arm}_bpb", sum(row[arm] for row in table.values()) / len(table), prog_bar=arm == "koff")
+                self.log(f"{stage}/{arm}_bpb/{domain}", row[arm], sync_dist=True)
+            self.log(
+                f"{stage}/{arm}_bpb",
+                sum(row[arm] for row in table.values()) / len(table),
+                prog_bar=arm == "koff",
+                sync_dist=True,
+            )
 
 
 def _spec(kind: type, value: Any) -> Any:

@@ -1,6 +1,5 @@
 """AnnealSparsity: decides WHEN. It sets target and phase at every step, keeps the mask on the ramp, hardens once."""
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -40,8 +39,6 @@ class AnnealSparsity(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Lay out the schedule over the run's steps (kept from the checkpoint when a run goes on)."""
         steps = self._steps or trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise KoffError("the schedule needs to know how long the run is: set trainer.max_steps")
         self.schedule = SparsitySchedule(pl_module.sparsity.target, int(steps), **self.fractions, shape=self.shape)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: object, batch_idx: int) -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -180,13 +179,11 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 def _figures(trainer: Trainer, module: KOFFModule) -> results.Figures:
     """Figures of the evaluation that just ran, from all ranks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")  # domains without text
-        held_out = module.held_out(ARMS)
+    held_out = module.held_out(ARMS)
     counts = torch.stack([module.bpb[f"dense/{domain}"].num_bytes for domain in module.domains])
     counts = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
     num_bytes = dict(zip(module.domains, map(round, counts), strict=True))
-    memories = len(set(module.memories.names.values()))
+    memories = len(set(module.memories.names.values())) if module.lora or module.kv else 0
     return results.held_out_figures(held_out, num_bytes, memories) | results.mask_and_size(module)
 
 

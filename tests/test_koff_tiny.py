@@ -10,6 +10,7 @@ from koff_lightning.backbone import TINY, load_backbone, load_tokenizer
 from koff_lightning.cli import main
 
 SMALL = ["--data.max_train_bytes=60000", "--data.max_heldout_bytes=2000", "--trainer.enable_progress_bar=false"]
+SMALL += ["--export.enabled=false"]
 
 
 def fit(folder, *more):

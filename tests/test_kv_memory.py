@@ -1,5 +1,7 @@
 """A memory made from a text stands for that text; rows read only their own; bad input is named."""
 
+import hashlib
+
 import pytest
 import torch
 from tiny_models import FAMILIES, YARN_ROPE, tiny_model
@@ -84,20 +86,63 @@ def test_slot_0_is_frozen_and_all_is_saved():
             assert torch.equal(got, wanted)
 
 
+def test_a_memory_knows_the_text_it_was_filled_from():
+    memory, again, other = (KVMemory(SHAPES, P) for _ in range(3))
+    assert memory.source_hash is None
+    memory.initialise_(tiny_model("llama"), ids(1, 40)[0])
+    again.initialise_(tiny_model("qwen3"), ids(1, 40)[0, :P].int())  # only the tokens used count, whatever their dtype
+    other.initialise_(tiny_model("llama"), ids(1, 40)[0, 1:])
+    assert memory.source_hash == again.source_hash != other.source_hash
+    assert memory.source_hash == hashlib.sha256(ids(1, 40)[0, :P].numpy().tobytes()).hexdigest()
+    restored = KVMemory(SHAPES, P)
+    restored.load_state_dict(memory.state_dict())
+    assert restored.source_hash == memory.source_hash
+    assert memory.source.dtype == torch.uint8 and memory.source.shape == (32,)
+
+
+def test_tensors_hold_all_slots_and_make_the_same_memory_again():
+    memory = filled(slots=4, shapes=[(2, 16), (1, 8)])
+    memory.source.copy_(torch.arange(32))
+    tensors = memory.tensors()
+    assert {name: list(t.shape) for name, t in tensors.items()} == {
+        "layers.0.key": [2, 4, 16],
+        "layers.0.value": [2, 4, 16],
+        "layers.1.key": [1, 4, 8],
+        "layers.1.value": [1, 4, 8],
+    }
+    again = KVMemory.from_tensors(tensors, memory.source_hash)
+    for name, tensor in memory.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor) or name == "initialised"
+    assert again.initialised and not [p for p in again.parameters() if p.requires_grad]
+    tensors["layers.0.key"].zero_()
+    assert again.layer(0)[0].abs().min() > 0 < memory.layer(0)[0].abs().min(), "copies, both ways"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers.1.value": None}, "without gaps: layers.1.value is missing"),
+        ({"layers.0.key": None, "layers.0.value": None}, "without gaps: layers.0.key is missing"),
+        ({"layers.2.value": torch.zeros(2, 4, 16)}, "without gaps: layers.2.key is missing"),
+        ({"more": torch.zeros(1)}, "without gaps: layers.2.key is missing"),
+        ({"layers.0.key": torch.zeros(2, 4, 16).half()}, r"layers.0.key is torch.float16 \[2, 4, 16\]"),
+        ({"layers.1.value": torch.zeros(2, 4, 15)}, r"layers.1.value is torch.float32 \[2, 4, 15\]"),
+        ({"layers.1.key": torch.zeros(2, 3, 16)}, r"layers.1.key is torch.float32 \[2, 3, 16\]"),
+        ({"layers.1.key": torch.zeros(2, 16)}, r"layers.1.key is torch.float32 \[2, 16\]"),
+        ({"layers.0.key": torch.zeros(())}, r"layers.0.key is torch.float32 \[\]"),
+        (dict.fromkeys(KVMemory(SHAPES, 4).tensors()), "layers.0.key is missing"),
+    ],
+)
+def test_tensors_that_are_no_memory_are_refused(change, message):
+    tensors = filled(slots=4).tensors() | change
+    with pytest.raises(KoffError, match=message):
+        KVMemory.from_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
 def test_initialising_leaves_no_gradient_behind():
     memory = KVMemory(SHAPES, P)
     memory.initialise_(tiny_model("llama"), ids(1, P)[0])
     assert all(p.requires_grad and p.is_leaf and p.grad is None for p in memory.parameters())
-
-
-def test_keeping_heads_keeps_what_they_remember():
-    memory = filled(slots=4)
-    before = memory.layer(1)
-    memory.keep_heads_(1, torch.tensor([1]))
-    for got, wanted in zip(memory.layer(1), before, strict=True):
-        assert torch.equal(got, wanted[1:])
-    assert memory.layer(0)[0].shape == (2, 4, 16)
-    assert all(p.requires_grad for p in memory.parameters())
 
 
 # --- rotation ------------------------------------------------------------------------------------------------------

@@ -93,12 +93,24 @@ def test_constraints_are_exact_portable_and_cover_what_we_require(requirements):
             assert pinned[name] in requirement.specifier, name
 
 
-def test_import_is_light_and_has_no_effects():
+@pytest.mark.parametrize("command", ["koff", "-m koff_lightning"])
+def test_the_command_is_light(command, tmp_path):
+    """Both ways to call it import nothing of torch and transformers for a version or a help."""
+    (tmp_path / "koff").write_text("from koff_lightning.cli import main\nmain()\n")
+    words = [str(tmp_path / "koff")] if command == "koff" else command.split()
+    done = subprocess.run([sys.executable, "-X", "importtime", *words, "--version"], capture_output=True, text=True)
+    loaded = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+    assert done.stdout.startswith("koff-lightning ")
+    assert "koff_lightning.cli" in loaded
+    assert not {"torch", "lightning", "transformers", "numpy", "koff_lightning.modeling_koff"} & set(loaded)
+
+
+def test_an_import_opens_nothing_but_makes_the_model_types_known():
     code = "import sys; import koff_lightning; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = done.stdout.split()
-    assert [name for name in loaded if name.startswith("koff_lightning")] == ["koff_lightning"]
-    assert not {"torch", "lightning", "transformers", "numpy"} & set(loaded)
+    loaded = [name for name in done.stdout.split() if name.startswith("koff_lightning")]
+    assert set(loaded) == {"koff_lightning", "koff_lightning.modeling_koff"}
+    assert "lightning" not in done.stdout.split()
 
 
 @pytest.mark.parametrize("name", koff_lightning._HOME)

@@ -1,4 +1,4 @@
-"""A tiny model with gates and filled memories, and the same model masked by hand: plain indexing, none of our code."""
+"""A tiny model with gates and filled memories; the same cut by surgery; and by hand, with none of our code."""
 
 import copy
 from collections.abc import Sequence
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from tiny_models import tiny_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.gates import BackboneGates
+from koff_lightning.layouts import backbone_for
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.surgery import cut_kv, cut_state
 
 DOMAINS = ("de", "fr", "law")
 SLOTS, ALPHA, RANK = 5, 6.0, 3
@@ -64,6 +66,32 @@ def random_mask(groups: list[PrunableGroup], seed: int = 0, keep: float = 0.6) -
             kept = torch.arange(group.size) == 1  # else two of two heads would stay too often
         parts.append(kept)
     return torch.cat(parts)
+
+
+def cut_model(model: PreTrainedModel, groups: list[PrunableGroup], kept: Tensor) -> PreTrainedModel:
+    """The ragged model that surgery makes of a plain one."""
+    config, state = backbone_for("ragged", model.config, model.state_dict(), groups, kept)
+    cut = AutoModelForCausalLM.from_config(config, attn_implementation="koff")
+    cut.load_state_dict(state)
+    cut.config.use_cache = False
+    return cut.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def cut_case(case: Case, kept: Tensor) -> Case:
+    """The same of a model with its memories; the gates of the result are over the units that are left."""
+    model = cut_model(case.plain, case.groups, kept)
+    plain, groups = copy.deepcopy(model), prunable_groups(model)
+    spec = LoraSpec(RANK, ALPHA) if case.bank.lora_parameters() else None
+    bank = MemoryBank(model, case.bank.domains, spec, KVSpec(SLOTS) if case.bank.kv else None)
+    model.load_state_dict(cut_state(case.model.state_dict(), case.groups, kept))
+    for name, memory in bank.kv.items():
+        left = cut_kv(case.bank.kv[name].tensors(), case.groups, kept)
+        for index in range(len(groups) // 2):
+            memory._write_(index, left[f"layers.{index}.key"], left[f"layers.{index}.value"])
+    gates = BackboneGates(groups)
+    gates.attach(model)
+    return Case(plain, model, groups, bank, gates)
 
 
 @torch.no_grad()

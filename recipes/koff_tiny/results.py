@@ -40,6 +40,7 @@ def run(job: Job, options: argparse.Namespace) -> dict:
         command = [sys.executable, "-m", "koff_lightning", "fit", "--config", options.config]
         command += [part for overlay in ARMS[arm] for part in ("--config", overlay)]
         command += [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]
+        command += ["--export.enabled=false"]  # only the figures are wanted
         command += [] if arm == "dense_memory" else [f"--model.sparsity.target={target}"]
         command += options.more + (options.curve.split() if which == "curve" else [])
         folder.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,7 @@ def make_model(vocab_size: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=128,
-        intermediate_size=384,
+        intermediate_size=256,
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,

@@ -1,9 +1,11 @@
 """Knowledge offloading for frozen LLMs: a smaller shared backbone and one light, swappable memory per domain.
 
-The public door. Names are imported when first used (PEP 562), so importing the package is immediate.
+The public door. Names are imported when first used (PEP 562); the model types that we write are made known at once.
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,7 @@ _HOME = {
     "OptimSpec": "optim",
     "SparsitySpec": "sparsity",
     "load_backbone": "backbone",
+    "load_decomposed": "decomposed",
     "load_tokenizer": "backbone",
 }
 __all__ = [*_HOME, "__version__"]
@@ -33,3 +36,18 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _is_command() -> bool:
+    """Whether this process is `koff` or `python -m koff_lightning`."""
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if program == "-m":  # Python is still looking for the module to run
+        return "koff_lightning" in sys.orig_argv
+    return Path(program).name in ("koff", "koff.exe", "koff-script.py")
+
+
+# `import koff_lightning` must suffice for `AutoModelForCausalLM.from_pretrained` on an artefact. The lightest way into
+# transformers is by its own classes: 5 s of imports, which nearly every use of this package needs anyway. The help of
+# the command does not, so there it is left to the verbs that load a model (backbone.py).
+if not _is_command():
+    import_module("koff_lightning.modeling_koff")

@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from koff_lightning.errors import KoffError
 
@@ -44,7 +51,12 @@ class PrunableGroup:
 
 
 def load_backbone(
-    source: str, *, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from a hub id, a local folder, a `.gguf` file or `koff-tiny`; frozen, in eval mode.
 
@@ -53,24 +65,20 @@ def load_backbone(
         revision: Branch, tag or commit of a hub model.
         dtype: Name of the torch dtype the frozen weights are kept in.
         trust_remote_code: Allow code from the model repository to run.
+        config: In place of the one at `source`.
 
     Raises:
         KoffError: Nothing there, no access, no network, or a family that is not supported.
     """
     where = _resolve(source, revision, trust_remote_code)
-    config = _loading(source, AutoConfig.from_pretrained, where)
-    if config.model_type not in FAMILIES:
-        raise KoffError(
-            f"backbone {source!r} is a {config.model_type!r} model; supported families are {', '.join(FAMILIES)}. "
-            "To add one, see the head of koff_lightning/backbone.py"
-        )
+    config = config or load_config(source, revision=revision, trust_remote_code=trust_remote_code)
     if "gguf_file" in where:
         from transformers import GgufConfig
 
         where = where | {
             "quantization_config": GgufConfig(dequantize=True)
         }  # packed weights can be neither cut nor adapted
-    where = where | {"dtype": _dtype(dtype), "output_loading_info": True}
+    where = where | {"config": config, "dtype": _dtype(dtype), "output_loading_info": True}
     model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         missing = sorted(info["missing_keys"])
@@ -82,14 +90,36 @@ def load_backbone(
     return model.requires_grad_(False).eval()
 
 
+def load_config(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a backbone, which is given as to `load_backbone`.
+
+    Raises:
+        KoffError: Nothing there, no access, no network, or a family that is not supported.
+    """
+    config = _loading(source, AutoConfig.from_pretrained, _resolve(source, revision, trust_remote_code))
+    if config.model_type.removeprefix("koff_") not in FAMILIES:  # koff_*: what an artefact holds
+        raise KoffError(
+            f"backbone {source!r} is a {config.model_type!r} model; supported families are {', '.join(FAMILIES)}. "
+            "To add one, see the head of koff_lightning/backbone.py"
+        )
+    return config
+
+
 def load_tokenizer(
-    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+    source: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to `source`, which is given as to `load_backbone`."""
+    """The tokenizer that belongs to `source`, which is given as to `load_backbone`.
+
+    transformers chooses its class by the model's config as well; `config` stands in for the one at `source`.
+    """
     where = _resolve(
         source, revision, trust_remote_code, wanted=("tokenizer_config.json", "tokenizer.json", "config.json")
     )
-    return _loading(source, AutoTokenizer.from_pretrained, where)
+    return _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -110,14 +140,17 @@ def kv_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
     """Last hidden states [B, T, d] after the final norm; `lm_head` is left to the loss, which works on token chunks."""
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    if mask is not None and positions is not None and mask.ndim == 2:
-        inside = mask[:, 1:].bool() & mask[:, :-1].bool()
-        if ((positions.diff(dim=1) != 1) & inside).any():  # transformers would let the documents see each other
-            raise KoffError(
-                "packed rows (positions that restart) and a padding mask cannot be combined: give one of them"
-            )
+    refuse_masked_packing(inputs.get("attention_mask"), inputs.get("position_ids"))
     return model.model(use_cache=False, **inputs).last_hidden_state
+
+
+def refuse_masked_packing(mask: Tensor | None, positions: Tensor | None) -> None:
+    """Raise KoffError for packed rows (positions [B, T] that restart) with a padding mask [B, T]."""
+    if mask is None or positions is None or mask.ndim != 2 or mask.shape[1] != positions.shape[1]:
+        return
+    inside = mask[:, 1:].bool() & mask[:, :-1].bool()
+    if ((positions.diff(dim=1) != 1) & inside).any():  # transformers would let the documents see each other
+        raise KoffError("packed rows (positions that restart) and a padding mask cannot be combined: give one of them")
 
 
 def rotary_inv_freq(model: PreTrainedModel) -> Tensor:
@@ -217,11 +250,15 @@ def _resolve(
 
 def _loading(source: str, load: object, where: dict[str, object]) -> object:
     """Call `load`, turning the hub's many exceptions into one line that says what to do."""
+    import koff_lightning.modeling_koff  # noqa: F401  makes the types koff_* known; costs seconds, so not at the top
+
     try:
         return load(**where)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         text = str(error)
-        if "gated" in text.lower() or "401" in text or "403" in text:
+        if "trust_remote_code" in text:
+            hint = "it brings its own code, which is not run unless trust_remote_code is true"
+        elif "gated" in text.lower() or "401" in text or "403" in text:
             hint = "access is restricted: accept its licence on the hub and log in with `hf auth login`"
         elif any(
             sign in text.lower() for sign in ("offline", "connect", "couldn't reach", "resolve host", "timed out")

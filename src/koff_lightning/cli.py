@@ -5,7 +5,7 @@ from importlib import import_module
 
 from koff_lightning import __version__
 from koff_lightning.errors import KoffError
-from koff_lightning.option_errors import nearest, one_line
+from koff_lightning.option_errors import nearest
 
 TRAINING = {
     "fit": "learn the mask and the memories",
@@ -13,8 +13,19 @@ TRAINING = {
     "test": "score a checkpoint on the held-out text and report",
     "predict": "write a checkpoint's predictions",
 }
-# verb -> (module:function, help); the function's typed arguments and docstring become the verb's options and help
+# verb -> (module:function, help); the function's typed arguments and docstring become the verb's options and help.
+# A verb of two words is typed as two: koff memory list
 TOOLS = {
+    "export": ("koff_lightning.export_cli:export_checkpoint", "write a checkpoint as a smaller model and its memories"),
+    "generate": ("koff_lightning.generate:generate", "continue prompts with a domain's memory"),
+    "chat": ("koff_lightning.chat:chat", "talk to an exported chat model, switching domains at will"),
+    "inspect": ("koff_lightning.inspection:inspect", "sizes, sparsity by layer and domains of an exported model"),
+    "memory list": ("koff_lightning.memory_cli:list_memories", "list the memories of an exported model"),
+    "memory add": ("koff_lightning.memory_cli:add", "add a memory trained for the same backbone"),
+    "memory remove": ("koff_lightning.memory_cli:remove", "remove a memory"),
+    "memory compose": ("koff_lightning.memory_cli:compose", "make one memory of two (an experiment)"),
+    "memory cartridge": ("koff_lightning.memory_cli:cartridge", "exchange a KV memory with PEFT's CARTRIDGE format"),
+    "bench serve": ("koff_lightning.serving_bench:bench_serving", "time pruned models and memories against the dense"),
     "configs": ("koff_lightning.config_files:list_configs", "list the configs that ship with the package"),
     "fetch": ("koff_lightning.fetch:fetch", "download a small real model: koff fetch smollm2"),
 }
@@ -42,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 def usage() -> str:
     """The help of `koff` itself."""
     verbs = TRAINING | {verb: text for verb, (_, text) in TOOLS.items()}
-    lines = [f"  {verb:<10}{text}" for verb, text in verbs.items()]
+    width = max(map(len, verbs)) + 2
+    lines = [f"  {verb:<{width}}{text}" for verb, text in verbs.items()]
     return "\n".join(
         [
             "usage: koff VERB [options]      koff VERB --help tells the options of a verb",
@@ -60,7 +72,8 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
-    verb = argv[0]
+    two = " ".join(argv[:2])
+    verb = two if two in TOOLS else argv[0]
     if verb == "--version":
         print(f"koff-lightning {__version__}")
     elif verb in TRAINING:
@@ -68,7 +81,11 @@ def _run(argv: list[str]) -> int:
 
         run(argv)
     elif verb in TOOLS:
-        _run_tool(verb, argv[1:])
+        _run_tool(verb, argv[len(verb.split()) :])
+    elif kin := [tool for tool in TOOLS if tool.startswith(f"{verb} ")]:
+        if argv[1:] not in (["-h"], ["--help"]):
+            raise KoffError(f"no verb {two!r}.{nearest(two, kin)} There are: koff {', koff '.join(kin)}")
+        print("\n".join(f"koff {tool:<20}{TOOLS[tool][1]}" for tool in kin))
     elif later := [word for word in argv if word in TRAINING or word in TOOLS]:
         raise KoffError(f"the verb comes first: koff {later[0]} {' '.join(w for w in argv if w != later[0])}")
     else:
@@ -78,14 +95,8 @@ def _run(argv: list[str]) -> int:
 
 def _run_tool(verb: str, argv: list[str]) -> None:
     """Parse the verb's options from its function's signature and call it."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from koff_lightning.tool_options import parse
 
     module, function = TOOLS[verb][0].split(":")
     run = getattr(import_module(module), function)
-    parser = ArgumentParser(prog=f"koff {verb}", exit_on_error=False)
-    parser.add_function_arguments(run, as_positional=True)
-    try:
-        options = parser.parse_args(argv)
-    except ArgumentError as error:
-        raise KoffError(f"{verb}: {one_line(str(error), parser.get_defaults().keys())}") from error
-    run(**options.as_dict())
+    run(**parse(verb, run, argv))

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from koff_lightning.artefact import Manifest
 from koff_lightning.backbone import fingerprint, hidden_states, load_backbone, parameter_counts, prunable_groups
 from koff_lightning.errors import KoffError
 from koff_lightning.gates import BackboneGates
@@ -34,6 +35,7 @@ class Decomposition(LightningModule):
         lora: LoRA adapter of every domain; None for none.
         kv: Key-value memory of every domain; None for none.
         shared_memory: One memory for all domains.
+        extends: Manifest of the artefact whose backbone this is: its mask is fixed, the dense model is not at hand.
         loading: Further arguments of `load_backbone`.
     """
 
@@ -45,12 +47,15 @@ class Decomposition(LightningModule):
         lora: LoraSpec | None,
         kv: KVSpec | None,
         shared_memory: bool = False,
+        extends: Manifest | None = None,
         **loading: Any,
     ) -> None:
         super().__init__()
         _check_names(domains)
-        self.source, self.domains, self.shared_memory, self._loading = backbone, list(domains), shared_memory, loading
+        self.source, self.domains, self.shared_memory, self.loading = backbone, list(domains), shared_memory, loading
         self.sparsity, self.lora, self.kv = sparsity, lora, kv
+        self.extends = extends
+        self.arms = ARMS if extends is None else tuple(arm for arm in ARMS if arm != "dense")
         self.target = 0.0  # sparsity to aim for now
         self.chunk = 1024  # tokens whose logits exist at one time
         self.strict_loading = False  # checkpoints hold what is trained; `on_load_checkpoint` looks for what is missing
@@ -60,7 +65,7 @@ class Decomposition(LightningModule):
         """Load the backbone and hang memories, then gates, on it (in this order: gates go outside the adapters)."""
         if self._built:
             return
-        self.backbone = load_backbone(self.source, **self._loading)
+        self.backbone = load_backbone(self.source, **self.loading)
         groups = prunable_groups(self.backbone, self.sparsity.units)
         self.budget = Budget(groups, parameter_counts(self.backbone), self.sparsity)
         self.backbone_hash = fingerprint(self.backbone)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup
+from koff_lightning.tracking import hold_near
 
 
 class HardConcrete:
@@ -62,18 +63,19 @@ class HardConcrete:
 class ShrinkingReLU:
     """Deterministic gate max(z, 0) with an annealed soft count (DDP, arXiv 2603.08065, as in its released code).
 
-    Kept units may be amplified (m > 1). `mu` falls from 0.5 to 0.1 by a square-root schedule.
+    Kept units may be amplified (m > 1). `mu`, the threshold, falls from 0.5 to 0.1 by a square-root schedule. `width`, on
+    either side of it, is where the soft count is neither 0 nor 1: mu at the start of a step, less after `sharpen`.
     """
 
     initial, rate, bound = 1.0, 0.1, 4.0  # z moves in a range a tenth of the logits'
     start, end, slope, stretch = 0.5, 0.1, 2.4, (-0.1, 1.1)
 
     def __init__(self) -> None:
-        self.mu = self.start
+        self.anneal(0.0)
 
     @property
     def temperature(self) -> float:
-        """Width of the soft count, mu."""
+        """Threshold of the gates, mu."""
         return self.mu
 
     def sample(self, logits: Tensor, rows: int = 1, random: torch.Generator | None = None) -> Tensor:
@@ -81,26 +83,33 @@ class ShrinkingReLU:
         return (logits + (logits.clamp(min=0) - logits).detach()).unsqueeze(0)
 
     def keep(self, logits: Tensor) -> Tensor:
-        """Soft count: 0 at z = 0, 1 at z = 2 mu; straight-through outside, [U]."""
+        """Soft count: 0 at z = mu - width, 1 at mu + width; straight-through outside, [U]."""
         low, high = self.stretch
-        soft = torch.sigmoid((logits - self.mu) * self.slope / self.mu) * (high - low) + low
+        soft = torch.sigmoid((logits - self.mu) * self.slope / self.width) * (high - low) + low
         return soft + (soft.clamp(0, 1) - soft).detach()
 
     def shift(self, logits: Tensor, delta: Tensor | float) -> Tensor:
-        """Move the units near the threshold most: a uniform shift would rescale every kept activation."""
-        return logits + delta / (1 + ((logits - self.mu) / (2 * self.mu)) ** 2)
+        """Move the units near the threshold most: a uniform shift would rescale every kept activation.
+
+        The exact flow du/dt = 1 / (1 + u^2) of u = (z - mu) / (2 width), so that no two units ever change places.
+        """
+        span = 2 * self.width
+        u = (logits - self.mu) / span
+        time = u + u**3 / 3 + delta / span
+        return self.mu + span * 2 * torch.sinh(torch.asinh(1.5 * time) / 3)  # root of u + u^3 / 3 = time
 
     def sharpen(self, logits: Tensor) -> Tensor:
-        """Nothing: that is what the annealing of mu does, and stretching z would rescale activations."""
+        """The same z, for stretching it would rescale activations: the width is less until the next step."""
+        self.width /= 1.2
         return logits
 
     def prior(self, order: Tensor) -> Tensor:
-        """First z, [U]: the lower half of the order comes down from 1, no unit starts amplified."""
-        return self.initial + 0.15 * order.clamp(max=0)
+        """First z, [U]: around 1, and narrow enough that hardly any unit starts below the threshold."""
+        return self.initial + 0.04 * order
 
     def anneal(self, progress: float) -> None:
         """Set mu for a share `progress` in [0, 1] of the mask phase."""
-        self.mu = self.start - (self.start - self.end) * math.sqrt(min(max(progress, 0.0), 1.0))
+        self.mu = self.width = self.start - (self.start - self.end) * math.sqrt(min(max(progress, 0.0), 1.0))
 
 
 KINDS = {"hc": HardConcrete, "ddp": ShrinkingReLU}
@@ -189,44 +198,9 @@ class BackboneGates(nn.Module):
         quantile = (rank + 0.5) / len(rank)
         self.logits.copy_(self.gate.prior(spread * torch.special.ndtri(quantile)))
 
-    @torch.no_grad()
     def hold_near(self, target: float, band: float, counts: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        """Move the logits by the least that brings sparsity, the mean of both `counts`, into target +- band.
-
-        First the logits are sharpened until soft and hard count agree within 6 bands, then all are shifted alike. The
-        multipliers find the price of a parameter, but in a run of a few hundred steps Adam moves all logits together
-        and overshoots before they do; memories would then learn for the wrong model.
-
-        Args:
-            target: Sparsity to be at.
-            band: Distance from it that is left alone.
-            counts: (soft, hard) sparsity for keep probabilities [U], as `Budget.counts`.
-        """
-
-        def after(shift: float) -> tuple[float, float]:
-            soft, hard = counts(self.gate.keep(self.gate.shift(self.logits, shift)))
-            return float(soft), float(hard)
-
-        def settle() -> None:
-            goal = min(max(sum(after(0.0)) / 2, target - band), target + band)
-            if goal == sum(after(0.0)) / 2:
-                return
-            low, high = -self.gate.bound, self.gate.bound  # sparsity falls as the shift grows
-            for _ in range(10):  # until the goal lies between
-                low *= 1 + (sum(after(low)) / 2 < goal)
-                high *= 1 + (sum(after(high)) / 2 > goal)
-            for _ in range(40):
-                middle = (low + high) / 2
-                low, high = (middle, high) if sum(after(middle)) / 2 > goal else (low, middle)
-            self.logits.copy_(self.gate.shift(self.logits, high))
-
-        settle()
-        for _ in range(30):
-            soft, hard = after(0.0)
-            if abs(soft - hard) <= 6 * band:
-                return
-            self.logits.copy_(self.gate.sharpen(self.logits))
-            settle()
+        """Move the logits by the least that brings both `counts` to the target; see tracking.py."""
+        hold_near(self.gate, self.logits, target, band, counts)
 
     def draw(self, rows: int = 1, place: tuple[int, ...] = ()) -> Tensor:
         """Gate values for one micro-batch, [R, U]: hardened mask, or a sample while training.

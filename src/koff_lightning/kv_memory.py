@@ -6,7 +6,8 @@ memory, so domains of unequal P share a batch, and a row without a memory gives 
 Source: Cartridges (arXiv 2506.06266): initialised from the cache of real text, first slot frozen.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ MAX_SLOTS = 8192  # the largest memory that was studied (Cartridges)
 
 # Rotary embeddings whose frequencies change with the length of the text: no one rotation moves their keys.
 _MOVING_ROPE = ("dynamic", "longrope")
+
+_KINDS = ("key", "value")
 
 
 class KVMemory(nn.Module):
@@ -38,6 +41,7 @@ class KVMemory(nn.Module):
     """
 
     initialised: Tensor
+    source: Tensor  # uint8 [32]: SHA-256 of the token ids it was filled from; zeros when they are not known
 
     def __init__(self, shapes: Sequence[tuple[int, int]], slots: int) -> None:
         super().__init__()
@@ -49,6 +53,38 @@ class KVMemory(nn.Module):
         self.key = nn.ParameterList(torch.zeros(heads, slots - 1, size) for heads, size in shapes)
         self.value = nn.ParameterList(torch.zeros(heads, slots - 1, size) for heads, size in shapes)
         self.register_buffer("initialised", torch.tensor(False))
+        self.register_buffer("source", torch.zeros(32, dtype=torch.uint8))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], source: str | None = None) -> "KVMemory":
+        """The frozen memory that `tensors` gave.
+
+        Args:
+            tensors: `layers.{i}.key` and `layers.{i}.value`, each fp32 [K_i, P, dh], for i from 0 without gaps.
+            source: Hex digits of the SHA-256 of the token ids that it was filled from.
+
+        Raises:
+            KoffError: A tensor is missing, left over, of another shape than its fellows or not fp32.
+        """
+        pairs = _pairs(tensors)
+        shapes = [(key.shape[0], key.shape[2]) for key, _ in pairs]
+        memory = cls(shapes, pairs[0][0].shape[1]).requires_grad_(False)
+        for index, (key, value) in enumerate(pairs):
+            memory._write_(index, key, value)
+        memory.initialised.fill_(True)
+        if source is not None:
+            memory.source.copy_(torch.tensor(list(bytes.fromhex(source)), dtype=torch.uint8))
+        return memory
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy of all slots: `layers.{i}.key` and `layers.{i}.value`, each [K_i, P, dh]."""
+        pairs = {f"layers.{index}": self.layer(index) for index in range(len(self.key))}
+        return {f"{at}.{kind}": part.detach() for at, p in pairs.items() for kind, part in zip(_KINDS, p, strict=True)}
+
+    @property
+    def source_hash(self) -> str | None:
+        """`source` in hex digits; None when it is not known."""
+        return bytes(self.source.tolist()).hex() if self.source.any() else None
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """The keys and the values of one layer, each [K, P, dh]."""
@@ -82,23 +118,17 @@ class KVMemory(nn.Module):
             logits_to_keep=1,
         )
         pairs = [(layer.keys[0].float(), layer.values[0].float()) for layer in cache.layers]  # each [K, P, dh]
-        self._check_shapes([key for key, _ in pairs])
+        self.check_shapes([(key.shape[0], key.shape[2]) for key, _ in pairs])
         for index, (key, value) in enumerate(pairs):
             self._write_(index, rotate_keys(key, inv_freq, -self.slots), value)
         self.initialised.fill_(True)
+        text = input_ids[: self.slots].cpu().numpy().astype("<i8").tobytes()  # the same on every machine
+        self.source.copy_(torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8))
 
     def numel(self) -> int:
         """Numbers stored, the frozen slot included."""
         tensors = [*self.key, *self.value, *self.sink_key.buffers(), *self.sink_value.buffers()]
         return sum(tensor.numel() for tensor in tensors)
-
-    @torch.no_grad()
-    def keep_heads_(self, index: int, heads: Tensor) -> None:
-        """Keep only the given key-value heads (long [n]) of one layer, in place."""
-        for slots in (self.key, self.value):
-            slots[index] = nn.Parameter(slots[index][heads], requires_grad=slots[index].requires_grad)
-        for sink in (self.sink_key, self.sink_value):
-            sink.register_buffer(str(index), sink[index][heads])
 
     def _write_(self, index: int, key: Tensor, value: Tensor) -> None:
         """Copy keys and values, each [K, P, dh], into one layer."""
@@ -107,14 +137,13 @@ class KVMemory(nn.Module):
         self.key[index].copy_(key[:, 1:])
         self.value[index].copy_(value[:, 1:])
 
-    def _check_shapes(self, keys: list[Tensor]) -> None:
-        """Raise KoffError unless the model's keys, each [K, P, dh], fill this memory."""
-        wanted = [(key.shape[0], key.shape[2]) for key in self.key]
-        got = [(key.shape[0], key.shape[2]) for key in keys]
-        if wanted != got:
+    def check_shapes(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Raise KoffError unless the memory has these (kv heads K, head size dh), layer by layer."""
+        own = [(key.shape[0], key.shape[2]) for key in self.key]
+        if own != list(wanted):
             raise KoffError(
-                f"the memory was made for layers with (key-value heads, head size) {wanted} but the model has {got}: "
-                "make the memory from this model"
+                f"the memory was made for layers with (key-value heads, head size) {own} but the model has "
+                f"{list(wanted)}: make the memory from this model"
             )
 
 
@@ -188,6 +217,26 @@ def read_memories(memories: Sequence[KVMemory], rows: Tensor, layer: int) -> Lay
     key = torch.stack([padded[name][0] for name in filled])  # [B, K, P, dh]
     value = torch.stack([padded[name][1] for name in filled])  # [B, K, P, dh]
     return LayerMemory(key, value, _visible([memories[n].slots if n != -1 else 0 for n in names], slots, key.device))
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(key, value) of each layer from named tensors, checked."""
+    layers = range(max(1, (len(tensors) + 1) // 2))
+    wanted = [f"layers.{index}.{kind}" for index in layers for kind in _KINDS]
+    if odd := sorted(set(wanted) ^ set(tensors)):
+        raise KoffError(
+            f"a KV memory holds layers.0.key, layers.0.value, layers.1.key and so on, without gaps: {odd[0]} is "
+            f"{'left over' if odd[0] in tensors else 'missing'}"
+        )
+    first = tensors[wanted[0]]
+    for name in wanted:
+        part, key = tensors[name], tensors[name.replace("value", "key")]
+        if part.dtype != torch.float32 or part.ndim != 3 or part.shape[1] != first.shape[1] or part.shape != key.shape:
+            raise KoffError(
+                "keys and values of a KV memory are torch.float32 [heads, slots, head size], alike within a layer and "
+                f"of equally many slots in all: {name} is {part.dtype} {list(part.shape)}"
+            )
+    return [(tensors[f"layers.{index}.key"], tensors[f"layers.{index}.value"]) for index in layers]
 
 
 def _pad_slots(part: Tensor, slots: int) -> Tensor:

@@ -1,29 +1,24 @@
-"""The memories: domain -> (LoRA adapter by peft, KV memory), and which row of a batch reads which.
+"""The memories: domain -> (LoRA adapter, KV memory), hung on a frozen backbone, and which row of a batch reads which.
 
-Adapters are peft's own, in peft's layout, so they save and load as such. Only the forward is ours: peft refuses rows of
-different adapters in training, and its per-forward hooks are gone when a checkpointed layer is recomputed. Each domain
-keeps its own parameters, so a domain that is absent from a batch has no gradient and the optimizer leaves it alone.
-
-Shapes: B rows, T tokens, r rank, M distinct memories present in the batch.
+Each domain keeps its own parameters: one that is absent from a batch has no gradient and the optimizer leaves it alone,
+and one can be added or removed without touching the others.
 """
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners import lora as peft_lora
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import LORA_TARGETS, attention_modules, kv_shapes
 from koff_lightning.errors import KoffError
 from koff_lightning.kv_memory import KVMemory, read_memories
+from koff_lightning.routed_linear import RoutedLinear, Routes, check_fit
 
 SHARED = "shared"
 
@@ -73,142 +68,150 @@ class KVSpec:
             )
 
 
-class Routes:
-    """Which memory each row of the current batch reads. Shared by all adapters and attention layers of one bank."""
-
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()  # memories present, in the order `rows` counts them
-        self.order: Tensor | None = None  # [B] index into names, -1 = none; on the CPU
-        self.rows: Tensor | None = None  # the same where the adapters are; None = every row reads names[0]
-        self.groups = 0  # blocks of consecutive rows that share a memory, when all blocks are equally long; else 0
-        self.present: Tensor | None = None  # [B, 1, 1] 0.0 for rows without a memory; None = all rows have one
-
-
-class RoutedLinear(peft_lora.Linear):
-    """peft's LoRA linear with the rows' own adapters: y = W x + (alpha / r) B_m A_m x, m the memory of the row."""
-
-    routes: Routes
-
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Args: x [B, T, in]. Returns [B, T, out]; exactly the base layer's output while no memory is active."""
-        base, routes = self.base_layer(x), self.routes
-        if not routes.names:
-            return base
-        if len(x) != len(routes.order):
-            raise KoffError(
-                f"memories are active for {len(routes.order)} rows, the batch has {len(x)}: activate one per row"
-            )
-        down = [self.lora_A[name].weight for name in routes.names]
-        up = [self.lora_B[name].weight * self.scaling[name] for name in routes.names]
-        if routes.rows is None:
-            return base + F.linear(F.linear(x, down[0].to(x.dtype)), up[0].to(x.dtype))
-        a, b = self._stack(down, 0).to(x.dtype), self._stack(up, 1).to(x.dtype)  # [M, r, in], [M, out, r]
-        if not routes.groups:
-            index = routes.rows.clamp(min=0)
-            a, b = a[index], b[index]  # [B, r, in], [B, out, r]
-        grouped = x.reshape(a.shape[0], -1, x.shape[-1])  # [M or B, tokens, in]
-        update = torch.bmm(torch.bmm(grouped, a.mT), b.mT).view_as(base)
-        return base + (update if routes.present is None else update * routes.present.to(x.dtype))
-
-    @staticmethod
-    def _stack(weights: list[Tensor], rank_dim: int) -> Tensor:
-        """Stack matrices of possibly different rank; the missing rank is filled with zeros, which add nothing."""
-        most = max(w.shape[rank_dim] for w in weights)
-        if any(w.shape[rank_dim] < most for w in weights):
-            pad = [(0, 0, 0, most - w.shape[0]) if rank_dim == 0 else (0, most - w.shape[1]) for w in weights]
-            weights = [F.pad(w, p) for w, p in zip(weights, pad, strict=True)]
-        return torch.stack(weights)
+def check_domain_name(name: str) -> None:
+    """Raise KoffError unless the name of a domain is safe as the name of a folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise KoffError(f"domain name {name!r} is not safe as a file name: use letters, digits, '_' and '-' (1 to 64)")
 
 
 class MemoryBank(nn.Module):
     """The memories of all domains, hung on a frozen backbone.
 
     Args:
-        model: Backbone; adapters are injected into it and its attention becomes memory-aware, both without effect until
-            `activate` is called.
-        domains: Names of the domains.
-        lora: Adapter of every domain; None for none.
-        kv: KV memory of every domain; None for none.
+        model: Backbone; its linears get adapters and its attention becomes memory-aware where a memory asks for it,
+            without effect until `activate` is called.
+        domains: Names of the domains to start with; `add` takes further ones.
+        lora: Adapter of each of them; None for none.
+        kv: KV memory of each of them; None for none.
         shared: All domains read and train one memory (the ablation).
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        domains: Sequence[str],
-        lora: LoraSpec | None,
-        kv: KVSpec | None,
+        domains: Sequence[str] = (),
+        lora: LoraSpec | None = None,
+        kv: KVSpec | None = None,
         shared: bool = False,
     ) -> None:
         super().__init__()
-        self.domains = list(domains)
-        self.names = {domain: SHARED if shared else domain for domain in self.domains}  # domain -> memory
-        self.routes = Routes()
-        memories = list(dict.fromkeys(self.names.values()))
+        self.shared, self.routes = shared, Routes()
+        self.domains: list[str] = []
+        self.names: dict[str, str] = {}  # domain -> memory
         self.kv = nn.ModuleDict()
-        self._linears: list[RoutedLinear] = []
-        if kv is not None:
-            shapes = kv_shapes(model)
-            self.kv.update({self.key(name): KVMemory(shapes, kv.slots) for name in memories})
-            model.set_attn_implementation("koff")
-            for layer, attention in enumerate(attention_modules(model)):
-                attention.koff_memory = _Reader(self, layer)
-        if lora is not None:
-            for name in memories:
-                self._inject(model, lora, self.key(name))
+        self._lora: dict[str, LoraSpec | None] = {}  # memory -> its adapter
+        self.__dict__["model"] = model  # not a submodule: the backbone's weights are not the bank's
+        linears = {path: m for path, m in model.named_modules() if path.rpartition(".")[2] in LORA_TARGETS}
+        if any(isinstance(module, RoutedLinear) for module in linears.values()):
+            raise KoffError("this model carries memories already: add further ones to the bank that it has")
+        self._paths = list(linears)
+        self._linears: dict[str, RoutedLinear] = {}  # path -> linear that carries adapters
+        for domain in domains:
+            self.add(domain, lora, kv)
 
     @staticmethod
     def key(name: str) -> str:
-        """Name of a memory inside the model; prefixed, since peft and torch reserve some plain names."""
+        """Name of a memory inside the model; prefixed, since torch and peft reserve some plain names."""
         return f"koff_{name}"
 
-    def _inject(self, model: PreTrainedModel, lora: LoraSpec, adapter: str) -> None:
-        config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0, bias="none"
-        )
-        config._register_custom_module({nn.Linear: RoutedLinear})
-        with warnings.catch_warnings():  # several adapters in one model are what is wanted here
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            inject_adapter_in_model(config, model, adapter_name=adapter)
-        self._linears = [module for module in model.modules() if isinstance(module, RoutedLinear)]
-        for module in self._linears:
-            module.routes = self.routes
-            for part in (module.lora_A, module.lora_B):
-                part.float().requires_grad_(True)  # peft freezes all but the adapter injected last
-        model.eval()
+    # ------------------------------------------------------------------------------------------ add, remove
+
+    def add(
+        self,
+        domain: str,
+        lora: LoraSpec | None,
+        kv: KVSpec | KVMemory | None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Hang one more memory on. It may differ from the others in rank, targets and slots, and lack either part.
+
+        Args:
+            domain: Its name.
+            lora: Its adapter; None for none.
+            kv: Slots of a fresh KV memory, or a filled one, which is taken as it is; None for none.
+            weights: Matrices of the adapter as the method `weights` gives them, hung on frozen; None for a fresh
+                adapter, to be trained.
+
+        Raises:
+            KoffError: The name is unsafe or taken, or a part does not fit the backbone. Nothing is changed then.
+        """
+        check_domain_name(domain)
+        if domain in self.names:
+            raise KoffError(f"there is a memory {domain!r} already: remove it first, or give this one another name")
+        name = SHARED if self.shared else domain
+        if name in self._lora and (weights is not None or isinstance(kv, KVMemory)):
+            raise KoffError("the domains of this bank share one memory: it takes no further one")
+        if name not in self._lora:
+            paths = [path for path in self._paths if lora is not None and path.rpartition(".")[2] in lora.targets]
+            check_fit({path: self.model.get_submodule(path) for path in paths}, lora and lora.rank, weights)
+            if kv is not None:
+                self._hang_slots(self.key(name), kv)
+            for path in paths:
+                pair = None if weights is None else (weights[f"{path}.lora_A.weight"], weights[f"{path}.lora_B.weight"])
+                self._linear(path).add(self.key(name), lora.rank, lora.alpha / lora.rank, pair)
+            self._lora[name] = lora
+        self.domains.append(domain)
+        self.names[domain] = name
+
+    def remove(self, domain: str) -> None:
+        """Take a memory away and free its tensors; a shared one goes with the last domain that reads it.
+
+        Raises:
+            KoffError: There is no such memory.
+        """
+        self._check_known([domain])
+        self.domains.remove(domain)
+        name = self.names.pop(domain)
+        if name in self.names.values():
+            return
+        del self._lora[name]
+        for linear in self._linears.values():
+            linear.remove(self.key(name))
+        if self.key(name) in self.kv:
+            del self.kv[self.key(name)]
+        self.routes.drop(self.key(name))
+
+    def _linear(self, path: str) -> RoutedLinear:
+        """The linear at `path`, made able to carry adapters."""
+        if path not in self._linears:
+            parent, _, child = path.rpartition(".")
+            self._linears[path] = RoutedLinear(self.model.get_submodule(path), self.routes).eval()
+            setattr(self.model.get_submodule(parent), child, self._linears[path])
+        return self._linears[path]
+
+    def _hang_slots(self, key: str, kv: KVSpec | KVMemory) -> None:
+        shapes = kv_shapes(self.model)
+        memory = kv if isinstance(kv, KVMemory) else KVMemory(shapes, kv.slots)
+        memory.check_shapes(shapes)
+        if not self.kv:
+            self.model.set_attn_implementation("koff")
+            for layer, attention in enumerate(attention_modules(self.model)):
+                attention.koff_memory = _Reader(self, layer)
+        self.kv[key] = memory.to(self.model.device)
+
+    # ------------------------------------------------------------------------------------------------- read
 
     def activate(self, domains: Sequence[str | None]) -> None:
         """Let row b of the following forwards read the memory of domains[b]; None = no memory.
 
-        In force until the next call, since a checkpointed layer reads the routes again in the backward.
+        In force until the next call, since a checkpointed layer reads the routes again in the backward. Without
+        gradients the rows' matrices and slots are stacked once, in the first forward, and kept until the next call:
+        call it again after a memory was moved or its tensors were replaced (changes in place are noticed).
 
         Raises:
             KoffError: A domain that has no memory here.
         """
-        unknown = sorted({str(d) for d in domains if d is not None and d not in self.names})
-        if unknown:
-            raise KoffError(f"no memory for domain {', '.join(unknown)}; domains with one: {', '.join(self.domains)}")
+        self._check_known([domain for domain in domains if domain is not None])
         keys = [None if d is None else self.key(self.names[d]) for d in domains]
         present = tuple(dict.fromkeys(key for key in keys if key is not None))  # in order of appearance
-        self._route(present, [-1 if key is None else present.index(key) for key in keys])
+        places = {key: place for place, key in enumerate(present)} | {None: -1}
+        self.routes.set(present, [places[key] for key in keys], self.model.device)
 
-    def _route(self, present: tuple[str, ...], rows: list[int]) -> None:
-        routes = self.routes
-        routes.names, routes.order = present, torch.tensor(rows)  # [B]
-        routes.rows, routes.groups, routes.present = None, 0, None
-        if present and (len(present) > 1 or -1 in rows):
-            routes.rows = routes.order.to(self._device())
-            if -1 in rows:
-                routes.present = (routes.rows >= 0).float().view(-1, 1, 1)
-            elif rows == [m for m in range(len(present)) for _ in range(len(rows) // len(present))]:
-                routes.groups = len(present)
-
-    def _device(self) -> torch.device:
-        """Where the memories live."""
-        found = next(self.kv.parameters(), None)
-        if found is None and self._linears:
-            found = self._linears[0].weight
-        return torch.device("cpu") if found is None else found.device
+    def _check_known(self, domains: Sequence[str]) -> None:
+        unknown = sorted({str(d) for d in domains if d not in self.names})
+        if unknown:
+            known = f"domains with one: {', '.join(self.domains)}" if self.domains else "there is none at all"
+            raise KoffError(f"no memory for domain {', '.join(unknown)}; {known}")
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -223,25 +226,58 @@ class MemoryBank(nn.Module):
         """The KV memories of the current rows at one layer."""
         if not self.routes.names:
             return None
-        return read_memories([self.kv[name] for name in self.routes.names], self.routes.order, layer)
+        self.routes.check()
+        return self.routes.keep(layer, lambda: self._slots(layer))
+
+    def _slots(self, layer: int) -> tuple[LayerMemory | None, list[Tensor]]:
+        """What `read` gives, and the tensors that it comes from."""
+        names = [name for name in self.routes.names if name in self.kv]
+        places = [names.index(name) if name in names else -1 for name in self.routes.names] + [-1]  # the last for -1
+        memories = [self.kv[name] for name in names]
+        slots = read_memories(memories, torch.tensor([places[row] for row in self.routes.order]), layer)
+        parts = [part for m in memories for part in (m.sink_key, m.sink_value, m.key, m.value)]
+        return slots, [part[layer] for part in parts]
+
+    # ---------------------------------------------------------------------------------------- what it holds
+
+    def lora(self, domain: str) -> LoraSpec | None:
+        """The adapter of a domain."""
+        self._check_known([domain])
+        return self._lora[self.names[domain]]
+
+    def slots(self, domain: str) -> KVMemory | None:
+        """The KV memory of a domain."""
+        self._check_known([domain])
+        key = self.key(self.names[domain])
+        return self.kv[key] if key in self.kv else None  # noqa: SIM401 (a ModuleDict has no get)
+
+    def weights(self, domain: str) -> dict[str, Tensor]:
+        """Matrices of a domain's adapter: `<module path>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]."""
+        self._check_known([domain])
+        name = self.key(self.names[domain])
+        own = {path: linear for path, linear in self._linears.items() if name in linear.scaling}
+        return {
+            f"{path}.{half}.weight": getattr(linear, half)[name].weight.detach()
+            for path, linear in own.items()
+            for half in ("lora_A", "lora_B")
+        }
 
     def lora_parameters(self, domain: str | None = None) -> list[nn.Parameter]:
         """Adapter parameters of one domain, or of all."""
-        names = [self.key(self.names[d]) for d in ([domain] if domain else self.domains)]
-        parts = [part for module in self._linears for part in (module.lora_A, module.lora_B)]
-        return [p for part in parts for name in dict.fromkeys(names) if name in part for p in part[name].parameters()]
+        names = dict.fromkeys(self.key(self.names[d]) for d in ([domain] if domain else self.domains))
+        linears = [self._linears[path] for path in self._paths if path in self._linears]  # whoever was added first
+        parts = [part for linear in linears for part in (linear.lora_A, linear.lora_B)]
+        return [p for part in parts for name in names if name in part for p in part[name].parameters()]
 
     def kv_parameters(self, domain: str | None = None) -> list[nn.Parameter]:
-        """Trainable KV parameters of one domain, or of all."""
-        if not self.kv:
-            return []
+        """KV parameters of one domain, or of all; the frozen slots are buffers."""
         names = dict.fromkeys(self.key(self.names[d]) for d in ([domain] if domain else self.domains))
-        return [p for name in names for p in self.kv[name].parameters()]
+        return [p for name in names if name in self.kv for p in self.kv[name].parameters()]
 
     def size(self, domain: str) -> int:
         """Parameters that one domain's memory adds to the model; the frozen KV slot counts, since it is stored too."""
-        kv = self.kv[self.key(self.names[domain])].numel() if self.kv else 0
-        return sum(p.numel() for p in self.lora_parameters(domain)) + kv
+        slots = self.slots(domain)
+        return sum(p.numel() for p in self.lora_parameters(domain)) + (slots.numel() if slots else 0)
 
 
 class _Reader:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from koff_lightning.backbone import decoder_layers
 from koff_lightning.data import check_vocabulary
-from koff_lightning.decomposition import ARMS, Batch, Decomposition
+from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.errors import KoffError
+from koff_lightning.extend import artefact_to_extend, backbone_of
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte
@@ -40,6 +41,8 @@ class KOFFModule(Decomposition):
         optim: Learning rates of mask, multipliers and memories.
         joint: Train mask and memories together; false trains the mask alone and the memories after hardening.
         shared_memory: One memory for all domains (an ablation).
+        artifact: Folder of an exported artefact to add the domains to. Its pruned backbone and its mask stay as they
+            are; only the new memories train.
         revision: Branch, tag or commit of a hub model.
         dtype: Torch dtype of the frozen weights; what is trained stays fp32.
         activation_checkpointing: Recompute activations in the backward to save memory.
@@ -57,6 +60,7 @@ class KOFFModule(Decomposition):
         optim: OptimSpec = OptimSpec(),  # noqa: B008
         joint: bool = True,
         shared_memory: bool = False,
+        artifact: str | None = None,
         revision: str | None = None,
         dtype: str = "float32",
         activation_checkpointing: bool = False,
@@ -68,15 +72,19 @@ class KOFFModule(Decomposition):
             )
         sparsity, lora, kv = _spec(SparsitySpec, sparsity), _spec(LoraSpec, lora), _spec(KVSpec, kv)
         loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        super().__init__(backbone, domains, sparsity, lora, kv, shared_memory, **loading)
-        self.loss, self.optim, self.joint = _spec(LossSpec, loss), _spec(OptimSpec, optim), joint
+        loss, optim = _spec(LossSpec, loss), _spec(OptimSpec, optim)
+        extends = None if artifact is None else artefact_to_extend(artifact, domains, sparsity, loss)
+        source = backbone if artifact is None else backbone_of(artifact)
+        super().__init__(source, domains, sparsity, lora, kv, shared_memory, extends, **loading)
+        self.artifact, self.loss, self.optim, self.joint = artifact, loss, optim, joint
         self.activation_checkpointing = activation_checkpointing
         self.chunk = self.loss.chunk
         self.phase = "warmup"  # set at every step by AnnealSparsity, as is `target`
         if sparsity.target == 0 and lora is None and kv is None:
             raise KoffError("nothing to train: sparsity.target is 0 and both model.lora and model.kv are null")
-        specs = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": self.loss, "optim": self.optim}
+        specs = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": loss, "optim": optim}
         plain = {"backbone": backbone, "domains": self.domains, "joint": joint, "shared_memory": shared_memory}
+        plain |= {"artifact": artifact}
         self.save_hyperparameters(
             {k: v and asdict(v) for k, v in specs.items()}
             | plain
@@ -96,7 +104,7 @@ class KOFFModule(Decomposition):
         )
         if self.activation_checkpointing:
             self.backbone.activation_checkpointing_enable()
-        self.bpb = torch.nn.ModuleDict({f"{arm}/{d}": BitsPerByte() for arm in ARMS for d in self.domains})
+        self.bpb = torch.nn.ModuleDict({f"{arm}/{d}": BitsPerByte() for arm in self.arms for d in self.domains})
 
     # --------------------------------------------------------------------------------------------- training
 
@@ -237,11 +245,11 @@ class KOFFModule(Decomposition):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Held-out bits per byte for all arms."""
-        self._evaluate(batch, ARMS)
+        self._evaluate(batch, self.arms)
 
     def on_test_epoch_end(self) -> None:
         """Log all arms by domain."""
-        self._log_table("test", ARMS)
+        self._log_table("test", self.arms)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Bits per byte of every row under its own memory."""

@@ -71,6 +71,24 @@ def sparsity_by_layer(points: Sequence[Point], groups: Sequence[tuple[int, str]]
     return figure
 
 
+def kept_by_layer(kept: Sequence[Mapping[str, Any]]) -> Figure:
+    """Share of units kept in each layer, a panel for each kind of unit.
+
+    Args:
+        kept: {"layer", "kind", "of", "kept"} of every group.
+    """
+    kinds = [kind for kind in KIND_TITLE if any(entry["kind"] == kind for entry in kept)]
+    figure = Figure(figsize=(1.5 + 4.2 * max(len(kinds), 1), 4), layout="constrained")
+    for place, kind in enumerate(kinds):
+        rows = [entry for entry in kept if entry["kind"] == kind]
+        axes = figure.add_subplot(1, len(kinds), place + 1)
+        axes.bar([row["layer"] for row in rows], [100 * row["kept"] / row["of"] for row in rows], color=BLUE)
+        axes.set(title=KIND_TITLE[kind], xlabel="layer", ylabel="units kept, %" if place == 0 else "", ylim=(0, 100))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _plain(axes)
+    return figure
+
+
 def domain_bars(domains: Bpb) -> Figure:
     """Held-out bits per byte of all arms by domain, and below how far each arm is from the dense model.
 

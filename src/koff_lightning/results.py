@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from koff_lightning import __version__
+from koff_lightning.artefact import Manifest
 from koff_lightning.decomposition import ARMS
 from koff_lightning.errors import KoffError
 from koff_lightning.module import KOFFModule
@@ -21,10 +22,37 @@ Figures = dict[str, Any]
 
 
 def mask_and_size(module: KOFFModule) -> Figures:
-    """Hard counts of the mask in force: sparsity, kept units, parameters."""
-    kept, spec = module.hard_mask(), module.sparsity
-    memory = {domain: module.memories.size(domain) for domain in module.domains}
+    """Hard counts of the mask in force, or of the artefact that is extended: sparsity, kept units, parameters."""
+    mask = _mask(module) if module.extends is None else _mask_of_artefact(module.extends)
+    memory = {domain: _stored_size(module, domain) for domain in module.domains}
     owner = {module.memories.names[domain]: size for domain, size in memory.items()}  # a shared memory is stored once
+    backbone, stored = mask["parameters"]["backbone_kept"], mask["parameters"]["stored"]
+    mask["parameters"] |= {
+        "memory": memory,
+        "active": backbone + max(memory.values()),
+        "active_by_domain": {domain: backbone + size for domain, size in memory.items()},
+        "stored": stored + sum(owner.values()),
+    }
+    return mask
+
+
+def _stored_size(module: KOFFModule, domain: str) -> int:
+    """Parameters of one memory as it is stored: without those that only removed units would use."""
+    bank = module.memories
+    size, weights, slots = bank.size(domain), bank.weights(domain), bank.slots(domain)
+    for group, kept in module.gates.per_group(module.hard_mask()):
+        parts = [(path, "lora_B", 1, rows) for path, rows in group.producers]
+        parts.append((group.consumer, "lora_A", 0, group.width))
+        sides = [(weights.get(f"{path}.{half}.weight"), rank, width) for path, half, rank, width in parts]
+        each = sum(width * matrix.shape[rank] for matrix, rank, width in sides if matrix is not None)
+        if slots is not None and group.kind == "kv_group":
+            each += 2 * slots.slots * slots.key[group.layer].shape[2]
+        size -= each * int((~kept).sum())
+    return size
+
+
+def _mask(module: KOFFModule) -> Figures:
+    kept, spec = module.hard_mask(), module.sparsity
     backbone = module.budget.kept_parameters(kept)
     return {
         "sparsity": {
@@ -40,10 +68,20 @@ def mask_and_size(module: KOFFModule) -> Figures:
         "parameters": {
             "dense_total": module.budget.denominators["total"],
             "backbone_kept": backbone,
-            "memory": memory,
-            "active": backbone + max(memory.values()),
-            "active_by_domain": {domain: backbone + size for domain, size in memory.items()},
-            "stored": backbone + sum(owner.values()),
+            "stored": backbone,
+        },
+    }
+
+
+def _mask_of_artefact(manifest: Manifest) -> Figures:
+    size = manifest.parameters
+    return {
+        "sparsity": {**manifest.sparsity, "hardened": True},
+        "kept_units": [{key: group[key] for key in ("layer", "kind", "kept", "of")} for group in manifest.kept],
+        "parameters": {
+            "dense_total": size["dense_total"],
+            "backbone_kept": size["backbone"],
+            "stored": size["stored"],
         },
     }
 
@@ -58,7 +96,7 @@ def held_out_figures(held_out: dict[str, dict[str, float]], num_bytes: dict[str,
     """
     arms = [arm for arm in ARMS if arm != "swapped" or memories > 1]
     domains = {
-        domain: {f"{arm}_bpb": _number(row[arm]) if arm in arms else None for arm in ARMS}
+        domain: {f"{arm}_bpb": _number(row[arm]) if arm in arms and arm in row else None for arm in ARMS}
         for domain, row in held_out.items()
     }
     mean = {key: _mean([row[key] for row in domains.values()]) for key in (f"{arm}_bpb" for arm in ARMS)}

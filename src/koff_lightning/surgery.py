@@ -1,67 +1,148 @@
-"""Cut removed units out of the backbone, its adapters and its KV memories: the masked model, physically smaller.
+"""Cut removed units out of weights, adapters and KV memories: the masked model, physically smaller.
 
-In place and final. Each small function edits the weights and the widths together; the output is the same before and
-after, up to the rounding of shorter sums.
+Pure functions from dictionaries of tensors to new ones; no module is touched. What the masked model computes stays the
+same, up to the rounding of shorter sums.
+
+A tensor belongs to a unit's linear by its name: `<path>.weight` and `.bias`, peft's `<path>.lora_A...weight` and
+`.lora_B...weight` (in a file or in a module), each with or without peft's prefix. Tensors of no unit, and those of
+groups that lose nothing, are passed through as they are.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from koff_lightning.backbone import PrunableGroup
-from koff_lightning.memory import MemoryBank
+from koff_lightning.errors import KoffError
+
+PEFT_PREFIX = "base_model.model."
+
+State = dict[str, Tensor]
+# path of a linear (or layer of a KV memory) -> (0 for its rows, 1 for its columns; which of them are kept, bool)
+_Plan = dict[str, tuple[int, Tensor]]
 
 
-@torch.no_grad()
-def cut_(model: PreTrainedModel, groups: list[PrunableGroup], kept: Tensor, memories: MemoryBank | None = None) -> None:
-    """Remove every unit that `kept` (bool [U], over `groups` in order) marks False. Gates must be off afterwards.
+def masks(groups: Sequence[PrunableGroup], kept: Tensor) -> list[tuple[PrunableGroup, Tensor]]:
+    """Each group with its own part of a hard mask.
 
     Args:
-        model: Backbone, with or without adapters injected.
-        groups: The units, as listed from the plain backbone.
-        kept: Hard mask.
-        memories: Bank whose KV memories lose the removed kv heads too.
+        groups: The units, as listed from the model that is cut.
+        kept: Bool [U] over all units, in the order of the groups.
+
+    Raises:
+        KoffError: The mask has another number of units.
     """
-    for group, mask in zip(groups, kept.split([g.size for g in groups]), strict=True):
-        units = mask.nonzero()[:, 0]
-        if len(units) == group.size:
+    sizes = [group.size for group in groups]
+    if kept.dtype != torch.bool or kept.shape != (sum(sizes),):
+        raise KoffError(
+            f"a hard mask of {sum(sizes)} units is wanted, got {kept.dtype} {list(kept.shape)}: mask and units belong "
+            "to different models"
+        )
+    return list(zip(groups, kept.split(sizes), strict=True))
+
+
+def cut_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
+    """Weights or adapters without the removed units.
+
+    Args:
+        state: Name -> tensor of the uncut model; a part of it will do.
+        groups: The units, as listed from the model that is cut.
+        kept: Hard mask, bool [U].
+
+    Raises:
+        KoffError: A tensor has another size than its units: it is cut already, or of another model.
+    """
+    return _edit(state, _linears(groups, kept), _cut)
+
+
+def zero_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
+    """The same with zeros where `cut_state` cuts; every shape stays."""
+    return _edit(state, _linears(groups, kept), _zero)
+
+
+def cut_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
+    """A KV memory, `layers.{i}.key` and `layers.{i}.value` each [K, P, dh], without the removed kv heads."""
+    return _edit(tensors, _heads(groups, kept), _cut)
+
+
+def zero_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
+    """The same with zeros in place of the removed kv heads."""
+    return _edit(tensors, _heads(groups, kept), _zero)
+
+
+def merge_lora(state: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scaling: float) -> State:
+    """Weights with one adapter folded in: W + scaling * B A, summed in fp32 or better and rounded once.
+
+    Args:
+        state: Weights, of the same shapes that the adapter was made or cut for.
+        adapter: `<path>.lora_A.weight` [r, in] and `<path>.lora_B.weight` [out, r] of every adapted linear.
+        scaling: alpha / r.
+
+    Raises:
+        KoffError: The adapter has a linear that the weights lack, or that has another shape.
+    """
+    merged = dict(state)
+    for name, down in adapter.items():
+        path, side, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A")
+        if not side:
             continue
-        for path, rows in group.producers:
-            cut_rows_(model.get_submodule(path), spread(units, rows))
-        cut_columns_(model.get_submodule(group.consumer), spread(units, group.width))
-        if group.kind == "kv_group" and memories is not None:
-            for memory in memories.kv.values():
-                memory.keep_heads_(group.layer, units)
+        weight, up = merged.get(f"{path}.weight"), adapter[name.replace(".lora_A", ".lora_B")]
+        if weight is None or weight.shape != (up.shape[0], down.shape[1]):
+            raise KoffError(
+                f"the adapter's {path} is {[up.shape[0], down.shape[1]]}, that of the weights is "
+                f"{'missing' if weight is None else list(weight.shape)}: adapter and weights belong to different models"
+            )
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        merged[f"{path}.weight"] = (weight.to(dtype) + scaling * (up.to(dtype) @ down.to(dtype))).to(weight.dtype)
+    return merged
 
 
-def spread(units: Tensor, width: int) -> Tensor:
-    """Indices of the rows or columns that belong to `units` when each owns `width` consecutive ones."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+def _linears(groups: Sequence[PrunableGroup], kept: Tensor) -> _Plan:
+    plan: _Plan = {}
+    for group, mask in masks(groups, kept):
+        plan |= {path: (0, mask.repeat_interleave(rows)) for path, rows in group.producers}
+        plan[group.consumer] = (1, mask.repeat_interleave(group.width))
+    return plan
 
 
-def cut_rows_(linear: nn.Module, rows: Tensor) -> None:
-    """Keep only the given outputs of a linear; of an adapted one, those of its base and of every adapter's B."""
-    for part in _parts(linear, "lora_B"):
-        part.weight = _slice(part.weight, rows, 0)
-        if part.bias is not None:
-            part.bias = _slice(part.bias, rows, 0)
-        part.out_features = len(rows)
-    linear.out_features = len(rows)
+def _heads(groups: Sequence[PrunableGroup], kept: Tensor) -> _Plan:
+    return {f"layers.{group.layer}": (0, mask) for group, mask in masks(groups, kept) if group.kind == "kv_group"}
 
 
-def cut_columns_(linear: nn.Module, columns: Tensor) -> None:
-    """Keep only the given inputs of a linear; of an adapted one, those of its base and of every adapter's A."""
-    for part in _parts(linear, "lora_A"):
-        part.weight = _slice(part.weight, columns, 1)
-        part.in_features = len(columns)
-    linear.in_features = len(columns)
+def _edit(state: Mapping[str, Tensor], plan: _Plan, change: Callable[[Tensor, int, Tensor], Tensor]) -> State:
+    """Apply `change` to every tensor that a planned path owns and that has the side in question."""
+    edited = {}
+    for name, tensor in state.items():
+        path, part = _owner(name, plan)
+        edited[name] = tensor
+        if not path:
+            continue
+        dim, mask = plan[path]
+        # A [r, in] has no rows that belong to units; B [out, r] and a bias [out] have no such columns.
+        lacks = (part[0] == "lora_B" or part[-1] == "bias") if dim else part[0] == "lora_A"
+        if lacks or mask.all():
+            continue
+        if tensor.shape[dim] != len(mask):
+            raise KoffError(
+                f"{name} has {tensor.shape[dim]} {'columns' if dim else 'rows'}, its units have {len(mask)}: it is cut "
+                "already, or mask and weights belong to different models"
+            )
+        edited[name] = change(tensor, dim, mask.to(tensor.device))
+    return edited
 
 
-def _parts(linear: nn.Module, side: str) -> list[nn.Linear]:
-    return [linear.base_layer, *getattr(linear, side).values()] if hasattr(linear, "base_layer") else [linear]
+def _owner(name: str, plan: _Plan) -> tuple[str, list[str]]:
+    """The planned path that a tensor's name begins with, or "", and the words of the rest."""
+    whole = path = name.removeprefix(PEFT_PREFIX)
+    while path and path not in plan:
+        path = path.rpartition(".")[0]
+    return path, whole[len(path) + 1 :].split(".")
 
 
-def _slice(parameter: nn.Parameter, index: Tensor, dim: int) -> nn.Parameter:
-    return nn.Parameter(
-        parameter.index_select(dim, index.to(parameter.device)).contiguous(), requires_grad=parameter.requires_grad
-    )
+def _cut(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
+    return tensor.detach().index_select(dim, mask.nonzero()[:, 0])
+
+
+def _zero(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
+    return tensor.detach().index_fill(dim, (~mask).nonzero()[:, 0], 0)

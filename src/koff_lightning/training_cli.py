@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from koff_lightning.callbacks import AnnealSparsity, GradientCoverage, KoffProgress, RunReport
+from koff_lightning.callbacks import AnnealSparsity, ExportArtefact, GradientCoverage, KoffProgress, RunReport
 from koff_lightning.config_files import find_configs
 from koff_lightning.data import DomainDataModule
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
@@ -30,6 +30,7 @@ class KoffCLI(LightningCLI):
         """Give the callbacks that every run has their own sections, and take the domains' names from the data."""
         parser.add_lightning_class_args(AnnealSparsity, "anneal")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ExportArtefact, "export")
         parser.set_defaults({"checkpoint.every_n_train_steps": 100, "checkpoint.save_last": True})
         parser.link_arguments("data.domains", "model.domains", compute_fn=_names)
 
@@ -57,7 +58,9 @@ class KoffCLI(LightningCLI):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if trainer.logger is None and not trainer.fast_dev_run:
             kwargs["logger"] = _default_loggers(trainer.default_root_dir)
-        return super().instantiate_trainer(**kwargs)
+        run = super().instantiate_trainer(**kwargs)
+        run.callbacks.sort(key=lambda callback: isinstance(callback, ExportArtefact))  # after the report, if it fails
+        return run
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; RunReport has said what was saved when that is cut short."""

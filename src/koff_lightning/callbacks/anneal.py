@@ -44,7 +44,8 @@ class AnnealSparsity(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: object, batch_idx: int) -> None:
         """Prepare step `trainer.global_step`."""
         step, module = trainer.global_step, pl_module
-        module.phase, module.target = self.schedule.phase(step), self.schedule.target_at(step)
+        module.phase = self.schedule.phase(step) if module.learns_mask else "consolidate"  # memories alone
+        module.target = self.schedule.target_at(step)
         module.gates.gate.anneal(self.schedule.progress(step))
         if not module.learns_mask or module.gates.hardened:
             return

@@ -20,7 +20,6 @@ from rich.console import Console
 
 from koff_lightning import plots, results
 from koff_lightning.callbacks.progress import predicted_tokens
-from koff_lightning.decomposition import ARMS
 from koff_lightning.errors import KoffError
 from koff_lightning.history import MaskHistory
 from koff_lightning.module import KOFFModule
@@ -65,7 +64,7 @@ class RunReport(Callback):
         """Score and print. Every rank takes part: metrics and sharded weights need them all."""
         self._seconds, self._since = self._elapsed(), 0.0
         since = time.perf_counter()
-        _say(trainer, f"scoring held-out text: {', '.join(ARMS)}")
+        _say(trainer, f"scoring held-out text: {', '.join(pl_module.arms)}")
         score(trainer, pl_module)
         tokens = trainer.strategy.reduce(self._tokens.to(pl_module.device), reduce_op="sum")
         self.results = _figures(trainer, pl_module) | {
@@ -74,7 +73,7 @@ class RunReport(Callback):
             "tokens": int(tokens),
             "seconds": self._seconds,
             "seconds_scoring": time.perf_counter() - since,
-            "config": _config(trainer, pl_module),
+            "config": resolved_config(trainer, pl_module),
             "versions": results.versions(),
         }
         print_figures(trainer, self.results)
@@ -179,15 +178,15 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 def _figures(trainer: Trainer, module: KOFFModule) -> results.Figures:
     """Figures of the evaluation that just ran, from all ranks."""
-    held_out = module.held_out(ARMS)
-    counts = torch.stack([module.bpb[f"dense/{domain}"].num_bytes for domain in module.domains])
+    held_out = module.held_out(module.arms)
+    counts = torch.stack([module.bpb[f"koff/{domain}"].num_bytes for domain in module.domains])
     counts = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
     num_bytes = dict(zip(module.domains, map(round, counts), strict=True))
     memories = len(set(module.memories.names.values())) if module.lora or module.kv else 0
     return results.held_out_figures(held_out, num_bytes, memories) | results.mask_and_size(module)
 
 
-def _config(trainer: Trainer, module: KOFFModule) -> dict[str, Any]:
+def resolved_config(trainer: Trainer, module: KOFFModule) -> dict[str, Any]:
     """The resolved options of the command line; without one those of the module."""
     for callback in trainer.callbacks:
         if isinstance(callback, SaveConfigCallback):

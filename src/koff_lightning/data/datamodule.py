@@ -120,10 +120,10 @@ class DomainDataModule(LightningDataModule):
         if self.tokenizer_source is not None:
             return load_tokenizer(self.tokenizer_source)
         module = self.trainer.lightning_module if self.trainer else None
-        options = getattr(module, "hparams", {})
-        _require("backbone" in options, "data.tokenizer is not set and there is no backbone to take it from: set it")
+        source, options = getattr(module, "source", None), getattr(module, "hparams", {})
+        _require(source is not None, "data.tokenizer is not set and there is no backbone to take it from: set it")
         return load_tokenizer(
-            options["backbone"],
+            source,
             revision=options.get("revision"),
             trust_remote_code=options.get("trust_remote_code", False),
         )

@@ -1,0 +1,76 @@
+"""ExportArtefact: at the end of a run, write what it has learned as a folder that others can use."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer
+
+from koff_lightning.artefact import read_manifest
+from koff_lightning.callbacks.report import resolved_config
+from koff_lightning.export import export
+from koff_lightning.export_cli import summary
+from koff_lightning.extend import add_trained
+from koff_lightning.layouts import memory_shapes
+from koff_lightning.module import KOFFModule
+from koff_lightning.new_folder import check_free
+
+FOLDER = "artifact"
+
+
+class ExportArtefact(Callback):
+    """Write and prove `artifact/` in `default_root_dir` when `fit` ends; that of an earlier run there is replaced.
+
+    A run that extends an artefact puts its memories there instead. A run whose mask was never fixed writes none, nor
+    does one with `fast_dev_run`.
+
+    Args:
+        enabled: Write it; without, `koff export --ckpt` does the same later.
+        layout: How the backbone is stored: ragged, uniform, deci or masked. null takes the one that
+            `sparsity.layout` was trained for.
+        with_code: Put the code of the model type beside the weights, for people without koff-lightning.
+        prove: Load the artefact in a fresh process and compare it with the model.
+    """
+
+    def __init__(
+        self, enabled: bool = True, layout: str | None = None, with_code: bool = False, prove: bool = True
+    ) -> None:
+        memory_shapes(layout or "ragged")  # refuses an unknown one
+        self.enabled, self.layout, self.with_code, self.prove = enabled, layout, with_code, prove
+
+    def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Refuse now what would fail at the end."""
+        if self._writes(trainer) and pl_module.extends is None:
+            check_free(_folder(trainer), overwrite=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Write, after the report and the last checkpoint.
+
+        Raises:
+            KoffError: The disk did not take it, the layout cannot express the mask, or the proof failed.
+        """
+        if not self._writes(trainer):
+            return
+        if pl_module.extends is not None:
+            added = add_trained(pl_module, pl_module.artifact)
+            print(f"added {', '.join(added)} to {pl_module.artifact}", flush=True)
+            return
+        out = _folder(trainer)
+        if pl_module.learns_mask and not pl_module.gates.hardened:
+            print(f"no {out}: the run ended before its mask was fixed, so nothing can be cut", flush=True)
+            return
+        report = export(
+            pl_module,
+            out,
+            self.layout or getattr(pl_module.sparsity, "layout", "ragged"),
+            with_code=self.with_code,
+            overwrite=True,
+            prove=self.prove,
+            config=resolved_config(trainer, pl_module),
+        )
+        print(summary(out, read_manifest(out).parameters, report), flush=True)
+
+    def _writes(self, trainer: Trainer) -> bool:
+        return self.enabled and trainer.is_global_zero and not trainer.fast_dev_run
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / FOLDER

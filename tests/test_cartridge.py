@@ -1,0 +1,118 @@
+"""A KV memory and peft's CARTRIDGE adapter are the same memory at other positions."""
+
+import json
+
+import pytest
+import torch
+from peft import CartridgeConfig, PeftModel, get_peft_model
+from tiny_cases import plain_batch
+from tiny_memories import empty_bank, fill_, read
+from tiny_models import FAMILIES, YARN_ROPE, tiny_model
+from transformers import AutoModelForCausalLM
+
+from koff_lightning import KoffError, KVSpec
+from koff_lightning.backbone import prunable_groups, rotary_inv_freq
+from koff_lightning.cartridge import from_cartridge, to_cartridge
+from koff_lightning.kv_memory import KVMemory
+from koff_lightning.layouts import backbone_for
+
+# peft asks transformers for something by its former name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+P = 7
+
+
+def backbone(variant):
+    if variant == "uniform":  # one kv head of two is left in each layer, and heads are no longer hidden_size / heads
+        model = tiny_model("qwen3")
+        groups = prunable_groups(model)
+        kept = torch.cat([torch.arange(group.size) % 2 == 1 for group in groups])
+        config, state = backbone_for("uniform", model.config, model.state_dict(), groups, kept)
+        cut = AutoModelForCausalLM.from_config(config, attn_implementation="koff")
+        cut.load_state_dict(state)
+        return cut.eval()
+    overrides = {"rope_parameters": YARN_ROPE} if variant == "yarn" else {}
+    return tiny_model(variant if variant in FAMILIES else "llama", **overrides)
+
+
+def memory_of(model, seed=0):
+    memories = empty_bank(model)
+    memories.add("de", None, KVSpec(P))
+    fill_(memories, "de", seed)
+    return memories
+
+
+@pytest.mark.parametrize("variant", [*FAMILIES, "yarn", "uniform"])
+@torch.no_grad()
+def test_pefts_model_gives_our_logits(tmp_path, variant):
+    memories = memory_of(backbone(variant))
+    inv_freq = rotary_inv_freq(memories.model)
+    to_cartridge(memories.slots("de").tensors(), inv_freq, tmp_path / "de", "tiny/model")
+    theirs = PeftModel.from_pretrained(backbone(variant), tmp_path / "de")
+    batch = plain_batch(2)
+    expected = read(memories, ["de"] * 2, batch)
+    got = theirs(**batch, attention_mask=torch.ones_like(batch["input_ids"]), use_cache=True).logits
+    torch.testing.assert_close(got, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=0)
+    assert (expected - read(memories, [None] * 2, batch)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_an_adapter_that_peft_made_gives_its_logits_here(tmp_path):
+    config = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    torch.manual_seed(0)
+    theirs = get_peft_model(tiny_model("llama"), config).eval()
+    theirs.save_pretrained(tmp_path)
+    memories = empty_bank()
+    tensors = from_cartridge(tmp_path, rotary_inv_freq(memories.model))
+    memories.add("theirs", None, KVMemory.from_tensors(tensors))
+    batch = plain_batch(2)
+    expected = theirs(**batch, attention_mask=torch.ones_like(batch["input_ids"]), use_cache=True).logits
+    torch.testing.assert_close(read(memories, ["theirs"] * 2, batch), expected, atol=2e-5, rtol=0)
+
+
+def test_there_and_back_again(tmp_path):
+    model = tiny_model("llama3_rope")
+    tensors = memory_of(model).slots("de").tensors()
+    to_cartridge(tensors, rotary_inv_freq(model), tmp_path / "de")
+    back = from_cartridge(tmp_path / "de", rotary_inv_freq(model))
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(back[name], tensor, atol=1e-6 if "key" in name else 0, rtol=0)
+    assert (
+        from_cartridge(tmp_path / "de", rotary_inv_freq(model)).keys() == KVMemory.from_tensors(back).tensors().keys()
+    )
+
+
+def test_layers_of_unequal_heads_are_refused(tmp_path):
+    tensors = KVMemory([(2, 16), (1, 16)], P).tensors()
+    with pytest.raises(KoffError, match="equally many key-value heads; these have 1 to 2: export with --lay"):
+        to_cartridge(tensors, torch.ones(8), tmp_path / "de")
+    assert not (tmp_path / "de").exists()
+
+
+def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(KoffError, match="is not empty"):
+        to_cartridge(KVMemory([(2, 16)], P).tensors(), torch.ones(8), tmp_path)
+
+
+def test_what_is_no_cartridge_is_refused(tmp_path):
+    with pytest.raises(KoffError, match="is not a CARTRIDGE adapter that can be read"):
+        from_cartridge(tmp_path / "none", torch.ones(8))
+    folder = tmp_path / "de"
+    to_cartridge(KVMemory([(2, 16)], P).tensors(), torch.ones(8), folder)
+    with pytest.raises(KoffError, match=r"\[7, 64\], which is not 7 slots of 1 layers with whole heads of size 24"):
+        from_cartridge(folder, torch.ones(12))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, message in {
+        ("num_virtual_tokens", 6): "which is not 6 slots",
+        ("peft_type", "LORA"): "adapter of type LORA, wanted is CARTRIDGE",
+        ("token_dim", None): "that can be read",
+    }.items():
+        (folder / "adapter_config.json").write_text(json.dumps(config | dict([change])))
+        with pytest.raises(KoffError, match=message):
+            from_cartridge(folder, torch.ones(8))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(KoffError, match="that can be read"):
+        from_cartridge(folder, torch.ones(8))

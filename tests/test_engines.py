@@ -1,0 +1,125 @@
+"""What other engines can take: the promises about transformers and PEFT are tried, and the README says the same."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_artefact import left_padded, tiny_artefact
+from transformers import AutoModelForCausalLM
+
+from koff_lightning import KoffError, engines
+from koff_lightning.artefact import read_manifest
+from koff_lightning.layouts import LAYOUTS
+
+# peft asks a model under the name of an older transformers
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+README = Path(__file__).parents[1] / "README.md"
+
+
+def made(folder, layout, **options):
+    return tiny_artefact(folder, layout=layout, uniform=layout == "uniform", **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_promised_of_transformers_and_peft_is_tried_and_holds(tmp_path, monkeypatch, layout):
+    tried = []
+    for case, trial in engines._TRIALS.items():
+        monkeypatch.setitem(engines._TRIALS, case, lambda *a, case=case, trial=trial: (tried.append(case), trial(*a)))
+    found = engines.check(made(tmp_path, layout, kv=None).folder, ["hf", "peft"])
+    form = {"ragged": "ragged", "merged": "ragged", "deci": "deci"}.get(layout, "plain")
+    for engine, answers in found.items():
+        for part, answer in answers.items():
+            assert answer == engines.RULES[engine][part][form]
+            assert ((engine, part) in tried) == (answer[0] == "yes")
+    assert set(found["hf"]) == ({"backbone"} if layout == "merged" else {"backbone", "lora"})
+
+
+@pytest.mark.parametrize("layout", ["ragged", "uniform", "masked"])
+def test_peft_gives_our_logits_without_slots(tmp_path, layout):
+    case = made(tmp_path, layout, kv=None)
+    ids, mask = left_padded()
+    backbone = AutoModelForCausalLM.from_pretrained(case.folder / "backbone")
+    theirs = PeftModel.from_pretrained(backbone, case.folder / "memories" / "fr")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = theirs(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    case.module.gates.set(case.module.gates.kept.float()[None])
+    gap = (logits - case.gated(ids, mask, ["fr"] * len(ids))) * mask[..., None]
+    assert gap.abs().max() < 1e-5
+
+
+def test_a_trial_that_fails_says_so(tmp_path):
+    folder = made(tmp_path, "ragged", kv=None).folder
+    file = folder / "memories" / "de" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    answer, why = engines.check(folder, ["peft"])["peft"]["lora"]
+    assert answer == "no" and why.startswith("tried, and failed: ") and "\n" not in why
+
+
+def test_an_adapter_that_does_not_fit_fails(tmp_path):
+    """To peft alone it would be a warning, and the adapter would do nothing."""
+    folder = made(tmp_path, "ragged", kv=None).folder
+    config = folder / "memories" / "de" / "adapter_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"target_modules": [*content["target_modules"], "lm_head"]}))
+    answer, why = engines.check(folder, ["peft"])["peft"]["lora"]
+    assert answer == "no" and "missing adapter keys" in why
+
+
+def test_weights_that_do_not_fit_fail(tmp_path, monkeypatch):
+    folder = made(tmp_path, "uniform").folder
+    monkeypatch.setattr(engines, "verify", read_manifest)
+    config = folder / "backbone" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    answer, why = engines.check(folder, ["hf"])["hf"]["backbone"]
+    assert answer == "no" and "do not fit" in why
+
+
+def test_answers_follow_the_artefact(tmp_path):
+    def kv(layout):
+        return engines.check(made(tmp_path / layout, layout).folder, ["peft"])["peft"]["kv"]
+
+    assert kv("uniform")[0] == "yes"
+    answer, why = kv("ragged")
+    assert answer == "no" and "equally many key-value heads" in why
+    found = engines.check(tmp_path / "ragged" / "ragged", ["vllm", "gguf"])
+    assert {engine: answers["backbone"][0] for engine, answers in found.items()} == {"vllm": "no", "gguf": "no"}
+    folder = made(tmp_path / "deci", "deci").folder  # 96 neurons, no multiple of 256
+    found = engines.check(folder)
+    assert {engine: answers["backbone"][0] for engine, answers in found.items()} == {
+        "hf": "no",
+        "peft": "no",
+        "vllm": "untested",
+        "sglang": "no",
+        "gguf": "no",
+    }
+    assert all(answers["kv"][0] == "no" for answers in found.values())
+    assert len(engines.text(found).splitlines()) == 15
+
+
+def test_untested_is_said_of_what_is_not_tried():
+    for engine, parts in engines.RULES.items():
+        assert set(parts) == set(engines.PARTS)
+        for part, forms in parts.items():
+            assert set(forms) == set(engines.FORMS)
+            allowed = {"yes", "no"} if engine in ("hf", "peft") else {"untested", "no"}
+            assert {answer for answer, _ in forms.values()} <= allowed, (engine, part)
+
+
+def test_names_of_engines():
+    assert engines.names("hf, vllm") == ["hf", "vllm"]
+    assert engines.names("") == list(engines.ENGINES)
+    with pytest.raises(KoffError, match="no engine 'vlm' to check. Did you mean 'vllm'. Known: hf, peft"):
+        engines.names("vlm")
+
+
+def test_the_readme_has_this_table():
+    found = re.search(r"<!-- engines -->\n(.*?)\n<!-- /engines -->", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert found[1] == engines.markdown(), (
+        "paste what `python -c 'from koff_lightning import engines as e; print(e.markdown())'` says"
+    )
+    every = " ".join(engines.FORMS.values())
+    assert all(f"`{layout}`" in every for layout in LAYOUTS)

@@ -1,0 +1,576 @@
+"""Exports: what is written, that it is proven, and that anything wrong leaves nothing half."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_artefact import DOMAINS, tiny_decomposition
+from tiny_models import tiny_model
+from tiny_run import RandomText, tiny_module, tiny_trainer
+from toy_text import toy_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from koff_lightning import KoffError, LoraSpec, artefact_parts, load_decomposed, proof
+from koff_lightning.artefact import read_manifest, verify
+from koff_lightning.artefact_parts import without_secrets
+from koff_lightning.callbacks import ExportArtefact, RunReport
+from koff_lightning.checkpoint import from_checkpoint
+from koff_lightning.cli import main
+from koff_lightning.export import export
+from koff_lightning.model_card import base_folder, licence_of
+from koff_lightning.results import mask_and_size
+
+LAYOUTS = ("ragged", "uniform", "deci", "masked", "merged")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folder of a hardened decomposition and the module."""
+    folder = tmp_path_factory.mktemp("made")
+    return SimpleNamespace(folder=folder, module=tiny_decomposition(folder, chat=True, tie=True))
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Run the comparison in this process, which saves its imports; one test below does without."""
+
+    def run(command, **_):
+        return SimpleNamespace(returncode=proof.main(*command[3:]), stderr="")
+
+    monkeypatch.setattr(proof.subprocess, "run", run)
+
+
+def counted(folder):
+    """Numbers in the safetensors files below a folder."""
+    total = 0
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ what is proven
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_computes_what_the_gated_model_computes(tmp_path, here, layout):
+    module = tiny_decomposition(tmp_path, uniform=layout == "uniform")
+    report = export(module, tmp_path / "out", layout, "fr" if layout == "merged" else None)
+    assert report["passed"] and report["greedy"] == "equal" and report["argmax_agreement"] == 1
+    assert report["max_abs_diff"] < 1e-5
+    assert [case["memory"] for case in report["memories"]] == (["fr"] if layout == "merged" else [None, *DOMAINS])
+    assert report == json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert verify(tmp_path / "out").layout == layout
+    assert not list(tmp_path.glob(".out*")), "nothing is left beside it"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3", {"lora": None}),
+        ("mistral", {"kv": None}),
+        ("qwen2", {"dtype": "bfloat16"}),
+        ("llama3_rope", {"shared_memory": True}),
+        ("llama", {"lora": None, "kv": None}),
+        ("llama", {"lora": LoraSpec(rank=2, targets=["q_proj", "down_proj"]), "dtype": "float16"}),
+    ],
+)
+def test_other_families_memories_and_dtypes(tmp_path, here, family, options):
+    module = tiny_decomposition(tmp_path, family, **options)
+    report = export(module, tmp_path / "out")
+    assert report["passed"]
+    manifest = read_manifest(tmp_path / "out")
+    names = [] if not (module.lora or module.kv) else ["shared"] if module.shared_memory else list(DOMAINS)
+    assert list(manifest.domains) == names
+    assert manifest.dtype == options.get("dtype", "float32")
+    assert counted(tmp_path / "out") == manifest.parameters["stored"]
+
+
+def test_where_no_mask_was_learned_the_backbone_is_the_dense_one(tmp_path, here):
+    module = tiny_decomposition(tmp_path)
+    module.gates.hardened.fill_(False)
+    module.sparsity = replace(module.sparsity, target=0.0)
+    assert export(module, tmp_path / "out")["passed"]
+    assert read_manifest(tmp_path / "out").mask().all()
+    dense, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "out/backbone"))
+    assert dense.keys() == ours.keys() and all(torch.equal(dense[name], ours[name]) for name in dense)
+    assert json.loads((tmp_path / "out/backbone/config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_fresh_process_proves(made, tmp_path):
+    report = export(made.module, tmp_path / "out")
+    assert report["passed"] and report["dtype"] == "float32" and report["device"] == "cpu"
+
+
+def test_the_module_stays_as_it_was(made, tmp_path, here):
+    before = {name: tensor.clone() for name, tensor in made.module.state_dict().items()}
+    made.module.gates.set(torch.ones(1, len(made.module.gates.kept)))
+    columns, config = made.module.gates._columns, made.module.backbone.config.to_dict()
+    export(made.module, tmp_path / "out")
+    after = made.module.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert made.module.gates._columns is columns
+    assert made.module.backbone.config.to_dict() == config
+
+
+def test_the_same_export_gives_the_same_files(made, tmp_path):
+    for name in "ab":
+        export(made.module, tmp_path / name, prove=False)
+    for file in ["koff.json", *read_manifest(tmp_path / "a").files]:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+# --------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_numbers_are_those_of_results_json_and_of_the_files(tmp_path, family):
+    module = tiny_decomposition(tmp_path, family)
+    export(module, tmp_path / "out", prove=False)
+    manifest, figures = read_manifest(tmp_path / "out"), mask_and_size(module)
+    said, found = figures["parameters"], manifest.parameters
+    assert counted(tmp_path / "out" / "backbone") == found["backbone"] == said["backbone_kept"]
+    assert counted(tmp_path / "out") == found["stored"] == said["stored"]
+    assert found["active"] == said["active_by_domain"]
+    assert found["dense_total"] == said["dense_total"] == counted(tmp_path / "dense")
+    for domain in DOMAINS:
+        assert counted(tmp_path / "out" / "memories" / domain) == said["memory"][domain]
+        assert manifest.domains[domain] == {"rank": 3, "alpha": 6.0, "slots": 5, "parameters": said["memory"][domain]}
+    assert manifest.sparsity == {k: v for k, v in figures["sparsity"].items() if k != "hardened"}
+    assert [{k: g[k] for k in ("layer", "kind", "kept", "of")} for g in manifest.kept] == figures["kept_units"]
+
+
+def test_the_files_are_plain_and_complete(made, tmp_path):
+    export(made.module, tmp_path / "out", prove=False)
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    memory = {"memory.json", "adapter_config.json", "adapter_model.safetensors", "kv_memory.safetensors"}
+    assert names == {
+        "koff.json",
+        "export_report.json",
+        *(f"memories/{domain}/{name}" for domain in DOMAINS for name in memory),
+        "backbone/config.json",
+        "backbone/generation_config.json",
+        "backbone/model.safetensors",
+        "backbone/tokenizer.json",
+        "backbone/tokenizer_config.json",
+        "backbone/chat_template.jinja",
+        "backbone/README.md",
+    }
+    state = load_file(tmp_path / "out" / "backbone" / "model.safetensors")
+    assert "lm_head.weight" not in state and "model.embed_tokens.weight" in state, "tied embeddings are stored once"
+    config = json.loads((tmp_path / "out" / "backbone" / "config.json").read_text())
+    assert config["use_cache"] and config["model_type"] == "koff_llama" and config["head_dim"] == 16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "backbone")
+    assert tokenizer.chat_template == "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def test_big_models_are_sharded(made, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(artefact_parts, "SHARD", "40KB")
+    assert export(made.module, tmp_path / "out")["passed"]
+    backbone = tmp_path / "out" / "backbone"
+    index = json.loads((backbone / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = sorted(path.name for path in backbone.glob("model-*.safetensors"))
+    assert len(shards) > 2 and sorted(set(index.values())) == shards
+    assert counted(tmp_path / "out") == read_manifest(tmp_path / "out").parameters["stored"]
+
+
+def test_a_merged_export_is_one_model_with_its_slots(made, tmp_path):
+    export(made.module, tmp_path / "out", "merged", "law", prove=False)
+    memory = tmp_path / "out" / "memories" / "law"
+    assert {path.name for path in memory.iterdir()} == {"memory.json", "kv_memory.safetensors"}
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.domain == "law" and list(manifest.domains) == ["law"] and manifest.domains["law"]["rank"] is None
+
+
+def test_plain_transformers_loads_the_uniform_layout_and_its_code_the_ragged_one(tmp_path):
+    module = tiny_decomposition(tmp_path, uniform=True)
+    export(module, tmp_path / "uniform", "uniform", prove=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "uniform" / "backbone")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    export(tiny_decomposition(tmp_path), tmp_path / "code", with_code=True, prove=False)
+    backbone = tmp_path / "code" / "backbone"
+    assert json.loads((backbone / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "modeling_koff.KoffLlamaConfig",
+        "AutoModelForCausalLM": "modeling_koff.KoffLlamaForCausalLM",
+    }
+    source = Path(artefact_parts.modeling_koff.__file__)
+    assert (backbone / "modeling_koff.py").read_bytes() == source.read_bytes()
+    verify(tmp_path / "code")
+
+
+def test_the_licence_travels(tmp_path):
+    module = tiny_decomposition(tmp_path)
+    (tmp_path / "dense" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    (tmp_path / "dense" / "LICENSE.txt").write_text("\n  Apache License\nVersion 2.0\n")
+    export(module, tmp_path / "out", prove=False)
+    backbone = tmp_path / "out" / "backbone"
+    assert read_manifest(tmp_path / "out").licence == "apache-2.0"
+    assert (backbone / "LICENSE.txt").read_text() == "\n  Apache License\nVersion 2.0\n"
+    card = (backbone / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in card and "That of the base model: apache-2.0" in card
+
+
+@pytest.mark.parametrize(
+    ("files", "licence"),
+    [
+        ({}, None),
+        ({"LICENSE": "\n  Apache License\n"}, "Apache License"),
+        ({"README.md": "# no head\n"}, None),
+        ({"README.md": "---\nlicense: [mit, other]\n---\n"}, "mit, other"),
+        ({"README.md": "---\n: [\n---\n", "COPYING": "GPL"}, "GPL"),
+        ({"README.md": "---\njust words\n---\n"}, None),
+    ],
+)
+def test_where_a_licence_is_found(tmp_path, files, licence):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert licence_of(tmp_path) == licence
+    assert licence_of(base_folder("dense", str(tmp_path), None)) == licence
+    assert licence_of(base_folder("dense.gguf", str(tmp_path), None)) is None, "it may be anybody's"
+
+
+def test_the_card_says_what_it_is(made, tmp_path):
+    export(made.module, tmp_path / "out", prove=False)
+    card, manifest = (tmp_path / "out" / "backbone" / "README.md").read_text(), read_manifest(tmp_path / "out")
+    assert f"{manifest.parameters['backbone']:,} of {manifest.parameters['dense_total']:,}" in card
+    for name in ("body", "total", "units"):
+        assert f"{100 * manifest.sparsity[name]:.2f} %" in card
+    assert f"| 0 | {manifest.kept[0]['kept']} of 96 | {manifest.kept[1]['kept']} of 2 |" in card
+    assert "import koff_lightning" in card and "load_decomposed" in card and manifest.mask_hash[:12] in card
+    assert "name no licence" in card and "license:" not in card
+    assert str(tmp_path) not in card and str(made.folder) not in card, "a path means nothing to others"
+
+
+def test_secrets_stay_at_home():
+    config = {
+        "trainer": {"logger": {"api_key": "abc", "entity": "me"}, "max_tokens": 5, "hf_token": "x", "password": None},
+        "data": {
+            "tokenizer": "koff-tiny",
+            "url": "https://me:hunter2@host/x?sig=abc&page=2",
+            "n": [1, "hf_abcdefghij"],
+        },
+    }
+    assert without_secrets(config) == {
+        "trainer": {
+            "logger": {"api_key": "(removed)", "entity": "me"},
+            "max_tokens": 5,
+            "hf_token": "(removed)",
+            "password": None,
+        },
+        "data": {"tokenizer": "koff-tiny", "url": "https://(removed)@host/x?(removed)&page=2", "n": [1, "(removed)"]},
+    }
+    assert without_secrets(None) is None
+
+
+# ---------------------------------------------------------------------------------------------------- what fails
+
+
+def spoil(monkeypatch, part):
+    """Let the export write something wrong: half a weight, half a memory, nothing loadable, or no numbers."""
+    backbone_for, memory_for = artefact_parts.backbone_for, artefact_parts.memory_for
+
+    def backbone(*arguments):
+        config, state = backbone_for(*arguments)
+        name = next(name for name in state if name.endswith("layers.1.mlp.up_proj.weight"))
+        wrong = {"weight": state[name] * 1.5, "nan": state[name] * math.nan, "shape": state[name][1:]}
+        return config, state | {name: wrong.get(part, state[name]).contiguous()}
+
+    def memory(layout, lora, kv, *rest):
+        lora, kv = memory_for(layout, lora, kv, *rest)
+        return lora, {k: v.flip(1) * 2 for k, v in kv.items()} if part == "memory" else kv
+
+    monkeypatch.setattr(artefact_parts, "backbone_for", backbone)
+    monkeypatch.setattr(artefact_parts, "memory_for", memory)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("weight", "computes other logits"),
+        ("memory", "computes other logits"),
+        ("nan", "computes other logits"),
+        ("shape", "could not use it"),
+    ],
+)
+def test_what_is_wrong_is_set_aside_and_the_old_stays(made, tmp_path, here, monkeypatch, part, message):
+    out = tmp_path / "out"
+    export(made.module, out)
+    before = (out / "koff.json").read_text()
+    for _ in range(2):  # what failed before is replaced
+        with monkeypatch.context() as patch:
+            spoil(patch, part)
+            with pytest.raises(KoffError, match=message) as error:
+                export(made.module, out, overwrite=True)
+    assert str(error.value).startswith(f"{out} was not written: a fresh process {message}")
+    assert "\n" not in str(error.value)
+    assert (out / "koff.json").read_text() == before and verify(out)
+    report = json.loads((tmp_path / "out.failed" / "export_report.json").read_text())
+    assert report["passed"] is False
+    if part == "memory":
+        assert [case["relative_diff"] < 1e-4 for case in report["memories"]] == [True, False, False, False]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.failed"]
+
+
+def test_a_file_that_changes_before_the_proof(made, tmp_path, monkeypatch, here):
+    check = proof.main
+
+    def tamper(folder, reference):
+        file = Path(folder) / "memories" / "fr" / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+        return check(folder, reference)
+
+    monkeypatch.setattr(proof, "main", tamper)
+    with pytest.raises(KoffError, match=r"fr.*adapter_model\.safetensors was changed"):
+        export(made.module, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_proof_that_dies(made, tmp_path, monkeypatch):
+    died = SimpleNamespace(returncode=-9, stderr="words\nKilled\n")
+    monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: died)
+    with pytest.raises(KoffError, match="the process ended with status -9: Killed"):
+        export(made.module, tmp_path / "out")
+
+
+def test_greedy_tokens_may_differ_only_at_a_tie(made, tmp_path, here, monkeypatch):
+    """Wrong with a cache alone: the logits of whole forwards agree."""
+    generate = proof.DecomposedModel.generate
+
+    def wrong(self, *arguments, **options):
+        tokens = generate(self, *arguments, **options)
+        tokens[1, -1] += 1
+        return tokens
+
+    monkeypatch.setattr(proof.DecomposedModel, "generate", wrong)
+    with pytest.raises(KoffError, match=r"generates other tokens from it \(memory de\)"):
+        export(made.module, tmp_path / "out")
+    monkeypatch.setitem(proof.TOLERANCE, "float32", 1.0)  # everything is a tie
+    report = export(made.module, tmp_path / "out")
+    assert report["passed"] and report["greedy"] == "tie"
+    assert [case["greedy"] for case in report["memories"]] == ["equal", "tie", "equal", "equal"]
+
+
+def test_another_tokenizer_is_noticed(made, tmp_path, here, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(made.folder / "dense")
+    tokenizer.add_tokens(["the"])
+    write = artefact_parts._write_companions
+    spoiled = lambda order, *rest: write(replace(order, tokenizer=tokenizer), *rest)  # noqa: E731
+    monkeypatch.setattr(artefact_parts, "_write_companions", spoiled)
+    with pytest.raises(KoffError, match="other token ids from its tokenizer"):
+        export(made.module, tmp_path / "out")
+
+
+@pytest.mark.parametrize("writer", ["save_file", "write_memory"])
+def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch, writer):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artefact_parts, writer, full)
+    with pytest.raises(KoffError, match=r"^cannot write .*out: No space left on device$"):
+        export(made.module, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_is_not_overwritten_unasked(made, tmp_path):
+    export(made.module, tmp_path / "out", prove=False)
+    with pytest.raises(KoffError, match="exists already: --overwrite replaces it"):
+        export(made.module, tmp_path / "out", "masked", prove=False)
+    export(made.module, tmp_path / "out", "masked", overwrite=True, prove=False)
+    assert read_manifest(tmp_path / "out").layout == "masked"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "round"}, "layout must be one of ragged, uniform, deci, masked, merged; got 'round'"),
+        ({"layout": "merged"}, "give --layout merged and --domain together"),
+        ({"domain": "de"}, "give --layout merged and --domain together"),
+        ({"layout": "merged", "domain": "nl"}, "no domain 'nl' to merge; the run has de, fr, law"),
+        ({"layout": "masked", "with_code": True}, "layout 'masked' needs no code of ours"),
+        ({"layout": "uniform"}, "wants one intermediate_size for all layers"),
+    ],
+)
+def test_what_is_refused(made, tmp_path, options, message):
+    with pytest.raises(KoffError, match=message):
+        export(made.module, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_mask_is_refused(tmp_path):
+    module = tiny_decomposition(tmp_path)
+    module.gates.hardened.fill_(False)
+    with pytest.raises(KoffError, match="the mask of this run is not fixed yet"):
+        export(module, tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------- checkpoints, whole runs
+
+
+def train(folder, *callbacks, **options):
+    """A run of a second over a random Llama with a tokenizer."""
+    if not (folder / "backbone").exists():
+        toy_tokenizer(folder / "backbone")
+        sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 24, "head_dim": 8}
+        tiny_model("llama", **sizes).save_pretrained(folder / "backbone")
+    module = tiny_module(folder, **options)
+    tiny_trainer(folder, callbacks, enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks)).fit(
+        module, RandomText()
+    )
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder of a finished run: checkpoint, config.yaml, results, artefact."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.yaml").write_text("model: {backbone: x}\ndata: {hf_token: abc}\n")
+    checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("koff_lightning.plots.save", lambda *_: None)
+        train(folder, RunReport(), checkpoint, ExportArtefact(prove=False))
+    return folder
+
+
+def export_by_command(run, out, *options):
+    return main(["export", "--ckpt", str(run / "checkpoints" / "last.ckpt"), "--out", str(out), *options])
+
+
+def test_a_checkpoint_gives_the_artefact_that_the_run_left(run, tmp_path, here, capsys):
+    assert export_by_command(run, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "2 memories; a fresh process computes the same from it" in said
+    ours, theirs = read_manifest(tmp_path / "out"), read_manifest(run / "artifact")
+    same = {"config": None, "files": {}}
+    assert replace(ours, **same) == replace(theirs, **same)
+    assert ours.config == {"model": {"backbone": "x"}, "data": {"hf_token": "(removed)"}}
+    assert theirs.config["model"]["sparsity"]["target"] == 0.2
+    assert ours.parameters["active"] == json.loads((run / "results.json").read_text())["parameters"]["active_by_domain"]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "out/backbone" / name).read_bytes() == (run / "artifact/backbone" / name).read_bytes()
+
+
+def test_the_command_refuses_and_overwrites(run, tmp_path, here, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert export_by_command(run, tmp_path / "out") == 2
+    assert capsys.readouterr().err.strip().endswith("exists already: --overwrite replaces it, or give another folder")
+    assert export_by_command(run, tmp_path / "out", "--overwrite") == 2
+    assert "holds no koff.json" in capsys.readouterr().err
+    assert export_by_command(run, tmp_path / "out", "--check", "hff") == 2
+    assert "no engine 'hff' to check. Did you mean 'hf'?" in capsys.readouterr().err
+    assert export_by_command(run, tmp_path / "out", "--device", "mars") == 2
+    assert "device 'mars' cannot be used here" in capsys.readouterr().err
+    assert export_by_command(run, tmp_path / "other", "--layout", "masked", "--check", "vllm") == 0
+    assert re.search(r"^vLLM +backbone +untested", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_backbone_that_has_moved(run, tmp_path, here, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    content = torch.load(moved / "checkpoints" / "last.ckpt", weights_only=True)
+    content["hyper_parameters"] |= {"backbone": "./gone/backbone", "_instantiator": "os.system"}
+    torch.save(content, moved / "checkpoints" / "last.ckpt")
+    assert export_by_command(moved, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "'./gone/backbone': no such folder" in said and "say where it is with --backbone" in said
+    assert export_by_command(moved, tmp_path / "out", "--backbone", str(run / "backbone")) == 0
+    tiny_model("llama", vocab_size=300, hidden_size=32, intermediate_size=24, head_dim=8, seed=7).save_pretrained(
+        tmp_path / "another"
+    )
+    assert export_by_command(moved, tmp_path / "new", "--backbone", str(tmp_path / "another")) == 2
+    assert "but" in (said := capsys.readouterr().err) and "has hash" in said and "load that backbone" in said
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil", "w"))
+
+
+def test_checkpoints_that_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+    def refused(content, message):
+        path = tmp_path / "some.ckpt"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(KoffError, match=message) as error:
+            from_checkpoint(path)
+        assert "\n" not in str(error.value)
+
+    refused(good | {"hyper_parameters": Evil()}, "cannot read .* as a checkpoint")
+    assert not (tmp_path / "evil").exists(), "nothing in a checkpoint is run"
+    refused((run / "checkpoints" / "last.ckpt").read_bytes()[:5000], "cannot read .* as a checkpoint")
+    refused(b"", "cannot read .* as a checkpoint")
+    refused({"state_dict": {}}, "is not a checkpoint of `koff fit`")
+    refused([1, 2], "is not a checkpoint of `koff fit`")
+    newer = good["hyper_parameters"] | {"sparsity": {"colour": "red"}}
+    refused(good | {"hyper_parameters": newer}, "was written by another release of koff-lightning")
+    added = good["hyper_parameters"] | {"artifact": "runs/demo/artifact"}
+    refused(good | {"hyper_parameters": added}, "holds memories for the artefact 'runs/demo/artifact'")
+    with pytest.raises(KoffError, match="no such file. `koff fit` leaves one"):
+        from_checkpoint(tmp_path / "none.ckpt")
+    with pytest.raises(KoffError, match="is a folder, as sharded runs save"):
+        from_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_cannot_ask_for_code_to_be_run(run, tmp_path):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    content["hyper_parameters"]["trust_remote_code"] = True
+    torch.save(content, tmp_path / "some.ckpt")
+    assert not from_checkpoint(tmp_path / "some.ckpt").loading.get("trust_remote_code")
+
+
+def test_a_run_leaves_a_proven_artefact(tmp_path, here, capsys):
+    module = train(tmp_path, ExportArtefact())
+    assert "wrote " in capsys.readouterr().out
+    assert json.loads((tmp_path / "artifact" / "export_report.json").read_text())["passed"]
+    assert torch.equal(read_manifest(tmp_path / "artifact").mask(), module.gates.kept)
+    assert load_decomposed(tmp_path / "artifact").domains == ["en", "law"]
+    train(tmp_path, ExportArtefact(layout="masked", prove=False))
+    assert read_manifest(tmp_path / "artifact").layout == "masked", "a second run of the folder replaces it"
+
+
+def test_a_run_without_a_fixed_mask_says_so(tmp_path, capsys):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 3
+
+    train(tmp_path, ExportArtefact(), Stop())
+    assert "artifact: the run ended before its mask was fixed" in capsys.readouterr().out
+    assert not (tmp_path / "artifact").exists()
+
+
+@pytest.mark.parametrize("how", ["off", "fast_dev_run", "rank"])
+def test_runs_that_write_none(tmp_path, monkeypatch, how):
+    monkeypatch.setattr("koff_lightning.callbacks.export.export", None)
+    callback = ExportArtefact(enabled=how != "off")
+    trainer = tiny_trainer(tmp_path, [callback], fast_dev_run=how == "fast_dev_run")
+    if how == "rank":
+        monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    module = tiny_module(tmp_path)
+    trainer.fit(module, RandomText())
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_what_would_fail_at_the_end_fails_at_the_start(tmp_path):
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "thesis.tex").touch()
+    with pytest.raises(KoffError, match="so it is not overwritten"):
+        train(tmp_path, ExportArtefact(), Fail())
+    with pytest.raises(KoffError, match="layout must be one of"):
+        ExportArtefact(layout="round")
+
+
+class Fail(Callback):
+    def on_train_start(self, *_):
+        raise AssertionError("the run began")

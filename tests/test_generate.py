@@ -1,0 +1,215 @@
+"""`koff generate` and `koff chat` say what the model says, and answer bad input in a line."""
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_artefact import tiny_artefact
+from tiny_models import tiny_model
+
+from koff_lightning import load_backbone, load_decomposed
+from koff_lightning.cli import main
+
+PROMPTS = ["the quick brown", "größere Füchse", "null"]
+NEW = ["--max_new_tokens", "6", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tiny_artefact(tmp_path_factory.mktemp("chat"), chat=True)
+
+
+@pytest.fixture(scope="module")
+def model(made):
+    return load_decomposed(made.folder)
+
+
+def greedy(model, prompt, *, tokenizer=None, special=True, **options):
+    """What a model adds to one prompt."""
+    tokenizer = tokenizer or model.tokenizer
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=special)["input_ids"]
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1, **options)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def koff(capsys, *argv):
+    """Run a command that must succeed; its output."""
+    assert main([str(word) for word in argv]) == 0
+    said = capsys.readouterr()
+    assert "generation flags" not in said.err, "transformers warns of settings that have no effect"
+    return said.out
+
+
+def test_one_prompt_is_streamed(made, model, capsys):
+    out = koff(capsys, "generate", "--model", made.folder, "--domain", "law", "--prompt", PROMPTS[0], *NEW)
+    assert out.strip() == (PROMPTS[0] + greedy(model, PROMPTS[0], domains="law")).strip()
+    bare = koff(capsys, "generate", "--model", made.folder, "--prompt", PROMPTS[0], *NEW)
+    assert bare.strip() == (PROMPTS[0] + greedy(model, PROMPTS[0])).strip() != out.strip()
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_prompts_in_batches_are_the_prompts_alone(made, model, capsys, tmp_path, size):
+    expected = "".join(f"[fr] {prompt}{greedy(model, prompt, domains='fr')}\n\n" for prompt in PROMPTS)
+    command = ["generate", "--model", made.folder, "--domain", "fr", "--batch-size", size, *NEW]
+    given = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    assert koff(capsys, *command, *given) == expected
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")
+    assert koff(capsys, *command, "--file", tmp_path / "prompts.txt") == expected
+
+
+def test_each_prompt_may_have_its_domain(made, model, capsys):
+    pairs = list(zip(PROMPTS, ["law", "de", "law"], strict=True))
+    given = [word for prompt, domain in pairs for word in (f"--prompt={prompt}", "--domain", domain)]
+    expected = "".join(f"[{domain}] {prompt}{greedy(model, prompt, domains=domain)}\n\n" for prompt, domain in pairs)
+    assert koff(capsys, "generate", "--model", made.folder, *given, *NEW) == expected
+
+
+def test_sampling_follows_the_seed(made, capsys):
+    command = ["generate", "--model", made.folder, "--prompt", "fox", "--temperature", "1.5", "--top-p", "0.9", *NEW]
+    first, again, other = (koff(capsys, *command, "--seed", seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_models_own_settings_do_not_change_greedy_continuations(made, model, capsys, tmp_path):
+    folder = shutil.copytree(made.folder, tmp_path / "copy")
+    file = folder / "backbone/generation_config.json"
+    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    content = json.dumps((json.loads(file.read_text()) if file.exists() else {}) | own)
+    file.write_text(content)
+    manifest = json.loads((folder / "koff.json").read_text())
+    manifest["files"].pop("backbone/generation_config.json", None)
+    from koff_lightning.artefact import describe_files
+
+    manifest["files"] = describe_files(folder, "backbone")
+    (folder / "koff.json").write_text(json.dumps(manifest))
+    out = koff(capsys, "generate", "--model", folder, "--domain", "law", "--prompt", PROMPTS[0], *NEW)
+    assert out.strip() == (PROMPTS[0] + greedy(model, PROMPTS[0], domains="law")).strip()
+
+
+def test_comparison_shows_dense_pruned_and_koff_side_by_side(made, model, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    dense = load_backbone(str(made.folder.parent / "dense"))
+    command = ["generate", "--model", made.folder, "--domain", "law", "--compare", "dense", *NEW]
+    out = koff(capsys, *command, "--prompt", PROMPTS[0])
+    assert f"[law] {PROMPTS[0]}" in out
+    heads = [cell.strip() for cell in out.splitlines()[2].strip("┃").split("┃")]
+    assert heads == ["dense", "pruned, no memory", "KOFF"]
+    shown = [" ".join(text.split()) for text in out.splitlines()[4].strip("│").split("│")]
+    expected = [
+        greedy(dense, PROMPTS[0], tokenizer=model.tokenizer),
+        greedy(model, PROMPTS[0]),
+        greedy(model, PROMPTS[0], domains="law"),
+    ]
+    first = [text.strip().splitlines()[0].split() if text.strip() else [] for text in expected]
+    assert [" ".join(words) for words in first] == shown
+    assert len(set(expected)) == 3
+
+
+def test_a_merged_artefact_has_no_column_without_memory(tmp_path, capsys):
+    made = tiny_artefact(tmp_path, layout="merged")
+    command = ["generate", "--model", made.folder, "--domain", "de", "--compare", "dense", "--prompt", "fox", *NEW]
+    out = koff(capsys, *command)
+    assert "KOFF" in out
+    assert "no memory" not in out
+
+
+def test_comparison_with_another_dense_model_is_refused(tmp_path, capsys):
+    made = tiny_artefact(tmp_path)
+    tiny_model("llama", seed=9, vocab_size=320).save_pretrained(tmp_path / "dense")
+    command = ["generate", "--model", made.folder, "--domain", "de", "--compare", "dense", "--prompt", "fox", *NEW]
+    assert main([str(word) for word in command]) == 2
+    assert "is no longer the model that" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([], "give either --prompt, as often as you like, or --file with one prompt per line"),
+        (["--prompt", "a", "--file", "b"], "give either --prompt"),
+        (["--file", "nowhere.txt"], "cannot read prompts from nowhere.txt: No such file or directory"),
+        (["--prompt", "a", "--prompt", "b", "--domain", "de", "--domain", "fr", "--domain", "de"], "3 domains for 2"),
+        (["--prompt", "a", "--domain", "it"], "has no memory for 'it'; it has de, fr, law"),
+        (["--prompt", "a", "--compare", "dense"], "--compare shows what a memory changes: give its --domain"),
+        (["--prompt", "a", "--compare", "dens"], "generate: compare must be 'dense' or null; got 'dens'."),
+        (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens must be at least 1; got 0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 (most likely token) or a positive number"),
+        (["--prompt", "a", "--top_p", "0"], "top_p must lie in (0, 1]; got 0.0"),
+        (["--prompt", "a", "--batch_size", "0"], "batch_size must be at least 1; got 0"),
+        (["--prompt", "a", "--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--prompt", "a", "--dtype", "int8"], "dtype must be a floating torch dtype"),
+        (["--prompt", "a", "--temprature", "1"], "generate: no option 'temprature'. Did you mean 'temperature'?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(made, capsys, argv, line):
+    assert main(["generate", "--model", str(made.folder), *argv]) == 2
+    said = capsys.readouterr()
+    assert line in said.err.splitlines()[-1]
+    assert said.out == ""
+
+
+def test_an_empty_prompt_needs_a_token_before_it(tmp_path, capsys):
+    made = tiny_artefact(tmp_path, bos=False)
+    assert main(["generate", "--model", str(made.folder), "--prompt", "fox", "--prompt", "", *NEW]) == 2
+    assert "prompt 2 is empty" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_of_prompts_must_hold_some(made, capsys, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    for name, line in (("empty.txt", "holds no prompt"), ("bytes.txt", "cannot read prompts from")):
+        assert main(["generate", "--model", str(made.folder), "--file", str(tmp_path / name)]) == 2
+        assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------- chat
+
+
+def talk(monkeypatch, capsys, made, lines, *argv):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    return koff(capsys, "chat", "--model", made.folder, *argv, *NEW, "--temperature", "0")
+
+
+def test_a_talk_goes_on_and_domains_change(made, model, monkeypatch, capsys):
+    lines = ["the fox", "/domain law", "die Füchse", "/domain", "/clear", "the fox"]
+    lines += ["", "/help", "/domain it", "/exit", "never said"]
+    out = talk(monkeypatch, capsys, made, lines, "--domain", "de", "--system", "Sei kurz.")
+    opening = "system: Sei kurz.\nuser: the fox\nassistant:"
+    first = greedy(model, opening, domains="de", special=False)  # a chat template brings its own first token
+    later = f"{opening} {first}\nuser: die Füchse\nassistant:"
+    second = greedy(model, later, domains="law", special=False)
+    fresh = greedy(model, opening, special=False)
+    assert "domains: de, fr, law. /domain NAME" in out
+    answers = out.split("> ")
+    assert answers[1].startswith(first)
+    assert answers[3].startswith(second)
+    assert answers[6].startswith(fresh)
+    assert out.count("not understood") == 2
+    assert out.count("> ") == 10, "nothing is asked after /exit"
+
+
+def test_a_talk_ends_with_its_input(made, monkeypatch, capsys):
+    assert talk(monkeypatch, capsys, made, []).endswith("no memory> ")
+
+
+def test_without_a_chat_template_there_is_no_chat(tmp_path, capsys):
+    made = tiny_artefact(tmp_path)
+    assert main(["chat", "--model", str(made.folder)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"has no chat template, so this is no chat model: koff generate --model {made.folder} --prompt" in line
+
+
+def test_chat_with_an_unknown_domain(made, capsys):
+    assert main(["chat", "--model", str(made.folder), "--domain", "it"]) == 2
+    assert "has no memory for 'it'; it has de, fr, law" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_seed_of_a_talk(made, monkeypatch, capsys):
+    def sampled(seed):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the fox\n"))
+        return koff(capsys, "chat", "--model", made.folder, "--temperature", "2", "--seed", seed, *NEW)
+
+    assert sampled(1) == sampled(1) != sampled(2)
+    assert torch.initial_seed() == 2

@@ -18,6 +18,7 @@ from koff_lightning.artefact import (
     Manifest,
     describe_files,
     describe_mask,
+    hash_description,
     hash_file,
     mask_hash,
     read_manifest,
@@ -25,6 +26,8 @@ from koff_lightning.artefact import (
     verify,
 )
 from koff_lightning.backbone import prunable_groups
+
+SUM = {"sha256": "", "size": 0}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,8 @@ def folder(tmp_path, groups):
         mask_hash=mask_hash(groups, mask),
         kept=describe_mask(groups, mask),
         sparsity={},
-        parameters={},
-        domains={"de": {}},
+        parameters={"backbone": 1, "active": {"de": 2}, "stored": 2},
+        domains={"de": {"parameters": 1}},
         config={"path": None},
         versions={},
         files=describe_files(path, BACKBONE),
@@ -107,10 +110,19 @@ def test_every_unit_matters_to_the_mask_hash(groups):
         ({"format_version": None}, "format version None"),
         ({"colour": "red"}, "has an unknown entry 'colour'"),
         ({"mask_hash": "00"}, "its mask does not fit its mask_hash"),
-        ({"kept": [{"layer": 0}]}, r"koff\.json is damaged \(KeyError"),
-        ({"files": {"../../secret": {}}}, "lists '../../secret', which is not below backbone/"),
-        ({"files": {"backbone/../koff.json": {}}}, "not below backbone/"),
-        ({"files": {"/etc/passwd": {}}}, "not below backbone/"),
+        ({"kept": [{"layer": 0}]}, r"koff\.json cannot be used \(it lacks 'kind'\)"),
+        ({"kept": 3}, r"koff\.json cannot be used"),
+        ({"layout": "round"}, "layout must be one of ragged, .* got 'round'"),
+        ({"domains": {"../x": {"parameters": 1}}}, "domain name '../x' is not safe"),
+        ({"domains": {"de": {}}}, "it lacks 'parameters'"),
+        ({"domains": ["de"]}, "cannot be used"),
+        ({"base": {"id": "x"}}, "it lacks 'revision'"),
+        ({"parameters": {}}, "it lacks 'backbone'"),
+        ({"files": {"backbone/x": {"size": 1}}}, "it lacks 'sha256'"),
+        ({"files": {"../../secret": SUM}}, "lists '../../secret', which is not below backbone/"),
+        ({"files": {"backbone/../koff.json": SUM}}, "not below backbone/"),
+        ({"files": {"": SUM}}, "not below backbone/"),
+        ({"files": {"/etc/passwd": SUM}}, "not below backbone/"),
     ],
 )
 def test_manifests_that_are_refused(folder, entries, message):
@@ -125,6 +137,9 @@ def test_a_mask_that_was_edited_is_noticed(folder):
     kept[0]["bits"] = f"{int(kept[0]['bits'], 16) ^ 0x80000000:08x}"
     change(folder, kept=kept)
     with pytest.raises(KoffError, match="does not fit its mask_hash"):
+        read_manifest(folder)
+    change(folder, kept=kept, mask_hash=hash_description(kept))
+    with pytest.raises(KoffError, match="the bits of layer 0 are not"):
         read_manifest(folder)
 
 

@@ -2,11 +2,13 @@
 
 import pytest
 import yaml
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from koff_lightning import training_cli
 from koff_lightning.cli import main
 from koff_lightning.config_files import SHIPPED, shipped_configs
+from koff_lightning.strategies import ReplicatedStrategy, ShardedStrategy
 
 FAMILY = {
     "demo.yaml": "llama",
@@ -92,11 +94,15 @@ def test_hardware_cpu(built, stand_in):
 @pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp"])
 def test_hardware_overlays_with_cpus_for_gpus(name, built, stand_in):
     devices = {"one_gpu": "1", "ddp": "2", "fsdp": "8"}[name]
+    strategy = {"one_gpu": SingleDeviceStrategy, "ddp": ReplicatedStrategy, "fsdp": ShardedStrategy}[name]
     overlay = ("--config", f"hardware/{name}.yaml", *ON_CPU, "--trainer.devices", devices)
     trainer = built("--config", "llama_12pct.yaml", *overlay, "--model.backbone", stand_in("llama")).trainer
     assert trainer.num_devices == int(devices)
-    if name == "fsdp":
-        assert (trainer.strategy._data_parallel_size, trainer.strategy._tensor_parallel_size) == (8, 1)
+    assert type(trainer.strategy) is strategy
+
+
+def test_a_run_without_overlay_takes_one_device(built, stand_in):
+    assert built("--config", "demo.yaml", "--model.backbone", stand_in("llama"), *ON_CPU).trainer.num_devices == 1
 
 
 @pytest.mark.parametrize("name", shipped_configs())

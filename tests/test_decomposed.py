@@ -424,6 +424,18 @@ def test_code_of_the_artefact_is_not_run(copy):
     assert "\n" not in str(caught.value)
 
 
+def test_code_that_an_export_carries_is_left_alone(tmp_path):
+    made = tiny_artefact(tmp_path, with_code=True)
+    assert "auto_map" in json.loads((made.folder / "backbone/config.json").read_text())
+    assert type(load_decomposed(made.folder).backbone).__module__ == "koff_lightning.modeling_koff"
+
+
+def test_an_unknown_layout_is_refused(copy):
+    edit(copy / "koff.json", layout="mine")
+    with pytest.raises(KoffError, match="layout must be one of ragged, .*; got 'mine'"):
+        load_decomposed(copy, domains=[])
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -114,6 +114,7 @@ def test_peft_reads_the_adapter_of_a_dense_and_of_a_cut_backbone(tmp_path, famil
     about = json.loads((tmp_path / "de" / ADAPTER_CONFIG).read_text())
     assert about["task_type"] == "CAUSAL_LM" and about["inference_mode"] is True and about["peft_type"] == "LORA"
     assert about["base_model_name_or_path"] == "tiny/model"
+    assert about["target_modules"] == sorted(about["target_modules"]), "peft's sets have no order of their own"
 
 
 def test_the_adapter_file_is_the_one_peft_writes(tmp_path):

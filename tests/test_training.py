@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from tiny_cases import cut_model
 from tiny_models import tiny_model
 from tiny_run import Batches, RandomText
@@ -487,8 +487,7 @@ def test_rows_without_a_domain_train_the_mask_only(folder, tmp_path):
     assert run.moved("gates.logits", range(3, 6))
 
 
-def test_sharded_strategies_are_refused_rather_than_run_unsharded(folder, tmp_path, monkeypatch):
-    """ModelParallelStrategy would give every rank a whole copy and never reduce a gradient."""
-    monkeypatch.setattr("koff_lightning.module.FSDPStrategy", SingleDeviceStrategy)
-    with pytest.raises(KoffError, match="not supported yet"):
-        fit(folder, tmp_path)
+def test_a_strategy_that_would_train_wrongly_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(DDPStrategy, "setup_environment", lambda _: None)  # start no process group
+    with pytest.raises(KoffError, match="DDPStrategy cannot train .*: use --config hardware/ddp.yaml"):
+        trainer(tmp_path, strategy="ddp", devices=1).fit(module(folder), text(folder))

@@ -88,11 +88,13 @@ def _mask(module: Decomposition, uniform: bool) -> Tensor:
     return torch.cat([p >= p.sort()[0][len(p) // 3 * (k == "channel")] for p, k in zip(parts, kinds, strict=True)])
 
 
-def tiny_artefact(folder: Path, family: str = "llama", layout: str = "ragged", **options: Any) -> Made:
+def tiny_artefact(
+    folder: Path, family: str = "llama", layout: str = "ragged", *, with_code: bool = False, **options: Any
+) -> Made:
     """Export a `tiny_decomposition` to `folder / layout`."""
     module = tiny_decomposition(folder, family, **options)
     domain = module.domains[0] if layout == "merged" else None
-    export(module, folder / layout, layout=layout, domain=domain, prove=False)
+    export(module, folder / layout, layout=layout, domain=domain, with_code=with_code, prove=False)
     return Made(folder / layout, module)
 
 

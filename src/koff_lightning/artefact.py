@@ -23,6 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.errors import KoffError
+from koff_lightning.layouts import memory_shapes
+from koff_lightning.memory import check_domain_name
 
 FORMAT = 1
 MANIFEST, REPORT, BACKBONE, MEMORIES = "koff.json", "export_report.json", "backbone", "memories"
@@ -86,18 +88,29 @@ class Manifest:
             raise KoffError(f"{where} {problem} {odd[0]!r}: it is damaged, or not an artefact's; export it again")
         manifest = cls(**content)
         try:
-            sound = hash_description(manifest.kept) == manifest.mask_hash and all(
-                len(part) == group["of"] and int(part.sum()) == group["kept"]
-                for part, group in zip(map(_unpack, manifest.kept), manifest.kept, strict=True)
-            )
-            paths = [Path(name) for name in manifest.files]
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise KoffError(f"{where} is damaged ({type(error).__name__}: {error}): export it again") from error
-        if not sound:
-            raise KoffError(f"{where}: its mask does not fit its mask_hash, so one was changed; export it again")
-        if stray := [str(path) for path in paths if path.parts[0] != BACKBONE or ".." in path.parts]:
-            raise KoffError(f"{where} lists {stray[0]!r}, which is not below {BACKBONE}/; export it again")
+            manifest._check()
+        except (KoffError, TypeError, KeyError, ValueError, AttributeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise KoffError(f"{where} cannot be used ({reason}): it is damaged; export it again") from error
         return manifest
+
+    def _check(self) -> None:
+        """Raise if an entry lacks a part, or if entries contradict each other."""
+        memory_shapes(self.layout)
+        for name in self.domains:
+            check_domain_name(name)  # it is part of a path
+        wanted = [(self.base, "id revision hash family tokenizer_hash"), (self.parameters, "backbone active stored")]
+        wanted += [(about, "parameters") for about in self.domains.values()]
+        wanted += [(about, "sha256 size") for about in self.files.values()]
+        if lacking := [name for entry, names in wanted for name in names.split() if name not in entry]:
+            raise KoffError(f"it lacks {lacking[0]!r}")
+        if stray := [name for name in self.files if Path(name).parts[:1] != (BACKBONE,) or ".." in Path(name).parts]:
+            raise KoffError(f"it lists {stray[0]!r}, which is not below {BACKBONE}/")
+        if hash_description(self.kept) != self.mask_hash:
+            raise KoffError("its mask does not fit its mask_hash")
+        for group in self.kept:
+            if (len(bits := _unpack(group)), int(bits.sum())) != (group["of"], group["kept"]):
+                raise KoffError(f"the bits of layer {group['layer']} are not {group['kept']} of {group['of']}")
 
     @property
     def tokenizer_hash(self) -> str:

@@ -22,6 +22,7 @@ from koff_lightning.artefact import verify as verify_files
 from koff_lightning.backbone import load_backbone, load_config, load_tokenizer, refuse_masked_packing
 from koff_lightning.deci import ragged_config
 from koff_lightning.errors import KoffError
+from koff_lightning.layouts import memory_shapes
 from koff_lightning.memory import MemoryBank
 from koff_lightning.memory_files import load_memory
 
@@ -76,6 +77,7 @@ def backbone_config(folder: Path, manifest: Manifest) -> PreTrainedConfig:
     Raises:
         KoffError: It is of a kind that is not known here.
     """
+    memory_shapes(manifest.layout)  # refuses an unknown layout
     if manifest.layout != "deci":
         return load_config(str(folder / BACKBONE))
     text = (folder / BACKBONE / "config.json").read_text(encoding="utf-8")

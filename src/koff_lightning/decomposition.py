@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from koff_lightning import ranks
 from koff_lightning.artefact import Manifest
 from koff_lightning.backbone import fingerprint, hidden_states, load_backbone, parameter_counts, prunable_groups
 from koff_lightning.errors import KoffError
@@ -98,8 +99,9 @@ class Decomposition(LightningModule):
         return self.budget.harden(self.gates.logits, self.target).to(self.gates.kept.device)
 
     def harden(self) -> None:
-        """Fix the mask at the exact final budget. Deterministic, so every rank finds the same mask."""
+        """Fix the mask at the exact final budget, by the logits of rank 0."""
         self.gates.harden(self.budget.harden(self.gates.logits))
+        ranks.copy_from_first([self.gates.kept])
 
     # ---------------------------------------------------------------------------------------------- forward
 

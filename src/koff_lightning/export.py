@@ -16,7 +16,7 @@ from koff_lightning.new_folder import check_free, new_folder
 def export(
     module: Decomposition,
     out: str | Path,
-    layout: str = "ragged",
+    layout: str | None = None,
     domain: str | None = None,
     with_code: bool = False,
     overwrite: bool = False,
@@ -28,7 +28,7 @@ def export(
     Args:
         module: With its mask fixed, or one that learned none.
         out: The artefact's folder. It appears there in full, or not at all.
-        layout: How the backbone is stored (layouts.py).
+        layout: How the backbone is stored (layouts.py); by default as `sparsity.layout` was trained for.
         domain: Whose LoRA to fold in, for layout `merged`.
         with_code: Put the code of the koff_* model types beside the weights, for people without koff-lightning.
         overwrite: Replace an artefact that is there.
@@ -42,6 +42,7 @@ def export(
         KoffError: The mask is not fixed, the layout cannot express it, the folder is taken, the disk is full, or the
             proof failed; what failed is then kept in `out` + `.failed`.
     """
+    layout = layout or getattr(module.sparsity, "layout", "ragged")
     _check(module, layout, domain, with_code)
     out = Path(out).expanduser().resolve()
     check_free(out, overwrite)

@@ -10,7 +10,7 @@ def export_checkpoint(
     *,
     ckpt: str,
     out: str,
-    layout: Literal["ragged", "uniform", "deci", "masked", "merged"] = "ragged",
+    layout: Literal["ragged", "uniform", "deci", "masked", "merged"] | None = None,
     domain: str | None = None,
     with_code: bool = False,
     overwrite: bool = False,
@@ -24,7 +24,8 @@ def export_checkpoint(
         ckpt: Checkpoint of `koff fit`, saved after its mask was fixed.
         out: Folder to write.
         layout: `ragged` gives each layer its own widths, `uniform` all the same ones, `deci` block configs for other
-            engines, `masked` zeros in the original shapes, `merged` folds one domain's LoRA in.
+            engines, `masked` zeros in the original shapes, `merged` folds one domain's LoRA in. By default `ragged`,
+            or `uniform` for a run that was trained for it.
         domain: Domain whose LoRA `merged` folds in.
         with_code: Put the code of the model type beside the weights, for people without koff-lightning.
         overwrite: Replace an artefact that is there.

@@ -1,36 +1,26 @@
 """Add domains to an artefact: its mask and backbone stay as they are, only the new memories train."""
 
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from koff_lightning.artefact import BACKBONE, Manifest, verify
-from koff_lightning.artefact_memories import add_memory
+from koff_lightning.artefact_memories import add_from_bank, check_free_name
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.errors import KoffError
-from koff_lightning.layouts import memory_shapes
 from koff_lightning.losses import LossSpec
-from koff_lightning.memory_files import card_of, lora_state, write_memory
 from koff_lightning.sparsity import SparsitySpec
 
 
-def artefact_to_extend(folder: str, domains: Sequence[str], sparsity: SparsitySpec, loss: LossSpec) -> Manifest:
-    """Check that an artefact can take memories for `domains`, trained under these options.
+def artefact_to_extend(folder: str, sparsity: SparsitySpec, loss: LossSpec) -> Manifest:
+    """Check that an artefact can take memories that are trained under these options.
 
     Raises:
-        KoffError: No sound artefact, one that holds a single merged domain, a domain that it has already, or options
-            that need the dense model.
+        KoffError: No sound artefact, one in whose layout a memory would not fit, or options that need the dense model.
     """
     manifest = verify(folder)
     if manifest.layout not in ("ragged", "uniform"):  # full shapes would let adapters speak through removed units
         raise KoffError(
             f"artefact {folder} has layout {manifest.layout!r}; domains are added to 'ragged' and 'uniform' ones: "
             "export the run again with --layout ragged"
-        )
-    if known := [domain for domain in domains if domain in manifest.domains]:
-        raise KoffError(
-            f"artefact {folder} has a memory for {known[0]!r} already: give the new domain another name, or remove the "
-            f"old one with `koff memory remove {folder} {known[0]}`"
         )
     if sparsity.target:
         raise KoffError(
@@ -45,30 +35,20 @@ def artefact_to_extend(folder: str, domains: Sequence[str], sparsity: SparsitySp
     return manifest
 
 
-def add_trained(module: Decomposition, folder: str) -> list[str]:
-    """Put the memories of a module that extends an artefact into it; what was there stays as it was.
+def check_new(module: Decomposition, folder: str) -> None:
+    """Raise KoffError if the artefact that a module extends has a memory for one of its domains already."""
+    for domain in module.domains:
+        check_free_name(module.extends, Path(folder), domain)
 
-    Returns:
-        The domains.
+
+def add_trained(module: Decomposition, folder: str) -> None:
+    """Put the memories of a module that extends an artefact into it; what was there stays as it was.
 
     Raises:
         KoffError: The artefact has changed so that they no longer fit, or the disk did not take them.
     """
-    manifest, bank = module.extends, module.memories
-    with tempfile.TemporaryDirectory() as work:
-        for domain in module.domains:
-            card = card_of(
-                bank,
-                domain,
-                base=manifest.base,
-                mask_hash=manifest.mask_hash,
-                tokenizer_hash=manifest.tokenizer_hash,
-                shapes=memory_shapes(manifest.layout),
-            )
-            slots = bank.slots(domain)
-            write_memory(Path(work) / domain, card, lora_state(bank, domain), slots and slots.tensors())
-            add_memory(folder, Path(work) / domain)
-    return module.domains
+    for domain in module.domains:
+        add_from_bank(folder, module.memories, domain)
 
 
 def backbone_of(folder: str) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from koff_lightning import ranks
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.tracking import hold_near
 
@@ -63,7 +63,7 @@ class HardConcrete:
 class ShrinkingReLU:
     """Deterministic gate max(z, 0) with an annealed soft count (DDP, arXiv 2603.08065, as in its released code).
 
-    Kept units may be amplified (m > 1). `mu`, the threshold, falls from 0.5 to 0.1 by a square-root schedule. `width`, on
+    Kept units may be amplified (m > 1). The threshold `mu` falls from 0.5 to 0.1 by a square-root schedule. `width`, on
     either side of it, is where the soft count is neither 0 nor 1: mu at the start of a step, less after `sharpen`.
     """
 
@@ -178,11 +178,10 @@ class BackboneGates(nn.Module):
     @torch.no_grad()
     def observe(self) -> None:
         """Add each gate's squared gradient per row: the empirical Fisher information of removing the unit, [U]."""
-        if self._probe is not None and self._probe.grad is not None:
-            seen = self._probe.grad.square().sum(0)  # [U]
-            if dist.is_initialized():  # ranks see different rows, and must start the ramp from the same logits
-                dist.all_reduce(seen)
-            self.importance += seen
+        if self._probe is not None:
+            slope = torch.zeros_like(self._probe) if self._probe.grad is None else self._probe.grad  # [rows, U]
+            # Of the rows of all ranks, which start the ramp alike; in a rank's loss each counts `ranks.count()` times.
+            self.importance += ranks.total((slope / ranks.count()).square().sum(0))  # [U]
         self._probe = None
 
     @torch.no_grad()

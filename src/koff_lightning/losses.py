@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from koff_lightning import ranks
 from koff_lightning.errors import KoffError
 
 
@@ -90,12 +91,15 @@ def fused_head_loss(
 def domain_weights(domain_of_token: Tensor, domains: int) -> Tensor:
     """Token weights [N] under which a weighted sum is the mean over present domains of the mean over their tokens.
 
+    Tokens are counted over all ranks. Each rank's sum is its part of that mean times the number of ranks, so that the
+    mean of the ranks' sums is what one process would have for the rows of all, whichever rank holds them.
+
     Args:
         domain_of_token: Domain index of each predicted token, [N] in 0..domains-1.
         domains: How many indices there are.
     """
-    tokens = torch.bincount(domain_of_token, minlength=domains)  # [D]
-    return 1.0 / (tokens[domain_of_token] * (tokens > 0).sum())
+    tokens = ranks.total(torch.bincount(domain_of_token, minlength=domains))  # [D]
+    return ranks.count() / (tokens[domain_of_token] * (tokens > 0).sum())
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from koff_lightning import ranks, strategies
 from koff_lightning.backbone import decoder_layers
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import Batch, Decomposition
@@ -73,7 +73,7 @@ class KOFFModule(Decomposition):
         sparsity, lora, kv = _spec(SparsitySpec, sparsity), _spec(LoraSpec, lora), _spec(KVSpec, kv)
         loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loss, optim = _spec(LossSpec, loss), _spec(OptimSpec, optim)
-        extends = None if artifact is None else artefact_to_extend(artifact, domains, sparsity, loss)
+        extends = None if artifact is None else artefact_to_extend(artifact, sparsity, loss)
         source = backbone if artifact is None else backbone_of(artifact)
         super().__init__(source, domains, sparsity, lora, kv, shared_memory, extends, **loading)
         self.artifact, self.loss, self.optim, self.joint = artifact, loss, optim, joint
@@ -96,6 +96,7 @@ class KOFFModule(Decomposition):
         """Build the decomposition and what trains and measures it."""
         if self._built:
             return
+        strategies.check(self._trainer)
         super().configure_model()
         if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.backbone.get_input_embeddings().num_embeddings)
@@ -119,10 +120,11 @@ class KOFFModule(Decomposition):
 
         weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
         data, ce, kl = fused_head_loss(student, teacher, self.head, labels, weights, self.loss)
+        all_data, ce, kl = ranks.total(torch.stack([data.detach(), weights @ ce, weights @ kl])) / ranks.count()
         penalty = self.sparsity_penalty()
-        loss = data + penalty
+        loss = data + (all_data - data.detach()) + penalty  # value: of all ranks' rows; gradient: this rank's part
         self._guard(loss, batch_idx)
-        parts = {"train/loss": loss, "train/ce": weights @ ce, "train/kl": weights @ kl, "train/penalty": penalty}
+        parts = {"train/loss": loss, "train/ce": ce, "train/kl": kl, "train/penalty": penalty}
         self.log_dict(parts, batch_size=len(predicted))
         return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
 
@@ -159,16 +161,18 @@ class KOFFModule(Decomposition):
         return self.penalty(self.budget.tracked(self.gates.gate.keep(self.gates.logits)), self.target)
 
     def on_fit_start(self) -> None:
-        """Refuse what would train wrongly without a word; then fill fresh KV memories."""
-        if isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            raise KoffError("sharded strategies are not supported yet: each rank would train its own copy; use ddp")
+        """Refuse what would train wrongly without a word; then fill fresh KV memories and start all ranks alike."""
         cast = [name for name, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if cast:
             raise KoffError(
                 f"trainer.precision {self.trainer.precision!r} casts what is trained (first: {cast[0]}): small steps "
                 "would be rounded away. Use bf16-mixed, and model.dtype for the frozen weights"
             )
+        if not ranks.agree(self.backbone_hash):
+            raise KoffError(f"the processes have loaded different weights as {self.source!r}: give all the same")
         self.fill_memories()
+        owned = self._owned()
+        ranks.copy_from_first([value for name, value in sorted(self.state_dict().items()) if name in owned])
 
     def fill_memories(self) -> None:
         """Fill fresh KV memories from each domain's own text; restored ones are left alone."""

@@ -96,6 +96,7 @@ def run(argv: list[str]) -> None:
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
+                "devices": 1,  # more than one needs a strategy: hardware/ddp.yaml
                 "default_root_dir": f"runs/{'+'.join(path.stem for path in configs) or 'unnamed'}",
                 "enable_model_summary": False,  # it counts adapters as backbone; the report says what is what
             },

@@ -8,7 +8,7 @@ from koff_lightning.artefact import read_manifest
 from koff_lightning.callbacks.report import resolved_config
 from koff_lightning.export import export
 from koff_lightning.export_cli import summary
-from koff_lightning.extend import add_trained
+from koff_lightning.extend import add_trained, check_new
 from koff_lightning.layouts import memory_shapes
 from koff_lightning.module import KOFFModule
 from koff_lightning.new_folder import check_free
@@ -38,7 +38,9 @@ class ExportArtefact(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Refuse now what would fail at the end."""
-        if self._writes(trainer) and pl_module.extends is None:
+        if self._writes(trainer) and pl_module.extends is not None:
+            check_new(pl_module, pl_module.artifact)
+        elif self._writes(trainer):
             check_free(_folder(trainer), overwrite=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
@@ -50,17 +52,20 @@ class ExportArtefact(Callback):
         if not self._writes(trainer):
             return
         if pl_module.extends is not None:
-            added = add_trained(pl_module, pl_module.artifact)
-            print(f"added {', '.join(added)} to {pl_module.artifact}", flush=True)
+            add_trained(pl_module, pl_module.artifact)
+            print(f"added {', '.join(pl_module.domains)} to {pl_module.artifact}", flush=True)
             return
         out = _folder(trainer)
         if pl_module.learns_mask and not pl_module.gates.hardened:
             print(f"no {out}: the run ended before its mask was fixed, so nothing can be cut", flush=True)
             return
+        if any(hasattr(p, "to_local") for p in pl_module.parameters()):
+            print(f"no {out}: the weights are spread over several processes; `koff export --ckpt` makes it", flush=True)
+            return
         report = export(
             pl_module,
             out,
-            self.layout or getattr(pl_module.sparsity, "layout", "ragged"),
+            self.layout,
             with_code=self.with_code,
             overwrite=True,
             prove=self.prove,

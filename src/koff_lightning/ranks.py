@@ -1,0 +1,71 @@
+"""What the processes of one run ("ranks") tell each other. A process alone is told nothing and waits for nobody.
+
+The rule of all training here: the ranks' rows are one batch. A rank's loss is its part of that batch's loss, times the
+number of ranks, so that the mean of the ranks' gradients is the gradient of the whole batch, whatever rows each holds.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET = 2**24  # numbers that are reduced in one go: a copy of this size exists meanwhile, 64 MiB
+
+
+def count() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def copy_from_first(tensors: Sequence[Tensor]) -> None:
+    """Overwrite tensors, which every rank gives in the same order, with those of rank 0."""
+    for tensor in tensors if count() > 1 else ():
+        dist.broadcast(tensor, 0)
+
+
+def agree(text: str) -> bool:
+    """Whether all ranks give the same text."""
+    texts = [text] * count()
+    if count() > 1:
+        dist.all_gather_object(texts, text)
+    return len(set(texts)) == 1
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every rank the mean of the ranks' gradients.
+
+    A rank that has none counts as zeros. What has none on any rank keeps none, so that the optimizer leaves the memory
+    of an absent domain alone. Every rank makes the same calls whatever its rows were, so none can wait for ever.
+    """
+    if count() == 1 or not parameters:
+        return
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    due = [p for p, ranks in zip(parameters, total(used).tolist(), strict=True) if ranks]
+    for parameter in due:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for grads in _buckets([p.grad for p in due]):
+        mean = total(torch.cat([grad.flatten() for grad in grads])) / count()
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, in lists of at most `BUCKET` numbers (or of one larger tensor)."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

@@ -1,0 +1,100 @@
+"""A domain that joins a finished artefact: only its own files appear, and it is the memory that was trained."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_artefact import DOMAINS, tiny_artefact
+from toy_text import toy_documents, write_jsonl
+
+from koff_lightning import load_decomposed
+from koff_lightning.artefact import hash_file
+from koff_lightning.cli import main
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A corpus, and an artefact of a random model with the tokenizer for it."""
+    folder = tmp_path_factory.mktemp("extend")
+    write_jsonl(folder / "art.jsonl", toy_documents(60, seed=3))
+    return folder
+
+
+def fit(folder: Path, artefact: Path, *more: str) -> int:
+    """`koff fit --config add_domain.yaml` for the domain `art`, in seconds."""
+    options = ["--trainer.max_steps=4", "--data.seq_len=32", "--trainer.enable_progress_bar=false", *more]
+    paths = [f"--model.artifact={artefact}", f"--trainer.default_root_dir={folder / 'run'}"]
+    return main(["fit", "--config", "add_domain.yaml", *paths, *options])
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hash_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("layout", ["ragged", "uniform"])
+def test_a_run_adds_its_domain_and_changes_nothing_else(text, tmp_path, layout):
+    made = tiny_artefact(tmp_path, layout=layout, uniform=layout == "uniform")
+    before = hashes(made.folder)
+    ids, rows = torch.randint(3, 300, (2, 9)), ["de", None]
+    with torch.no_grad():
+        old = load_decomposed(made.folder, domains=["de"])(ids, domains=rows).logits
+
+    assert fit(tmp_path, made.folder, "--data.domains.art", str(text / "art.jsonl")) == 0
+
+    after = hashes(made.folder)
+    assert {name for name in after if before.get(name) != after[name]} - {"koff.json"} == {
+        f"memories/art/{name}"
+        for name in ("memory.json", "adapter_config.json", "adapter_model.safetensors", "kv_memory.safetensors")
+    }
+    assert set(before) <= set(after)
+    model = load_decomposed(made.folder)
+    assert model.domains == [*DOMAINS, "art"]
+    with torch.no_grad():
+        assert torch.equal(load_decomposed(made.folder, domains=["de"])(ids, domains=rows).logits, old)
+
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["domains"]["art"]["dense_bpb"] is None  # the dense model is not there
+    assert results["domains"]["art"]["koff_bpb"] != results["domains"]["art"]["memory_off_bpb"]
+    assert results["sparsity"]["body"] == model.manifest.sparsity["body"] > 0.1
+    assert results["parameters"]["active"] == model.active_parameters("art")
+    assert results["parameters"]["stored"] == model.manifest.parameters["stored"]
+
+
+def test_the_memory_in_the_artefact_is_the_one_that_was_trained(text, tmp_path):
+    made = tiny_artefact(tmp_path)
+    assert fit(tmp_path, made.folder, "--data.domains.art", str(text / "art.jsonl")) == 0
+    saved = torch.load(next((tmp_path / "run").rglob("last.ckpt")), weights_only=True)["state_dict"]
+    loaded = load_decomposed(made.folder, domains=["art"]).state_dict()
+    trained = {name: value for name, value in saved.items() if "koff_art" in name}
+    assert trained
+    for name, value in trained.items():
+        assert torch.equal(loaded[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.domains.de"], "has a memory 'de' already: `koff memory remove"),
+        (["--model.sparsity.target=0.1", "--data.domains.art"], "the mask of an artefact is fixed.*got 0.1"),
+        (["--model.loss.kl=1", "--data.domains.art"], "holds no dense model to learn from.*got 1"),
+    ],
+)
+def test_what_cannot_be_added_is_refused_at_once(text, tmp_path, capsys, options, message):
+    made = tiny_artefact(tmp_path)
+    before = hashes(made.folder)
+    assert fit(tmp_path, made.folder, *options, str(text / "art.jsonl")) == 2
+    assert hashes(made.folder) == before
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_layout_with_full_shapes_is_refused(text, tmp_path, capsys):
+    made = tiny_artefact(tmp_path, layout="masked")
+    assert fit(tmp_path, made.folder, "--data.domains.art", str(text / "art.jsonl")) == 2
+    assert "has layout 'masked'; domains are added to 'ragged' and 'uniform' ones" in capsys.readouterr().err
+
+
+def test_no_artefact_is_refused(text, tmp_path, capsys):
+    assert fit(tmp_path, tmp_path / "nothing", "--data.domains.art", str(text / "art.jsonl")) == 2
+    assert "no such folder" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from tiny_artefact import tiny_artefact
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from koff_lightning import training_cli
@@ -56,7 +57,7 @@ def built(monkeypatch, tmp_path):
 
 
 def test_each_experiment_names_its_family():
-    assert set(FAMILY) == {name for name in shipped_configs() if "/" not in name}
+    assert {*FAMILY, "add_domain.yaml"} == {name for name in shipped_configs() if "/" not in name}
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -67,6 +68,12 @@ def test_each_experiment_builds(name, built, stand_in):
     assert cli.model.domains == list(options["data"]["domains"])
     assert cli.trainer.max_steps == options["trainer"]["max_steps"]
     assert cli.model.memories is not None
+
+
+def test_add_domain_builds_on_an_artefact(built, tmp_path):
+    folder = tiny_artefact(tmp_path).folder
+    cli = built("--config", "add_domain.yaml", f"--model.artifact={folder}", "--data.domains.en=bundled:en", *ON_CPU)
+    assert (cli.model.domains, cli.model.learns_mask, cli.model.arms[0]) == (["en"], False, "koff")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -328,11 +328,6 @@ def test_other_ramps_are_followed_too(kind, shape):
     assert gaps.max() < 0.02, f"worst soft and hard gap: {gaps.amax(0).tolist()}"
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    reason="up to 2.5 points: the band holds the mean of both counts, and one kv group is a jump of the hard one",
-)
 @pytest.mark.parametrize(
     ("kind", "shape", "target"), [("hc", "linear", 0.4), ("hc", "cubic", 0.6), ("ddp", "cubic", 0.6)]
 )

@@ -163,12 +163,11 @@ def _decode(
     if owner is not None:
         owner.memories.activate(list(domains))
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    length = cache.get_seq_length()
 
     def run() -> None:
         for _ in range(8):
             model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(length)
+        cache.crop(-8)
 
     return _routed(run, owner, domains)
 

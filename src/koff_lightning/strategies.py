@@ -80,9 +80,9 @@ class ShardedStrategy(_Averaging, ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Split the backbone, which the module has built by now."""
+        """Split the backbone, which the module has built by now; one device keeps it whole."""
         backbone = self.lightning_module.backbone
-        if not isinstance(backbone.base_model, FSDPModule):
+        if self.world_size > 1 and not isinstance(backbone.base_model, FSDPModule):
             shard_frozen(backbone, self.device_mesh["data_parallel"])
         super().setup(trainer)
 

@@ -35,6 +35,7 @@ class AnnealSparsity(Callback):
         self.shape = shape
         self.schedule: SparsitySchedule | None = None
         self._steps: int | None = None
+        self._used: dict[str, float] = {}  # state of the mask that the present step computes with
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Lay out the schedule over the run's steps (kept from the checkpoint when a run goes on)."""
@@ -47,13 +48,14 @@ class AnnealSparsity(Callback):
         module.phase = self.schedule.phase(step) if module.learns_mask else "consolidate"  # memories alone
         module.target = self.schedule.target_at(step)
         module.gates.gate.anneal(self.schedule.progress(step))
-        if not module.learns_mask or module.gates.hardened:
+        if not module.learns_mask:
             return
-        if module.phase != "warmup":
+        if module.phase != "warmup" and not module.gates.hardened:
             if step == self.schedule.ramp_step:
                 module.gates.order_by_prior(module.budget.costs, module.sparsity.spread)
             if module.sparsity.penalty == "lagrangian":
                 module.gates.hold_near(module.target, module.sparsity.band, module.budget.counts)
+        self._used = self.state_of_mask(module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: KOFFModule, outputs: object, batch: object, batch_idx: int
@@ -63,7 +65,8 @@ class AnnealSparsity(Callback):
             return
         if trainer.global_step >= self.schedule.harden_step and not pl_module.gates.hardened:
             pl_module.harden()
-        pl_module.log_dict(self.state_of_mask(pl_module), batch_size=1)
+            self._used = self.state_of_mask(pl_module)
+        pl_module.log_dict(self._used, batch_size=1)
 
     @staticmethod
     @torch.no_grad()

@@ -36,8 +36,9 @@ lint: .venv/installed ## check style, sizes and the one-way imports
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: .venv/installed ## time and memory of a step against LoRA alone
+bench: .venv/installed ## cost of a training step against LoRA alone; speed of exported models
 	$(BIN)/python -m koff_lightning.bench
+	$(BIN)/koff bench serve
 
 notebooks: .venv/notebooks-installed ## run every notebook from top to bottom
 	@ls notebooks/*.ipynb >/dev/null 2>&1 || echo "no notebooks yet: see notebooks/README.md"

@@ -136,6 +136,12 @@ def test_rows_and_domains_must_agree(model):
         model.generate(ids, mask, domains=["de", "fr"])
     with pytest.raises(KoffError, match=r"must be \[4, 12\], cached tokens included"):
         model(ids, mask[:, :11])
+    with pytest.raises(KoffError, match=r"attention_mask is \[4, 11\] for input_ids \[4, 12\]"):
+        model.generate(ids, mask[:, 1:], domains="de")
+    for use in (model, model.generate):
+        for wrong in (ids[0], ids[:, :0], ids[:0]):
+            with pytest.raises(KoffError, match=r"input_ids must be \[rows, tokens\]"):
+                use(wrong, domains="de")
 
 
 # ------------------------------------------------------------------------------------------------------ generate
@@ -373,12 +379,19 @@ def test_what_is_no_artefact_is_refused_in_a_line(made, copy, tmp_path):
         load_decomposed(copy)
 
 
+def swap(a, b):
+    aside = a.rename(a.with_name("aside"))
+    b.rename(a)
+    aside.rename(b)
+
+
 DAMAGE = {
     "truncated": (lambda f: (f / "backbone/model.safetensors").write_bytes(b"x" * 100), "has 100 bytes instead of"),
     "missing": (lambda f: (f / "backbone/model.safetensors").unlink(), "model.safetensors is missing"),
     "extra": (lambda f: (f / "backbone/evil.py").write_text("1"), "evil.py does not belong there"),
     "memory_missing": (lambda f: shutil.rmtree(f / "memories/de"), "memories/de is missing"),
     "memory_extra": (lambda f: (f / "memories/it").mkdir(), "memories/it does not belong there"),
+    "memory_renamed": (lambda f: swap(f / "memories/de", f / "memories/fr"), "memories/de holds the memory 'fr'"),
     "kv_missing": (lambda f: (f / "memories/de/kv_memory.safetensors").unlink(), "kv_memory.safetensors is missing"),
     "card_version": (lambda f: edit(f / "memories/de/memory.json", format_version=9), "format version 9"),
     "card_base": (

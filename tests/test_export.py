@@ -282,7 +282,12 @@ def spoil(monkeypatch, part):
     def backbone(*arguments):
         config, state = backbone_for(*arguments)
         name = next(name for name in state if name.endswith("layers.1.mlp.up_proj.weight"))
-        wrong = {"weight": state[name] * 1.5, "nan": state[name] * math.nan, "shape": state[name][1:]}
+        wrong = {
+            "weight": state[name] * 1.5,
+            "slightly": state[name] * 1.003,
+            "nan": state[name] * math.nan,
+            "shape": state[name][1:],
+        }
         return config, state | {name: wrong.get(part, state[name]).contiguous()}
 
     def memory(layout, lora, kv, *rest):
@@ -297,6 +302,7 @@ def spoil(monkeypatch, part):
     ("part", "message"),
     [
         ("weight", "computes other logits"),
+        ("slightly", "computes other logits"),
         ("memory", "computes other logits"),
         ("nan", "computes other logits"),
         ("shape", "could not use it"),
@@ -316,6 +322,8 @@ def test_what_is_wrong_is_set_aside_and_the_old_stays(made, tmp_path, here, monk
     assert (out / "koff.json").read_text() == before and verify(out)
     report = json.loads((tmp_path / "out.failed" / "export_report.json").read_text())
     assert report["passed"] is False
+    if part == "slightly":
+        assert report["greedy"] != "different" and report["relative_diff"] < 1e-2, "only the logits tell"
     if part == "memory":
         assert [case["relative_diff"] < 1e-4 for case in report["memories"]] == [True, False, False, False]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.failed"]

@@ -95,15 +95,22 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
-        """Raise if an entry lacks a part, or if entries contradict each other."""
+        """Raise if an entry lacks a part or has one of a wrong kind, or if entries contradict each other."""
         memory_shapes(self.layout)
         for name in self.domains:
             check_domain_name(name)  # it is part of a path
-        wanted = [(self.base, "id revision hash family tokenizer_hash"), (self.parameters, "backbone active stored")]
-        wanted += [(about, "parameters") for about in self.domains.values()]
-        wanted += [(about, "sha256 size") for about in self.files.values()]
-        if lacking := [name for entry, names in wanted for name in names.split() if name not in entry]:
-            raise KoffError(f"it lacks {lacking[0]!r}")
+        wanted = [(vars(self), "dtype", str), (self.base, "id hash family tokenizer_hash", str), (self.base, "revision", str | None)]
+        wanted += [(self.sparsity, "target body total units ffn attention", float | int)]
+        wanted += [(self.sparsity, "denominator", str), (self.parameters, "dense_total backbone stored", int)]
+        wanted += [(self.parameters, "active", dict), (self.parameters["active"], " ".join(self.domains), int)]
+        for about in self.domains.values():
+            wanted += [(about, "parameters", int), (about, "rank slots", int | None)]
+        for about in self.files.values():
+            wanted += [(about, "sha256", str), (about, "size", int)]
+        for entry, names, kind in wanted:
+            for name in names.split():
+                if not isinstance(entry[name], kind):
+                    raise KoffError(f"{name!r} cannot be {entry[name]!r}")
         if stray := [name for name in self.files if Path(name).parts[:1] != (BACKBONE,) or ".." in Path(name).parts]:
             raise KoffError(f"it lists {stray[0]!r}, which is not below {BACKBONE}/")
         if hash_description(self.kept) != self.mask_hash:

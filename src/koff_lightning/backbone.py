@@ -193,6 +193,22 @@ def _group(
     return PrunableGroup(index, kind, size, paths, f"{path}.{consumer}", width, made + width * last.out_features)
 
 
+def uniform_kv_groups(config: PreTrainedConfig) -> list[int]:
+    """How many kv groups a plain config of this family can have in all layers when some are removed, most first.
+
+    A Llama config takes only head counts that divide the hidden size, whatever its head size; the others take any.
+    """
+    groups, queries = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    bound = config.model_type == "llama"
+    return [n for n in range(groups, 0, -1) if not bound or config.hidden_size % (n * queries) == 0]
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config with shapes and no numbers (on the meta device), to count by."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
     """Exact parameters of the plain model: `total` (tied embeddings once) and `body` (all linears of all layers)."""
     body = sum(

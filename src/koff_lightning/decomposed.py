@@ -67,7 +67,10 @@ def load_decomposed(
     backbone = load_backbone(str(folder / BACKBONE), dtype=name, config=backbone_config(folder, manifest))
     model = DecomposedModel(backbone.to(where), manifest, folder)
     for domain in dict.fromkeys(chosen):
-        model.add_memory(folder / MEMORIES / domain)
+        if (held := model.add_memory(folder / MEMORIES / domain)) != domain:
+            raise KoffError(
+                f"{folder / MEMORIES / domain} holds the memory {held!r}: its folder was renamed; name it {held!r} again"
+            )
     return model
 
 
@@ -136,6 +139,7 @@ class DecomposedModel(nn.Module):
         Returns:
             The transformers model's output; `.logits` is [B, T, V].
         """
+        _check_ids(input_ids)
         device, cache = self.backbone.device, inputs.get("past_key_values")
         input_ids, attention_mask = input_ids.to(device), None if attention_mask is None else attention_mask.to(device)
         inputs["use_cache"] = bool(inputs.get("use_cache", cache is not None))
@@ -165,8 +169,9 @@ class DecomposedModel(nn.Module):
             KoffError: Padding on the right, a domain that is not loaded, or a way of generating that goes round the
                 memories.
         """
-        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-            raise KoffError("generate: a row ends in padding: pad prompts on the left, as model.tokenizer does")
+        _check_ids(input_ids)
+        if attention_mask is not None:
+            _check_prompt_mask(attention_mask, input_ids)
         if options.get("custom_generate") is not None or self._option(options, "cache_implementation") not in CACHES:
             raise KoffError(
                 "generate: custom_generate and caches other than "
@@ -226,6 +231,22 @@ class DecomposedModel(nn.Module):
         sources = (options.get("generation_config"), self.backbone.generation_config)
         values = [options.get(name), *(getattr(source, name, None) for source in sources)]
         return next((value for value in values if value is not None), None)
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise KoffError(f"input_ids must be [rows, tokens], at least one of each; got {list(input_ids.shape)}")
+
+
+def _check_prompt_mask(mask: Tensor, input_ids: Tensor) -> None:
+    """Of `generate`: a place for every token (more with a token cache), and padding on the left only."""
+    if mask.ndim != 2 or len(mask) != len(input_ids) or mask.shape[1] < input_ids.shape[1]:
+        raise KoffError(
+            f"generate: attention_mask is {list(mask.shape)} for input_ids {list(input_ids.shape)}: give 0 or 1 for "
+            "every token"
+        )
+    if not bool(mask[:, -1].all()):
+        raise KoffError("generate: a row ends in padding: pad prompts on the left, as model.tokenizer does")
 
 
 def _positions(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor | None:

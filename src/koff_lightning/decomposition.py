@@ -12,10 +12,20 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from koff_lightning import ranks
 from koff_lightning.artefact import Manifest
-from koff_lightning.backbone import fingerprint, hidden_states, load_backbone, parameter_counts, prunable_groups
+from koff_lightning.backbone import (
+    fingerprint,
+    hidden_states,
+    load_backbone,
+    load_config,
+    parameter_counts,
+    prunable_groups,
+    uniform_kv_groups,
+    without_weights,
+)
 from koff_lightning.errors import KoffError
 from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import head_nats
@@ -61,17 +71,23 @@ class Decomposition(LightningModule):
         self.chunk = 1024  # tokens whose logits exist at one time
         self.strict_loading = False  # checkpoints hold what is trained; `on_load_checkpoint` looks for what is missing
         self._built = False
+        if sparsity.layout == "uniform":  # what the family's configs cannot say is refused now
+            config = load_config(backbone, **{k: v for k, v in loading.items() if k != "dtype"})
+            self._price(without_weights(config))
+
+    def _price(self, model: PreTrainedModel) -> Budget:
+        groups = prunable_groups(model, self.sparsity.units)
+        return Budget(groups, parameter_counts(model), self.sparsity, uniform_kv_groups(model.config))
 
     def configure_model(self) -> None:
         """Load the backbone and hang memories, then gates, on it (in this order: gates go outside the adapters)."""
         if self._built:
             return
         self.backbone = load_backbone(self.source, **self.loading)
-        groups = prunable_groups(self.backbone, self.sparsity.units)
-        self.budget = Budget(groups, parameter_counts(self.backbone), self.sparsity)
+        self.budget = self._price(self.backbone)
         self.backbone_hash = fingerprint(self.backbone)
         self.memories = MemoryBank(self.backbone, self.domains, self.lora, self.kv, self.shared_memory)
-        self.gates = BackboneGates(groups, self.sparsity.gate)
+        self.gates = BackboneGates(self.budget.groups, self.sparsity.gate)
         self.gates.attach(self.backbone)
         self._built = True
 

@@ -158,7 +158,9 @@ def read_card(folder: Path) -> MemoryCard:
         _specs(card)
         words = [card.base["id"], card.base["hash"], card.mask_hash, card.tokenizer_hash, card.shapes]
         words += [card.files[name]["sha256"] for name in parts]
+        sizes = [card.files[name]["size"] for name in parts]
         sound = set(card.files) == set(parts) and all(isinstance(word, str) for word in words)
+        sound = sound and all(isinstance(size, int) for size in sizes)
     except (KoffError, TypeError, KeyError, AttributeError) as error:
         raise KoffError(f"{path} cannot be used ({error}): get it again") from error
     if not sound:
@@ -167,7 +169,8 @@ def read_card(folder: Path) -> MemoryCard:
 
 
 def _specs(card: MemoryCard) -> tuple[LoraSpec | None, KVSpec | None]:
-    return card.lora and LoraSpec(**card.lora), card.kv and KVSpec(card.kv["slots"])
+    lora, kv = card.lora, card.kv
+    return None if lora is None else LoraSpec(**lora), None if kv is None else KVSpec(kv["slots"])
 
 
 def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect: Manifest | None = None) -> str:

@@ -5,6 +5,7 @@ total; both and the share of prunable units are reported. Shapes: U units over a
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -32,6 +33,9 @@ class SparsitySpec:
         spread: Standard deviation of the logits that the prior sets.
         min_channels: FFN neurons that every layer keeps.
         min_kv_groups: kv groups that every layer keeps.
+        layout: At hardening each layer gets its own widths (`ragged`), or all get the same (`uniform`: a plain Llama or
+            Qwen config then describes the cut model).
+        multiple_of: FFN neurons of a layer are removed so that a multiple of this many stays.
     """
 
     target: float = 0.12
@@ -45,6 +49,8 @@ class SparsitySpec:
     spread: float = 4.0
     min_channels: int = 64
     min_kv_groups: int = 1
+    layout: Literal["ragged", "uniform"] = "ragged"
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.target < 1:
@@ -55,6 +61,8 @@ class SparsitySpec:
             raise KoffError(
                 "sparsity.min_channels and sparsity.min_kv_groups must be at least 1: no layer may lose all its units"
             )
+        if self.multiple_of < 1:
+            raise KoffError(f"sparsity.multiple_of must be at least 1; got {self.multiple_of}")
         if not 0 < self.band <= 0.5:
             raise KoffError(f"sparsity.band must lie in (0, 0.5]; got {self.band}")
         for name, value in {"spread": self.spread, "weight": self.weight}.items():
@@ -68,19 +76,50 @@ class SparsitySpec:
 class Budget:
     """Parameter accounting of one backbone's units: what each costs, and what a mask therefore removes."""
 
-    def __init__(self, groups: list[PrunableGroup], counts: dict[str, int], spec: SparsitySpec) -> None:
-        """Args: groups from `prunable_groups`, counts from `parameter_counts` (both of the plain backbone)."""
-        self.groups, self.spec = groups, spec
+    def __init__(
+        self,
+        groups: list[PrunableGroup],
+        counts: dict[str, int],
+        spec: SparsitySpec,
+        kv_groups: Sequence[int] | None = None,
+    ) -> None:
+        """Price every unit.
+
+        Args:
+            groups: From `prunable_groups` of the plain backbone.
+            counts: From `parameter_counts` of it.
+            spec: What to remove.
+            kv_groups: How many kv groups layout `uniform` may leave in every layer (`uniform_kv_groups`); None for any.
+
+        Raises:
+            KoffError: The target cannot be reached under the units that every layer keeps.
+        """
+        self.groups, self.spec, self._kv_groups = groups, spec, kv_groups
         self.costs = torch.cat([torch.full((g.size,), g.params_per_unit, dtype=torch.int64) for g in groups])  # [U]
         self.is_channel = torch.cat([torch.full((g.size,), g.kind == "channel") for g in groups])  # [U]
         self.denominators = {**counts, "units": int(self.costs.sum())}
         self._shares: Tensor | None = None
-        removable = sum((g.size - self._minimum(g)) * g.params_per_unit for g in groups if g.size > self._minimum(g))
-        most = removable / self.denominators[spec.denominator]
+        steps, costs, scores, _ = self._steps(self._protected(torch.zeros(len(self.costs))))
+        removable = costs[scores < math.inf]
+        most = int(removable.sum()) / self.denominators[spec.denominator]
         if spec.target > most:
             raise KoffError(
                 f"sparsity.target {spec.target} of {spec.denominator} cannot be reached: with {spec.min_channels} "
                 f"neurons and {spec.min_kv_groups} kv groups kept per layer, at most {most:.4f} can be removed"
+            )
+        self._check_uniform(steps, costs)
+
+    def _check_uniform(self, steps: Tensor, costs: Tensor) -> None:
+        """Refuse kv groups in a uniform layout of which not even one step fits the target: the user would wonder."""
+        kv = steps[~self.is_channel].unique()
+        if self.spec.layout != "uniform" or not self.spec.target or not len(kv):
+            return
+        share = int(costs[kv].min()) / self.denominators[self.spec.denominator]
+        if share > self.spec.target:
+            raise KoffError(
+                f"sparsity.layout uniform: removing kv groups from every layer takes at least {share:.1%} of "
+                f"{self.spec.denominator} in this model (a Llama config takes only head counts that divide the hidden "
+                f"size), more than the target {self.spec.target:.1%}: set sparsity.units to [channel]"
             )
 
     def _minimum(self, group: PrunableGroup) -> int:
@@ -120,20 +159,53 @@ class Budget:
         """Remove the lowest-scored units until no further one fits into the budget; bool [U], True = kept.
 
         Greedy with skip: a kv group that would overshoot is passed over and neurons fill the rest, so the result is
-        below the target by less than the cheapest unit. Each layer keeps its minimum.
+        below the target by less than the cheapest unit. Each layer keeps its minimum. With `multiple_of` or layout
+        `uniform` units leave in steps of several at once (`_steps`), each scored by its mean, and the result is below
+        the target by less than the cheapest step.
         """
         scores = self._protected(scores.detach().float().cpu())
+        steps, costs, scores, follows = self._steps(scores)
         size = self.denominators[self.spec.denominator]
         left = math.floor((self.spec.target if target is None else target) * size + 1e-4)  # parameters; 0.3 * 10 is 3
-        kept = torch.ones_like(scores, dtype=torch.bool)
-        order = torch.argsort(scores, stable=True)
-        order = order[scores[order] < math.inf]
-        while len(order := order[self.costs[order] <= left]):
-            fits = int((self.costs[order].cumsum(0) <= left).sum())  # at least 1: each fits alone
-            kept[order[:fits]] = False
-            left -= int(self.costs[order[:fits]].sum())
-            order = order[fits:]
-        return kept
+        order, price, least = torch.argsort(scores, stable=True), costs.tolist(), int(costs.min())
+        gone = [False] * len(price)
+        for step in order[scores[order] < math.inf].tolist():
+            if left < least:
+                break
+            if price[step] <= left and (not follows[step] or gone[step - 1]):
+                gone[step] = True
+                left -= price[step]
+        return ~torch.tensor(gone)[steps]
+
+    def _steps(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, list[bool]]:
+        """Which units leave together: the step of each unit, long [U]; cost and mean score of each step, [S].
+
+        The list says of each step whether it can only be taken after the one before it.
+        """
+        if self.spec.layout == "ragged" and self.spec.multiple_of == 1:
+            return torch.arange(len(scores)), self.costs, scores, [False] * len(scores)
+        first: dict[tuple[object, ...], int] = {}  # of a layer (of all layers, if uniform) and a kind: its first step
+        steps, follows = [], []
+        for group, part in zip(self.groups, scores.split([g.size for g in self.groups]), strict=True):
+            blocks = self._blocks(group)  # of the lowest score first
+            name = (None if self.spec.layout == "uniform" else group.layer, group.kind)
+            if name not in first:
+                first[name] = len(follows)
+                follows += [place > 0 for place in range(int(blocks[-1]) + 1)]
+            steps.append(first[name] + blocks[part.argsort(stable=True).argsort()])
+        index, zeros = torch.cat(steps), torch.zeros(len(follows), dtype=torch.float64)
+        counts = zeros.index_add(0, index, torch.ones(len(index), dtype=zeros.dtype))
+        costs = zeros.long().index_add(0, index, self.costs)
+        return index, costs, zeros.index_add(0, index, scores.double()) / counts, follows
+
+    def _blocks(self, group: PrunableGroup) -> Tensor:
+        """For the units of a group from the lowest score up: the number of the step in which each leaves, [size]."""
+        ranks = torch.arange(group.size)
+        if group.kind == "channel":  # the first step is smaller if the width is no multiple to begin with
+            return (ranks + -group.size % self.spec.multiple_of) // self.spec.multiple_of
+        allowed = range(group.size) if self.spec.layout == "ragged" or self._kv_groups is None else self._kv_groups
+        stops = torch.tensor([group.size - n for n in allowed if n < group.size]).sort().values  # removed after a step
+        return torch.searchsorted(stops, ranks, right=True)
 
     def _protected(self, scores: Tensor) -> Tensor:
         """Scores with the best `minimum` units of every group set to infinity, so that they are never removed."""

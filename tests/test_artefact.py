@@ -55,7 +55,10 @@ def folder(tmp_path, groups):
         dtype="float32",
         mask_hash=mask_hash(groups, mask),
         kept=describe_mask(groups, mask),
-        sparsity={"denominator": "body", **dict.fromkeys(("target", "body", "total", "units", "ffn", "attention"), 0.1)},
+        sparsity={
+            "denominator": "body",
+            **dict.fromkeys(("target", "body", "total", "units", "ffn", "attention"), 0.1),
+        },
         parameters={"dense_total": 1, "backbone": 1, "active": {"de": 2}, "stored": 2},
         domains={"de": {"rank": 1, "alpha": 2.0, "slots": None, "parameters": 1}},
         config={"path": None},

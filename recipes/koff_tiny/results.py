@@ -54,8 +54,10 @@ def run(job: Job, options: argparse.Namespace) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def spread(values: list[float]) -> str:
-    """Mean and, over several seeds, standard deviation."""
+def spread(values: list[float | None]) -> str:
+    """Mean and, over several seeds, standard deviation; nothing for an arm without memories to swap."""
+    if None in values:
+        return ""
     mean = statistics.mean(values)
     return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 

@@ -99,7 +99,11 @@ class Manifest:
         memory_shapes(self.layout)
         for name in self.domains:
             check_domain_name(name)  # it is part of a path
-        wanted = [(vars(self), "dtype", str), (self.base, "id hash family tokenizer_hash", str), (self.base, "revision", str | None)]
+        wanted = [
+            (vars(self), "dtype", str),
+            (self.base, "id hash family tokenizer_hash", str),
+            (self.base, "revision", str | None),
+        ]
         wanted += [(self.sparsity, "target body total units ffn attention", float | int)]
         wanted += [(self.sparsity, "denominator", str), (self.parameters, "dense_total backbone stored", int)]
         wanted += [(self.parameters, "active", dict), (self.parameters["active"], " ".join(self.domains), int)]

@@ -69,7 +69,7 @@ def load_decomposed(
     for domain in dict.fromkeys(chosen):
         if (held := model.add_memory(folder / MEMORIES / domain)) != domain:
             raise KoffError(
-                f"{folder / MEMORIES / domain} holds the memory {held!r}: its folder was renamed; name it {held!r} again"
+                f"{folder / MEMORIES / domain} holds the memory {held!r}: its folder was renamed; rename it back"
             )
     return model
 

@@ -14,13 +14,14 @@ KIND = {"channel": "FFN neurons", "kv_group": "kv groups"}
 BAR = 24  # characters
 
 
-def inspect(folder: str, png: str | None = None, verify: bool = False) -> None:
+def inspect(folder: str, png: str | None = None, verify: bool = False, check: str | None = None) -> None:
     """Show sizes, sparsity by layer, parameters and domains of an exported model.
 
     Args:
         folder: Folder that `koff export` wrote.
         png: File to draw the sparsity by layer into, besides the terminal.
         verify: Compare every file with its hash in the manifest too.
+        check: Engines to ask what they can take, with commas: hf,peft,vllm,sglang,gguf.
     """
     from rich.console import Console
 
@@ -39,6 +40,10 @@ def inspect(folder: str, png: str | None = None, verify: bool = False) -> None:
         console.print("every file is as its hash says")
     if png:
         _draw(manifest, Path(png).expanduser())
+    if check:
+        from koff_lightning import engines
+
+        print(engines.text(engines.check(path, engines.names(check))))
 
 
 def _verify(path: Path, manifest: "Manifest") -> None:

@@ -59,6 +59,7 @@ def test_a_trial_that_fails_says_so(tmp_path):
     assert answer == "no" and why.startswith("tried, and failed: ") and "\n" not in why
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_an_adapter_that_does_not_fit_fails(tmp_path):
     """To peft alone it would be a warning, and the adapter would do nothing."""
     folder = made(tmp_path, "ragged", kv=None).folder

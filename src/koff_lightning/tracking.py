@@ -14,7 +14,7 @@ from torch import Tensor
 Gaps = tuple[float, float]  # soft and hard sparsity, less the target
 APART = 6  # bands between the two counts beyond which one says little about the other
 WORST = 4  # bands that either count may be off: 1 of their mean and half of APART
-PATIENCE = 6  # sharpenings, each by a factor 1.2, in which the worse count must come nearer by a tenth
+ROUNDS = 20  # sharpenings at most; each makes the gates 1.2 times as sharp
 
 
 class Gate(Protocol):
@@ -62,8 +62,8 @@ def hold_near(
             logits.copy_(gate.shift(logits, shift))
         return then
 
-    best, least, idle = logits.clone(), math.inf, 0
-    while idle < PATIENCE:
+    best, least = logits, math.inf
+    for _ in range(ROUNDS):
         now = at(0.0)
         shift, there = _find(at, _hard, now, band, gate.bound / 64) if _apart(now, band) else (0.0, now)
         if not _apart(there, band):
@@ -72,14 +72,10 @@ def hold_near(
             now = move(_mean, there)
             if max(map(abs, now)) <= WORST * band:
                 return
-        worst = max(map(abs, now))
-        idle += 1
-        if worst < 0.9 * least:
-            best, least, idle = logits.clone(), worst, 0
+        if max(map(abs, now)) < least:
+            best, least = logits.clone(), max(map(abs, now))
         logits.copy_(gate.sharpen(logits))
-    logits.copy_(
-        best
-    )  # one unit is more than the bounds: sharpening does not help, and too sharp a gate learns nothing
+    logits.copy_(best)  # a unit larger than the bounds: sharpening has not helped, and too sharp a gate learns nothing
     move(_mean, at(0.0))
 
 

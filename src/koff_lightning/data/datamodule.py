@@ -120,7 +120,8 @@ class DomainDataModule(LightningDataModule):
         if self.tokenizer_source is not None:
             return load_tokenizer(self.tokenizer_source)
         module = self.trainer.lightning_module if self.trainer else None
-        source, options = getattr(module, "source", None), getattr(module, "hparams", {})
+        options = getattr(module, "hparams", {})
+        source = getattr(module, "source", options.get("backbone"))  # an artefact's, where the run extends one
         _require(source is not None, "data.tokenizer is not set and there is no backbone to take it from: set it")
         return load_tokenizer(
             source,

@@ -72,7 +72,7 @@ def hold_near(
             now = move(_mean, there)
             if max(map(abs, now)) <= WORST * band:
                 return
-        if max(map(abs, now)) < 0.9 * least:  # for less the gates are not made sharper for good
+        if max(map(abs, now)) < least:
             best, least = logits.clone(), max(map(abs, now))
         logits.copy_(gate.sharpen(logits))
     logits.copy_(best)  # a unit larger than the bounds: sharpening has not helped, and too sharp a gate learns nothing

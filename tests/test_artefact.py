@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,19 +14,18 @@ from toy_text import toy_tokenizer
 from koff_lightning import KoffError, load_tokenizer, new_folder
 from koff_lightning.artefact import (
     BACKBONE,
+    CARD,
     MANIFEST,
     MEMORIES,
     Manifest,
     describe_files,
-    describe_mask,
-    hash_description,
     hash_file,
-    mask_hash,
     read_manifest,
     tokenizer_hash,
     verify,
 )
 from koff_lightning.backbone import prunable_groups
+from koff_lightning.mask_description import describe_mask, hash_description, mask_hash
 
 SUM = {"sha256": "", "size": 0}
 
@@ -45,6 +45,8 @@ def folder(tmp_path, groups):
     path = tmp_path / "artefact"
     (path / BACKBONE).mkdir(parents=True)
     (path / MEMORIES / "de").mkdir(parents=True)
+    (path / MEMORIES / "de" / CARD).write_text("{}")
+    card = hash_file(path / MEMORIES / "de" / CARD)
     (path / BACKBONE / "config.json").write_text("{}")
     (path / BACKBONE / "model.safetensors").write_bytes(bytes(100))
     mask = some_mask(groups)
@@ -60,7 +62,7 @@ def folder(tmp_path, groups):
             **dict.fromkeys(("target", "body", "total", "units", "ffn", "attention"), 0.1),
         },
         parameters={"dense_total": 1, "backbone": 1, "active": {"de": 2}, "stored": 2},
-        domains={"de": {"rank": 1, "alpha": 2.0, "slots": None, "parameters": 1}},
+        domains={"de": {"rank": 1, "alpha": 2.0, "slots": None, "parameters": 1, "card_sha256": card}},
         config={"path": None},
         versions={},
         files=describe_files(path, BACKBONE),
@@ -221,7 +223,7 @@ def test_what_hubs_and_desktops_leave_is_no_damage(folder):
 
 
 def test_a_memory_that_is_listed_must_be_there(folder):
-    (folder / MEMORIES / "de").rmdir()
+    shutil.rmtree(folder / MEMORIES / "de")
     with pytest.raises(KoffError, match="memories/de is missing"):
         verify(folder)
 
@@ -339,3 +341,37 @@ def test_a_file_in_the_way(target):
         write(target, "new", overwrite=True)
     with pytest.raises(KoffError, match=r"cannot write .*Not a directory"):
         write(target / "below", "new")
+
+
+def test_a_memory_card_that_was_edited_is_noticed(folder):
+    verify(folder)
+    (folder / MEMORIES / "de" / CARD).write_text("{ }")
+    with pytest.raises(KoffError, match="memory.json was changed after it was written"):
+        verify(folder, backbone=False)
+
+
+def test_a_file_in_place_of_the_folder_is_named(folder):
+    with pytest.raises(KoffError, match="that is a file, wanted is the folder"):
+        read_manifest(folder / MANIFEST)
+
+
+def test_a_second_writer_waits_for_its_turn(tmp_path):
+    """The lock is held by another open file, as another process would hold it."""
+    with new_folder.new_folder(tmp_path / "made") as first:
+        (tmp_path / ".made.1.part").mkdir()  # left by a process that was killed: cleared by whoever comes next
+        own = first.rename(tmp_path / ".made.2.part")  # what we write, seen as somebody else's
+        with (
+            pytest.raises(KoffError, match="another process is writing .*made"),
+            new_folder.new_folder(tmp_path / "made"),
+        ):
+            pytest.fail("it began to write")
+        own.rename(first)
+        (first / "koff.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".made.1.part"] == ["made"]
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path):
+    (tmp_path / ".made.1.part").mkdir()
+    with new_folder.new_folder(tmp_path / "made") as work:
+        (work / "koff.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -98,3 +98,12 @@ def test_what_is_no_artefact_is_one_line(made, capsys, name):
     assert "koff export" in said.err
     assert len(said.err.splitlines()) == 1
     assert said.out == ""
+
+
+def test_check_says_of_every_engine_what_it_takes(tmp_path, capsys):
+    folder = str(tiny_artefact(tmp_path).folder)
+    assert main(["inspect", folder, "--check", "hf,gguf"]) == 0
+    said = capsys.readouterr().out
+    assert "transformers" in said and "llama.cpp" in said and "vLLM" not in said
+    assert main(["inspect", folder, "--check", "hf,ggfu"]) == 2
+    assert "Did you mean 'gguf'?" in capsys.readouterr().err

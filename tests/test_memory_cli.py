@@ -10,7 +10,7 @@ import torch
 from tiny_artefact import DOMAINS, left_padded, tiny_artefact
 
 from koff_lightning import artefact_memories, load_decomposed, new_folder
-from koff_lightning.artefact import hash_file, verify
+from koff_lightning.artefact import hash_file, read_manifest, verify
 from koff_lightning.cli import main
 from koff_lightning.errors import KoffError
 from koff_lightning.memory import LoraSpec
@@ -244,5 +244,17 @@ def test_memory_alone_names_its_verbs(capsys):
 
 def test_add_from_bank_checks_as_add_does(made):
     with pytest.raises(KoffError, match="has a memory 'de' already"):
-        artefact_memories.add_from_bank(made.folder, load_decomposed(made.folder).memories, "de")
+        artefact_memories.add_from_bank(made.folder, load_decomposed(made.folder).memories, ["de"])
     assert Path(made.folder / "memories/de").is_dir()
+
+
+def test_several_memories_are_added_together_or_not_at_all(made):
+    bank, before = load_decomposed(made.folder).memories, sorted(made.folder.rglob("*"))
+    bank.add("fresh", LoraSpec(2, 4), None)
+    with pytest.raises(KoffError, match="has a memory 'de' already"):
+        artefact_memories.add_from_bank(made.folder, bank, ["fresh", "de"])
+    assert sorted(made.folder.rglob("*")) == before and "fresh" not in read_manifest(made.folder).domains
+    artefact_memories.add_from_bank(made.folder, bank, ["fresh"])
+    assert "fresh" in load_decomposed(made.folder).domains
+    artefact_memories.remove_memory(made.folder, "fresh")
+    assert sorted(made.folder.rglob("*")) == before

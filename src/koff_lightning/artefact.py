@@ -11,7 +11,7 @@ Nothing here loads a model.
 import hashlib
 import json
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.backbone import PrunableGroup
 from koff_lightning.errors import KoffError
 from koff_lightning.layouts import memory_shapes
+from koff_lightning.mask_description import hash_description, unpack
 from koff_lightning.memory import check_domain_name
 
 FORMAT = 1
 MANIFEST, REPORT, BACKBONE, MEMORIES = "koff.json", "export_report.json", "backbone", "memories"
+CARD = "memory.json"  # of a memory
 _AT_ROOT = (MANIFEST, REPORT, BACKBONE, MEMORIES, "README.md", "LICENSE")
 
 Files = dict[str, dict[str, Any]]
@@ -46,7 +47,7 @@ class Manifest:
         kept: The mask as `describe_mask` writes it.
         sparsity: Target, denominator, and what was removed by all three denominators and by type of unit.
         parameters: Counted from the written files: `dense_total`, `backbone`, `active` by domain, `stored`.
-        domains: The memories: `rank`, `alpha`, `slots`, `parameters` of each.
+        domains: The memories: `rank`, `alpha`, `slots`, `parameters` of each, `card_sha256` of its memory.json.
         config: Resolved options of the run, if they were found.
         versions: Of the libraries that wrote it.
         files: Hash and size of every file below `backbone/`, by path.
@@ -108,7 +109,7 @@ class Manifest:
         wanted += [(self.sparsity, "denominator", str), (self.parameters, "dense_total backbone stored", int)]
         wanted += [(self.parameters, "active", dict), (self.parameters["active"], " ".join(self.domains), int)]
         for about in self.domains.values():
-            wanted += [(about, "parameters", int), (about, "rank slots", int | None)]
+            wanted += [(about, "parameters", int), (about, "rank slots", int | None), (about, "card_sha256", str)]
         for about in self.files.values():
             wanted += [(about, "sha256", str), (about, "size", int)]
         for entry, names, kind in wanted:
@@ -120,7 +121,7 @@ class Manifest:
         if hash_description(self.kept) != self.mask_hash:
             raise KoffError("its mask does not fit its mask_hash")
         for group in self.kept:
-            if (len(bits := _unpack(group)), int(bits.sum())) != (group["of"], group["kept"]):
+            if (len(bits := unpack(group)), int(bits.sum())) != (group["of"], group["kept"]):
                 raise KoffError(f"the bits of layer {group['layer']} are not {group['kept']} of {group['of']}")
 
     @property
@@ -130,7 +131,7 @@ class Manifest:
 
     def mask(self) -> Tensor:
         """The mask, bool [U], over the groups in the order of `kept`."""
-        return torch.cat([_unpack(group) for group in self.kept])
+        return torch.cat([unpack(group) for group in self.kept])
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -141,9 +142,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise KoffError(
-            f"artefact {str(folder)!r}: no such folder. `koff export --ckpt CHECKPOINT --out DIR` makes one"
-        )
+        fault = "that is a file, wanted is the folder" if folder.exists() else "no such folder"
+        raise KoffError(f"artefact {str(folder)!r}: {fault}. `koff export --ckpt CHECKPOINT --out DIR` makes one")
     if not (folder / MANIFEST).is_file():
         inside = (folder.parent / MANIFEST).is_file()
         hint = f"give {folder.parent}" if inside else "`koff export --ckpt CHECKPOINT --out DIR` makes an artefact"
@@ -178,8 +178,8 @@ def verify(folder: str | Path, backbone: bool = True) -> Manifest:
 
     Args:
         folder: The artefact.
-        backbone: Compare the backbone's hashes, which reads all of it; else only its names and sizes. The files of a
-            memory are compared when it is loaded.
+        backbone: Compare the backbone's hashes, which reads all of it; else only its names and sizes. Of the memories
+            their cards are compared; the other files of one are when it is loaded.
 
     Raises:
         KoffError: A file is missing, extra, truncated or changed.
@@ -192,6 +192,10 @@ def verify(folder: str | Path, backbone: bool = True) -> Manifest:
     _refuse_extra(folder / MEMORIES, present, manifest.domains)
     if missing := sorted(set(manifest.domains) - set(present)):
         raise KoffError(f"{folder / MEMORIES / missing[0]} is missing: {MANIFEST} lists it; copy the artefact again")
+    for name, about in manifest.domains.items():
+        card = folder / MEMORIES / name / CARD
+        if card.is_file() and hash_file(card) != about["card_sha256"]:
+            raise KoffError(f"{card} was changed after it was written (its sha256 is another): get it again")
     return manifest
 
 
@@ -222,7 +226,12 @@ def check_files(folder: Path, files: Files, below: str = ".", hashes: bool = Tru
 def describe_files(folder: Path, below: str = ".") -> Files:
     """Hash and size of every file in `folder / below`, by path relative to `folder`; hidden files are left out."""
     paths = sorted(_relative_paths(folder, below))
-    return {name: {"sha256": hash_file(folder / name), "size": (folder / name).stat().st_size} for name in paths}
+    return {name: describe_file(folder / name) for name in paths}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Hash and size of a file, as `check_files` compares them."""
+    return {"sha256": hash_file(path), "size": path.stat().st_size}
 
 
 def hash_file(path: Path) -> str:
@@ -247,42 +256,7 @@ def _relative_paths(folder: Path, below: str) -> list[str]:
 
 def _refuse_extra(folder: Path, present: Iterable[str], allowed: Container[str]) -> None:
     if extra := sorted(name for name in present if name not in allowed and not name.startswith(".")):
-        raise KoffError(
-            f"{folder / extra[0]} does not belong there: {MANIFEST} or memory.json does not list it; remove it"
-        )
-
-
-# ----------------------------------------------------------------------------------------------- mask, tokenizer
-
-
-def describe_mask(groups: Sequence[PrunableGroup], kept: Tensor) -> list[dict[str, Any]]:
-    """The mask (bool [U]) as the manifest has it: an entry per group, its bits packed (first unit highest) in hex."""
-    parts = kept.cpu().split([group.size for group in groups])
-    return [
-        {"layer": g.layer, "kind": g.kind, "of": g.size, "kept": int(part.sum()), "bits": _pack(part)}
-        for g, part in zip(groups, parts, strict=True)
-    ]
-
-
-def mask_hash(groups: Sequence[PrunableGroup], kept: Tensor) -> str:
-    """SHA-256 over the groups and the mask (bool [U]), so that a memory knows the mask it was made for."""
-    return hash_description(describe_mask(groups, kept))
-
-
-def hash_description(mask: list[dict[str, Any]]) -> str:
-    """`mask_hash` of a mask that `describe_mask` has written."""
-    lines = [f"{group['layer']} {group['kind']} {group['of']} {group['bits']}\n" for group in mask]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _pack(bits: Tensor) -> str:
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)  # [bytes, 8]
-    return bytes((padded << torch.arange(7, -1, -1)).sum(1).tolist()).hex()
-
-
-def _unpack(group: dict[str, Any]) -> Tensor:
-    packed = torch.tensor(list(bytes.fromhex(group["bits"])), dtype=torch.uint8)  # [bytes]
-    return (packed[:, None] >> torch.arange(7, -1, -1) & 1).flatten()[: group["of"]].bool()  # [units of the group]
+        raise KoffError(f"{folder / extra[0]} does not belong there: {MANIFEST} or {CARD} does not list it; remove it")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

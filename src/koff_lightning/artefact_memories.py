@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from koff_lightning.artefact import MANIFEST, MEMORIES, Manifest, read_manifest, verify
+from koff_lightning.artefact import (
+    MANIFEST,
+    MEMORIES,
+    Manifest,
+    hash_file,
+    read_manifest,
+    verify,
+)
 from koff_lightning.decomposed import backbone_config
 from koff_lightning.errors import KoffError
 from koff_lightning.layouts import memory_shapes
@@ -44,45 +51,49 @@ def add_memory(folder: str | Path, source: str | Path, name: str | None = None) 
         The domain.
 
     Raises:
-        KoffError: The artefact is not sound or is a merged one, the memory is damaged, belongs to another base, mask
-            or tokenizer, or does not fit the backbone, or the name is unsafe or taken. Nothing is changed then.
+        KoffError: The artefact is not sound, is a merged one or is being written by another process, the memory is
+            damaged, belongs to another base, mask or tokenizer, or does not fit the backbone, or the name is unsafe or
+            taken. Nothing is changed then.
     """
-    folder, source = Path(folder).expanduser().resolve(), Path(source).expanduser()
-    manifest = verify(folder, backbone=False)
-    card = read_card(source)
-    domain = card.domain if name is None else name
-    check_free_name(manifest, folder, domain)
-    load_memory(MemoryBank(_skeleton(folder, manifest)), source, domain, expect=manifest)
-    card = replace(card, domain=domain)
-    with _revised(folder) as work:
-        home = work / MEMORIES / domain
-        home.mkdir(parents=True)
-        for file in card.files:
-            shutil.copyfile(source / file, home / file)
-        _write(home / CARD, json.dumps(asdict(card), indent=2) + "\n")
-        _write(work / MANIFEST, _with(manifest, card).to_json())
+    source = Path(source).expanduser()
+    domain = read_card(source).domain if name is None else name
+    _add(Path(folder).expanduser().resolve(), {domain: source})
     return domain
 
 
-def add_from_bank(folder: str | Path, bank: MemoryBank, domain: str) -> None:
-    """Write a memory of a bank that hangs on the artefact's backbone, and add it to the artefact.
+def add_from_bank(folder: str | Path, bank: MemoryBank, domains: Sequence[str]) -> None:
+    """Write memories of a bank that hangs on the artefact's backbone, and add all of them to the artefact or none.
 
     Raises:
         KoffError: As `add_memory`.
     """
+    folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
-    card = card_of(
-        bank,
-        domain,
-        base=manifest.base,
-        mask_hash=manifest.mask_hash,
-        tokenizer_hash=manifest.tokenizer_hash,
-        shapes=memory_shapes(manifest.layout),
-    )
-    slots = bank.slots(domain)
+    about = {"base": manifest.base, "mask_hash": manifest.mask_hash, "tokenizer_hash": manifest.tokenizer_hash}
     with tempfile.TemporaryDirectory() as work:
-        write_memory(Path(work) / domain, card, lora_state(bank, domain), None if slots is None else slots.tensors())
-        add_memory(folder, Path(work) / domain)
+        sources = {domain: Path(work) / domain for domain in domains}
+        for domain, source in sources.items():
+            card, slots = card_of(bank, domain, **about, shapes=memory_shapes(manifest.layout)), bank.slots(domain)
+            write_memory(source, card, lora_state(bank, domain), None if slots is None else slots.tensors())
+        _add(folder, sources)
+
+
+def _add(folder: Path, sources: Mapping[str, Path]) -> None:
+    """Copy memories, domain -> folder, into an artefact in one step."""
+    read_manifest(folder)
+    with _revised(folder) as work:
+        manifest = verify(work, backbone=False)
+        for domain, source in sources.items():
+            check_free_name(manifest, folder, domain)
+            load_memory(MemoryBank(_skeleton(work, manifest)), source, domain, expect=manifest)
+            card = replace(read_card(source), domain=domain)
+            home = work / MEMORIES / domain
+            home.mkdir(parents=True)
+            for file in card.files:
+                shutil.copyfile(source / file, home / file)
+            _write(home / CARD, json.dumps(asdict(card), indent=2) + "\n")
+            manifest = _with(manifest, card, hash_file(home / CARD))
+        _write(work / MANIFEST, manifest.to_json())
 
 
 def remove_memory(folder: str | Path, domain: str) -> None:
@@ -92,12 +103,13 @@ def remove_memory(folder: str | Path, domain: str) -> None:
         KoffError: The artefact has no such memory, or is a merged one.
     """
     folder = Path(folder).expanduser().resolve()
-    manifest = read_manifest(folder)
-    if domain not in manifest.domains:
-        raise KoffError(f"{folder} has no memory for {domain!r}; it has {', '.join(manifest.domains) or 'none'}")
-    if manifest.layout == "merged":
-        raise KoffError(f"{folder} is {domain!r} merged into its backbone: there is no model without it in it")
+    read_manifest(folder)
     with _revised(folder) as work:
+        manifest = read_manifest(work)
+        if domain not in manifest.domains:
+            raise KoffError(f"{folder} has no memory for {domain!r}; it has {', '.join(manifest.domains) or 'none'}")
+        if manifest.layout == "merged":
+            raise KoffError(f"{folder} is {domain!r} merged into its backbone: there is no model without it in it")
         if (work / MEMORIES / domain).is_dir():
             shutil.rmtree(work / MEMORIES / domain)
         _write(work / MANIFEST, _without(manifest, domain).to_json())
@@ -146,14 +158,12 @@ def _skeleton(folder: Path, manifest: Manifest) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(backbone_config(folder, manifest))
 
 
-def _with(manifest: Manifest, card: MemoryCard) -> Manifest:
-    lora, kv = card.lora or {}, card.kv or {}
-    about = {"rank": lora.get("rank"), "alpha": lora.get("alpha"), "slots": kv.get("slots")}
+def _with(manifest: Manifest, card: MemoryCard, card_hash: str) -> Manifest:
     counts = manifest.parameters
     active = counts["active"] | {card.domain: counts["backbone"] + card.parameters}
     return replace(
         manifest,
-        domains=manifest.domains | {card.domain: about | {"parameters": card.parameters}},
+        domains=manifest.domains | {card.domain: card.summary(card_hash)},
         parameters=counts | {"active": active, "stored": counts["stored"] + card.parameters},
     )
 

@@ -20,17 +20,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from koff_lightning import __version__, modeling_koff
 from koff_lightning.artefact import (
     BACKBONE,
+    CARD,
     MANIFEST,
     MEMORIES,
     Manifest,
     count_parameters,
     describe_files,
-    describe_mask,
-    mask_hash,
+    hash_file,
     tokenizer_hash,
 )
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.layouts import backbone_for, memory_for, memory_shapes
+from koff_lightning.mask_description import describe_mask, mask_hash
 from koff_lightning.memory_files import MemoryCard, card_of, lora_state, write_memory
 from koff_lightning.model_card import base_folder, licence_files, licence_of, model_card
 from koff_lightning.results import versions
@@ -103,7 +104,8 @@ def write_parts(order: Order, folder: Path) -> Manifest:
     config = _write_weights(order, folder / BACKBONE)
     _write_companions(order, folder / BACKBONE, config)
     cards = {name: _write_memory(order, name, folder / MEMORIES / name) for name in order.memories}
-    manifest = _manifest(order, cards, count_parameters(folder / BACKBONE))
+    about = {name: card.summary(hash_file(folder / MEMORIES / name / CARD)) for name, card in cards.items()}
+    manifest = _manifest(order, about, count_parameters(folder / BACKBONE))
     own_type = getattr(config, "model_type", "").startswith("koff_")
     (folder / BACKBONE / "README.md").write_text(model_card(manifest, own_type, order.with_code), encoding="utf-8")
     manifest = replace(manifest, files=describe_files(folder, BACKBONE))
@@ -128,7 +130,8 @@ def _write_weights(order: Order, folder: Path) -> PreTrainedConfig | dict[str, A
     if order.merged is not None and (spec := bank.lora(order.merged)) is not None:
         adapter = {name: tensor.cpu() for name, tensor in lora_state(bank, order.merged).items()}
         state = merge_lora(state, adapter, spec.alpha / spec.rank)
-    config, state = backbone_for(order.layout, model.config, state, order.module.gates.groups, order.kept)
+    gates = order.module.gates
+    config, state = backbone_for(order.layout, model.config, state, gates.groups, order.kept, gates.bias)
     folder.mkdir()
     split = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
@@ -180,9 +183,9 @@ def _write_memory(order: Order, name: str, folder: Path) -> MemoryCard:
     return write_memory(folder, replace(card, domain=name, lora=card.lora if lora else None), lora, kv)
 
 
-def _manifest(order: Order, cards: Mapping[str, MemoryCard], backbone: int) -> Manifest:
+def _manifest(order: Order, domains: dict[str, dict[str, Any]], backbone: int) -> Manifest:
     module, groups, kept = order.module, order.module.gates.groups, order.kept
-    sizes = {name: card.parameters for name, card in cards.items()}
+    sizes = {name: about["parameters"] for name, about in domains.items()}
     return Manifest(
         layout=order.layout,
         domain=order.merged,
@@ -198,15 +201,7 @@ def _manifest(order: Order, cards: Mapping[str, MemoryCard], backbone: int) -> M
             "active": {name: backbone + size for name, size in sizes.items()},
             "stored": backbone + sum(sizes.values()),
         },
-        domains={
-            name: {
-                "rank": card.lora and card.lora["rank"],
-                "alpha": card.lora and card.lora["alpha"],
-                "slots": card.kv and card.kv["slots"],
-                "parameters": card.parameters,
-            }
-            for name, card in cards.items()
-        },
+        domains=domains,
         config=without_secrets(order.config),
         versions=versions(),
         files={},

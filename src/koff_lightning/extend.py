@@ -42,13 +42,12 @@ def check_new(module: Decomposition, folder: str) -> None:
 
 
 def add_trained(module: Decomposition, folder: str) -> None:
-    """Put the memories of a module that extends an artefact into it; what was there stays as it was.
+    """Put the memories of a module that extends an artefact into it, all or none; what was there stays as it was.
 
     Raises:
         KoffError: The artefact has changed so that they no longer fit, or the disk did not take them.
     """
-    for domain in module.domains:
-        add_from_bank(folder, module.memories, domain)
+    add_from_bank(folder, module.memories, module.domains)
 
 
 def backbone_of(folder: str) -> str:

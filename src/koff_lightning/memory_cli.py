@@ -63,7 +63,7 @@ def compose(folder: str, a: str, b: str, *, as_: str, weights: tuple[float, floa
 
     model = _loaded(folder, [a, b], as_)
     composing.compose(model.memories, a, b, as_, weights)
-    add_from_bank(folder, model.memories, as_)
+    add_from_bank(folder, model.memories, [as_])
     print(f"added {as_} to {folder}, made of {a} and {b}")
 
 
@@ -88,7 +88,7 @@ def cartridge(folder: str, domain: str, *, out: str | None = None, from_: str | 
     if from_ is not None:
         slots = KVMemory.from_tensors(from_cartridge(Path(from_).expanduser(), inv_freq))
         model.memories.add(domain, None, slots)
-        add_from_bank(folder, model.memories, domain)
+        add_from_bank(folder, model.memories, [domain])
         print(f"added {domain} to {folder}")
     elif (slots := model.memories.slots(domain)) is None:
         raise KoffError(f"the memory {domain!r} of {folder} has no KV slots, so there is nothing for a CARTRIDGE")

@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from koff_lightning.artefact import FORMAT, Manifest, check_files, describe_files, read_json
+from koff_lightning.artefact import CARD, FORMAT, Manifest, check_files, describe_files, read_json
 from koff_lightning.errors import KoffError
 from koff_lightning.kv_memory import KVMemory
 from koff_lightning.layouts import memory_shapes
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank, check_domain_name
 from koff_lightning.surgery import PEFT_PREFIX
 
-CARD, KV_FILE = "memory.json", "kv_memory.safetensors"
+KV_FILE = "kv_memory.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PARTS = {"lora": (ADAPTER_CONFIG, ADAPTER), "kv": (KV_FILE,)}
 
@@ -59,6 +59,12 @@ class MemoryCard:
     parameters: int = 0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT
+
+    def summary(self, card_sha256: str) -> dict[str, Any]:
+        """What the manifest of an artefact says of the memory; the hash is that of the card's file."""
+        lora, kv = self.lora or {}, self.kv or {}
+        about = {"rank": lora.get("rank"), "alpha": lora.get("alpha"), "slots": kv.get("slots")}
+        return about | {"parameters": self.parameters, "card_sha256": card_sha256}
 
 
 def card_of(

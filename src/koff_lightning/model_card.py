@@ -53,7 +53,7 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
         f"{percent['units']} of the prunable units",
         f"- parameters: {size['backbone']:,} of {size['dense_total']:,}, {manifest.dtype}",
         f"- layout `{manifest.layout}`: {_LAYOUTS[manifest.layout].format(domain=manifest.domain)}",
-        f"- domains: {', '.join(manifest.domains) or 'none'}",
+        f"- domains when it was exported: {', '.join(manifest.domains) or 'none'}",
         "",
         "## Loading",
         "",

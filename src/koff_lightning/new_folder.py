@@ -1,4 +1,4 @@
-"""Write a folder so that it is there in full, or not at all, or as it was before."""
+"""Write a folder so that it is there in full, or not at all, or as it was before; one writer at a time."""
 
 import ctypes
 import os
@@ -10,6 +10,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from koff_lightning.errors import KoffError
+
+try:
+    import fcntl
+except ImportError:  # Windows: writers are not kept apart there
+    fcntl = None
 
 
 @contextmanager
@@ -24,20 +29,54 @@ def new_folder(target: Path, overwrite: bool = False, marker: str = "koff.json")
         marker: File by which a folder is known to be of the kind that may be replaced; an empty one always may.
 
     Raises:
-        KoffError: The target exists and may not be replaced, or the disk did not take the new one.
+        KoffError: The target exists and may not be replaced, another process is writing it, or the disk did not take
+            the new one.
     """
     check_free(target, overwrite, marker)
     work = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         work.mkdir(parents=True)
-        yield work
-        _flush(work)
-        _swap(work, target)
-        _flush_one(target.parent)
+        with _only_writer(work, target):
+            yield work
+            _flush_all(work)
+            _swap(work, target)
+            flush(target.parent)
     except (OSError, SafetensorError) as error:  # safetensors has its own class for a full disk
         raise KoffError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)  # after a swap it holds the old content
+
+
+@contextmanager
+def _only_writer(work: Path, target: Path) -> Iterator[None]:
+    """Refuse when another process is writing the same target; clear away what one left that was killed.
+
+    The lock on the work folder goes with its process, however that ends.
+    """
+    if fcntl is None:
+        yield
+        return
+    own = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for other in set(target.parent.glob(f".{target.name}.*.part")) - {work}:
+            if _is_locked(other):
+                raise KoffError(f"another process is writing {target}: try again when it is done")
+            shutil.rmtree(other, ignore_errors=True)
+        yield
+    finally:
+        os.close(own)
+
+
+def _is_locked(folder: Path) -> bool:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def check_free(target: Path, overwrite: bool = False, marker: str = "koff.json") -> None:
@@ -74,13 +113,14 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
 
 
-def _flush(folder: Path) -> None:
+def _flush_all(folder: Path) -> None:
     """Wait until all below a folder is on the disk, so that the rename cannot arrive there before it."""
     for path in [*folder.rglob("*"), folder]:
-        _flush_one(path)
+        flush(path)
 
 
-def _flush_one(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
     if os.name == "posix" or path.is_file():  # Windows does not open folders
         handle = os.open(path, os.O_RDONLY)
         try:

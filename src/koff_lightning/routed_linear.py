@@ -8,7 +8,8 @@ Shapes: B rows, T tokens, r rank, M distinct memories present in the batch.
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -38,6 +39,16 @@ class Routes:
             self.rows = torch.tensor(order, device=device)
             if order == [m for m in range(len(names)) for _ in range(len(order) // len(names))]:
                 self.groups = len(names)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Whatever rows are put in force inside the block, those of now are in force after it."""
+        before = self.names, self.order, self.rows, self.groups
+        try:
+            yield
+        finally:
+            self._kept.clear()
+            self.names, self.order, self.rows, self.groups = before
 
     def drop(self, name: str) -> None:
         """A memory is gone: forget what was stacked from it; rows that read it must be told anew what to read."""
@@ -117,15 +128,18 @@ class RoutedLinear(nn.Module):
         if matrices is None:
             return base
         down, up = matrices
-        if routes.rows is None:
-            return base + F.linear(F.linear(x, down), up)
-        grouped = x.reshape(down.shape[0], -1, x.shape[-1])  # [M or B, tokens, in]
-        return base + torch.bmm(torch.bmm(grouped, down.mT), up.mT).view_as(base)
+        parts = down.shape[:-2]  # () or M or B
+        low = x.reshape(*parts, -1, x.shape[-1]) @ down  # [..., tokens, r]
+        if torch.is_grad_enabled() or base.dtype != up.dtype:  # the latter under autocast
+            return base + (low @ up).view_as(base)
+        added = base.view(*parts, -1, base.shape[-1])  # decoding waits for every call: add in place, in one
+        (added.baddbmm_ if parts else added.addmm_)(low, up)
+        return base
 
     def _matrices(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor] | None, list[Tensor]]:
-        """A and scaled B of the current rows, and the weights they come from; None when no memory has an adapter here.
+        """A and scaled B of the current rows, transposed, and what they come from; None when no memory has any here.
 
-        [r, in] and [out, r] when all rows read the same; else one of each per block [M, ...] or per row [B, ...].
+        [in, r] and [r, out] when all rows read the same; else one of each per block [M, ...] or per row [B, ...].
         """
         routes = self.routes
         present = {
@@ -139,14 +153,14 @@ class RoutedLinear(nn.Module):
         down = [pair[0] for pair in pairs]
         up = [pair[1] * self.scaling.get(name, 1.0) for name, pair in zip(routes.names, pairs, strict=True)]
         if routes.rows is None:
-            return (down[0].to(dtype), up[0].to(dtype)), sources
+            return (down[0].to(dtype).mT, up[0].to(dtype).mT.contiguous()), sources
         rank = max(w.shape[0] for w in down)
         a = torch.stack([_raised(w, 0, rank) for w in down]).to(dtype)  # [M, r, in]
         b = torch.stack([_raised(w, 1, rank) for w in up]).to(dtype)  # [M, out, r]
         if not routes.groups:
             index, reads = routes.rows.clamp(min=0), (routes.rows >= 0).to(dtype).view(-1, 1, 1)
             a, b = a[index], b[index] * reads  # [B, r, in], [B, out, r]; zeros for a row without a memory
-        return (a, b), sources
+        return (a.mT, b.mT.contiguous()), sources
 
 
 def check_fit(linears: Mapping[str, nn.Module], rank: int, weights: Mapping[str, Tensor] | None) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch.autograd.profiler import profile
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from koff_lightning.backbone import kv_shapes, load_backbone, parameter_counts
 from koff_lightning.decomposed import DecomposedModel, load_decomposed
@@ -31,6 +33,7 @@ def bench_serving(
     slots: int = 16,
     memories: int = 100,
     prompt: int = 512,
+    multiple_of: int = 1,
     rounds: int = 9,
     device: str = "cpu",
     dtype: str = "float32",
@@ -45,6 +48,7 @@ def bench_serving(
         slots: KV slots of every memory.
         memories: How many memories to load beside one backbone.
         prompt: Tokens of the prefill.
+        multiple_of: FFN neurons that stay in a layer are a multiple of this many, as by `sparsity.multiple_of`.
         rounds: Counted pairs of each comparison.
         device: Torch device.
         dtype: Of the backbone.
@@ -54,29 +58,39 @@ def bench_serving(
         raise KoffError(f"bench: at least 16 memories are wanted, for a batch of 16 domains; got {memories}")
     torch.set_num_threads(threads or torch.get_num_threads())
     print(
-        f"{backbone}, {device}, {dtype}, {torch.get_num_threads()} threads, {rounds} pairs; random masks and memories"
+        f"{backbone}, {device}, {dtype}, {torch.get_num_threads()} threads, {rounds} pairs; random masks and memories; "
+        f"widths in multiples of {multiple_of}"
     )
+    disable_progress_bar()
     dense = load_backbone(backbone, dtype=dtype).to(device)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for share in sparsities:
             names = [f"d{i}" for i in range(2)]
-            path = _artefact(Path(folder) / f"{share}", backbone, share, names, rank, slots, dtype)
+            sparsity = SparsitySpec(target=share, multiple_of=multiple_of)
+            path = _artefact(Path(folder) / f"{share}", backbone, sparsity, names, rank, slots, dtype)
             pruned = load_decomposed(path, device=device, domains=names[:1])
             _pruned_against_dense(dense, pruned, share, prompt, rounds)
-            merged = _artefact(Path(folder) / f"m{share}", backbone, share, names, rank, slots, dtype, merged=True)
+            merged = _artefact(Path(folder) / f"m{share}", backbone, sparsity, names, rank, slots, dtype, merged=True)
             _memory_cost(pruned, load_decomposed(merged, device=device), rounds)
         names = [f"d{i}" for i in range(memories)]
-        path = _artefact(Path(folder) / "many", backbone, sparsities[0], names, rank, slots, dtype)
+        sparsity = SparsitySpec(target=sparsities[0], multiple_of=multiple_of)
+        path = _artefact(Path(folder) / "many", backbone, sparsity, names, rank, slots, dtype)
         _many_memories(path, names, device, rounds)
 
 
 def _artefact(
-    path: Path, backbone: str, share: float, names: list[str], rank: int, slots: int, dtype: str, merged: bool = False
+    path: Path,
+    backbone: str,
+    sparsity: SparsitySpec,
+    names: list[str],
+    rank: int,
+    slots: int,
+    dtype: str,
+    merged: bool = False,
 ) -> Path:
     """Export a decomposition with a random mask and random memories."""
     with torch.inference_mode(False):
-        spec = SparsitySpec(target=share)
-        model = Decomposition(backbone, names, spec, LoraSpec(rank, 2 * rank), KVSpec(slots), dtype=dtype)
+        model = Decomposition(backbone, names, sparsity, LoraSpec(rank, 2 * rank), KVSpec(slots), dtype=dtype)
         model.configure_model()
         torch.manual_seed(0)
         model.gates.harden(model.budget.harden(torch.rand(len(model.gates.logits))))
@@ -97,12 +111,15 @@ def _pruned_against_dense(
     """Prefill and decode without a memory, with the gain that the fewer multiplications allow."""
     ids = torch.randint(dense.config.vocab_size, (1, prompt), device=dense.device)
     pruned.memories.activate([None])
+    in_products = _share_of_products(_prefill(dense, ids)())
     for what, make in (("prefill", _prefill), ("decode", _decode)):
         gain, low, high = _ratio(make(dense, ids), make(pruned.backbone, ids), rounds)
         line = f"{share:>4.0%} removed  {what:<8} {gain:.3f} x as fast as dense ({low:.2f} to {high:.2f})"
         if what == "prefill":
-            allowed = _multiplications(dense, prompt) / _multiplications(pruned.backbone, prompt)
-            line += f"; its multiplications allow {allowed:.3f} x: {(gain - 1) / (allowed - 1):.0%} of that gain"
+            fewer = _multiplications(dense, prompt) / _multiplications(pruned.backbone, prompt)
+            allowed = 1 / (1 - in_products + in_products / fewer)  # Amdahl's law
+            line += f"; {fewer:.3f} x fewer multiplications in {in_products:.0%} of the time allow {allowed:.3f} x: "
+            line += f"{(gain - 1) / (allowed - 1):.0%} of that gain"
         _say(line)
 
 
@@ -208,6 +225,20 @@ def _multiplications(model: PreTrainedModel, tokens: int) -> int:
     width = sum(heads * queries_per_head * size for heads, size in kv_shapes(model))
     attention = width * tokens * tokens  # scores and values, each over the causal half of the square
     return parameter_counts(model)["body"] * tokens + attention + config.vocab_size * config.hidden_size
+
+
+def _share_of_products(run: Run) -> float:
+    """Share of a run's time that is spent in matrix products and attention."""
+    run()
+    cuda = torch.cuda.is_available()
+    with profile(use_device="cuda" if cuda else None, use_kineto=cuda) as record:  # on the CPU Kineto prints its steps
+        run()
+    events = record.key_averages()
+    on_device = any(event.self_device_time_total for event in events)
+    times = [(e.key, e.self_device_time_total if on_device else e.self_cpu_time_total) for e in events]
+    names = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "_flash", "_efficient")
+    products = tuple(f"aten::{name}" for name in names)
+    return sum(time for name, time in times if name.startswith(products)) / sum(time for _, time in times)
 
 
 def _say(line: str) -> None:

@@ -117,7 +117,7 @@ def test_not_finite_is_named(tmp_path):
     def spoil(module):
         module.memories.lora_parameters("en")[0].grad[0, 0] = torch.inf
 
-    with pytest.raises(KoffError, match=r"1 have no usable gradient: \S+lora_A\S+ \(not finite\)"):
+    with pytest.raises(KoffError, match="gradients of domain en .lora. are not finite at step 0"):
         fit(tmp_path, Tamper(spoil))
 
 

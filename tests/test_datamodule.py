@@ -194,7 +194,7 @@ def test_ranks_share_heldout_text_without_repeating_any(text, world_size, monkey
     assert sorted(real) == sorted(whole)
     blank = [b for batches in loaders for b in batches if not (b["labels"] != IGNORED).any()]
     assert len(blank) == -len(whole) % world_size
-    assert all(b["num_bytes"].sum() == 0 for b in blank)
+    assert all(b["num_bytes"].sum() == 0 and b["document_bytes"].sum() == 0 for b in blank)
 
 
 def test_validation_test_and_prediction_run_on_the_same_rows(text, tmp_path):
@@ -309,7 +309,7 @@ def test_domains_in_yaml(tmp_path):
         "  domains:\n"
         "    de: bundled:de\n"
         "    law: [corpora/law/*.jsonl]\n"
-        "    code: {files: [a.jsonl], text_field: content, id_field: path, weight: 2.0}\n"
+        "    code: {files: [a.jsonl], text_field: content, id_field: path, weight: 2.0, heldout_files: b.jsonl}\n"
     )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
@@ -318,5 +318,5 @@ def test_domains_in_yaml(tmp_path):
     data = parser.instantiate(config).data
     assert data.domain_names == ["de", "law", "code", "fr"]
     assert data.sources["law"] == DomainSource(["corpora/law/*.jsonl"])
-    assert data.sources["code"] == DomainSource(["a.jsonl"], text_field="content", id_field="path", weight=2.0)
+    assert data.sources["code"] == DomainSource(["a.jsonl"], "content", "path", 2.0, heldout_files="b.jsonl")
     assert "Tokens per row" in parser.format_help()

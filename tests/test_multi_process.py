@@ -1,6 +1,7 @@
 """Two processes train what one process would train on the rows of both, whole models or sharded ones."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,11 @@ def test_the_command_runs_and_one_process_finds_the_same_figures(folder, capsys)
     figures = [json.loads((folder / overlay / "results.json").read_text()) for overlay in ("ddp", "fsdp")]
     for part in ("domains", "heldout_bytes", "sparsity", "kept_units", "parameters", "tokens"):
         assert figures[0][part] == figures[1][part]
+    documents = json.loads((folder / "ddp" / "documents.json").read_text())
+    assert {d: sum(scores["bytes"]) for d, scores in documents.items()} == figures[0]["heldout_bytes"]
+    for domain, row in figures[0]["domains"].items():
+        bits = sum(documents[domain]["nats"]["koff"]) / math.log(2) / figures[0]["heldout_bytes"][domain]
+        assert bits == pytest.approx(row["koff_bpb"], rel=1e-9)
     checkpoint = next((folder / "fsdp").rglob("*.ckpt"))
     options = [*SMALL, "--trainer.logger=false", f"--trainer.default_root_dir={folder / 'test'}"]
     assert main(["test", "--config", "tiny_12pct.yaml", *options, "--ckpt_path", str(checkpoint)]) == 0

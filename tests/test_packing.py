@@ -95,6 +95,21 @@ def test_bytes_add_up_exactly_and_follow_predicted_tokens(lengths, seq_len, over
         assert rows.num_bytes[row] == pytest.approx(share[held].sum(), abs=len(set(held)))  # whole bytes
 
 
+@settings(deadline=None)
+@given(lengths=LENGTHS, seq_len=SEQ_LENS, overlap=st.booleans())
+def test_tokens_know_their_document_and_its_bytes(lengths, seq_len, overlap):
+    stream = stream_of(lengths)
+    rows = pack(stream, seq_len, overlap=overlap)
+    batch = batch_of(rows)
+    real = batch["input_ids"] > 0
+    expected = np.searchsorted(stream.starts, batch["input_ids"][real].numpy() - 1000, side="right") - 1
+    np.testing.assert_array_equal(batch["documents"][real], expected)
+    assert batch["document_bytes"].sum(1).tolist() == batch["num_bytes"].tolist() == rows.num_bytes.tolist()
+    predicted = batch["documents"][batch["labels"] != IGNORED].unique().tolist()
+    sizes = torch.zeros(len(lengths)).index_add_(0, batch["documents"].flatten(), batch["document_bytes"].flatten())
+    assert sizes[predicted].tolist() == stream.num_bytes[predicted].tolist()
+
+
 def test_a_known_case():
     stream = TokenStream(np.array([1, 2, 3, 4, 5, 6, 7, 1, 8, 9], np.int32), np.array([7, 3]), np.array([60, 10]))
     batch = batch_of(pack(stream, 4, overlap=True, pad_id=0))
@@ -102,6 +117,8 @@ def test_a_known_case():
     assert batch["labels"].tolist() == [[-100, 2, 3, 4], [-100, 5, 6, 7], [-100, 8, 9, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 0]]
     assert batch["num_bytes"].tolist() == [30, 30, 10]
+    assert batch["documents"].tolist() == [[0] * 4, [0] * 4, [1] * 4]
+    assert batch["document_bytes"].tolist() == [[30, 0, 0, 0], [30, 0, 0, 0], [10, 0, 0, 0]]
     assert batch["domains"] == ["x"] * 3
 
 
@@ -118,6 +135,8 @@ def test_batch_dtypes_are_those_of_the_interface():
         "labels": torch.int64,
         "position_ids": torch.int64,
         "num_bytes": torch.float32,
+        "documents": torch.int64,
+        "document_bytes": torch.float32,
     }
 
 

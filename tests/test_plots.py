@@ -63,3 +63,16 @@ def test_both_formats_are_written(tmp_path):
     plots.save(plots.sparsity_over_training(points(3), "body"), tmp_path / "plots", "sparsity")
     assert imread(tmp_path / "plots" / "sparsity.png").shape[1] > 600
     assert ElementTree.parse(tmp_path / "plots" / "sparsity.svg").getroot().tag.endswith("svg")
+
+
+def test_arms_and_their_curve():
+    row = {"arm": "koff", "sparsity": 0.1, "bpb": [1.0, 1.1], "mean": 1.05, "sd": 0.07, "removed": 0.1}
+    dense = row | {"arm": "dense", "bpb": [0.9], "mean": 0.9, "sd": None, "removed": 0.0}
+    further = row | {"sparsity": 0.3, "bpb": [1.4], "mean": 1.4, "sd": None, "removed": 0.3}
+    alone = row | {"arm": "ddp"}
+    (axes,) = plots.arms_compared([row, dense, further, alone], 0.1).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["koff", "ddp", "dense"]
+    (axes,) = plots.quality_by_sparsity([row, dense, further, alone]).axes
+    lines = {container.get_label(): container[0] for container in axes.containers}
+    assert lines["koff"].get_xydata() == pytest.approx(np.array([[10, 1.05], [30, 1.4]]))
+    assert len(lines["ddp"].get_xydata()) == 1 and "dense" not in lines

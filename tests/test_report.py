@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_run import BYTES, DOMAINS, RandomText, tiny_module, tiny_trainer
+from tiny_run import BYTES, DOMAINS, Batches, RandomText, tiny_module, tiny_trainer
 
 from koff_lightning import KoffError, SparsitySpec, results
 from koff_lightning.callbacks import RunReport
@@ -92,6 +93,37 @@ def test_bits_per_byte_are_those_of_the_model(run):
     )
 
 
+class Numbered(RandomText):
+    """Every row holds the end of one document and the beginning of the next."""
+
+    def test_dataloader(self):
+        batches = Batches()
+        for place, batch in enumerate(super().test_dataloader()):
+            documents = torch.tensor([[0] * 5 + [1] * 7, [1] * 5 + [2] * 7]) + 2 * (place // 2)
+            sizes = torch.zeros(2, 12)
+            sizes[:, 0], sizes[:, 5] = 15, BYTES - 15
+            batches.append(batch | {"documents": documents, "document_bytes": sizes})
+        return batches
+
+
+def test_scores_by_document_add_up_to_the_figures(tmp_path):
+    data = Numbered()
+    _, module = fit(tmp_path, data=data)
+    figures, documents = read(tmp_path), json.loads((tmp_path / "documents.json").read_text())
+    assert list(documents) == DOMAINS
+    for domain, scores in documents.items():
+        assert scores["bytes"] == [15, BYTES, BYTES, BYTES, BYTES - 15]
+        assert sum(scores["bytes"]) == figures["heldout_bytes"][domain]
+        for arm in ("dense", "koff", "memory_off", "swapped"):
+            bits = sum(scores["nats"][arm]) / math.log(2) / sum(scores["bytes"])
+            assert bits == pytest.approx(figures["domains"][domain][f"{arm}_bpb"], rel=1e-12)
+    batches = [batch for batch in data.test_dataloader() if batch["domains"][0] == "law"]
+    rows = torch.cat([module.token_nats(batch, "koff") for batch in batches])  # [4, 11]
+    assert documents["law"]["nats"]["koff"][0] == pytest.approx(rows[0, :4].sum().item(), rel=1e-5)
+    second = rows[0, 4:].sum() + rows[1, :4].sum()
+    assert documents["law"]["nats"]["koff"][1] == pytest.approx(second.item(), rel=1e-5)
+
+
 def test_plots_are_written(run):
     names = {file.name for file in (run[0] / "plots").iterdir()}
     stems = ("bits_per_byte", "sparsity", "sparsity_by_layer")
@@ -153,6 +185,7 @@ def test_a_shared_memory_is_stored_once_and_cannot_be_swapped(tmp_path):
     size = read(tmp_path)["parameters"]
     assert size["stored"] == size["active"]
     assert read(tmp_path)["mean"]["swapped_bpb"] is None
+    assert not (tmp_path / "documents.json").exists()  # its text has no documents
 
 
 def test_a_domain_without_text_has_no_figure(tmp_path):

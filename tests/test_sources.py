@@ -17,9 +17,8 @@ from koff_lightning.data.sources import (
     as_sources,
     bundled_domains,
     expand_files,
-    is_heldout,
-    read_domain,
 )
+from koff_lightning.data.split import is_heldout, read_domain
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.errors import KoffError
 
@@ -347,3 +346,59 @@ def test_bundled_text_is_split_as_shipped_and_entries_can_be_joined():
     assert german.train == both.train
     assert set(german.heldout) < set(both.heldout)
     assert not set(both.train) & set(both.heldout)
+
+
+# ------------------------------------------------------------------------------------------------- own held-out files
+
+
+def own_split(folder, train, heldout):
+    write_jsonl(folder / "train-1.jsonl", train[: len(train) // 2])
+    write_jsonl(folder / "train-2.jsonl", train[len(train) // 2 :])
+    write_jsonl(folder / "test.jsonl", heldout)
+    return DomainSource(f"{folder}/train-*.jsonl", heldout_files=[f"{folder}/test.jsonl"])
+
+
+def test_heldout_files_are_the_whole_heldout_side_whatever_the_hash_says(tmp_path):
+    train, heldout = toy_documents(60, seed=1), toy_documents(40, seed=2)
+    texts = read(own_split(tmp_path, train, heldout), heldout_fraction=0.9)
+    assert texts == (train, heldout)
+
+
+def test_heldout_files_keep_the_limits_and_the_promise_that_no_text_is_on_both_sides(tmp_path):
+    train, heldout = toy_documents(60, seed=1), toy_documents(40, seed=2)
+    texts = read(own_split(tmp_path, [*train, heldout[3]], heldout), max_heldout_bytes=1500, max_train_bytes=4000)
+    assert texts.train == train[: len(texts.train)]
+    assert 0 < len(texts.train) < 60
+    assert 0 < len(texts.heldout) < 40
+    assert heldout[3] not in read(own_split(tmp_path, [*train, heldout[3]], heldout)).train
+
+
+@pytest.mark.parametrize(
+    ("files", "heldout_files", "message"),
+    [
+        ("a.jsonl", [], "domain 'x': heldout_files is empty: name a file or glob, or leave it out to split by hash"),
+        (["a.jsonl", "bundled:de"], "b.jsonl", "domain 'x': 'bundled:de' comes already split and cannot be combined"),
+        ("a.jsonl", "bundled:de", "domain 'x': 'bundled:de' comes already split"),
+    ],
+)
+def test_heldout_files_that_cannot_be(files, heldout_files, message):
+    with pytest.raises(KoffError, match=message):
+        as_sources({"x": DomainSource(files, heldout_files=heldout_files)})
+
+
+def test_heldout_files_that_leave_a_side_without_text(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", toy_documents(9))
+    write_jsonl(tmp_path / "same.jsonl", toy_documents(9))
+    write_jsonl(tmp_path / "empty.jsonl", [])
+
+    def source(files, heldout_files):
+        return DomainSource(f"{tmp_path}/{files}", heldout_files=f"{tmp_path}/{heldout_files}")
+
+    with pytest.raises(KoffError, match=r"a\.jsonl is among the files and the heldout_files of one domain"):
+        read(source("*.jsonl", "a.jsonl"))
+    with pytest.raises(KoffError, match="domain 'x' has no held-out text: its heldout_files hold no document"):
+        read(source("a.jsonl", "empty.jsonl"))
+    with pytest.raises(KoffError, match="domain 'x' has no training text: its files hold no document that its held"):
+        read(source("a.jsonl", "same.jsonl"))
+    with pytest.raises(KoffError, match=r"no file matches '.*gone\.jsonl'"):
+        read(source("a.jsonl", "gone.jsonl"))

@@ -372,12 +372,15 @@ def test_a_checkpoint_of_another_backbone_is_refused(finished, folder, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"domains": [*DOMAINS, "medicine"]}, r"lacks \d+ of the tensors .*en, law, medicine"),
-        ({"shared_memory": True}, "lacks .*shared"),
-        ({"lora": LoraSpec(rank=3)}, "does not fit this run.*shape"),
-        ({"kv": KVSpec(slots=5)}, "does not fit this run.*shape"),
-        ({"sparsity": {"units": ["channel"]}}, "does not fit this run.*shape"),
-        ({"sparsity": {"gate": "ddp"}}, "checkpoint.*gate"),
+        ({"domains": [*DOMAINS, "medicine"]}, r"make: domains is \[en, law\] there and \[en, law, medicine\] here"),
+        ({"domains": ["en"]}, r"make: domains is \[en, law\] there and \[en\] here"),
+        ({"shared_memory": True}, "make: shared_memory is False there and True here"),
+        ({"lora": LoraSpec(rank=3)}, "make: lora.rank is 2 there and 3 here"),
+        ({"lora": LoraSpec(rank=2, alpha=3)}, "make: lora.alpha is 16.0 there and 3 here"),
+        ({"lora": None}, "make: lora is .*rank.* there and null here"),
+        ({"kv": KVSpec(slots=5)}, "make: kv.slots is 4 there and 5 here"),
+        ({"sparsity": {"units": ["channel"]}}, r"make: units is \[channel, kv_group\] there and \[channel\] here"),
+        ({"sparsity": {"gate": "ddp"}}, "make: gate is hc there and ddp here"),
     ],
 )
 def test_a_checkpoint_of_another_make_is_refused(finished, folder, tmp_path, options, message):
@@ -413,11 +416,85 @@ class Poison(Callback):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(folder, tmp_path):
-    with pytest.raises(KoffError, match="loss became nan at step 5 "):
+    with pytest.raises(KoffError, match="loss became nan at step 5 .in rows of domain en.; what was saved stays"):
         fit(folder, tmp_path, saver(tmp_path, 2), Poison(5))
     saved = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(v).all() for v in saved.values() if v.is_floating_point())
     assert not (tmp_path / "step=6.ckpt").exists()
+
+
+class PoisonGradient(Callback):
+    """Makes a gradient, or the loss through its rows, no number at given steps."""
+
+    def __init__(self, *steps, loss=False):
+        self.poisoned, self.loss = steps, loss
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if self.loss and trainer.global_step in self.poisoned:
+            self.kept = pl_module.memories.lora_parameters("law")[0].clone()
+            pl_module.memories.lora_parameters("law")[0].fill_(float("nan"))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not self.loss and trainer.global_step in self.poisoned:
+            pl_module.memories.kv_parameters("law")[0].grad[0] = float("inf")
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if self.loss and trainer.global_step - 1 in self.poisoned:
+            pl_module.memories.lora_parameters("law")[0].copy_(self.kept)
+
+
+def test_a_gradient_that_is_not_a_number_stops_the_run_before_it_reaches_the_weights(folder, tmp_path):
+    with pytest.raises(KoffError, match="gradients of domain law .kv. are not finite at step 6; what was saved stays"):
+        fit(folder, tmp_path, saver(tmp_path, 2), PoisonGradient(6))
+    saved = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    assert all(torch.isfinite(v).all() for v in saved["state_dict"].values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("loss", [True, False], ids=["loss", "gradient"])
+def test_a_step_that_is_skipped_leaves_no_trace(folder, tmp_path, loss):
+    """In the warm-up, where gradients are collected, too."""
+    poison = PoisonGradient(2, 6, loss=loss)
+    with pytest.warns(UserWarning, match="step [26] is left out: the .* not finite|nan .*law"):
+        model, run = fit(folder, tmp_path, poison, optim=OptimSpec(on_nonfinite="skip"))
+    for step in (2, 6):
+        assert not run.moved("lora_B", [step])
+        assert not run.moved("memories.kv", [step])
+    assert run.moved("lora_B", [3])
+    assert len(run.steps) == STEPS
+    assert torch.isfinite(model.gates.importance).all()
+    assert model.gates.hardened
+
+
+def test_a_warm_start_takes_the_weights_and_begins_anew(finished, folder, tmp_path):
+    path, unfinished, old = finished
+    fresh = module(folder, warm_start=str(path))
+    fresh.configure_model()
+    batch = RandomText.batch(["en", "law", "en"], seed=3)
+    assert torch.equal(fresh.row_nats(batch, "koff"), old.row_nats(batch, "koff"))
+    model, run = fit(folder, tmp_path, warm_start=str(path), steps=6)
+    assert len(run.steps) == 6, "a run of its own"
+    assert torch.equal(model.gates.kept, old.gates.kept), "a fixed mask stays"
+    assert run.moved("lora_B", range(1, 6))
+    weights = torch.load(unfinished, weights_only=True)
+    del weights["optimizer_states"]  # as a checkpoint that holds a model and no run
+    torch.save(weights, tmp_path / "weights.ckpt")
+    model, run = fit(folder, tmp_path, warm_start=str(tmp_path / "weights.ckpt"))
+    assert model.gates.hardened
+    assert all(run.moved("gates.logits", [step]) for step in range(4, 12))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": {"target": 0.1}}, "fixed already, and its target is 0.2 there and 0.1 here"),
+        ({"kv": KVSpec(slots=5)}, "make: kv.slots is 4 there and 5 here"),
+    ],
+)
+def test_a_warm_start_from_another_make_is_refused(finished, folder, options, message):
+    with pytest.raises(KoffError, match=message):
+        module(folder, warm_start=str(finished[0]), **options).configure_model()
 
 
 def test_a_batch_of_an_unknown_domain(folder, tmp_path):

@@ -106,7 +106,12 @@ def fit(
         trainer: Options of the trainer; `save` is a folder for checkpoints.
         options: Of the module.
     """
-    torch.manual_seed(100 * data.ranks[0])  # by themselves the ranks would not start alike
+    build = KOFFModule.configure_model
+
+    def seeded(module: KOFFModule) -> None:
+        torch.manual_seed(100 * data.ranks[0])  # by themselves the ranks would not start alike
+        build(module)
+
     recorder = Recorder()
     running = {"accumulate_grad_batches": 2, "devices": 1} | (trainer or {})
     callbacks = [recorder]
@@ -114,7 +119,8 @@ def fit(
         callbacks.append(ModelCheckpoint(save, filename="{step}", save_top_k=-1, every_n_train_steps=SAVED))
     module = tiny_module(folder, domains=DOMAINS, **options)
     made = tiny_trainer(folder, callbacks, STEPS, **running | {"enable_checkpointing": save is not None})
-    made.fit(module, data, ckpt_path=resume, weights_only=True)
+    with patch.object(KOFFModule, "configure_model", seeded):
+        made.fit(module, data, ckpt_path=resume, weights_only=True)
     return module, recorder.steps
 
 

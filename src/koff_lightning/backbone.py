@@ -132,6 +132,13 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [getattr(layer, _ATTENTION[0]) for layer in decoder_layers(model)]
 
 
+def neuron_linears(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+    """Of each layer's FFN the linear whose output the activation function takes, and the one that reads the neurons."""
+    name, (gate, _), down = _FFN
+    blocks = [getattr(layer, name) for layer in decoder_layers(model)]
+    return [(getattr(block, gate), getattr(block, down)) for block in blocks]
+
+
 def kv_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(kv heads, head dim) of each layer, as its weights have them."""
     heads = [attention.k_proj for attention in attention_modules(model)]

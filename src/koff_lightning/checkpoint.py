@@ -1,15 +1,12 @@
-"""Read a checkpoint of `koff fit`. Nothing in it is run: it may come from anyone."""
+"""A checkpoint of `koff fit` as a model, and as the start of another run."""
 
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from koff_lightning.checkpoint_io import read_checkpoint
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.errors import KoffError
 from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.resume import difference
 from koff_lightning.sparsity import SparsitySpec
 
 
@@ -26,7 +23,7 @@ def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposit
         KoffError: No such file, not a checkpoint of `koff fit`, or a backbone that is missing or another one.
     """
     path = Path(path).expanduser()
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path, mmap=True)
     options = checkpoint["hyper_parameters"]
     if options.get("artifact"):
         raise KoffError(
@@ -55,19 +52,22 @@ def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposit
     return module
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise KoffError(
-            f"{path} is a folder, as sharded runs save: make one file of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
-        )
-    if not path.is_file():
-        raise KoffError(f"checkpoint {path}: no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise KoffError(f"cannot read {path} as a checkpoint: it is damaged or something else ({reason})") from error
-    if not isinstance(checkpoint, Mapping) or not {"koff", "hyper_parameters", "state_dict"} <= checkpoint.keys():
-        raise KoffError(f"{path} is not a checkpoint of `koff fit`: it does not say what was trained on which backbone")
-    return checkpoint
+def warm_start(module: Decomposition, path: str) -> None:
+    """Give a new run the trained weights of a checkpoint, from whatever strategy and number of processes it came.
+
+    Memories and mask come along; steps, rates and random state do not. A mask that was fixed stays fixed, so that only
+    the memories train on; one that was not is ordered anew when the ramp begins.
+
+    Raises:
+        KoffError: The checkpoint cannot be read or is of another make, or its mask is fixed at another size.
+    """
+    checkpoint = read_checkpoint(path, mmap=True)
+    about = checkpoint["hyper_parameters"].get("sparsity") or {}
+    here = {key: getattr(module.sparsity, key) for key in ("target", "denominator") if key in about}
+    odd = difference({key: about[key] for key in here}, here)
+    if odd and bool(checkpoint["state_dict"].get("gates.hardened", False)):
+        raise KoffError(f"the mask in {path} is fixed already, and its {odd}: use its options or an earlier checkpoint")
+    target = module.target
+    module.on_load_checkpoint(checkpoint | {"optimizer_states": []})  # no run goes on from it
+    module.target = target
+    module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -8,10 +8,11 @@ from koff_lightning.errors import KoffError
 from koff_lightning.option_errors import nearest
 
 TRAINING = {
-    "fit": "learn the mask and the memories",
+    "fit": "learn the mask and the memories (--dry-run: show budget and text, two steps, write nothing)",
     "validate": "score a checkpoint on the held-out text",
     "test": "score a checkpoint on the held-out text and report",
     "predict": "write a checkpoint's predictions",
+    "baseline": "make a one-shot mask to compare with: magnitude, Wanda-sp, FLAP or random",
 }
 # verb -> (module:function, help); the function's typed arguments and docstring become the verb's options and help.
 # A verb of two words is typed as two: koff memory list
@@ -26,6 +27,9 @@ TOOLS = {
     "memory compose": ("koff_lightning.memory_cli:compose", "make one memory of two (an experiment)"),
     "memory cartridge": ("koff_lightning.memory_cli:cartridge", "exchange a KV memory with PEFT's CARTRIDGE format"),
     "bench serve": ("koff_lightning.serving_bench:bench_serving", "time pruned models and memories against the dense"),
+    "claims": ("koff_lightning.claims:claims", "run KOFF and its controls, and judge the paper's claims"),
+    "lm-eval": ("koff_lightning.lm_eval_cli:lm_eval", "score a model on lm-eval's tasks, under each of its domains"),
+    "doctor": ("koff_lightning.doctor:doctor", "look at versions, devices, processes, caches and switches"),
     "configs": ("koff_lightning.config_files:list_configs", "list the configs that ship with the package"),
     "fetch": ("koff_lightning.fetch:fetch", "download a small real model: koff fetch smollm2"),
 }

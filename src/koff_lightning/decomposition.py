@@ -7,7 +7,9 @@ Shapes: B rows, T tokens, N predicted tokens, d hidden, U prunable units.
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,10 +28,12 @@ from koff_lightning.backbone import (
     uniform_kv_groups,
     without_weights,
 )
+from koff_lightning.checkpoint_io import read_checkpoint
 from koff_lightning.errors import KoffError
 from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import head_nats
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.resume import refuse_other_make, refuse_other_tensors, refuse_without_run
 from koff_lightning.sparsity import Budget, SparsitySpec
 
 Batch = dict[str, Any]
@@ -114,6 +118,14 @@ class Decomposition(LightningModule):
             return self.gates.kept
         return self.budget.harden(self.gates.logits, self.target).to(self.gates.kept.device)
 
+    def added_parameters(self) -> int:
+        """Biases that the cut model has and the dense one has not: those that make up for removed units."""
+        if self.gates.bias is None:
+            return 0
+        consumers = [self.backbone.get_submodule(group.consumer) for group in self.gates.groups]
+        plain = [getattr(linear, "base_layer", linear) for linear in consumers]  # without adapters
+        return sum(linear.out_features for linear in plain if linear.bias is None)
+
     def harden(self) -> None:
         """Fix the mask at the exact final budget, by the logits of rank 0."""
         self.gates.harden(self.budget.harden(self.gates.logits))
@@ -125,6 +137,16 @@ class Decomposition(LightningModule):
         """Last hidden states [B, T, d] under the gates and memories in force."""
         inputs = {name: batch.get(name) for name in ("input_ids", "position_ids", "attention_mask")}
         return hidden_states(self.backbone, **inputs)
+
+    def domain_of_row(self, batch: Batch) -> Tensor:
+        """Index of each row's domain, [B]; rows without one count as a domain of their own."""
+        places = {domain: i for i, domain in enumerate(self.domains)} | {None: len(self.domains)}
+        unknown = sorted({str(d) for d in batch["domains"]} - {str(d) for d in places})
+        if unknown:
+            raise KoffError(
+                f"a batch holds rows of unknown domain {', '.join(unknown)}; this model has {', '.join(self.domains)}"
+            )
+        return torch.tensor([places[d] for d in batch["domains"]], device=batch["labels"].device)
 
     @torch.no_grad()
     def dense_hidden(self, batch: Batch) -> Tensor:
@@ -144,9 +166,13 @@ class Decomposition(LightningModule):
         predicted = labels != -100
         return labels[predicted], predicted
 
-    @torch.no_grad()
     def row_nats(self, batch: Batch, arm: str) -> Tensor:
-        """Negative log-likelihood of each row in nats, [B], for one arm.
+        """Negative log-likelihood of each row in nats, [B], for one arm."""
+        return self.token_nats(batch, arm).sum(1)
+
+    @torch.no_grad()
+    def token_nats(self, batch: Batch, arm: str) -> Tensor:
+        """Negative log-likelihood of each next token in nats, [B, T-1], zero where none is predicted, for one arm.
 
         Arms: `dense` (the unpruned model), `koff` (mask and own memory), `memory_off` (mask alone), `swapped` (mask and
         another domain's memory, mean over the others; with one memory only, that one).
@@ -172,7 +198,7 @@ class Decomposition(LightningModule):
     def _nats(self, batch: Batch, hidden: Tensor) -> Tensor:
         labels, predicted = self.targets(batch)
         nats = head_nats(hidden[:, :-1][predicted], self.head, labels, self.chunk)  # [N]
-        return torch.zeros(len(predicted), device=nats.device).index_add_(0, predicted.nonzero()[:, 0], nats)  # [B]
+        return torch.zeros(predicted.shape, device=nats.device).masked_scatter(predicted, nats)  # [B, T-1]
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -180,13 +206,40 @@ class Decomposition(LightningModule):
         """Keep what was trained; of the backbone only its name and hash."""
         owned = self._owned()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in owned}
-        checkpoint["koff"] = {"backbone": self.source, "backbone_hash": self.backbone_hash, "domains": self.domains} | {
+        checkpoint["koff"] = self._make() | {
+            "backbone": self.source,
+            "backbone_hash": self.backbone_hash,
             "target": self.target,
-            "gate": self.sparsity.gate,
         }
 
+    def _make(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with a run that takes it up, by the names of options."""
+        return {
+            "domains": list(self.domains),
+            "shared_memory": self.shared_memory,
+            "gate": self.sparsity.gate,
+            "units": sorted(self.sparsity.units),
+            "lora": self.lora and asdict(self.lora) | {"targets": sorted(self.lora.targets)},
+            "kv": self.kv and asdict(self.kv),
+        }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:
+        """As Lightning's, for a file that may come from anyone: nothing runs that is not asked for here."""
+        read_checkpoint(checkpoint_path, mmap=True)
+        return super().load_from_checkpoint(
+            checkpoint_path, **{"weights_only": True, "trust_remote_code": False} | options
+        )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another backbone, or one that lacks something trained here."""
+        """Refuse what does not fit, and to train on from what holds no run."""
+        self.check_fits(checkpoint)
+        if self._trainer is not None and self.trainer.training:
+            refuse_without_run(checkpoint)
+        self.target = checkpoint["koff"]["target"]  # what an unfinished mask is measured at
+
+    def check_fits(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another backbone or make, or one that lacks something trained here."""
         about = checkpoint.get("koff")
         if about is None:
             raise KoffError(
@@ -197,28 +250,11 @@ class Decomposition(LightningModule):
                 f"the checkpoint belongs to backbone {about['backbone']!r} (hash {about['backbone_hash'][:12]}), "
                 f"but {self.source!r} has hash {self.backbone_hash[:12]}: load that backbone"
             )
-        missing = sorted(self._owned() - set(checkpoint["state_dict"]))
-        if missing:
-            raise KoffError(
-                f"the checkpoint (of {', '.join(about['domains'])}) lacks {len(missing)} of the tensors that this run "
-                f"({', '.join(self.domains)}) trains, first {missing[0]}: use the model and data options of that run"
-            )
-        self._check_make(about, checkpoint["state_dict"])
-        self.target = about["target"]  # what an unfinished mask is measured at
-
-    def _check_make(self, about: dict[str, Any], saved: dict[str, Tensor]) -> None:
-        """Refuse tensors of another shape, and logits of another kind of gate."""
-        own = self.state_dict()
-        odd = sorted(name for name in self._owned() if own[name].shape != saved[name].shape)
-        if odd:
-            raise KoffError(
-                f"the checkpoint does not fit this run: {odd[0]} has shape {list(saved[odd[0]].shape)} there and "
-                f"{list(own[odd[0]].shape)} here ({len(odd)} tensors in all): use the model options of that run"
-            )
-        if about["gate"] != self.sparsity.gate:
-            raise KoffError(
-                f"the checkpoint has gates of kind {about['gate']!r}, this run of kind {self.sparsity.gate!r}"
-            )
+        here = self._make()
+        if self._trainer is not None and not self.trainer.training:
+            here.pop("domains")  # some of them can be scored alone
+        refuse_other_make(about, here)
+        refuse_other_tensors(checkpoint["state_dict"], self.state_dict(), self._owned())
 
     def _owned(self) -> set[str]:
         """Names in the state dict that are ours: everything but the frozen weights and the metrics."""

@@ -125,6 +125,7 @@ class BackboneGates(nn.Module):
     kept: Tensor  # bool [U], the hardened mask
     importance: Tensor  # [U]
     hardened: Tensor  # bool [], whether `kept` is in force
+    bias: Tensor | None  # [groups, d], what the removed units leave behind at each consumer's output
 
     def __init__(self, groups: list[PrunableGroup], kind: str = "hc") -> None:
         super().__init__()
@@ -136,6 +137,8 @@ class BackboneGates(nn.Module):
         self.register_buffer("hardened", torch.tensor(False))
         self.register_buffer("importance", torch.zeros(units))  # squared gate gradients of the warm-up
         self.register_buffer("seed", torch.tensor(torch.initial_seed() % 2**31))  # of all draws of a run
+        self.register_buffer("bias", None)
+        self.order: Tensor | None = None  # [U], a prior given from elsewhere instead of `importance`
         self._probe: Tensor | None = None
         self._columns: list[Tensor] | None = None  # per group [R, 1, C_g]; None = all gates at one, nothing multiplied
 
@@ -147,6 +150,7 @@ class BackboneGates(nn.Module):
             if inner is not None and inner._forward_pre_hooks:
                 raise RuntimeError(f"{group.consumer}: a gate sits inside the adapter; attach gates after injection")
             consumer.register_forward_pre_hook(self._hook(index))
+            consumer.register_forward_hook(self._compensation(index))
 
     def _hook(self, index: int) -> object:
         def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -155,6 +159,19 @@ class BackboneGates(nn.Module):
             return (inputs[0] * self._columns[index].to(inputs[0].dtype), *inputs[1:])  # [B, T, C_g]
 
         return multiply
+
+    def _compensation(self, index: int) -> object:
+        def add(_: nn.Module, __: object, output: Tensor) -> Tensor | None:
+            if self._columns is None or self.bias is None:
+                return None
+            return output + self.bias[index].to(output.dtype)  # [B, T, d]
+
+        return add
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        if (bias := state.get(f"{prefix}bias")) is not None:  # a mask with compensation; others have none
+            self.bias = torch.zeros_like(bias, device=self.logits.device)
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def set(self, values: Tensor | None) -> None:
         """Put gate values [R, U] in force until the next call; None switches the gates off (dense model).
@@ -181,19 +198,21 @@ class BackboneGates(nn.Module):
         if self._probe is not None:
             slope = torch.zeros_like(self._probe) if self._probe.grad is None else self._probe.grad  # [rows, U]
             # Of the rows of all ranks, which start the ramp alike; in a rank's loss each counts `ranks.count()` times.
-            self.importance += ranks.total((slope / ranks.count()).square().sum(0))  # [U]
+            seen = ranks.total((slope / ranks.count()).square().sum(0))  # [U]
+            self.importance += seen.where(seen.isfinite().all(), 0.0)  # a step that is skipped leaves no trace
         self._probe = None
 
     @torch.no_grad()
     def order_by_prior(self, costs: Tensor, spread: float) -> None:
-        """Start the logits normally distributed in the order of importance per parameter.
+        """Start the logits normally distributed in the order of importance per parameter, or in one that was given.
 
         Only the order of the prior is used: the scale of Fisher scores says nothing about gates. Without observations
         the logits stay equal.
         """
-        if self.importance.sum() == 0:
+        if self.order is None and self.importance.sum() == 0:
             return
-        rank = (self.importance / costs.to(self.importance)).argsort().argsort()  # [U]
+        worth = self.importance / costs.to(self.importance) if self.order is None else self.order
+        rank = worth.argsort(stable=True).argsort()  # [U]
         quantile = (rank + 0.5) / len(rank)
         self.logits.copy_(self.gate.prior(spread * torch.special.ndtri(quantile)))
 

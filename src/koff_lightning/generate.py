@@ -56,7 +56,7 @@ def generate(
 
     names = [name for name in dict.fromkeys(domains) if name]
     decomposed = load_decomposed(model, default_device(device), dtype, domains=names)
-    dense = _dense(decomposed) if compare else None
+    dense = dense_of(decomposed) if compare else None
     for start in range(0, len(prompts), batch_size):
         part, rows = prompts[start : start + batch_size], domains[start : start + batch_size]
         if dense is not None:
@@ -172,7 +172,7 @@ def _side_by_side(
         Console().print(table)
 
 
-def _dense(model: "DecomposedModel") -> "PreTrainedModel":
+def dense_of(model: "DecomposedModel") -> "PreTrainedModel":
     """The dense model that the artefact was cut from, where its backbone is and as exact.
 
     Raises:

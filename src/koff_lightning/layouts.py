@@ -16,13 +16,18 @@ from koff_lightning.backbone import PrunableGroup
 from koff_lightning.deci import check_deci, deci_config, deci_mask
 from koff_lightning.errors import KoffError
 from koff_lightning.modeling_koff import MODELS, WIDTHS
-from koff_lightning.surgery import State, cut_kv, cut_state, masks, zero_kv, zero_state
+from koff_lightning.surgery import State, cut_kv, cut_state, masks, with_bias, zero_kv, zero_state
 
 LAYOUTS = ("ragged", "uniform", "deci", "masked", "merged")
 
 
 def backbone_for(
-    layout: str, config: PreTrainedConfig, state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor
+    layout: str,
+    config: PreTrainedConfig,
+    state: Mapping[str, Tensor],
+    groups: Sequence[PrunableGroup],
+    kept: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[PreTrainedConfig | dict[str, Any], State]:
     """Config and weights to write for a layout. Neither argument is changed.
 
@@ -32,6 +37,7 @@ def backbone_for(
         state: Its weights under the plain model's names (for `merged`, after `surgery.merge_lora`).
         groups: Its prunable units.
         kept: Hard mask, bool [U].
+        bias: What the removed units leave behind at the output of each group's consumer, [groups, d].
 
     Returns:
         The config (for `deci` the dictionary to write as config.json) and the tensors.
@@ -40,6 +46,8 @@ def backbone_for(
         KoffError: No such layout, or the layout cannot express this model or this mask.
     """
     shapes = memory_shapes(layout)
+    if bias is not None:
+        return _compensated(layout, config, with_bias(state, groups, bias), groups, kept)
     if shapes == "full":
         return _config(config.model_type, config, state), zero_state(state, groups, kept)
     if shapes == "deci":
@@ -54,6 +62,23 @@ def backbone_for(
     if all(layer == _whole(config) for layer in widths):
         return _config(family, config, state), cut
     return _config(f"koff_{family}", config, state, koff_layers=widths), cut
+
+
+def _compensated(
+    layout: str, config: PreTrainedConfig, state: State, groups: Sequence[PrunableGroup], kept: Tensor
+) -> tuple[PreTrainedConfig, State]:
+    """A backbone with biases at the consumers, which no family's own config can say of them alone."""
+    if layout in ("uniform", "deci"):
+        raise KoffError(
+            f"layout {layout!r} has no place for the biases by which this mask makes up for what it removes: use "
+            "'ragged' or 'masked', or make the mask with koff baseline --compensate false"
+        )
+    paths = sorted({group.consumer.partition(f"layers.{group.layer}.")[2] for group in groups})
+    if layout == "masked":
+        widths, state = [_whole(config)] * config.num_hidden_layers, zero_state(state, groups, kept)
+    else:
+        widths, state = layer_widths(config, groups, kept), cut_state(state, groups, kept)
+    return _config(f"koff_{_family(config)}", config, state, koff_layers=widths, koff_biases=paths), state
 
 
 def memory_shapes(layout: str) -> str:

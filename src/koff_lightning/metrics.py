@@ -1,12 +1,19 @@
-"""Bits per byte: the loss on text in a unit that does not depend on the tokenizer, so languages can be compared."""
+"""Bits per byte: the loss on text in a unit that does not depend on the tokenizer, so languages can be compared.
+
+As one figure of all text (`BitsPerByte`), and by document (`DocumentScores`), which paired comparisons need.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
+
+from koff_lightning import ranks
 
 
 class BitsPerByte(Metric):
@@ -49,3 +56,57 @@ class BitsPerByte(Metric):
     def compute(self) -> Tensor:
         """Bits per byte so far, scalar."""
         return self.nats / (math.log(2) * self.num_bytes)
+
+
+class DocumentScores:
+    """Nats and UTF-8 bytes of every document by domain and arm, in fp64: the summands of `BitsPerByte`.
+
+    Documents are numbered by the data module (`documents` of a batch); batches without numbers are passed over.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, str, str], np.ndarray] = {}  # (domain, arm, "nats" or "bytes") -> [D]
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._sums = {}
+
+    def update(self, arm: str, batch: Mapping[str, Any], nats: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            arm: Which arm was scored.
+            batch: As from DomainDataModule.
+            nats: Negative log-likelihood of each next token, [B, T-1], zero where none is predicted.
+        """
+        if "documents" not in batch:
+            return
+        for domain in dict.fromkeys(d for d in batch["domains"] if d is not None):
+            rows = [i for i, d in enumerate(batch["domains"]) if d == domain]
+            documents = batch["documents"][rows].cpu().numpy()  # [b, T]
+            for what, number, values in (
+                ("nats", documents[:, 1:], nats),
+                ("bytes", documents, batch["document_bytes"]),
+            ):
+                sums = np.bincount(number.ravel(), weights=values[rows].cpu().double().numpy().ravel())
+                self._sums[domain, arm, what] = _added(self._sums.get((domain, arm, what)), sums)
+
+    def compute(self) -> dict[str, dict[str, dict[str, list[float]]]]:
+        """{domain: {arm: {"nats": [D], "bytes": [D]}}} from all ranks; every rank must call it."""
+        table: dict[str, dict[str, dict[str, Any]]] = {}
+        for sums in ranks.gather(self._sums):
+            for (domain, arm, what), part in sums.items():
+                row = table.setdefault(domain, {}).setdefault(arm, {})
+                row[what] = _added(row.get(what), part)
+        return {
+            domain: {arm: {what: part.tolist() for what, part in row.items()} for arm, row in arms.items()}
+            for domain, arms in table.items()
+        }
+
+
+def _added(one: np.ndarray | None, other: np.ndarray) -> np.ndarray:
+    """Sum of two lists by document; the shorter one has not seen the last documents."""
+    if one is None:
+        return other
+    size = max(len(one), len(other))
+    return np.pad(one, (0, size - len(one))) + np.pad(other, (0, size - len(other)))

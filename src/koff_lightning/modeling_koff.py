@@ -8,6 +8,7 @@ copy of it for people without koff-lightning (`trust_remote_code=True`).
 import copy
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,9 +27,10 @@ WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 class _Widths:
-    """What the configs add to those of their families: `koff_layers`, the `WIDTHS` of every layer.
+    """What the configs add to those of their families: `koff_layers`, the `WIDTHS` of every layer, and `koff_biases`.
 
     The config's own widths stay those of the model that was cut; they are the default of a layer that names none.
+    `koff_biases` names linears, by their path inside a layer, that have a bias here though not in their family.
 
     Raises:
         ValueError: `koff_layers` does not describe this model (transformers' own exception for a wrong config).
@@ -62,6 +64,9 @@ class _Ragged:
             for name, width in widths.items():
                 setattr(narrow, name, width)
             layers[index] = type(layers[index])(narrow, index)
+            for path in config.koff_biases or ():
+                linear = layers[index].get_submodule(path)
+                linear.bias = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features))
             for module in layers[index].modules():
                 if getattr(module, "config", None) is narrow:
                     module.config = config  # shared, so that `set_attn_implementation` reaches every layer
@@ -73,6 +78,7 @@ class KoffLlamaConfig(_Widths, LlamaConfig):
 
     model_type = "koff_llama"
     koff_layers: list[dict[str, int]] | None = None
+    koff_biases: list[str] | None = None
 
 
 class KoffMistralConfig(_Widths, MistralConfig):
@@ -80,6 +86,7 @@ class KoffMistralConfig(_Widths, MistralConfig):
 
     model_type = "koff_mistral"
     koff_layers: list[dict[str, int]] | None = None
+    koff_biases: list[str] | None = None
 
 
 class KoffQwen2Config(_Widths, Qwen2Config):
@@ -87,6 +94,7 @@ class KoffQwen2Config(_Widths, Qwen2Config):
 
     model_type = "koff_qwen2"
     koff_layers: list[dict[str, int]] | None = None
+    koff_biases: list[str] | None = None
 
 
 class KoffQwen3Config(_Widths, Qwen3Config):
@@ -94,6 +102,7 @@ class KoffQwen3Config(_Widths, Qwen3Config):
 
     model_type = "koff_qwen3"
     koff_layers: list[dict[str, int]] | None = None
+    koff_biases: list[str] | None = None
 
 
 class KoffLlamaForCausalLM(_Ragged, LlamaForCausalLM):

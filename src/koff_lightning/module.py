@@ -17,13 +17,16 @@ from torch import Tensor
 
 from koff_lightning import ranks, strategies
 from koff_lightning.backbone import decoder_layers
+from koff_lightning.checkpoint import warm_start
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.errors import KoffError
 from koff_lightning.extend import artefact_to_extend, backbone_of
+from koff_lightning.given_mask import given_mask, take
+from koff_lightning.guard import Guard
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
-from koff_lightning.metrics import BitsPerByte
+from koff_lightning.metrics import BitsPerByte, DocumentScores
 from koff_lightning.optim import OptimSpec, clip_by_group, parameter_groups, rate_lambdas
 from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, SparsitySpec
 
@@ -43,6 +46,9 @@ class KOFFModule(Decomposition):
         shared_memory: One memory for all domains (an ablation).
         artifact: Folder of an exported artefact to add the domains to. Its pruned backbone and its mask stay as they
             are; only the new memories train.
+        warm_start: Checkpoint whose memories and mask a new run starts from.
+        mask: Checkpoint of `koff baseline` or `koff fit` whose mask and `sparsity` options are taken; memories train.
+        prior: Checkpoint whose logits order those of the mask to learn when the ramp begins; replaces `sparsity.prior`.
         revision: Branch, tag or commit of a hub model.
         dtype: Torch dtype of the frozen weights; what is trained stays fp32.
         activation_checkpointing: Recompute activations in the backward to save memory.
@@ -61,6 +67,9 @@ class KOFFModule(Decomposition):
         joint: bool = True,
         shared_memory: bool = False,
         artifact: str | None = None,
+        warm_start: str | None = None,
+        mask: str | None = None,
+        prior: str | None = None,
         revision: str | None = None,
         dtype: str = "float32",
         activation_checkpointing: bool = False,
@@ -73,24 +82,24 @@ class KOFFModule(Decomposition):
         sparsity, lora, kv = _spec(SparsitySpec, sparsity), _spec(LoraSpec, lora), _spec(KVSpec, kv)
         loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loss, optim = _spec(LossSpec, loss), _spec(OptimSpec, optim)
+        given = given_mask(mask, prior, sparsity, {"artifact": artifact, "warm_start": warm_start})
+        sparsity = given.sparsity if given and given.fixed else sparsity
         extends = None if artifact is None else artefact_to_extend(artifact, sparsity, loss)
         source = backbone if artifact is None else backbone_of(artifact)
         super().__init__(source, domains, sparsity, lora, kv, shared_memory, extends, **loading)
         self.artifact, self.loss, self.optim, self.joint = artifact, loss, optim, joint
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.warm_start = activation_checkpointing, warm_start
+        self.given, self.guard = given, Guard(skip=optim.on_nonfinite == "skip")
         self.chunk = self.loss.chunk
         self.phase = "warmup"  # set at every step by AnnealSparsity, as is `target`
-        if sparsity.target == 0 and lora is None and kv is None:
-            raise KoffError("nothing to train: sparsity.target is 0 and both model.lora and model.kv are null")
+        if lora is None and kv is None and (sparsity.target == 0 or mask):
+            what = "model.mask gives the mask" if mask else "sparsity.target is 0"
+            raise KoffError(f"nothing to train: {what} and both model.lora and model.kv are null")
         specs = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": loss, "optim": optim}
         plain = {"backbone": backbone, "domains": self.domains, "joint": joint, "shared_memory": shared_memory}
-        plain |= {"artifact": artifact}
-        self.save_hyperparameters(
-            {k: v and asdict(v) for k, v in specs.items()}
-            | plain
-            | loading
-            | {"activation_checkpointing": activation_checkpointing}
-        )
+        plain |= {"activation_checkpointing": activation_checkpointing, "artifact": artifact}
+        plain |= {"mask": mask, "prior": prior} | loading
+        self.save_hyperparameters({k: v and asdict(v) for k, v in specs.items()} | plain)
 
     def configure_model(self) -> None:
         """Build the decomposition and what trains and measures it."""
@@ -103,16 +112,22 @@ class KOFFModule(Decomposition):
         self.penalty = (
             LagrangianPenalty() if self.sparsity.penalty == "lagrangian" else FixedPenalty(self.sparsity.weight)
         )
+        if self.given is not None:
+            take(self, self.given)
+            self.penalty.requires_grad_(not self.given.fixed)
         if self.activation_checkpointing:
             self.backbone.activation_checkpointing_enable()
+        if self.warm_start is not None:
+            warm_start(self, self.warm_start)
         self.bpb = torch.nn.ModuleDict({f"{arm}/{d}": BitsPerByte() for arm in self.arms for d in self.domains})
+        self.documents = DocumentScores()
 
     # --------------------------------------------------------------------------------------------- training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch; the equation at the head of this file."""
         labels, predicted = self.targets(batch)  # [N], bool [B, T-1]
-        domain = self._domain_of_row(batch)  # [B]
+        domain = self.domain_of_row(batch)  # [B]
         teacher = self.dense_hidden(batch)[:, :-1][predicted] if self.loss.kl else None  # [N, d]
         self.gates.set(self.draw_gates(len(predicted), batch_idx))
         self.memories.activate(batch["domains"] if self.memories_on else [None] * len(predicted))
@@ -120,11 +135,11 @@ class KOFFModule(Decomposition):
 
         weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
         data, ce, kl = fused_head_loss(student, teacher, self.head, labels, weights, self.loss)
-        all_data, ce, kl = ranks.total(torch.stack([data.detach(), weights @ ce, weights @ kl])) / ranks.count()
+        all_data, all_ce, all_kl = ranks.total(torch.stack([data.detach(), weights @ ce, weights @ kl])) / ranks.count()
         penalty = self.sparsity_penalty()
         loss = data + (all_data - data.detach()) + penalty  # value: of all ranks' rows; gradient: this rank's part
-        self._guard(loss, batch_idx)
-        parts = {"train/loss": loss, "train/ce": ce, "train/kl": kl, "train/penalty": penalty}
+        self.guard.check_loss(loss, ce + kl, predicted, batch["domains"], self.global_step)
+        parts = {"train/loss": loss, "train/ce": all_ce, "train/kl": all_kl, "train/penalty": penalty}
         self.log_dict(parts, batch_size=len(predicted))
         return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
 
@@ -152,7 +167,8 @@ class KOFFModule(Decomposition):
             return None
         if self.gates.hardened or self.phase in ("ramp", "hold"):
             return self.gates.draw(rows, (self.global_step, batch_idx, self.global_rank))
-        return self.gates.probe(rows) if self.sparsity.prior == "fisher" and self.training else None
+        observes = self.sparsity.prior == "fisher" and self.given is None and self.training
+        return self.gates.probe(rows) if observes else None
 
     def sparsity_penalty(self) -> Tensor:
         """lam1 (s - t) + lam2 (s - t)^2 while the mask is learned, scalar in nats."""
@@ -215,13 +231,14 @@ class KOFFModule(Decomposition):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
         """Clip each memory group by its own norm: one global norm would let the multipliers eat the budget."""
-        clip_by_group(optimizer, self.optim.clip)
+        self.guard.check_gradients(self, optimizer, clip_by_group(optimizer, self.optim.clip))
 
     # ------------------------------------------------------------------------------------------- evaluation
 
     def _evaluate(self, batch: Batch, arms: Sequence[str]) -> None:
         for arm in arms:
-            nats = self.row_nats(batch, arm)
+            nats = self.token_nats(batch, arm)
+            self.documents.update(arm, batch, nats)
             for domain in dict.fromkeys(d for d in batch["domains"] if d is not None):
                 chosen = [i for i, d in enumerate(batch["domains"]) if d == domain]
                 self.bpb[f"{arm}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen])
@@ -234,6 +251,7 @@ class KOFFModule(Decomposition):
 
     def on_validation_epoch_start(self) -> None:
         """Start the counts anew."""
+        self.documents.reset()
         for metric in self.bpb.values():
             metric.reset()
 
@@ -263,23 +281,6 @@ class KOFFModule(Decomposition):
         return [{"domain": domain, "bits_per_byte": value} for domain, value, count in rows if count > 0]
 
     # ---------------------------------------------------------------------------------------------- helpers
-
-    def _domain_of_row(self, batch: Batch) -> Tensor:
-        """Index of each row's domain, [B]; rows without one count as a domain of their own."""
-        places = {domain: i for i, domain in enumerate(self.domains)} | {None: len(self.domains)}
-        unknown = sorted({str(d) for d in batch["domains"]} - {str(d) for d in places})
-        if unknown:
-            raise KoffError(
-                f"a batch holds rows of unknown domain {', '.join(unknown)}; this model has {', '.join(self.domains)}"
-            )
-        return torch.tensor([places[d] for d in batch["domains"]], device=batch["labels"].device)
-
-    def _guard(self, loss: Tensor, batch_idx: int) -> None:
-        if not torch.isfinite(loss):
-            raise KoffError(
-                f"the loss became {loss.item()} at step {self.global_step} (batch {batch_idx}); what was saved stays. "
-                "Lower the learning rates (model.optim) or look at this batch's text"
-            )
 
     def _log_table(self, stage: str, arms: Sequence[str]) -> None:
         table = self.held_out(arms)

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from koff_lightning.errors import KoffError
 from koff_lightning.gates import BackboneGates
@@ -25,6 +25,7 @@ class OptimSpec:
         warmup: Share of all steps in which the memories' rate rises.
         final: Share of the peak rate that is left at the end.
         clip: Largest gradient norm of all LoRA, and of all KV parameters.
+        on_nonfinite: What to do when a loss or gradient is no finite number: `stop` the run, or `skip` the step.
     """
 
     mask_lr: float = 0.1
@@ -34,6 +35,7 @@ class OptimSpec:
     warmup: float = 0.03
     final: float = 0.1
     clip: float = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         rates = {k: getattr(self, k) for k in ("mask_lr", "multiplier_lr", "lora_lr", "kv_lr", "clip")}
@@ -42,6 +44,8 @@ class OptimSpec:
             raise KoffError(f"optim: rates and clip must be positive and finite; got {', '.join(bad)}")
         if not (0 <= self.warmup < 1 and 0 <= self.final <= 1):
             raise KoffError(f"optim.warmup and optim.final are shares of 1; got {self.warmup} and {self.final}")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise KoffError(f"optim.on_nonfinite must be stop or skip; got {self.on_nonfinite!r}")
 
 
 def parameter_groups(
@@ -62,6 +66,8 @@ def parameter_groups(
         {"name": "lora", "params": memories.lora_parameters(), "lr": spec.lora_lr},
         {"name": "kv", "params": memories.kv_parameters(), "lr": spec.kv_lr},
     ]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]  # those of a given mask do not move
     return [group for group in groups if group["params"]]
 
 
@@ -76,8 +82,17 @@ def rate_lambdas(groups: list[dict[str, Any]], spec: OptimSpec, steps: int) -> l
     return [course if group["name"] in ("lora", "kv") else lambda _: 1.0 for group in groups]
 
 
-def clip_by_group(optimizer: torch.optim.Optimizer, clip: float) -> None:
-    """Clip LoRA and KV gradients, each to norm `clip`; mask and multipliers are left as they are."""
+def clip_by_group(optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Tensor]:
+    """Clip LoRA and KV gradients, each to norm `clip`; mask and multipliers are left as they are.
+
+    Returns:
+        The norm of each group's gradients before, by its name.
+    """
+    norms: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         if group["name"] in ("lora", "kv"):
-            torch.nn.utils.clip_grad_norm_(group["params"], clip)
+            norms[group["name"]] = torch.nn.utils.clip_grad_norm_(group["params"], clip)
+        else:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            norms[group["name"]] = torch.nn.utils.get_total_norm(grads)
+    return norms

@@ -1,4 +1,4 @@
-"""Pictures of a run: the mask over training, and held-out bits per byte by domain.
+"""Pictures of a run: the mask over training, held-out bits per byte by domain; and of many runs: arms compared.
 
 Made with matplotlib's objects, not pyplot: nothing global is touched and no display is needed.
 """
@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which tells apart under the common kinds of colour blindness
 BLACK, GREY, BLUE, ORANGE, PURPLE = "#000000", "#999999", "#0072B2", "#E69F00", "#CC79A7"
+MANY = ("#009E73", "#56B4E9", "#D55E00", "#F0E442", GREY, BLACK)
+MARKERS = ("s", "^", "v", "D", "P", "X", "*")
 ARM_STYLE = {
     "dense": ("dense", GREY),
     "koff": ("KOFF", BLUE),
@@ -108,6 +110,56 @@ def domain_bars(domains: Bpb) -> Figure:
     below.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
     for axes in (above, below):
         axes.tick_params(axis="x", length=0)
+    return figure
+
+
+def arms_compared(rows: Sequence[Point], sparsity: float) -> Figure:
+    """Bits per byte of every arm at one sparsity, a line each, the best on top; every seed is a dot.
+
+    Args:
+        rows: {"arm", "sparsity", "bpb": by seed, "mean"} as in `claims.json`.
+        sparsity: Which of its sparsities.
+    """
+    shown = sorted((row for row in rows if row["sparsity"] == sparsity), key=lambda row: -row["mean"])
+    figure = Figure(figsize=(7, 1.2 + 0.28 * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(shown):
+        colour = ARM_STYLE.get(row["arm"], ("", BLACK))[1]
+        axes.plot(row["bpb"], [place] * len(row["bpb"]), "o", color=colour, markersize=4, alpha=0.5)
+        axes.plot(row["mean"], place, "|", color=colour, markersize=14, markeredgewidth=2)
+    for row in shown:
+        if row["arm"] in ("dense", "dense_memory"):
+            axes.axvline(row["mean"], color=GREY, linewidth=0.8, linestyle="--" if row["arm"] == "dense" else ":")
+    axes.set_yticks(range(len(shown)), [row["arm"] for row in shown])
+    axes.set(xlabel="bits per byte of held-out text (less is better)", title=f"Arms at {100 * sparsity:g} %")
+    _plain(axes)
+    return figure
+
+
+def quality_by_sparsity(rows: Sequence[Point]) -> Figure:
+    """Bits per byte by sparsity, one line per arm; one sparsity alone is a mark, an arm without a mask a level line.
+
+    Args:
+        rows: {"arm", "sparsity", "removed", "mean", "sd"} as in `claims.json`.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for place, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        points = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["removed"])
+        colour = ARM_STYLE.get(arm, ("", MANY[place % len(MANY)]))[1]
+        if arm in ("dense", "dense_memory"):
+            level = "--" if arm == "dense" else ":"
+            axes.axhline(points[0]["mean"], color=BLACK, linestyle=level, linewidth=1, label=arm)
+            continue
+        at, mean = [100 * point["removed"] for point in points], [point["mean"] for point in points]
+        bars = [point["sd"] or 0 for point in points]
+        style = "o-" if len(points) > 1 else MARKERS[place % len(MARKERS)]
+        axes.errorbar(at, mean, bars, fmt=style, color=colour, label=arm, linewidth=1.6, markersize=5, capsize=2)
+    axes.set(
+        xlabel="parameters removed, % of body", ylabel="bits per byte of held-out text", title="Quality by sparsity"
+    )
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -5,6 +5,7 @@ number of ranks, so that the mean of the ranks' gradients is the gradient of the
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +32,17 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
         dist.broadcast(tensor, 0)
 
 
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank; any Python object."""
+    values = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def agree(text: str) -> bool:
     """Whether all ranks give the same text."""
-    texts = [text] * count()
-    if count() > 1:
-        dist.all_gather_object(texts, text)
-    return len(set(texts)) == 1
+    return len(set(gather(text))) == 1
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from koff_lightning.errors import KoffError
 from koff_lightning.module import KOFFModule
 
 Figures = dict[str, Any]
+Documents = dict[str, dict[str, dict[str, list[float]]]]  # domain -> arm -> "nats" and "bytes" by document
 
 
 def mask_and_size(module: KOFFModule) -> Figures:
@@ -53,7 +54,7 @@ def _stored_size(module: KOFFModule, domain: str) -> int:
 
 def _mask(module: KOFFModule) -> Figures:
     kept, spec = module.hard_mask(), module.sparsity
-    backbone = module.budget.kept_parameters(kept)
+    backbone = module.budget.kept_parameters(kept) + module.added_parameters()
     return {
         "sparsity": {
             "target": spec.target,
@@ -165,6 +166,24 @@ def write_atomically(path: Path, text: str) -> None:
 def as_json(results: Figures) -> str:
     """Plain JSON; what has no JSON type (a path in a config) as its text."""
     return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def write_documents(root: Path, documents: Documents, results: Figures) -> None:
+    """Write `documents.json`: {domain: {"bytes": [D], "nats": {arm: [D]}}}, a line for each domain.
+
+    The sums of its nats and bytes are the figures of `results`; an arm without a figure there is left out. Nothing is
+    written where the data module does not number its documents.
+
+    Raises:
+        KoffError: The disk did not take it.
+    """
+    lines = []
+    for domain, arms in documents.items():
+        shown = {arm: row for arm, row in arms.items() if results["domains"][domain][f"{arm}_bpb"] is not None}
+        scores = {"bytes": shown["koff"]["bytes"], "nats": {arm: row["nats"] for arm, row in shown.items()}}
+        lines.append(f"{json.dumps(domain)}: {json.dumps(scores, allow_nan=False)}")
+    if lines:
+        write_atomically(root / "documents.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _cells(row: dict[str, float | None]) -> list[str]:

@@ -61,6 +61,21 @@ def zero_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kep
     return _edit(state, _linears(groups, kept), _zero)
 
 
+def with_bias(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], bias: Tensor) -> State:
+    """Weights whose consumers have a bias, or a bias more: what removed units leave behind.
+
+    Args:
+        state: Weights under the plain model's names.
+        groups: The units, as listed from the model that is cut.
+        bias: [groups, d], a row for each group's consumer.
+    """
+    biased = dict(state)
+    for group, row in zip(groups, bias.cpu(), strict=True):
+        name, dtype = f"{group.consumer}.bias", state[f"{group.consumer}.weight"].dtype
+        biased[name] = (row + state[name].to(row) if name in state else row).to(dtype)
+    return biased
+
+
 def cut_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
     """A KV memory, `layers.{i}.key` and `layers.{i}.value` each [K, P, dh], without the removed kv heads."""
     return _edit(tensors, _heads(groups, kept), _cut)

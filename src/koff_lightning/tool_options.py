@@ -3,6 +3,8 @@
 A parameter with a default is always an option. One of type `list[str]` may be given several times, each time with one
 value that is taken as it stands: a prompt is text, not YAML. One of type `bool` needs no value. Dashes in a name are as
 good as underscores; a trailing underscore, which Python wants where a name is a word of its own, is not part of it.
+A function whose one parameter is `argv` parses its words itself.
+What follows a lone `--` goes as it stands to the parameter `further`, for verbs that pass options on.
 """
 
 import inspect
@@ -22,6 +24,8 @@ def parse(verb: str, run: Callable[..., object], argv: list[str]) -> dict[str, A
     from jsonargparse import ArgumentError, ArgumentParser
 
     parameters = inspect.signature(run).parameters
+    if list(parameters) == ["argv"]:
+        return {"argv": argv}
     flags = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
     about = (inspect.getdoc(run) or "").split("\n\n")[0]
     parser = ArgumentParser(prog=f"koff {verb}", description=about, exit_on_error=False)
@@ -46,7 +50,10 @@ def _split(argv: list[str], types: dict[str, object]) -> tuple[list[str], dict[s
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or name not in types:
+        if word == "--" and "further" in types:
+            lists["further"] = words[:]
+            words.clear()
+        elif not flag.startswith("--") or name not in types:
             rest.append(word)
         elif list[str] in (types[name], *get_args(types[name])) and (equals or words):
             lists.setdefault(name, []).append(value if equals else words.pop(0))

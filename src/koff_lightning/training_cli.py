@@ -1,26 +1,42 @@
-"""`koff fit | validate | test | predict`: LightningCLI over KOFFModule and DomainDataModule, and what users see.
+"""The verbs of training and `koff baseline`: LightningCLI over KOFFModule and DomainDataModule, and what users see.
 
 Every option is a typed, documented argument of a class; nothing is decided here but names, folders and words.
 """
 
+import json
 import logging
+import signal
 import sys
 import warnings
+from contextlib import nullcontext
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from koff_lightning.callbacks import AnnealSparsity, ExportArtefact, GradientCoverage, KoffProgress, RunReport
+from koff_lightning.callbacks import (
+    AnnealSparsity,
+    Checkpoints,
+    ContinuedLog,
+    ExportArtefact,
+    GradientCoverage,
+    KoffProgress,
+    LMEval,
+    Preview,
+    RunReport,
+)
+from koff_lightning.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from koff_lightning.config_files import find_configs
-from koff_lightning.data import DomainDataModule
+from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.errors import KoffError
 from koff_lightning.module import KOFFModule
+from koff_lightning.one_shot import KoffTrainer, resolve
 from koff_lightning.option_errors import one_line
+from koff_lightning.run_folder import alone_in, new_version
 
 
 class KoffCLI(LightningCLI):
@@ -29,10 +45,21 @@ class KoffCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the callbacks that every run has their own sections, and take the domains' names from the data."""
         parser.add_lightning_class_args(AnnealSparsity, "anneal")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(ExportArtefact, "export")
+        parser.add_lightning_class_args(LMEval, "lm_eval")
         parser.set_defaults({"checkpoint.every_n_train_steps": 100, "checkpoint.save_last": True})
         parser.link_arguments("data.domains", "model.domains", compute_fn=_names)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs but ours, each with the arguments that are no options."""
+        return LightningCLI.subcommands() | {"baseline": {"model", "datamodule"}}
+
+    def before_instantiate_classes(self) -> None:
+        """The options of a baseline stand for others."""
+        if self.subcommand == "baseline":
+            resolve(self.config.baseline)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse; what is wrong is said in one line."""
@@ -51,46 +78,70 @@ class KoffCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """Add what every run has unless the trainer's options switch it off: loggers, checkpoints, progress, report."""
         trainer = self._get(self.config_init, "trainer")
-        self.trainer_defaults["callbacks"] = [GradientCoverage(), RunReport()]
+        self.trainer_defaults["callbacks"] = [GradientCoverage(), RunReport(), ContinuedLog()]
+        if trainer.fast_dev_run:
+            self.trainer_defaults["callbacks"].append(Preview())
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(KoffProgress())
-        if trainer.enable_checkpointing is False:
+        if trainer.enable_checkpointing is False or trainer.fast_dev_run:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if trainer.logger is None and not trainer.fast_dev_run:
             kwargs["logger"] = _default_loggers(trainer.default_root_dir)
+        kwargs["plugins"] = [*_as_list(trainer.plugins), AtomicCheckpointIO()]
         run = super().instantiate_trainer(**kwargs)
         run.callbacks.sort(key=lambda callback: isinstance(callback, ExportArtefact))  # after the report, if it fails
         return run
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; RunReport has said what was saved when that is cut short."""
-        if subcommand != "fit" and not self._get(self.config_init, "ckpt_path"):
+        if subcommand not in ("fit", "baseline") and not self._get(self.config_init, "ckpt_path"):
             raise KoffError(f"koff {subcommand} scores what a run has trained: give its --ckpt_path")
         try:
-            super()._run_subcommand(subcommand)
+            writes = subcommand == "fit" and not self.trainer.fast_dev_run
+            with alone_in(self.trainer.default_root_dir) if writes else nullcontext():
+                super()._run_subcommand(subcommand)
+        except SIGTERMException:
+            print("koff: asked to end; go on with --ckpt_path last", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit as stop:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from stop
         except OSError as error:  # a full disk, say
             raise KoffError(str(error)) from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
+        """Let `--ckpt_path last` stand for the newest intact checkpoint of all runs in the folder."""
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        if options.get("ckpt_path") in ("best", "hpc"):
+            raise KoffError(f"--ckpt_path {options['ckpt_path']}: give a checkpoint file, or `last`")
+        if options.get("ckpt_path") == "last":
+            root = self.trainer.default_root_dir
+            folders = [root, *(c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath)]
+            options["ckpt_path"] = newest = newest_checkpoint(folders)
+            if newest is None and subcommand != "fit":
+                raise KoffError(f"--ckpt_path last: there is no checkpoint below {root}")
+            rank_zero_info(f"going on from {newest}" if newest else f"no checkpoint below {root} yet: starting anew")
+        return options
 
 
 def run(argv: list[str]) -> None:
     """Run one of the training verbs.
 
     Args:
-        argv: The verb and its options.
+        argv: The verb and its options; `--dry-run` shows what a run would do, takes two steps and writes nothing.
 
     Raises:
         KoffError: Bad options or input, or an interrupted run.
     """
     _keep_the_terminal_quiet()
-    argv, configs = find_configs(argv)
+    argv = ["--trainer.fast_dev_run=2" if word in ("--dry-run", "--dry_run") else word for word in argv]
+    argv, configs = find_configs(_with_text(argv) if argv[0] == "baseline" else argv)
     for config in configs:
         refuse_duplicate_keys(config)
     try:
         KoffCLI(
             KOFFModule,
             DomainDataModule,
+            trainer_class=KoffTrainer,
             args=argv,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -106,12 +157,24 @@ def run(argv: list[str]) -> None:
         raise KoffError(" ".join(str(error).split())) from error
 
 
+def _with_text(argv: list[str]) -> list[str]:
+    """The words after `koff baseline`, which reads all bundled text unless told what to read."""
+    argv = ["--score=false" if word in ("--no-score", "--no_score") else word for word in argv]
+    if any(word.startswith(("--config", "-c", "--data")) for word in argv):
+        return argv
+    return [*argv, "--data.domains", json.dumps({name: f"bundled:{name}" for name in bundled_domains()})]
+
+
 def _names(domains: dict[str, object] | None) -> list[str]:
     if not domains:
         raise KoffError(
             "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
         )
     return list(domains)
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _own_words(error: BaseException | None) -> KoffError | None:
@@ -128,7 +191,7 @@ def _option_names(defaults: Namespace) -> set[str]:
 
 def _default_loggers(root: str) -> list[Logger]:
     """Both in `root/version_N`, which is also where Lightning saves config.yaml and the checkpoints."""
-    csv = CSVLogger(root, name="")
+    csv = CSVLogger(root, name="", version=new_version(root))
     return [csv, TensorBoardLogger(root, name="", version=csv.version)]
 
 

@@ -45,8 +45,9 @@ class AnnealSparsity(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: object, batch_idx: int) -> None:
         """Prepare step `trainer.global_step`."""
         step, module = trainer.global_step, pl_module
-        module.phase = self.schedule.phase(step) if module.learns_mask else "consolidate"  # memories alone
-        module.target = self.schedule.target_at(step)
+        fixed = not module.learns_mask or bool(module.gates.hardened)  # by now, or given as it is
+        module.phase = "consolidate" if fixed else self.schedule.phase(step)  # memories alone
+        module.target = module.sparsity.target if fixed else self.schedule.target_at(step)
         module.gates.gate.anneal(self.schedule.progress(step))
         if not module.learns_mask:
             return

@@ -49,8 +49,8 @@ class GradientCoverage(Callback):
         faults = {
             names[t]: fault for tensors in due.values() for t, fault in _faults(tensors, names, pl_module).items()
         }
-        if "not finite" in faults.values() and getattr(trainer.precision_plugin, "scaler", None):
-            return  # 16-bit training finds its loss scale by overflowing: it skips such a step, and so do we
+        if "not finite" in faults.values():
+            return  # guard.py's business, or 16-bit training that finds its loss scale by overflowing
         if faults:
             raise KoffError(_message(faults, sum(map(len, due.values())), self._phase, trainer.global_step))
         self._checked |= due.keys()

@@ -14,11 +14,13 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich import get_console
 from rich.console import Console
 
-from koff_lightning import plots, results
+from koff_lightning import plots, ranks, results
+from koff_lightning.callbacks.lm_eval import LMEval
 from koff_lightning.callbacks.progress import predicted_tokens
 from koff_lightning.errors import KoffError
 from koff_lightning.history import MaskHistory
@@ -26,7 +28,7 @@ from koff_lightning.module import KOFFModule
 
 
 class RunReport(Callback):
-    """Report of `fit`: table on the terminal, `results.json` and `plots/` in `default_root_dir`.
+    """Report of `fit`: table on the terminal; `results.json`, `documents.json` and `plots/` in `default_root_dir`.
 
     `test` prints the table; `predict` writes `predictions.jsonl`, a line for each row of text. With `fast_dev_run`
     nothing is written.
@@ -35,6 +37,7 @@ class RunReport(Callback):
     def __init__(self) -> None:
         self.history = MaskHistory()
         self.results: results.Figures = {}
+        self.documents: results.Documents = {}
         self._tokens = torch.tensor(0)  # on this rank; stays on the device, since reading it would wait for the step
         self._seconds, self._since = 0.0, 0.0
         self._predictions: list[dict[str, Any]] = []
@@ -67,6 +70,7 @@ class RunReport(Callback):
         _say(trainer, f"scoring held-out text: {', '.join(pl_module.arms)}")
         score(trainer, pl_module)
         tokens = trainer.strategy.reduce(self._tokens.to(pl_module.device), reduce_op="sum")
+        self.documents = pl_module.documents.compute()
         self.results = _figures(trainer, pl_module) | {
             "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
             "steps": trainer.global_step,
@@ -84,9 +88,15 @@ class RunReport(Callback):
         Raises:
             KoffError: The disk did not take it.
         """
+        if not self.results and trainer.global_step:  # killed between its last checkpoint and its report, and resumed
+            self.on_train_end(trainer, pl_module)
         if not trainer.is_global_zero or trainer.fast_dev_run or not self.results:
             return
+        for callback in trainer.callbacks:
+            if isinstance(callback, LMEval) and callback.scores:
+                self.results["lm_eval"] = callback.scores
         root = Path(trainer.default_root_dir)
+        results.write_documents(root, self.documents, self.results)
         results.write_atomically(root / "results.json", results.as_json(self.results))
         try:
             for name, figure in self._figures(pl_module).items():
@@ -109,7 +119,7 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: KOFFModule, exception: BaseException) -> None:
         """Say what is left of a run that was cut short."""
-        if trainer.state.fn == "fit" and trainer.global_step:
+        if trainer.state.fn == "fit" and trainer.global_step and not isinstance(exception, SIGTERMException):
             _say(trainer, what_was_saved(trainer))
 
     # ---------------------------------------------------------------------------------------- test, predict
@@ -120,7 +130,8 @@ class RunReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """The same table, of the checkpoint under test."""
-        print_figures(trainer, _figures(trainer, pl_module))
+        self.results = _figures(trainer, pl_module)
+        print_figures(trainer, self.results)
 
     def on_predict_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Start an empty list."""
@@ -132,10 +143,7 @@ class RunReport(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Gather the ranks' predictions and write them."""
-        parts = [self._predictions]
-        if trainer.world_size > 1:
-            parts = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(parts, self._predictions)
+        parts = ranks.gather(self._predictions)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "predictions.jsonl"
             rows = [row for part in parts for row in part]

@@ -4,4 +4,4 @@ from koff_lightning.data.datamodule import DomainDataModule as DomainDataModule
 from koff_lightning.data.datamodule import check_vocabulary as check_vocabulary
 from koff_lightning.data.sources import DomainSource as DomainSource
 from koff_lightning.data.sources import bundled_domains as bundled_domains
-from koff_lightning.data.sources import is_heldout as is_heldout
+from koff_lightning.data.split import is_heldout as is_heldout

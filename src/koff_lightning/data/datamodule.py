@@ -1,23 +1,29 @@
 """DomainDataModule: text sources of several domains -> training, validation, test and prediction batches."""
 
-import zlib
+import hashlib
+import json
+import math
 from typing import Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.backbone import load_tokenizer
+from koff_lightning.data.calibration import CalibrationText
+from koff_lightning.data.head import IsTraining, read_head
 from koff_lightning.data.loader import HeldoutLoader, TrainLoader
 from koff_lightning.data.mixture import DomainBatches
-from koff_lightning.data.packing import PackedRows, TokenStream, pack, tokenize
-from koff_lightning.data.sources import DomainSource, as_sources, read_domain
+from koff_lightning.data.packing import PackedRows, TokenStream, fingerprint, pack, tokenize
+from koff_lightning.data.sample import beginnings
+from koff_lightning.data.sources import DomainSource, as_sources, domain_shards
+from koff_lightning.data.split import BadLines, Texts, read_domain
+from koff_lightning.data.stream import Text
+from koff_lightning.data.stream_loader import Reading, StreamLoader
 from koff_lightning.errors import KoffError
 
-CHUNK = 64  # tokens that `sample_ids` takes from one document,
-MAX_CHUNKS = 8  # or more where that would take more documents than this
 MIN_SEQ_LEN = 8
+SAMPLE = 2**18  # bytes of a streamed domain's training text that are read at once, for memories to start from
 
 
 class DomainDataModule(LightningDataModule):
@@ -26,28 +32,32 @@ class DomainDataModule(LightningDataModule):
     Training rows of all domains are mixed by weight; every batch holds every domain when it has room for all, else
     every optimizer step does where it can. Held-out rows come domain by domain, each token predicted exactly once, and
     serve validation, test and prediction alike. All text is read and tokenised once and kept in memory (4 bytes per
-    token).
+    token), or streamed: read, shuffled, tokenised and packed while the model trains.
 
     Batches are dicts: input_ids [B, T], labels [B, T] (aligned with input_ids; -100 = not predicted), position_ids
     [B, T] (restart at each document; absent when no row holds more than one), domains (B names), num_bytes [B] (UTF-8
-    bytes of the text predicted in each row).
+    bytes of the text predicted in each row), documents [B, T] (number of each token's document in its domain) and
+    document_bytes [B, T] (num_bytes by segment, at its first token).
 
     Args:
         domains: Text of each domain, by name. An entry is ``bundled:<name>`` (text that ships with the package), a
-            file or glob, a list of these, or a mapping with the fields of `DomainSource`: files, text_field (default
-            text), id_field (default id), weight (default 1). Files: jsonl, csv, txt, each also .gz .xz .zst, and
-            parquet.
+            file or glob, ``hub:<dataset>``, a list of these, or a mapping with the fields of `DomainSource`: files,
+            text_field (default text), id_field (default id), weight (default 1), heldout_files (default: split by
+            hash), subset and split (of hub datasets). Files: jsonl, csv, txt, each also .gz .xz .zst, and parquet.
         tokenizer: Hub id or folder of a tokenizer; by default that of the module's backbone.
         seq_len: Tokens per row.
         batch_size: Rows per batch on each device.
         heldout_fraction: Part of the documents of local files, chosen by hash of their id, kept for validation and
-            test. Bundled text comes already split.
+            test. Bundled text and domains with heldout_files come already split.
         max_heldout_bytes: At most this much held-out text per domain (UTF-8 bytes, whole documents), to validate fast.
         max_train_bytes: At most this much training text per domain (UTF-8 bytes, whole documents in file order).
         on_bad_line: What to do with a line that cannot be used: ``fail`` (name file and line) or ``skip`` (leave it
             out, and say how many were).
-        num_workers: Processes that build batches. Rows are in memory, so 0 is fast.
+        num_workers: Processes that build batches. Rows in memory need none; streaming wants one or two per device.
         seed: Seed of the order of rows.
+        streaming: Read training text while training, for corpora that do not fit in memory. Held-out text is taken
+            from the head of each corpus and kept in memory, hence max_heldout_bytes.
+        temperature: Shares of the domains are weight ** (1 / temperature): above 1 they come closer to each other.
     """
 
     def __init__(
@@ -62,6 +72,8 @@ class DomainDataModule(LightningDataModule):
         on_bad_line: Literal["fail", "skip"] = "fail",
         num_workers: int = 0,
         seed: int = 0,
+        streaming: bool = False,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         _require(seq_len >= MIN_SEQ_LEN, f"data.seq_len must be {MIN_SEQ_LEN} or more, got {seq_len}")
@@ -72,13 +84,23 @@ class DomainDataModule(LightningDataModule):
         _require(on_bad_line in ("fail", "skip"), f"data.on_bad_line must be 'fail' or 'skip', got '{on_bad_line}'")
         for name, limit in (("max_heldout_bytes", max_heldout_bytes), ("max_train_bytes", max_train_bytes)):
             _require(limit is None or limit >= 1, f"data.{name} must be 1 or more (or null for no limit), got {limit}")
+        _require(
+            0 < temperature < math.inf,
+            f"data.temperature must be a number above 0, got {temperature}",
+        )
+        _require(
+            not (streaming and max_train_bytes),
+            f"data.max_train_bytes={max_train_bytes} limits text in memory, data.streaming keeps none: set it to null",
+        )
         self.sources = as_sources(domains)
+        self.streaming, self.temperature = streaming, temperature
         self.tokenizer_source = tokenizer
         self.seq_len, self.batch_size, self.num_workers, self.seed = seq_len, batch_size, num_workers, seed
         self.heldout_fraction, self.on_bad_line = heldout_fraction, on_bad_line
         self.max_heldout_bytes, self.max_train_bytes = max_heldout_bytes, max_train_bytes
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self._documents: dict[str, TokenStream] = {}  # training text
+        self._documents: dict[str, TokenStream] = {}  # training text, or a sample of it when streaming
+        self._texts: dict[str, Text] = {}  # what is streamed
         self._train: dict[str, PackedRows] = {}
         self._heldout: dict[str, PackedRows] = {}
 
@@ -98,14 +120,7 @@ class DomainDataModule(LightningDataModule):
         self.tokenizer = self._load_tokenizer()
         pad_id = self.tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
         for name, source in self.sources.items():
-            texts = read_domain(
-                name,
-                source,
-                heldout_fraction=self.heldout_fraction,
-                max_train_bytes=self.max_train_bytes,
-                max_heldout_bytes=self.max_heldout_bytes,
-                on_bad_line=self.on_bad_line,
-            )
+            texts = self._read_head(name, source) if self.streaming else self._read_all(name, source)
             train, heldout = tokenize(texts.train, self.tokenizer), tokenize(texts.heldout, self.tokenizer)
             for split, stream in (("training", train), ("held-out", heldout)):
                 _require(
@@ -115,6 +130,33 @@ class DomainDataModule(LightningDataModule):
             self._documents[name] = train
             self._train[name] = pack(train, self.seq_len, overlap=False, pad_id=pad_id)
             self._heldout[name] = pack(heldout, self.seq_len, overlap=True, pad_id=pad_id)
+
+    def _read_all(self, name: str, source: DomainSource) -> Texts:
+        return read_domain(
+            name,
+            source,
+            heldout_fraction=self.heldout_fraction,
+            max_train_bytes=self.max_train_bytes,
+            max_heldout_bytes=self.max_heldout_bytes,
+            on_bad_line=self.on_bad_line,
+        )
+
+    def _read_head(self, name: str, source: DomainSource) -> Texts:
+        """Held-out text and a sample of the training text; takes note of what is to be streamed."""
+        shards = domain_shards(source)
+        texts = read_head(
+            name,
+            shards,
+            heldout_fraction=self.heldout_fraction,
+            max_heldout_bytes=self.max_heldout_bytes,
+            train_bytes=SAMPLE,
+            on_bad=BadLines(name, self.on_bad_line),
+        )
+        streamed = [(shard, side) for shard, side in shards if side != "held out"]
+        wanted = IsTraining([side for _, side in streamed], self.heldout_fraction, frozenset(texts.heldout))
+        on_bad = BadLines(name, self.on_bad_line, endless=True)
+        self._texts[name] = Text(name, [shard for shard, _ in streamed], wanted, on_bad)
+        return texts
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer_source is not None:
@@ -129,24 +171,41 @@ class DomainDataModule(LightningDataModule):
             trust_remote_code=options.get("trust_remote_code", False),
         )
 
-    def train_dataloader(self) -> TrainLoader:
-        """Batches for the whole run (or one pass, where the trainer has no step limit), resumable."""
+    def train_dataloader(self) -> TrainLoader | StreamLoader:
+        """Batches for the whole run (or one pass, where the trainer has no step limit), resumable.
+
+        Raises:
+            KoffError: Streaming without a step limit.
+        """
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         max_steps = self.trainer.max_steps if self.trainer else -1
         rank, world_size = self._place()
-        num_rows = {name: len(rows) for name, rows in self._train.items()}
+        num_rows = {name: 1 if self.streaming else len(rows) for name, rows in self._train.items()}
         batches = DomainBatches(
             num_rows,
-            {name: source.weight for name, source in self.sources.items()},
+            {name: source.weight ** (1 / self.temperature) for name, source in self.sources.items()},
             self.batch_size,
             seed=self.seed,
             window=self._window(accumulate),
             rank=rank,
             world_size=world_size,
         )
+        if self.streaming:
+            _require(max_steps > 0, "data.streaming needs trainer.max_steps: nobody knows how long one pass will be")
+            return StreamLoader(self._reading(), batches, max_steps * accumulate, self.num_workers)
         one_pass = -(-sum(num_rows.values()) // (self.batch_size * world_size))
         length = max_steps * accumulate if max_steps > 0 else one_pass
         return TrainLoader(self._train, batches, length, self.num_workers)
+
+    def _reading(self) -> Reading:
+        """What is streamed; its identity names what the place in a stream depends on."""
+        split = [self.heldout_fraction, self.max_heldout_bytes, self.on_bad_line]
+        identity: dict[str, object] = {"tokenizer": fingerprint(self.tokenizer), "seq_len": self.seq_len}
+        for name, text in self._texts.items():
+            fields = self.sources[name].text_field, self.sources[name].id_field
+            what = json.dumps([[[shard.name, shard.size] for shard in text.shards], fields, split])
+            identity[f"text of {name}"] = hashlib.sha256(what.encode()).hexdigest()[:16]
+        return Reading(self._texts, self.tokenizer, self.seq_len, identity)
 
     def _window(self, accumulate: int) -> int:
         """Batches that together must hold every domain: one if it has room, else an optimizer step's if those have."""
@@ -166,6 +225,10 @@ class DomainDataModule(LightningDataModule):
         """The same held-out batches as in validation."""
         return self.val_dataloader()
 
+    def calibration_text(self, num_tokens: int, seed: int = 0) -> CalibrationText:
+        """Batches of training text, the same number of tokens from every domain: see `CalibrationText`."""
+        return CalibrationText(self._train, num_tokens, self.batch_size, seed)
+
     def _place(self) -> tuple[int, int]:
         """Rank and world size among processes that see different data (not the tensor-parallel ones)."""
         if self.trainer is None or self.trainer.world_size == 1:
@@ -174,29 +237,9 @@ class DomainDataModule(LightningDataModule):
         return place["rank"], place["num_replicas"]
 
     def sample_ids(self, domain: str, num_tokens: int) -> torch.Tensor:
-        """Tokens of training text from which to initialise a memory of `domain`, [num_tokens].
-
-        Chunks from the beginnings of several documents, in seeded order (Sampled Chunk Initialisation), with BOS (if
-        the tokenizer has one) at the very beginning only: the same tokens on every call and every rank.
-
-        Raises:
-            KoffError: The training text is shorter than `num_tokens`.
-        """
-        stream = self._documents[domain]
+        """Tokens of training text from which to initialise a memory of `domain`, [num_tokens]: see `beginnings`."""
         has_bos = self.tokenizer is not None and self.tokenizer.bos_token_id is not None
-        chunk_len = max(CHUNK, -(-num_tokens // MAX_CHUNKS))
-        order = np.random.default_rng([self.seed, zlib.crc32(domain.encode())]).permutation(len(stream.lengths))
-        chunks: list[np.ndarray] = []
-        for first, length in zip(stream.starts[order], stream.lengths[order], strict=True):
-            skip = int(has_bos and len(chunks) > 0)
-            chunks.append(stream.tokens[first + skip : first + min(length, skip + chunk_len)])
-            if sum(map(len, chunks)) >= num_tokens:
-                return torch.from_numpy(np.concatenate(chunks)[:num_tokens].astype(np.int64))
-        raise KoffError(
-            f"the training text of domain '{domain}' is too short for a memory of {num_tokens} slots: chunks of "
-            f"{chunk_len} tokens from all of its {len(order)} document(s) give {sum(map(len, chunks))}. "
-            "Add text, or take fewer slots"
-        )
+        return beginnings(domain, self._documents[domain], num_tokens, seed=self.seed, has_bos=has_bos)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:

@@ -119,4 +119,5 @@ class HeldoutLoader:
             yield batch | {
                 "labels": torch.full_like(batch["labels"], IGNORED),
                 "num_bytes": torch.zeros_like(batch["num_bytes"]),
+                "document_bytes": torch.zeros_like(batch["document_bytes"]),
             }

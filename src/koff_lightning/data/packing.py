@@ -8,6 +8,8 @@ the token stream every T tokens. Held-out rows overlap by one token where a docu
 every token of a document but its first is predicted exactly once.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,11 +42,25 @@ class PackedRows:
 
     tokens: NDArray[np.int32]  # [R, T]
     starts: NDArray[np.bool_]  # [R, T] True at the first token of each segment, and at the first padding token
-    num_bytes: NDArray[np.int64]  # [R] UTF-8 bytes of the text predicted in the row; sums to the documents' bytes
     padding: int  # padding tokens at the end of the last row
+    first_segment: NDArray[np.int64]  # [R + 1] number of each row's first segment; the last entry is S, their count
+    documents: NDArray[np.int32]  # [S] document to which each segment belongs
+    shares: NDArray[np.int64]  # [S] UTF-8 bytes of the text predicted in each segment; sums to the documents' bytes
+
+    @property
+    def num_bytes(self) -> NDArray[np.int64]:
+        """UTF-8 bytes of the text predicted in each row, [R]."""
+        return np.add.reduceat(self.shares, self.first_segment[:-1])
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides which tokens a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    what = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{tokenizer.bos_token_id} {tokenizer.pad_token_id} {what}".encode()).hexdigest()[:16]
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenStream:
@@ -79,7 +95,7 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -
         pad_id: Token that fills the last row; padding is a segment of its own and is never predicted.
 
     Returns:
-        Rows whose `num_bytes` share each document's bytes over its predicted tokens, in proportion and in whole bytes.
+        Rows whose `shares` split each document's bytes over its predicted tokens, in proportion and in whole bytes.
     """
     num_tokens = len(stream.tokens)
     is_start = np.zeros(num_tokens, dtype=bool)  # [N]
@@ -95,11 +111,11 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -
     ends = np.append(segments[1:], real.sum())
     documents = np.searchsorted(stream.starts, index.reshape(-1)[segments], side="right") - 1
     shares = _share_bytes(stream.num_bytes, documents, predicted=ends - segments - 1)
-    num_bytes = np.zeros(len(row_starts), dtype=np.int64)
-    np.add.at(num_bytes, segments // seq_len, shares)
+    first_segment = np.searchsorted(segments, np.arange(len(row_starts) + 1) * seq_len)
     if padding:
         starts[-1, seq_len - padding] = True
-    return PackedRows(np.where(real, stream.tokens[index], np.int32(pad_id)), starts, num_bytes, padding)
+    tokens = np.where(real, stream.tokens[index], np.int32(pad_id))
+    return PackedRows(tokens, starts, padding, first_segment, documents.astype(np.int32), shares)
 
 
 def _row_starts(is_start: NDArray[np.bool_], seq_len: int, overlap: bool) -> NDArray[np.int64]:
@@ -137,20 +153,30 @@ def collate(rows: Sequence[tuple[str, PackedRows, int]]) -> dict[str, torch.Tens
 
     Returns:
         input_ids and labels [B, T] (labels aligned with input_ids, -100 = not predicted), position_ids [B, T] which
-        restart at each segment (absent when no row holds more than one: then no mask is needed), domains (B names)
-        and num_bytes [B], UTF-8 bytes of the text predicted in each row.
+        restart at each segment (absent when no row holds more than one: then no mask is needed), domains (B names),
+        documents [B, T] (which document of its domain a token belongs to; padding counts to the one before), and the
+        UTF-8 bytes of the text predicted: num_bytes [B] in each row, document_bytes [B, T] in each segment, at its
+        first token.
     """
     tokens = np.stack([packed.tokens[row] for _, packed, row in rows]).astype(np.int64)  # [B, T]
     starts = np.stack([packed.starts[row] for _, packed, row in rows])  # [B, T]
     labels = np.where(starts, IGNORED, tokens)
+    documents, document_bytes = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=np.float32)
     for line, (_, packed, row) in enumerate(rows):
         if packed.padding and row == len(packed) - 1:
             labels[line, -packed.padding :] = IGNORED
+        segments = slice(*packed.first_segment[row : row + 2])
+        shares = packed.shares[segments]
+        segment = np.minimum(np.cumsum(starts[line]), len(shares)) - 1  # [T]
+        documents[line] = packed.documents[segments][segment]
+        document_bytes[line, np.flatnonzero(starts[line])[: len(shares)]] = shares
     batch: dict[str, torch.Tensor | list[str]] = {
         "input_ids": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
         "domains": [domain for domain, _, _ in rows],
-        "num_bytes": torch.tensor([packed.num_bytes[row] for _, packed, row in rows], dtype=torch.float32),
+        "num_bytes": torch.from_numpy(document_bytes.sum(axis=1)),
+        "documents": torch.from_numpy(documents),
+        "document_bytes": torch.from_numpy(document_bytes),
     }
     if starts[:, 1:].any():
         place = np.arange(tokens.shape[1])

@@ -2,7 +2,8 @@
 
 A document is its text and an id. A line that cannot be used is reported with file and line number; what happens then
 (stop or go on) is the caller's choice, passed in as ``on_bad``. A file that cannot be opened or decompressed is not a
-bad line: that always stops.
+bad line: that always stops. Records are numbered from 0 in each file, so that a reader can go on in its middle and
+several can share it.
 """
 
 import csv
@@ -27,8 +28,29 @@ class Document(NamedTuple):
     text: str
 
 
+class Part(NamedTuple):
+    """Some records of a file: from number `first` on those whose number leaves the remainder `turn` modulo `of`."""
+
+    first: int = 0
+    turn: int = 0
+    of: int = 1
+
+    def __contains__(self, record: object) -> bool:
+        return isinstance(record, int) and record >= self.first and record % self.of == self.turn
+
+
+ALL = Part()
+
+
 def read_file(path: Path, text_field: str, id_field: str, on_bad: OnBad) -> Iterator[Document]:
-    """Yield the non-empty documents of one file.
+    """Yield the non-empty documents of one file: `read_records` without the numbers."""
+    return (document for _, document in read_records(path, text_field, id_field, on_bad))
+
+
+def read_records(
+    path: Path, text_field: str, id_field: str, on_bad: OnBad, part: Part = ALL
+) -> Iterator[tuple[int, Document]]:
+    """Yield (number, document) of the non-empty documents of one file.
 
     Args:
         path: A file whose name ends in one of `FORMATS`, all but parquet optionally followed by one of `COMPRESSIONS`.
@@ -36,17 +58,18 @@ def read_file(path: Path, text_field: str, id_field: str, on_bad: OnBad) -> Iter
         id_field: Field or column that holds the id; where it is absent or null the text is the id.
         on_bad: Called with "file:line: what is wrong" for each line (csv: record, parquet: row) that cannot be used;
             it raises to stop, or returns to leave that line out.
+        part: The records to read; the others are passed over as cheaply as the format allows.
 
     Raises:
         KoffError: Unknown suffix, unreadable file, or a table without the text column.
     """
     read = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt, ".parquet": _read_parquet}[format_of(path)]
     try:
-        for line, fields, problem in read(path, text_field, id_field):
-            document = None if problem else _as_document(fields, text_field, id_field)
+        for number, line, fields, problem in read(path, text_field, id_field, part):
+            document = None if problem else as_document(fields, text_field, id_field)
             if isinstance(document, Document):
                 if document.text:  # an empty text predicts nothing and has no bytes: leaving it out changes no figure
-                    yield document
+                    yield number, document
             else:
                 on_bad(f"{path}:{line}: {problem or document}")
     except (OSError, EOFError, lzma.LZMAError) as error:
@@ -62,10 +85,10 @@ def format_of(path: Path) -> str:
     return suffix
 
 
-Record = tuple[int, Any, str | None]  # line number, fields by name, what is wrong with the line (None: nothing)
+Record = tuple[int, int, Any, str | None]  # number, line, fields by name, what is wrong with it (None: nothing)
 
 
-def _as_document(fields: Any, text_field: str, id_field: str) -> Document | str:
+def as_document(fields: Any, text_field: str, id_field: str) -> Document | str:
     """Return the document in one record, or a phrase that says why there is none."""
     if not isinstance(fields, dict):
         return f"expected a JSON object with a field '{text_field}', got a {type(fields).__name__}"
@@ -82,38 +105,44 @@ def _as_document(fields: Any, text_field: str, id_field: str) -> Document | str:
     return document
 
 
-def _read_jsonl(path: Path, text_field: str, id_field: str) -> Iterator[Record]:
+def _read_jsonl(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
+    number = -1
     with _open(path) as file:
-        for number, raw in enumerate(file, start=1):
+        for line, raw in enumerate(file, start=1):
             if raw.isspace():
                 continue
+            number += 1
+            if number not in part:
+                continue
             try:
-                yield number, json.loads(_decode(raw.rstrip(), number)), None
+                yield number, line, json.loads(_decode(raw.rstrip(), line)), None
             except json.JSONDecodeError as error:
-                yield number, None, f"not valid JSON ({error.msg} at column {error.colno})"
+                yield number, line, None, f"not valid JSON ({error.msg} at column {error.colno})"
             except RecursionError:
-                yield number, None, "not usable JSON (nested too deeply)"
+                yield number, line, None, "not usable JSON (nested too deeply)"
 
 
-def _read_csv(path: Path, text_field: str, id_field: str) -> Iterator[Record]:
+def _read_csv(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than many documents
     with _open(path) as file:
-        rows = csv.DictReader(_decode(raw, number) for number, raw in enumerate(file, start=1))
+        rows = csv.DictReader(_decode(raw, line) for line, raw in enumerate(file, start=1))
         if rows.fieldnames is not None:  # None: the file is empty
             _require_column(path, list(rows.fieldnames), text_field)
         try:
-            for row in rows:
-                yield rows.line_num, row, None
+            for number, row in enumerate(rows):
+                if number in part:
+                    yield number, rows.line_num, row, None
         except csv.Error as error:
             raise KoffError(f"cannot read {path}:{rows.line_num}: {error}") from error
 
 
-def _read_txt(path: Path, text_field: str, id_field: str) -> Iterator[Record]:
-    with _open(path) as file:
-        yield 1, {text_field: _decode(file.read(), 1)}, None
+def _read_txt(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
+    if 0 in part:
+        with _open(path) as file:
+            yield 0, 1, {text_field: _decode(file.read(), 1)}, None
 
 
-def _read_parquet(path: Path, text_field: str, id_field: str) -> Iterator[Record]:
+def _read_parquet(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
     import pyarrow  # here: importing it costs a fifth of a second, and only parquet needs it
     import pyarrow.parquet
 
@@ -121,16 +150,23 @@ def _read_parquet(path: Path, text_field: str, id_field: str) -> Iterator[Record
         with pyarrow.parquet.ParquetFile(path) as table:
             _require_column(path, table.schema_arrow.names, text_field)
             columns = [name for name in dict.fromkeys((text_field, id_field)) if name in table.schema_arrow.names]
-            number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
+            number, groups = 0, list(range(table.num_row_groups))
+            while groups and number + table.metadata.row_group(groups[0]).num_rows <= part.first:
+                number += table.metadata.row_group(groups.pop(0)).num_rows
+            for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
                 for values in zip(*(batch.column(name) for name in columns), strict=True):
+                    if number in part:
+                        yield (number, number + 1, *_python_values(columns, values))
                     number += 1
-                    try:
-                        yield number, {n: v.as_py() for n, v in zip(columns, values, strict=True)}, None
-                    except UnicodeDecodeError:
-                        yield number, None, "not valid UTF-8"
     except pyarrow.ArrowException as error:
         raise KoffError(f"cannot read {path}: {error}") from error
+
+
+def _python_values(columns: list[str], values: tuple[Any, ...]) -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        return {name: value.as_py() for name, value in zip(columns, values, strict=True)}, None
+    except UnicodeDecodeError:
+        return None, "not valid UTF-8"
 
 
 def _require_column(path: Path, columns: list[str], text_field: str) -> None:
@@ -161,7 +197,7 @@ def _open_zstandard(path: Path) -> BinaryIO:
 
 
 def _decode(raw: bytes, line: int) -> str:
-    """Decode, keeping undecodable bytes as surrogates for `_as_document` to find; Windows puts a mark before line 1."""
+    """Decode, keeping undecodable bytes as surrogates for `as_document` to find; Windows puts a mark before line 1."""
     return raw.decode("utf-8-sig" if line == 1 else "utf-8", errors="surrogateescape")
 
 

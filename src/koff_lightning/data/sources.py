@@ -1,27 +1,21 @@
-"""Where the text of a domain comes from, and which of its documents are held out.
-
-A domain is text that ships with the package (``bundled:de``) or local files. Shipped text comes already split; local
-files are split by a hash of the document id, so that a document is on the same side in every run, on every machine and
-(for parallel corpora that share ids) in every language.
-"""
+"""Where the text of a domain comes from: text that ships with the package, local files, datasets on the hub."""
 
 import glob
-import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from lightning.pytorch.utilities import rank_zero_warn
-
-from koff_lightning.data.readers import Document, OnBad, format_of, read_file
+from koff_lightning.data.readers import format_of
+from koff_lightning.data.shards import FileShard, Shard, hub_shards
 from koff_lightning.errors import KoffError
 
-BUNDLED = "bundled:"
+BUNDLED, HUB = "bundled:", "hub:"
 BUNDLED_DIR = Path(__file__).resolve().parents[1] / "tiny" / "corpora"
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+Side = Literal["training", "held out", "by hash"]
 
 
 @dataclass(frozen=True)
@@ -29,38 +23,35 @@ class DomainSource:
     """Text of one domain.
 
     Args:
-        files: ``bundled:<name>``, a file, or a glob (``**`` for any depth), or a list of these. Kinds of file: jsonl,
-            csv, txt (one document per file), each also .gz, .xz or .zst, and parquet.
+        files: ``bundled:<name>``, a file, a glob (``**`` for any depth), ``hub:<dataset>`` or
+            ``hub:<dataset>@<revision>``, or a list of these. Kinds of file: jsonl, csv, txt (one document per file),
+            each also .gz, .xz or .zst, and parquet.
         text_field: Field or column that holds the text.
         id_field: Field or column that holds the document id; documents without one are split by their text.
         weight: Share of the training rows relative to the other domains.
+        heldout_files: Files or globs whose documents are all held out; all of `files` is then training text. By
+            default documents of `files` are held out by the hash of their id.
+        subset: Subset of hub datasets, which the hub also calls configuration: ``deu_Latn`` of FineWeb-2, say.
+        split: Split of hub datasets.
     """
 
     files: str | list[str]
     text_field: str = "text"
     id_field: str = "id"
     weight: float = 1.0
+    heldout_files: str | list[str] | None = None
+    subset: str | None = None
+    split: str = "train"
 
     @property
     def entries(self) -> list[str]:
         """`files` as a list."""
         return [self.files] if isinstance(self.files, str) else list(self.files)
 
-
-class Texts(NamedTuple):
-    """The texts of one domain, split by document."""
-
-    train: list[str]
-    heldout: list[str]
-
-
-def is_heldout(doc_id: str, fraction: float) -> bool:
-    """Whether the document with this id is held out; depends on nothing but the id."""
-    return _hash(doc_id) / 2**32 < fraction
-
-
-def _hash(doc_id: str) -> int:
-    return int(hashlib.sha256(doc_id.encode()).hexdigest()[:8], 16)
+    @property
+    def heldout_entries(self) -> list[str]:
+        """`heldout_files` as a list, empty where the split is by hash."""
+        return [self.heldout_files] if isinstance(self.heldout_files, str) else list(self.heldout_files or [])
 
 
 def as_sources(domains: Mapping[str, DomainSource | str | list[str]]) -> dict[str, DomainSource]:
@@ -68,7 +59,7 @@ def as_sources(domains: Mapping[str, DomainSource | str | list[str]]) -> dict[st
 
     Raises:
         KoffError: No domain, a name that is not safe as a file name, two names that differ in case only, a domain
-            without files, or a weight that is not a finite number above 0.
+            without files, bundled text together with heldout_files, or a weight that is not a finite number above 0.
     """
     if not domains:
         raise KoffError("data.domains is empty: name at least one domain, for example 'de: bundled:de'")
@@ -82,8 +73,27 @@ def as_sources(domains: Mapping[str, DomainSource | str | list[str]]) -> dict[st
             )
         if isinstance(source.weight, bool) or not (math.isfinite(source.weight) and source.weight > 0):
             raise KoffError(f"domain '{name}': weight must be a finite number above 0, got {source.weight}")
+        _check_heldout_files(name, source)
         sources[name] = source
     return sources
+
+
+def _check_heldout_files(name: str, source: DomainSource) -> None:
+    if source.heldout_files is None:
+        return
+    if not source.heldout_entries:
+        raise KoffError(
+            f"domain '{name}': heldout_files is empty: name a file or glob, or leave it out to split by hash"
+        )
+    bundled = [entry for entry in source.heldout_entries + source.entries if entry.startswith(BUNDLED)]
+    if bundled:
+        raise KoffError(
+            f"domain '{name}': '{bundled[0]}' comes already split and cannot be combined with heldout_files: leave "
+            "heldout_files out, or make the bundled text a domain of its own"
+        )
+    hub = [entry for entry in source.heldout_entries if entry.startswith(HUB)]
+    if hub:
+        raise KoffError(f"domain '{name}': heldout_files names local files, got '{hub[0]}'")
 
 
 def _check_name(name: object, known: Mapping[str, DomainSource]) -> None:
@@ -100,96 +110,30 @@ def _check_name(name: object, known: Mapping[str, DomainSource]) -> None:
         )
 
 
-def read_domain(
-    name: str,
-    source: DomainSource,
-    *,
-    heldout_fraction: float,
-    max_train_bytes: int | None = None,
-    max_heldout_bytes: int | None = None,
-    on_bad_line: Literal["fail", "skip"] = "fail",
-) -> Texts:
-    """Read one domain and split it by document.
-
-    A training document whose text is also held out is dropped. Limits count UTF-8 bytes and take whole documents:
-    training text in file order up to the first document that no longer fits (reading stops there); held-out text in
-    the order of the id's hash, leaving out documents that do not fit.
+def domain_shards(source: DomainSource) -> list[tuple[Shard, Side]]:
+    """All shards of a domain and which side their documents are on; held-out ones first, then in the order given.
 
     Raises:
-        KoffError: Bad files or lines (see `readers`), or a side of the split that is left without text.
+        KoffError: Files, bundled text or hub datasets that are not there, or a file on both sides.
     """
-    skipped: list[str] = []
-
-    def on_bad(message: str) -> None:
-        if on_bad_line == "fail":
-            raise KoffError(f"{message}. Mend it, or set data.on_bad_line=skip to leave such lines out")
-        skipped.append(message)
-
-    train, heldout = _split(_labelled(source, heldout_fraction, on_bad), max_train_bytes)
-    if skipped:
-        rank_zero_warn(f"domain '{name}': left out {len(skipped)} line(s) that could not be used, first {skipped[0]}")
-    held_texts = {document.text for document in heldout}
-    texts = Texts([d.text for d in train if d.text not in held_texts], _fill(heldout, max_heldout_bytes))
-    if not (train or heldout or max_train_bytes):
-        raise KoffError(f"domain '{name}' is empty: its files hold no document with text")
-    if not texts.train:
-        raise KoffError(
-            f"domain '{name}' has no training text: its documents are held out, repeat one that is, or exceed "
-            f"data.max_train_bytes={max_train_bytes}. Add documents, or change heldout_fraction={heldout_fraction:.3g}"
-        )
-    if not heldout:
-        raise KoffError(
-            f"domain '{name}' has no held-out text: none of the {len(train)} document(s) read falls in the "
-            f"{heldout_fraction:.3g} chosen by hash. Add documents, or raise data.heldout_fraction"
-        )
-    if not texts.heldout:
-        raise KoffError(
-            f"domain '{name}': none of its {len(heldout)} held-out document(s) fits in "
-            f"data.max_heldout_bytes={max_heldout_bytes}: raise it (whole documents are taken)"
-        )
-    return texts
-
-
-def _labelled(source: DomainSource, fraction: float, on_bad: OnBad) -> Iterator[tuple[bool, Document]]:
-    """Yield (held out?, document): shipped text as it was split, local files by the hash of the id."""
-    bundled = [entry.removeprefix(BUNDLED) for entry in source.entries if entry.startswith(BUNDLED)]
-    for split in ("heldout", "train"):  # held-out first: reading stops when the training text is full
-        for path in [bundled_file(entry, split) for entry in bundled]:
-            yield from ((split == "heldout", document) for document in read_file(path, "text", "id", on_bad))
-    for path in expand_files([entry for entry in source.entries if not entry.startswith(BUNDLED)]):
-        for document in read_file(path, source.text_field, source.id_field, on_bad):
-            yield is_heldout(document.id, fraction), document
-
-
-def _split(
-    documents: Iterator[tuple[bool, Document]], max_train_bytes: int | None
-) -> tuple[list[Document], list[Document]]:
-    train: list[Document] = []
-    heldout: list[Document] = []
-    size = 0
-    for held, document in documents:
-        if held:
-            heldout.append(document)
-            continue
-        size += len(document.text.encode())
-        if max_train_bytes is not None and size > max_train_bytes:
-            break
-        train.append(document)
-    return train, heldout
-
-
-def _fill(documents: list[Document], max_bytes: int | None) -> list[str]:
-    """Take documents in the order of their hash, a sample that does not depend on file order, while they fit."""
-    if max_bytes is None:
-        return [document.text for document in documents]
-    taken: list[str] = []
-    room = max_bytes
-    for document in sorted(documents, key=lambda document: _hash(document.id)):
-        size = len(document.text.encode())
-        if size <= room:
-            taken.append(document.text)
-            room -= size
-    return taken
+    entries = source.entries
+    bundled = [entry.removeprefix(BUNDLED) for entry in entries if entry.startswith(BUNDLED)]
+    files = expand_files([entry for entry in entries if not entry.startswith((BUNDLED, HUB))])
+    heldout_files = expand_files(source.heldout_entries)
+    both = set(map(Path.resolve, files)) & set(map(Path.resolve, heldout_files))
+    if both:
+        raise KoffError(f"{min(both)} is among the files and the heldout_files of one domain: name it in one of them")
+    fields = source.text_field, source.id_field
+    rest: Side = "training" if heldout_files else "by hash"
+    shards: list[tuple[Shard, Side]] = [(FileShard(path, *fields), "held out") for path in heldout_files]
+    for split, side in (("heldout", "held out"), ("train", "training")):
+        shards += [(FileShard(bundled_file(name, split), "text", "id"), side) for name in bundled]
+    shards += [(FileShard(path, *fields), rest) for path in files]
+    for entry in entries:
+        if entry.startswith(HUB):
+            found = hub_shards(entry.removeprefix(HUB), source.subset, source.split, *fields)
+            shards += [(shard, rest) for shard in found]
+    return shards
 
 
 def bundled_domains() -> list[str]:

@@ -1,0 +1,93 @@
+"""Checkpoints: when they are saved, how many are kept, and that the log goes on with them in a resumed run."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which also saves when the run is asked to end (SIGTERM), and keeps one file more.
+
+    Other exceptions may come from the middle of a step, from where no run could go on exactly. (Lightning keeps several
+    only of those it can compare by a monitored figure, and then may skip the one of the last step.)
+    """
+
+    _aside = ""  # would be gone
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save between two steps; what is validating goes on from the last checkpoint."""
+        ended = isinstance(exception, SIGTERMException) and not trainer.validating
+        self.save_on_exception = self.save_on_exception or ended
+        super().on_exception(trainer, pl_module, exception)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Remove what was to go the time before, so that a damaged newest file has a predecessor."""
+        filepath, self._aside = self._aside, filepath
+        if filepath:
+            super()._remove_checkpoint(trainer, filepath)
+
+
+class ContinuedLog(Callback):
+    """Starts the log of a resumed run with that of the run before, up to the checkpoint.
+
+    So `metrics.csv` of the last part, like TensorBoard's files, holds the whole curve, without gap or repetition.
+    Checkpoints are saved before Lightning logs the step that they follow, and before a validation that is due then,
+    which a resumed run would pass over: the row of that step travels in the checkpoint, validation is made up for.
+    """
+
+    def __init__(self) -> None:
+        self._validate = False  # what was cut off
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep where the rows are, the row that is to come if one is due, and whether validation is."""
+        files = [logger.experiment.metrics_file_path for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        row = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+        due = trainer.global_step % trainer.log_every_n_steps == 0
+        checkpoint["log"] = {
+            "file": files[0] if files else None,
+            "row": row | {"epoch": trainer.current_epoch} if due else {},
+            "last": trainer.global_step - 1,
+            "validate": trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher),
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Give our loggers what was logged before."""
+        before = checkpoint.get("log")
+        if not before or trainer.state.fn != TrainerFn.FITTING:
+            return
+        last, row, rows = before["last"], before["row"], _rows(before["file"], before["last"])
+        if len(row) > 1 and not any(step == last and row.keys() <= other.keys() for step, other in rows):
+            rows.append((last, row))
+        validated = any(step == last and any(name.startswith("val/") for name in other) for step, other in rows)
+        self._validate = trainer.strategy.broadcast(before["validate"] and not validated)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            for step, values in rows if isinstance(logger, CSVLogger | TensorBoardLogger) else ():
+                logger.log_metrics(values, step)
+            logger.save()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate as the run before would have done next."""
+        if self._validate:
+            self._validate, loop = False, trainer.fit_loop.epoch_loop.val_loop
+            trainer.validating, loop.restarting = True, False
+            loop.run()
+            trainer.training = True
+
+
+def _rows(file: str | None, last: int) -> list[tuple[int, dict[str, float]]]:
+    """Step and values of the rows of a CSV log up to step `last`; none where the file is gone."""
+    if file is None or not Path(file).is_file():
+        return []
+    with Path(file).open(newline="", encoding="utf-8") as lines:
+        rows = [(int(row.pop("step")), row) for row in csv.DictReader(lines) if row["step"].isdigit()]
+    return [(step, {k: _number(v) for k, v in row.items() if v}) for step, row in rows if step <= last]
+
+
+def _number(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)

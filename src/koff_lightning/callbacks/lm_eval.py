@@ -1,0 +1,203 @@
+"""LMEval: scores lm-eval's tasks on the live model while it trains, which the training does not notice."""
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from koff_lightning import lm_tasks
+from koff_lightning.errors import KoffError
+from koff_lightning.lm_scores import Scores, show
+from koff_lightning.module import KOFFModule
+from koff_lightning.strategies import ShardedStrategy
+from koff_lightning.undisturbed import undisturbed
+
+if TYPE_CHECKING:
+    from koff_lightning.harness import KoffLM
+
+OTHER_ARMS = ("dense", "memory_off")
+
+
+@dataclass
+class LMEvalTask:
+    """One of lm-eval's tasks, groups or tags, under one domain's memory.
+
+    Args:
+        task: Its name, or the path of a YAML file.
+        domain: Whose memory is read.
+        num_fewshot: Examples before each question; by default what the task says.
+        limit: Samples of the task, or a share of them below 1; by default all.
+    """
+
+    task: str
+    domain: str
+    num_fewshot: int | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One task in one arm."""
+
+    column: str  # domain, `dense` or `memory_off`
+    domain: str | None
+    spec: LMEvalTask
+    tasks: lm_tasks.Loaded
+
+
+class LMEval(Callback):
+    """Score lm-eval tasks during the run and at its end; logged as `lm_eval/<domain>/<task>/<metric>` on every rank.
+
+    A monitor can name these. Modes, random state, gates and memories are as before afterwards, so that a run trains the
+    same with and without it. The work is shared out over the ranks. The last scores stand in `results.json`.
+
+    Args:
+        tasks: What to score; none by default.
+        every_n_steps: Optimizer steps between evaluations; null for the end alone.
+        dense: Score the dense model too, once: `lm_eval/dense/...`.
+        memory_off: Score the pruned model without memories too: `lm_eval/memory_off/...`.
+        strict: Stop the run when an evaluation fails; otherwise it warns and trains on.
+        batch_size: Rows at a time, or `auto` for as many as the GPU takes.
+        include_path: Folder of further tasks.
+    """
+
+    def __init__(
+        self,
+        tasks: list[LMEvalTask] | None = None,
+        every_n_steps: int | None = None,
+        dense: bool = False,
+        memory_off: bool = False,
+        strict: bool = False,
+        batch_size: int | str = 8,
+        include_path: str | None = None,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise KoffError(f"lm_eval.every_n_steps must be at least 1, or null for the end alone; got {every_n_steps}")
+        if str(batch_size).partition(":")[0] != "auto" and not (str(batch_size).isdigit() and int(batch_size) > 0):
+            raise KoffError(f"lm_eval.batch_size must be a positive number or auto; got {batch_size!r}")
+        self.tasks = [LMEvalTask(**task) if isinstance(task, dict) else task for task in tasks or []]
+        self.every_n_steps, self.strict, self.batch_size, self.include_path = (
+            every_n_steps,
+            strict,
+            batch_size,
+            include_path,
+        )
+        self.arms = [arm for arm, asked in zip(OTHER_ARMS, (dense, memory_off), strict=True) if asked]
+        self.scores: dict[str, Scores] = {}  # column -> the last scores
+        self.seconds = 0.0  # of all evaluations
+        self._parts: list[_Part] = []
+        self._tokenizer: Any = None
+        self._seen = 0  # step of the last evaluation
+
+    def setup(self, trainer: Trainer, pl_module: KOFFModule, stage: str) -> None:
+        """Load tasks and data, and refuse now what could not be scored later."""
+        if stage != "fit" or not self.tasks:
+            return
+        if "dense" in self.arms and "dense" not in pl_module.arms:
+            raise KoffError("lm_eval.dense: a run that extends an artefact has no dense model at hand")
+        if clash := set(self.arms) & set(pl_module.domains):
+            raise KoffError(f"lm_eval.{clash.pop()}: a domain has that name, so their scores could not be told apart")
+        self._parts = [part for spec in self.tasks for part in self._parts_of(spec, trainer, pl_module)]
+
+    def _parts_of(self, spec: LMEvalTask, trainer: Trainer, module: KOFFModule) -> list[_Part]:
+        from koff_lightning.harness import quiet
+
+        if spec.domain not in module.domains:
+            raise KoffError(
+                f"lm_eval: task {spec.task!r} is asked of domain {spec.domain!r}, but this run has memories for "
+                f"{', '.join(module.domains)}"
+            )
+        with quiet():
+            tasks = lm_tasks.load_tasks([spec.task], self.include_path)
+        lm_tasks.check_counts(tasks, spec.limit, trainer.world_size)
+        writing = [name for name, task in tasks["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
+        if writing and isinstance(trainer.strategy, ShardedStrategy):
+            raise KoffError(
+                f"lm_eval: task {writing[0]!r} lets the model write, which sharded weights cannot do in step: score it "
+                "afterwards with `koff lm-eval`"
+            )
+        return [_Part(spec.domain, spec.domain, spec, tasks), *(_Part(arm, None, spec, tasks) for arm in self.arms)]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: KOFFModule, *_: object) -> None:
+        """Evaluate where it is due, before a checkpoint of this step is saved."""
+        step = trainer.global_step
+        last = step == trainer.estimated_stepping_batches
+        if last or (self.every_n_steps and step and step % self.every_n_steps == 0):
+            self._evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Evaluate if the run has ended early; show the scores."""
+        self._evaluate(trainer, pl_module)
+        if self.scores and trainer.is_global_zero:
+            show(self.scores)
+
+    def _evaluate(self, trainer: Trainer, module: KOFFModule) -> None:
+        if not self._parts or self._seen == trainer.global_step:
+            return
+        self._seen, since = trainer.global_step, time.perf_counter()
+        for part in self._parts:
+            known = self.scores.get(part.column, {})
+            if part.column == "dense" and part.tasks["tasks"].keys() <= known.keys():
+                continue  # it does not change
+            try:
+                self.scores[part.column] = known | self._score(part, trainer, module)
+            except Exception as error:
+                if self.strict:
+                    raise
+                reason = error if isinstance(error, KoffError) else f"{type(error).__name__}: {error}"
+                rank_zero_warn(
+                    f"lm_eval: {part.spec.task} ({part.column}) failed at step {trainer.global_step}, training goes "
+                    f"on: {reason}"
+                )
+        self.seconds += time.perf_counter() - since
+        self._log(trainer)
+
+    def _score(self, part: _Part, trainer: Trainer, module: KOFFModule) -> Scores:
+        from koff_lightning.harness import score
+
+        with undisturbed(module), trainer.precision_plugin.forward_context(), _silence():
+            return score(self._reader(part, trainer, module), part.tasks, part.spec.num_fewshot, part.spec.limit)
+
+    def _reader(self, part: _Part, trainer: Trainer, module: KOFFModule) -> "KoffLM":
+        from koff_lightning.harness import KoffLM, tokenizer_of
+
+        if self._tokenizer is None:
+            self._tokenizer = getattr(trainer.datamodule, "tokenizer", None) or tokenizer_of(module)
+        return KoffLM(
+            module,
+            part.domain,
+            part.column == "dense",
+            tokenizer=self._tokenizer,
+            batch_size=self.batch_size,
+            logits_cache=not isinstance(
+                trainer.strategy, ShardedStrategy
+            ),  # it makes the ranks' forwards unequally many
+        )
+
+    def _log(self, trainer: Trainer) -> None:
+        """To loggers whatever `log_every_n_steps` is, and to what monitors read."""
+        figures = {
+            f"lm_eval/{column}/{task}/{metric}": value
+            for column, scores in self.scores.items()
+            for task, row in scores.items()
+            for metric, value in row.items()
+            if "_stderr" not in metric
+        }
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(figures | {"lm_eval/seconds": self.seconds}, trainer.global_step - 1)  # counts from 0
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep lm-eval's bars and notices off the terminal, where the run shows its own."""
+    from koff_lightning.harness import quiet
+
+    with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,111 @@
+"""Streaming's split: the held-out text is read from a corpus' head, and what is left of the corpus is training text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from koff_lightning.data.patience import read_patiently
+from koff_lightning.data.readers import Document, OnBad
+from koff_lightning.data.shards import Shard
+from koff_lightning.data.sources import Side
+from koff_lightning.data.split import Texts, on_heldout_side
+from koff_lightning.errors import KoffError
+
+
+@dataclass(frozen=True)
+class IsTraining:
+    """Whether a document is training text: neither on the held-out side nor a copy of a text that is.
+
+    Args:
+        sides: Of each shard.
+        fraction: Held out by hash.
+        heldout: Texts that serve validation.
+    """
+
+    sides: Sequence[Side]
+    fraction: float
+    heldout: frozenset[str]
+
+    def __call__(self, shard: int, document: Document) -> bool:
+        """Whether a document of the shard of this number is training text."""
+        return not on_heldout_side(self.sides[shard], document, self.fraction) and document.text not in self.heldout
+
+
+class _AtMost(list[str]):
+    """Texts that together have no more than so many UTF-8 bytes; full at the first that no longer fits."""
+
+    def __init__(self, limit: int | None) -> None:
+        super().__init__()
+        self.room, self.full = float("inf") if limit is None else limit, False
+
+    def add(self, text: str) -> None:
+        size = len(text.encode())
+        if size <= self.room and not self.full:
+            self.append(text)
+            self.room -= size
+        else:
+            self.full = len(self) > 0  # a text larger than the limit itself is passed over
+
+
+class _AtLeast(list[str]):
+    """Texts that together have so many UTF-8 bytes or, with the last, more."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.room = limit
+
+    @property
+    def full(self) -> bool:
+        return self.room <= 0
+
+    def add(self, text: str) -> None:
+        if not self.full:
+            self.append(text)
+            self.room -= len(text.encode())
+
+
+def read_head(
+    name: str,
+    shards: Sequence[tuple[Shard, Side]],
+    *,
+    heldout_fraction: float,
+    max_heldout_bytes: int | None,
+    train_bytes: int,
+    on_bad: OnBad,
+) -> Texts:
+    """Read as little of a domain as gives its held-out text and some training text, for corpora of any size.
+
+    Held-out documents are taken in file order while they fit; those larger than the limit are passed over. Reading
+    stops when both sides are full.
+
+    Args:
+        name: Of the domain, for messages.
+        shards: Of the domain, with their sides.
+        heldout_fraction: Where the split is by hash.
+        max_heldout_bytes: UTF-8 bytes of held-out text; None for all of it, where it comes already split.
+        train_bytes: About how many UTF-8 bytes of training text to return.
+        on_bad: What to do with a bad line.
+
+    Raises:
+        KoffError: Bad files or lines, no limit where one is needed, or a side that is left without text.
+    """
+    if max_heldout_bytes is None and any(side == "by hash" for _, side in shards):
+        raise KoffError(
+            f"domain '{name}': data.streaming needs data.max_heldout_bytes (1000000, say) or heldout_files: without "
+            "either, finding the held-out text would take reading the whole corpus"
+        )
+    heldout, train = _AtMost(max_heldout_bytes), _AtLeast(train_bytes)
+    for shard, side in shards:
+        wanted = {"held out": [heldout], "training": [train], "by hash": [heldout, train]}[side]
+        documents = read_patiently(shard, on_bad)
+        while not all(texts.full for texts in wanted) and (numbered := next(documents, None)):
+            document = numbered[1]
+            (heldout if on_heldout_side(side, document, heldout_fraction) else train).add(document.text)
+    held_texts = set(heldout)
+    texts = Texts([text for text in train if text not in held_texts], list(heldout))
+    for what, side in (("training", texts.train), ("held-out", texts.heldout)):
+        if not side:
+            raise KoffError(
+                f"domain '{name}' has no {what} text that could be used: add documents, or change "
+                f"data.heldout_fraction={heldout_fraction:.3g} or data.max_heldout_bytes={max_heldout_bytes}"
+            )
+    return texts

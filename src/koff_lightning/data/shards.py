@@ -1,0 +1,144 @@
+"""Shards: the pieces in which text is read (files, shards of hub datasets), and who reads which of them."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from koff_lightning.data.patience import patiently
+from koff_lightning.data.readers import ALL, Document, OnBad, Part, as_document, read_records
+from koff_lightning.errors import KoffError
+
+UNEVEN = 1.05  # readers get whole shards where the largest load is at most this much above the smallest
+
+
+class Shard(Protocol):
+    """A piece of a domain's text whose records are numbered from 0."""
+
+    name: str  # does not change when a corpus moves to another folder
+    size: int | None  # bytes, None where that is not known
+
+    def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
+        """Yield (number, document) of the usable records in `part`."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileShard:
+    """A file of any kind in `readers`."""
+
+    path: Path
+    text_field: str
+    id_field: str
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.path.name
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.path.stat().st_size
+
+    def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
+        """Yield (number, document) of the usable records in `part`."""
+        return read_records(self.path, self.text_field, self.id_field, on_bad, part)
+
+
+@dataclass(frozen=True)
+class HubShard:
+    """One of the `of` shards of a dataset on the hub, read as a stream; nothing is stored."""
+
+    repo: str  # name or name@revision, or a local folder that `datasets` can load
+    subset: str | None
+    split: str
+    text_field: str
+    id_field: str
+    index: int
+    of: int
+    size: None = None
+
+    @property
+    def name(self) -> str:
+        """Dataset, subset, split and shard."""
+        return f"hub:{self.repo}/{self.subset or 'default'}/{self.split}:{self.index}"
+
+    def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
+        """Yield (number, document) of the usable records in `part`; to go on in the middle, the shard is read again."""
+        stream = _open_hub(self.repo, self.subset, self.split, os.getpid())
+        if stream.features and self.text_field not in stream.features:
+            raise KoffError(
+                f"hub:{self.repo} has no column '{self.text_field}', only {', '.join(stream.features)}: "
+                "set text_field to the right one"
+            )
+        stream = stream.shard(num_shards=self.of, index=self.index).skip(part.first)
+        number = part.first - 1
+        for batch in stream.iter(batch_size=100):  # not iter(stream): that would deal shards to torch's workers again
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                if number not in part:
+                    continue
+                document = as_document(dict(zip(batch, values, strict=True)), self.text_field, self.id_field)
+                if not isinstance(document, Document):
+                    on_bad(f"{self.name}:{number + 1}: {document}")
+                elif document.text:
+                    yield number, document
+
+
+def hub_shards(repo: str, subset: str | None, split: str, text_field: str, id_field: str) -> list[HubShard]:
+    """The shards of a dataset.
+
+    Raises:
+        KoffError: No such dataset, subset or split, no network, or offline.
+    """
+
+    def count() -> int:
+        return max(1, _open_hub(repo, subset, split, os.getpid()).num_shards)
+
+    of = patiently(count, f"hub:{repo}")
+    return [HubShard(repo, subset, split, text_field, id_field, index, of) for index in range(of)]
+
+
+@lru_cache(maxsize=64)
+def _open_hub(repo: str, subset: str | None, split: str, process: int) -> Any:
+    """A dataset as a stream; each process opens its own, because connections do not survive a fork."""
+    import datasets  # a second of imports
+
+    name, _, revision = repo.partition("@")
+    datasets.disable_progress_bars()
+    return datasets.load_dataset(name, subset, split=split, revision=revision or None, streaming=True)
+
+
+def deal(sizes: Sequence[int | None], readers: int) -> list[list[tuple[int, int, int]]]:
+    """Share shards among readers so that each record has exactly one reader and all have about equally much to read.
+
+    Whole shards as far as they go round evenly, the others record by record: a reader of (shard, turn, of) takes the
+    records whose number leaves the remainder `turn` modulo `of`.
+
+    Args:
+        sizes: Bytes of each shard; where one is not known all count as equal.
+        readers: Over all ranks and workers.
+
+    Returns:
+        For each reader its (shard, turn, of).
+    """
+    weights = np.array([1 if None in sizes else size for size in sizes], dtype=np.int64)
+    order = np.argsort(-weights, kind="stable")
+    whole = len(sizes) - len(sizes) % readers
+    loads, parts = np.zeros(readers), [[] for _ in range(readers)]
+    for shard in order[:whole]:  # the largest first, each to whom has least
+        reader = int(np.argmin(loads))
+        loads[reader] += weights[shard]
+        parts[reader].append((int(shard), 0, 1))
+    shared = order[whole:]
+    if loads.max() + weights[shared].sum() / readers > UNEVEN * (loads.min() + weights[shared].sum() / readers):
+        shared, parts = order, [[] for _ in range(readers)]
+    for shard in np.sort(shared):
+        for reader in range(readers):
+            parts[reader].append((int(shard), (reader + int(shard)) % readers, readers))  # one-record files go round
+    return [sorted(mine) for mine in parts]

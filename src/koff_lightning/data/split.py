@@ -1,0 +1,159 @@
+"""Which documents of a domain are held out, and the text of both sides in memory.
+
+Shipped text and domains with held-out files come already split; other text is split by a hash of the document id, so
+that a document is on the same side in every run, on every machine, however it is read and (for parallel corpora that
+share ids) in every language.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from koff_lightning.data.patience import read_patiently
+from koff_lightning.data.readers import Document, OnBad
+from koff_lightning.data.sources import DomainSource, Side, domain_shards
+from koff_lightning.errors import KoffError
+
+
+class Texts(NamedTuple):
+    """The texts of one domain, split by document."""
+
+    train: list[str]
+    heldout: list[str]
+
+
+def is_heldout(doc_id: str, fraction: float) -> bool:
+    """Whether the document with this id is held out; depends on nothing but the id."""
+    return _hash(doc_id) / 2**32 < fraction
+
+
+def _hash(doc_id: str) -> int:
+    return int(hashlib.sha256(doc_id.encode()).hexdigest()[:8], 16)
+
+
+@dataclass
+class BadLines:
+    """Stops at a line that cannot be used, or counts it.
+
+    Args:
+        domain: For messages.
+        action: ``fail`` or ``skip``.
+        endless: Warn of the first line when it comes, because no end does.
+    """
+
+    domain: str
+    action: Literal["fail", "skip"]
+    endless: bool = False
+    count: int = 0
+    first: str = ""
+
+    def __call__(self, message: str) -> None:
+        """Take note of "file:line: what is wrong" or raise it."""
+        if self.action == "fail":
+            raise KoffError(f"{message}. Mend it, or set data.on_bad_line=skip to leave such lines out")
+        self.first = self.first or message
+        self.count += 1
+        if self.endless and self.count == 1:
+            rank_zero_warn(f"domain '{self.domain}': leaves out lines that cannot be used, first {message}")
+
+    def report(self) -> None:
+        """Warn if there were any."""
+        if self.count:
+            rank_zero_warn(
+                f"domain '{self.domain}': left out {self.count} line(s) that could not be used, first {self.first}"
+            )
+
+
+def read_domain(
+    name: str,
+    source: DomainSource,
+    *,
+    heldout_fraction: float,
+    max_train_bytes: int | None = None,
+    max_heldout_bytes: int | None = None,
+    on_bad_line: Literal["fail", "skip"] = "fail",
+) -> Texts:
+    """Read one domain and split it by document.
+
+    A training document whose text is also held out is dropped. Limits count UTF-8 bytes and take whole documents:
+    training text in file order up to the first document that no longer fits (reading stops there); held-out text in
+    the order of the id's hash, leaving out documents that do not fit.
+
+    Raises:
+        KoffError: Bad files or lines (see `readers`), or a side of the split that is left without text.
+    """
+    on_bad = BadLines(name, on_bad_line)
+    train, heldout = _split(_labelled(source, heldout_fraction, on_bad), max_train_bytes)
+    on_bad.report()
+    held_texts = {document.text for document in heldout}
+    texts = Texts([d.text for d in train if d.text not in held_texts], _fill(heldout, max_heldout_bytes))
+    if not (train or heldout or max_train_bytes):
+        raise KoffError(f"domain '{name}' is empty: its files hold no document with text")
+    if not texts.train and source.heldout_entries and not max_train_bytes:
+        raise KoffError(
+            f"domain '{name}' has no training text: its files hold no document that its heldout_files do not hold too"
+        )
+    if not texts.train:
+        raise KoffError(
+            f"domain '{name}' has no training text: its documents are held out, repeat one that is, or exceed "
+            f"data.max_train_bytes={max_train_bytes}. Add documents, or change heldout_fraction={heldout_fraction:.3g}"
+        )
+    if not heldout and source.heldout_entries:
+        raise KoffError(f"domain '{name}' has no held-out text: its heldout_files hold no document with text")
+    if not heldout:
+        raise KoffError(
+            f"domain '{name}' has no held-out text: none of the {len(train)} document(s) read falls in the "
+            f"{heldout_fraction:.3g} chosen by hash. Add documents, or raise data.heldout_fraction"
+        )
+    if not texts.heldout:
+        raise KoffError(
+            f"domain '{name}': none of its {len(heldout)} held-out document(s) fits in "
+            f"data.max_heldout_bytes={max_heldout_bytes}: raise it (whole documents are taken)"
+        )
+    return texts
+
+
+def _labelled(source: DomainSource, fraction: float, on_bad: OnBad) -> Iterator[tuple[bool, Document]]:
+    """Yield (held out?, document); held-out shards first, because reading stops when the training text is full."""
+    for shard, side in domain_shards(source):
+        for _, document in read_patiently(shard, on_bad):
+            yield on_heldout_side(side, document, fraction), document
+
+
+def on_heldout_side(side: Side, document: Document, fraction: float) -> bool:
+    """Whether a document of a shard on this side is held out."""
+    return side == "held out" or (side == "by hash" and is_heldout(document.id, fraction))
+
+
+def _split(
+    documents: Iterator[tuple[bool, Document]], max_train_bytes: int | None
+) -> tuple[list[Document], list[Document]]:
+    train: list[Document] = []
+    heldout: list[Document] = []
+    size = 0
+    for held, document in documents:
+        if held:
+            heldout.append(document)
+            continue
+        size += len(document.text.encode())
+        if max_train_bytes is not None and size > max_train_bytes:
+            break
+        train.append(document)
+    return train, heldout
+
+
+def _fill(documents: list[Document], max_bytes: int | None) -> list[str]:
+    """Take documents in the order of their hash, a sample that does not depend on file order, while they fit."""
+    if max_bytes is None:
+        return [document.text for document in documents]
+    taken: list[str] = []
+    room = max_bytes
+    for document in sorted(documents, key=lambda document: _hash(document.id)):
+        size = len(document.text.encode())
+        if size <= room:
+            taken.append(document.text)
+            room -= size
+    return taken

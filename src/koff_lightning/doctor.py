@@ -1,0 +1,140 @@
+"""`koff doctor`: what a run will find on this machine. A release known to be bad is not imported."""
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from koff_lightning import __version__
+from koff_lightning.errors import KoffError
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "lm-eval", "jsonargparse", "safetensors")
+# What a release does, by name and number: these are not imported. `pip install` excludes them (setup.cfg); a mirror, a
+# cache or another project's requirements may bring them all the same.
+BAD_RELEASES = {
+    "lightning": {
+        "2.6.2": "steals credentials when imported (GHSA-w37p-236h-pfx3)",
+        "2.6.3": "steals credentials when imported (GHSA-w37p-236h-pfx3)",
+    },
+}
+BAD_RELEASES["pytorch-lightning"] = BAD_RELEASES["lightning"]
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+CACHES = {"HF_HOME": "~/.cache/huggingface", "KOFF_CACHE": "~/.cache/koff"}
+TIMEOUT = 60  # seconds until two processes that should talk to each other are given up
+
+# Run twice at once, as ranks of one group; both add up 1 and 2.
+_RANK = """
+import datetime, sys, torch, torch.distributed as dist
+backend, store, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+dist.init_process_group(backend, f"file://{store}", datetime.timedelta(seconds=30), rank=rank, world_size=2)
+device = f"cuda:{rank}" if backend == "nccl" else "cpu"
+value = torch.tensor([rank + 1.0], device=device)
+dist.all_reduce(value)
+dist.destroy_process_group()
+sys.exit(value.item() != 3)
+"""
+
+
+def doctor(skip_processes: bool = False) -> None:
+    """Print versions, devices, whether processes can talk to each other, caches and offline switches.
+
+    Args:
+        skip_processes: Start no processes.
+
+    Raises:
+        KoffError: Something found would break a run, or a known-bad release is installed.
+    """
+    bad = bad_releases()
+    print(f"koff-lightning {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"packages   {', '.join(f'{name} {_version(name)}' for name in PACKAGES)}")
+    for line in bad:
+        print(f"           BAD: {line}")
+    if bad:
+        raise KoffError(f"{bad[0]}. Remove it, change all keys that this machine holds, and install another release")
+    faults = [f"{name} is not installed" for name in PACKAGES if _version(name) == "missing"]
+    if not faults:
+        faults = _devices(skip_processes)
+    _switches()
+    if faults:
+        raise KoffError("; ".join(faults))
+
+
+def bad_releases() -> list[str]:
+    """The known-bad releases that are installed, by their metadata alone."""
+    return [
+        f"{name} {_version(name)} {fault}"
+        for name, releases in BAD_RELEASES.items()
+        if (fault := releases.get(_version(name)))
+    ]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _devices(skip_processes: bool) -> list[str]:
+    """Print what can compute and whether it can do so together; returns what is wrong."""
+    torch = importlib.import_module("torch")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0.0
+    print(f"processor  {os.cpu_count()} cores, {memory:.1f} GiB; torch uses {torch.get_num_threads()} threads")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        gpu = torch.cuda.get_device_properties(index)
+        print(f"GPU {index}      {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, capability {gpu.major}.{gpu.minor}")
+    if not count:
+        print(f"GPU        none (torch {'was built without CUDA' if torch.version.cuda is None else 'finds none'})")
+    backends = ["gloo"] + ["nccl"] * (count > 1 and torch.distributed.is_nccl_available())
+    faults = []
+    for backend in [] if skip_processes else backends:
+        fault = talk(backend)
+        print(f"{backend:<11}{fault or 'two processes add up a number'}")
+        faults += [f"two processes cannot work together by {backend}: {fault}"] if fault else []
+    return faults
+
+
+def talk(backend: str, timeout: float = TIMEOUT) -> str:
+    """Let two processes on this machine add up a number; returns what goes wrong, or nothing.
+
+    Args:
+        backend: Of torch.distributed: `gloo` on processors, `nccl` on GPUs.
+        timeout: Seconds until they are given up.
+    """
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", _RANK, backend, str(Path(folder) / "store")]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        ranks = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(2)]
+        try:
+            said = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+        except subprocess.TimeoutExpired:
+            return f"no answer in {timeout:.0f} s (a firewall, or a network interface that does not resolve?)"
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.communicate()
+    failed = [text.strip().splitlines() for rank, text in zip(ranks, said, strict=True) if rank.returncode]
+    return (failed[0] or ["a process ended without a word"])[-1] if failed else ""
+
+
+def _switches() -> None:
+    """Print where models and data are looked for, and whether the network may be."""
+    on = [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]
+    print(f"network    {'may be used' if not on else 'is not used: ' + ', '.join(f'{name} is set' for name in on)}")
+    for name, default in CACHES.items():
+        folder = Path(os.environ.get(name) or default).expanduser()
+        if folder.is_dir():
+            free = shutil.disk_usage(folder).free / 2**30
+            state = f"{'' if os.access(folder, os.W_OK) else 'NOT WRITABLE, '}{free:.1f} GiB free"
+        else:
+            state = "not there yet"
+        print(f"{name:<11}{folder}: {state}")
+    for model in sorted((Path(os.environ.get("HF_HOME") or CACHES["HF_HOME"]).expanduser() / "hub").glob("models--*")):
+        print(f"           holds {model.name.removeprefix('models--').replace('--', '/')}")

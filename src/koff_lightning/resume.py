@@ -1,0 +1,65 @@
+"""What a checkpoint and a run must agree on for the one to go on from the other."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from koff_lightning.errors import KoffError
+
+
+def refuse_other_make(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a model that is made otherwise.
+
+    Args:
+        there: What the checkpoint says about its model, by the names of options.
+        here: The same of this run. What the checkpoint does not say is not compared.
+
+    Raises:
+        KoffError: They differ; each difference is shown.
+    """
+    if odd := difference(there, {key: value for key, value in here.items() if key in there}):
+        raise KoffError(f"the checkpoint is of another make: {odd}. Use the model and data options of that run")
+
+
+def refuse_other_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor], needed: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks something `needed`, or holds it in another shape.
+
+    Raises:
+        KoffError: So it is; the first such tensor is named.
+    """
+    needed = sorted(needed)
+    if missing := [name for name in needed if name not in there]:
+        raise KoffError(
+            f"the checkpoint lacks {len(missing)} of the tensors that this run trains, first {missing[0]}: "
+            "use the model and data options of that run"
+        )
+    if odd := [name for name in needed if here[name].shape != there[name].shape]:
+        raise KoffError(
+            f"the checkpoint does not fit this run: {odd[0]} has shape {list(there[odd[0]].shape)} there and "
+            f"{list(here[odd[0]].shape)} here ({len(odd)} tensors in all): use the model options of that run"
+        )
+
+
+def refuse_without_run(checkpoint: Mapping[str, Any]) -> None:
+    """Raise KoffError for a checkpoint that holds no state of a run, as `koff baseline` writes it, to train on from."""
+    if "optimizer_states" not in checkpoint:
+        raise KoffError(
+            "the checkpoint holds a model but no run that could go on: give it as model.mask or model.prior for its "
+            "mask, or as model.warm_start for its memories too"
+        )
+
+
+def difference(there: object, here: object, name: str = "") -> str:
+    """Where two plain values differ, as `name is A there and B here`, by dotted names; empty where they do not."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        names = [key for key in [*there, *(k for k in here if k not in there)] if key in here or name]
+        parts = [difference(there.get(key), here.get(key), f"{name}.{key}" if name else key) for key in names]
+        return "; ".join(filter(None, parts))
+    return "" if there == here else f"{name} is {_plain(there)} there and {_plain(here)} here"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else str(value)

@@ -1,0 +1,73 @@
+"""Folders of runs: one run at a time in each, and for each start a `version_N` of its own."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from koff_lightning.errors import KoffError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".running"
+
+
+@contextmanager
+def alone_in(root: str | Path) -> Iterator[None]:
+    """Hold a run's folder: at its end the run replaces `results.json`, `plots/` and `artifact/` there.
+
+    The kernel lets go when the process ends, in whatever way.
+
+    Raises:
+        KoffError: Another run holds it, or it cannot be written.
+    """
+    if fcntl is None or rank_zero_only.rank:
+        yield
+        return
+    root = Path(root)
+    with _writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / LOCK).open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise KoffError(
+                f"another run is going on in {root}: wait for it, or give --trainer.default_root_dir another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def new_version(root: str | Path) -> int:
+    """Make the next `version_N` in `root` and return N; two that ask at once get two.
+
+    Raises:
+        KoffError: The folder cannot be written.
+    """
+    root = Path(root)
+    names = [path.name.removeprefix("version_") for path in root.glob("version_*")]
+    version = max((int(name) for name in names if name.isdigit()), default=-1) + 1
+    while not rank_zero_only.rank:
+        with _writing(root):
+            try:
+                (root / f"version_{version}").mkdir(parents=True)
+                break
+            except FileExistsError:
+                version += 1
+    return version
+
+
+@contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or os.strerror(error.errno)
+        raise KoffError(f"cannot write the run's folder {root}: {reason}. Give --trainer.default_root_dir") from error

@@ -1,0 +1,30 @@
+"""Look at a module in the middle of its training and leave no trace."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from koff_lightning.decomposition import Decomposition
+
+
+@contextmanager
+def undisturbed(module: Decomposition) -> Iterator[None]:
+    """Eval mode and no gradients inside the block; after it, failed or not, all is as before.
+
+    That is the random state of Python, numpy, torch and all GPUs, every part's mode, the gates in force and which rows
+    read which memory.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    failure: BaseException | None = None
+    with isolate_rng(), torch.no_grad(), module.gates.off(), module.memories.routes.restored():
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+    for part, mode in modes:
+        part.training = mode
+    if failure is not None:
+        raise failure

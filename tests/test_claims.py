@@ -1,0 +1,237 @@
+"""`koff claims`: the runs it makes, resumes, refuses and survives. A stub stands for `koff fit` and `koff baseline`."""
+
+import json
+import math
+import sys
+
+import pytest
+from tiny_models import tiny_model
+from tiny_run import tiny_module
+from toy_text import toy_documents, toy_tokenizer, write_jsonl
+
+from koff_lightning import arm_runs
+from koff_lightning.arms import ARMS, Run, chosen, equal_memories
+from koff_lightning.claims import _resolved
+from koff_lightning.cli import main
+from koff_lightning.memory import KVSpec, LoraSpec
+
+# Writes what a run leaves, with bits per byte that tell arm and seed; fails where its folder's name holds FAIL.
+STUB = """
+import json, math, os, pathlib, sys, time
+words = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
+folder = pathlib.Path(words.get("out") or words["trainer.default_root_dir"])
+with open(folder.parent / "calls.txt", "a") as calls:
+    calls.write(folder.name + "\\n")
+if os.environ.get("FAIL", "nothing") in folder.name:
+    folder.mkdir()  # a run that was cut short leaves something
+    (folder / "half").touch()
+    sys.exit("Traceback\\nkoff: the disk is full")
+if "method" in words:
+    time.sleep(0.3)
+elif not pathlib.Path(words.get("model.mask", folder.parent)).exists():
+    sys.exit("koff: no mask yet")
+arm, sparsity, seed = folder.name.rsplit("-", 2)
+own = {"koff": 1.0, "dense_memory": 0.995, "no_memory": 1.1, "flap_memory": 1.04}.get(arm, 1.05)
+bpb = {"dense": 1.0, "koff": own, "memory_off": 1.12, "swapped": 1.2}
+bpb = {name: value + 1e-4 * int(seed) * (name != "dense") + float(sparsity) - 0.12 for name, value in bpb.items()}
+documents = {"bytes": [10, 20, 30], "nats": {a: [b * math.log(2) * n for n in (10, 20, 30)] for a, b in bpb.items()}}
+row = {f"{name}_bpb": value for name, value in bpb.items()}
+size = {"dense_total": 1000, "backbone_kept": 900, "active": 950, "stored": 1000}
+figures = {"mean": row, "domains": {"x": row}, "sparsity": {"body": float(sparsity)}, "parameters": size}
+figures |= {"config": {"model": {"backbone": "toy"}}, "seconds": 2.0, "tokens": 10}
+folder.mkdir()
+if "method" in words:
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+else:
+    (folder / "documents.json").write_text(json.dumps({"x": documents}))
+(folder / "results.json").write_text(json.dumps(figures))
+"""
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Folder of the runs, and a function that makes them by the stub."""
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB)
+    monkeypatch.setattr(arm_runs, "PROGRAM", [sys.executable, "-S", str(stub)])
+    monkeypatch.setattr("koff_lightning.plots.save", lambda figure, folder, name: None)  # a second each
+    out = tmp_path / "claims"
+
+    def go(*options):
+        status = main(["claims", "--out", str(out), *options])
+        calls = out / "calls.txt"
+        made = calls.read_text().split() if calls.exists() else []
+        calls.unlink(missing_ok=True)
+        return status, made
+
+    return out, go
+
+
+def report(out):
+    return json.loads((out / "claims.json").read_text())
+
+
+def test_all_arms_run_at_the_first_sparsity_and_few_at_the_others(runs, capsys):
+    out, go = runs
+    status, made = go("--seeds=2", "--sparsity=0.12,0.5", "--jobs=2")
+    assert status == 0
+    first = {f"{arm}-0.12-{seed}" for arm in ARMS for seed in (0, 1)}
+    others = {f"{arm}-0.5-0" for arm in ("koff", "no_memory", "flap", "flap_memory")}  # flap is best after memories
+    assert len(made) == len(set(made)) and set(made) == first | others
+    assert made.index("flap-0.12-1") < made.index("flap_memory-0.12-1")
+    found = report(out)
+    assert found["best_one_shot"] == "flap"
+    shown = {row["arm"]: row for row in found["arms"] if row["sparsity"] == 0.12}
+    assert set(shown) == {*ARMS, "dense", "memory_off", "swapped"}
+    assert shown["koff"]["bpb"] == pytest.approx([1.0, 1.0001])
+    assert shown["koff"]["gc_star"] == pytest.approx(1.0, abs=1e-3)
+    assert shown["dense"]["active"] == 1000 and shown["memory_off"]["active"] == 900
+    assert shown["koff"]["net"] == pytest.approx(-0.05)
+    assert {row["name"]: row["verdict"] for row in found["verdicts"]}["c"] == "supported"
+    page, said = (out / "claims.md").read_text(), capsys.readouterr().out
+    assert "| flap_memory |" in page and "## The curve" in page and "| 50 % |" in page
+    assert "4/4  " in said and "left" in said and "\x1b" not in said
+
+
+def test_what_is_done_is_not_repeated(runs):
+    _, go = runs
+    go("--seeds=1", "--arms=koff")
+    assert go("--seeds=2", "--arms=koff,no_memory")[1] == ["no_memory-0.12-0", "koff-0.12-1", "no_memory-0.12-1"]
+    assert go("--seeds=2", "--arms=koff,no_memory") == (0, [])
+
+
+def test_runs_of_other_options_are_refused(runs, capsys):
+    out, go = runs
+    go("--seeds=1", "--arms=koff")
+    assert go("--seeds=1", "--arms=koff", "--", "--trainer.max_steps=7") == (2, [])
+    assert "(trainer.max_steps is 300 there, 7 here): give another --out" in capsys.readouterr().err
+    done = out / "koff-0.12-0" / "options.json"
+    done.write_text(done.read_text().replace("seed_everything=0", "seed_everything=9"))
+    assert go("--seeds=1", "--arms=koff") == (2, [])
+    assert "other options (first: --seed_everything=9): give another --out" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(runs, capsys):
+    out, go = runs
+    (out / "koff-0.12-0").mkdir(parents=True)
+    (out / "koff-0.12-0" / "thesis.txt").touch()
+    assert go("--seeds=1", "--arms=koff") == (2, [])
+    assert "is no run of koff claims: give another --out" in capsys.readouterr().err
+    assert (out / "koff-0.12-0" / "thesis.txt").exists()
+
+
+def test_a_failing_arm_leaves_the_others_and_is_run_again(runs, capsys, monkeypatch):
+    out, go = runs
+    monkeypatch.setenv("FAIL", "flap-")
+    status, made = go("--seeds=2", "--arms=koff,flap_memory,two_stage")
+    assert status == 2
+    assert "flap_memory-0.12-0" not in made and "two_stage-0.12-1" in made
+    err = capsys.readouterr().err
+    assert "4 of 8 runs failed, first flap-0.12-0: the disk is full" in err and "repeats only what is missing" in err
+    assert [failure["run"] for failure in report(out)["failures"]].count("flap_memory-0.12-1") == 1
+    page = (out / "claims.md").read_text()
+    assert "Traceback" in page and "whose mask it needs, failed: the disk is full" in page
+    monkeypatch.delenv("FAIL")
+    status, made = go("--seeds=2", "--arms=koff,flap_memory,two_stage")
+    assert status == 0 and set(made) == {f"{arm}-0.12-{seed}" for arm in ("flap", "flap_memory") for seed in (0, 1)}
+    assert not report(out)["failures"]
+
+
+def test_when_every_run_fails_that_is_the_message(runs, capsys, monkeypatch):
+    monkeypatch.setenv("FAIL", "-")
+    assert runs[1]("--seeds=1", "--arms=koff")[0] == 2
+    assert "every run failed, first koff-0.12-0: the disk is full (log: " in capsys.readouterr().err
+
+
+def test_runs_on_other_documents_are_not_compared(runs, capsys):
+    out, go = runs
+    go("--seeds=1", "--arms=koff,no_memory")
+    path = out / "no_memory-0.12-0" / "documents.json"
+    path.write_text(path.read_text().replace("[10, 20, 30]", "[10, 20, 31]"))
+    assert go("--seeds=1", "--arms=koff,no_memory")[0] == 2
+    assert "scored on other documents than the other runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arms=koff,no_memry"], "no arm 'no_memry'. Did you mean 'no_memory'? There are koff, "),
+        (["--arms=koff,dense"], "arm 'dense' needs no run of its own: the run of koff scores it"),
+        (["--seeds=0"], "seeds must be 1 or more, got 0"),
+        (["--jobs=0"], "jobs must be 1 or more, got 0"),
+        (["--seeds=three"], "seeds must be int; got 'three'"),
+        (["--sparsity=0.12,1.5"], "sparsity must be different numbers between 0 and 1 with commas"),
+        (["--sparsity=twelve"], "as 0.12,0.25; got 'twelve'"),
+        (["--sparsity=0.12,0.12"], "must be different numbers"),
+        (["--config=tiny.yaml"], "config 'tiny.yaml' is neither a file here nor one that ships with the package"),
+        (["--", "--model.sparsty.target=1"], "Did you mean 'model.sparsity.target'?"),
+        (["--", "--ckpt_path=last.ckpt"], "starts every arm anew: leave ckpt_path out"),
+        (["--", "--model.kv=null"], "lora_equal and kv_equal need a config with model.lora and model.kv"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_run(runs, capsys, options, message):
+    out, go = runs
+    assert go(*options) == (2, [])
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not list(out.glob("*-*"))
+
+
+def test_an_arm_brings_what_it_needs():
+    assert chosen("flap_memory,koff") == ["koff", "flap", "flap_memory"]
+    assert Run("flap_memory", 0.25, 1).needs == Run("flap", 0.25, 1)
+    assert Run("koff", 0.25, 1).needs is None
+
+
+@pytest.mark.parametrize(("rank", "slots"), [(2, 4), (3, 5)])
+def test_equal_memories_have_the_parameters_that_are_said(tmp_path, rank, slots):
+    def size(lora, kv):
+        module = tiny_module(tmp_path, lora=lora, kv=kv)
+        module.configure_model()
+        return module.memories.size("en")
+
+    both = LoraSpec(rank, 2 * rank), KVSpec(slots)
+    module = tiny_module(tmp_path)
+    options = {"backbone": module.source, "revision": None, "trust_remote_code": False}
+    found = equal_memories(options | {"lora": {"rank": rank, "alpha": 2 * rank}, "kv": {"slots": slots}})
+    assert found["both"] == size(*both)
+    lora, kv = found["lora_equal"], found["kv_equal"]
+    assert lora["parameters"] == size(LoraSpec(lora["rank"]), None) >= found["both"]
+    assert kv["parameters"] == size(None, KVSpec(kv["slots"])) >= found["both"]
+    assert size(LoraSpec(lora["rank"] - 1), None) < found["both"] > size(None, KVSpec(kv["slots"] - 1))
+    assert lora["alpha"] / lora["rank"] == 2 and kv["ratio"] == kv["parameters"] / found["both"]
+
+
+@pytest.mark.slow
+def test_real_runs_of_a_tiny_model_on_toy_text(tmp_path, capsys):
+    model = tmp_path / "backbone"
+    tiny_model("llama", hidden_size=32, intermediate_size=24, head_dim=8, vocab_size=400).save_pretrained(model)
+    toy_tokenizer(tmp_path / "tokenizer")
+    for place, name in enumerate(("a", "b")):
+        write_jsonl(tmp_path / f"{name}.jsonl", toy_documents(120, seed=place))
+    config = tmp_path / "toy.yaml"
+    domains = {name: str(tmp_path / f"{name}.jsonl") for name in ("a", "b")}
+    data = {"domains": domains, "tokenizer": str(tmp_path / "tokenizer"), "seq_len": 32, "batch_size": 2}
+    sizes = {"backbone": str(model), "lora": {"rank": 2}, "kv": {"slots": 4}, "sparsity": {"min_channels": 4}}
+    trainer = {"max_steps": 4, "logger": False, "accelerator": "cpu"}
+    config.write_text(json.dumps({"model": sizes, "data": data, "trainer": trainer}))
+    options = ["--seeds=1", "--sparsity=0.2", "--arms=koff,magnitude_memory", "--jobs=2", f"--out={tmp_path / 'out'}"]
+    assert main(["claims", f"--config={config}", *options]) == 0, capsys.readouterr()
+    found = report(tmp_path / "out")
+    shown = {row["arm"]: row for row in found["arms"]}
+    assert set(shown) == {"koff", "dense", "memory_off", "swapped", "magnitude", "magnitude_memory"}
+    assert shown["koff"]["removed"] == pytest.approx(0.2, abs=0.01) == shown["magnitude_memory"]["removed"]
+    assert shown["magnitude"]["active"] < shown["magnitude_memory"]["active"]
+    assert {row["verdict"] for row in found["verdicts"]} == {"not decided"}  # of one seed
+    part = found["verdicts"][0]["parts"][0]["found"]
+    ratio = shown["koff"]["mean"] / shown["dense"]["mean"] - 1
+    assert part["value"] == pytest.approx(ratio, rel=1e-6) and part["low"] < ratio < part["high"]
+    for kind in ("png", "svg"):
+        assert {f"arms.{kind}", f"sparsity.{kind}"} <= {file.name for file in (tmp_path / "out" / "plots").iterdir()}
+    assert math.isfinite(shown["koff"]["seconds"])
+
+
+def test_options_after_a_lone_dash_reach_the_runs():
+    assert _resolved("tiny_12pct.yaml", None, ["--data.seq_len=64"])["data"]["seq_len"] == 64
+    assert _resolved("tiny_12pct.yaml", "some/model", [])["model"]["backbone"] == "some/model"

@@ -1,0 +1,45 @@
+"""`koff doctor`: what it finds, and that it imports no release known to be bad."""
+
+import subprocess
+import sys
+
+import pytest
+
+from koff_lightning import KoffError, doctor
+from koff_lightning.cli import main
+
+
+def test_a_sound_machine(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "hub" / "models--some--model").mkdir(parents=True)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "lightning 2." in said
+    assert "\ngloo       two processes add up a number\n" in said
+    assert "\nnetwork    is not used: HF_HUB_OFFLINE is set\n" in said
+    assert "\n           holds some/model\n" in said
+
+
+@pytest.mark.parametrize("name", ["lightning", "pytorch-lightning"])
+def test_a_bad_release_is_named_and_not_imported(tmp_path, name):
+    """In a process that finds the metadata of one, and a package that says when it is imported."""
+    info = tmp_path / f"{name.replace('-', '_')}-2.6.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.6.3\n")
+    for package in ("lightning", "pytorch_lightning", "torch", "transformers"):
+        (tmp_path / f"{package}.py").write_text(f"print('IMPORTED {package}')")
+    code = f"import sys; sys.argv = ['/bin/koff', 'doctor']; sys.path.insert(0, {str(tmp_path)!r}); "
+    code += "from koff_lightning.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"koff: {name} 2.6.3 steals credentials when imported (GHSA-w37p-236h-pfx3). Remove it" in done.stderr
+    assert "IMPORTED" not in done.stdout
+
+
+def test_processes_that_cannot_talk(monkeypatch, capsys):
+    assert "no answer in 0 s" in doctor.talk("gloo", timeout=0.01)
+    assert doctor.talk("carrier-pigeon").startswith(("ValueError", "AssertionError", "RuntimeError"))
+    monkeypatch.setattr(doctor, "talk", lambda backend: "a wall")
+    with pytest.raises(KoffError, match="two processes cannot work together by gloo: a wall"):
+        doctor.doctor()

@@ -1,0 +1,127 @@
+"""LAPE and its kin on rates of activity with a known answer."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from koff_lightning.analysis import Activations, entropy, identify, identify_weighted, stability
+from koff_lightning.errors import KoffError
+
+DOMAINS = ["de", "fr", "zh"]
+
+
+def published(rates: np.ndarray, rate: float, bar: float) -> tuple[set[int], list[set[int]]]:
+    """The selection as the paper's formulas say it, neuron by neuron, in plain Python."""
+    flat = sorted(float(value) for row in rates for value in row)
+    threshold = flat[round(len(flat) * bar) - 1]
+    scored = []
+    for number, row in enumerate(rates):
+        if max(row) > threshold:
+            shares = [value / sum(row) for value in row]
+            scored.append((-sum(q * math.log(q) for q in shares if q > 0), number))
+    chosen = {number for _, number in sorted(scored)[: round(rate * len(rates))]}
+    return chosen, [{n for n in chosen if rates[n, k] > threshold} for k in range(rates.shape[1])]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_is_the_formula_of_the_paper(seed):
+    rates = np.random.default_rng(seed).beta(0.3, 1.5, (400, 3))
+    rates[::7] = 0.0  # neurons that are never active
+    found = identify(rates, DOMAINS, rate=0.05, bar=0.9)
+    chosen, by_domain = published(rates, 0.05, 0.9)
+    assert set(np.flatnonzero(found.selected)) == chosen
+    assert [set(np.flatnonzero(column)) for column in found.assigned.T] == by_domain
+    assert found.tied == 0
+
+
+def test_constructed_rates_have_a_known_answer():
+    """100 neurons: three specialists, one of two domains, four for all; the rest hardly ever active."""
+    rates = np.full((100, 3), 0.01)
+    rates[[10, 11, 12]] = np.eye(3) * 0.5 + 1e-4
+    rates[20] = [0.4, 0.4, 1e-4]
+    rates[[30, 31, 32, 33]] = 0.6
+    rates[40] = [0.0099, 0.0, 0.0]  # the purest of all, and too rare to count
+    found = identify(rates, DOMAINS, rate=0.04, bar=0.94)
+    assert set(np.flatnonzero(found.selected)) == {10, 11, 12, 20}
+    assert np.isinf(found.entropy[40])
+    assert [list(np.flatnonzero(column)) for column in found.assigned.T] == [[10, 20], [11, 20], [12]]
+    everywhere = {30, 31, 32, 33}
+    assert {name: set(np.flatnonzero(kind)) for name, kind in found.general.items()} == dict.fromkeys(
+        ("G1", "G2", "G3"), everywhere
+    )
+    classes = found.classes()
+    assert list(classes) == ["specific", "specific:de", "specific:fr", "specific:zh", "G1", "G2", "G3"]
+    assert found.table().set_index("class")["neurons"].to_dict()["specific"] == 4
+
+
+def test_entropy_at_its_ends():
+    rates = np.array([[0.2, 0.2, 0.2], [0.0, 0.9, 0.0], [0.0, 0.0, 0.0]])
+    assert entropy(rates) == pytest.approx([math.log(3), 0.0, 0.0])
+
+
+def test_ties_are_taken_in_order_and_told():
+    rates = np.zeros((10, 3))
+    rates[:4, 0] = 0.5  # four alike, two to be taken
+    found = identify(rates, DOMAINS, rate=0.2, bar=0.5)
+    assert list(np.flatnonzero(found.selected)) == [0, 1]
+    assert found.tied == 2
+
+
+def test_fewer_pass_the_filter_than_are_asked_for():
+    rates = np.zeros((10, 3))
+    rates[3, 1] = 0.5
+    assert list(np.flatnonzero(identify(rates, DOMAINS, rate=0.5, bar=0.9).selected)) == [3]
+
+
+def test_the_variant_avoids_neurons_that_are_active_everywhere():
+    random = np.random.default_rng(0)
+    rates = random.beta(0.3, 1.5, (300, 3))
+    rates[:30] = random.uniform(0.8, 1.0, (30, 3))
+    found = identify_weighted(rates, DOMAINS, rate=0.1, bar=0.8)
+    assert 0 < found.weight <= 0.2
+    assert not (rates[found.selected] > found.bar).all(1).any()
+    heavy = identify_weighted(rates, DOMAINS, rate=0.1, bar=0.8, weight=50.0)
+    assert heavy.selected[:30].sum() > 10, "a large weight asks for nothing but activity"
+
+
+def test_bad_input_is_named():
+    rates = np.full((50, 1), 0.1)
+    with pytest.raises(KoffError, match="compares domains and there is only 'de'.*two or more.*knock-out"):
+        identify(rates, ["de"])
+    with pytest.raises(KoffError, match=r"0\.01 of 30 neurons is less than one: raise rate to 0\.0333"):
+        identify(np.full((30, 3), 0.1), DOMAINS)
+    with pytest.raises(KoffError, match="rate and bar must lie between 0 and 1"):
+        identify(np.full((30, 3), 0.1), DOMAINS, rate=2.0)
+    with pytest.raises(KoffError, match=r"rates must be \[neurons, 3 domains\]"):
+        identify(rates, DOMAINS)
+
+
+def sums_of(rates: np.ndarray, tokens: int, seed: int = 0) -> Activations:
+    """What a pass over independent tokens would have counted."""
+    positive = np.random.default_rng(seed).binomial(tokens, rates.T, (2, *rates.T.shape))
+    count = len(rates)
+    zeros = torch.zeros(2, rates.shape[1], count, dtype=torch.float64)
+    tokens = torch.full((2, rates.shape[1]), tokens)
+    layer = torch.zeros(count, dtype=torch.int64)
+    return Activations(DOMAINS, "x", layer, torch.ones(count), tokens, torch.from_numpy(positive), zeros, zeros)
+
+
+def test_stability_says_how_much_text_is_needed():
+    rates = np.random.default_rng(1).beta(0.5, 2.0, (2000, 3))
+    little, much = stability(sums_of(rates, 150)), stability(sums_of(rates, 400_000))
+    assert much.enough
+    assert much.needed is None
+    assert much.jaccard >= 0.8 > little.jaccard > little.chance
+    assert not little.enough
+    assert little.tokens == 300
+    assert f"about {little.needed:,} of each are needed" in little.sentence
+    assert stability(sums_of(rates, 2 * little.needed, seed=2)).jaccard > 0.7, "the forecast is of the right size"
+
+
+def test_all_text_of_a_domain_in_one_half():
+    sums = sums_of(np.full((200, 3), 0.2), 100)
+    sums.tokens[1, 2] = 0
+    with pytest.raises(KoffError, match="one half of the documents holds no text of domain 'zh'"):
+        stability(sums)

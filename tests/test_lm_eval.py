@@ -1,0 +1,150 @@
+"""LMEval in a run, KoffLM against stock HFLM, and bad input; offline tasks alone."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lm_eval.models.huggingface import HFLM
+from tiny_artefact import tiny_artefact, tiny_decomposition
+from tiny_run import RandomText, tiny_trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec, lm_tasks
+from koff_lightning.callbacks import LMEval, LMEvalTask
+from koff_lightning.cli import main
+from koff_lightning.harness import KoffLM, quiet, score
+from koff_lightning.undisturbed import undisturbed
+
+TASK = "koff_cloze_en"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Folder of a random dense model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("dense")
+    tiny_decomposition(folder)
+    return folder / "dense"
+
+
+def load(*names):
+    with quiet():
+        return lm_tasks.load_tasks(list(names))
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values, self.seen = [], {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append((float(outputs["loss"]), torch.get_rng_state().sum().item()))
+        self.seen = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("lm_eval/")}
+
+
+def run(dense, folder, *evals, steps=4):
+    torch.manual_seed(0)
+    options = {"lora": LoraSpec(rank=2), "kv": KVSpec(slots=4), "sparsity": SparsitySpec(target=0.2, min_channels=4)}
+    module = KOFFModule(str(dense), domains=["en", "law"], **options)
+    losses = Losses()
+    tiny_trainer(folder, [*evals, losses], steps).fit(module, RandomText())
+    return losses, module
+
+
+def test_a_run_is_the_same_with_and_without_and_monitors_see_the_scores(dense, tmp_path):
+    evaluation = LMEval([LMEvalTask(TASK, "en", limit=4)], every_n_steps=2, dense=True, memory_off=True)
+    (plain, one), (watched, other) = run(dense, tmp_path), run(dense, tmp_path, evaluation)
+    assert plain.values == watched.values
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert {f"lm_eval/{c}/{TASK}/acc_bytes" for c in ("en", "dense", "memory_off")} <= watched.seen.keys()
+    assert evaluation.scores["en"][TASK]["acc"] == watched.seen[f"lm_eval/en/{TASK}/acc"]
+
+
+def test_the_dense_model_scores_exactly_as_with_stock_hflm(dense):
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    with quiet():
+        stock = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(dense), batch_size=8)
+        stock.check_finite = lambda: None
+        tasks = load(TASK, "koff_bpb_en")
+        assert score(KoffLM(str(dense), batch_size=8, device="cpu"), tasks, limit=3) == score(stock, tasks, limit=3)
+
+
+@pytest.mark.filterwarnings("always:lm_eval")
+def test_a_failed_evaluation_does_not_lose_the_run_unless_strict(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(LMEval, "_score", lambda *_: 1 / 0)
+    with pytest.warns(match="failed at step 4, training goes on: ZeroDivisionError"):
+        assert len(run(dense, tmp_path, LMEval([LMEvalTask(TASK, "en", limit=2)]))[0].values) == 4
+    with pytest.raises(ZeroDivisionError):
+        run(dense, tmp_path, LMEval([LMEvalTask(TASK, "en", limit=2)], strict=True))
+
+
+def test_bad_input_is_refused_before_training(dense, tmp_path, monkeypatch):
+    index = lm_tasks._index
+    monkeypatch.setattr(lm_tasks, "_index", lambda path, metadata, _: index(path, metadata, False))
+    with pytest.raises(KoffError, match="has no task 'koff_clze'. Did you mean 'koff_cloze'"):
+        run(dense, tmp_path, LMEval([LMEvalTask("koff_clze", "en")]))
+    with pytest.raises(KoffError, match="domain 'fr', but this run has memories for en, law"):
+        run(dense, tmp_path, LMEval([LMEvalTask(TASK, "fr")]))
+    with pytest.raises(KoffError, match="limit must be a number of samples"):
+        run(dense, tmp_path, LMEval([LMEvalTask(TASK, "en", limit=0)]))
+    with pytest.raises(KoffError, match="leaves 1 for 2 processes: each needs one"):
+        lm_tasks.check_counts(load(TASK), 1, 2)
+    monkeypatch.setattr(lm_tasks, "version", lambda _: "0.4.9")
+    with pytest.raises(KoffError, match="lm-eval 0.4.9 is installed, but >=0.4.13,<0.5 is needed"):
+        lm_tasks.load_tasks([TASK])
+
+
+def test_log_likelihoods_that_are_no_numbers(dense):
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(KoffError, match="log-likelihoods are not finite"):
+        score(KoffLM(model, batch_size=4), load(TASK), limit=2)
+
+
+def test_the_command_scores_an_artefact_by_domain(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # asks pip and the compiler: seconds
+    made = tiny_artefact(tmp_path)
+    options = ["--tasks", TASK, "--limit", "3", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    assert main(["lm-eval", "--model", str(made.folder), "--domains", "de,law", "--memory-off", *options]) == 0
+    head, row = (line for line in capsys.readouterr().out.splitlines() if "metric" in line or TASK in line)
+    assert head.split() == ["task", "metric", "de", "law", "none"]
+    assert row.split()[:2] == [TASK, "acc_bytes"] and row.count("±") == 3
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"de", "law", "none"}
+    assert list((tmp_path / "out" / "de").rglob("samples_*.jsonl"))
+    assert main(["lm-eval", "--model", str(made.folder), "--domain", "xx", *options]) == 2
+    assert "has no memory for 'xx'; it has de, fr, law" in capsys.readouterr().err
+
+
+def test_the_data_are_what_the_script_makes(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/koff_tiny"))
+    import build_tasks
+
+    build_tasks.build(tmp_path)
+    for made in tmp_path.glob("*.xz"):
+        assert lm_tasks._rows(made) == lm_tasks._rows(lm_tasks.FOLDER / "data" / made.name)
+
+
+def test_looking_at_a_module_leaves_no_trace_even_when_it_fails(tmp_path):
+    """lm-eval seeds all generators, puts the model in eval mode, and reads with other gates and memories."""
+    module = tiny_decomposition(tmp_path).train()
+    module.gates.set(torch.rand(2, len(module.gates.logits)))
+    module.memories.activate(["de", None])
+    routes = module.memories.routes
+
+    def state():
+        modes = [part.training for part in module.modules()]
+        return modes, id(module.gates._columns), routes.names, routes.order, id(routes.rows), routes.groups
+
+    before = state()
+    draws = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    with pytest.raises(ZeroDivisionError), undisturbed(module):
+        seed_everything(1234, verbose=False)
+        module.gates.set(None)
+        module.memories.activate(["law"] * 3)
+        assert not module.training and not torch.is_grad_enabled()
+        raise ZeroDivisionError
+    assert state() == before and torch.is_grad_enabled()
+    assert draws == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]

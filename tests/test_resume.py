@@ -1,0 +1,245 @@
+"""Runs that are stopped at any moment go on as if they had not been: SIGKILL, SIGTERM, damaged files, other options."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import torch
+import yaml
+
+from koff_lightning import KoffError, KOFFModule
+from koff_lightning.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from koff_lightning.cli import main
+from koff_lightning.run_folder import alone_in, new_version
+
+LOGGED = ("step", "epoch", "train/", "sparsity/", "penalty/", "val/")  # the other columns are times and memory
+STEPS = 8
+
+
+@pytest.fixture
+def run_in(tmp_path, monkeypatch):
+    """`koff fit` for real in a folder of that name, a few steps on little text."""
+    monkeypatch.chdir(tmp_path)
+    small = {"seq_len": 64, "batch_size": 4, "max_train_bytes": 20_000, "max_heldout_bytes": 1_500}
+    often = {"check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": STEPS, "log_every_n_steps": 1}
+    options = {
+        "data": {"domains": {"de": "bundled:de", "python": "bundled:python"}} | small,
+        "trainer": {"accelerator": "cpu", "num_sanity_val_steps": 0, "enable_progress_bar": False} | often,
+        "checkpoint": {"every_n_train_steps": 2},
+        "export": {"enabled": False},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(options))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda root, *argv: main(["fit", "--config", "mine.yaml", f"--trainer.default_root_dir={root}", *argv])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Folder of a run that nothing stopped, made by the first test that asks for it."""
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
+def end_of(root):
+    """Trained state and log of a run."""
+    state = read_checkpoint(newest_checkpoint([root]))
+    newest = max(Path(root).glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
+    with (newest / "metrics.csv").open(newline="") as lines:
+        log = [{k: v for k, v in row.items() if k.startswith(LOGGED)} for row in csv.DictReader(lines)]
+    return state["global_step"], state["state_dict"], log
+
+
+def check_same_end(one, other):
+    (steps, weights, log), (other_steps, other_weights, other_log) = end_of(one), end_of(other)
+    assert steps == other_steps == STEPS
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+    assert log == other_log
+    assert [row["step"] for row in log if row["train/loss"]] == [str(step) for step in range(STEPS)]
+    assert (Path(one) / "results.json").is_file()
+
+
+def at(monkeypatch, hook, step, do):
+    """Do something in mid-run."""
+    original = getattr(KOFFModule, hook)
+
+    def hooked(module, *args):
+        if module.trainer.training | module.trainer.validating and module.global_step == step:
+            do()
+        return original(module, *args)
+
+    monkeypatch.setattr(KOFFModule, hook, hooked)
+
+
+def pull_the_plug():
+    raise RuntimeError("pulled the plug")
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [("training_step", 1), ("training_step", 5), ("on_validation_epoch_start", 4), ("on_test_epoch_start", STEPS)],
+    ids=["before the first checkpoint", "between checkpoints", "validating", "scoring after the last step"],
+)
+def test_a_run_cut_off_anywhere_goes_on_as_if_nothing_had_happened(run_in, straight, monkeypatch, hook, step):
+    if not straight.exists():
+        assert run_in(straight) == 0
+    with monkeypatch.context() as patch:
+        at(patch, hook, step, pull_the_plug)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run_in("cut")
+    assert run_in("cut", "--ckpt_path", "last") == 0
+    check_same_end("cut", straight)
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, straight, monkeypatch, capsys):
+    if not straight.exists():
+        assert run_in(straight) == 0
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_in("cut") == 128 + signal.SIGTERM
+    assert "koff: asked to end; go on with --ckpt_path last" in capsys.readouterr().err
+    assert read_checkpoint(newest_checkpoint(["cut"]))["global_step"] == 5, "of this very step"
+    assert run_in("cut", "--ckpt_path", "last") == 0
+    check_same_end("cut", straight)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_in, straight, monkeypatch):
+    if not straight.exists():
+        assert run_in(straight) == 0
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 5, pull_the_plug)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run_in("cut")
+    folder = Path("cut/version_0/checkpoints")
+    assert {path.name for path in folder.iterdir()} == {"epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt", "last.ckpt"}
+    os.truncate(folder / "last.ckpt", 100_000)
+    with ZipFile(folder / "epoch=0-step=4.ckpt") as archive:
+        tensor = max(archive.infolist(), key=lambda record: record.file_size)
+    with (folder / "epoch=0-step=4.ckpt").open("r+b") as file:  # one bit in the middle of a tensor
+        place = tensor.header_offset + tensor.file_size // 2
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    with pytest.warns(UserWarning, match=r"cannot read .*An earlier checkpoint is used") as said:
+        assert newest_checkpoint(["cut"]).name == "epoch=0-step=2.ckpt"
+    assert {name for name in ("step=2", "step=4", "last") if any(name in str(w.message) for w in said)} == {
+        "step=4",
+        "last",
+    }
+    with pytest.warns(UserWarning, match="An earlier checkpoint is used"):
+        assert run_in("cut", "--ckpt_path", "last") == 0
+    check_same_end("cut", straight)
+
+
+# ----------------------------------------------------------------------------------------------- one checkpoint
+
+
+def saved(path, step=1, **parts):
+    content = {"koff": {}, "hyper_parameters": {}, "state_dict": {}, "global_step": step} | parts
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    return path
+
+
+def test_the_newest_is_that_of_the_last_run_whatever_the_clock_says(tmp_path):
+    paths = [saved(tmp_path / f"version_{v}/checkpoints/{s}.ckpt", s) for v, s in ((2, 500), (10, 100), (10, 200))]
+    for age, path in enumerate(reversed(paths)):
+        os.utime(path, (10**9 - age, 10**9 - age))
+    assert newest_checkpoint([tmp_path]) == paths[2]
+    paths[1].unlink()
+    paths[2].unlink()
+    assert newest_checkpoint([tmp_path]) == paths[0]
+    assert newest_checkpoint([tmp_path / "version_10"]) is None
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.ckpt", 1)
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        KoffError, match=r"cannot write .*a.ckpt: No space left on device. Earlier checkpoints are intact"
+    ):
+        saved(path, 2)
+    assert read_checkpoint(path)["global_step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"extra": Payload()}, "cannot read .* as a checkpoint"),
+        ({"hyper_parameters": {"_instantiator": "os.system"}}, r"names code to be run \(_instantiator\)"),
+        ({"hyper_parameters": {"_class_path": "os.system"}}, r"names code to be run \(_class_path\)"),
+        ({"hyper_parameters": None}, "is not a checkpoint of `koff fit`"),
+    ],
+)
+def test_hostile_checkpoints_are_refused_and_nothing_runs(tmp_path, monkeypatch, capsys, parts, message):
+    monkeypatch.chdir(tmp_path)
+    path = saved(tmp_path / "bad.ckpt", **parts)
+    with pytest.raises(KoffError, match=message):
+        read_checkpoint(path)
+    with pytest.raises(KoffError, match=message):
+        KOFFModule.load_from_checkpoint(path, weights_only=False)
+    assert main(["export", "--ckpt", str(path), "--out", "out"]) == 2
+    assert main(["test", "--config", "demo.yaml", "--trainer.logger=false", "--trainer.accelerator=cpu"]) == 2
+    assert not Path("executed").exists()
+
+
+def test_code_of_a_models_repository_does_not_run_because_a_checkpoint_says_so(tmp_path, monkeypatch):
+    asked = {}
+
+    def build(self, *_, **loading):
+        asked.update(loading)
+        raise InterruptedError
+
+    monkeypatch.setattr("koff_lightning.decomposition.Decomposition.__init__", build)
+    path = saved(
+        tmp_path / "a.ckpt",
+        hyper_parameters={"domains": ["en"], "trust_remote_code": True},
+        **{"pytorch-lightning_version": "2.6.6"},
+    )
+    with pytest.raises(InterruptedError):
+        KOFFModule.load_from_checkpoint(path)
+    assert asked["trust_remote_code"] is False
+
+
+# --------------------------------------------------------------------------------------------------- one folder
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with alone_in(tmp_path / "run"):
+        with (
+            pytest.raises(KoffError, match="another run is going on in .*run: wait for it, or give"),
+            alone_in(tmp_path / "run"),
+        ):
+            pass
+        with alone_in(tmp_path / "other"):
+            pass
+    with alone_in(tmp_path / "run"):
+        assert [new_version(tmp_path / "run") for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for ask in (lambda: new_version(tmp_path / "file" / "run"), alone_in(tmp_path / "file" / "run").__enter__):
+        with pytest.raises(KoffError, match="cannot write the run's folder .*: Not a directory. Give --trainer"):
+            ask()
+
+
+def test_last_without_any_checkpoint(run_in, capsys):
+    assert main(["test", "--config", "mine.yaml", "--ckpt_path", "last"]) == 2
+    assert "there is no checkpoint below runs/mine" in capsys.readouterr().err
+    assert run_in("x", "--ckpt_path", "best") == 2
+    assert "give a checkpoint file, or `last`" in capsys.readouterr().err

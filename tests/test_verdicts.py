@@ -1,0 +1,78 @@
+"""The rules of docs/claims.md, on figures that decide them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from koff_lightning import verdicts
+from koff_lightning.arms import AFTER
+from koff_lightning.bootstrap import Sample
+from koff_lightning.verdicts import CLAIMS, judge
+
+HOLDS = {"dense": 1.2, "dense_memory": 1.19, "koff": 1.195, "no_memory": 1.3, "two_stage": 1.25}
+HOLDS |= {"lora_equal": 1.22, "kv_equal": 1.23} | dict.fromkeys(AFTER, 1.24)
+
+
+def judged(figures, noise=1e-4, seeds=(0, 1, 2)):
+    draws = {
+        arm: value + noise * np.random.default_rng(i).normal(size=10_000)
+        for i, (arm, value) in enumerate(figures.items())
+    }
+
+    def sample_of(arms):
+        if set(arms) - set(figures):
+            return Sample({}, {}, [])
+        return Sample({arm: figures[arm] for arm in arms}, {arm: draws[arm] for arm in arms}, seeds)
+
+    return {verdict.name: verdict for verdict in judge(sample_of)}
+
+
+def test_all_claims_can_hold():
+    assert {verdict.word for verdict in judged(HOLDS).values()} == {"supported"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "claims"),
+    [
+        ({"koff": 1.213}, {"a", "a, fair", "b"}),  # 1.1 % above dense, GC* = 0.87
+        ({"dense_memory": 1.15, "koff": 1.19}, {"a, fair"}),
+        ({"no_memory": 1.211}, {"b"}),  # 0.9 %: inside the margin
+        ({"koff": 1.209, "dense_memory": 1.2}, {"b"}),  # 0.9 % lost, GC* = 0.91
+        ({"dense_memory": 1.1, "koff": 1.151}, {"a, fair", "b, fair"}),
+        ({"kv_equal": 1.19}, {"c"}),
+        ({"random_memory": 1.19}, {"d"}),
+        ({"two_stage": 1.19}, {"d"}),
+    ],
+)
+def test_each_can_fail(changed, claims):
+    found = judged(HOLDS | changed)
+    assert {name for name, verdict in found.items() if verdict.word == "not supported"} == claims
+    assert {verdict.word for name, verdict in found.items() if name not in claims} == {"supported"}
+
+
+def test_an_interval_across_the_bound_decides_nothing():
+    found = judged(HOLDS | {"koff": 1.2115}, noise=0.005)["a"]
+    assert found.word == "not decided"
+    assert found.findings[0].found.low < verdicts.MARGIN < found.findings[0].found.high
+
+
+def test_one_seed_or_a_missing_arm_decides_nothing():
+    assert {verdict.word for verdict in judged(HOLDS, seeds=(0,)).values()} == {"not decided"}
+    found = judged({arm: value for arm, value in HOLDS.items() if arm != "kv_equal"})
+    assert found["c"].word == "not decided"
+    assert found["c"].findings[1].why == "no common seed of koff, kv_equal"
+    assert found["d"].word == "supported"
+
+
+def test_one_part_that_fails_decides_whatever_the_others_lack():
+    figures = {arm: value for arm, value in HOLDS.items() if arm != "flap_memory"} | {"two_stage": 1.19}
+    assert judged(figures)["d"].word == "not supported"
+
+
+def test_the_page_has_the_rules_of_the_code():
+    page = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
+    for name, (claim, _) in CLAIMS.items():
+        assert f"| ({name}) | {claim.partition(':')[0]}" in page
+    assert f"{verdicts.LEVEL:.1%}".replace("%", " %") in page
+    assert "< 1 %" in page and verdicts.MARGIN == 0.01 and "0.95 (m - d)" in page and verdicts.RECOVERED == 0.95

@@ -1,5 +1,6 @@
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 

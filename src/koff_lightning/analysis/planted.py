@@ -23,7 +23,7 @@ from koff_lightning.backbone import PrunableGroup, prunable_groups
 from koff_lightning.errors import KoffError
 
 SHARP = 1.2  # size of a gate's weights; a hidden state of the first layer is scaled up by about 3.5
-LOUDNESS = 0.0015  # standard deviation of what a general neuron writes: all together less than the embedding
+LOUDNESS = 0.0075  # of all general neurons of a layer together, so that they stay quieter than the embedding
 SPREAD = 0.5  # of the logarithm of a neuron's loudness: within a class, neurons differ in importance
 STAY, SPEAK = 8.0, 4.0  # weights of the head on the domain (no text leaves its own) and on the next place
 BOS, EOS = 0, 1
@@ -63,14 +63,14 @@ class Planted:
 
 def plant(
     folder: str | Path,
-    domains: Sequence[str] = ("a", "b", "c"),
+    domains: Sequence[str] = ("a", "b", "c", "d", "e", "f"),
     *,
     layers: int = 2,
-    general: int = 24,
+    general: int = 48,
     special: int = 8,
-    places: int = 16,
-    emphasis: float = 1.0,
-    documents: int = 300,
+    places: int = 24,
+    emphasis: float = 1.3,
+    documents: int = 150,
     words: int = 64,
     seed: int = 0,
 ) -> Planted:
@@ -168,7 +168,7 @@ def _write_neurons(
     gate[:, first : first + places] = 2.0 * half
     gate *= SHARP
     up[:, 0] = 1.0
-    loudness = LOUDNESS * torch.exp(SPREAD * torch.randn(width, generator=random))
+    loudness = LOUDNESS * torch.exp(SPREAD * torch.randn(width, generator=random)) / (~special).sum().sqrt()
     loudness *= torch.where(special, emphasis * domains**0.5, 1.0)  # firing in one of D domains, its square counts 1/D
     down[first + places : first + 2 * places] = torch.randn(places, width, generator=random) * loudness
 

@@ -143,15 +143,16 @@ class DomainDataModule(LightningDataModule):
 
     def _read_head(self, name: str, source: DomainSource) -> Texts:
         """Held-out text and a sample of the training text; takes note of what is to be streamed."""
-        shards = domain_shards(source)
+        shards, on_bad = domain_shards(source), BadLines(name, self.on_bad_line)
         texts = read_head(
             name,
             shards,
             heldout_fraction=self.heldout_fraction,
             max_heldout_bytes=self.max_heldout_bytes,
             train_bytes=SAMPLE,
-            on_bad=BadLines(name, self.on_bad_line),
+            on_bad=on_bad,
         )
+        on_bad.report()
         streamed = [(shard, side) for shard, side in shards if side != "held out"]
         wanted = IsTraining([side for _, side in streamed], self.heldout_fraction, frozenset(texts.heldout))
         on_bad = BadLines(name, self.on_bad_line, endless=True)

@@ -76,6 +76,9 @@ class RowStream:
         self.place = place or Place()
         self._rows = self._all_rows()
 
+    def __iter__(self) -> Iterator[tuple[PackedRows, int]]:
+        return self
+
     def __next__(self) -> tuple[PackedRows, int]:
         return next(self._rows)
 

@@ -78,6 +78,17 @@ def test_p_values_are_uniform_under_the_null_and_small_when_enriched():
     assert np.mean([found.mh_low < 5 < found.mh_high for found in planted]) > 0.8
 
 
+def test_the_permutation_is_the_hypergeometric_tail():
+    """One stratum: P(X >= 4) and P(X <= 4) of 40 neurons, 10 marked, 9 removed."""
+    from scipy.stats import hypergeom
+
+    found = enrichment(*of_tables((4, 6, 5, 25)), draws=40_000)
+    law = hypergeom(40, 10, 9)
+    assert found.p_more == pytest.approx(law.sf(3), abs=0.01)
+    assert found.p_less == pytest.approx(law.cdf(4), abs=0.01)
+    assert enrichment(*of_tables((10, 0, 0, 90)), draws=99).p_more == 0.01, "never below one over all draws"
+
+
 def test_cells_take_the_firing_rate_out():
     """Rare neurons are removed and specialists are rare: enriched by layer, not among equally rare neurons."""
     random = np.random.default_rng(3)
@@ -159,13 +170,18 @@ def test_the_ratio_of_two_ways_of_pruning():
         chance = base / (1 - base) * np.where(marked, odds, 1.0)
         return [np.random.default_rng(seed).random(600) < chance / (1 + chance) for seed in seeds]
 
-    eager, even, again = masks(6.0, range(5)), masks(1.0, range(10, 15)), masks(6.0, range(20, 25))
+    eager, even, again = masks(6.0, range(30, 35)), masks(1.0, range(10, 15)), masks(6.0, range(20, 25))
     found = odds_ratio_ratio(eager, even, marked, layer, draws=300)
     assert found.ratio == pytest.approx(found.first / found.second)
     assert 2 < found.low < found.ratio < found.high
     assert (found.seeds, found.note) == ((5, 5), "")
     same = odds_ratio_ratio(eager, again, marked, layer, draws=300)
     assert same.low < 1 < same.high
+    # Seeds that are all alike leave the chance of the neurons; unlike ones add to it.
+    alike = odds_ratio_ratio([eager[0]] * 5, [even[0]] * 5, marked, layer, draws=300)
+    assert alike.low < alike.ratio < alike.high
+    mixed = odds_ratio_ratio([*even[:2], *eager[:3]], [even[0]] * 5, marked, layer, draws=300)
+    assert math.log(mixed.high / mixed.low) > 1.2 * math.log(alike.high / alike.low)
     one = odds_ratio_ratio(eager, even[:1], marked, layer, draws=100)
     assert "1 seed of one way" in one.note
 
@@ -174,15 +190,15 @@ def test_overlap_against_chance():
     random = np.random.default_rng(0)
     layer = np.repeat([0, 1], [300, 700])
 
-    def mask() -> np.ndarray:
-        chosen = [random.choice(300, 60, replace=False), 300 + random.choice(700, 84, replace=False)]
+    def mask(first: int = 60, second: int = 84) -> np.ndarray:
+        chosen = [random.choice(300, first, replace=False), 300 + random.choice(700, second, replace=False)]
         return np.isin(np.arange(1000), np.concatenate(chosen))
 
-    found = [overlap(mask(), mask(), layer) for _ in range(400)]
-    assert found[0].expected == pytest.approx(60 * 60 / 300 + 84 * 84 / 700)
-    assert np.mean([one.both for one in found]) == pytest.approx(found[0].expected, abs=4 * found[0].sd / 20)
-    assert np.std([one.both for one in found]) == pytest.approx(found[0].sd, rel=0.15)
-    assert found[0].chance == pytest.approx(22.08 / (288 - 22.08))
+    found = [overlap(mask(), mask(150, 350), layer) for _ in range(1500)]
+    assert found[0].expected == pytest.approx(60 * 150 / 300 + 84 * 350 / 700)
+    assert np.mean([one.both for one in found]) == pytest.approx(found[0].expected, abs=4 * found[0].sd / 38)
+    assert np.std([one.both for one in found]) == pytest.approx(found[0].sd, rel=0.08)
+    assert found[0].chance == pytest.approx(72 / (144 + 500 - 72))
     same = mask()
     assert overlap(same, same, layer).jaccard == 1.0
     assert math.isnan(overlap(np.zeros(1000, bool), same, layer).z)

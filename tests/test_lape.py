@@ -56,6 +56,11 @@ def test_constructed_rates_have_a_known_answer():
     assert found.table().set_index("class")["neurons"].to_dict()["specific"] == 4
 
 
+def test_the_bar_is_the_published_order_statistic():
+    rates = np.arange(1, 301).reshape(100, 3) / 1000  # 300 rates: the 285th is the bar
+    assert identify(rates, DOMAINS, rate=0.05, bar=0.95).bar == 0.285
+
+
 def test_entropy_at_its_ends():
     rates = np.array([[0.2, 0.2, 0.2], [0.0, 0.9, 0.0], [0.0, 0.0, 0.0]])
     assert entropy(rates) == pytest.approx([math.log(3), 0.0, 0.0])

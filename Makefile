@@ -37,7 +37,7 @@ lint: .venv/installed ## check style, sizes and the one-way imports
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: .venv/installed ## cost of a training step against LoRA alone; speed of exported models
-	$(BIN)/python -m koff_lightning.bench
+	$(BIN)/python -m koff_lightning.commands.bench
 	$(BIN)/koff bench serve
 
 notebooks: .venv/notebooks-installed ## run every notebook from top to bottom

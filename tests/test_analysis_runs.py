@@ -26,9 +26,9 @@ from koff_lightning.analysis import (
 )
 from koff_lightning.analysis.scoring import own_memory, score, under
 from koff_lightning.analysis.transfer import Transfer
+from koff_lightning.artefact.export import export
 from koff_lightning.backbone import load_tokenizer
 from koff_lightning.errors import KoffError
-from koff_lightning.export import export
 from koff_lightning.memory import LoraSpec
 
 

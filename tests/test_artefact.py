@@ -11,8 +11,9 @@ import torch
 from tiny_models import tiny_model
 from toy_text import toy_tokenizer
 
-from koff_lightning import KoffError, load_tokenizer, new_folder
-from koff_lightning.artefact import (
+from koff_lightning import KoffError, load_tokenizer
+from koff_lightning.artefact import new_folder
+from koff_lightning.artefact.folder import (
     BACKBONE,
     CARD,
     MANIFEST,
@@ -24,8 +25,8 @@ from koff_lightning.artefact import (
     tokenizer_hash,
     verify,
 )
+from koff_lightning.artefact.mask_description import describe_mask, hash_description, mask_hash
 from koff_lightning.backbone import prunable_groups
-from koff_lightning.mask_description import describe_mask, hash_description, mask_hash
 
 SUM = {"sha256": "", "size": 0}
 

@@ -9,9 +9,9 @@ from tiny_models import tiny_model
 
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.backbone import parameter_counts, prunable_groups
-from koff_lightning.baselines import Moments, compensation, input_moments, scores
 from koff_lightning.data.calibration import CalibrationText
 from koff_lightning.data.packing import TokenStream, pack
+from koff_lightning.evaluation.baselines import Moments, compensation, input_moments, scores
 from koff_lightning.sparsity import Budget
 
 FAMILIES = ("llama", "qwen2", "qwen3")

@@ -9,10 +9,10 @@ from tiny_models import tiny_model
 from tiny_run import tiny_module
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
-from koff_lightning import arm_runs
-from koff_lightning.arms import ARMS, Run, chosen, equal_memories
-from koff_lightning.claims import _resolved
 from koff_lightning.cli import main
+from koff_lightning.evaluation import arm_runs
+from koff_lightning.evaluation.arms import ARMS, Run, chosen, equal_memories
+from koff_lightning.evaluation.claims import _resolved
 from koff_lightning.memory import KVSpec, LoraSpec
 
 # Writes what a run leaves, with bits per byte that tell arm and seed; fails where its folder's name holds FAIL.
@@ -55,7 +55,7 @@ def runs(tmp_path, monkeypatch):
     stub = tmp_path / "stub.py"
     stub.write_text(STUB)
     monkeypatch.setattr(arm_runs, "PROGRAM", [sys.executable, "-S", str(stub)])
-    monkeypatch.setattr("koff_lightning.plots.save", lambda figure, folder, name: None)  # a second each
+    monkeypatch.setattr("koff_lightning.run.plots.save", lambda figure, folder, name: None)  # a second each
     out = tmp_path / "claims"
 
     def go(*options):

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from koff_lightning import config_files, training_cli
 from koff_lightning.cli import TOOLS, TRAINING, main
+from koff_lightning.commands import config_files, training_cli
 from koff_lightning.errors import KoffError
 from koff_lightning.module import KOFFModule
 from koff_lightning.option_errors import nearest, one_line

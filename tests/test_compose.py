@@ -8,8 +8,8 @@ from tiny_memories import KINDS, empty_bank, fill_, mixed, read, written
 from tiny_models import tiny_model
 
 from koff_lightning import KoffError, KVSpec, LoraSpec
+from koff_lightning.artefact.compose import compose
 from koff_lightning.attention import LayerMemory
-from koff_lightning.compose import compose
 from koff_lightning.memory import MemoryBank
 
 # peft asks transformers for something by its former name

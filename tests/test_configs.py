@@ -6,9 +6,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_artefact import tiny_artefact
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from koff_lightning import training_cli
 from koff_lightning.cli import main
-from koff_lightning.config_files import SHIPPED, shipped_configs
+from koff_lightning.commands import training_cli
+from koff_lightning.commands.config_files import SHIPPED, shipped_configs
 from koff_lightning.strategies import ReplicatedStrategy, ShardedStrategy
 
 FAMILY = {

@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from koff_lightning import KoffError, load_decomposed
-from koff_lightning.artefact import hash_file
+from koff_lightning.artefact.folder import hash_file
 
 ROWS = ["de", None, "law", "de"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -457,7 +457,7 @@ def test_code_of_the_artefact_is_not_run(copy):
 def test_code_that_an_export_carries_is_left_alone(tmp_path):
     made = tiny_artefact(tmp_path, with_code=True)
     assert "auto_map" in json.loads((made.folder / "backbone/config.json").read_text())
-    assert type(load_decomposed(made.folder).backbone).__module__ == "koff_lightning.modeling_koff"
+    assert type(load_decomposed(made.folder).backbone).__module__ == "koff_lightning.artefact.modeling_koff"
 
 
 def test_an_unknown_layout_is_refused(copy):

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from koff_lightning import KoffError, doctor
+from koff_lightning import KoffError
 from koff_lightning.cli import main
+from koff_lightning.commands import doctor
 
 
 def test_a_sound_machine(capsys, monkeypatch, tmp_path):

@@ -10,9 +10,10 @@ from peft import PeftModel
 from tiny_artefact import left_padded, tiny_artefact
 from transformers import AutoModelForCausalLM
 
-from koff_lightning import KoffError, engines
-from koff_lightning.artefact import read_manifest
-from koff_lightning.layouts import LAYOUTS
+from koff_lightning import KoffError
+from koff_lightning.artefact import engines
+from koff_lightning.artefact.folder import read_manifest
+from koff_lightning.artefact.layouts import LAYOUTS
 
 # peft asks a model under the name of an older transformers
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -20,15 +20,17 @@ from tiny_run import RandomText, tiny_module, tiny_trainer
 from toy_text import toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from koff_lightning import KoffError, LoraSpec, artefact_parts, load_decomposed, proof
-from koff_lightning.artefact import read_manifest, verify
-from koff_lightning.artefact_parts import without_secrets
+from koff_lightning import KoffError, LoraSpec, load_decomposed
+from koff_lightning.artefact import parts as artefact_parts
+from koff_lightning.artefact import proof
+from koff_lightning.artefact.checkpoint import from_checkpoint
+from koff_lightning.artefact.export import export
+from koff_lightning.artefact.folder import read_manifest, verify
+from koff_lightning.artefact.model_card import base_folder, licence_of
+from koff_lightning.artefact.parts import without_secrets
 from koff_lightning.callbacks import ExportArtefact, RunReport
-from koff_lightning.checkpoint import from_checkpoint
 from koff_lightning.cli import main
-from koff_lightning.export import export
-from koff_lightning.model_card import base_folder, licence_of
-from koff_lightning.results import mask_and_size
+from koff_lightning.run.results import mask_and_size
 
 LAYOUTS = ("ragged", "uniform", "deci", "masked", "merged")
 
@@ -445,7 +447,7 @@ def run(tmp_path_factory):
     (folder / "config.yaml").write_text("model: {backbone: x}\ndata: {hf_token: abc}\n")
     checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("koff_lightning.plots.save", lambda *_: None)
+        patch.setattr("koff_lightning.run.plots.save", lambda *_: None)
         train(folder, RunReport(), checkpoint, ExportArtefact(prove=False))
     return folder
 

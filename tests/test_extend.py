@@ -10,7 +10,7 @@ from tiny_artefact import DOMAINS, tiny_artefact
 from toy_text import toy_documents, write_jsonl
 
 from koff_lightning import load_decomposed
-from koff_lightning.artefact import hash_file
+from koff_lightning.artefact.folder import hash_file
 from koff_lightning.cli import main
 
 

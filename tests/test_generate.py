@@ -80,7 +80,7 @@ def test_the_models_own_settings_do_not_change_greedy_continuations(made, model,
     file.write_text(content)
     manifest = json.loads((folder / "koff.json").read_text())
     manifest["files"].pop("backbone/generation_config.json", None)
-    from koff_lightning.artefact import describe_files
+    from koff_lightning.artefact.folder import describe_files
 
     manifest["files"] = describe_files(folder, "backbone")
     (folder / "koff.json").write_text(json.dumps(manifest))

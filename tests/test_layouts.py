@@ -13,12 +13,12 @@ from tiny_models import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from koff_lightning import KoffError
+from koff_lightning.artefact.deci import ragged_config
+from koff_lightning.artefact.layouts import LAYOUTS, backbone_for, layer_widths, memory_for, memory_shapes
+from koff_lightning.artefact.modeling_koff import MODELS, KoffDeciConfig
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import hidden_states, prunable_groups
-from koff_lightning.deci import ragged_config
 from koff_lightning.kv_memory import KVMemory
-from koff_lightning.layouts import LAYOUTS, backbone_for, layer_widths, memory_for, memory_shapes
-from koff_lightning.modeling_koff import MODELS, KoffDeciConfig
 from koff_lightning.surgery import masks, merge_lora
 
 CUT = ("ragged", "uniform", "merged")

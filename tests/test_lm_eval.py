@@ -13,11 +13,12 @@ from tiny_artefact import tiny_artefact, tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec, lm_tasks
+from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
 from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.cli import main
-from koff_lightning.harness import KoffLM, quiet, score
-from koff_lightning.undisturbed import undisturbed
+from koff_lightning.evaluation import lm_tasks
+from koff_lightning.evaluation.harness import KoffLM, quiet, score
+from koff_lightning.evaluation.undisturbed import undisturbed
 
 TASK = "koff_cloze_en"
 

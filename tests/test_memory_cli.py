@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny_artefact import DOMAINS, left_padded, tiny_artefact
 
-from koff_lightning import artefact_memories, load_decomposed, new_folder
-from koff_lightning.artefact import hash_file, read_manifest, verify
+from koff_lightning import load_decomposed
+from koff_lightning.artefact import memories as artefact_memories
+from koff_lightning.artefact import new_folder
+from koff_lightning.artefact.folder import hash_file, read_manifest, verify
+from koff_lightning.artefact.memory_files import read_card
 from koff_lightning.cli import main
 from koff_lightning.errors import KoffError
 from koff_lightning.memory import LoraSpec
-from koff_lightning.memory_files import read_card
 
 ROWS = ["de", None, "law", "de"]
 

@@ -12,10 +12,8 @@ from tiny_memories import HOME, KINDS, MANIFEST, empty_bank, fill_, mixed, read,
 from tiny_models import FAMILIES, tiny_model
 
 from koff_lightning import KoffError, KVSpec, LoraSpec
-from koff_lightning.artefact import hash_file
-from koff_lightning.backbone import prunable_groups
-from koff_lightning.kv_memory import KVMemory
-from koff_lightning.memory_files import (
+from koff_lightning.artefact.folder import hash_file
+from koff_lightning.artefact.memory_files import (
     ADAPTER,
     ADAPTER_CONFIG,
     CARD,
@@ -26,6 +24,8 @@ from koff_lightning.memory_files import (
     read_card,
     write_memory,
 )
+from koff_lightning.backbone import prunable_groups
+from koff_lightning.kv_memory import KVMemory
 
 # peft asks transformers for something by its former name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -12,9 +12,10 @@ from tiny_cases import cut_model, left_padded_batch, plain_batch, random_mask, r
 from tiny_models import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from koff_lightning import KoffError, load_backbone, modeling_koff
+from koff_lightning import KoffError, load_backbone
+from koff_lightning.artefact import modeling_koff
+from koff_lightning.artefact.modeling_koff import MODELS, WIDTHS, KoffLlamaConfig, KoffLlamaForCausalLM
 from koff_lightning.backbone import hidden_states, prunable_groups
-from koff_lightning.modeling_koff import MODELS, WIDTHS, KoffLlamaConfig, KoffLlamaForCausalLM
 
 WINDOWS = {
     "mistral": {"sliding_window": 4},

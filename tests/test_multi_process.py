@@ -11,9 +11,9 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from two_ranks import ABSENT, SAVED, SMALL, STEPS
 
 from koff_lightning import KoffError, ranks, strategies
-from koff_lightning.checkpoint import from_checkpoint
+from koff_lightning.artefact.checkpoint import from_checkpoint
+from koff_lightning.artefact.export import export
 from koff_lightning.cli import main
-from koff_lightning.export import export
 
 RUNS = ("replicated", "sharded", "resumed", "bf16")
 

@@ -24,16 +24,16 @@ from koff_lightning import (
     LoraSpec,
     SparsitySpec,
     load_decomposed,
-    one_shot,
-    proof,
 )
-from koff_lightning.artefact import read_manifest
-from koff_lightning.baselines import compensation, input_moments
-from koff_lightning.checkpoint import from_checkpoint
+from koff_lightning.artefact import proof
+from koff_lightning.artefact.checkpoint import from_checkpoint
+from koff_lightning.artefact.export import export
+from koff_lightning.artefact.folder import read_manifest
 from koff_lightning.cli import main
-from koff_lightning.export import export
+from koff_lightning.evaluation import one_shot
+from koff_lightning.evaluation.baselines import compensation, input_moments
 from koff_lightning.gates import BackboneGates
-from koff_lightning.results import mask_and_size
+from koff_lightning.run.results import mask_and_size
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 METHODS = ("magnitude", "wanda_sp", "flap", "random")

@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_run import BYTES, DOMAINS, Batches, RandomText, tiny_module, tiny_trainer
 
-from koff_lightning import KoffError, SparsitySpec, results
+from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.callbacks import RunReport
 from koff_lightning.callbacks.report import score
-from koff_lightning.history import MOST, MaskHistory
+from koff_lightning.run import results
+from koff_lightning.run.history import MOST, MaskHistory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the backbone lies in it
 ARMS = {"dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb"}
@@ -30,7 +31,7 @@ def fit(folder, *callbacks, data=None, steps=8, **options):
 def drawn(monkeypatch):
     """Plots take a second, so only their names are taken down; `run` draws them."""
     names = []
-    monkeypatch.setattr("koff_lightning.plots.save", lambda figure, folder, name: names.append(name))
+    monkeypatch.setattr("koff_lightning.run.plots.save", lambda figure, folder, name: names.append(name))
     return names
 
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from koff_lightning import KoffError, KOFFModule
-from koff_lightning.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from koff_lightning.cli import main
-from koff_lightning.run_folder import alone_in, new_version
+from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from koff_lightning.run.folder import alone_in, new_version
 
 LOGGED = ("step", "epoch", "train/", "sparsity/", "penalty/", "val/")  # the other columns are times and memory
 STEPS = 8

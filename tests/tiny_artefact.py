@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from toy_text import toy_tokenizer
 from transformers import AutoTokenizer
 
+from koff_lightning.artefact.export import export
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.export import export
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.sparsity import SparsitySpec
 

@@ -9,10 +9,10 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from koff_lightning.artefact.layouts import backbone_for
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.gates import BackboneGates
-from koff_lightning.layouts import backbone_for
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.surgery import cut_kv, cut_state
 

@@ -8,9 +8,9 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from koff_lightning.artefact import Manifest
+from koff_lightning.artefact.folder import Manifest
+from koff_lightning.artefact.memory_files import MemoryCard, card_of, lora_state, write_memory
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
-from koff_lightning.memory_files import MemoryCard, card_of, lora_state, write_memory
 
 KINDS = {  # domain -> adapter, KV memory
     "both": (LoraSpec(3, 6.0), KVSpec(5)),

@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional as F
 
 from koff_lightning import load_decomposed
-from koff_lightning.compose import compose
+from koff_lightning.artefact.compose import compose
+from koff_lightning.artefact.decomposed import DecomposedModel
 from koff_lightning.data import DomainDataModule
-from koff_lightning.decomposed import DecomposedModel
 from koff_lightning.metrics import BitsPerByte
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from koff_lightning.checkpoint_io import newest_checkpoint, read_checkpoint
 from koff_lightning.cli import main as koff
-from koff_lightning.training_cli import KoffCLI  # noqa: F401  imported before the first fork
+from koff_lightning.commands.training_cli import KoffCLI  # noqa: F401  imported before the first fork
+from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
 
 LOGGED = ("step", "epoch", "train/", "sparsity/", "penalty/", "val/")  # the other columns are times and memory
 OPTIONS = {

@@ -22,7 +22,7 @@ _HOME = {
     "OptimSpec": "optim",
     "SparsitySpec": "sparsity",
     "load_backbone": "backbone",
-    "load_decomposed": "decomposed",
+    "load_decomposed": "artefact.decomposed",
     "load_tokenizer": "backbone",
 }
 __all__ = [*_HOME, "__version__"]
@@ -50,4 +50,4 @@ def _is_command() -> bool:
 # transformers is by its own classes: 5 s of imports, which nearly every use of this package needs anyway. The help of
 # the command does not, so there it is left to the verbs that load a model (backbone.py).
 if not _is_command():
-    import_module("koff_lightning.modeling_koff")
+    import_module("koff_lightning.artefact.modeling_koff")

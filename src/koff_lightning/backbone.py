@@ -273,7 +273,7 @@ def _resolve(
 
 def _loading(source: str, load: object, where: dict[str, object]) -> object:
     """Call `load`, turning the hub's many exceptions into one line that says what to do."""
-    import koff_lightning.modeling_koff  # noqa: F401  makes the types koff_* known; costs seconds, so not at the top
+    import koff_lightning.artefact.modeling_koff  # noqa: F401  makes the types koff_* known; costs seconds, so not at the top
 
     try:
         return load(**where)

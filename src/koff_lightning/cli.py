@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 from koff_lightning import __version__
+from koff_lightning.commands.offline import switch_off
 from koff_lightning.errors import KoffError
 from koff_lightning.option_errors import nearest
 
@@ -12,26 +13,42 @@ TRAINING = {
     "validate": "score a checkpoint on the held-out text",
     "test": "score a checkpoint on the held-out text and report",
     "predict": "write a checkpoint's predictions",
+    "prepare": "tokenise a run's text once, or --prefetch-only for a machine without network",
     "baseline": "make a one-shot mask to compare with: magnitude, Wanda-sp, FLAP or random",
 }
-# verb -> (module:function, help); the function's typed arguments and docstring become the verb's options and help.
+# verb -> (our module:function, help); the function's typed arguments and docstring become the verb's options and help.
 # A verb of two words is typed as two: koff memory list
 TOOLS = {
-    "export": ("koff_lightning.export_cli:export_checkpoint", "write a checkpoint as a smaller model and its memories"),
-    "generate": ("koff_lightning.generate:generate", "continue prompts with a domain's memory"),
-    "chat": ("koff_lightning.chat:chat", "talk to an exported chat model, switching domains at will"),
-    "inspect": ("koff_lightning.inspection:inspect", "sizes, sparsity by layer and domains of an exported model"),
-    "memory list": ("koff_lightning.memory_cli:list_memories", "list the memories of an exported model"),
-    "memory add": ("koff_lightning.memory_cli:add", "add a memory trained for the same backbone"),
-    "memory remove": ("koff_lightning.memory_cli:remove", "remove a memory"),
-    "memory compose": ("koff_lightning.memory_cli:compose", "make one memory of two (an experiment)"),
-    "memory cartridge": ("koff_lightning.memory_cli:cartridge", "exchange a KV memory with PEFT's CARTRIDGE format"),
-    "bench serve": ("koff_lightning.serving_bench:bench_serving", "time pruned models and memories against the dense"),
-    "claims": ("koff_lightning.claims:claims", "run KOFF and its controls, and judge the paper's claims"),
-    "lm-eval": ("koff_lightning.lm_eval_cli:lm_eval", "score a model on lm-eval's tasks, under each of its domains"),
-    "doctor": ("koff_lightning.doctor:doctor", "look at versions, devices, processes, caches and switches"),
-    "configs": ("koff_lightning.config_files:list_configs", "list the configs that ship with the package"),
-    "fetch": ("koff_lightning.fetch:fetch", "download a small real model: koff fetch smollm2"),
+    "export": (
+        "commands.export_cli:export_checkpoint",
+        "write a checkpoint as a smaller model and its memories",
+    ),
+    "generate": ("commands.generate:generate", "continue prompts with a domain's memory"),
+    "chat": ("commands.chat:chat", "talk to an exported chat model, switching domains at will"),
+    "inspect": (
+        "commands.inspection:inspect",
+        "sizes, sparsity by layer and domains of an exported model",
+    ),
+    "memory list": ("commands.memory_cli:list_memories", "list the memories of an exported model"),
+    "memory add": ("commands.memory_cli:add", "add a memory trained for the same backbone"),
+    "memory remove": ("commands.memory_cli:remove", "remove a memory"),
+    "memory compose": ("commands.memory_cli:compose", "make one memory of two (an experiment)"),
+    "memory cartridge": (
+        "commands.memory_cli:cartridge",
+        "exchange a KV memory with PEFT's CARTRIDGE format",
+    ),
+    "bench serve": (
+        "commands.serving_bench:bench_serving",
+        "time pruned models and memories against the dense",
+    ),
+    "claims": ("evaluation.claims:claims", "run KOFF and its controls, and judge the paper's claims"),
+    "lm-eval": (
+        "commands.lm_eval_cli:lm_eval",
+        "score a model on lm-eval's tasks, under each of its domains",
+    ),
+    "doctor": ("commands.doctor:doctor", "look at versions, devices, processes, caches and switches"),
+    "configs": ("commands.config_files:list_configs", "list the configs that ship with the package"),
+    "fetch": ("commands.fetch:fetch", "download a small real model: koff fetch smollm2"),
 }
 
 
@@ -81,7 +98,10 @@ def _run(argv: list[str]) -> int:
     if verb == "--version":
         print(f"koff-lightning {__version__}")
     elif verb in TRAINING:
-        from koff_lightning.training_cli import run  # 5 s of imports
+        if "--offline" in argv:  # before the imports: libraries read their switches then
+            switch_off()
+            argv = [word for word in argv if word != "--offline"]
+        from koff_lightning.commands.training_cli import run  # 5 s of imports
 
         run(argv)
     elif verb in TOOLS:
@@ -99,8 +119,8 @@ def _run(argv: list[str]) -> int:
 
 def _run_tool(verb: str, argv: list[str]) -> None:
     """Parse the verb's options from its function's signature and call it."""
-    from koff_lightning.tool_options import parse
+    from koff_lightning.commands.tool_options import parse
 
     module, function = TOOLS[verb][0].split(":")
-    run = getattr(import_module(module), function)
+    run = getattr(import_module(f"koff_lightning.{module}"), function)
     run(**parse(verb, run, argv))

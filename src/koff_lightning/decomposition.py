@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from koff_lightning import ranks
-from koff_lightning.artefact import Manifest
+from koff_lightning.artefact.folder import Manifest
 from koff_lightning.backbone import (
     fingerprint,
     hidden_states,
@@ -28,12 +28,12 @@ from koff_lightning.backbone import (
     uniform_kv_groups,
     without_weights,
 )
-from koff_lightning.checkpoint_io import read_checkpoint
 from koff_lightning.errors import KoffError
 from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import head_nats
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
-from koff_lightning.resume import refuse_other_make, refuse_other_tensors, refuse_without_run
+from koff_lightning.run.checkpoint_io import read_checkpoint
+from koff_lightning.run.resume import refuse_other_make, refuse_other_tensors, refuse_without_run
 from koff_lightning.sparsity import Budget, SparsitySpec
 
 Batch = dict[str, Any]

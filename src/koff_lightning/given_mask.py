@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from koff_lightning.checkpoint_io import read_checkpoint
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.errors import KoffError
+from koff_lightning.run.checkpoint_io import read_checkpoint
 from koff_lightning.sparsity import SparsitySpec
 
 

@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from koff_lightning import ranks, strategies
+from koff_lightning.artefact.checkpoint import warm_start
+from koff_lightning.artefact.extend import artefact_to_extend, backbone_of
 from koff_lightning.backbone import decoder_layers
-from koff_lightning.checkpoint import warm_start
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.errors import KoffError
-from koff_lightning.extend import artefact_to_extend, backbone_of
 from koff_lightning.given_mask import given_mask, take
 from koff_lightning.guard import Guard
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from koff_lightning.artefact import FORMAT, read_json
+from koff_lightning.artefact.folder import FORMAT, read_json
 from koff_lightning.backbone import fingerprint, hidden_states, neuron_linears
 from koff_lightning.errors import KoffError
 

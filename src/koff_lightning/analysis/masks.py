@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from koff_lightning.analysis.activations import Activations
-from koff_lightning.artefact import MANIFEST, read_manifest
+from koff_lightning.artefact.folder import MANIFEST, read_manifest
 from koff_lightning.backbone import load_config, prunable_groups, without_weights
-from koff_lightning.checkpoint_io import read_checkpoint
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.errors import KoffError
+from koff_lightning.run.checkpoint_io import read_checkpoint
 
 if TYPE_CHECKING:
     import pandas as pd

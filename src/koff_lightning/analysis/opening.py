@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from koff_lightning.artefact import Manifest, read_manifest
+from koff_lightning.artefact.checkpoint import from_checkpoint
+from koff_lightning.artefact.deci import deci_mask
+from koff_lightning.artefact.decomposed import load_decomposed
+from koff_lightning.artefact.folder import Manifest, read_manifest
+from koff_lightning.artefact.layouts import memory_shapes
 from koff_lightning.backbone import PrunableGroup
-from koff_lightning.checkpoint import from_checkpoint
-from koff_lightning.deci import deci_mask
-from koff_lightning.decomposed import load_decomposed
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.errors import KoffError
 from koff_lightning.kv_memory import KVMemory
-from koff_lightning.layouts import memory_shapes
 from koff_lightning.memory import LoraSpec
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.surgery import masks, zero_state

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 
-from koff_lightning.artefact import read_manifest
+from koff_lightning.artefact.export import export
+from koff_lightning.artefact.extend import add_trained, check_new
+from koff_lightning.artefact.folder import read_manifest
+from koff_lightning.artefact.layouts import memory_shapes
+from koff_lightning.artefact.new_folder import check_free
 from koff_lightning.callbacks.report import resolved_config
-from koff_lightning.export import export
-from koff_lightning.export_cli import summary
-from koff_lightning.extend import add_trained, check_new
-from koff_lightning.layouts import memory_shapes
+from koff_lightning.commands.export_cli import summary
 from koff_lightning.module import KOFFModule
-from koff_lightning.new_folder import check_free
 
 FOLDER = "artifact"
 

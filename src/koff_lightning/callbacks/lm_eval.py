@@ -11,15 +11,15 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from koff_lightning import lm_tasks
 from koff_lightning.errors import KoffError
-from koff_lightning.lm_scores import Scores, show
+from koff_lightning.evaluation import lm_tasks
+from koff_lightning.evaluation.lm_scores import Scores, show
+from koff_lightning.evaluation.undisturbed import undisturbed
 from koff_lightning.module import KOFFModule
 from koff_lightning.strategies import ShardedStrategy
-from koff_lightning.undisturbed import undisturbed
 
 if TYPE_CHECKING:
-    from koff_lightning.harness import KoffLM
+    from koff_lightning.evaluation.harness import KoffLM
 
 OTHER_ARMS = ("dense", "memory_off")
 
@@ -106,7 +106,7 @@ class LMEval(Callback):
         self._parts = [part for spec in self.tasks for part in self._parts_of(spec, trainer, pl_module)]
 
     def _parts_of(self, spec: LMEvalTask, trainer: Trainer, module: KOFFModule) -> list[_Part]:
-        from koff_lightning.harness import quiet
+        from koff_lightning.evaluation.harness import quiet
 
         if spec.domain not in module.domains:
             raise KoffError(
@@ -159,13 +159,13 @@ class LMEval(Callback):
         self._log(trainer)
 
     def _score(self, part: _Part, trainer: Trainer, module: KOFFModule) -> Scores:
-        from koff_lightning.harness import score
+        from koff_lightning.evaluation.harness import score
 
         with undisturbed(module), trainer.precision_plugin.forward_context(), _silence():
             return score(self._reader(part, trainer, module), part.tasks, part.spec.num_fewshot, part.spec.limit)
 
     def _reader(self, part: _Part, trainer: Trainer, module: KOFFModule) -> "KoffLM":
-        from koff_lightning.harness import KoffLM, tokenizer_of
+        from koff_lightning.evaluation.harness import KoffLM, tokenizer_of
 
         if self._tokenizer is None:
             self._tokenizer = getattr(trainer.datamodule, "tokenizer", None) or tokenizer_of(module)
@@ -197,7 +197,7 @@ class LMEval(Callback):
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keep lm-eval's bars and notices off the terminal, where the run shows its own."""
-    from koff_lightning.harness import quiet
+    from koff_lightning.evaluation.harness import quiet
 
     with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield

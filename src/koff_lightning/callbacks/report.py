@@ -19,12 +19,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich import get_console
 from rich.console import Console
 
-from koff_lightning import plots, ranks, results
+from koff_lightning import ranks
 from koff_lightning.callbacks.lm_eval import LMEval
 from koff_lightning.callbacks.progress import predicted_tokens
 from koff_lightning.errors import KoffError
-from koff_lightning.history import MaskHistory
 from koff_lightning.module import KOFFModule
+from koff_lightning.run import plots, results
+from koff_lightning.run.history import MaskHistory
 
 
 class RunReport(Callback):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,11 +12,12 @@ from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.backbone import load_tokenizer
+from koff_lightning.data.cache import DomainRows, TokenCache, default_folder, domain_rows
 from koff_lightning.data.calibration import CalibrationText
 from koff_lightning.data.head import IsTraining, read_head
 from koff_lightning.data.loader import HeldoutLoader, TrainLoader
 from koff_lightning.data.mixture import DomainBatches
-from koff_lightning.data.packing import PackedRows, TokenStream, fingerprint, pack, tokenize
+from koff_lightning.data.packing import PackedRows, TokenStream, fingerprint
 from koff_lightning.data.sample import beginnings
 from koff_lightning.data.sources import DomainSource, as_sources, domain_shards
 from koff_lightning.data.split import BadLines, Texts, read_domain
@@ -58,6 +61,8 @@ class DomainDataModule(LightningDataModule):
         streaming: Read training text while training, for corpora that do not fit in memory. Held-out text is taken
             from the head of each corpus and kept in memory, hence max_heldout_bytes.
         temperature: Shares of the domains are weight ** (1 / temperature): above 1 they come closer to each other.
+        cache: Folder with tokenised text; what `koff prepare` has made there is used. By default $KOFF_CACHE/tokens or
+            ~/.cache/koff/tokens.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class DomainDataModule(LightningDataModule):
         seed: int = 0,
         streaming: bool = False,
         temperature: float = 1.0,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         _require(seq_len >= MIN_SEQ_LEN, f"data.seq_len must be {MIN_SEQ_LEN} or more, got {seq_len}")
@@ -98,6 +104,7 @@ class DomainDataModule(LightningDataModule):
         self.seq_len, self.batch_size, self.num_workers, self.seed = seq_len, batch_size, num_workers, seed
         self.heldout_fraction, self.on_bad_line = heldout_fraction, on_bad_line
         self.max_heldout_bytes, self.max_train_bytes = max_heldout_bytes, max_train_bytes
+        self.cache = TokenCache(Path(cache).expanduser() if cache else default_folder())
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._documents: dict[str, TokenStream] = {}  # training text, or a sample of it when streaming
         self._texts: dict[str, Text] = {}  # what is streamed
@@ -118,18 +125,42 @@ class DomainDataModule(LightningDataModule):
         if self._heldout.keys() == self.sources.keys():
             return
         self.tokenizer = self._load_tokenizer()
-        pad_id = self.tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
         for name, source in self.sources.items():
-            texts = self._read_head(name, source) if self.streaming else self._read_all(name, source)
-            train, heldout = tokenize(texts.train, self.tokenizer), tokenize(texts.heldout, self.tokenizer)
-            for split, stream in (("training", train), ("held-out", heldout)):
-                _require(
-                    len(stream.tokens) > 0,
-                    f"domain '{name}': no {split} document is two tokens or longer; give it longer text",
-                )
-            self._documents[name] = train
-            self._train[name] = pack(train, self.seq_len, overlap=False, pad_id=pad_id)
-            self._heldout[name] = pack(heldout, self.seq_len, overlap=True, pad_id=pad_id)
+            rows = self.stored(source) or self._make(name, source)
+            self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+        """Tokenise every domain into the cache; returns, by domain, whether that was still to be done.
+
+        Raises:
+            KoffError: As `setup`; or the text is streamed.
+        """
+        _require(not self.streaming, "data.streaming tokenises while training: there is nothing to prepare")
+        self.tokenizer = tokenizer
+        return {
+            name: self.cache.build(self._key(source), partial(self._make, name, source))
+            for name, source in self.sources.items()
+        }
+
+    def _key(self, source: DomainSource) -> str:
+        return self.cache.key(
+            source,
+            tokenizer=fingerprint(self.tokenizer),
+            seq_len=self.seq_len,
+            heldout_fraction=self.heldout_fraction,
+            max_train_bytes=self.max_train_bytes,
+            max_heldout_bytes=self.max_heldout_bytes,
+            on_bad_line=self.on_bad_line,
+        )
+
+    def stored(self, source: DomainSource) -> DomainRows | None:
+        """The domain's rows from the cache, if they are in it."""
+        wanted = not self.streaming and self.cache.folder.is_dir()
+        return self.cache.load(self._key(source)) if wanted else None
+
+    def _make(self, name: str, source: DomainSource) -> DomainRows:
+        texts = self._read_head(name, source) if self.streaming else self._read_all(name, source)
+        return domain_rows(name, texts, self.tokenizer, self.seq_len)
 
     def _read_all(self, name: str, source: DomainSource) -> Texts:
         return read_domain(

@@ -14,6 +14,7 @@ from koff_lightning.data.readers import ALL, Document, OnBad, Part, as_document,
 from koff_lightning.errors import KoffError
 
 UNEVEN = 1.05  # readers get whole shards where the largest load is at most this much above the smallest
+OFFLINE_SHARDS = 64  # into which a dataset in the cache is divided
 
 
 class Shard(Protocol):
@@ -110,8 +111,12 @@ def _open_hub(repo: str, subset: str | None, split: str, process: int) -> Any:
     import datasets  # a second of imports
 
     name, _, revision = repo.partition("@")
+    where = {"path": name, "name": subset, "split": split, "revision": revision or None}
     datasets.disable_progress_bars()
-    return datasets.load_dataset(name, subset, split=split, revision=revision or None, streaming=True)
+    if datasets.config.HF_HUB_OFFLINE and not Path(name).is_dir():  # what `koff prepare --prefetch-only` has fetched
+        table = datasets.load_dataset(**where)
+        return table.to_iterable_dataset(num_shards=min(OFFLINE_SHARDS, max(1, len(table))))
+    return datasets.load_dataset(**where, streaming=True)
 
 
 def deal(sizes: Sequence[int | None], readers: int) -> list[list[tuple[int, int, int]]]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from koff_lightning.data.readers import format_of
 from koff_lightning.data.shards import FileShard, Shard, hub_shards
@@ -54,7 +54,7 @@ class DomainSource:
         return [self.heldout_files] if isinstance(self.heldout_files, str) else list(self.heldout_files or [])
 
 
-def as_sources(domains: Mapping[str, DomainSource | str | list[str]]) -> dict[str, DomainSource]:
+def as_sources(domains: Mapping[str, DomainSource | Mapping[str, Any] | str | list[str]]) -> dict[str, DomainSource]:
     """Check names and weights and write the short forms (one entry, a list of entries) in full.
 
     Raises:
@@ -66,7 +66,7 @@ def as_sources(domains: Mapping[str, DomainSource | str | list[str]]) -> dict[st
     sources: dict[str, DomainSource] = {}
     for name, value in domains.items():
         _check_name(name, sources)
-        source = value if isinstance(value, DomainSource) else DomainSource(value)
+        source = _as_source(name, value)
         if not source.entries:
             raise KoffError(
                 f"domain '{name}' has an empty list of files: give at least one file, glob or 'bundled:<name>'"
@@ -76,6 +76,15 @@ def as_sources(domains: Mapping[str, DomainSource | str | list[str]]) -> dict[st
         _check_heldout_files(name, source)
         sources[name] = source
     return sources
+
+
+def _as_source(name: str, value: Any) -> DomainSource:
+    if not isinstance(value, Mapping):
+        return value if isinstance(value, DomainSource) else DomainSource(value)
+    try:
+        return DomainSource(**value)
+    except TypeError as error:
+        raise KoffError(f"domain '{name}': {error}. Its fields are those of DomainSource") from error
 
 
 def _check_heldout_files(name: str, source: DomainSource) -> None:

@@ -1,0 +1,1 @@
+"""The decomposed model on disk and in use: export, proof, load, swap, extend."""

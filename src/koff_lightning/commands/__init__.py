@@ -1,0 +1,1 @@
+"""The verbs of `koff` and what they share."""

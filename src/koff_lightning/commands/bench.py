@@ -1,0 +1,167 @@
+"""`python -m koff_lightning.commands.bench`: what a KOFF training step costs beside the same step with plain peft LoRA.
+
+Both steps see the same batch of the bundled corpora, adapt the same linears at the same rank, leave out KL and include
+the optimizer. They run in turn in one process, so that drift of the machine's speed cancels in the ratio; peak memory
+is taken in a fresh process for each.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from koff_lightning.backbone import TINY, load_backbone
+from koff_lightning.callbacks.anneal import AnnealSparsity
+from koff_lightning.data import DomainDataModule
+from koff_lightning.losses import LossSpec
+from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.module import KOFFModule
+from koff_lightning.optim import parameter_groups
+
+Step = Callable[[], None]
+
+
+def batch_of(domains: list[str], rows: int, length: int, device: str) -> tuple[dict[str, Any], DomainDataModule]:
+    """One training batch with every domain in it, and the data it came from."""
+    sources = {name: f"bundled:{name}" for name in domains}
+    data = DomainDataModule(sources, tokenizer=TINY, seq_len=length, batch_size=rows, max_train_bytes=400_000)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, data
+
+
+def lora_step(batch: dict[str, Any], rank: int, device: str, backbone: str) -> Step:
+    """Forward, backward and AdamW of one peft adapter on the frozen backbone."""
+    model = load_backbone(backbone).to(device)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LoraSpec().targets))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "labels") if k in batch}
+
+    def step() -> None:
+        model(**inputs, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def koff_step(batch: dict[str, Any], data: DomainDataModule, rank: int, slots: int, device: str, backbone: str) -> Step:
+    """The same with gates being learned, an adapter and a KV memory per domain, rows routed to their own."""
+    module = KOFFModule(
+        backbone, data.domain_names, lora=LoraSpec(rank, 2 * rank), kv=KVSpec(slots), loss=LossSpec(kl=0)
+    )
+    module.configure_model()
+    module.to(device).train()
+    for name in data.domain_names:
+        memory = module.memories.kv[module.memories.key(name)]
+        memory.initialise_(module.backbone, data.sample_ids(name, slots).to(device))
+    module.phase, module.target = "ramp", 0.06
+    module.log_dict = lambda *_, **__: None
+    groups = parameter_groups(module.gates, module.penalty, module.memories, module.optim)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step() -> None:
+        with torch.no_grad():
+            module.gates.hold_near(module.target, module.sparsity.band, module.budget.counts)
+        AnnealSparsity.state_of_mask(module)
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(step: Step, device: str) -> float:
+    """Seconds of one step."""
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak(kind: str, options: argparse.Namespace) -> float:
+    """Peak memory of three steps in a fresh process, MiB: of the GPU, or of the process beyond what it held before."""
+    passed = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("measure", "rounds")]
+    command = [sys.executable, "-m", "koff_lightning.commands.bench", f"--measure={kind}", *passed]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def make(kind: str, options: argparse.Namespace) -> Step:
+    """Build one of the two steps."""
+    domains = options.domains.split(",")
+    batch, data = batch_of(domains, options.rows, options.length, options.device)
+    if kind == "lora":
+        return lora_step(batch, options.rank, options.device, options.backbone)
+    return koff_step(batch, data, options.rank, options.slots, options.device, options.backbone)
+
+
+def measure_peak(kind: str, options: argparse.Namespace) -> float:
+    """What `peak` reads from its child. On the CPU by Linux's own high-water mark, which can be set back."""
+    step = make(kind, options)
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else _status("VmHWM") - before
+
+
+def _status(field: str) -> float:
+    """A field of /proc/self/status, MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def main() -> None:
+    """Print both steps' medians and the two ratios."""
+    parser = argparse.ArgumentParser(description="Cost of a KOFF step beside a peft LoRA step on the same batch.")
+    parser.add_argument("--backbone", default=TINY)
+    parser.add_argument("--domains", default="en,de,fr,es,ru,zh,python")
+    parser.add_argument("--rows", type=int, default=14)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15, help="counted pairs of steps, after two that are not")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.measure:
+        print(json.dumps(measure_peak(options.measure, options)))
+        return
+    steps = {kind: make(kind, options) for kind in ("koff", "lora")}
+    pairs = [tuple(timed(steps[kind], options.device) for kind in ("koff", "lora")) for _ in range(options.rounds + 2)]
+    koff, lora = zip(*pairs[2:], strict=True)
+    ratio = statistics.median(k / b for k, b in zip(koff, lora, strict=True))
+    low, high = min(k / b for k, b in zip(koff, lora, strict=True)), max(k / b for k, b in zip(koff, lora, strict=True))
+    memory = {kind: peak(kind, options) for kind in ("koff", "lora")}
+    print(
+        f"{options.backbone}, {options.rows} x {options.length} tokens, rank {options.rank}, {options.slots} slots, "
+        f"{options.device}, {options.threads} threads, {options.rounds} pairs"
+    )
+    print(
+        f"step    koff {statistics.median(koff):.3f} s   peft LoRA {statistics.median(lora):.3f} s   "
+        f"ratio {ratio:.2f} ({low:.2f} to {high:.2f}; goal 1.25)"
+    )
+    print(
+        f"memory  koff {memory['koff']:.0f} MiB   peft LoRA {memory['lora']:.0f} MiB   "
+        f"ratio {memory['koff'] / memory['lora']:.2f} (goal 1.15)"
+    )
+
+
+if __name__ == "__main__":
+    main()

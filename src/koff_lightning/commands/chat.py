@@ -1,0 +1,95 @@
+"""`koff chat`: talk to an exported chat model; a memory is changed between two questions at no cost."""
+
+from typing import TYPE_CHECKING, Any
+
+from koff_lightning.commands.generate import default_device, sampling
+from koff_lightning.errors import KoffError
+
+if TYPE_CHECKING:
+    from koff_lightning.artefact.decomposed import DecomposedModel
+
+HELP = "/domain NAME changes the memory, /domain alone uses none, /clear forgets the talk, /exit ends it"
+
+
+def chat(
+    *,
+    model: str,
+    domain: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Talk to an exported chat model.
+
+    Args:
+        model: Folder that `koff export` wrote.
+        domain: Whose memory to begin with; without it the bare pruned backbone.
+        system: Instruction that stands before the talk.
+        max_new_tokens: Most tokens of an answer.
+        temperature: Of sampling, 0 for the most likely token each time; by default as the model's own settings say.
+        top_p: Sample from the likeliest tokens that together have this probability; used with --temperature.
+        seed: Of sampling.
+        device: Torch device; by default a GPU if there is one.
+        dtype: Of the backbone; by default as exported.
+    """
+    options = sampling(max_new_tokens, temperature, top_p)
+    import torch
+
+    from koff_lightning.artefact.decomposed import load_decomposed
+
+    decomposed = load_decomposed(model, default_device(device), dtype)
+    if not decomposed.tokenizer.chat_template:
+        raise KoffError(
+            f"the tokenizer of {model} has no chat template, so this is no chat model: "
+            f"koff generate --model {model} --prompt '...' continues text"
+        )
+    if domain is not None and domain not in decomposed.domains:
+        raise KoffError(f"{model} has no memory for {domain!r}; it has {', '.join(decomposed.domains) or 'none'}")
+    torch.manual_seed(seed)
+    _talk(decomposed, domain, [{"role": "system", "content": system}] if system else [], options)
+
+
+def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, str]], options: dict[str, Any]) -> None:
+    print(f"domains: {', '.join(model.domains) or 'none'}. {HELP}")
+    messages = list(opening)
+    while True:
+        try:
+            line = input(f"{domain or 'no memory'}> ").strip()
+        except EOFError:
+            return
+        word, _, rest = line.partition(" ")
+        if word == "/exit":
+            return
+        if word == "/clear":
+            messages = list(opening)
+        elif word == "/domain" and rest.strip() in ("", *model.domains):
+            domain = rest.strip() or None
+        elif line.startswith("/"):
+            print(f"not understood: {line}; domains: {', '.join(model.domains)}. {HELP}")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            messages.append({"role": "assistant", "content": _answer(model, domain, messages, options)})
+
+
+def _answer(
+    model: "DecomposedModel", domain: str | None, messages: list[dict[str, str]], options: dict[str, Any]
+) -> str:
+    """Stream the answer to the terminal and return it."""
+    from transformers import TextStreamer
+
+    tokenizer = model.tokenizer
+    batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = batch["input_ids"]  # [1, T]
+    out = model.generate(
+        ids,
+        attention_mask=batch["attention_mask"],
+        domains=domain,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

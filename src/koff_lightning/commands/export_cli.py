@@ -1,0 +1,80 @@
+"""`koff export`: make an artefact of a checkpoint."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from koff_lightning.errors import KoffError
+
+
+def export_checkpoint(
+    *,
+    ckpt: str,
+    out: str,
+    layout: Literal["ragged", "uniform", "deci", "masked", "merged"] | None = None,
+    domain: str | None = None,
+    with_code: bool = False,
+    overwrite: bool = False,
+    check: str | None = None,
+    backbone: str | None = None,
+    device: str = "cpu",
+) -> None:
+    """Write a checkpoint as a smaller model and its memories, and prove that they compute the same.
+
+    Args:
+        ckpt: Checkpoint of `koff fit`, saved after its mask was fixed.
+        out: Folder to write.
+        layout: `ragged` gives each layer its own widths, `uniform` all the same ones, `deci` block configs for other
+            engines, `masked` zeros in the original shapes, `merged` folds one domain's LoRA in. By default `ragged`,
+            or `uniform` for a run that was trained for it.
+        domain: Domain whose LoRA `merged` folds in.
+        with_code: Put the code of the model type beside the weights, for people without koff-lightning.
+        overwrite: Replace an artefact that is there.
+        check: Engines to ask afterwards what they can take, with commas: hf,peft,vllm,sglang,gguf.
+        backbone: Where the backbone is, if it is no longer where the run found it.
+        device: Torch device for the proof.
+    """
+    from koff_lightning.artefact import engines
+    from koff_lightning.artefact.checkpoint import from_checkpoint
+    from koff_lightning.artefact.export import export
+    from koff_lightning.artefact.folder import read_manifest
+
+    asked = engines.names(check) if check is not None else []  # refuses unknown ones before the work
+    module = from_checkpoint(ckpt, backbone)
+    try:
+        module.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+        raise KoffError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    config = run_config(Path(ckpt))
+    report = export(module, out, layout, domain, with_code=with_code, overwrite=overwrite, config=config)
+    print(summary(Path(out), read_manifest(out).parameters, report))
+    if asked:
+        print(engines.text(engines.check(out, asked)))
+
+
+def summary(out: Path, size: dict[str, Any], report: dict[str, Any]) -> str:
+    """What was written and what the proof found, in a line."""
+    found, count = "not proven", len(size["active"])
+    if report["passed"]:
+        found = (
+            "a fresh process computes the same from it "
+            f"(logits to {report['relative_diff']:.0e} of the largest, greedy tokens {report['greedy']})"
+        )
+    return (
+        f"wrote {out}: backbone {size['backbone'] / 1e6:.3f} M of {size['dense_total'] / 1e6:.3f} M parameters, "
+        f"{count} {'memory' if count == 1 else 'memories'}; {found}"
+    )
+
+
+def run_config(ckpt: Path) -> dict[str, Any] | None:
+    """The resolved options that `koff fit` left beside its checkpoints, if they are still there."""
+    import yaml
+
+    for folder in list(ckpt.expanduser().resolve().parents)[:2]:
+        if (folder / "config.yaml").is_file():
+            try:
+                config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise KoffError(f"cannot read {folder / 'config.yaml'}, the options of the run: {error}") from error
+            if isinstance(config, dict) and {"model", "data"} <= config.keys():
+                return config
+    return None

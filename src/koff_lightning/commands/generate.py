@@ -1,0 +1,189 @@
+"""`koff generate`: continue prompts with a domain's memory, in the terminal or beside the dense model."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from koff_lightning.errors import KoffError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from koff_lightning.artefact.decomposed import DecomposedModel
+
+
+def generate(
+    *,
+    model: str,
+    prompt: list[str] | None = None,
+    file: str | None = None,
+    domain: list[str] | None = None,
+    compare: Literal["dense"] | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Continue prompts with the memory of a domain.
+
+    Args:
+        model: Folder that `koff export` wrote.
+        prompt: Text to continue; may be given several times.
+        file: File with one prompt per line, in place of --prompt.
+        domain: Whose memory to use: once for all prompts or once for each; without it the bare pruned backbone.
+        compare: `dense` shows the dense model, the pruned one without memory and the one with it side by side.
+        max_new_tokens: Most tokens to add.
+        temperature: Of sampling; 0 takes the most likely token each time.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        seed: Of sampling.
+        batch_size: Prompts that are continued at a time.
+        device: Torch device; by default a GPU if there is one.
+        dtype: Of the backbone; by default as exported.
+    """
+    prompts = _prompts(prompt, file)
+    options = sampling(max_new_tokens, temperature, top_p) | {"seed": seed}
+    domains = _per_prompt(domain, len(prompts))
+    if batch_size < 1:
+        raise KoffError(f"batch_size must be at least 1; got {batch_size}")
+    if compare and not domain:
+        raise KoffError("--compare shows what a memory changes: give its --domain")
+    from koff_lightning.artefact.decomposed import load_decomposed
+
+    names = [name for name in dict.fromkeys(domains) if name]
+    decomposed = load_decomposed(model, default_device(device), dtype, domains=names)
+    dense = dense_of(decomposed) if compare else None
+    for start in range(0, len(prompts), batch_size):
+        part, rows = prompts[start : start + batch_size], domains[start : start + batch_size]
+        if dense is not None:
+            _side_by_side(decomposed, dense, part, rows, options)
+        elif len(prompts) == 1:
+            _stream(decomposed, part, rows, options)
+        else:
+            texts = _continue(decomposed.generate, decomposed.tokenizer, part, options | {"domains": rows})
+            for name, before, after in zip(rows, part, texts, strict=True):
+                print(f"[{name or 'no memory'}] {before}{after}\n")
+
+
+def sampling(max_new_tokens: int, temperature: float | None, top_p: float) -> dict[str, Any]:
+    """Checked options of transformers' `generate`; temperature None leaves sampling to the model's own settings."""
+    if max_new_tokens < 1:
+        raise KoffError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise KoffError(f"temperature must be 0 (most likely token) or a positive number; got {temperature}")
+    if not 0 < top_p <= 1:
+        raise KoffError(f"top_p must lie in (0, 1]; got {top_p}")
+    if temperature is None:
+        return {"max_new_tokens": max_new_tokens}
+    if temperature == 0:
+        return {"max_new_tokens": max_new_tokens, "do_sample": False}
+    return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def default_device(name: str | None) -> str:
+    """The device named, else a GPU if there is one."""
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _prompts(prompt: list[str] | None, file: str | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise KoffError("generate: give either --prompt, as often as you like, or --file with one prompt per line")
+    if file is None:
+        return prompt
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KoffError(f"cannot read prompts from {file}: {getattr(error, 'strerror', None) or error}") from error
+    if prompts := [line for line in lines if line.strip()]:
+        return prompts
+    raise KoffError(f"{file} holds no prompt: write one per line")
+
+
+def _per_prompt(domain: list[str] | None, prompts: int) -> list[str | None]:
+    domains = domain or [None]
+    if len(domains) not in (1, prompts):
+        raise KoffError(f"{len(domains)} domains for {prompts} prompts: give one for all or one for each")
+    return domains * prompts if len(domains) == 1 else domains
+
+
+def _continue(
+    run: "Callable[..., Any]", tokenizer: "PreTrainedTokenizerBase", prompts: list[str], options: dict[str, Any]
+) -> list[str]:
+    """What `run`, a model's `generate`, adds to each prompt."""
+    import torch
+
+    ids, mask = encode(tokenizer, prompts)
+    torch.manual_seed(options["seed"])
+    given = {name: value for name, value in options.items() if name != "seed"}
+    out = run(ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **given)  # [B, T + new]
+    before = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    whole = tokenizer.batch_decode(out, skip_special_tokens=True)  # a tokenizer may drop a space that stands first
+    return [text[len(start) :] for text, start in zip(whole, before, strict=True)]
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> tuple[Any, Any]:
+    """Token ids and mask, each [B, T], padded on the left.
+
+    Raises:
+        KoffError: A prompt of no tokens.
+    """
+    rows = tokenizer(prompts)["input_ids"]
+    if empty := [number for number, row in enumerate(rows, 1) if not row]:
+        raise KoffError(f"prompt {empty[0]} is empty, and this tokenizer puts no token before it: give some text")
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def _stream(model: "DecomposedModel", prompts: list[str], domains: list[str | None], options: dict[str, Any]) -> None:
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(model.tokenizer, skip_special_tokens=True)
+    _continue(model.generate, model.tokenizer, prompts, options | {"domains": domains, "streamer": streamer})
+
+
+def _side_by_side(
+    model: "DecomposedModel",
+    dense: "PreTrainedModel",
+    prompts: list[str],
+    domains: list[str | None],
+    options: dict[str, Any],
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = {"dense": _continue(dense.generate, model.tokenizer, prompts, options)}
+    if model.manifest.layout != "merged":  # there the memory is part of the backbone
+        bare = options | {"domains": None}
+        columns["pruned, no memory"] = _continue(model.generate, model.tokenizer, prompts, bare)
+    with_memory = options | {"domains": domains}
+    columns["KOFF"] = _continue(model.generate, model.tokenizer, prompts, with_memory)
+    for row, (before, domain) in enumerate(zip(prompts, domains, strict=True)):
+        table = Table(title=Text(f"[{domain}] {before}"), title_justify="left", expand=True)
+        for name in columns:
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*(Text(texts[row]) for texts in columns.values()))
+        Console().print(table)
+
+
+def dense_of(model: "DecomposedModel") -> "PreTrainedModel":
+    """The dense model that the artefact was cut from, where its backbone is and as exact.
+
+    Raises:
+        KoffError: It cannot be loaded, or is not what it was.
+    """
+    from koff_lightning.backbone import fingerprint, load_backbone
+
+    base = model.manifest.base
+    dense = load_backbone(base["id"], revision=base.get("revision"), dtype=model.manifest.dtype)
+    if fingerprint(dense) != base["hash"]:
+        raise KoffError(f"{base['id']!r} is no longer the model that {model.folder} was cut from: its weights differ")
+    dense.set_attn_implementation("koff")
+    dense.generation_config.use_cache = True
+    return dense.to(model.backbone.device, model.backbone.dtype)

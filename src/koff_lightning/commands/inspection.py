@@ -1,0 +1,159 @@
+"""`koff inspect`: what an artefact holds, from its manifest and the sizes of its files; no weights are read."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from koff_lightning.errors import KoffError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from koff_lightning.artefact.folder import Manifest
+
+KIND = {"channel": "FFN neurons", "kv_group": "kv groups"}
+BAR = 24  # characters
+
+
+def inspect(folder: str, png: str | None = None, verify: bool = False, check: str | None = None) -> None:
+    """Show sizes, sparsity by layer, parameters and domains of an exported model.
+
+    Args:
+        folder: Folder that `koff export` wrote.
+        png: File to draw the sparsity by layer into, besides the terminal.
+        verify: Compare every file with its hash in the manifest too.
+        check: Engines to ask what they can take, with commas: hf,peft,vllm,sglang,gguf.
+    """
+    from rich.console import Console
+
+    from koff_lightning.artefact.folder import read_manifest
+
+    path = Path(folder).expanduser()
+    manifest = read_manifest(path)
+    if verify:
+        _verify(path, manifest)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in [*_about(manifest), *_sizes(path, manifest), *_shares(manifest), *_parameters(manifest)]:
+        console.print(line, markup=False)
+    _layers(console, manifest)
+    _domains(console, path, manifest)
+    if verify:
+        console.print("every file is as its hash says")
+    if png:
+        _draw(manifest, Path(png).expanduser())
+    if check:
+        from koff_lightning.artefact import engines
+
+        print(engines.text(engines.check(path, engines.names(check))))
+
+
+def _verify(path: Path, manifest: "Manifest") -> None:
+    """Compare every file with its hash: the backbone's in the manifest, a memory's in its card."""
+    from koff_lightning.artefact.folder import MEMORIES, check_files, hash_file, verify
+    from koff_lightning.artefact.memory_files import CARD, read_card
+
+    verify(path)
+    for name in manifest.domains:
+        home = path / MEMORIES / name
+        card = {CARD: {"size": (home / CARD).stat().st_size, "sha256": hash_file(home / CARD)}}  # hashed nowhere itself
+        check_files(home, read_card(home).files | card)
+
+
+def _about(manifest: "Manifest") -> list[str]:
+    base = manifest.base
+    of = f" of domain {manifest.domain}" if manifest.domain else ""
+    revision = f" at {base['revision']}" if base.get("revision") else ""
+    return [
+        f"base        {base['id']}{revision} ({base['family']}), weights {base['hash'][:12]}",
+        f"layout      {manifest.layout}{of}, {manifest.dtype}, mask {manifest.mask_hash[:12]}",
+        f"licence     {manifest.licence or 'not known: ask whoever made the base model'}",
+        f"made by     {manifest.created_by}",
+    ]
+
+
+def _sizes(path: Path, manifest: "Manifest") -> list[str]:
+    memories = {name: folder_size(path / "memories" / name) for name in manifest.domains}
+    backbone, every = folder_size(path / "backbone"), sum(memories.values())
+    parts = f"backbone {_bytes(backbone)}, {len(memories)} memories {_bytes(every)}"
+    return [f"on disk     {_bytes(backbone + every)}: {parts}"]
+
+
+def _shares(manifest: "Manifest") -> list[str]:
+    share = {name: f"{100 * manifest.sparsity[name]:.2f} %" for name in ("body", "total", "units", "ffn", "attention")}
+    return [
+        f"sparsity    {share['body']} of body, {share['total']} of total, {share['units']} of prunable units "
+        f"(target: {100 * manifest.sparsity['target']:g} % of {manifest.sparsity['denominator']})",
+        f"            by type: {share['ffn']} of FFN neurons, {share['attention']} of kv groups, in parameters",
+    ]
+
+
+def _parameters(manifest: "Manifest") -> list[str]:
+    """Dense, active and stored; net is the change against the dense model."""
+    counts = manifest.parameters
+    dense, most = counts["dense_total"], max(counts["active"].values(), default=counts["backbone"])
+    rows = {
+        "backbone": (counts["backbone"], ""),
+        "active": (most, "with one memory, the largest"),
+        "stored": (counts["stored"], "with all memories"),
+    }
+    lines = [f"parameters  {'dense':<9}{dense:>16,}"]
+    for name, (count, note) in rows.items():
+        net = f"{100 * (count / dense - 1):+.2f} % net of dense"
+        lines.append(f"{'':<12}{name:<9}{count:>16,}  {net:<24}{note}".rstrip())
+    return lines
+
+
+def _layers(console: "Console", manifest: "Manifest") -> None:
+    """A bar for each layer and kind of unit: how much of it is kept."""
+    full, empty = ("#", ".") if console.options.ascii_only else ("█", "░")
+    kinds = [kind for kind in KIND if any(entry["kind"] == kind for entry in manifest.kept)]
+    table: dict[int, dict[str, str]] = {}
+    for entry in manifest.kept:
+        filled = round(BAR * entry["kept"] / entry["of"])
+        share = f"{100 * entry['kept'] / entry['of']:3.0f} %  {entry['kept']} of {entry['of']}"
+        table.setdefault(entry["layer"], {})[entry["kind"]] = f"{full * filled}{empty * (BAR - filled)} {share}"
+    width = 2 + max((len(text) for row in table.values() for text in row.values()), default=0)
+    lines = {"kept        layer": KIND} | {f"{layer:>17}": row for layer, row in table.items()}
+    for start, row in lines.items():
+        cells = "".join(f"{row.get(kind, ''):<{width}}" for kind in kinds)
+        console.print(f"{start} {cells}".rstrip(), markup=False)
+
+
+def _domains(console: "Console", path: Path, manifest: "Manifest") -> None:
+    for line in domain_table(path, manifest):
+        console.print(line, markup=False)
+
+
+def domain_table(path: Path, manifest: "Manifest") -> list[str]:
+    """The domains with rank, slots, parameters and size on disk, as lines."""
+    if not manifest.domains:
+        return ["domains     none"]
+    wide = max(map(len, manifest.domains)) + 2
+    lines = [f"{'domains':<12}{'':<{wide}}{'rank':>6}{'slots':>7}{'parameters':>14}{'on disk':>12}"]
+    for name, memory in manifest.domains.items():
+        rank, slots = (str(memory[key] or "-") for key in ("rank", "slots"))
+        size = _bytes(folder_size(path / "memories" / name))
+        lines.append(f"{'':<12}{name:<{wide}}{rank:>6}{slots:>7}{memory['parameters']:>14,}{size:>12}")
+    return lines
+
+
+def _draw(manifest: "Manifest", file: Path) -> None:
+    from koff_lightning.run.plots import kept_by_layer
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept_by_layer(manifest.kept).savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise KoffError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"

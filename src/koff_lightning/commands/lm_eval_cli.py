@@ -1,0 +1,190 @@
+"""`koff lm-eval`: lm-eval's own options and files, over a model and the domains that it is read with."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from koff_lightning.errors import KoffError
+from koff_lightning.option_errors import one_line
+
+if TYPE_CHECKING:
+    from koff_lightning.evaluation.harness import KoffLM
+    from koff_lightning.evaluation.lm_scores import Scores
+    from koff_lightning.evaluation.lm_tasks import Loaded
+
+# lm-eval's options that are ours here, or that send results elsewhere: the files of --output_path hold all of them.
+TAKEN = ("model", "model_args", "device", "verbosity", "check_integrity", "trust_remote_code")
+ELSEWHERE = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
+ROWS = "8"  # at a time, unless --batch_size says otherwise
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way of reading: the name of its column, the memory, and whether it is the dense model."""
+
+    name: str
+    domain: str | None = None
+    dense: bool = False
+
+
+def lm_eval(argv: list[str]) -> None:
+    """Score a model on lm-eval's tasks, under each domain asked for.
+
+    Args:
+        argv: The words after `koff lm-eval`.
+
+    Raises:
+        KoffError: Bad options, no such model, domain or task, no data, or scores that are no numbers.
+    """
+    from koff_lightning.evaluation.lm_tasks import check_version
+
+    check_version()
+    options = _parser().parse_args(argv)
+    if not options.model or not options.tasks:
+        raise KoffError("lm-eval: give --model (artefact, checkpoint or dense model) and --tasks")
+    settings = _settings(options)
+    from koff_lightning.evaluation import harness, lm_tasks
+    from koff_lightning.evaluation.lm_scores import show
+
+    with harness.quiet():
+        tasks = lm_tasks.load_tasks(settings.tasks, settings.include_path, settings.metadata)
+    lm_tasks.check_counts(tasks, settings.limit, 1)
+    model = harness.load_model(options.model, options.backbone, options.device, options.dtype)
+    columns = _columns(options, model)
+    scores: dict[str, Scores] = {}
+    for column in columns:
+        lm = harness.KoffLM(
+            model,
+            column.domain,
+            column.dense,
+            batch_size=settings.batch_size,
+            max_batch_size=settings.max_batch_size or 64,
+        )
+        scores[column.name] = _score(lm, tasks, settings, options.model, column)
+    show(scores)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """lm-eval's own parser of `lm-eval run`, without what is ours, and with ours."""
+    from lm_eval._cli.run import Run
+
+    made = Run.create(argparse.ArgumentParser().add_subparsers())._parser
+    made.prog, made.usage, made.epilog = "koff lm-eval", "koff lm-eval --model MODEL --tasks TASKS [options]", None
+    made.description = (
+        "Score an artefact, a checkpoint or a dense model on lm-eval's tasks, under each domain asked for."
+    )
+    for action in [a for a in made._actions if a.dest in (*TAKEN, *ELSEWHERE)]:
+        for word in action.option_strings:
+            made._option_string_actions.pop(word)
+        made._remove_action(action)
+        for group in made._action_groups:
+            if action in group._group_actions:
+                group._group_actions.remove(action)
+    ours = made.add_argument_group("koff")
+    ours.add_argument(
+        "--model", help="folder of an artefact, .ckpt of `koff fit`, or dense model (id, folder, koff-tiny)"
+    )
+    ours.add_argument("--domain", "--domains", help="whose memory to read: a name, several with commas, or `all`")
+    ours.add_argument("--memory_off", "--memory-off", action="store_true", help="a column `none`: without memory")
+    ours.add_argument("--dense", action="store_true", help="a column `dense`: the model that was decomposed")
+    ours.add_argument("--backbone", help="where the backbone of a checkpoint is, if it has moved")
+    ours.add_argument("--device", help="torch device; by default a GPU if there is one")
+    ours.add_argument("--dtype", help="of the backbone; by default as it is stored")
+
+    def refuse(message: str) -> NoReturn:
+        names = [word.lstrip("-") for action in made._actions for word in action.option_strings]
+        raise KoffError(f"lm-eval: {one_line(message, names)}")
+
+    made.error = refuse
+    return made
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    """lm-eval's own check of its options."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    own = ("model", "domain", "memory_off", "dense", "backbone", "device", "dtype")
+    given = {name: value for name, value in vars(options).items() if name not in own}
+    if not options.config:
+        given.setdefault("batch_size", ROWS)
+    try:
+        return EvaluatorConfig.from_cli(argparse.Namespace(**given))
+    except (ValueError, TypeError, OSError) as error:
+        raise KoffError(f"lm-eval: {' '.join(str(error).split())}") from error
+
+
+def _columns(options: argparse.Namespace, model: Any) -> list[Column]:
+    """What is asked for; without a word about it the model as it is, without memory."""
+    from koff_lightning.evaluation.harness import domains_of
+
+    known = domains_of(model)
+    asked = known if options.domain == "all" else [name for name in (options.domain or "").split(",") if name]
+    if options.domain and not asked:
+        raise KoffError(f"lm-eval: {options.model} has no memories: leave --domain out")
+    if unknown := [name for name in asked if name not in known]:
+        raise KoffError(
+            f"lm-eval: {options.model} has no memory for {unknown[0]!r}; it has {', '.join(known) or 'none at all'}"
+        )
+    columns = [Column(name, name) for name in asked]
+    if options.memory_off or not (asked or options.dense):
+        columns.append(Column("none" if known else "dense"))
+    if options.dense:
+        columns.append(Column("dense", dense=True))
+    return columns
+
+
+def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, model: str, column: Column) -> "Scores":
+    """One column by lm-eval's `simple_evaluate`; its files are written below `<output_path>/<column>`."""
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+
+    from koff_lightning.evaluation.harness import quiet
+    from koff_lightning.evaluation.lm_scores import plain
+    from koff_lightning.evaluation.lm_tasks import bundled_index
+
+    where = settings.output_path and os.path.join(settings.output_path, column.name)
+    tracker = EvaluationTracker(output_path=where)
+    seeds = settings.seed or [None] * 4
+    about = {"path": model, "domain": column.domain, "dense": column.dense}
+    with quiet():
+        found = simple_evaluate(
+            lm,
+            model_args=about,
+            tasks=roots(tasks),
+            task_manager=bundled_index(),
+            num_fewshot=settings.num_fewshot,
+            batch_size=settings.batch_size,
+            use_cache=settings.use_cache and f"{settings.use_cache}_{column.name}",
+            limit=settings.limit,
+            samples=settings.samples,
+            write_out=settings.write_out,
+            log_samples=settings.log_samples,
+            evaluation_tracker=tracker,
+            system_instruction=settings.system_instruction,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=bool(settings.fewshot_as_multiturn),
+            gen_kwargs=settings.gen_kwargs,
+            predict_only=settings.predict_only,
+            random_seed=seeds[0],
+            numpy_random_seed=seeds[1],
+            torch_random_seed=seeds[2],
+            fewshot_random_seed=seeds[3],
+            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+            metadata=settings.metadata,
+            **settings.cache_requests,
+        )
+    lm.check_finite()
+    samples = found.pop("samples", None)
+    tracker.save_results_aggregated(results=found, samples=samples)
+    for name in samples or ():
+        tracker.save_results_samples(task_name=name, samples=samples[name])
+    return plain(found["results"])
+
+
+def roots(tasks: "Loaded") -> list[Any]:
+    """Tasks and groups that stand in no other group, as `simple_evaluate` takes them."""
+    groups: Mapping[str, Any] = tasks.get("groups", {})
+    inner = {child for group in groups.values() for child in group.child_names}
+    return [made for part in (groups, tasks["tasks"]) for name, made in part.items() if name not in inner]

@@ -1,0 +1,229 @@
+"""The verbs of training, of preparing it and of baselines: LightningCLI over our classes, and what users see.
+
+Every option is a typed, documented argument of a class; nothing is decided here but names, folders and words.
+"""
+
+import json
+import logging
+import signal
+import sys
+import warnings
+from contextlib import nullcontext
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from koff_lightning.callbacks import (
+    AnnealSparsity,
+    Checkpoints,
+    ContinuedLog,
+    ExportArtefact,
+    GradientCoverage,
+    KoffProgress,
+    LMEval,
+    Preview,
+    RunReport,
+)
+from koff_lightning.commands.config_files import find_configs
+from koff_lightning.commands.offline import is_asked, refuse_missing
+from koff_lightning.commands.prepare import VerbTrainer, prepare
+from koff_lightning.data import DomainDataModule, bundled_domains
+from koff_lightning.data.yaml_keys import refuse_duplicate_keys
+from koff_lightning.errors import KoffError
+from koff_lightning.evaluation.one_shot import resolve
+from koff_lightning.module import KOFFModule
+from koff_lightning.option_errors import one_line
+from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from koff_lightning.run.folder import alone_in, new_version
+
+
+class KoffCLI(LightningCLI):
+    """LightningCLI with one-line errors and one folder per run."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give the callbacks that every run has their own sections, and take the domains' names from the data."""
+        parser.add_lightning_class_args(AnnealSparsity, "anneal")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(ExportArtefact, "export")
+        parser.add_lightning_class_args(LMEval, "lm_eval")
+        parser.set_defaults({"checkpoint.every_n_train_steps": 100, "checkpoint.save_last": True})
+        parser.link_arguments("data.domains", "model.domains", compute_fn=_names)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs but ours, each with the arguments that are no options."""
+        return LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in ("baseline", "prepare")}
+
+    def before_instantiate_classes(self) -> None:
+        """The options of a baseline stand for others; without network, what is missing is said now."""
+        if self.subcommand == "baseline":
+            resolve(self.config.baseline)
+        if is_asked():
+            refuse_missing(self.config[self.subcommand])
+
+    def instantiate_classes(self) -> None:
+        """Build what the verb needs: preparing needs no model and no trainer."""
+        if self.subcommand != "prepare":
+            super().instantiate_classes()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parse; what is wrong is said in one line."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            verb = self._subcommand_parsers[args[0]]
+            raise _own_words(error) or KoffError(one_line(str(error), _option_names(verb.get_defaults()))) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Options come from configs and the command line alone.
+
+        LightningCLI would let the checkpoint's hyperparameters override them silently (Lightning pull request 21455).
+        """
+
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        """Add what every run has unless the trainer's options switch it off: loggers, checkpoints, progress, report."""
+        trainer = self._get(self.config_init, "trainer")
+        self.trainer_defaults["callbacks"] = [GradientCoverage(), RunReport(), ContinuedLog()]
+        if trainer.fast_dev_run:
+            self.trainer_defaults["callbacks"].append(Preview())
+        if trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(KoffProgress())
+        if trainer.enable_checkpointing is False or trainer.fast_dev_run:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+        if trainer.logger is None and not trainer.fast_dev_run:
+            kwargs["logger"] = _default_loggers(trainer.default_root_dir)
+        kwargs["plugins"] = [*_as_list(trainer.plugins), AtomicCheckpointIO()]
+        run = super().instantiate_trainer(**kwargs)
+        run.callbacks.sort(key=lambda callback: isinstance(callback, ExportArtefact))  # after the report, if it fails
+        return run
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; RunReport has said what was saved when that is cut short."""
+        if subcommand == "prepare":
+            prepare(self.config.prepare)
+            return
+        if subcommand not in ("fit", "baseline") and not self._get(self.config_init, "ckpt_path"):
+            raise KoffError(f"koff {subcommand} scores what a run has trained: give its --ckpt_path")
+        try:
+            writes = subcommand == "fit" and not self.trainer.fast_dev_run
+            with alone_in(self.trainer.default_root_dir) if writes else nullcontext():
+                super()._run_subcommand(subcommand)
+        except SIGTERMException:
+            print("koff: asked to end; go on with --ckpt_path last", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGTERM) from None
+        except SystemExit as stop:  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from stop
+        except OSError as error:  # a full disk, say
+            raise KoffError(str(error)) from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
+        """Let `--ckpt_path last` stand for the newest intact checkpoint of all runs in the folder."""
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        if options.get("ckpt_path") in ("best", "hpc"):
+            raise KoffError(f"--ckpt_path {options['ckpt_path']}: give a checkpoint file, or `last`")
+        if options.get("ckpt_path") == "last":
+            root = self.trainer.default_root_dir
+            folders = [root, *(c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath)]
+            options["ckpt_path"] = newest = newest_checkpoint(folders)
+            if newest is None and subcommand != "fit":
+                raise KoffError(f"--ckpt_path last: there is no checkpoint below {root}")
+            rank_zero_info(f"going on from {newest}" if newest else f"no checkpoint below {root} yet: starting anew")
+        return options
+
+
+def run(argv: list[str]) -> None:
+    """Run one of the training verbs.
+
+    Args:
+        argv: The verb and its options; `--dry-run` shows what a run would do, takes two steps and writes nothing.
+
+    Raises:
+        KoffError: Bad options or input, or an interrupted run.
+    """
+    _keep_the_terminal_quiet()
+    argv = ["--trainer.fast_dev_run=2" if word in ("--dry-run", "--dry_run") else word for word in argv]
+    argv = ["--prefetch_only=true" if word in ("--prefetch-only", "--prefetch_only") else word for word in argv]
+    argv, configs = find_configs(_with_text(argv) if argv[0] == "baseline" else argv)
+    for config in configs:
+        refuse_duplicate_keys(config)
+    try:
+        KoffCLI(
+            KOFFModule,
+            DomainDataModule,
+            trainer_class=VerbTrainer,
+            args=argv,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "devices": 1,  # more than one needs a strategy: hardware/ddp.yaml
+                "default_root_dir": f"runs/{'+'.join(path.stem for path in configs) or 'unnamed'}",
+                "enable_model_summary": False,  # it counts adapters as backbone; the report says what is what
+            },
+            parser_kwargs={"prog": "koff", "exit_on_error": False},
+        )
+    except MisconfigurationException as error:  # options of the trainer that do not go together
+        raise KoffError(" ".join(str(error).split())) from error
+
+
+def _with_text(argv: list[str]) -> list[str]:
+    """The words after `koff baseline`, which reads all bundled text unless told what to read."""
+    argv = ["--score=false" if word in ("--no-score", "--no_score") else word for word in argv]
+    if any(word.startswith(("--config", "-c", "--data")) for word in argv):
+        return argv
+    return [*argv, "--data.domains", json.dumps({name: f"bundled:{name}" for name in bundled_domains()})]
+
+
+def _names(domains: dict[str, object] | None) -> list[str]:
+    if not domains:
+        raise KoffError(
+            "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
+        )
+    return list(domains)
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _own_words(error: BaseException | None) -> KoffError | None:
+    """Our own error among those that led to this one."""
+    while error and not isinstance(error, KoffError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _option_names(defaults: Namespace) -> set[str]:
+    """Dotted option names of a parser as a user writes them."""
+    return {name.replace(".init_args.", ".") for name in defaults.keys() if "__" not in name}  # noqa: SIM118
+
+
+def _default_loggers(root: str) -> list[Logger]:
+    """Both in `root/version_N`, which is also where Lightning saves config.yaml and the checkpoints."""
+    csv = CSVLogger(root, name="", version=new_version(root))
+    return [csv, TensorBoardLogger(root, name="", version=csv.version)]
+
+
+def _keep_the_terminal_quiet() -> None:
+    """Hide what third parties say to developers; whatever a user can act on stays."""
+    for part in ("pytorch", "fabric"):  # advertisements
+        rank_zero = logging.getLogger(f"lightning.{part}.utilities.rank_zero")
+        rank_zero.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    if sys.warnoptions:  # the user asked for warnings with python -W
+        return
+    # LightningCLI calls old names of jsonargparse, which setup.cfg therefore keeps below 5.
+    warnings.filterwarnings("ignore", message=r"[\s\S]*(JsonargparseDeprecationWarning|removed in v5)")
+    # Lightning's use of torch.utils._pytree.
+    warnings.filterwarnings("ignore", message=r".*LeafSpec")
+    # Every domain has an adapter of its own, all in one model: that is the point.
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    # The frozen backbone stays in eval mode on purpose.
+    warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training")
+    # A resumed run saves its checkpoints in a folder of its own.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    # Text is tokenised before the run: workers would have nothing to do.
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")

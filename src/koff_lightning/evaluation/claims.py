@@ -1,0 +1,152 @@
+"""`koff claims`: run the arms, then report what they say about the paper's claims (docs/claims.md)."""
+
+import shlex
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from koff_lightning.errors import KoffError
+from koff_lightning.evaluation import arms as all_arms
+from koff_lightning.evaluation.arms import AFTER, EQUAL, METHODS, Run
+
+
+def claims(
+    *,
+    config: str = "tiny_12pct.yaml",
+    backbone: str | None = None,
+    seeds: int = 3,
+    sparsity: str | None = None,
+    out: str = "runs/claims",
+    jobs: int = 1,
+    arms: str | None = None,
+    further: list[str] | None = None,
+) -> None:
+    """Measure KOFF against its controls and say which of the paper's claims hold (docs/claims.md).
+
+    Runs that are done already are not repeated. The table, the verdicts and the plots lie in the folder `out`.
+
+    Args:
+        config: Config of `koff fit` that all arms share; `koff configs` lists those that ship with the package.
+        backbone: Another backbone than the config's.
+        seeds: Runs of each arm: with seeds 0, 1, ...
+        sparsity: Shares to remove, with commas. All arms and seeds run at the first one; KOFF, the mask without
+            memories and the best one-shot mask at the others, with one seed. By default the config's target.
+        out: Folder of all runs and of the report.
+        jobs: Runs at one time, each with its share of the cores.
+        arms: Arms to run, with commas; by default all of docs/claims.md.
+        further: Options of `koff fit` for all arms, as they stand after a lone `--`.
+    """
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise KoffError(f"{name} must be 1 or more, got {value}")
+    chosen = all_arms.chosen(arms)
+    shares = None if sparsity is None else _shares(sparsity)
+    resolved = _resolved(config, backbone, further or [])
+    shares = shares or _shares(str(resolved["model"]["sparsity"]["target"]))
+    equal = all_arms.equal_memories(resolved["model"]) if set(EQUAL) & set(chosen) else {}
+    folder = Path(out).expanduser()
+    _keep(folder / "config.yaml", resolved)
+    given = {"config": config, "backbone": backbone, "seeds": seeds, "sparsity": sparsity, "arms": arms}
+    _measure(folder, chosen, shares, seeds, jobs, equal, _command(given, further))
+
+
+def _measure(
+    folder: Path, chosen: list[str], shares: list[float], seeds: int, jobs: int, equal: dict[str, Any], command: str
+) -> None:
+    """Make the runs and write the report, whatever has failed."""
+    from koff_lightning.evaluation import arm_runs, claims_report
+
+    def make(runs: list[Run]) -> list[arm_runs.Failure]:
+        return arm_runs.run_all({run: all_arms.command(run, folder, equal) for run in runs}, folder, jobs)
+
+    main = [Run(arm, shares[0], seed) for seed in range(seeds) for arm in _masks_first(chosen)]
+    failures = make(main)
+    done = claims_report.read(folder, main, failures)
+    best = claims_report.best_one_shot(done)
+    curve = [Run(arm, share, 0) for share in shares[1:] for arm in _on_curve(chosen, best)]
+    failures += make(curve)
+    done |= claims_report.read(folder, curve, failures)
+    claims_report.write(folder, done, failures, equal, {"command": command, "best_one_shot": best})
+    if failures:
+        raise KoffError(
+            f"{len(failures)} of {len(main) + len(curve)} runs failed, first {failures[0].run.name}: "
+            f"{failures[0].last} (log: {failures[0].log}). The same command repeats only what is missing"
+        )
+
+
+def _command(options: dict[str, Any], further: list[str] | None) -> str:
+    """The command that gives the same report, whatever its folder and its jobs."""
+    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return shlex.join(["koff", "claims", *words, *(["--", *further] if further else [])])
+
+
+def _masks_first(chosen: list[str]) -> list[str]:
+    """One-shot masks before the arms that take them."""
+    return [*(arm for arm in chosen if arm in METHODS), *(arm for arm in chosen if arm not in METHODS)]
+
+
+def _on_curve(chosen: list[str], best: str | None) -> list[str]:
+    """Arms of the further sparsities: KOFF, the mask without memories, the best one-shot mask as it is and after."""
+    one_shot = [best] * (best is not None) + [arm for arm in chosen if best is not None and AFTER.get(arm) == best]
+    return [*one_shot, *(arm for arm in ("koff", "no_memory") if arm in chosen)]
+
+
+def _shares(text: str) -> list[float]:
+    """The list of sparsities."""
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share < 1 for share in shares) or len(set(shares)) < len(shares):
+        raise KoffError(f"sparsity must be different numbers between 0 and 1 with commas, as 0.12,0.25; got {text!r}")
+    return shares
+
+
+def _resolved(config: str, backbone: str | None, further: list[str]) -> dict[str, Any]:
+    """All options of the runs, as `koff fit --print_config` tells them; without those that each run sets itself."""
+    import yaml
+
+    from koff_lightning.commands.training_cli import run
+
+    words = ["fit", "--config", config, *([f"--model.backbone={backbone}"] if backbone else []), *further]
+    text = StringIO()
+    try:
+        with redirect_stdout(text):
+            run([*words, "--print_config"])
+    except SystemExit:  # it has printed what was asked for
+        pass
+    resolved = yaml.safe_load(text.getvalue())
+    if resolved["model"].get("artifact"):
+        raise KoffError("model.artifact adds domains to a finished artefact; the claims are about learning a mask")
+    if resolved.pop("ckpt_path"):
+        raise KoffError("koff claims starts every arm anew: leave ckpt_path out")
+    del resolved["trainer"]["default_root_dir"], resolved["seed_everything"], resolved["weights_only"]
+    return resolved
+
+
+def _keep(path: Path, resolved: dict[str, Any]) -> None:
+    """Write the resolved config, or make sure that it is the one that is there."""
+    import yaml
+
+    from koff_lightning.run.results import write_atomically
+
+    if not path.exists():
+        write_atomically(path, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        return
+    there, here = (_flat(options) for options in (yaml.safe_load(path.read_text(encoding="utf-8")), resolved))
+    odd = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if odd:
+        name = odd[0]
+        raise KoffError(
+            f"{path.parent} holds runs with other options ({name} is {there.get(name)!r} there, {here.get(name)!r} "
+            f"here{f'; {len(odd) - 1} more' if odd[1:] else ''}): give another --out"
+        )
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,252 @@
+"""lm-eval over a decomposition: HFLM that reads with one domain's memory, with none, or with the dense model.
+
+    import koff_lightning.evaluation.harness                                     # registers the name "koff"
+    lm_eval.simple_evaluate("koff", {"path": "runs/demo/artifact", "domain": "de"}, tasks=["koff_cloze_de"])
+
+What HFLM does (requests, windows, padding, stopping) stays lm-eval's own, so scores compare with everybody's. The slots
+of a KV memory stand at positions -P..-1 and take nothing from the model's context.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.api.registry import register_model
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from koff_lightning import ranks
+from koff_lightning.artefact.checkpoint import from_checkpoint
+from koff_lightning.artefact.decomposed import DecomposedModel, load_decomposed
+from koff_lightning.artefact.folder import MANIFEST
+from koff_lightning.backbone import load_backbone, load_config, load_tokenizer
+from koff_lightning.commands.generate import default_device, dense_of
+from koff_lightning.decomposition import Decomposition
+from koff_lightning.errors import KoffError
+from koff_lightning.evaluation.lm_scores import Scores, plain
+from koff_lightning.evaluation.lm_tasks import Loaded, check_version
+
+check_version()
+
+SEED = 1234  # lm-eval's own, of the few-shot examples
+Model = Decomposition | DecomposedModel | PreTrainedModel
+
+
+class Reader:
+    """One way to read text with a model, as HFLM asks a model: call it for logits, or `generate`.
+
+    Args:
+        model: Its backbone reads.
+        domain: Whose memory every row reads; None for none.
+        dense: Read with gates and memories off.
+    """
+
+    def __init__(self, model: Decomposition | DecomposedModel, domain: str | None, dense: bool = False) -> None:
+        self.whole, self.domain, self.dense = model, domain, dense
+        self.model: PreTrainedModel = model.backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the backbone; HFLM takes the longest context from it."""
+        return self.model.config
+
+    def __call__(self, input_ids: Tensor) -> SimpleNamespace:
+        """`.logits` [B, T, V] for ids [B, T] without padding on the left."""
+        if isinstance(self.whole, DecomposedModel):
+            return SimpleNamespace(logits=self.whole(input_ids, domains=self.domain).logits)
+        with self._arm(len(input_ids)):
+            hidden = self.whole.hidden({"input_ids": input_ids})  # [B, T, d]
+            return SimpleNamespace(logits=self.model.get_output_embeddings()(hidden))
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Long [B, T + new], by transformers' `generate`."""
+        if isinstance(self.whole, DecomposedModel):
+            return self.whole.generate(input_ids, domains=self.domain, **options)
+        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+        with self._arm(len(input_ids) * copies):
+            return self.model.generate(input_ids=input_ids, **options)
+
+    @contextmanager
+    def _arm(self, rows: int) -> Iterator[None]:
+        """Gates and memories of this way of reading, for so many rows."""
+        module = self.whole
+        if self.dense:
+            with module.gates.off(), module.memories.off():
+                yield
+            return
+        module.gates.set(module.hard_mask().float().unsqueeze(0) if module.learns_mask else None)
+        module.memories.activate([self.domain] * rows)
+        yield
+
+
+@register_model("koff")
+class KoffLM(HFLM):
+    """A decomposition, an artefact, a checkpoint or a dense model, for lm-eval.
+
+    Args:
+        path: Folder of an artefact, checkpoint, dense model (hub id, folder, `koff-tiny`), or a loaded one of these.
+        domain: Whose memory to read; None for none.
+        dense: The dense model that the decomposition was made from.
+        tokenizer: By default the model's own.
+        backbone: Where the backbone of a checkpoint is, if it has moved.
+        device: Torch device; by default a GPU if there is one.
+        dtype: Of the backbone; by default as it is stored.
+        options: Further arguments of HFLM: `batch_size`, `max_batch_size`, `max_length`, `softmax_dtype` ...
+
+    Raises:
+        KoffError: No such model, or no memory of that domain in it.
+    """
+
+    def __init__(
+        self,
+        path: str | Model,
+        domain: str | None = None,
+        dense: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        backbone: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        **options: Any,
+    ) -> None:
+        model = load_model(str(path), backbone, device, dtype) if isinstance(path, str | Path) else path
+        tokenizer = copy.deepcopy(tokenizer or tokenizer_of(model))  # HFLM changes its padding
+        with quiet():
+            super().__init__(reading(model, domain, dense), tokenizer=tokenizer, **options)
+        self._rank = dist.get_rank() if ranks.count() > 1 else 0
+        self._world_size = ranks.count()
+        self.broken = 0  # requests whose log-likelihood is no number
+
+    def __repr__(self) -> str:
+        return f"KoffLM({getattr(self.model, 'domain', None) or 'no memory'})"
+
+    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        scores = super()._loglikelihood_tokens(*args, **kwargs)
+        self.broken += sum(not math.isfinite(value) for value, _ in scores)  # told later, by all ranks at once
+        return scores
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The ranks' tensors, one after the other; HFLM's own way needs accelerate."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.zeros_like(tensor.reshape(-1)) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.reshape(-1))
+        return torch.cat(parts)
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def check_finite(self) -> None:
+        """Raise KoffError, on every rank alike, if a log-likelihood since the last call was no finite number."""
+        broken, self.broken = int(ranks.total(torch.tensor(self.broken, device=self.device))), 0
+        if broken:
+            raise KoffError(
+                f"{broken} log-likelihoods are not finite, so the scores mean nothing: the weights hold nan or inf, or "
+                "their dtype overflows (try dtype float32)"
+            )
+
+
+def load_model(path: str, backbone: str | None = None, device: str | None = None, dtype: str | None = None) -> Model:
+    """What stands at `path`: an artefact, a checkpoint of `koff fit`, or a dense model."""
+    where, place = default_device(device), Path(path).expanduser()
+    if (place / MANIFEST).is_file():
+        return load_decomposed(place, where, dtype)
+    if place.suffix == ".ckpt":
+        if dtype is not None:
+            raise KoffError(f"{path} is read in the dtype of its run: leave dtype out")
+        return from_checkpoint(place, backbone).to(where).eval()
+    stored = str(load_config(path).dtype or "float32").removeprefix("torch.")
+    return load_backbone(path, dtype=dtype or stored).to(where)
+
+
+def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a loaded model."""
+    if isinstance(model, DecomposedModel):
+        return model.tokenizer
+    if isinstance(model, Decomposition):
+        loading = {k: v for k, v in model.loading.items() if k != "dtype"}
+        return load_tokenizer(model.source, **loading)
+    return load_tokenizer(model.name_or_path)
+
+
+def domains_of(model: Model) -> list[str]:
+    """The domains that a loaded model has memories of."""
+    return [] if isinstance(model, PreTrainedModel) else list(model.domains)
+
+
+def reading(model: Model, domain: str | None, dense: bool) -> Reader | PreTrainedModel:
+    """What HFLM is given as its model.
+
+    Raises:
+        KoffError: There is no such memory, or no dense model at hand.
+    """
+    known = domains_of(model)
+    if domain is not None and domain not in known:
+        raise KoffError(f"there is no memory for domain {domain!r}; there is {', '.join(known) or 'none at all'}")
+    if isinstance(model, PreTrainedModel):
+        return model
+    if not dense:
+        return Reader(model, domain)
+    if isinstance(model, DecomposedModel):
+        return dense_of(model)
+    if "dense" not in model.arms:
+        raise KoffError("a run that extends an artefact has no dense model at hand: leave dense out")
+    return Reader(model, None, dense=True)
+
+
+def score(
+    lm: KoffLM, tasks: Loaded, num_fewshot: int | None = None, limit: float | None = None, seed: int = SEED
+) -> Scores:
+    """Score tasks, shared out over the ranks; every rank gets the scores. For lm-eval's files use `simple_evaluate`.
+
+    Args:
+        lm: The model.
+        tasks: As `load_tasks` gives them.
+        num_fewshot: Examples before each question; None for what the task says.
+        limit: Samples per task, or a share of them below 1.
+        seed: Of the choice of examples.
+
+    Raises:
+        KoffError: A log-likelihood that is no finite number.
+    """
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (num_fewshot is not None and own != 0):  # lm-eval's rule: a task that says 0 means it
+            task.set_config("num_fewshot", num_fewshot or 0)
+        task.set_fewshot_seed(seed)
+    found = evaluate(lm, tasks, limit=limit, log_samples=False)  # on rank 0, elsewhere None
+    lm.check_finite()
+    table = [found and plain(found["results"])]
+    if lm.world_size > 1:
+        dist.broadcast_object_list(table, 0, device=lm.device)
+    return table[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence lm-eval's log, which speaks to its developers; errors stay."""
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

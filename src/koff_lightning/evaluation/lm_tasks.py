@@ -1,0 +1,172 @@
+"""lm-eval's tasks: find them by name, load their data, and refuse now what would fail in mid-evaluation.
+
+Besides lm-eval's own there are those of `tasks/`. `koff_general` and `koff_multilingual` name benchmarks of the field
+and need the Hugging Face hub or its cache. `koff_bpb`, `koff_continuation` and `koff_cloze`, a task per bundled domain
+each, need nothing: their documents ship with the package (how they are made: recipes/koff_tiny/build_tasks.py).
+"""
+
+import difflib
+import json
+import lzma
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from koff_lightning.errors import KoffError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from lm_eval.tasks import TaskManager
+
+FOLDER = Path(__file__).parents[1] / "tasks"
+SUPPORTED = ">=0.4.13,<0.5"  # of lm-eval: before, it breaks on transformers 5; after, its insides may have moved
+USED = 0.75  # share of the held-out documents, in the order of the file, that the tasks are made from
+Loaded = Mapping[str, Any]  # what TaskManager.load returns: tasks, groups, group_map
+
+
+def check_version() -> None:
+    """Raise KoffError unless the installed lm-eval is one that this release was written for."""
+    from packaging.specifiers import SpecifierSet
+
+    if (installed := version("lm-eval")) not in SpecifierSet(SUPPORTED):
+        raise KoffError(
+            f"lm-eval {installed} is installed, but {SUPPORTED} is needed: pip install 'lm-eval{SUPPORTED}'"
+        )
+
+
+def documents(suite: str, domain: str, **_: object) -> dict[str, "Dataset"]:
+    """The documents of an offline task, as lm-eval's `custom_dataset` gives them: {"test": rows}.
+
+    `bpb` reads the bundled held-out text itself, a row {"id", "text"} for each document. The other suites have rows
+    {"id", "context", "choices", "answer"}, made by recipes/koff_tiny/build_tasks.py.
+    """
+    from datasets import Dataset
+
+    bpb = suite == "bpb"
+    rows = heldout_documents(domain) if bpb else _rows(FOLDER / "data" / f"{suite}_{domain}.jsonl.xz")
+    return {"test": Dataset.from_list(rows)}
+
+
+def heldout_documents(domain: str) -> list[dict[str, str]]:
+    """The bundled held-out documents that tasks may use; the rest of the file is for development."""
+    rows = _rows(FOLDER.parent / "tiny" / "corpora" / f"{domain}.heldout.jsonl.xz")
+    return rows[: int(USED * len(rows))]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def load_tasks(
+    names: Sequence[str], include_path: str | None = None, metadata: Mapping[str, Any] | None = None
+) -> Loaded:
+    """Load tasks, groups and tags by name, with their data.
+
+    Args:
+        names: As lm-eval takes them: names, patterns such as `belebele_*`, or paths of YAML files.
+        include_path: Folder of further tasks.
+        metadata: For tasks that want some.
+
+    Raises:
+        KoffError: No such task, or its data cannot be had.
+    """
+    check_version()
+    given = [name for name in names if name]
+    if not given:
+        raise KoffError("no task is named: for example --tasks koff_continuation,koff_cloze (offline) or koff_general")
+    manager = _manager(tuple(given), include_path, json.dumps(dict(metadata or {}), default=str))
+    wanted = [part for name in given for part in _matches(manager, name)]
+    try:
+        return manager.load(list(dict.fromkeys(wanted)))
+    except KoffError:
+        raise
+    except Exception as error:  # whatever the data's own code does: datasets, hub, network, files
+        raise KoffError(_no_data(given, error)) from error
+
+
+def _manager(names: tuple[str, ...], include_path: str | None, metadata: str) -> "TaskManager":
+    """An index of our tasks and the user's alone where that is enough: to read all of lm-eval's takes seconds."""
+    if include_path is not None and not Path(include_path).is_dir():
+        raise KoffError(f"include_path {include_path!r} is no folder: give one that holds the tasks' YAML files")
+    small = _index(include_path, metadata, False)
+    return small if all(_holds(small, name) for name in names) else _index(include_path, metadata, True)
+
+
+def _holds(index: "TaskManager", name: str) -> bool:
+    """Whether a task, or a group with all that it names, is in this index."""
+    entry = index.task_index.get(name) if isinstance(name, str) else None
+    group = entry is not None and "group" in (entry.cfg or {})
+    return entry is not None and all(_holds(index, child) for child in (entry.cfg.get("task", ()) if group else ()))
+
+
+def bundled_index() -> "TaskManager":
+    """The index of our tasks, for callers of lm-eval that have loaded theirs: it would read all of its own."""
+    return _index(None, "{}", False)
+
+
+@cache
+def _index(include_path: str | None, metadata: str, whole: bool) -> "TaskManager":
+    from lm_eval.tasks import TaskManager
+
+    paths = [str(FOLDER), *([include_path] if include_path else [])]
+    return TaskManager(include_path=paths, include_defaults=whole, metadata=json.loads(metadata))
+
+
+def _matches(manager: "TaskManager", name: str) -> list[str]:
+    if name.endswith(".yaml"):
+        path = Path(name).expanduser()
+        if path.is_file():
+            return [str(path.resolve())]
+        raise KoffError(f"task file {name}: no such file")
+    found = manager.match_tasks([name])
+    if not found:
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise KoffError(f"lm-eval {version('lm-eval')} has no task {name!r}.{hint} `lm-eval ls tasks` lists its own")
+    return found
+
+
+def _no_data(names: Sequence[str], error: BaseException) -> str:
+    """Which task, which data, and how to get it."""
+    task = _task_in(error.__traceback__)
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if task is None or not task.DATASET_PATH:
+        return f"tasks {', '.join(names)} cannot be loaded: {reason}"
+    place = ", ".join(repr(part) for part in (task.DATASET_PATH, task.DATASET_NAME) if part)
+    return (
+        f"task {task.config.task!r} has no data here: dataset {place} cannot be had ({reason}). Where there is a "
+        f'network run python -c "import datasets; datasets.load_dataset({place})" and copy the folder HF_HOME (by '
+        "default ~/.cache/huggingface) here; or take tasks that need none: koff_bpb, koff_continuation, koff_cloze"
+    )
+
+
+def _task_in(trace: TracebackType | None) -> Any:
+    """The task that was being made when an error came up; lm-eval does not say."""
+    makers = [frame.f_locals.get("self") for frame, _ in walk_tb(trace)]
+    return next((maker for maker in makers if hasattr(maker, "DATASET_PATH") and hasattr(maker, "config")), None)
+
+
+def check_counts(tasks: Loaded, limit: float | None, ranks: int) -> None:
+    """Raise KoffError when a task would have no sample left, or fewer than there are processes to share them.
+
+    Args:
+        tasks: As loaded.
+        limit: Samples per task; a share of them below 1; None for all.
+        ranks: Number of processes.
+    """
+    if limit is not None and not 0 < limit < math.inf:
+        raise KoffError(f"limit must be a number of samples, or a share of them below 1; got {limit}")
+    for name, task in tasks["tasks"].items():
+        total = len(task.eval_docs)
+        count = total if limit is None else min(total, math.ceil(total * limit) if limit < 1 else int(limit))
+        if count < ranks:
+            raise KoffError(
+                f"task {name!r} has {total} samples, of which limit {limit} leaves {count} for {ranks} process"
+                f"{'es: each needs one' if ranks > 1 else ': one at least is needed'}"
+            )

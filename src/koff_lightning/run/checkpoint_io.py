@@ -1,0 +1,125 @@
+"""Checkpoints on disk: there in full or not at all, read without running anything, the newest intact one found.
+
+Lightning writes to the system's temporary folder and moves the file: across file systems that is a copy, which a kill
+or a full disk cuts in half. Here the file is made beside its place, flushed to the disk, and renamed.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+from koff_lightning.artefact.new_folder import flush
+from koff_lightning.errors import KoffError
+
+_PARTS = ("koff", "hyper_parameters", "state_dict")
+_VERSION = re.compile(r"version_(\d+)")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to and from files, for checkpoints that survive a kill at any moment."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        """Write a file so that it is there in full or as it was before, also after a power cut.
+
+        Raises:
+            KoffError: The disk did not take it; what was saved before is untouched.
+        """
+        path = Path(path)
+        part = path.with_name(f".{path.name}.part")  # a killed save leaves one, which the next save there overwrites
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with part.open("wb") as file:
+                    torch.save(checkpoint, file)
+                flush(part)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+            flush(path.parent)
+        except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+            raise KoffError(
+                f"cannot write {path}: {_reason(error)}. Earlier checkpoints are intact: make room, then go on with "
+                "--ckpt_path last"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: object = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file, to the CPU and as plain values whatever the caller asks for.
+
+        Raises:
+            KoffError: See `read_checkpoint`.
+        """
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint of `koff fit`, on the CPU. Nothing in it is run: it may come from anyone.
+
+    Args:
+        path: The file.
+        mmap: Leave tensors on the disk until they are used.
+
+    Raises:
+        KoffError: No such file, damaged, not of `koff fit`, or holding more than tensors and plain values.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise KoffError(
+            f"{path} is a folder, as sharded runs save: make one file of it with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
+        )
+    if not path.is_file():
+        raise KoffError(f"checkpoint {path}: no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt")
+    try:
+        with ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look at the check sums
+                raise BadZipFile(f"{damaged} has another check sum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a file made to do harm can raise anything
+        raise KoffError(
+            f"cannot read {path} as a checkpoint: it is damaged or something else ({_reason(error)})"
+        ) from error
+    parts = [checkpoint.get(key) if isinstance(checkpoint, Mapping) else None for key in _PARTS]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise KoffError(f"{path} is not a checkpoint of `koff fit`: it does not say what was trained on which backbone")
+    if named := {"_instantiator", "_class_path"} & checkpoint["hyper_parameters"].keys():
+        raise KoffError(f"{path} names code to be run ({', '.join(sorted(named))}): `koff fit` writes no such thing")
+    return checkpoint
+
+
+def newest_checkpoint(folders: Iterable[str | Path]) -> Path | None:
+    """The intact checkpoint of the highest step in the newest run below `folders`; None where there is none.
+
+    Runs are ordered by their `version_N`, not by times of files: clocks go backwards, copies are young.
+    """
+    runs: dict[int, set[Path]] = {}
+    for folder in folders:
+        for path in Path(folder).expanduser().rglob("*.ckpt"):
+            versions = _VERSION.findall(str(path.parent))
+            runs.setdefault(int(versions[-1]) if versions else -1, set()).add(path)
+    for version in sorted(runs, reverse=True):
+        steps: dict[Path, int] = {}
+        for path in sorted(runs[version]):
+            try:
+                steps[path] = int(read_checkpoint(path, mmap=True)["global_step"])
+            except KoffError as error:
+                rank_zero_warn(f"{error}. An earlier checkpoint is used in its place.")
+        if steps:
+            return max(steps, key=steps.__getitem__)
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, where torch covers it with words of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not getattr(cause, "strerror", None):
+        cause = cause.__cause__ or cause.__context__
+    text = cause.strerror if isinstance(cause, OSError) else str(error).strip()
+    return (text.splitlines() or [type(error).__name__])[0]

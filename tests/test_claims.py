@@ -112,6 +112,22 @@ def test_runs_of_other_options_are_refused(runs, capsys):
     assert "other options (first: --seed_everything=9): give another --out" in capsys.readouterr().err
 
 
+def test_an_option_that_is_new_since_then_stands_at_its_default(runs, capsys):
+    out, go = runs
+    go("--seeds=1", "--arms=koff")
+    kept = out / "config.yaml"
+    older = "".join(line for line in kept.read_text().splitlines(True) if line != "  cache: null\n")
+    assert older != kept.read_text()
+    kept.write_text(older)
+    assert go("--seeds=1", "--arms=koff,no_memory") == (0, ["no_memory-0.12-0"])
+    assert kept.read_text() == older, "the new runs have the config of the old ones"
+    assert go("--seeds=1", "--arms=koff", "--", "--data.cache=elsewhere") == (2, [])
+    assert "(data.cache is None there, 'elsewhere' here): give another --out" in capsys.readouterr().err
+    kept.write_text(older + "flux: 1\n")
+    assert go("--seeds=1", "--arms=koff") == (2, [])
+    assert "config.yaml was written by another release" in capsys.readouterr().err
+
+
 def test_a_folder_of_something_else_is_left_alone(runs, capsys):
     out, go = runs
     (out / "koff-0.12-0").mkdir(parents=True)

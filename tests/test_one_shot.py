@@ -36,7 +36,7 @@ from koff_lightning.gates import BackboneGates
 from koff_lightning.run.results import mask_and_size
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
-METHODS = ("magnitude", "wanda_sp", "flap", "random")
+METHODS = ("magnitude", "wanda_sp", "flap", "random", "fisher")
 TARGET = 0.25
 
 
@@ -113,7 +113,7 @@ def test_the_mask_is_a_checkpoint_at_the_exact_budget(masks, method):
 
 def test_methods_differ_and_a_seed_repeats(place, masks, tmp_path):
     kept = {method: from_checkpoint(checkpoint(masks, method)).gates.kept for method in METHODS}
-    assert len({tuple(mask.tolist()) for mask in kept.values()}) == 4
+    assert len({tuple(mask.tolist()) for mask in kept.values()}) == len(METHODS)
     for seed, same in ((0, True), (1, False)):
         assert baseline(place, tmp_path / str(seed), "random", "--no-score", f"--seed={seed}") == 0
         again = from_checkpoint(tmp_path / str(seed) / "checkpoints" / "last.ckpt").gates.kept

@@ -13,7 +13,7 @@ from typing import Any
 from koff_lightning.errors import KoffError
 from koff_lightning.option_errors import nearest
 
-METHODS = ("magnitude", "wanda_sp", "flap", "random")
+METHODS = ("magnitude", "wanda_sp", "flap", "random", "fisher")
 ABLATIONS = ("dense_memory", "no_memory", "two_stage", "shared_memory", "lora_only", "kv_only")  # overlays of configs/
 EQUAL = ("lora_equal", "kv_equal")  # one kind of memory with the parameters of both
 LEARNED = ("koff", *ABLATIONS, *EQUAL, "ddp")

@@ -1,16 +1,17 @@
 """One-shot masks to compare with: every unit's score from the weights and one reading of calibration text.
 
-Four methods, in the units, the budget and the hardening of a learned mask (docs/baselines.md has the formulas, their
-sources, and where we differ from them):
+In the units, the budget and the hardening of a learned mask (docs/baselines.md has the formulas, their sources, and
+where we differ from them):
 
     random     uniform noise
     magnitude  ||w||_2 over all weights of the unit
     wanda_sp   sum over the unit's columns j of ||X_j||_2 * ||W_:j||_1 (An et al. 2024, after Sun et al. 2024)
     flap       mean over the unit's columns j of Var(X_j) * ||W_:j||_2^2, standardised by layer and kind (the same)
+    fisher     squared gradient of the loss by the unit's gate, per parameter: the prior of a learned mask by itself
 
 X is the input of the unit's consumer, W its weight. Memories play no part: they are off, and the gates open.
 
-Shapes: U units in all, U_g of group g, C_g = U_g * width input columns of its consumer, N tokens, d hidden.
+Shapes: U units in all, U_g of group g, C_g = U_g * width input columns of its consumer, N tokens, d hidden, B rows.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,11 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
+from koff_lightning.data.packing import IGNORED
 from koff_lightning.errors import KoffError
+from koff_lightning.losses import LossSpec, fused_head_loss
 from koff_lightning.option_errors import nearest
 
-Method = Literal["magnitude", "wanda_sp", "flap", "random"]
-READ_TEXT = ("wanda_sp", "flap")
+Method = Literal["magnitude", "wanda_sp", "flap", "random", "fisher"]
+READ_TEXT = ("wanda_sp", "flap", "fisher")
+NO_TEXT = f"there is no calibration text: {', '.join(READ_TEXT)} score units by what the model does with it; give some"
 
 
 def scores(
@@ -40,8 +44,8 @@ def scores(
     Args:
         model: The dense backbone.
         batches: Calibration text, as the data module gives it (`input_ids` [B, T], `position_ids` or `attention_mask`);
-            `magnitude` and `random` read none.
-        method: `magnitude`, `wanda_sp`, `flap` or `random`.
+            `fisher` wants `labels` too; `magnitude` and `random` read none.
+        method: `magnitude`, `wanda_sp`, `flap`, `random` or `fisher`.
         groups: The units, by default all prunable ones of the model.
         seed: Of `random`.
 
@@ -59,6 +63,8 @@ def scores(
     if method == "random":
         random = torch.Generator().manual_seed(seed)
         return torch.rand(sum(group.size for group in groups), generator=random)
+    if method == "fisher":
+        return _finite(_fisher(model, batches or (), groups), method, groups)
     read = input_moments(model, batches or (), groups) if method in READ_TEXT else {}
     return scores_from(model, read, method, groups)
 
@@ -67,8 +73,12 @@ def scores_from(
     model: PreTrainedModel, read: Mapping[str, "Moments"], method: Method, groups: Sequence[PrunableGroup]
 ) -> Tensor:
     """The same from what `input_moments` found, fp32 [U]."""
-    parts = [_SCORES[method](model, group, read.get(group.consumer)) for group in groups]
-    values = torch.cat(parts).float()  # [U]
+    return _finite([_SCORES[method](model, group, read.get(group.consumer)) for group in groups], method, groups)
+
+
+def _finite(parts: Sequence[Tensor], method: Method, groups: Sequence[PrunableGroup]) -> Tensor:
+    """The scores of all groups as one, fp32 [U]; KoffError names the first layer with one that is no number."""
+    values = torch.cat(list(parts)).float().cpu()
     if not values.isfinite().all():
         where = next(g for g, part in zip(groups, parts, strict=True) if not part.isfinite().all())
         raise KoffError(
@@ -143,7 +153,7 @@ def input_moments(
         for hook in hooks:
             hook.remove()
     if min(place.count for place in moments.values()) < 2:
-        raise KoffError("there is no calibration text: wanda_sp and flap score units by what reaches them; give some")
+        raise KoffError(NO_TEXT)
     return moments
 
 
@@ -191,6 +201,52 @@ def _flap(model: PreTrainedModel, group: PrunableGroup, read: Moments) -> Tensor
     fluctuation = read.variance * _weight(model, group.consumer).square().sum(0)  # [C_g]
     deviation = fluctuation.std(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
     return _by_unit(group, (fluctuation - fluctuation.mean()) / deviation) / group.width
+
+
+def _fisher(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], groups: Sequence[PrunableGroup]
+) -> list[Tensor]:
+    """Mean over rows of (d CE of the row / d gate)^2 at open gates, per parameter of the unit, [U_g] of each group.
+
+    The empirical Fisher information of removing a unit, as the warm-up of a run collects it (gates.py); no memory here.
+    """
+    total, rows = [torch.zeros(group.size, dtype=torch.float64) for group in groups], 0
+    for batch in batches:
+        for place, slope in zip(total, _gate_slopes(model, batch, groups), strict=True):
+            place += slope.double().square().sum(0).cpu()
+        rows += len(batch["input_ids"])
+    if not rows:
+        raise KoffError(NO_TEXT)
+    return [place / rows / group.params_per_unit for place, group in zip(total, groups, strict=True)]
+
+
+def _gate_slopes(
+    model: PreTrainedModel, batch: Mapping[str, Any], groups: Sequence[PrunableGroup]
+) -> tuple[Tensor, ...]:
+    """Gradient of each row's mean cross-entropy by its own gates, [B, U_g] of each group."""
+    names = ("input_ids", "position_ids", "attention_mask")
+    inputs = {name: batch[name].to(model.device) for name in names if batch.get(name) is not None}
+    labels = batch["labels"][:, 1:].to(model.device)  # [B, T - 1]
+    gates = [torch.ones(len(labels), group.size, device=model.device, requires_grad=True) for group in groups]
+
+    def gated(gate: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        return lambda _, given: (given[0] * gate.repeat_interleave(width, 1)[:, None].to(given[0].dtype), *given[1:])
+
+    hooks = [
+        model.get_submodule(group.consumer).register_forward_pre_hook(gated(gate, group.width))
+        for group, gate in zip(groups, gates, strict=True)
+    ]
+    try:
+        with torch.enable_grad():
+            hidden = hidden_states(model, **inputs)[:, :-1]  # [B, T - 1, d]
+            predicted = labels != IGNORED
+            weights = (predicted / predicted.sum(1, keepdim=True).clamp(min=1))[predicted]  # [N]
+            head, spec = model.get_output_embeddings().weight.detach(), LossSpec(kl=0)
+            loss, _, _ = fused_head_loss(hidden[predicted], None, head, labels[predicted], weights, spec)
+            return torch.autograd.grad(loss, gates)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 _SCORES = {"magnitude": _magnitude, "wanda_sp": _wanda_sp, "flap": _flap}

@@ -126,7 +126,10 @@ def _resolved(config: str, backbone: str | None, further: list[str]) -> dict[str
 
 
 def _keep(path: Path, resolved: dict[str, Any]) -> None:
-    """Write the resolved config, or make sure that it is the one that is there."""
+    """Write the resolved config, or make sure that it is the one that is there.
+
+    What is there is resolved anew: an option that has come since then stands at its default, as those runs had it.
+    """
     import yaml
 
     from koff_lightning.run.results import write_atomically
@@ -134,7 +137,12 @@ def _keep(path: Path, resolved: dict[str, Any]) -> None:
     if not path.exists():
         write_atomically(path, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         return
-    there, here = (_flat(options) for options in (yaml.safe_load(path.read_text(encoding="utf-8")), resolved))
+    try:
+        there, here = _flat(_resolved(str(path), None, [])), _flat(resolved)
+    except KoffError as error:
+        raise KoffError(
+            f"{path} was written by another release of koff-lightning ({error}): give another --out"
+        ) from error
     odd = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if odd:
         name = odd[0]

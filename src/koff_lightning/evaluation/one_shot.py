@@ -51,13 +51,13 @@ class KoffTrainer(Trainer):
         Args:
             model: Without memories.
             datamodule: Domains whose training text calibrates.
-            method: `magnitude`, `wanda_sp`, `flap` or `random`.
+            method: `magnitude`, `wanda_sp`, `flap`, `random` or `fisher`.
             out: Folder to write; by default that of the config's runs and the method.
             backbone: Short for --model.backbone.
             sparsity: Short for --model.sparsity.target.
             seed: Of the draw of calibration text, and of `random`.
-            calibration_tokens: Training tokens to read, of all domains together, equally many of each (`wanda_sp` and
-                `flap` read text).
+            calibration_tokens: Training tokens to read, of all domains together, equally many of each (`wanda_sp`,
+                `flap` and `fisher` read text).
             compensate: Let the mean of what `flap` removes stay behind as biases, which the layouts ragged, masked and
                 merged can store.
             score: Score held-out text under the mask afterwards; --no-score leaves it out.
@@ -136,11 +136,11 @@ def harden_by(
     gates, backbone, read = module.gates, module.backbone, {}
     text = data.calibration_text(num_tokens, seed) if method in baselines.READ_TEXT else None
     with gates.off(), module.memories.off():
-        if text is None:
-            values = baselines.scores(backbone, None, method, gates.groups, seed)
-        else:
+        if method == "flap":
             read = baselines.input_moments(backbone, text, gates.groups)
             values = baselines.scores_from(backbone, read, method, gates.groups)
+        else:
+            values = baselines.scores(backbone, text, method, gates.groups, seed)
     gates.logits.copy_(values)
     module.target = module.sparsity.target
     module.harden()

@@ -1,0 +1,132 @@
+"""`koff lm-eval` on an artefact, its checkpoint and dense models: the same texts, the same scores, the same files."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from tiny_artefact import tiny_decomposition
+from tiny_run import RandomText, tiny_trainer
+from tiny_tasks import NEW, PROMPTS, UNTIL, toy_tasks
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from koff_lightning import KOFFModule, KVSpec, LoraSpec, SparsitySpec
+from koff_lightning.artefact.export import export
+from koff_lightning.cli import main
+from koff_lightning.evaluation import lm_tasks
+from koff_lightning.evaluation.harness import KoffLM, quiet, score
+
+DOMAINS = ["en", "law"]
+
+
+@pytest.fixture(autouse=True)
+def no_questions(monkeypatch):
+    """lm-eval asks pip and the compiler about the machine: seconds."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A dense folder, a checkpoint over it whose memories say something else each, its artefact, and toy tasks."""
+    folder = tmp_path_factory.mktemp("alike")
+    tiny_decomposition(folder)  # writes dense/
+    sizes = {"lora": LoraSpec(rank=2), "kv": KVSpec(slots=4), "sparsity": SparsitySpec(target=0.2, min_channels=4)}
+    module = KOFFModule(str(folder / "dense"), domains=DOMAINS, **sizes)
+    run = tiny_trainer(folder, [], steps=4)
+    run.fit(module, RandomText())
+    torch.manual_seed(0)
+    for tensor in (*module.memories.lora_parameters(), *module.memories.kv_parameters()):
+        nn.init.normal_(tensor, std=0.3)
+    run.save_checkpoint(folder / "run.ckpt")
+    export(module.eval(), folder / "artefact", prove=False)
+    toy_tasks(folder / "tasks")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+    return SimpleNamespace(folder=folder, module=module, tokenizer=tokenizer)
+
+
+def lm_eval(place, model, task, out, *options):
+    """Run the command; by column what stands in its files: results, and the samples of the task."""
+    words = ["--model", str(place.folder / model), "--tasks", task, "--include_path", str(place.folder / "tasks")]
+    assert main(["lm-eval", *words, "--output_path", str(out), "--log_samples", "--device=cpu", *options]) == 0
+    found = {}
+    for column in out.iterdir():
+        (results,), (samples,) = column.rglob("results_*.json"), column.rglob(f"samples_{task}_*.jsonl")
+        rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        found[column.name] = json.loads(results.read_text()), sorted(rows, key=lambda row: row["doc_id"])
+    return found
+
+
+@torch.no_grad()
+def written(place, column, prompt, ends=UNTIL):
+    """Greedy text of one row, by a whole forward for each token; `column` is a domain, `none` or `dense`."""
+    module, ids = place.module, place.tokenizer(prompt, return_tensors="pt").input_ids
+    module.gates.set(None if column == "dense" else module.hard_mask().float()[None])
+    module.memories.activate([column if column in DOMAINS else None])
+    start = ids.shape[1]
+    for _ in range(NEW):
+        token = module.backbone(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, token], 1)
+        if int(token) == place.tokenizer.eos_token_id:
+            break
+    text = place.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    return min([text, *(text.split(end)[0] for end in ends)], key=len)
+
+
+@pytest.mark.parametrize("model", ["artefact", "run.ckpt"])
+def test_what_is_written_in_batches_is_what_each_row_writes_alone(place, tmp_path, model):
+    """Prompts of unequal length go in one left-padded batch, stop at strings, and read the column's memory."""
+    found = lm_eval(place, model, "toy_write", tmp_path, "--domains=all", "--memory-off", "--dense", "--batch_size=4")
+    assert set(found) == {*DOMAINS, "none", "dense"}
+    texts = {}
+    for column, (_, rows) in found.items():
+        texts[column] = [row["filtered_resps"][0] for row in rows]
+        assert texts[column] == [written(place, column, prompt) for prompt in PROMPTS], column
+    assert len({tuple(column) for column in texts.values()}) == 4, "every way of reading says something else"
+    assert len({len(place.tokenizer(prompt).input_ids) for prompt in PROMPTS}) > 1
+    assert any(end in written(place, column, prompt, ()) for column in found for end in UNTIL for prompt in PROMPTS)
+
+
+def test_artefact_and_checkpoint_and_dense_model_score_alike(place, tmp_path, capsys):
+    scores, heads = {}, {}
+    for model, ways in (
+        ("artefact", ["--domains=all", "--memory-off"]),
+        ("run.ckpt", ["--domains=all", "--dense"]),
+        ("dense", []),
+    ):
+        found = lm_eval(place, model, "toy_choose", tmp_path / model, *ways, "--num_fewshot=2", "--batch_size=3")
+        heads[model] = next(line for line in capsys.readouterr().out.splitlines() if "metric" in line).split()[2:]
+        scores |= {(model, column): likelihoods(rows) for column, (_, rows) in found.items()}
+        assert {results["n-shot"]["toy_choose"] for results, _ in found.values()} == {2}
+    for domain in DOMAINS:
+        assert scores["artefact", domain] == pytest.approx(scores["run.ckpt", domain], abs=1e-4)
+    assert scores["run.ckpt", "dense"] == pytest.approx(scores["dense", "dense"], abs=1e-5)
+    assert scores["artefact", "en"] != pytest.approx(scores["artefact", "law"], abs=1e-2)
+    assert heads == {"artefact": [*DOMAINS, "none"], "run.ckpt": [*DOMAINS, "dense"], "dense": ["dense"]}
+
+
+def likelihoods(rows):
+    """Of every choice of every sample."""
+    return [float(choice[0]) for row in rows for (choice,) in row["resps"]]
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_examples_are_those_of_stock_hflm(place, shots):
+    model = AutoModelForCausalLM.from_pretrained(place.folder / "dense")
+    with quiet():
+        stock = HFLM(model, tokenizer=place.tokenizer, batch_size=2)
+        stock.check_finite = lambda: None
+        tasks = lm_tasks.load_tasks(["toy_choose"], str(place.folder / "tasks"))
+        ours = score(KoffLM(str(place.folder / "dense"), batch_size=2, device="cpu"), tasks, num_fewshot=shots)
+        assert ours == score(stock, tasks, num_fewshot=shots)
+    asked = tasks["tasks"]["toy_choose"].instances[0].args[0]
+    assert asked.count("\n\n") == shots
+
+
+def test_batch_size_auto_gives_the_same_scores(place, tmp_path):
+    by_size = {}
+    for size in ("1", "auto:2"):
+        found = lm_eval(place, "artefact", "toy_choose", tmp_path / size[:4], "--domain=en", f"--batch_size={size}")
+        by_size[size] = likelihoods(found["en"][1])
+    assert by_size["1"] == pytest.approx(by_size["auto:2"], abs=1e-4)

@@ -1,0 +1,123 @@
+"""lm-eval's scores in a real `koff fit`: what monitors do with them, and what goes wrong without losing the run."""
+
+import json
+
+import pytest
+import yaml
+from tiny_artefact import tiny_decomposition
+from tiny_tasks import toy_tasks
+from toy_text import toy_documents, write_jsonl
+
+from koff_lightning.cli import main
+from koff_lightning.evaluation import lm_tasks
+
+DOMAINS = ["en", "law"]
+SCORE = "lm_eval/law/toy_choose/acc"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A config of `koff fit` over toy text that scores toy tasks, and its folder."""
+    folder = tmp_path_factory.mktemp("fit")
+    tiny_decomposition(folder)  # writes dense/
+    toy_tasks(folder / "tasks")
+    for seed, domain in enumerate(DOMAINS):
+        write_jsonl(folder / f"{domain}.jsonl", toy_documents(60, seed=seed, longest=30))
+    files = {domain: str(folder / f"{domain}.jsonl") for domain in DOMAINS}
+    sizes = {"lora": {"rank": 2}, "kv": {"slots": 4}, "sparsity": {"target": 0.2, "min_channels": 4}}
+    config = {
+        "model": {"backbone": str(folder / "dense")} | sizes,
+        "data": {"domains": files, "seq_len": 16, "batch_size": 4, "heldout_fraction": 0.1},
+        "trainer": {"max_steps": 6, "accelerator": "cpu", "num_sanity_val_steps": 0, "limit_val_batches": 0},
+        "lm_eval": {
+            "include_path": str(folder / "tasks"),
+            "every_n_steps": 2,
+            "tasks": [{"task": "toy_choose", "domain": "law"}],
+        },
+        "export": {"enabled": False},
+    }
+    (folder / "toy.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def fit(place, out, *options, **sections):
+    """Run the command with some sections of the config changed; returns its exit status."""
+    over = out.with_suffix(".yaml")
+    over.write_text(yaml.safe_dump(sections))
+    words = ["--config", str(place / "toy.yaml"), "--config", str(over), f"--trainer.default_root_dir={out}"]
+    return main(["fit", *words, "--seed_everything=0", *options])
+
+
+def monitors(out, **stopping):
+    """A checkpoint by the score, and a stop when it gets no better."""
+    watch = {"monitor": SCORE, "mode": "max"}
+    saver = {"dirpath": str(out / "best"), "filename": "{step}", "every_n_train_steps": 2, "save_top_k": 1} | watch
+    path = "lightning.pytorch.callbacks."
+    stopper = {"class_path": path + "EarlyStopping", "init_args": watch | stopping}
+    return [{"class_path": path + "ModelCheckpoint", "init_args": saver}, stopper]
+
+
+def test_checkpoints_and_early_stopping_go_by_the_scores(place, tmp_path):
+    """The toy score does not get better by itself, so that the first is best and the run stops at the second look."""
+    out = tmp_path / "run"
+    stopping = {"patience": 1, "check_on_train_epoch_end": True, "min_delta": 1.0}
+    trainer = {"callbacks": monitors(out, **stopping), "max_epochs": 9, "limit_train_batches": 2, "max_steps": 18}
+    assert fit(place, out, trainer=trainer) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert found["steps"] == 4
+    assert found["lm_eval"]["law"]["toy_choose"]["acc"] in (0, 0.25, 0.5, 0.75, 1)
+    (best,) = (out / "best").iterdir()
+    assert best.name == "step=2.ckpt"
+    metrics = (out / "version_0" / "metrics.csv").read_text().splitlines()
+    column = metrics[0].split(",").index(SCORE)
+    assert sum(row.split(",")[column] != "" for row in metrics[1:]) == 2
+
+
+def test_a_monitor_without_its_task_is_an_error_in_one_line(place, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert fit(place, out, trainer={"callbacks": monitors(out)}, lm_eval={"tasks": []}) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("koff: ") and SCORE in said
+
+
+NAN = "koff_lightning.evaluation.harness.HFLM._loglikelihood_tokens"
+
+
+@pytest.mark.filterwarnings("always:lm_eval")
+@pytest.mark.parametrize("strict", [False, True])
+def test_scores_that_are_no_numbers_are_a_warning_unless_strict(place, tmp_path, capsys, monkeypatch, strict):
+    monkeypatch.setattr(NAN, lambda self, requests, *_, **__: [(float("nan"), False)] * len(requests))
+    out = tmp_path / "run"
+    words = "8 log-likelihoods are not finite, so the scores mean nothing"
+    if strict:
+        assert fit(place, out, lm_eval={"strict": True}) == 2
+        assert words in capsys.readouterr().err
+        return
+    with pytest.warns(match=rf"toy_choose \(law\) failed at step 2, training goes on: .*{words[2:]}"):
+        assert fit(place, out) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert found["steps"] == 6
+    assert not found.get("lm_eval")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tasks": [{"task": "toy_chose", "domain": "law"}]}, "has no task 'toy_chose'. Did you mean 'toy_choose'"),
+        ({"tasks": [{"task": "toy_choose", "domain": "fr"}]}, "domain 'fr', but this run has memories for en, law"),
+        ({"tasks": [{"task": "toy_choose", "domain": "law", "limit": 0}]}, "limit must be a number of samples"),
+        ({"tasks": [{"task": "nowhere", "domain": "law"}]}, "'nowhere' has no data here: dataset 'json'"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_the_first_step(place, tmp_path, capsys, monkeypatch, changed, message):
+    index = lm_tasks._index
+    monkeypatch.setattr(lm_tasks, "_index", lambda path, metadata, _: index(path, metadata, False))
+    (place / "tasks" / "nowhere.yaml").write_text(
+        "task: nowhere\ndataset_path: json\ndataset_kwargs: {data_files: {test: missing.jsonl}}\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: ""\ndoc_to_choice: [a, b]\ndoc_to_target: 0\n'
+    )
+    index.cache_clear()
+    assert fit(place, tmp_path / "run", lm_eval=changed) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("koff: ") and message in said
+    assert not list((tmp_path / "run").rglob("*.ckpt"))

@@ -101,6 +101,25 @@ def test_what_is_done_is_not_repeated(runs):
     assert go("--seeds=2", "--arms=koff,no_memory") == (0, [])
 
 
+def test_tasks_come_into_the_report(runs, monkeypatch):
+    out, go = runs
+    asked = []
+
+    def answer(folder, suites):
+        asked.append((folder.name, [*suites], [*suites["koff_cloze_{domain}"]]))
+        right = {"dense": [1, 1, 1, 0], "koff": [1, 1, 0, 0], "memory_off": [1, 0, 0, 0]}
+        rows = {arm: {"en": row * 25} for arm, row in right.items()}
+        return {"koff_cloze_{domain}": {"chance": {"en": 0.25}} | rows}
+
+    monkeypatch.setattr("koff_lightning.evaluation.claims.answer", answer)
+    domains = ["en", "de", "fr", "es", "ru", "zh", "python"]
+    assert go("--seeds=2", "--arms=koff,no_memory", "--tasks=koff_cloze_{domain}")[0] == 0
+    assert asked == [(f"koff-0.12-{seed}", ["koff_cloze_{domain}"], domains) for seed in (0, 1)]
+    assert report(out)["retention"][0]["retention"]["koff"]["value"] == pytest.approx(0.5)
+    page = (out / "claims.md").read_text()
+    assert "| koff_cloze_{domain} | 100 | 0.250 | 0.7500 ± 0.0000 | 0.5000 ± 0.0000 | 0.2500 ± 0.0000 | 0.50 [" in page
+
+
 def test_runs_of_other_options_are_refused(runs, capsys):
     out, go = runs
     go("--seeds=1", "--arms=koff")
@@ -180,6 +199,7 @@ def test_runs_on_other_documents_are_not_compared(runs, capsys):
         (["--sparsity=0.12,1.5"], "sparsity must be different numbers between 0 and 1 with commas"),
         (["--sparsity=twelve"], "as 0.12,0.25; got 'twelve'"),
         (["--sparsity=0.12,0.12"], "must be different numbers"),
+        (["--tasks=koff_cloze"], "tasks must name a task for every domain, as koff_cloze_{domain}; got 'koff_cloze'"),
         (["--config=tiny.yaml"], "config 'tiny.yaml' is neither a file here nor one that ships with the package"),
         (["--", "--model.sparsty.target=1"], "Did you mean 'model.sparsity.target'?"),
         (["--", "--ckpt_path=last.ckpt"], "starts every arm anew: leave ckpt_path out"),

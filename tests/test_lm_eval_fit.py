@@ -28,7 +28,8 @@ def place(tmp_path_factory):
     config = {
         "model": {"backbone": str(folder / "dense")} | sizes,
         "data": {"domains": files, "seq_len": 16, "batch_size": 4, "heldout_fraction": 0.1},
-        "trainer": {"max_steps": 6, "accelerator": "cpu", "num_sanity_val_steps": 0, "limit_val_batches": 0},
+        "trainer": {"max_steps": 6, "accelerator": "cpu", "num_sanity_val_steps": 0, "limit_val_batches": 0}
+        | {"log_every_n_steps": 1},
         "lm_eval": {
             "include_path": str(folder / "tasks"),
             "every_n_steps": 2,
@@ -73,11 +74,20 @@ def test_checkpoints_and_early_stopping_go_by_the_scores(place, tmp_path):
     assert sum(row.split(",")[column] != "" for row in metrics[1:]) == 2
 
 
-def test_a_monitor_without_its_task_is_an_error_in_one_line(place, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tasks": []}, f"monitors '{SCORE}', which this run does not score: lm_eval.tasks gives nothing."),
+        ({"tasks": [{"task": "toy_write", "domain": "law"}]}, "gives lm_eval/law/toy_write/exact_match."),
+        ({"tasks": [{"task": "toy_choose", "domain": "en"}]}, "Did you mean 'lm_eval/en/toy_choose/acc'?"),
+    ],
+)
+def test_a_monitor_of_what_is_not_scored_is_refused_at_once(place, tmp_path, capsys, changed, message):
     out = tmp_path / "run"
-    assert fit(place, out, trainer={"callbacks": monitors(out)}, lm_eval={"tasks": []}) == 2
+    assert fit(place, out, trainer={"callbacks": monitors(out)}, lm_eval=changed) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("koff: ") and SCORE in said
+    assert said.startswith("koff: ") and message in said
+    assert not list(out.rglob("*.ckpt"))
 
 
 NAN = "koff_lightning.evaluation.harness.HFLM._loglikelihood_tokens"
@@ -88,13 +98,13 @@ NAN = "koff_lightning.evaluation.harness.HFLM._loglikelihood_tokens"
 def test_scores_that_are_no_numbers_are_a_warning_unless_strict(place, tmp_path, capsys, monkeypatch, strict):
     monkeypatch.setattr(NAN, lambda self, requests, *_, **__: [(float("nan"), False)] * len(requests))
     out = tmp_path / "run"
-    words = "8 log-likelihoods are not finite, so the scores mean nothing"
+    words = "12 log-likelihoods are not finite, so the scores mean nothing"
     if strict:
         assert fit(place, out, lm_eval={"strict": True}) == 2
         assert words in capsys.readouterr().err
         return
-    with pytest.warns(match=rf"toy_choose \(law\) failed at step 2, training goes on: .*{words[2:]}"):
-        assert fit(place, out) == 0
+    with pytest.warns(match=rf"toy_choose \(law\) failed at step 2, training goes on: .*{words}"):
+        assert fit(place, out, trainer={"callbacks": monitors(out)[:1]}) == 0  # a checkpoint by the score that fails
     found = json.loads((out / "results.json").read_text())
     assert found["steps"] == 6
     assert not found.get("lm_eval")

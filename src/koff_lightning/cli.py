@@ -14,7 +14,7 @@ TRAINING = {
     "test": "score a checkpoint on the held-out text and report",
     "predict": "write a checkpoint's predictions",
     "prepare": "tokenise a run's text once, or --prefetch-only for a machine without network",
-    "baseline": "make a one-shot mask to compare with: magnitude, Wanda-sp, FLAP or random",
+    "baseline": "make a one-shot mask to compare with: magnitude, Wanda-sp, FLAP, Fisher or random",
 }
 # verb -> (our module:function, help); the function's typed arguments and docstring become the verb's options and help.
 # A verb of two words is typed as two: koff memory list

@@ -1,6 +1,7 @@
 """LMEval: scores lm-eval's tasks on the live model while it trains, which the training does not notice."""
 
 import io
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -16,6 +17,7 @@ from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.lm_scores import Scores, show
 from koff_lightning.evaluation.undisturbed import undisturbed
 from koff_lightning.module import KOFFModule
+from koff_lightning.option_errors import nearest
 from koff_lightning.strategies import ShardedStrategy
 
 if TYPE_CHECKING:
@@ -97,13 +99,31 @@ class LMEval(Callback):
 
     def setup(self, trainer: Trainer, pl_module: KOFFModule, stage: str) -> None:
         """Load tasks and data, and refuse now what could not be scored later."""
-        if stage != "fit" or not self.tasks:
+        if stage != "fit":
             return
-        if "dense" in self.arms and "dense" not in pl_module.arms:
+        if self.tasks and "dense" in self.arms and "dense" not in pl_module.arms:
             raise KoffError("lm_eval.dense: a run that extends an artefact has no dense model at hand")
         if clash := set(self.arms) & set(pl_module.domains):
             raise KoffError(f"lm_eval.{clash.pop()}: a domain has that name, so their scores could not be told apart")
         self._parts = [part for spec in self.tasks for part in self._parts_of(spec, trainer, pl_module)]
+        self._check_monitors(trainer)
+
+    def _check_monitors(self, trainer: Trainer) -> None:
+        """Refuse a monitor of a score that no evaluation gives: Lightning would say so in the middle of the run."""
+        known = {
+            f"lm_eval/{part.column}/{name}/{metric}"
+            for part in self._parts
+            for name in (*part.tasks["tasks"], *part.tasks.get("groups", {}))
+            for task in part.tasks["tasks"].values()
+            for metric in task.aggregation()
+        }
+        for name in _monitors(trainer):
+            head, _, metric = name.rpartition("/")
+            if f"{head}/{metric.partition('.')[0]}" not in known:  # what follows the dot is one of lm-eval's filters
+                raise KoffError(
+                    f"a callback monitors {name!r}, which this run does not score: lm_eval.tasks gives "
+                    f"{', '.join(sorted(known)) or 'nothing'}.{nearest(name, known)}"
+                )
 
     def _parts_of(self, spec: LMEvalTask, trainer: Trainer, module: KOFFModule) -> list[_Part]:
         from koff_lightning.evaluation.harness import quiet
@@ -189,9 +209,16 @@ class LMEval(Callback):
             for metric, value in row.items()
             if "_stderr" not in metric
         }
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        failed = dict.fromkeys(_monitors(trainer), math.nan)  # else a checkpoint that monitors it ends the run
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in (failed | figures).items()})
         for logger in trainer.loggers:
             logger.log_metrics(figures | {"lm_eval/seconds": self.seconds}, trainer.global_step - 1)  # counts from 0
+
+
+def _monitors(trainer: Trainer) -> list[str]:
+    """Scores that checkpoints and early stopping go by."""
+    names = [getattr(callback, "monitor", None) or "" for callback in trainer.callbacks]
+    return [name for name in names if name.startswith("lm_eval/")]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import arms as all_arms
 from koff_lightning.evaluation.arms import AFTER, EQUAL, METHODS, Run
+from koff_lightning.evaluation.retention import Suites, answer, figures, load_suites
 
 
 def claims(
@@ -20,6 +21,7 @@ def claims(
     out: str = "runs/claims",
     jobs: int = 1,
     arms: str | None = None,
+    tasks: str | None = None,
     further: list[str] | None = None,
 ) -> None:
     """Measure KOFF against its controls and say which of the paper's claims hold (docs/claims.md).
@@ -35,6 +37,8 @@ def claims(
         out: Folder of all runs and of the report.
         jobs: Runs at one time, each with its share of the cores.
         arms: Arms to run, with commas; by default all of docs/claims.md.
+        tasks: Tasks of lm-eval on which to compare KOFF with the dense model too, with commas, `{domain}` for the name
+            of each domain: `koff_cloze_{domain},koff_continuation_{domain}`.
         further: Options of `koff fit` for all arms, as they stand after a lone `--`.
     """
     for name, value in (("seeds", seeds), ("jobs", jobs)):
@@ -45,20 +49,30 @@ def claims(
     resolved = _resolved(config, backbone, further or [])
     shares = shares or _shares(str(resolved["model"]["sparsity"]["target"]))
     equal = all_arms.equal_memories(resolved["model"]) if set(EQUAL) & set(chosen) else {}
+    suites = load_suites(tasks, list(resolved["data"]["domains"])) if tasks else {}
     folder = Path(out).expanduser()
     _keep(folder / "config.yaml", resolved)
-    given = {"config": config, "backbone": backbone, "seeds": seeds, "sparsity": sparsity, "arms": arms}
-    _measure(folder, chosen, shares, seeds, jobs, equal, _command(given, further))
+    given = {"config": config, "backbone": backbone, "seeds": seeds, "sparsity": sparsity, "arms": arms, "tasks": tasks}
+    about = {"command": _command(given, further), "equal_memories": equal}
+    _measure(folder, chosen, shares, seeds, jobs, suites, about)
 
 
 def _measure(
-    folder: Path, chosen: list[str], shares: list[float], seeds: int, jobs: int, equal: dict[str, Any], command: str
+    folder: Path,
+    chosen: list[str],
+    shares: list[float],
+    seeds: int,
+    jobs: int,
+    suites: Suites,
+    about: dict[str, Any],
 ) -> None:
     """Make the runs and write the report, whatever has failed."""
     from koff_lightning.evaluation import arm_runs, claims_report
 
     def make(runs: list[Run]) -> list[arm_runs.Failure]:
-        return arm_runs.run_all({run: all_arms.command(run, folder, equal) for run in runs}, folder, jobs)
+        return arm_runs.run_all(
+            {run: all_arms.command(run, folder, about["equal_memories"]) for run in runs}, folder, jobs
+        )
 
     main = [Run(arm, shares[0], seed) for seed in range(seeds) for arm in _masks_first(chosen)]
     failures = make(main)
@@ -67,7 +81,10 @@ def _measure(
     curve = [Run(arm, share, 0) for share in shares[1:] for arm in _on_curve(chosen, best)]
     failures += make(curve)
     done |= claims_report.read(folder, curve, failures)
-    claims_report.write(folder, done, failures, equal, {"command": command, "best_one_shot": best})
+    answers = [
+        answer(folder / run.name, suites) for run in done if suites and (run.arm, run.sparsity) == ("koff", shares[0])
+    ]
+    claims_report.write(folder, done, failures, about | {"best_one_shot": best, "retention": figures(answers)})
     if failures:
         raise KoffError(
             f"{len(failures)} of {len(main) + len(curve)} runs failed, first {failures[0].run.name}: "

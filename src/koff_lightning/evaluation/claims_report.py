@@ -182,10 +182,14 @@ def gap_closure(paired: PairedDraws) -> dict[str, dict[str, float] | None]:
     return found
 
 
-def write(
-    folder: Path, done: Done, failures: Sequence[Failure], equal: Mapping[str, Any], about: Mapping[str, Any]
-) -> None:
+def write(folder: Path, done: Done, failures: Sequence[Failure], about: Mapping[str, Any]) -> None:
     """Write claims.json, claims.md and plots/ from what is there.
+
+    Args:
+        folder: Where to.
+        done: What was measured.
+        failures: Runs that came to nothing.
+        about: `command`, `best_one_shot`, `equal_memories` and `retention`, which go into the report as they are.
 
     Raises:
         KoffError: Nothing is there, or the disk did not take it.
@@ -212,7 +216,6 @@ def write(
         "gap_closure": gap_closure(paired),
         "verdicts": [_verdict(verdict) for verdict in verdicts.judge(paired.of)],
         "level": verdicts.LEVEL,
-        "equal_memories": equal,
         "failures": [{"run": failure.run.name, "tail": failure.tail} for failure in failures],
         "versions": results.versions(),
     }

@@ -23,10 +23,12 @@ def markdown(report: Report) -> str:
         "Whether language-specific neurons go first is not decided here: `koff analyze`.",
         f"## Arms at {_share(main)}",
         table(ARM_HEAD, [_arm(row) for row in report["arms"] if row["sparsity"] == main]),
+        "Seconds are wall-clock time of runs that may have shared the machine; `tokens` are those of training.",
         _equal(report["equal_memories"]),
         "## Gap closure of KOFF",
         f"Against its own mask with memories off, GC = {_interval(report['gap_closure']['gc'])}; against the mask "
         f"learned without memories, GC* = {_interval(report['gap_closure']['gc_star'])} (95 % intervals).",
+        _retention(report["retention"]),
         "## By domain",
         _domains(report["domains"]),
         _curve(report),
@@ -81,6 +83,23 @@ def _equal(equal: Mapping[str, Any]) -> str:
         f"One domain's memory of both kinds has {equal['both']:,} parameters before anything is removed. `lora_equal` "
         f"has {lora['parameters']:,} (rank {lora['rank']}, {lora['ratio']:.4f} times as many), `kv_equal` "
         f"{kv['parameters']:,} ({kv['slots']} slots, {kv['ratio']:.4f} times)."
+    )
+
+
+def _retention(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy on tasks, and how much of the dense model's is kept; nothing where no tasks were asked for."""
+    if not rows:
+        return ""
+    lines = []
+    for row in rows:
+        kept = row["retention"] or {}
+        cells = [f"{row['chance']:.3f}", *(spread(row["accuracy"][arm]) for arm in ("dense", "koff", "memory_off"))]
+        cells += [_interval(kept.get(arm)) for arm in ("koff", "memory_off")]
+        lines.append([row["suite"], f"{row['questions']:,}", *cells])
+    head = ["tasks", "questions", "chance", "dense", "koff", "memory_off", "retention", "memory_off"]
+    return (
+        "## On tasks\n\nShare of right answers, mean over domains, and retention, which is what is left of the dense "
+        f"model's distance from chance (95 % intervals, paired over questions and seeds).\n\n{table(head, lines)}"
     )
 
 

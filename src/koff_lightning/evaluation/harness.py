@@ -34,7 +34,7 @@ from koff_lightning.backbone import load_backbone, load_config, load_tokenizer
 from koff_lightning.commands.generate import default_device, dense_of
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.errors import KoffError
-from koff_lightning.evaluation.lm_scores import Scores, plain
+from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version
 
 check_version()
@@ -227,17 +227,35 @@ def score(
     Raises:
         KoffError: A log-likelihood that is no finite number.
     """
-    for task in tasks["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own is None or (num_fewshot is not None and own != 0):  # lm-eval's rule: a task that says 0 means it
-            task.set_config("num_fewshot", num_fewshot or 0)
-        task.set_fewshot_seed(seed)
+    _set_examples(tasks, num_fewshot, seed)
     found = evaluate(lm, tasks, limit=limit, log_samples=False)  # on rank 0, elsewhere None
     lm.check_finite()
     table = [found and plain(found["results"])]
     if lm.world_size > 1:
         dist.broadcast_object_list(table, 0, device=lm.device)
     return table[0]
+
+
+def _set_examples(tasks: Loaded, number: int | None, seed: int) -> None:
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (number is not None and own != 0):  # lm-eval's rule: a task that says 0 means it
+            task.set_config("num_fewshot", number or 0)
+        task.set_fewshot_seed(seed)
+
+
+def answers(lm: KoffLM, tasks: Loaded) -> list[float]:
+    """Whether each sample of the tasks is answered right, 0 or 1, by the metric that stands in tables; in one process.
+
+    Raises:
+        KoffError: A log-likelihood that is no finite number.
+    """
+    _set_examples(tasks, None, SEED)
+    with quiet():
+        samples = evaluate(lm, tasks)["samples"]
+    lm.check_finite()
+    rows = [row for name in tasks["tasks"] for row in sorted(samples[name], key=lambda row: row["doc_id"])]
+    return [float(row[next(metric for metric in MAIN if metric in row)]) for row in rows]
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
     R = (accuracy - chance) / (accuracy of the dense model - chance),   each the mean over domains
 
-A suite is a task for every domain: `koff_cloze_{domain}`. Each is read under its domain's memory, with memories off, and
-by the dense model; answers are kept one by one, so that intervals pair the arms over the same questions.
+A suite is a task for every domain: `koff_cloze_{domain}`. Each is read under its domain's memory, with memories off and
+by the dense model. Answers are kept one by one, so that intervals pair the arms over the same questions.
 """
 
 import json
@@ -17,7 +17,6 @@ import numpy as np
 
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import bootstrap
-from koff_lightning.evaluation.lm_scores import MAIN
 from koff_lightning.evaluation.lm_tasks import Loaded, load_tasks
 from koff_lightning.run.checkpoint_io import newest_checkpoint
 from koff_lightning.run.results import write_atomically
@@ -25,10 +24,11 @@ from koff_lightning.run.results import write_atomically
 ANSWERS = "answers.json"  # in the folder of a run: suite -> "chance" and arms -> domain -> what is right, 0 or 1
 SCORED = ("dense", "koff", "memory_off")
 ROWS = 16  # at a time
+Suites = Mapping[str, Mapping[str, Loaded]]  # suite -> domain -> its task
 Answers = dict[str, dict[str, dict[str, Any]]]
 
 
-def load_suites(names: str, domains: Sequence[str]) -> dict[str, dict[str, Loaded]]:
+def load_suites(names: str, domains: Sequence[str]) -> Suites:
     """Tasks by suite and domain.
 
     Args:
@@ -38,7 +38,7 @@ def load_suites(names: str, domains: Sequence[str]) -> dict[str, dict[str, Loade
     Raises:
         KoffError: No such task or no data, or one that has no chance to compare with.
     """
-    suites = {name.strip(): {} for name in names.split(",") if name.strip()}
+    suites: dict[str, dict[str, Loaded]] = {name.strip(): {} for name in names.split(",") if name.strip()}
     for suite, tasks in suites.items():
         if "{domain}" not in suite:
             raise KoffError(f"tasks must name a task for every domain, as koff_cloze_{{domain}}; got {suite!r}")
@@ -49,7 +49,7 @@ def load_suites(names: str, domains: Sequence[str]) -> dict[str, dict[str, Loade
     return suites
 
 
-def answer(run: Path, suites: Mapping[str, Mapping[str, Loaded]]) -> Answers:
+def answer(run: Path, suites: Suites) -> Answers:
     """Score a run's last checkpoint on the suites that it has not been scored on, and keep the answers beside it."""
     from koff_lightning.evaluation import harness
 
@@ -60,8 +60,10 @@ def answer(run: Path, suites: Mapping[str, Mapping[str, Loaded]]) -> Answers:
         for suite, tasks in due.items():
             known[suite] = {"chance": {domain: _chance(loaded) for domain, loaded in tasks.items()}}
             for arm in SCORED:
-                lms = {d: harness.KoffLM(model, d if arm == "koff" else None, arm == "dense", batch_size=ROWS) for d in tasks}
-                known[suite][arm] = {domain: harness.right(lm, tasks[domain], MAIN) for domain, lm in lms.items()}
+                known[suite][arm] = {}
+                for domain, loaded in tasks.items():
+                    lm = harness.KoffLM(model, domain if arm == "koff" else None, arm == "dense", batch_size=ROWS)
+                    known[suite][arm][domain] = harness.answers(lm, loaded)
         write_atomically(path, json.dumps(known))
     return {suite: known[suite] for suite in suites}
 
@@ -89,15 +91,18 @@ def _figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     measured, drawn = bootstrap.bits_per_byte([part * math.log(2) for part in right], ones)  # shares of right answers
     accuracy = measured.reshape(len(SCORED), len(runs))
     draws = bootstrap.over_seeds(drawn.reshape(len(drawn), len(SCORED), len(runs)))  # [R, A]
-    mean = accuracy.mean(1) - chance
-    kept = {
-        arm: bootstrap.interval(mean[place] / mean[0], (draws[:, place] - chance) / (draws[:, 0] - chance))
-        for place, arm in enumerate(SCORED)
-        if place
-    }
+    able = np.quantile(draws[:, 0], 0.025) > chance  # else there is nothing to keep, and a quotient says nothing
     return {
         "chance": chance,
         "questions": int(sum(map(len, ones))),
         "accuracy": dict(zip(SCORED, accuracy.tolist(), strict=True)),
-        "retention": {arm: asdict(found) for arm, found in kept.items()} if np.quantile(draws[:, 0], 0.025) > chance else None,
+        "retention": _kept(accuracy.mean(1) - chance, draws - chance) if able else None,
     }
+
+
+def _kept(above: bootstrap.Array, draws: bootstrap.Array) -> dict[str, dict[str, float]]:
+    """Retention of every arm but the first, which is the dense model, from what arms [A] have above chance."""
+    with np.errstate(divide="ignore"):  # a draw in which the dense model is at chance lies beyond any bound
+        quotients = draws / draws[:, :1]
+    kept = {arm: bootstrap.interval(above[i] / above[0], quotients[:, i]) for i, arm in enumerate(SCORED) if i}
+    return {arm: asdict(found) for arm, found in kept.items()}

@@ -127,6 +127,8 @@ def arms_compared(rows: Sequence[Point], sparsity: float) -> Figure:
         colour = ARM_STYLE.get(row["arm"], ("", BLACK))[1]
         axes.plot(row["bpb"], [place] * len(row["bpb"]), "o", color=colour, markersize=4, alpha=0.5)
         axes.plot(row["mean"], place, "|", color=colour, markersize=14, markeredgewidth=2)
+        beside = axes.get_yaxis_transform()  # x in shares of the width
+        axes.text(1.01, place, f"{row['mean']:.4f}", transform=beside, va="center", fontsize=8)
     for row in shown:
         if row["arm"] in ("dense", "dense_memory"):
             axes.axvline(row["mean"], color=GREY, linewidth=0.8, linestyle="--" if row["arm"] == "dense" else ":")

@@ -14,7 +14,8 @@ def draws_of(nats, sizes, **options):
     """Measured [A] and drawn [R, A] figures of nats [A, S, D] in one domain."""
     arms, seeds, count = nats.shape
     measured, drawn = bits_per_byte([nats.reshape(-1, count)], [sizes], **options)
-    return measured.reshape(arms, seeds).mean(1), over_seeds(drawn.reshape(-1, arms, seeds))
+    measured = measured.reshape(arms, seeds)
+    return measured.mean(1), over_seeds(drawn.reshape(-1, arms, seeds), measured)
 
 
 def test_bits_per_byte_are_ratios_of_sums_with_equal_weight_for_every_domain():
@@ -44,7 +45,7 @@ def test_alike_seeds_leave_the_bootstrap_of_the_documents():
 
 def test_one_seed_is_not_moved():
     drawn = np.random.default_rng(0).normal(size=(50, 2, 1))
-    assert (over_seeds(drawn) == drawn[:, :, 0]).all()
+    assert (over_seeds(drawn, np.zeros((2, 1))) == drawn[:, :, 0]).all()
 
 
 def test_what_one_seed_does_to_all_arms_stays_together():
@@ -75,6 +76,21 @@ def test_intervals_cover_the_truth_as_often_as_they_say(of_seeds, of_documents):
         found = interval(measured[0], drawn[:, 0])
         held += found.low <= 50 <= found.high
     assert 0.91 <= held / 200 <= 0.985
+
+
+def test_noise_of_one_document_in_one_run_is_not_counted_again_as_the_seeds():
+    """Nothing but that noise: the interval is hardly wider than that of the seeds alone, and covers no less."""
+    rng = np.random.default_rng(6)
+    held, widths = 0, []
+    for trial in range(200):
+        nats = (50 + rng.normal(0, 1, (1, 3, 25))) * math.log(2)
+        measured, drawn = draws_of(nats, np.ones(25), resamples=400, seed=trial)
+        found = interval(measured[0], drawn[:, 0])
+        held += found.low <= 50 <= found.high
+        seeds = nats.mean(2)[0] / math.log(2)
+        widths.append((found.high - found.low) / (2 * stats.t.ppf(0.975, 2) * stats.sem(seeds)))
+    assert held / 200 >= 0.95
+    assert 0.95 < np.median(widths) < 1.35
 
 
 def test_many_documents_are_drawn_in_parts(monkeypatch):

@@ -10,6 +10,8 @@ times over), so their mean is moved by a multiplier bootstrap instead,
     mean + t * sum_s (g_s - mean g) (x_s - mean x) / sqrt(S (S - 1)),   g_s ~ N(0, 1),   t = sqrt((S - 1) / chi2_(S-1)),
 
 which for one figure is Student's t interval of the seeds exactly, and keeps together what one seed does to all arms.
+The seeds' own x_s are those of all documents. Over the drawn ones, the noise of a document in a single run would count
+three times: in the mean's draw, in the seeds, and in the seeds' draw (docs/log.md).
 """
 
 import math
@@ -66,25 +68,26 @@ def _over_drawn(nats: Array, num_bytes: Array, resamples: int, rng: np.random.Ge
     return np.concatenate(parts)
 
 
-def over_seeds(runs: Array, seed: int = 0) -> Array:
-    """Means over seeds, moved by what the spread of the seeds leaves open.
+def over_seeds(drawn: Array, measured: Array, seed: int = 0) -> Array:
+    """Means over seeds and drawn documents, moved by what the spread of the seeds leaves open.
 
     Args:
-        runs: Resampled figures of the same seeds for each arm, [R, A, S]; with one seed nothing is moved.
+        drawn: Resampled figures of the same seeds for each arm, [R, A, S]; with one seed nothing is moved.
+        measured: Those on all documents, [A, S].
         seed: Of the draws.
 
     Returns:
         [R, A].
     """
-    resamples, _, count = runs.shape
-    mean = runs.mean(2)
+    resamples, _, count = drawn.shape
+    mean = drawn.mean(2)
     if count == 1:
         return mean
     rng = np.random.default_rng([seed, 1])
     noise = rng.standard_normal((resamples, count))
     wide = np.sqrt((count - 1) / rng.chisquare(count - 1, resamples) / (count * (count - 1)))
-    weights = (noise - noise.mean(1, keepdims=True)) * wide[:, None]  # [R, S]
-    return mean + np.einsum("ras,rs->ra", runs, weights)
+    weights = (noise - noise.mean(1, keepdims=True)) * wide[:, None]  # [R, S]; they add up to zero
+    return mean + weights @ measured.T
 
 
 def interval(value: float, draws: Array, level: float = 0.95) -> Interval:

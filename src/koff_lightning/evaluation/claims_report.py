@@ -162,7 +162,7 @@ class PairedDraws:
         if not seeds:
             return Sample({}, {}, [])
         places = np.array([[self._place[arm, seed] for seed in seeds] for arm in arms])  # [A, S]
-        drawn = bootstrap.over_seeds(self._draws[:, places])  # [R, A]
+        drawn = bootstrap.over_seeds(self._draws[:, places], self._measured[places])  # [R, A]
         measured = self._measured[places].mean(1)
         return Sample(dict(zip(arms, measured, strict=True)), dict(zip(arms, drawn.T, strict=True)), seeds)
 

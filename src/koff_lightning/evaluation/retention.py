@@ -90,7 +90,7 @@ def _figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ones = [np.ones(part.shape[1]) for part in right]
     measured, drawn = bootstrap.bits_per_byte([part * math.log(2) for part in right], ones)  # shares of right answers
     accuracy = measured.reshape(len(SCORED), len(runs))
-    draws = bootstrap.over_seeds(drawn.reshape(len(drawn), len(SCORED), len(runs)))  # [R, A]
+    draws = bootstrap.over_seeds(drawn.reshape(len(drawn), *accuracy.shape), accuracy)  # [R, A]
     able = np.quantile(draws[:, 0], 0.025) > chance  # else there is nothing to keep, and a quotient says nothing
     return {
         "chance": chance,

@@ -1,5 +1,6 @@
 """The format on disk: what a manifest says, which folders are refused, and writing in full or not at all."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import tiny_model
 from toy_text import toy_tokenizer
 
@@ -49,7 +51,7 @@ def folder(tmp_path, groups):
     (path / MEMORIES / "de" / CARD).write_text("{}")
     card = hash_file(path / MEMORIES / "de" / CARD)
     (path / BACKBONE / "config.json").write_text("{}")
-    (path / BACKBONE / "model.safetensors").write_bytes(bytes(100))
+    save_file({"weight": torch.zeros(9)}, path / BACKBONE / "model.safetensors")
     mask = some_mask(groups)
     manifest = Manifest(
         layout="ragged",
@@ -107,6 +109,25 @@ def test_every_unit_matters_to_the_mask_hash(groups):
     }
     assert len(hashes) == 1 + len(mask)
     assert mask_hash([replace(g, layer=g.layer + 1) for g in groups], mask) not in hashes
+
+
+def test_what_removed_units_leave_behind_is_part_of_the_mask_hash(groups):
+    mask, bias = some_mask(groups), torch.zeros(len(groups), 4)
+    other = bias.clone()
+    other[-1, -1] = 1e-6
+    hashes = {mask_hash(groups, mask, each) for each in (None, bias, other, bias.bfloat16())}
+    assert len(hashes) == 3, "zeros are the same in every dtype"
+    assert hash_description(describe_mask(groups, mask, other)) == mask_hash(groups, mask, other)
+    lines = [f"{g['layer']} {g['kind']} {g['of']} {g['bits']}\n" for g in describe_mask(groups, mask)]
+    first = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert mask_hash(groups, mask) == first, "artefacts without compensation keep the hash they were written with"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float31"])
+def test_the_dtype_is_compared_with_the_weights(folder, dtype):
+    change(folder, dtype=dtype)
+    with pytest.raises(KoffError, match=rf"says {dtype}, but .*model\.safetensors holds weight as F32"):
+        verify(folder, backbone=False)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +208,7 @@ def test_what_is_no_artefact(folder, tmp_path):
 
 def flip(file):
     content = bytearray(file.read_bytes())
-    content[50] ^= 1
+    content[-1] ^= 1
     file.write_bytes(content)
 
 
@@ -199,7 +220,7 @@ def test_damage_is_noticed(folder):
     verify(folder, backbone=False)
     model.write_bytes(bytes(99))
     for backbone in (True, False):
-        with pytest.raises(KoffError, match="has 99 bytes instead of 100"):
+        with pytest.raises(KoffError, match="has 99 bytes instead of 108"):
             verify(folder, backbone)
     model.unlink()
     with pytest.raises(KoffError, match=r"model\.safetensors is missing"):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 from transformers import AutoConfig, BertConfig, BertModel, MixtralConfig
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from koff_lightning import KoffError, load_backbone, load_tokenizer
+from koff_lightning import KoffError, load_backbone, load_tokenizer, loading_bar
 from koff_lightning.backbone import (
     attention_modules,
     decoder_layers,
@@ -23,6 +24,19 @@ from koff_lightning.backbone import (
 )
 
 IDS = torch.arange(3, 23).view(2, 10)
+
+
+@pytest.mark.parametrize(("large", "shown"), [(2**31, False), (0, True)])
+def test_only_loading_that_takes_long_shows_a_bar(monkeypatch, capfd, large, shown):
+    monkeypatch.setattr(loading_bar, "LARGE", large)
+    enable_progress_bar()
+    load_backbone("koff-tiny")
+    assert ("Loading weights" in capfd.readouterr().err) is shown
+    assert is_progress_bar_enabled(), "the caller's setting comes back"
+    disable_progress_bar()
+    load_backbone("koff-tiny")
+    assert not capfd.readouterr().err and not is_progress_bar_enabled()
+    enable_progress_bar()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

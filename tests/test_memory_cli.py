@@ -12,8 +12,11 @@ from tiny_artefact import DOMAINS, left_padded, tiny_artefact
 from koff_lightning import load_decomposed
 from koff_lightning.artefact import memories as artefact_memories
 from koff_lightning.artefact import new_folder
+from koff_lightning.artefact.cartridge import to_cartridge
+from koff_lightning.artefact.export import export
 from koff_lightning.artefact.folder import hash_file, read_manifest, verify
 from koff_lightning.artefact.memory_files import read_card
+from koff_lightning.backbone import rotary_inv_freq
 from koff_lightning.cli import main
 from koff_lightning.errors import KoffError
 from koff_lightning.memory import LoraSpec
@@ -229,6 +232,41 @@ def test_a_kv_memory_goes_to_peft_and_back(uniform, tmp_path):
     for name, slots in model.memories.slots("de").tensors().items():
         torch.testing.assert_close(model.memories.slots("again").tensors()[name], slots, atol=1e-5, rtol=0)
     assert memory("cartridge", folder, "de", "--out", folder) == 2, "not into a folder that holds something"
+
+
+def test_a_cartridge_of_one_slot_is_a_memory(uniform, tmp_path):
+    folder = shutil.copytree(uniform.folder, tmp_path / "artefact")
+    model = load_decomposed(folder, domains=["de"])
+    one = {name: slots[:, :1] for name, slots in model.memories.slots("de").tensors().items()}
+    to_cartridge(one, rotary_inv_freq(model.backbone), tmp_path / "cartridge")
+    assert memory("cartridge", folder, "one", "--from", tmp_path / "cartridge") == 0
+    assert manifest(folder)["domains"]["one"]["slots"] == 1
+    assert (logits(folder, ["one"] * 4) - logits(folder, [None] * 4)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("slots", [0, 8193, "5", True])
+def test_a_card_of_impossible_slots_is_refused(made, folder, tmp_path, capsys, slots):
+    source = shutil.copytree(made.folder / "memories/law", tmp_path / "law")
+    change(
+        source / "memory.json",
+        domain="jura",
+        kv=json.loads((source / "memory.json").read_text())["kv"] | {"slots": slots},
+    )
+    assert f"a KV memory has 1 to 8192 slots, not {slots!r}" in refused(capsys, folder, "add", folder, source)
+
+
+def test_what_removed_units_leave_behind_tells_backbones_apart(made, tmp_path, capsys):
+    gates = made.module.gates
+    gates.bias = torch.randn(len(gates.groups), made.module.backbone.config.hidden_size)  # as `koff baseline` of FLAP
+    try:
+        export(made.module, tmp_path / "biased", prove=False)
+    finally:
+        gates.bias = None
+    plain, biased = shutil.copytree(made.folder, tmp_path / "plain"), tmp_path / "biased"
+    for home, other in ((plain, biased), (biased, plain)):
+        line = refused(capsys, home, "add", home, other / "memories/law", "--as", "jura")
+        assert "was trained under another mask" in line
+    assert memory("add", biased, biased / "memories/law", "--as", "jura") == 0
 
 
 def test_a_memory_without_slots_is_no_cartridge(tmp_path, capsys):

@@ -29,7 +29,7 @@ NAME = "koff"
 MERGE_FROM = 512
 
 # What transformers may hand to an attention function and what is not defined here for a memory.
-_UNDEFINED = ("cache", "position_bias", "s_aux", "softcap")
+_UNDEFINED = {"cache", "position_bias", "s_aux", "softcap"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ def koff_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     _check(memory, query, key, kwargs)
-    memory = LayerMemory(memory.key.to(key.dtype), memory.value.to(value.dtype), memory.visible)
-    causal = _is_causal(module, query, attention_mask, kwargs.get("is_causal"))
+    if memory.key.dtype != key.dtype:
+        memory = LayerMemory(memory.key.to(key.dtype), memory.value.to(key.dtype), memory.visible)
+    causal = query.shape[2] > 1 and attention_mask is None and _is_causal(module, kwargs.get("is_causal"))
     if causal:  # a static cache is longer than the tokens seen so far: transformers cuts it in the same way
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    if _merges(query, key, attention_mask, memory, dropout):
+    if key.shape[2] >= MERGE_FROM and not dropout and _merges(query, attention_mask, memory):
         out = attend_merged(query, key, value, memory, attention_mask, scaling, causal)
     else:
         out = attend_reference(query, key, value, memory, attention_mask, scaling, causal, dropout)
@@ -96,37 +97,35 @@ def koff_attention(
 
 def _check(memory: LayerMemory, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
     """Raise KoffError unless the memory fits the batch and the layer."""
-    rows, wanted = len(memory.key), (key.shape[1], key.shape[3])
+    rows, heads, slots, size = memory.key.shape
+    wanted = (key.shape[1], key.shape[3])
     if rows not in (1, len(query)):
         raise KoffError(
             f"the active memory has {rows} rows but the batch has {len(query)}: activate one domain per row"
         )
-    if (memory.key.shape[1], memory.key.shape[3]) != wanted or memory.value.shape != memory.key.shape:
+    if (heads, size) != wanted or memory.value.shape != memory.key.shape:
         raise KoffError(
             f"the memory has keys {list(memory.key.shape)} and values {list(memory.value.shape)} but this layer has "
             f"{wanted[0]} key-value heads of size {wanted[1]}: use the memory that was trained for this model"
         )
-    if memory.visible is not None and memory.visible.shape != (rows, memory.key.shape[2]):
-        raise KoffError(f"visible must be [{rows}, {memory.key.shape[2]}], got {list(memory.visible.shape)}")
-    if given := [name for name in _UNDEFINED if kwargs.get(name) is not None]:
+    if memory.visible is not None and memory.visible.shape != (rows, slots):
+        raise KoffError(f"visible must be [{rows}, {slots}], got {list(memory.visible.shape)}")
+    if given := [name for name in _UNDEFINED & kwargs.keys() if kwargs[name] is not None]:
         raise KoffError(f"this model's attention uses {', '.join(given)}, which is not supported with a memory")
 
 
-def _is_causal(module: nn.Module, query: Tensor, mask: Tensor | None, given: bool | None) -> bool:
-    """Whether `mask` None means causal: transformers' rule (integrations/sdpa_attention.py)."""
-    wanted = getattr(module, "is_causal", True) if given is None else given
-    return bool(query.shape[2] > 1 and mask is None and wanted)
+def _is_causal(module: nn.Module, given: bool | None) -> bool:
+    """Whether several queries without a mask are causal: transformers' rule (integrations/sdpa_attention.py)."""
+    return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def _merges(query: Tensor, key: Tensor, mask: Tensor | None, memory: LayerMemory, dropout: float) -> bool:
-    """Whether `attend_merged` is possible here, and faster."""
-    if dropout > 0 or key.shape[2] < MERGE_FROM:
-        return False
+def _merges(query: Tensor, mask: Tensor | None, memory: LayerMemory) -> bool:
+    """Whether `attend_merged` is possible here."""
     if query.is_cuda:
         plain = mask is None and memory.visible is None  # the CUDA kernel takes no mask
         size = query.shape[3]
         return plain and query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
-    return query.device.type == "cpu"
+    return query.is_cpu
 
 
 def attend_reference(
@@ -157,10 +156,13 @@ def attend_reference(
     rows, _, length, _ = query.shape
     if is_causal:
         mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
-    mask = _prepend_visible(mask, memory, query, key)  # [B|1, 1, T, P + S] or None
-    key = torch.cat([memory.key.expand(rows, -1, -1, -1), key], dim=2)  # [B, K, P + S, dh]
-    value = torch.cat([memory.value.expand(rows, -1, -1, -1), value], dim=2)
-    grouped = query.device.type == "cpu" or use_gqa_in_sdpa(mask, key, value)
+    if mask is not None or memory.visible is not None:
+        mask = _prepend_visible(mask, memory, query, key)  # [B|1, 1, T, P + S]
+    slots = memory.key, memory.value  # [B|1, K, P, dh] twice
+    if len(slots[0]) != rows:
+        slots = slots[0].expand(rows, -1, -1, -1), slots[1].expand(rows, -1, -1, -1)
+    key, value = torch.cat([slots[0], key], dim=2), torch.cat([slots[1], value], dim=2)  # [B, K, P + S, dh]
+    grouped = query.is_cpu or use_gqa_in_sdpa(mask, key, value)
     if not grouped:  # with a mask, only the slowest CUDA kernel takes fewer key-value heads than query heads
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -169,11 +171,9 @@ def attend_reference(
     )
 
 
-def _prepend_visible(mask: Tensor | None, memory: LayerMemory, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask [B|1, 1|H, T, P + S] over memory and tokens; None when everything is seen."""
+def _prepend_visible(mask: Tensor | None, memory: LayerMemory, query: Tensor, key: Tensor) -> Tensor:
+    """The mask [B|1, 1|H, T, P + S] over memory and tokens, where one of them hides something."""
     slots, visible = memory.key.shape[2], memory.visible
-    if mask is None and visible is None:
-        return None
     if mask is None:
         mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
     if visible is None:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from koff_lightning.errors import KoffError
+from koff_lightning.loading_bar import bar_for_large
 
 TINY = "koff-tiny"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -79,7 +80,8 @@ def load_backbone(
             "quantization_config": GgufConfig(dequantize=True)
         }  # packed weights can be neither cut nor adapted
     where = where | {"config": config, "dtype": _dtype(dtype), "output_loading_info": True}
-    model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
+    with bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")):
+        model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         missing = sorted(info["missing_keys"])
         raise KoffError(

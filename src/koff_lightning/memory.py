@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +187,7 @@ class MemoryBank(nn.Module):
         if not self.kv:
             self.model.set_attn_implementation("koff")
             for layer, attention in enumerate(attention_modules(self.model)):
-                attention.koff_memory = _Reader(self, layer)
+                attention.koff_memory = partial(self.read, layer)  # anew at every call: a layer may be recomputed
         self.kv[key] = memory.to(self.model.device)
 
     # ------------------------------------------------------------------------------------------------- read
@@ -226,7 +227,6 @@ class MemoryBank(nn.Module):
         """The KV memories of the current rows at one layer."""
         if not self.routes.names:
             return None
-        self.routes.check()
         return self.routes.keep(layer, lambda: self._slots(layer))
 
     def _slots(self, layer: int) -> tuple[LayerMemory | None, list[Tensor]]:
@@ -278,13 +278,3 @@ class MemoryBank(nn.Module):
         """Parameters that one domain's memory adds to the model; the frozen KV slot counts, since it is stored too."""
         slots = self.slots(domain)
         return sum(p.numel() for p in self.lora_parameters(domain)) + (slots.numel() if slots else 0)
-
-
-class _Reader:
-    """What an attention module holds: reads the bank anew at every call, so that recomputation sees the same rows."""
-
-    def __init__(self, bank: MemoryBank, layer: int) -> None:
-        self.bank, self.layer = bank, layer
-
-    def __call__(self) -> LayerMemory | None:
-        return self.bank.read(self.layer)

@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, r rank, M distinct memories present in the batch.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from koff_lightning.errors import KoffError
 
 Made = TypeVar("Made")
+_NOTHING = None, (), (-1,)  # kept where nothing is: its versions are those of no tensors
 
 
 class Routes:
@@ -29,7 +30,7 @@ class Routes:
         self.order: list[int] | None = []  # of each row, an index into names, -1 = none; None = a memory was taken away
         self.rows: Tensor | None = None  # [B] the same where the adapters are; None = every row reads names[0]
         self.groups = 0  # blocks of consecutive rows that share a memory, when all blocks are equally long; else 0
-        self._kept: dict[Hashable, tuple[object, list[Tensor], list[int]]] = {}
+        self._kept: dict[Hashable, tuple[object, Sequence[Tensor], Sequence[int]]] = {}
 
     def set(self, names: tuple[str, ...], order: list[int], device: torch.device) -> None:
         """Put other rows in force and let go of what was stacked for the last ones."""
@@ -56,21 +57,21 @@ class Routes:
         if name in self.names:
             self.order = None
 
-    def check(self, rows: int | None = None) -> None:
-        """Raise KoffError unless the routes still hold, and for that many rows."""
+    def keep(self, place: Hashable, make: Callable[[], tuple[Made, Sequence[Tensor]]], rows: int | None = None) -> Made:
+        """What `make` returns first; without gradients it is made once and kept, as decoding asks for every token.
+
+        Made anew after `set`, and when one of the tensors that `make` returns second was changed in place.
+
+        Raises:
+            KoffError: The routes do not hold any longer, or not for that many rows.
+        """
         if self.order is None:
             raise KoffError("a memory that is active was removed: activate the rows' memories anew")
         if rows not in (None, len(self.order)):
             raise KoffError(f"memories are active for {len(self.order)} rows, the batch has {rows}: one is due per row")
-
-    def keep(self, place: Hashable, make: Callable[[], tuple[Made, list[Tensor]]]) -> Made:
-        """What `make` returns first; without gradients it is made once and kept, as decoding asks for every token.
-
-        Made anew after `set`, and when one of the tensors that `make` returns second was changed in place.
-        """
         if torch.is_grad_enabled():
             return make()[0]
-        made, sources, versions = self._kept.get(place, (None, [], [-1]))
+        made, sources, versions = self._kept.get(place, _NOTHING)
         if versions != [source._version for source in sources]:
             made, sources = make()
             sources = [source for source in sources if not source.is_inference()]  # those count no versions
@@ -102,7 +103,10 @@ class RoutedLinear(nn.Module):
         self.scaling: dict[str, float] = {}  # alpha / r
 
     def add(self, name: str, rank: int, scaling: float, weights: tuple[Tensor, Tensor] | None) -> None:
-        """Hang an adapter on: of given matrices A [r, in] and B [out, r], frozen; else a fresh one, to be trained."""
+        """Hang an adapter on: of given matrices A [r, in] and B [out, r], frozen; else a fresh one, to be trained.
+
+        A given B lies in memory as [r, out], which one token's product reads up to eight times as fast.
+        """
         device = self.base_layer.weight.device
         if weights is None:
             down = nn.Linear(self.in_features, rank, bias=False, device=device).weight
@@ -110,7 +114,8 @@ class RoutedLinear(nn.Module):
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # again, as peft does: same seed, same adapter
             nn.init.zeros_(up)
         else:
-            down, up = (nn.Parameter(weight.to(device), requires_grad=False) for weight in weights)
+            given = weights[0].to(device), weights[1].to(device).mT.contiguous().mT
+            down, up = (nn.Parameter(weight, requires_grad=False) for weight in given)
         self.lora_A[name], self.lora_B[name], self.scaling[name] = _Matrix(down), _Matrix(up), scaling
 
     def remove(self, name: str) -> None:
@@ -123,23 +128,23 @@ class RoutedLinear(nn.Module):
         base, routes = self.base_layer(x), self.routes
         if not routes.names:
             return base
-        routes.check(len(x))
-        matrices = routes.keep((self, x.dtype), lambda: self._matrices(x.dtype))
+        matrices = routes.keep((self, x.dtype), lambda: self._matrices(x.dtype), len(x))
         if matrices is None:
             return base
-        down, up = matrices
+        down, up, scale = matrices
         parts = down.shape[:-2]  # () or M or B
         low = x.reshape(*parts, -1, x.shape[-1]) @ down  # [..., tokens, r]
         if torch.is_grad_enabled() or base.dtype != up.dtype:  # the latter under autocast
-            return base + (low @ up).view_as(base)
+            return torch.add(base, (low @ up).view_as(base), alpha=scale)
         added = base.view(*parts, -1, base.shape[-1])  # decoding waits for every call: add in place, in one
-        (added.baddbmm_ if parts else added.addmm_)(low, up)
+        (added.baddbmm_ if parts else added.addmm_)(low, up, alpha=scale)
         return base
 
-    def _matrices(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor] | None, list[Tensor]]:
-        """A and scaled B of the current rows, transposed, and what they come from; None when no memory has any here.
+    def _matrices(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, float] | None, Sequence[Tensor]]:
+        """A, B and a factor of the current rows, A and B transposed, and what they come from that they do not show.
 
         [in, r] and [r, out] when all rows read the same; else one of each per block [M, ...] or per row [B, ...].
+        The first is None when no memory has any here.
         """
         routes = self.routes
         present = {
@@ -148,19 +153,22 @@ class RoutedLinear(nn.Module):
         sources = [weight for pair in present.values() for weight in pair]
         if not present:
             return None, sources
+        if routes.rows is None and not torch.is_grad_enabled():  # nothing is copied unless it has to be cast
+            (down, up), scale = sources, self.scaling[routes.names[0]]
+            return (down.to(dtype).mT, up.to(dtype).mT, scale), () if down.dtype == up.dtype == dtype else sources
         empty = sources[0].new_zeros(0, self.in_features), sources[0].new_zeros(self.out_features, 0)
         pairs = [present.get(name, empty) for name in routes.names]  # a memory without an adapter here is one of rank 0
         down = [pair[0] for pair in pairs]
         up = [pair[1] * self.scaling.get(name, 1.0) for name, pair in zip(routes.names, pairs, strict=True)]
         if routes.rows is None:
-            return (down[0].to(dtype).mT, up[0].to(dtype).mT.contiguous()), sources
+            return (down[0].to(dtype).mT, up[0].to(dtype).mT.contiguous(), 1.0), sources
         rank = max(w.shape[0] for w in down)
         a = torch.stack([_raised(w, 0, rank) for w in down]).to(dtype)  # [M, r, in]
         b = torch.stack([_raised(w, 1, rank) for w in up]).to(dtype)  # [M, out, r]
         if not routes.groups:
             index, reads = routes.rows.clamp(min=0), (routes.rows >= 0).to(dtype).view(-1, 1, 1)
             a, b = a[index], b[index] * reads  # [B, r, in], [B, out, r]; zeros for a row without a memory
-        return (a.mT, b.mT.contiguous()), sources
+        return (a.mT, b.mT.contiguous(), 1.0), sources
 
 
 def check_fit(linears: Mapping[str, nn.Module], rank: int, weights: Mapping[str, Tensor] | None) -> None:

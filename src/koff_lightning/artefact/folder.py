@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +30,9 @@ FORMAT = 1
 MANIFEST, REPORT, BACKBONE, MEMORIES = "koff.json", "export_report.json", "backbone", "memories"
 CARD = "memory.json"  # of a memory
 _AT_ROOT = (MANIFEST, REPORT, BACKBONE, MEMORIES, "README.md", "LICENSE")
+
+# What safetensors calls the dtypes that a backbone can be loaded in.
+_SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Files = dict[str, dict[str, Any]]
 
@@ -182,12 +185,13 @@ def verify(folder: str | Path, backbone: bool = True) -> Manifest:
             their cards are compared; the other files of one are when it is loaded.
 
     Raises:
-        KoffError: A file is missing, extra, truncated or changed.
+        KoffError: A file is missing, extra, truncated or changed, or the weights have another dtype.
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     _refuse_extra(folder, (path.name for path in folder.iterdir()), _AT_ROOT)
     check_files(folder, manifest.files, BACKBONE, hashes=backbone)
+    _check_dtype(folder / BACKBONE, manifest.dtype)
     present = [path.name for path in (folder / MEMORIES).iterdir()] if (folder / MEMORIES).is_dir() else []
     _refuse_extra(folder / MEMORIES, present, manifest.domains)
     if missing := sorted(set(manifest.domains) - set(present)):
@@ -247,6 +251,24 @@ def count_parameters(folder: Path) -> int:
         with safe_open(path, "pt") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total
+
+
+def _check_dtype(folder: Path, dtype: str) -> None:
+    """Raise KoffError unless the safetensors files of a backbone hold what the manifest says; reads only their heads.
+
+    transformers would cast to whatever is asked for, without a word.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise KoffError(f"{path} is not a sound safetensors file ({error}): get it again") from error
+        if odd := [name for name, kind in kinds.items() if kind != _SAFETENSORS_DTYPES.get(dtype)]:
+            raise KoffError(
+                f"{MANIFEST} says {dtype}, but {path} holds {odd[0]} as {kinds[odd[0]]}: one of them was changed; get "
+                "the artefact again"
+            )
 
 
 def _relative_paths(folder: Path, below: str) -> list[str]:

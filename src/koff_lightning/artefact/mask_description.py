@@ -10,24 +10,41 @@ from torch import Tensor
 from koff_lightning.backbone import PrunableGroup
 
 
-def describe_mask(groups: Sequence[PrunableGroup], kept: Tensor) -> list[dict[str, Any]]:
-    """The mask (bool [U]) as the manifest has it: an entry per group, its bits packed (first unit highest) in hex."""
+def describe_mask(groups: Sequence[PrunableGroup], kept: Tensor, bias: Tensor | None = None) -> list[dict[str, Any]]:
+    """The mask as the manifest has it.
+
+    Args:
+        groups: The units.
+        kept: The mask, bool [U].
+        bias: What the removed units leave behind at each group's consumer, [groups, d]; None without compensation.
+
+    Returns:
+        An entry per group, its bits packed (first unit highest) in hex; with compensation also the SHA-256 of its bias.
+    """
     parts = kept.cpu().split([group.size for group in groups])
-    return [
+    mask = [
         {"layer": g.layer, "kind": g.kind, "of": g.size, "kept": int(part.sum()), "bits": _pack(part)}
         for g, part in zip(groups, parts, strict=True)
     ]
+    if bias is None:
+        return mask
+    rows = bias.cpu().float().numpy().astype("<f4")  # the same on every machine
+    return [group | {"bias": hashlib.sha256(row.tobytes()).hexdigest()} for group, row in zip(mask, rows, strict=True)]
 
 
-def mask_hash(groups: Sequence[PrunableGroup], kept: Tensor) -> str:
-    """SHA-256 over the groups and the mask (bool [U]), so that a memory knows the mask it was made for."""
-    return hash_description(describe_mask(groups, kept))
+def mask_hash(groups: Sequence[PrunableGroup], kept: Tensor, bias: Tensor | None = None) -> str:
+    """SHA-256 over what `describe_mask` writes, so that a memory knows the mask it was made for."""
+    return hash_description(describe_mask(groups, kept, bias))
 
 
 def hash_description(mask: list[dict[str, Any]]) -> str:
     """`mask_hash` of a mask that `describe_mask` has written."""
-    lines = [f"{group['layer']} {group['kind']} {group['of']} {group['bits']}\n" for group in mask]
+    lines = [" ".join(map(str, (g["layer"], g["kind"], g["of"], g["bits"], *_bias(g)))) + "\n" for g in mask]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _bias(group: dict[str, Any]) -> list[str]:
+    return [group["bias"]] if "bias" in group else []  # without one the hash is that of artefacts before there were any
 
 
 def _pack(bits: Tensor) -> str:

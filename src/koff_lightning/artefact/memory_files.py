@@ -23,8 +23,8 @@ from torch import Tensor
 from koff_lightning.artefact.folder import CARD, FORMAT, Manifest, check_files, describe_files, read_json
 from koff_lightning.artefact.layouts import memory_shapes
 from koff_lightning.errors import KoffError
-from koff_lightning.kv_memory import KVMemory
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank, check_domain_name
+from koff_lightning.kv_memory import MAX_SLOTS, KVMemory
+from koff_lightning.memory import LoraSpec, MemoryBank, check_domain_name
 from koff_lightning.surgery import PEFT_PREFIX
 
 KV_FILE = "kv_memory.safetensors"
@@ -174,9 +174,12 @@ def read_card(folder: Path) -> MemoryCard:
     return card
 
 
-def _specs(card: MemoryCard) -> tuple[LoraSpec | None, KVSpec | None]:
-    lora, kv = card.lora, card.kv
-    return None if lora is None else LoraSpec(**lora), None if kv is None else KVSpec(kv["slots"])
+def _specs(card: MemoryCard) -> tuple[LoraSpec | None, int | None]:
+    """Its adapter, and how many slots it has: one is enough to read, only training needs two."""
+    lora, slots = card.lora, None if card.kv is None else card.kv["slots"]
+    if slots is not None and (type(slots) is not int or not 1 <= slots <= MAX_SLOTS):
+        raise KoffError(f"a KV memory has 1 to {MAX_SLOTS} slots, not {slots!r}")
+    return None if lora is None else LoraSpec(**lora), slots
 
 
 def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect: Manifest | None = None) -> str:
@@ -205,8 +208,8 @@ def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect:
     try:
         weights = _adapter(folder, card, spec) if spec else None
         memory = KVMemory.from_tensors(_tensors(folder, KV_FILE, card), card.kv["source_text_hash"]) if slots else None
-        if memory is not None and memory.slots != slots.slots:
-            raise KoffError(f"{CARD} speaks of {slots.slots} slots, {KV_FILE} holds {memory.slots}")
+        if memory is not None and memory.slots != slots:
+            raise KoffError(f"{CARD} speaks of {slots} slots, {KV_FILE} holds {memory.slots}")
         bank.add(domain, spec, memory, weights)
     except (KoffError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise KoffError(f"memory {folder}: {error}") from error

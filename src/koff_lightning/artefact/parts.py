@@ -31,7 +31,7 @@ from koff_lightning.artefact.folder import (
     tokenizer_hash,
 )
 from koff_lightning.artefact.layouts import backbone_for, memory_for, memory_shapes
-from koff_lightning.artefact.mask_description import describe_mask, mask_hash
+from koff_lightning.artefact.mask_description import describe_mask, hash_description, mask_hash
 from koff_lightning.artefact.memory_files import MemoryCard, card_of, lora_state, write_memory
 from koff_lightning.artefact.model_card import base_folder, licence_files, licence_of, model_card
 from koff_lightning.decomposition import Decomposition
@@ -174,7 +174,7 @@ def _write_memory(order: Order, name: str, folder: Path) -> MemoryCard:
         module.memories,
         domain,
         base=order.base,
-        mask_hash=mask_hash(groups, order.kept),
+        mask_hash=mask_hash(groups, order.kept, module.gates.bias),
         tokenizer_hash=order.base["tokenizer_hash"],
         shapes=shapes,
     )
@@ -185,15 +185,16 @@ def _write_memory(order: Order, name: str, folder: Path) -> MemoryCard:
 
 
 def _manifest(order: Order, domains: dict[str, dict[str, Any]], backbone: int) -> Manifest:
-    module, groups, kept = order.module, order.module.gates.groups, order.kept
+    module, kept = order.module, order.kept
+    mask = describe_mask(module.gates.groups, kept, module.gates.bias)
     sizes = {name: about["parameters"] for name, about in domains.items()}
     return Manifest(
         layout=order.layout,
         domain=order.merged,
         base=order.base,
         dtype=str(module.backbone.dtype).removeprefix("torch."),
-        mask_hash=mask_hash(groups, kept),
-        kept=describe_mask(groups, kept),
+        mask_hash=hash_description(mask),
+        kept=mask,
         sparsity={"target": module.sparsity.target, "denominator": module.sparsity.denominator}
         | module.budget.report(kept),
         parameters={

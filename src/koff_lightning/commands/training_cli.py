@@ -219,8 +219,6 @@ def _keep_the_terminal_quiet() -> None:
     warnings.filterwarnings("ignore", message=r"[\s\S]*(JsonargparseDeprecationWarning|removed in v5)")
     # Lightning's use of torch.utils._pytree.
     warnings.filterwarnings("ignore", message=r".*LeafSpec")
-    # Every domain has an adapter of its own, all in one model: that is the point.
-    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
     # The frozen backbone stays in eval mode on purpose.
     warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training")
     # A resumed run saves its checkpoints in a folder of its own.

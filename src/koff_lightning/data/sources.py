@@ -163,7 +163,7 @@ def expand_files(patterns: list[str]) -> list[Path]:
     Raises:
         KoffError: A pattern that matches nothing, a folder, or a file of unknown kind.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
@@ -175,5 +175,5 @@ def expand_files(patterns: list[str]) -> list[Path]:
             raise KoffError(f"no file matches '{pattern}' (looked in {Path.cwd()}): correct the path or glob")
         for match in sorted(matches):
             format_of(match)  # refuse an unknown kind before hours of reading, not after
-            found[match] = None
-    return list(found)
+            found.setdefault(match.resolve(), match)  # however it is named, a file is read once
+    return list(found.values())

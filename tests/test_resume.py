@@ -1,7 +1,9 @@
 """Runs that are stopped at any moment go on as if they had not been: SIGKILL, SIGTERM, damaged files, other options."""
 
 import csv
+import errno
 import os
+import re
 import signal
 from pathlib import Path
 from zipfile import ZipFile
@@ -12,6 +14,8 @@ import yaml
 
 from koff_lightning import KoffError, KOFFModule
 from koff_lightning.cli import main
+from koff_lightning.data import patience, stream
+from koff_lightning.data.shards import FileShard
 from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from koff_lightning.run.folder import alone_in, new_version
 
@@ -104,6 +108,50 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, straight, monkeypa
     assert read_checkpoint(newest_checkpoint(["cut"]))["global_step"] == 5, "of this very step"
     assert run_in("cut", "--ckpt_path", "last") == 0
     check_same_end("cut", straight)
+
+
+STREAMED = ["--data.streaming=true", "--data.max_train_bytes=null"]
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """So that a few steps read often."""
+    monkeypatch.setattr(stream, "BUFFER", 6000)
+    monkeypatch.setattr(stream, "PACK", 60)
+
+
+def test_a_source_that_stays_away_stops_a_streamed_run_which_goes_on_when_it_is_back(
+    run_in, small_buffers, monkeypatch, capsys
+):
+    def unplug():
+        patch.setattr(FileShard, "read", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "unplugged")))
+        patch.setattr(patience.time, "sleep", lambda _: None)
+        patch.setattr(patience, "rank_zero_warn", lambda _: None)
+
+    assert run_in("whole", *STREAMED) == 0
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 3, unplug)
+        assert run_in("cut", *STREAMED) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"koff: cannot read .*\.train\.jsonl\.xz: .*unplugged.* Tried 9 times in 255 s\. Nothing.*", said
+    )
+    assert newest_checkpoint(["cut"]) is not None
+    assert run_in("cut", *STREAMED, "--ckpt_path", "last") == 0
+    check_same_end("cut", "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_streamed_run_with_workers_goes_on_in_mid_epoch(run_in, small_buffers, monkeypatch):
+    workers = [*STREAMED, "--data.num_workers=2"]
+    assert run_in("whole", *workers) == 0
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 5, pull_the_plug)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run_in("cut", *workers)
+    assert run_in("cut", *workers, "--ckpt_path", "last") == 0
+    check_same_end("cut", "whole")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_in, straight, monkeypatch):

@@ -15,7 +15,7 @@ from koff_lightning.backbone import TINY, load_config, load_tokenizer
 from koff_lightning.data import DomainDataModule, DomainSource
 from koff_lightning.data.patience import patiently
 from koff_lightning.data.shards import fetch_hub
-from koff_lightning.data.sources import HUB, domain_shards
+from koff_lightning.data.sources import domain_shards
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation.lm_tasks import load_tasks
 
@@ -51,8 +51,8 @@ def needs_of(config: Any) -> Iterator[Need]:
     data = DomainDataModule(**config.data.as_dict())
     for name, source in data.sources.items():
         find = partial(_find_text, data, source, config)
-        on_hub = any(entry.startswith(HUB) for entry in source.entries)
-        yield Need(f"domain {name}", find, partial(_fetch_text, data, source, config) if on_hub else None)
+        fetch = partial(_fetch_text, data, source, config) if source.hub_entries else None
+        yield Need(f"domain {name}", find, fetch)
     yield from task_needs([task.task for task in config.lm_eval.tasks or ()], config.lm_eval.include_path)
 
 
@@ -136,14 +136,15 @@ def _find_text(data: DomainDataModule, source: DomainSource, config: Any) -> Non
 def _fetch_text(data: DomainDataModule, source: DomainSource, config: Any) -> None:
     """Download a domain's hub datasets, unless it is tokenised already."""
     if not _is_tokenised(data, source, config):
-        for entry in source.entries:
-            if entry.startswith(HUB):
-                fetch_hub(entry.removeprefix(HUB), source.subset, source.split)
+        for repo in source.hub_entries:
+            fetch_hub(repo, source.subset, source.split)
 
 
 def _is_tokenised(data: DomainDataModule, source: DomainSource, config: Any) -> bool:
-    """Whether `koff prepare` has been here; without a tokenizer, files or a whole entry nobody can tell: no."""
+    """Whether `koff prepare` has read a domain of the hub; where there is no tokenizer or no whole entry: no."""
     with suppress(KoffError):
+        if not source.hub_entries:  # the files must be there in any case, and to look them up means to hash them
+            return False
         data.tokenizer = data.tokenizer or tokenizer_of(config)
         return data.stored(source) is not None
     return False

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from koff_lightning import __version__
 from koff_lightning.artefact.new_folder import new_folder
 from koff_lightning.data.packing import PackedRows, TokenStream, pack, tokenize
-from koff_lightning.data.sources import BUNDLED, HUB, DomainSource, bundled_file, expand_files
+from koff_lightning.data.sources import DomainSource, bundled_file, expand_files
 from koff_lightning.data.split import Texts
 from koff_lightning.errors import KoffError
 
@@ -93,16 +93,13 @@ class TokenCache:
         Raises:
             KoffError: Files that are not there.
         """
-        entries = source.entries
-        files = expand_files([entry for entry in entries if not entry.startswith((BUNDLED, HUB))])
-        bundled = [entry.removeprefix(BUNDLED) for entry in entries if entry.startswith(BUNDLED)]
-        shipped = [bundled_file(name, split) for split in ("heldout", "train") for name in bundled]
+        shipped = [bundled_file(name, split) for split in ("heldout", "train") for name in source.bundled_entries]
         what = {
             "release": __version__,
             "heldout": self._digests(expand_files(source.heldout_entries)),
             "bundled": self._digests(shipped),
-            "files": self._digests(files),
-            "hub": [entry for entry in entries if entry.startswith(HUB)],
+            "files": self._digests(expand_files(source.file_entries)),
+            "hub": source.hub_entries,
             "fields": [source.text_field, source.id_field, source.subset, source.split],
             **options,
         }

@@ -146,12 +146,22 @@ def test_tokenize_keeps_text_and_bytes_and_puts_bos_first(tmp_path, bos):
     texts = ["", *toy_documents(30), "a"]
     stream = tokenize(texts, tokenizer)
     kept = texts[1:] if bos else texts[1:-1]  # "" is BOS alone at most, "a" one token: nothing to predict
-    assert stream.num_bytes.tolist() == [len(text.encode()) for text in kept]
+    ids = [tokenizer.encode(text, add_special_tokens=False)[0] for text in kept]  # of single characters of ASCII
+    first = [0 if bos else len(tokenizer.decode([i])) for i in ids]
+    assert stream.num_bytes.tolist() == [len(text.encode()) - size for text, size in zip(kept, first, strict=True)]
     assert stream.lengths.sum() == len(stream.tokens)
     for text, start, length in zip(kept, stream.starts, stream.lengths, strict=True):
         tokens = stream.tokens[start : start + length].tolist()
         assert (tokens[0] == tokenizer.bos_token_id) == bos
         assert tokens[bos:] == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_text_that_looks_like_a_special_token_is_text(tmp_path):
+    tokenizer = load_tokenizer(toy_tokenizer(tmp_path))
+    stream = tokenize(["before <bos> after <eos>"], tokenizer)
+    assert (stream.tokens == tokenizer.bos_token_id).sum() == 1
+    said = "".join(tokenizer.convert_ids_to_tokens(stream.tokens[1:].tolist()))
+    assert said.replace("Ġ", " ") == "before <bos> after <eos>"
 
 
 def test_tokenize_does_the_same_in_many_calls(tmp_path, monkeypatch):

@@ -1,17 +1,27 @@
 """Runs that are stopped at any moment go on as if they had not been: SIGKILL, SIGTERM, damaged files, other options."""
 
 import csv
+import errno
+import json
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import streamed_ranks
 import torch
 import yaml
+from toy_text import toy_documents
 
 from koff_lightning import KoffError, KOFFModule
 from koff_lightning.cli import main
+from koff_lightning.data import patience, stream
+from koff_lightning.data.shards import FileShard
 from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from koff_lightning.run.folder import alone_in, new_version
 
@@ -104,6 +114,54 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, straight, monkeypa
     assert read_checkpoint(newest_checkpoint(["cut"]))["global_step"] == 5, "of this very step"
     assert run_in("cut", "--ckpt_path", "last") == 0
     check_same_end("cut", straight)
+
+
+STREAMED = ["--data.streaming=true", "--data.max_train_bytes=null"]
+STREAMED += [f"--data.domains.{name}={name}-*.txt" for name in ("de", "python")]
+
+
+@pytest.fixture
+def little_at_a_time(monkeypatch, run_in):
+    """Short files and small buffers, so that a few steps read often."""
+    for seed, name in enumerate(("de", "python")):
+        for i, text in enumerate(toy_documents(200, seed=seed)):
+            Path(f"{name}-{i}.txt").write_text(text)
+    monkeypatch.setattr(stream, "BUFFER", 500)
+    monkeypatch.setattr(stream, "PACK", 8)
+
+
+def test_a_source_that_stays_away_stops_a_streamed_run_which_goes_on_when_it_is_back(
+    run_in, little_at_a_time, monkeypatch, capsys
+):
+    def unplug():
+        patch.setattr(FileShard, "read", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "unplugged")))
+        patch.setattr(patience.time, "sleep", lambda _: None)
+        patch.setattr(patience, "rank_zero_warn", lambda _: None)
+
+    assert run_in("whole", *STREAMED) == 0
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 3, unplug)
+        assert run_in("cut", *STREAMED) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"koff: cannot read (de|python)-\d+\.txt: .*unplugged.* Tried 9 times in 255 s\. Nothing.*", said
+    )
+    assert newest_checkpoint(["cut"]) is not None
+    assert run_in("cut", *STREAMED, "--ckpt_path", "last") == 0
+    check_same_end("cut", "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_streamed_run_with_workers_goes_on_in_mid_epoch(run_in, little_at_a_time, monkeypatch):
+    workers = [*STREAMED, "--data.num_workers=2"]
+    assert run_in("whole", *workers) == 0
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 5, pull_the_plug)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run_in("cut", *workers)
+    assert run_in("cut", *workers, "--ckpt_path", "last") == 0
+    check_same_end("cut", "whole")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_in, straight, monkeypatch):
@@ -243,3 +301,30 @@ def test_last_without_any_checkpoint(run_in, capsys):
     assert "there is no checkpoint below runs/mine" in capsys.readouterr().err
     assert run_in("x", "--ckpt_path", "best") == 2
     assert "give a checkpoint file, or `last`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_with_two_workers_each_stream_on_where_each_of_them_was(tmp_path):
+    """Real processes; what they were given, not what it trained, since the two runs are of different length."""
+    for seed, name in enumerate("ab"):
+        for i, text in enumerate(toy_documents(300, seed=seed)):
+            (tmp_path / f"{name}-{i}.txt").write_text(f"{name} {text}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, streamed_ranks.__file__]
+    both = [
+        subprocess.Popen(command, cwd=tmp_path, env=os.environ | place | {"WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=900) for rank in both] == [0, 0]
+    finally:
+        for rank in both:
+            rank.kill()
+    seen = [json.loads((tmp_path / f"seen.{rank}.json").read_text()) for rank in range(2)]
+    for rank in seen:
+        assert len(rank["whole"]) == 2 * streamed_ranks.STEPS
+        assert rank["begun"] + rank["rest"] == rank["whole"]
+    rows = [tuple(row) for rank in seen for row in rank["whole"]]
+    assert len(set(rows)) == len(rows), "no row comes twice"

@@ -25,8 +25,8 @@ from toy_text import toy_documents, toy_tokenizer, write_jsonl
 from koff_lightning import ranks
 from koff_lightning.backbone import load_tokenizer
 from koff_lightning.data import DomainDataModule, DomainSource, is_heldout, patience, stream
-from koff_lightning.data.packing import IGNORED
-from koff_lightning.data.readers import Part
+from koff_lightning.data.packing import IGNORED, tokenize
+from koff_lightning.data.readers import Document, Part
 from koff_lightning.data.shards import FileShard, HubShard, deal
 from koff_lightning.data.stream import Place, RowStream, Text
 from koff_lightning.errors import KoffError
@@ -125,6 +125,29 @@ def test_a_pass_reads_every_document_once_and_rows_hold_all_their_bytes(text, re
         del read[len(set(read[before:])) + before :]  # what the second pass has read by then
     assert sorted(read) == sorted(f"doc-{i}" for i in range(200))
     assert size == sum(len(document.encode()) for document in toy_documents(200, seed=5))
+
+
+def test_hundreds_of_files_over_two_ranks_with_two_workers_each(tmp_path, text):
+    """Through the loaders and their processes; files do not come out even, and in a pass each token has one reader."""
+    texts, files = toy_documents(404), 202
+    for i in range(files):
+        lines = b"".join(json.dumps({"text": t}).encode() + b"\n" for t in texts[2 * i : 2 * i + 2])
+        (tmp_path / f"a-{i:03d}.jsonl{'.gz' * (i % 2)}").write_bytes(gzip.compress(lines) if i % 2 else lines)
+    options = {"names": "a", "files": "{name}-*", "tokenizer": str(text / "tokenizer"), "num_workers": 2}
+    read = Counter()
+    for rank in range(2):
+        loader = loader_of(tmp_path, 10**6, place=(rank, 2), batch_size=1, seq_len=128, **options)
+        for number, batch in enumerate(loader):
+            if loader._places[number % 2]["a"][0] == 0:  # the first pass of this lane
+                read.update(batch["input_ids"].flatten().tolist())
+            if all(places.get("a", [0])[0] for places in loader._places):
+                break
+    wanted = loader._reading.texts["a"].wanted
+    kept = [t for t in texts if wanted(0, Document(t, t))]
+    assert 250 < len(kept) < 400
+    expected = Counter(tokenize(kept, load_tokenizer(str(text / "tokenizer"))).tokens.tolist())
+    del expected[0], read[0]  # BOS, with which the last row of a pack is filled too
+    assert read == expected
 
 
 def test_passes_come_in_different_orders_and_so_do_seeds(text):
@@ -434,6 +457,13 @@ def test_a_web_servers_answers(waited):
             self.response = SimpleNamespace(status_code=code)
 
     assert [patience._may_pass(Answer(code)) for code in (401, 404, 429, 503)] == [False, False, True, True]
+
+
+def test_without_network_nobody_waits_for_it(waited, monkeypatch):
+    """datasets says ConnectionError, and hides that it was the switch."""
+    monkeypatch.setattr(patience.constants, "HF_HUB_OFFLINE", True)
+    assert not patience._may_pass(ConnectionError("Couldn't reach 'x' on the Hub (OfflineModeIsEnabled)"))
+    assert patience._may_pass(OSError(errno.EIO, "a disk is something else"))
 
 
 # ------------------------------------------------------------------------------------------------- faults of the text

@@ -84,12 +84,16 @@ def usage() -> str:
             "",
             *lines,
             "",
+            "--offline with any of them: no network; what a run needs and is not here is listed at once",
             "start with: koff fit --config demo.yaml",
         ]
     )
 
 
 def _run(argv: list[str]) -> int:
+    if "--offline" in argv:  # before the imports: libraries read their switches then
+        switch_off()
+        argv = [word for word in argv if word != "--offline"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -98,9 +102,6 @@ def _run(argv: list[str]) -> int:
     if verb == "--version":
         print(f"koff-lightning {__version__}")
     elif verb in TRAINING:
-        if "--offline" in argv:  # before the imports: libraries read their switches then
-            switch_off()
-            argv = [word for word in argv if word != "--offline"]
         from koff_lightning.commands.training_cli import run  # 5 s of imports
 
         run(argv)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import BadZipFile, ZipFile
 
+from koff_lightning.commands.offline import is_asked
 from koff_lightning.errors import KoffError
 from koff_lightning.option_errors import nearest
 
@@ -46,6 +47,8 @@ def fetch(name: str, out: str | None = None) -> None:
     """
     if name not in MODELS:
         raise KoffError(f"no model {name!r} to fetch.{nearest(name, MODELS)} Known: {', '.join(MODELS)}")
+    if is_asked():
+        raise KoffError("koff fetch downloads, --offline forbids it")
     model = MODELS[name]
     folder = Path(out or os.environ.get("KOFF_CACHE") or "~/.cache/koff").expanduser()
     target = folder / Path(model.member).name

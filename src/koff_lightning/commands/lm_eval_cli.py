@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from koff_lightning.commands.offline import is_asked
 from koff_lightning.errors import KoffError
 from koff_lightning.option_errors import one_line
 
@@ -45,6 +46,10 @@ def lm_eval(argv: list[str]) -> None:
     if not options.model or not options.tasks:
         raise KoffError("lm-eval: give --model (artefact, checkpoint or dense model) and --tasks")
     settings = _settings(options)
+    if is_asked():
+        from koff_lightning.commands.needs import model_needs, refuse_missing, task_needs
+
+        refuse_missing([*model_needs(options.model), *task_needs(settings.tasks, settings.include_path)])
     from koff_lightning.evaluation import harness, lm_tasks
     from koff_lightning.evaluation.lm_scores import show
 

@@ -29,7 +29,8 @@ from koff_lightning.callbacks import (
     RunReport,
 )
 from koff_lightning.commands.config_files import find_configs
-from koff_lightning.commands.offline import is_asked, refuse_missing
+from koff_lightning.commands.needs import needs_of, refuse_missing
+from koff_lightning.commands.offline import is_asked
 from koff_lightning.commands.prepare import VerbTrainer, prepare
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
@@ -39,6 +40,12 @@ from koff_lightning.module import KOFFModule
 from koff_lightning.option_errors import one_line
 from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from koff_lightning.run.folder import alone_in, new_version
+
+BARE = {  # words without a value, and what the parser takes for them
+    "--dry-run": "--trainer.fast_dev_run=2",
+    "--prefetch-only": "--prefetch_only=true",
+    "--no-score": "--score=false",
+}
 
 
 class KoffCLI(LightningCLI):
@@ -63,7 +70,7 @@ class KoffCLI(LightningCLI):
         if self.subcommand == "baseline":
             resolve(self.config.baseline)
         if is_asked():
-            refuse_missing(self.config[self.subcommand])
+            refuse_missing(needs_of(self.config[self.subcommand]))
 
     def instantiate_classes(self) -> None:
         """Build what the verb needs: preparing needs no model and no trainer."""
@@ -145,8 +152,7 @@ def run(argv: list[str]) -> None:
         KoffError: Bad options or input, or an interrupted run.
     """
     _keep_the_terminal_quiet()
-    argv = ["--trainer.fast_dev_run=2" if word in ("--dry-run", "--dry_run") else word for word in argv]
-    argv = ["--prefetch_only=true" if word in ("--prefetch-only", "--prefetch_only") else word for word in argv]
+    argv = [BARE.get(word.replace("_", "-"), word) for word in argv]
     argv, configs = find_configs(_with_text(argv) if argv[0] == "baseline" else argv)
     for config in configs:
         refuse_duplicate_keys(config)
@@ -172,7 +178,6 @@ def run(argv: list[str]) -> None:
 
 def _with_text(argv: list[str]) -> list[str]:
     """The words after `koff baseline`, which reads all bundled text unless told what to read."""
-    argv = ["--score=false" if word in ("--no-score", "--no_score") else word for word in argv]
     if any(word.startswith(("--config", "-c", "--data")) for word in argv):
         return argv
     return [*argv, "--data.domains", json.dumps({name: f"bundled:{name}" for name in bundled_domains()})]

@@ -1,25 +1,29 @@
 """Tokenised text on disk: made once by `koff prepare`, then mapped into memory by every run that wants just this.
 
 An entry's name is a hash of all that its content depends on: the bytes of the files, how they are read and split, the
-tokenizer, the length of rows. It appears in full or not at all, and a second builder of the same entry waits for the
-first.
+tokenizer, the length of rows, the release of this package. It appears in full or not at all, and a second builder of
+the same entry waits for the first. Its files are listed in it with size and hash: runs look at the sizes; `koff
+prepare` reads them through and makes a damaged entry anew.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from koff_lightning import __version__
 from koff_lightning.artefact.new_folder import new_folder
 from koff_lightning.data.packing import PackedRows, TokenStream, pack, tokenize
-from koff_lightning.data.sources import BUNDLED, HUB, DomainSource, bundled_file, expand_files
+from koff_lightning.data.sources import DomainSource, bundled_file, expand_files
 from koff_lightning.data.split import Texts
 from koff_lightning.errors import KoffError
 
@@ -28,7 +32,7 @@ try:
 except ImportError:  # Windows: two builders may both do the work, and one of them is told that it was in vain
     fcntl = None
 
-FORMAT = 1  # of an entry; part of its name
+MANIFEST = "entry.json"  # of an entry: its files with size and SHA-256
 ARRAYS = ("tokens", "starts", "first_segment", "documents", "shares")  # of PackedRows
 DIGESTS = "digests.json"  # of files whose size and time of change are still the same
 
@@ -39,7 +43,7 @@ class DomainRows:
 
     train: PackedRows
     heldout: PackedRows
-    documents: TokenStream  # the training text
+    documents: TokenStream  # the training text: the same tokens as in `train`
 
 
 def domain_rows(name: str, texts: Texts, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> DomainRows:
@@ -53,10 +57,13 @@ def domain_rows(name: str, texts: Texts, tokenizer: PreTrainedTokenizerBase, seq
         if not len(stream.tokens):
             raise KoffError(f"domain '{name}': no {split} document is two tokens or longer; give it longer text")
     pad_id = tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
-    rows = (
-        pack(stream, seq_len, overlap=overlap, pad_id=pad_id) for stream, overlap in ((train, False), (heldout, True))
-    )
-    return DomainRows(*rows, documents=train)
+    rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, pad_id=pad_id) for s in (train, heldout))
+    return DomainRows(rows, heldout_rows, _unpacked(rows, train.lengths, train.num_bytes))
+
+
+def _unpacked(rows: PackedRows, lengths: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> TokenStream:
+    """The documents that training rows hold, without a second copy of their tokens."""
+    return TokenStream(rows.tokens.reshape(-1)[: lengths.sum()], lengths, num_bytes)
 
 
 def default_folder() -> Path:
@@ -86,16 +93,13 @@ class TokenCache:
         Raises:
             KoffError: Files that are not there.
         """
-        entries = source.entries
-        files = expand_files([entry for entry in entries if not entry.startswith((BUNDLED, HUB))])
-        bundled = [entry.removeprefix(BUNDLED) for entry in entries if entry.startswith(BUNDLED)]
-        shipped = [bundled_file(name, split) for split in ("heldout", "train") for name in bundled]
+        shipped = [bundled_file(name, split) for split in ("heldout", "train") for name in source.bundled_entries]
         what = {
-            "format": FORMAT,
+            "release": __version__,
             "heldout": self._digests(expand_files(source.heldout_entries)),
             "bundled": self._digests(shipped),
-            "files": self._digests(files),
-            "hub": [entry for entry in entries if entry.startswith(HUB)],
+            "files": self._digests(expand_files(source.file_entries)),
+            "hub": source.hub_entries,
             "fields": [source.text_field, source.id_field, source.subset, source.split],
             **options,
         }
@@ -103,25 +107,29 @@ class TokenCache:
 
     def _digests(self, files: list[Path]) -> list[str]:
         """SHA-256 of each file; read again only where size or time of change are others than when last read."""
-        memo = self.folder / DIGESTS
-        try:
-            known = json.loads(memo.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
-        new, found = {}, []
+        known, new, found = _json(self.folder / DIGESTS), {}, []
         for file in files:
-            stat = file.stat()
-            seen = known.get(str(file.resolve()))
-            if not (isinstance(seen, list) and seen[:2] == [stat.st_size, stat.st_mtime_ns]):
-                with file.open("rb") as content:
-                    seen = [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(content, "sha256").hexdigest()]
-                new[str(file.resolve())] = seen
+            name = str(file.resolve())
+            try:
+                stat = file.stat()
+                seen = known.get(name)
+                if not (isinstance(seen, list) and seen[:2] == [stat.st_size, stat.st_mtime_ns]):
+                    new[name] = seen = [stat.st_size, stat.st_mtime_ns, _sha256(file)]
+            except OSError as error:
+                raise KoffError(f"cannot read {file}: {error.strerror or error}") from error
             found.append(seen[2])
-        if new and self.folder.is_dir() and os.access(self.folder, os.W_OK):
-            part = memo.with_name(f".{DIGESTS}.{os.getpid()}")
-            part.write_text(json.dumps(known | new), encoding="utf-8")
-            part.replace(memo)  # of two writers at once one is forgotten, and its files are read once more
+        if new and self.folder.is_dir():
+            self._remember(known | new)
         return found
+
+    def _remember(self, digests: dict[str, Any]) -> None:
+        """Keep digests where the folder can be written; of two writers at once one is forgotten."""
+        part = self.folder / f".{DIGESTS}.{uuid4().hex}"
+        with suppress(OSError):
+            part.write_text(json.dumps(digests), encoding="utf-8")
+            part.replace(self.folder / DIGESTS)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
     def load(self, key: str) -> DomainRows | None:
         """An entry mapped into memory, or None where there is none.
@@ -133,33 +141,48 @@ class TokenCache:
         if not folder.is_dir():
             return None
         try:
+            _check(folder, lambda file, size, digest: file.stat().st_size == size)
             train, heldout = (self._rows(folder / side) for side in ("train", "heldout"))
             lengths, num_bytes = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("lengths", "num_bytes"))
         except (OSError, ValueError) as error:
-            raise KoffError(f"tokenised text in {folder} is damaged ({error}): delete that folder") from error
-        return DomainRows(train, heldout, TokenStream(train.tokens.reshape(-1)[: lengths.sum()], lengths, num_bytes))
+            raise KoffError(
+                f"tokenised text in {folder} is damaged ({error}): `koff prepare` with the same --config makes it anew"
+            ) from error
+        return DomainRows(train, heldout, _unpacked(train, lengths, num_bytes))
 
     def _rows(self, folder: Path) -> PackedRows:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         return PackedRows(**arrays, padding=int(np.load(folder / "padding.npy")))
 
     def build(self, key: str, make: Callable[[], DomainRows]) -> bool:
-        """Make an entry unless it is there; returns whether it was made.
+        """Make an entry unless it is there and whole; returns whether it was made.
 
         Raises:
             KoffError: The disk does not take it.
         """
+        if self._is_whole(key):  # also where nobody may write
+            return False
         with self._alone(key):
-            if (self.folder / key).is_dir():
+            if self._is_whole(key):
                 return False
             rows = make()
-            with new_folder(self.folder / key) as work:
+            with new_folder(self.folder / key, overwrite=True, marker=MANIFEST) as work:
                 for side, packed in (("train", rows.train), ("heldout", rows.heldout)):
                     (work / side).mkdir()
                     for name, value in vars(packed).items():
                         np.save(work / side / f"{name}.npy", value)
                 np.save(work / "lengths.npy", rows.documents.lengths)
                 np.save(work / "num_bytes.npy", rows.documents.num_bytes)
+                files = {str(f.relative_to(work)): [f.stat().st_size, _sha256(f)] for f in work.rglob("*.npy")}
+                (work / MANIFEST).write_text(json.dumps(files), encoding="utf-8")
+        return True
+
+    def _is_whole(self, key: str) -> bool:
+        """Whether every byte of an entry is as it was written."""
+        try:
+            _check(self.folder / key, lambda file, size, digest: _sha256(file) == digest)
+        except (OSError, ValueError):
+            return False
         return True
 
     @contextmanager
@@ -176,3 +199,25 @@ class TokenCache:
             yield
         finally:
             os.close(handle)
+
+
+def _check(folder: Path, is_right: Callable[[Path, int, str], bool]) -> None:
+    """Raise ValueError unless an entry has all its files and each is right."""
+    files = _json(folder / MANIFEST)
+    wrong = [name for name, (size, digest) in files.items() if not is_right(folder / name, size, digest)]
+    if wrong or not files:
+        raise ValueError(f"{wrong[0] if wrong else MANIFEST} is not as it was written")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file of ours holds; nothing where there is none or it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

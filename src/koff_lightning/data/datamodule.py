@@ -34,7 +34,7 @@ class DomainDataModule(LightningDataModule):
 
     Training rows of all domains are mixed by weight; every batch holds every domain when it has room for all, else
     every optimizer step does where it can. Held-out rows come domain by domain, each token predicted exactly once, and
-    serve validation, test and prediction alike. All text is read and tokenised once and kept in memory (4 bytes per
+    serve validation, test and prediction alike. All text is read and tokenised once and kept in memory (5 bytes per
     token), or streamed: read, shuffled, tokenised and packed while the model trains.
 
     Batches are dicts: input_ids [B, T], labels [B, T] (aligned with input_ids; -100 = not predicted), position_ids

@@ -28,7 +28,7 @@ class TokenStream:
 
     tokens: NDArray[np.int32]  # [N]
     lengths: NDArray[np.int64]  # [D] tokens of each document, 2 or more
-    num_bytes: NDArray[np.int64]  # [D] UTF-8 bytes of each document's text
+    num_bytes: NDArray[np.int64]  # [D] UTF-8 bytes of each document's text that is predicted
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -66,18 +66,23 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenStream:
     """Tokenise documents; each begins with BOS when the tokenizer has one.
 
-    A document of one token alone predicts nothing and is left out.
+    Text is text: what looks like a special token (`</s>` in HTML) does not become one. A document of one token alone
+    predicts nothing and is left out. Without BOS nothing predicts a document's first token, and the bytes that it
+    stands for do not count.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     pieces: list[NDArray[np.int32]] = []
     num_bytes: list[int] = []
     for first in range(0, len(texts), TEXTS_PER_CALL):
         chunk = list(texts[first : first + TEXTS_PER_CALL])
-        encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for text, ids in zip(chunk, encoded, strict=True):
+        encoded = tokenizer(
+            chunk, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        for number, (text, ids) in enumerate(zip(chunk, encoded["input_ids"], strict=True)):
             if len(bos) + len(ids) >= 2:
                 pieces.append(np.array(bos + ids, dtype=np.int32))
-                num_bytes.append(len(text.encode()))
+                begin = 0 if bos or not tokenizer.is_fast else encoded.token_to_chars(number, 1).start
+                num_bytes.append(len(text[begin:].encode()))
     return TokenStream(
         tokens=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
         lengths=np.array([len(piece) for piece in pieces], dtype=np.int64),

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from huggingface_hub import constants
 from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.data.readers import ALL, Document, OnBad, Part
@@ -89,14 +90,16 @@ def _may_pass(error: BaseException | None) -> bool:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
             return status in PASSING_STATUS or status >= 500
-        if type(error).__name__ == "OfflineModeIsEnabled":
-            return False
-        if isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) in PASSING:
+        if getattr(error, "errno", None) in PASSING:
             return True
-        if type(error).__module__.split(".")[0] in NETWORK_PACKAGES:
-            return True
+        if isinstance(error, (ConnectionError, TimeoutError)) or _package(error) in NETWORK_PACKAGES:
+            return not constants.HF_HUB_OFFLINE  # then it is the switch that speaks, and it stays
         error = error.__cause__ or error.__context__
     return False
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.split(".")[0]
 
 
 def _line(error: BaseException) -> str:

@@ -8,8 +8,10 @@ several can share it.
 
 import csv
 import gzip
+import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -55,7 +57,7 @@ def read_records(
     Args:
         path: A file whose name ends in one of `FORMATS`, all but parquet optionally followed by one of `COMPRESSIONS`.
         text_field: Field (jsonl) or column (csv, parquet) that holds the text; txt files are one document each.
-        id_field: Field or column that holds the id; where it is absent or null the text is the id.
+        id_field: Field or column that holds the id; where it is absent, null or empty the text is the id.
         on_bad: Called with "file:line: what is wrong" for each line (csv: record, parquet: row) that cannot be used;
             it raises to stop, or returns to leave that line out.
         part: The records to read; the others are passed over as cheaply as the format allows.
@@ -72,7 +74,7 @@ def read_records(
                     yield number, document
             else:
                 on_bad(f"{path}:{line}: {problem or document}")
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise KoffError(f"cannot read {path}: {error}. It is missing, damaged or not what its name says") from error
 
 
@@ -97,7 +99,7 @@ def as_document(fields: Any, text_field: str, id_field: str) -> Document | str:
     text, doc_id = fields[text_field], fields.get(id_field)
     if not isinstance(text, str):
         return f"field '{text_field}' should be text, got {'null' if text is None else type(text).__name__}"
-    document = Document(text if doc_id is None else str(doc_id), text)
+    document = Document(text if doc_id in (None, "") else str(doc_id), text)  # csv has no other word for null
     try:
         "".join(document).encode()  # fails on the surrogates that stand for bad bytes, and on a lone "\ud800" in JSON
     except UnicodeEncodeError:
@@ -118,6 +120,8 @@ def _read_jsonl(path: Path, text_field: str, id_field: str, part: Part) -> Itera
                 yield number, line, json.loads(_decode(raw.rstrip(), line)), None
             except json.JSONDecodeError as error:
                 yield number, line, None, f"not valid JSON ({error.msg} at column {error.colno})"
+            except ValueError:
+                yield number, line, None, "not usable JSON (a number of thousands of digits)"
             except RecursionError:
                 yield number, line, None, "not usable JSON (nested too deeply)"
 
@@ -184,16 +188,10 @@ def _open(path: Path) -> BinaryIO:
         case ".xz":
             return lzma.open(path, "rb")  # type: ignore[return-value]
         case ".zst":
-            return _open_zstandard(path)
+            import pyarrow  # it brings a decoder; the standard library has none before Python 3.14
+
+            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
     return path.open("rb")
-
-
-def _open_zstandard(path: Path) -> BinaryIO:
-    try:
-        import zstandard  # optional: the standard library has no zstd before Python 3.14
-    except ImportError as error:
-        raise KoffError(f"cannot read {path}: .zst needs the zstandard package: pip install zstandard") from error
-    return zstandard.open(path, "rb")
 
 
 def _decode(raw: bytes, line: int) -> str:

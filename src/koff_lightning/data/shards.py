@@ -72,11 +72,14 @@ class HubShard:
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
         """Yield (number, document) of the usable records in `part`; to go on in the middle, the shard is read again."""
         stream = _open_hub(self.repo, self.subset, self.split, os.getpid())
-        if stream.features and self.text_field not in stream.features:
-            raise KoffError(
-                f"hub:{self.repo} has no column '{self.text_field}', only {', '.join(stream.features)}: "
-                "set text_field to the right one"
-            )
+        if stream.features:
+            if self.text_field not in stream.features:
+                raise KoffError(
+                    f"hub:{self.repo} has no column '{self.text_field}', only {', '.join(stream.features)}: "
+                    "set text_field to the right one"
+                )
+            names = [name for name in dict.fromkeys((self.text_field, self.id_field)) if name in stream.features]
+            stream = stream.select_columns(names)
         stream = stream.shard(num_shards=self.of, index=self.index).skip(part.first)
         number = part.first - 1
         for batch in stream.iter(batch_size=100):  # not iter(stream): that would deal shards to torch's workers again
@@ -110,13 +113,23 @@ def _open_hub(repo: str, subset: str | None, split: str, process: int) -> Any:
     """A dataset as a stream; each process opens its own, because connections do not survive a fork."""
     import datasets  # a second of imports
 
-    name, _, revision = repo.partition("@")
-    where = {"path": name, "name": subset, "split": split, "revision": revision or None}
-    datasets.disable_progress_bars()
-    if datasets.config.HF_HUB_OFFLINE and not Path(name).is_dir():  # what `koff prepare --prefetch-only` has fetched
-        table = datasets.load_dataset(**where)
+    if datasets.config.HF_HUB_OFFLINE and not Path(repo.partition("@")[0]).is_dir():
+        table = fetch_hub(repo, subset, split)
         return table.to_iterable_dataset(num_shards=min(OFFLINE_SHARDS, max(1, len(table))))
-    return datasets.load_dataset(**where, streaming=True)
+    datasets.disable_progress_bars()
+    return datasets.load_dataset(**_where(repo, subset, split), streaming=True)
+
+
+def fetch_hub(repo: str, subset: str | None, split: str) -> Any:
+    """Download a dataset into the hub's cache, all of it; offline, find it there."""
+    import datasets
+
+    return datasets.load_dataset(**_where(repo, subset, split))
+
+
+def _where(repo: str, subset: str | None, split: str) -> dict[str, str | None]:
+    name, _, revision = repo.partition("@")
+    return {"path": name, "name": subset, "split": split, "revision": revision or None}
 
 
 def deal(sizes: Sequence[int | None], readers: int) -> list[list[tuple[int, int, int]]]:

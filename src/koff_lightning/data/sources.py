@@ -49,6 +49,21 @@ class DomainSource:
         return [self.files] if isinstance(self.files, str) else list(self.files)
 
     @property
+    def bundled_entries(self) -> list[str]:
+        """Names of bundled domains among `files`."""
+        return [entry.removeprefix(BUNDLED) for entry in self.entries if entry.startswith(BUNDLED)]
+
+    @property
+    def hub_entries(self) -> list[str]:
+        """Datasets of the hub among `files`, each as name or name@revision."""
+        return [entry.removeprefix(HUB) for entry in self.entries if entry.startswith(HUB)]
+
+    @property
+    def file_entries(self) -> list[str]:
+        """Files and globs among `files`."""
+        return [entry for entry in self.entries if not entry.startswith((BUNDLED, HUB))]
+
+    @property
     def heldout_entries(self) -> list[str]:
         """`heldout_files` as a list, empty where the split is by hash."""
         return [self.heldout_files] if isinstance(self.heldout_files, str) else list(self.heldout_files or [])
@@ -125,9 +140,7 @@ def domain_shards(source: DomainSource) -> list[tuple[Shard, Side]]:
     Raises:
         KoffError: Files, bundled text or hub datasets that are not there, or a file on both sides.
     """
-    entries = source.entries
-    bundled = [entry.removeprefix(BUNDLED) for entry in entries if entry.startswith(BUNDLED)]
-    files = expand_files([entry for entry in entries if not entry.startswith((BUNDLED, HUB))])
+    files = expand_files(source.file_entries)
     heldout_files = expand_files(source.heldout_entries)
     both = set(map(Path.resolve, files)) & set(map(Path.resolve, heldout_files))
     if both:
@@ -136,12 +149,10 @@ def domain_shards(source: DomainSource) -> list[tuple[Shard, Side]]:
     rest: Side = "training" if heldout_files else "by hash"
     shards: list[tuple[Shard, Side]] = [(FileShard(path, *fields), "held out") for path in heldout_files]
     for split, side in (("heldout", "held out"), ("train", "training")):
-        shards += [(FileShard(bundled_file(name, split), "text", "id"), side) for name in bundled]
+        shards += [(FileShard(bundled_file(name, split), "text", "id"), side) for name in source.bundled_entries]
     shards += [(FileShard(path, *fields), rest) for path in files]
-    for entry in entries:
-        if entry.startswith(HUB):
-            found = hub_shards(entry.removeprefix(HUB), source.subset, source.split, *fields)
-            shards += [(shard, rest) for shard in found]
+    for repo in source.hub_entries:
+        shards += [(shard, rest) for shard in hub_shards(repo, source.subset, source.split, *fields)]
     return shards
 
 
@@ -163,7 +174,7 @@ def expand_files(patterns: list[str]) -> list[Path]:
     Raises:
         KoffError: A pattern that matches nothing, a folder, or a file of unknown kind.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
@@ -175,5 +186,5 @@ def expand_files(patterns: list[str]) -> list[Path]:
             raise KoffError(f"no file matches '{pattern}' (looked in {Path.cwd()}): correct the path or glob")
         for match in sorted(matches):
             format_of(match)  # refuse an unknown kind before hours of reading, not after
-            found[match] = None
-    return list(found)
+            found.setdefault(match.resolve(), match)  # however it is named, a file is read once
+    return list(found.values())

@@ -1,0 +1,176 @@
+"""What a run needs besides the program: a model, text, evaluation data. Each can be looked for and fetched."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+from koff_lightning.artefact.extend import backbone_of
+from koff_lightning.backbone import TINY, load_config, load_tokenizer
+from koff_lightning.data import DomainDataModule, DomainSource
+from koff_lightning.data.patience import patiently
+from koff_lightning.data.shards import fetch_hub
+from koff_lightning.data.sources import domain_shards
+from koff_lightning.errors import KoffError
+from koff_lightning.evaluation.lm_tasks import load_tasks
+
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")  # no second copy in an older format
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a run needs.
+
+    Args:
+        what: Its name.
+        find: Raises KoffError unless it is on this machine.
+        fetch: Brings it here, where a network can.
+    """
+
+    what: str
+    find: Callable[[], object]
+    fetch: Callable[[], object] | None = None
+
+
+def needs_of(config: Any) -> Iterator[Need]:
+    """What a run needs.
+
+    Args:
+        config: Of a verb of training, with sections model, data and lm_eval.
+    """
+    model = config.model
+    if not model.artifact:
+        yield from model_needs(model.backbone, model.revision, model.trust_remote_code)
+    if (name := config.data.tokenizer) and _is_on_hub(name):
+        yield Need(f"tokenizer {name}", partial(load_tokenizer, name), partial(_fetch, name, None))
+    data = DomainDataModule(**config.data.as_dict())
+    for name, source in data.sources.items():
+        find = partial(_find_text, data, source, config)
+        fetch = partial(_fetch_text, data, source, config) if source.hub_entries else None
+        yield Need(f"domain {name}", find, fetch)
+    yield from task_needs([task.task for task in config.lm_eval.tasks or ()], config.lm_eval.include_path)
+
+
+def model_needs(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Iterator[Need]:
+    """The files of a model that is named by its hub id."""
+    if _is_on_hub(source):
+        pinned = {"revision": revision, "trust_remote_code": trust_remote_code}
+
+        def find() -> None:
+            load_config(source, **pinned)
+            load_tokenizer(source, **pinned)
+            _find_weights(source, revision)
+
+        yield Need(f"model {source}", find, partial(_fetch, source, revision))
+
+
+def task_needs(names: Iterable[str], include_path: str | None) -> Iterator[Need]:
+    """The data of lm-eval's tasks."""
+    for name in names:
+        load = partial(load_tasks, [name], include_path)
+        yield Need(f"task {name}", load, load)
+
+
+def refuse_missing(needs: Iterable[Need]) -> None:
+    """Look for everything.
+
+    Raises:
+        KoffError: Something is neither on this machine's disk nor in its caches; all such things are listed.
+    """
+    missing = _failures((need.what, need.find) for need in needs)
+    if missing:
+        raise KoffError(
+            f"{len(missing)} thing(s) that are needed are missing, and --offline forbids to fetch them:"
+            f"{''.join(missing)}\nwhere there is a network, `koff prepare --prefetch-only` with the same --config "
+            "fetches models, hub datasets and evaluation data"
+        )
+
+
+def fetch_all(needs: Iterable[Need]) -> None:
+    """Fetch everything that can be fetched; prints what is here then.
+
+    Raises:
+        KoffError: Something cannot be had; all such things are listed, the others are fetched.
+    """
+
+    def fetch(need: Need) -> None:
+        patiently(need.fetch, need.what)
+        print(f"{need.what}: is here", flush=True)
+
+    failed = _failures((need.what, partial(fetch, need)) for need in needs if need.fetch)
+    if failed:
+        raise KoffError(f"{len(failed)} thing(s) cannot be fetched:{''.join(failed)}")
+
+
+def _failures(deeds: Iterable[tuple[str, Callable[[], object]]]) -> list[str]:
+    """Do everything; what fails as lines."""
+    failed = []
+    for what, do in deeds:
+        try:
+            do()
+        except KoffError as error:
+            failed.append(f"\n  {what}: {error}")
+    return failed
+
+
+def tokenizer_of(config: Any) -> Any:
+    """The tokenizer that a run with this config takes."""
+    model = config.model
+    if config.data.tokenizer:
+        return load_tokenizer(config.data.tokenizer)
+    source = backbone_of(model.artifact) if model.artifact else model.backbone
+    return load_tokenizer(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def _find_text(data: DomainDataModule, source: DomainSource, config: Any) -> None:
+    """Raise KoffError unless a domain's text is there: tokenised, as files, or in the cache of the hub."""
+    if not _is_tokenised(data, source, config):
+        domain_shards(source)
+
+
+def _fetch_text(data: DomainDataModule, source: DomainSource, config: Any) -> None:
+    """Download a domain's hub datasets, unless it is tokenised already."""
+    if not _is_tokenised(data, source, config):
+        for repo in source.hub_entries:
+            fetch_hub(repo, source.subset, source.split)
+
+
+def _is_tokenised(data: DomainDataModule, source: DomainSource, config: Any) -> bool:
+    """Whether `koff prepare` has read a domain of the hub; where there is no tokenizer or no whole entry: no."""
+    with suppress(KoffError):
+        if not source.hub_entries:  # the files must be there in any case, and to look them up means to hash them
+            return False
+        data.tokenizer = data.tokenizer or tokenizer_of(config)
+        return data.stored(source) is not None
+    return False
+
+
+def _is_on_hub(source: str) -> bool:
+    return source != TINY and not source.endswith(".gguf") and not Path(source).expanduser().exists()
+
+
+def _fetch(source: str, revision: str | None) -> None:
+    snapshot_download(source, revision=revision, allow_patterns=FILES)
+
+
+def _find_weights(source: str, revision: str | None) -> None:
+    """Raise KoffError where a hub model's weights are not all in the cache."""
+
+    def cached(file: str) -> str | None:
+        path = try_to_load_from_cache(source, file, revision=revision)
+        return path if isinstance(path, str) else None
+
+    if cached("model.safetensors"):
+        return
+    index = cached("model.safetensors.index.json")
+    if index is None:
+        raise KoffError(f"the weights of {source} are not in the cache")
+    files = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    absent = sorted(file for file in files if not cached(file))
+    if absent:
+        raise KoffError(f"{len(absent)} of {len(files)} files of weights of {source} are not in the cache")

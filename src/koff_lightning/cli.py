@@ -42,6 +42,10 @@ TOOLS = {
         "time pruned models and memories against the dense",
     ),
     "claims": ("evaluation.claims:claims", "run KOFF and its controls, and judge the paper's claims"),
+    "analyze": (
+        "commands.analyze:analyze",
+        "study which neurons left, whom they served, and what the memories hold",
+    ),
     "lm-eval": (
         "commands.lm_eval_cli:lm_eval",
         "score a model on lm-eval's tasks, under each of its domains",

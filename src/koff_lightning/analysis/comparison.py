@@ -87,6 +87,9 @@ def odds_ratio_ratio(
     low, high = (float(np.exp(end)) for end in ends)
     few = min(len(first), len(second))
     note = "" if few >= FEW_SEEDS else f"{few} seed{'s' * (few > 1)} of one way: the interval understates that chance"
+    if not all(0 < value < math.inf for value in found):  # resampled neurons would all agree, and prove nothing
+        low = high = math.nan
+        note = f"an odds ratio is {' and the other '.join(f'{value:.2g}' for value in found)}: too few members"
     seeds, undefined = (len(first), len(second)), 1 - len(usable) / draws
     return RatioOfOdds(*found, math.exp(_log_ratio(*found)), low, high, seeds, undefined, note)
 

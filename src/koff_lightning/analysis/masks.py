@@ -22,6 +22,10 @@ Bools = NDArray[np.bool_]
 _Group = tuple[int, str, int]  # layer, kind, units
 
 
+class NothingRemoved(KoffError):
+    """A run that is sound and has no mask over FFN neurons."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """The units of a dense model and which of them were removed: N neurons and G kv groups, layer after layer.
@@ -89,6 +93,7 @@ def read_mask(source: str | Path, backbone: str | None = None) -> Mask:
         backbone: Where the dense model is, if a checkpoint's run had it elsewhere; only its config is read.
 
     Raises:
+        NothingRemoved: The run prunes nothing, or key-value heads only.
         KoffError: Neither of these, damaged, or a mask that is not fixed yet.
     """
     path = Path(source).expanduser()
@@ -98,7 +103,7 @@ def read_mask(source: str | Path, backbone: str | None = None) -> Mask:
         return _mask(str(source), manifest.base["hash"], list(manifest.domains), groups, manifest.mask())
     checkpoint = read_checkpoint(path, mmap=True)
     options, state, about = (checkpoint[key] for key in ("hyper_parameters", "state_dict", "koff"))
-    _check_fixed(str(source), bool(state["gates.hardened"]))
+    _check_fixed(str(source), bool(state["gates.hardened"]), options["sparsity"]["target"])
     where = backbone or options["backbone"]
     config = load_config(where, revision=None if backbone else options["revision"])
     units = prunable_groups(without_weights(config), options["sparsity"]["units"])
@@ -114,13 +119,15 @@ def mask_of(module: Decomposition, name: str = "this decomposition") -> Mask:
         KoffError: It is not.
     """
     gates = module.gates
-    _check_fixed(name, bool(gates.hardened))
+    _check_fixed(name, bool(gates.hardened), module.sparsity.target)
     groups = [(group.layer, group.kind, group.size) for group in gates.groups]
     learned = {"logits": gates.logits.detach(), "importance": gates.importance}
     return _mask(name, module.backbone_hash, list(module.memories.domains), groups, gates.kept, learned)
 
 
-def _check_fixed(name: str, hardened: bool) -> None:
+def _check_fixed(name: str, hardened: bool, target: float) -> None:
+    if not hardened and not target:
+        raise NothingRemoved(f"{name} prunes nothing (sparsity.target 0): it has no mask")
     if not hardened:
         raise KoffError(f"{name}: its mask is not fixed yet: train to the end of the hold phase, or take a later one")
 
@@ -141,5 +148,7 @@ def _mask(
     values: dict[str, Any] = {key: value.cpu().double().numpy()[neuron] for key, value in (learned or {}).items()}
     mask = Mask(name, base_hash, domains, layers[neuron], removed[neuron], layers[~neuron], removed[~neuron], **values)
     if not neuron.any():
-        raise KoffError(f"{name} removes no FFN neurons (sparsity.units has no channel): there is nothing to compare")
+        raise NothingRemoved(
+            f"{name} removes no FFN neurons (sparsity.units has no channel): there is nothing to compare"
+        )
     return replace(mask, importance=None) if values and not values["importance"].any() else mask

@@ -37,6 +37,7 @@ def export_checkpoint(
     from koff_lightning.artefact.checkpoint import from_checkpoint
     from koff_lightning.artefact.export import export
     from koff_lightning.artefact.folder import read_manifest
+    from koff_lightning.run.folder import run_config
 
     asked = engines.names(check) if check is not None else []  # refuses unknown ones before the work
     module = from_checkpoint(ckpt, backbone)
@@ -63,18 +64,3 @@ def summary(out: Path, size: dict[str, Any], report: dict[str, Any]) -> str:
         f"wrote {out}: backbone {size['backbone'] / 1e6:.3f} M of {size['dense_total'] / 1e6:.3f} M parameters, "
         f"{count} {'memory' if count == 1 else 'memories'}; {found}"
     )
-
-
-def run_config(ckpt: Path) -> dict[str, Any] | None:
-    """The resolved options that `koff fit` left beside its checkpoints, if they are still there."""
-    import yaml
-
-    for folder in list(ckpt.expanduser().resolve().parents)[:2]:
-        if (folder / "config.yaml").is_file():
-            try:
-                config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise KoffError(f"cannot read {folder / 'config.yaml'}, the options of the run: {error}") from error
-            if isinstance(config, dict) and {"model", "data"} <= config.keys():
-                return config
-    return None

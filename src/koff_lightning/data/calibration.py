@@ -34,7 +34,7 @@ class CalibrationText:
         self.num_tokens = 0
         for name, packed in train.items():
             length = packed.tokens.shape[1]
-            rows, whole = -(-num_tokens // (len(train) * length)), len(packed) - bool(packed.padding)
+            rows, whole = -(-num_tokens // (len(train) * length)), _whole(packed)
             if rows > whole:
                 raise KoffError(
                     f"domain '{name}' has {whole * length} tokens of training text in whole rows of {length}, "
@@ -56,3 +56,12 @@ class CalibrationText:
         for first in range(0, len(self._refs), self._batch_size):
             refs = self._refs[first : first + self._batch_size]
             yield collate([(name, self._train[name], row) for name, row in refs])
+
+
+def most_tokens(train: Mapping[str, PackedRows]) -> int:
+    """Tokens in whole rows of the domain that has the fewest."""
+    return min(_whole(packed) * packed.tokens.shape[1] for packed in train.values())
+
+
+def _whole(packed: PackedRows) -> int:
+    return len(packed) - bool(packed.padding)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.backbone import load_tokenizer
 from koff_lightning.data.cache import DomainRows, TokenCache, default_folder, domain_rows
-from koff_lightning.data.calibration import CalibrationText
+from koff_lightning.data.calibration import CalibrationText, most_tokens
 from koff_lightning.data.head import IsTraining, read_head
 from koff_lightning.data.loader import HeldoutLoader, TrainLoader
 from koff_lightning.data.mixture import DomainBatches
@@ -260,6 +260,10 @@ class DomainDataModule(LightningDataModule):
     def calibration_text(self, num_tokens: int, seed: int = 0) -> CalibrationText:
         """Batches of training text, the same number of tokens from every domain: see `CalibrationText`."""
         return CalibrationText(self._train, num_tokens, self.batch_size, seed)
+
+    def most_calibration_text(self) -> int:
+        """Tokens of each domain that `calibration_text` can give at most."""
+        return most_tokens(self._train)
 
     def _place(self) -> tuple[int, int]:
         """Rank and world size among processes that see different data (not the tensor-parallel ones)."""

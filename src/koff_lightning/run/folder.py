@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from koff_lightning.errors import KoffError
@@ -62,6 +64,19 @@ def new_version(root: str | Path) -> int:
             except FileExistsError:
                 version += 1
     return version
+
+
+def run_config(ckpt: Path) -> dict[str, Any] | None:
+    """The resolved options that `koff fit` left beside its checkpoints, if they are still there."""
+    for folder in list(ckpt.expanduser().resolve().parents)[:2]:
+        if (folder / "config.yaml").is_file():
+            try:
+                config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise KoffError(f"cannot read {folder / 'config.yaml'}, the options of the run: {error}") from error
+            if isinstance(config, dict) and {"model", "data"} <= config.keys():
+                return config
+    return None
 
 
 @contextmanager

@@ -1,0 +1,142 @@
+"""What a study says, in sentences that carry their intervals. Verdicts follow from the intervals by fixed rules."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from koff_lightning.analysis.study import Study
+from koff_lightning.analysis.transfer import Transfer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAMES = {"specific": "Specific neurons", "G2": "General neurons (G2)"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence or two.
+
+    Attributes:
+        verdict: `yes` or `no` where an interval decides, `open` where it does not, `note` for what is no question.
+        text: Plain text.
+    """
+
+    verdict: Literal["yes", "no", "open", "note"]
+    text: str
+
+
+def findings(found: Study) -> list[Finding]:
+    """All that can be said, the main question first."""
+    said: list[Finding] = []
+    tables = found.tables
+    if "enrichment" in tables:
+        own = tables["enrichment"][lambda t: t["kind"] == found.settings.name]
+        for name, words in NAMES.items():
+            said += [_removal(own[own["class"] == name], words)] if len(own) else []
+    if "ratios" in tables:
+        rows = tables["ratios"].query("`class` == 'specific' and within == 'layers'")
+        said += [_ratio(row) for _, row in rows.iterrows()]
+    if "transfer" in tables:
+        said += _transfer(tables["transfer"])
+    if "knockout" in tables:
+        said.append(_knockout(tables["knockout"]))
+    if "causal" in tables:
+        said += _causal(tables["causal"])
+    if "stability" in found.about:
+        text = found.about["stability"]
+        said.append(Finding("note", f"Is there enough text? {text[0].upper()}{text[1:]}."))
+    return said
+
+
+def _removal(rows: "pd.DataFrame", words: str) -> Finding:
+    """Of one class and all studied runs."""
+    both, marked = rows["both"].mean(), rows["marked"].mean()
+    base = (rows["removed"] / rows["neurons"]).mean()
+    if not marked:
+        return Finding("note", f"{words}: there are none.")
+    several = f" (mean of {len(rows)} runs)" if len(rows) > 1 else ""
+    text = (
+        f"{words}: {both:.3g} of {marked:.3g} are removed{several}, {both / marked:.0%} where {base:.0%} of all are. "
+    )
+    texts, verdicts = [], []
+    for which, within in (("mh", "of the same layer"), ("cell", "of the same layer, activity and importance")):
+        value, low, high = (_middle(rows[f"{which}_{part}"]) for part in ("odds_ratio", "low", "high"))
+        if math.isnan(value):
+            texts.append(f"against others {within} nothing can be said")
+            continue
+        verdicts.append("yes" if low > 1 else "no" if high < 1 else "open")
+        texts.append(f"odds {_times(value)} those of others {within} {_between(low, high)}")
+    middle = " (median run)" if len(rows) > 1 else ""
+    joined = "; ".join(texts)
+    verdict = verdicts[0] if verdicts else "open"
+    return Finding(verdict, f"{text}{joined[0].upper()}{joined[1:]}{middle}.")
+
+
+def _ratio(row: "pd.Series") -> Finding:
+    asked = f"More selective than {row['against']}?"
+    if math.isnan(row["low"]):
+        return Finding("open", f"{asked} It cannot be told: {row['note'] or 'no interval'}.")
+    verdict = "yes" if row["low"] > 1 else "no" if row["high"] < 1 else "open"
+    text = f"{asked} The odds ratio for specific neurons is {row['ratio']:.2f} times that of {row['against']} "
+    return Finding(
+        verdict, f"{text}{_between(row['low'], row['high'])}" + (f"; {row['note']}." if row["note"] else ".")
+    )
+
+
+def _transfer(table: "pd.DataFrame") -> list[Finding]:
+    runs = [Transfer(part.drop(columns="run").set_index("domain")) for _, part in table.groupby("run")]
+    costs = np.array([run.advantage for run in runs])
+    if np.isnan(costs).any():  # one memory only
+        return []
+    own, best = [], []
+    for run in runs:
+        lines = run.bpb.loc[run.by_domain.index]
+        own += [line["none"] - line[domain] for domain, line in lines.iterrows()]
+        best += [line[run.memories].idxmin() == domain for domain, line in lines.iterrows()]
+    text = (
+        f"Are memories specific to their domains? Another domain's memory costs {costs.mean():.4f} bits per byte more "
+    )
+    text += f"than the own one, which gains {np.mean(own):.4f} over none; {np.mean(best):.0%} of domains do best under "
+    text += "their own."
+    return [Finding("yes" if all(best) else "open" if costs.mean() > 0 else "no", text)]
+
+
+def _knockout(table: "pd.DataFrame") -> Finding:
+    mean = table[["none", "lora", "kv", "both", "synergy"]].mean()
+    lora, kv, both = (mean["none"] - mean[name] for name in ("lora", "kv", "both"))
+    text = f"The adapter alone gains {lora:.4f} bits per byte, the slots alone {kv:.4f}, both {both:.4f}: "
+    return Finding(
+        "note", text + f"{abs(mean['synergy']):.4f} {'more' if mean['synergy'] > 0 else 'less'} than their sum."
+    )
+
+
+def _causal(table: "pd.DataFrame") -> list[Finding]:
+    known = table.dropna(subset=["off_after"])
+    if known.empty:
+        return [Finding("note", "No neuron that is specific to a domain was removed, so none can be put back.")]
+    off, on = (1000 * (known[f"{arm}_before"] - known[f"{arm}_after"]) for arm in ("off", "on"))
+    control = 1000 * (known["off_before"] - known["off_control"])
+    text = f"Has the knowledge moved? Put back, {known['neurons'].sum()} removed specialists gain their domains "
+    text += (
+        f"{off.mean():.2f} thousandths of a bit per byte with memories off and {on.mean():.2f} with them on; as many "
+    )
+    text += "others of the same layers gain "
+    text += f"{control.mean():.2f} (off). Mean over {len(known)} domains and runs."
+    gain = np.asarray(off - on)
+    clear = len(gain) > 2 and gain.mean() > 2 * gain.std(ddof=1) / math.sqrt(len(gain))
+    return [Finding("yes" if clear and (off > control).mean() > 0.5 else "open", text)]
+
+
+def _middle(values: "pd.Series") -> float:
+    return float(values.median())
+
+
+def _times(value: float) -> str:
+    return "infinitely" if math.isinf(value) else f"{value:.2f} times"
+
+
+def _between(low: float, high: float) -> str:
+    return "(no interval)" if math.isnan(low) or math.isnan(high) else f"[{low:.2f}, {high:.2f}]"

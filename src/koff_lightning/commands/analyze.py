@@ -1,0 +1,133 @@
+"""`koff analyze`: where did the knowledge go? The whole analysis of a run, as files and a page."""
+
+from pathlib import Path
+from typing import Any
+
+from koff_lightning.errors import KoffError
+
+
+def analyze(
+    *,
+    model: list[str] | None = None,
+    against: list[str] | None = None,
+    dense: str | None = None,
+    config: str | None = None,
+    data: list[str] | None = None,
+    out: str | None = None,
+    name: str = "koff",
+    tokens: int = 50_000,
+    heldout_bytes: int = 20_000,
+    rate: float = 0.01,
+    bar: float = 0.95,
+    draws: int = 10_000,
+    resamples: int = 1000,
+    controls: int = 2,
+    seed: int = 0,
+    skip: str | None = None,
+    device: str = "cpu",
+) -> None:
+    """Study which neurons a run removed, whom they served, and what the memories hold in their place.
+
+    Args:
+        model: Artefact, checkpoint or folder of a run, or a pattern; several are seeds of one way of pruning.
+        against: NAME=RUN, another way of pruning to compare with, such as wanda_sp=runs/wanda_sp; may be given several
+            times, of one name for several seeds. Only its mask is read.
+        dense: Where the dense model is, if it is no longer where the run found it.
+        config: Config whose `data` section names the text; by default that of the first run.
+        data: NAME=TEXT of a domain, in place of a config: de=bundled:de or law=corpora/law/*.jsonl; several times.
+        out: Folder to write; by default `analysis` in the folder of the first run.
+        name: What the studied runs are called in figures.
+        tokens: Training text in which neurons are watched, of each domain; less where a domain has less.
+        heldout_bytes: Held-out text to score, of each domain, at most.
+        rate: Share of neurons that LAPE calls specific.
+        bar: Quantile of all rates of activity above which a neuron counts as active.
+        draws: Permutations of each test.
+        resamples: Of the bootstrap over seeds and neurons.
+        controls: Random sets of neurons put back beside each domain's specialists.
+        seed: Of all that is drawn.
+        skip: Questions to leave out, with commas: removal, overlap, transfer, knockout, causal, attention, adapters,
+            tokens.
+        device: Torch device.
+    """
+    if not model:
+        raise KoffError("analyze: give --model, an artefact or a checkpoint; several are seeds of one way of pruning")
+    from koff_lightning.analysis.report.files import write
+    from koff_lightning.analysis.runs import config_of, find_others, find_runs, history_of, home_of
+    from koff_lightning.analysis.study import QUESTIONS, Settings, study
+    from koff_lightning.analysis.text import open_text
+
+    runs, others = find_runs(model), find_others(against or [])
+    first = next(iter(runs.values()))
+    settings = Settings(name, rate, bar, draws, resamples, controls, seed, _skipped(skip, QUESTIONS))
+    run_options = config_of(first)
+    options, origin = _text(config, data, run_options, first)
+    backbone = dense or _backbone(first)
+    folder = Path(out).expanduser() if out else home_of(first) / "analysis"
+    source, text = open_text(options, backbone, tokens, heldout_bytes)
+    found = study(runs, others, source, text, settings, folder, dense=dense, device=device, say=_say)
+    found.about["text"] |= {"origin": origin}
+    found.about["history"] = history_of(first)
+    page = write(found, folder)
+    for question, reason in found.missing.items():
+        _say(f"not answered: {question}: {reason}")
+    _say(f"wrote {page}")
+
+
+def _skipped(skip: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    from koff_lightning.option_errors import nearest
+
+    names = tuple(word.strip() for word in skip.split(",")) if skip else ()
+    for word in names:
+        if word not in known:
+            raise KoffError(f"--skip: no question {word!r}.{nearest(word, known)} There are {', '.join(known)}")
+    return names
+
+
+def _text(
+    config: str | None, data: list[str] | None, run_options: dict[str, Any] | None, run: Path
+) -> tuple[dict[str, Any], str]:
+    """Section `data` of what is asked for, and where it comes from."""
+    if config and data:
+        raise KoffError("analyze: give either --config or --data")
+    if data:
+        pairs = [words.partition("=") for words in data]
+        if odd := [words for words, (name, _, text) in zip(data, pairs, strict=True) if not (name and text)]:
+            raise KoffError(f"--data takes NAME=TEXT, such as de=bundled:de; got {odd[0]!r}")
+        domains: dict[str, list[str]] = {}
+        for name, _, text in pairs:
+            domains.setdefault(name, []).append(text)
+        size = (run_options or {}).get("data", {}).get("seq_len")
+        return {"domains": domains} | ({"seq_len": size} if size else {}), "--data"
+    if config:
+        return _section(config), config
+    if not run_options:
+        raise KoffError(f"{run} does not say which text it was made with: give --config or --data NAME=TEXT")
+    return dict(run_options["data"]), "the run's own config"
+
+
+def _section(config: str) -> dict[str, Any]:
+    import yaml
+
+    from koff_lightning.commands.config_files import find_config
+    from koff_lightning.data.yaml_keys import refuse_duplicate_keys
+
+    path = find_config(config)
+    refuse_duplicate_keys(path)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not (content.get("data") or {}).get("domains"):
+        raise KoffError(f"{path} names no text (data.domains): give a config that does, or --data NAME=TEXT")
+    return dict(content["data"])
+
+
+def _backbone(run: Path) -> str:
+    """Where a run found the dense model."""
+    from koff_lightning.artefact.folder import read_manifest
+    from koff_lightning.run.checkpoint_io import read_checkpoint
+
+    if run.is_dir():
+        return read_manifest(run).base["id"]
+    return read_checkpoint(run, mmap=True)["hyper_parameters"]["backbone"]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

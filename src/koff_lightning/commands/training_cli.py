@@ -8,8 +8,11 @@ import logging
 import signal
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout, suppress
+from io import StringIO
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -168,6 +171,21 @@ def run(argv: list[str]) -> None:
         )
     except MisconfigurationException as error:  # options of the trainer that do not go together
         raise KoffError(" ".join(str(error).split())) from error
+
+
+def resolved(words: list[str]) -> dict[str, Any]:
+    """All options of a run, as `koff VERB ... --print_config` tells them.
+
+    Args:
+        words: The verb and its options.
+
+    Raises:
+        KoffError: Bad options.
+    """
+    text = StringIO()
+    with redirect_stdout(text), suppress(SystemExit):  # it has printed what was asked for
+        run([*words, "--print_config"])
+    return yaml.safe_load(text.getvalue())
 
 
 def _with_text(argv: list[str]) -> list[str]:

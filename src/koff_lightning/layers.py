@@ -1,0 +1,43 @@
+"""How the backbone's layers run: compiled, or recomputed in the backward. What they compute stays the same."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from koff_lightning.backbone import decoder_layers
+from koff_lightning.errors import KoffError
+
+
+def compile_layers(model: PreTrainedModel, backend: str) -> None:
+    """Let torch.compile translate each layer when it first runs; the rows' memories are read outside of the graphs.
+
+    Layer by layer, since one graph of a whole model takes minutes and cannot be recomputed in the backward.
+
+    Raises:
+        KoffError: There is no such backend.
+    """
+    known = torch.compiler.list_backends()
+    if backend not in known:
+        raise KoffError(
+            f"model.compile must be a backend of torch.compile ({', '.join(known)}) or null; got {backend!r}"
+        )
+    for layer in decoder_layers(model):
+        layer.compile(backend=backend)
+
+
+@contextmanager
+def recomputed(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
+    """Inside the block layers keep their inputs alone for the backward, which computes the rest again.
+
+    transformers recomputes a layer in training mode only, and drops its cache there: hence for one pass.
+    """
+    layers = decoder_layers(model) if wanted else []
+    if wanted and not model.is_gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    for layer in layers:
+        layer.training = True  # the flag of the layer itself: its parts stay in eval mode
+    yield
+    for layer in layers:
+        layer.training = False

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from koff_lightning.backbone import parameter_counts, without_weights
 from koff_lightning.cli import main
-from koff_lightning.commands.plan import estimate
+from koff_lightning.commands.plan import planned
 from koff_lightning.commands.published_sizes import PUBLISHED
 from koff_lightning.losses import LossSpec
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
@@ -40,7 +40,7 @@ def step():
 def compare(*cases, tmp_path):
     """Plan over measured peak of cases of the recipe."""
     words = [peak.words(peak.backbone(model, tmp_path), *rest) for model, *rest in cases]
-    return [estimate(given) / real for given, real in zip(words, peak.in_child(words), strict=True)]
+    return [planned(given, foreach=False)[1] / real for given, real in zip(words, peak.in_child(words), strict=True)]
 
 
 def test_the_peak_of_a_real_run_is_met_to_15_percent(tmp_path):

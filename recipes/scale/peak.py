@@ -116,7 +116,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measured(json.loads(options.measure))))
         return
-    from koff_lightning.commands.plan import estimate
+    from koff_lightning.commands.plan import planned
 
     cases = CASES if options.only is None else [CASES[int(number)] for number in options.only.split(",")]
     print(
@@ -126,7 +126,10 @@ def main() -> None:
         given = [words(backbone(model, Path(folder)), *rest) for model, *rest in cases]
         peaks = in_child(given, options.hoard)
         for (model, rows, length, further), option, peak in zip(cases, given, peaks, strict=True):
-            plan, said = estimate(option), ", ".join(f"{name}={value}" for name, value in further.items()) or "-"
+            plan, said = (
+                planned(option, foreach=False)[1],
+                ", ".join(f"{name}={value}" for name, value in further.items()) or "-",
+            )
             figures = f"{plan / 2**20:.0f} | {peak / 2**20:.0f} | {plan / peak:.2f}"
             print(f"| {model} | {rows} x {length} | {said} | {figures} |", flush=True)
 

@@ -9,11 +9,14 @@ from transformers import PreTrainedModel
 from koff_lightning.backbone import decoder_layers
 from koff_lightning.errors import KoffError
 
+KINDS = 16  # graphs of a layer: dense or gated, with memories or without, rows in blocks or not, training or scoring
+
 
 def compile_layers(model: PreTrainedModel, backend: str) -> None:
-    """Let torch.compile translate each layer when it first runs; the rows' memories are read outside of the graphs.
+    """Let torch.compile translate each layer when it first runs.
 
-    Layer by layer, since one graph of a whole model takes minutes and cannot be recomputed in the backward.
+    Layer by layer, since one graph of a whole model takes minutes and cannot be recomputed in the backward. Gates and
+    memories are their layer's own, so each has graphs of its own, of which torch by itself keeps 8 for all layers.
 
     Raises:
         KoffError: There is no such backend.
@@ -23,7 +26,10 @@ def compile_layers(model: PreTrainedModel, backend: str) -> None:
         raise KoffError(
             f"model.compile must be a backend of torch.compile ({', '.join(known)}) or null; got {backend!r}"
         )
-    for layer in decoder_layers(model):
+    layers = decoder_layers(model)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), KINDS * len(layers)))
+    for layer in layers:
         layer.compile(backend=backend)
 
 

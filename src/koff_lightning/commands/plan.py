@@ -66,12 +66,18 @@ def plan(
         print(line)
 
 
-def estimate(options: list[str]) -> float:
-    """Bytes of memory that a process of `koff fit` with these options takes on the CPU."""
+def planned(options: list[str], gpus: int = 1, foreach: bool = True) -> tuple[int, float]:
+    """Tokens of a micro-batch and bytes at the peak, both on each device, of `koff fit` with these options.
+
+    Args:
+        options: Of `koff fit`.
+        gpus: Processes of the run.
+        foreach: As for `planning.memory`; not so on CPUs.
+    """
     from koff_lightning.planning import count, memory
 
-    step = _read(options, 1, None).step
-    return sum(memory(step, count(step), foreach=False).values())
+    run = _read(options, gpus, None)
+    return run.step.rows * run.step.length, sum(memory(run.step, count(run.step), gpus, run.sharded, foreach).values())
 
 
 # ------------------------------------------------------------------------------------------------- what is asked

@@ -21,11 +21,9 @@ def compile_layers(model: PreTrainedModel, backend: str) -> None:
     Raises:
         KoffError: There is no such backend.
     """
-    known = torch.compiler.list_backends()
-    if backend not in known:
-        raise KoffError(
-            f"model.compile must be a backend of torch.compile ({', '.join(known)}) or null; got {backend!r}"
-        )
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise KoffError(f"model.compile must be a backend of torch.compile ({usual}); got {backend!r}")
     layers = decoder_layers(model)
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), KINDS * len(layers)))
@@ -37,11 +35,10 @@ def compile_layers(model: PreTrainedModel, backend: str) -> None:
 def recomputed(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     """Inside the block layers keep their inputs alone for the backward, which computes the rest again.
 
-    transformers recomputes a layer in training mode only, and drops its cache there: hence for one pass.
+    The model must have its `activation_checkpointing_enable` called before. transformers recomputes a layer in training
+    mode only, and drops its cache there: hence for one pass.
     """
     layers = decoder_layers(model) if wanted else []
-    if wanted and not model.is_gradient_checkpointing:
-        model.activation_checkpointing_enable()
     for layer in layers:
         layer.training = True  # the flag of the layer itself: its parts stay in eval mode
     yield

@@ -117,6 +117,8 @@ class KOFFModule(Decomposition):
         if self.given is not None:
             take(self, self.given)
             self.penalty.requires_grad_(not self.given.fixed)
+        if self.activation_checkpointing:
+            self.backbone.activation_checkpointing_enable()
         if self.hparams.compile:
             compile_layers(self.backbone, self.hparams.compile)
         if self.warm_start is not None:

@@ -167,6 +167,8 @@ def _count(step: Step, layers: int) -> dict[str, Any]:
         memories = MemoryBank(model, step.domains, step.lora, step.kv, step.shared)
         gates = BackboneGates(groups, step.sparsity.gate)
         gates.attach(model)
+        if step.checkpointing:
+            model.activation_checkpointing_enable()
         frozen = {id(p): _bytes(p) for p in model.parameters() if not p.requires_grad}
         inside = sum(frozen.get(id(p), 0) for layer in decoder_layers(model) for p in layer.parameters())
         known = [*model.parameters(), *model.buffers(), *memories.parameters(), *memories.buffers()]

@@ -178,12 +178,13 @@ def _count(step: Step, layers: int) -> dict[str, Any]:
         live = _Live([*known, *gates.parameters(), *gates.buffers()])
         with live, torch.autocast("cpu", AMPS[step.precision]) if step.precision in AMPS else nullcontext():
             parts = _micro_batch(step, model, memories, gates, live)
+    slots = sum(4 * kv.numel() for kv in memories.kv.values())
     return parts | {
         "layers": inside,
         "rest": sum(frozen.values()) - inside,
         "lora": sum(map(_bytes, memories.lora_parameters())),
         "kv": sum(map(_bytes, memories.kv_parameters())),
-        "sinks": sum(map(_bytes, memories.kv.buffers())),
+        "sinks": slots - sum(map(_bytes, memories.kv_parameters())),
         "mask": _bytes(gates.logits),
         "flops": live.flops,
     }

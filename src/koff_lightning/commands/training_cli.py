@@ -241,6 +241,8 @@ def _keep_the_terminal_quiet() -> None:
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
     # The frozen backbone stays in eval mode on purpose.
     warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training")
+    # torch.compile looks at the gradient of whatever a layer reads, as of the gates' values.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # A resumed run saves its checkpoints in a folder of its own.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
     # Text is tokenised before the run: workers would have nothing to do.

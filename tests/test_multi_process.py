@@ -1,41 +1,61 @@
-"""Two processes train what one process would train on the rows of both, whole models or sharded ones."""
+"""Several processes train what one would train on the rows of all, with whole models or sharded ones."""
 
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
+import several_ranks
 import torch
-import two_ranks
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from two_ranks import ABSENT, SAVED, SMALL, STEPS
+from several_ranks import ABSENT, DOMAINS, SAVED, SCORED, SMALL, STEPS
 
 from koff_lightning import KoffError, ranks, strategies
 from koff_lightning.artefact.checkpoint import from_checkpoint
 from koff_lightning.artefact.export import export
 from koff_lightning.cli import main
+from koff_lightning.evaluation import lm_tasks
+from koff_lightning.evaluation.harness import KoffLM, quiet, score
+from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
 
-RUNS = ("replicated", "sharded", "resumed", "bf16")
+PLAIN = ("replicated", "sharded")
+RESUMED = ("resumed", "resumed_sharded", "resumed_replicated")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What two processes left behind; see `two_ranks.main`."""
-    path = tmp_path_factory.mktemp("two_ranks")
-    two_ranks.tiny_module(path)
-    two_ranks.launch(path)
+    """What two processes left behind: `several_ranks.plain`."""
+    path = tmp_path_factory.mktemp("several_ranks")
+    several_ranks.tiny_module(path)
+    several_ranks.launch(path, "plain")
     return path
 
 
 @pytest.fixture(scope="module")
-def steps(folder):
+def variants(folder):
+    several_ranks.launch(folder, "variants")
+    return read(folder, *RESUMED, "bf16")
+
+
+@pytest.fixture(scope="module")
+def commands(folder):
+    several_ranks.launch(folder, "commands")
+    return folder
+
+
+def read(folder, *runs, world=2):
     """run -> rank -> step -> what was recorded."""
-    return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(2)] for name in RUNS}
+    return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(world)] for name in runs}
+
+
+@pytest.fixture(scope="module")
+def steps(folder):
+    return read(folder, *PLAIN)
 
 
 @pytest.fixture(scope="module")
 def joined(folder):
-    return two_ranks.joined_fit(folder)[1]
+    return several_ranks.joined_fit(folder)[1]
 
 
 def assert_same(one, other, **tolerance):
@@ -53,14 +73,17 @@ def assert_same(one, other, **tolerance):
                 )
 
 
-@pytest.mark.parametrize("run", RUNS)
+def assert_alike(recorded, first=0):
+    """All ranks to the bit, in all phases: logits, multipliers, memories, importance and the hardened mask."""
+    for other in recorded[1:]:
+        assert list(recorded[0]) == list(other) == list(range(first, STEPS))
+        assert_same(recorded[0], other)
+    assert bool(recorded[0][STEPS - 1]["values"]["gates.hardened"])
+
+
+@pytest.mark.parametrize("run", PLAIN)
 def test_ranks_are_bit_identical_after_every_step(steps, run):
-    """Mask logits, multipliers, memories, their first slots, importance and the hardened mask, in all phases."""
-    one, other = steps[run]
-    assert [one[step]["phase"] for step in one][-8:] == [other[step]["phase"] for step in other][-8:]
-    assert list(one) == list(range(SAVED if run == "resumed" else 0, STEPS))
-    assert bool(one[STEPS - 1]["values"]["gates.hardened"])
-    assert_same(one, other)
+    assert_alike(steps[run])
 
 
 def test_two_processes_are_one_process_with_the_rows_of_both(steps, joined):
@@ -69,6 +92,17 @@ def test_two_processes_are_one_process_with_the_rows_of_both(steps, joined):
         "consolidate"
     ] * 2
     assert_same(steps["replicated"][0], joined, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes_are_one_process_with_the_rows_of_all(folder):
+    """A row each: on most steps no two ranks have the same domain."""
+    several_ranks.launch(folder, "four", world=4)
+    four = read(folder, "replicated4", "sharded4", world=4)
+    for recorded in four.values():
+        assert_alike(recorded)
+    assert_same(four["sharded4"][0], four["replicated4"][0])
+    assert_same(four["replicated4"][0], several_ranks.joined_fit(folder, world=4)[1], rtol=1e-5, atol=1e-5)
 
 
 def test_sharding_changes_nothing(steps):
@@ -81,15 +115,22 @@ def test_what_is_absent_on_all_ranks_does_not_move(steps, run):
         before, after = (steps[run][0][s]["values"] for s in (step - 1, step))
         moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
         assert not [name for name in moved if f"koff_{domain}." in name]
-        others = [other for other in two_ranks.DOMAINS if other != domain]
+        others = [other for other in DOMAINS if other != domain]
         assert all([name for name in moved if f"koff_{other}." in name] for other in others)
 
 
-def test_a_checkpoint_goes_on_in_another_layout(steps, folder, joined):
-    """Of whole models on sharded ones (with recomputed activations), of sharded ones on one process."""
-    assert_same(steps["resumed"][0], steps["replicated"][0])
+@pytest.mark.slow
+def test_a_run_goes_on_as_if_it_had_not_stopped(steps, variants):
+    """Whole models on sharded ones (with recomputed activations) and each on its own kind."""
+    for run in RESUMED:
+        assert_alike(variants[run], first=SAVED)
+        assert_same(variants[run][0], steps["replicated"][0])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_sharded_models_goes_on_on_one_process(folder, joined):
     sharded, again = folder / "sharded" / f"step={SAVED}.ckpt", {"save": folder / "alone"}
-    _, alone = two_ranks.joined_fit(folder, resume=sharded, trainer=again)
+    _, alone = several_ranks.joined_fit(folder, resume=sharded, trainer=again)
     assert list(alone) == list(range(SAVED, STEPS))
     assert_same(alone, joined, rtol=1e-5, atol=1e-5)
 
@@ -103,47 +144,80 @@ def test_a_sharded_checkpoint_holds_what_was_trained_only(folder):
     assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
-def test_frozen_weights_are_sharded_and_may_be_bf16_while_what_is_trained_is_whole_and_fp32(folder, steps):
+@pytest.mark.slow
+def test_frozen_weights_are_sharded_and_may_be_bf16_while_what_is_trained_is_whole_and_fp32(folder, variants):
     kinds = torch.load(folder / "last.0.pt")["kinds"]
     assert ("torch.bfloat16", False, "DTensor") in kinds
     assert {kind for kind in kinds if kind[1]} == {("torch.float32", True, "Parameter")}
-    _, joined = two_ranks.joined_fit(folder, trainer={"precision": "bf16-mixed"}, dtype="bfloat16")
-    assert_same(*({1: run[1]} for run in (steps["bf16"][0], joined)), rtol=2e-2, atol=2e-2)
+    _, joined = several_ranks.joined_fit(folder, trainer={"precision": "bf16-mixed"}, dtype="bfloat16")
+    assert_alike(variants["bf16"])
+    assert_same(*({1: run[1]} for run in (variants["bf16"][0], joined)), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("variants")
 def test_all_ranks_harden_to_the_mask_of_the_first(folder):
     one, other = (torch.load(folder / f"last.{rank}.pt")["kept"] for rank in range(2))
     assert torch.equal(one, other)
 
 
-def test_the_command_runs_and_one_process_finds_the_same_figures(folder, capsys):
+@pytest.mark.slow
+def test_the_command_runs_and_one_process_finds_the_same_figures(commands, capsys):
     """For a sharded run's checkpoint. Held-out text is counted once: the ranks' seven batches do not come out even."""
-    figures = [json.loads((folder / overlay / "results.json").read_text()) for overlay in ("ddp", "fsdp")]
+    figures = [json.loads((commands / overlay / "results.json").read_text()) for overlay in ("ddp", "fsdp")]
     for part in ("domains", "heldout_bytes", "sparsity", "kept_units", "parameters", "tokens"):
         assert figures[0][part] == figures[1][part]
-    documents = json.loads((folder / "ddp" / "documents.json").read_text())
+    documents = json.loads((commands / "ddp" / "documents.json").read_text())
     assert {d: sum(scores["bytes"]) for d, scores in documents.items()} == figures[0]["heldout_bytes"]
     for domain, row in figures[0]["domains"].items():
         bits = sum(documents[domain]["nats"]["koff"]) / math.log(2) / figures[0]["heldout_bytes"][domain]
         assert bits == pytest.approx(row["koff_bpb"], rel=1e-9)
-    checkpoint = next((folder / "fsdp").rglob("*.ckpt"))
-    options = [*SMALL, "--trainer.logger=false", f"--trainer.default_root_dir={folder / 'test'}"]
+    checkpoint = newest_checkpoint([commands / "fsdp"])
+    options = [*SMALL, "--trainer.logger=false", f"--trainer.default_root_dir={commands / 'test'}"]
     assert main(["test", "--config", "tiny_12pct.yaml", *options, "--ckpt_path", str(checkpoint)]) == 0
     table = capsys.readouterr().out.partition("bits per byte")[2].strip()
     assert all(domain in table for domain in figures[0]["domains"])
-    assert table in (folder / "rank0.log").read_text()
-    assert "bits per byte" not in (folder / "rank1.log").read_text()
+    assert table in (commands / "commands0.log").read_text()
+    assert "bits per byte" not in (commands / "commands1.log").read_text()
 
 
-def test_a_sharded_run_says_how_to_make_its_artefact_which_is_that_of_whole_models(folder):
-    assert "spread over several processes; `koff export --ckpt` makes it" in (folder / "rank0.log").read_text()
-    made, replicated = (folder / overlay / "artifact" for overlay in ("fsdp", "ddp"))
+@pytest.mark.slow
+def test_a_sharded_run_says_how_to_make_its_artefact_which_is_that_of_whole_models(commands):
+    assert "spread over several processes; `koff export --ckpt` makes it" in (commands / "commands0.log").read_text()
+    made, replicated = (commands / overlay / "artifact" for overlay in ("fsdp", "ddp"))
     assert not made.exists()
-    export(from_checkpoint(next((folder / "fsdp").rglob("*.ckpt"))), made, prove=False)
+    export(from_checkpoint(newest_checkpoint([commands / "fsdp"])), made, prove=False)
     weights = list(made.rglob("*.safetensors"))
     assert len(weights) == 1 + 2 * 7  # the backbone, LoRA and KV memory of each domain
     for path in weights:
         assert path.read_bytes() == (replicated / path.relative_to(made)).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+def test_lm_eval_is_shared_out_and_seen_alike_by_all_ranks_as_by_one_process(commands, overlay):
+    one, other = (json.loads((commands / f"{overlay}.{rank}.json").read_text()) for rank in range(2))
+    assert one == other
+    assert len(one) >= 3 and SCORED in one[-1]
+    saved = read_checkpoint(newest_checkpoint([commands / overlay]))
+    monitors = [state for name, state in saved["callbacks"].items() if SCORED in name]
+    assert monitors[0]["monitor"] == SCORED
+    assert float(monitors[0]["best_model_score"]) == max(scores[SCORED] for scores in one)
+    with quiet():
+        tasks = lm_tasks.load_tasks(["koff_cloze_en"])
+        alone = score(KoffLM(from_checkpoint(newest_checkpoint([commands / overlay])), "en"), tasks, limit=5)
+    for name, value in one[-1].items():
+        if "_stderr" not in name:
+            assert value == pytest.approx(alone["koff_cloze_en"][name.rpartition("/")[2]], rel=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_ends_all_between_two_steps_and_they_go_on(commands, overlay):
+    assert "asked to end; go on with --ckpt_path last" in (commands / "commands0.log").read_text()
+    straight, cut = (read_checkpoint(newest_checkpoint([commands / name])) for name in (overlay, f"{overlay}_cut"))
+    assert straight["global_step"] == cut["global_step"] == 3
+    assert all(torch.equal(value, cut["state_dict"][name]) for name, value in straight["state_dict"].items())
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def load_backbone(
         where = where | {
             "quantization_config": GgufConfig(dequantize=True)
         }  # packed weights can be neither cut nor adapted
-    where = where | {"config": config, "dtype": _dtype(dtype), "output_loading_info": True}
+    where = where | {"config": config, "dtype": torch_dtype(dtype), "output_loading_info": True}
     with bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")):
         model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
@@ -239,7 +239,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """The floating dtype of that name."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise KoffError(f"dtype must be a floating torch dtype such as float32, bfloat16 or float16; got {name!r}")

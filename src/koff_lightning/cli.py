@@ -50,6 +50,7 @@ TOOLS = {
         "commands.lm_eval_cli:lm_eval",
         "score a model on lm-eval's tasks, under each of its domains",
     ),
+    "plan": ("commands.plan:plan", "estimate memory per GPU and hours of a run, from its config alone"),
     "doctor": ("commands.doctor:doctor", "look at versions, devices, processes, caches and switches"),
     "configs": ("commands.config_files:list_configs", "list the configs that ship with the package"),
     "fetch": ("commands.fetch:fetch", "download a small real model: koff fetch smollm2"),

@@ -186,12 +186,12 @@ def rotate_keys(key: Tensor, inv_freq: Tensor, shift: int) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(key.dtype)
 
 
-def read_memories(memories: Sequence[KVMemory], rows: Tensor, layer: int) -> LayerMemory | None:
+def read_memories(memories: Sequence[KVMemory], rows: Sequence[int], layer: int) -> LayerMemory | None:
     """What each row of a batch reads in one layer. Memories that no row reads are not touched and get no gradient.
 
     Args:
         memories: One per domain.
-        rows: Long [B], the memory of each row, -1 for none; on the CPU, as every layer would wait for a GPU to tell it.
+        rows: B numbers, the memory of each row, -1 for none; no tensor, as every layer would wait for a GPU to tell it.
         layer: Index of the layer.
 
     Returns:
@@ -201,7 +201,7 @@ def read_memories(memories: Sequence[KVMemory], rows: Tensor, layer: int) -> Lay
     Raises:
         KoffError: a row names a memory that does not exist.
     """
-    names = rows.tolist()
+    names = list(rows)
     present = sorted({name for name in names if name != -1})
     if not present:
         return None

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -182,13 +181,14 @@ class MemoryBank(nn.Module):
 
     def _hang_slots(self, key: str, kv: KVSpec | KVMemory) -> None:
         shapes = kv_shapes(self.model)
-        memory = kv if isinstance(kv, KVMemory) else KVMemory(shapes, kv.slots)
+        with self.model.device:
+            memory = kv.to(self.model.device) if isinstance(kv, KVMemory) else KVMemory(shapes, kv.slots)
         memory.check_shapes(shapes)
         if not self.kv:
             self.model.set_attn_implementation("koff")
             for layer, attention in enumerate(attention_modules(self.model)):
                 attention.koff_memory = partial(self.read, layer)  # anew at every call: a layer may be recomputed
-        self.kv[key] = memory.to(self.model.device)
+        self.kv[key] = memory
 
     # ------------------------------------------------------------------------------------------------- read
 
@@ -234,7 +234,7 @@ class MemoryBank(nn.Module):
         names = [name for name in self.routes.names if name in self.kv]
         places = [names.index(name) if name in names else -1 for name in self.routes.names] + [-1]  # the last for -1
         memories = [self.kv[name] for name in names]
-        slots = read_memories(memories, torch.tensor([places[row] for row in self.routes.order]), layer)
+        slots = read_memories(memories, [places[row] for row in self.routes.order], layer)
         parts = [part for m in memories for part in (m.sink_key, m.sink_value, m.key, m.value)]
         return slots, [part[layer] for part in parts]
 

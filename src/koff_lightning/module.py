@@ -18,12 +18,12 @@ from torch import Tensor
 from koff_lightning import ranks, strategies
 from koff_lightning.artefact.checkpoint import warm_start
 from koff_lightning.artefact.extend import artefact_to_extend, backbone_of
-from koff_lightning.backbone import decoder_layers
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.errors import KoffError
 from koff_lightning.given_mask import given_mask, take
 from koff_lightning.guard import Guard
+from koff_lightning.layers import compile_layers, recomputed
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
@@ -52,6 +52,7 @@ class KOFFModule(Decomposition):
         revision: Branch, tag or commit of a hub model.
         dtype: Torch dtype of the frozen weights; what is trained stays fp32.
         activation_checkpointing: Recompute activations in the backward to save memory.
+        compile: Backend of torch.compile for each layer, such as inductor; null for none.
         trust_remote_code: Allow code from the model repository to run.
     """
 
@@ -73,6 +74,7 @@ class KOFFModule(Decomposition):
         revision: str | None = None,
         dtype: str = "float32",
         activation_checkpointing: bool = False,
+        compile: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if not domains:
@@ -97,7 +99,7 @@ class KOFFModule(Decomposition):
             raise KoffError(f"nothing to train: {what} and both model.lora and model.kv are null")
         specs = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": loss, "optim": optim}
         plain = {"backbone": backbone, "domains": self.domains, "joint": joint, "shared_memory": shared_memory}
-        plain |= {"activation_checkpointing": activation_checkpointing, "artifact": artifact}
+        plain |= {"activation_checkpointing": activation_checkpointing, "compile": compile, "artifact": artifact}
         plain |= {"mask": mask, "prior": prior} | loading
         self.save_hyperparameters({k: v and asdict(v) for k, v in specs.items()} | plain)
 
@@ -117,6 +119,8 @@ class KOFFModule(Decomposition):
             self.penalty.requires_grad_(not self.given.fixed)
         if self.activation_checkpointing:
             self.backbone.activation_checkpointing_enable()
+        if self.hparams.compile:
+            compile_layers(self.backbone, self.hparams.compile)
         if self.warm_start is not None:
             warm_start(self, self.warm_start)
         self.bpb = torch.nn.ModuleDict({f"{arm}/{d}": BitsPerByte() for arm in self.arms for d in self.domains})
@@ -144,17 +148,9 @@ class KOFFModule(Decomposition):
         return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
 
     def _student_hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states [B, T, d] under gates and memories; with activation checkpointing they are recomputed.
-
-        transformers recomputes a layer in training mode only, and drops its cache there: hence for this pass alone.
-        """
-        layers = decoder_layers(self.backbone) if self.activation_checkpointing else []
-        for layer in layers:
-            layer.training = True  # the flag of the layer itself: its parts stay in eval mode
-        hidden = self.hidden(batch)
-        for layer in layers:
-            layer.training = False
-        return hidden
+        """Last hidden states [B, T, d] under gates and memories; with activation checkpointing they are recomputed."""
+        with recomputed(self.backbone, self.activation_checkpointing):
+            return self.hidden(batch)
 
     @property
     def memories_on(self) -> bool:

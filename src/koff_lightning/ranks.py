@@ -45,6 +45,11 @@ def agree(text: str) -> bool:
     return len(set(gather(text))) == 1
 
 
+def any_of(asked: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank."""
+    return bool(total(torch.tensor(int(asked), device=device)))
+
+
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Give every rank the mean of the ranks' gradients.

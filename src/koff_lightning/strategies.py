@@ -7,8 +7,13 @@ Lightning's own strategies do not fit. Torch's DDP wrapper stops at parameters t
 absent domains, or (told to look for them) falls out of step where the rows of one rank use none at all. FSDP1 cannot
 mix trained and frozen weights in a layer. FSDP2 alone does not reduce the gradients of what it leaves whole, and under
 Lightning gathers the backbone for each checkpoint.
+
+Nor does Lightning's handling of SIGTERM: its handler broadcasts in whatever a rank is doing when the signal comes,
+which another rank takes for a part of something else. Here the signal is noted, and after an optimizer step the ranks
+agree whether any of them was asked to end.
 """
 
+import signal
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -36,6 +41,17 @@ from koff_lightning.errors import KoffError
 class _Averaging(Strategy):
     """Averages gradients after the last backward of an optimizer step, before anything looks at them."""
 
+    _asked = False  # this rank, to end
+
+    def on_train_start(self) -> None:
+        """Note SIGTERM from here on, in place of Lightning's handler, which it puts back itself at the end."""
+        super().on_train_start()
+
+        def note(*_: object) -> None:
+            self._asked = True
+
+        self.lightning_module.trainer._signal_connector._register_signal(signal.SIGTERM, note)
+
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: LightningModule | None = None, **kwargs: Any
     ) -> Any:
@@ -44,7 +60,10 @@ class _Averaging(Strategy):
             ranks.average_gradients([p for group in optimizer.param_groups for p in group["params"]])
             return loss
 
-        return super().optimizer_step(optimizer, averaged, model, **kwargs)
+        output = super().optimizer_step(optimizer, averaged, model, **kwargs)
+        if ranks.any_of(self._asked, self.root_device):
+            self.lightning_module.trainer._signal_connector.received_sigterm = True  # Lightning ends after the batch
+        return output
 
 
 class ReplicatedStrategy(_Averaging, DDPStrategy):

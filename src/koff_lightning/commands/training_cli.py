@@ -8,8 +8,11 @@ import logging
 import signal
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout, suppress
+from io import StringIO
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -176,6 +179,21 @@ def run(argv: list[str]) -> None:
         raise KoffError(" ".join(str(error).split())) from error
 
 
+def resolved(words: list[str]) -> dict[str, Any]:
+    """All options of a run, as `koff VERB ... --print_config` tells them.
+
+    Args:
+        words: The verb and its options.
+
+    Raises:
+        KoffError: Bad options.
+    """
+    text = StringIO()
+    with redirect_stdout(text), suppress(SystemExit):  # it has printed what was asked for
+        run([*words, "--print_config"])
+    return yaml.safe_load(text.getvalue())
+
+
 def _with_text(argv: list[str]) -> list[str]:
     """The words after `koff baseline`, which reads all bundled text unless told what to read."""
     if any(word.startswith(("--config", "-c", "--data")) for word in argv):
@@ -226,6 +244,8 @@ def _keep_the_terminal_quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec")
     # The frozen backbone stays in eval mode on purpose.
     warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training")
+    # torch.compile looks at the gradient of whatever a layer reads, as of the gates' values.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # A resumed run saves its checkpoints in a folder of its own.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
     # Text is tokenised before the run: workers would have nothing to do.

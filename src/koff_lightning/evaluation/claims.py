@@ -1,8 +1,6 @@
 """`koff claims`: run the arms, then report what they say about the paper's claims (docs/claims.md)."""
 
 import shlex
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +120,10 @@ def _shares(text: str) -> list[float]:
 
 def _resolved(config: str, backbone: str | None, further: list[str]) -> dict[str, Any]:
     """All options of the runs, as `koff fit --print_config` tells them; without those that each run sets itself."""
-    import yaml
-
-    from koff_lightning.commands.training_cli import run
+    from koff_lightning.commands import training_cli
 
     words = ["fit", "--config", config, *([f"--model.backbone={backbone}"] if backbone else []), *further]
-    text = StringIO()
-    try:
-        with redirect_stdout(text):
-            run([*words, "--print_config"])
-    except SystemExit:  # it has printed what was asked for
-        pass
-    resolved = yaml.safe_load(text.getvalue())
+    resolved = training_cli.resolved(words)
     if resolved["model"].get("artifact"):
         raise KoffError("model.artifact adds domains to a finished artefact; the claims are about learning a mask")
     if resolved.pop("ckpt_path"):

@@ -1,0 +1,30 @@
+#!/bin/bash
+# One run on several nodes that outlives its time limit: sbatch recipes/scale/slurm.sh
+#SBATCH --job-name=koff
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8        # one process for each GPU
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append         # the log goes on where it was
+#SBATCH --signal=TERM@300          # five minutes before the end: a step and a checkpoint must fit in
+set -u
+
+CONFIG=${CONFIG:-llama31_8b_12pct.yaml}
+ROOT=${ROOT:-runs/${CONFIG%.yaml}}
+
+export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+export HF_HUB_OFFLINE=1            # `koff prepare --prefetch-only` on a node with network has fetched everything
+
+srun --kill-on-bad-exit=0 koff fit --config "$CONFIG" --config hardware/fsdp.yaml \
+    --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" \
+    --trainer.default_root_dir="$ROOT" --ckpt_path last
+status=$?
+
+# 143: asked to end (SIGTERM); the checkpoint of that very step is written. Any other failure is one to look at.
+if [ "$status" -eq 143 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,241 @@
+"""`koff plan`: memory per GPU, tokens per second and hours of a run, from its config alone, before anything starts."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from koff_lightning.commands.published_sizes import PUBLISHED
+from koff_lightning.errors import KoffError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from koff_lightning.planning import Counts, Step
+
+GIB = 2**30
+# Dense bf16 TFLOP/s and GiB by the vendors' data sheets (H100, H200, B200: SXM).
+GPUS = {
+    "a100": (312, 80),
+    "l40s": (362, 48),
+    "rtx4090": (165, 24),
+    "h100": (989, 80),
+    "h200": (989, 141),
+    "b200": (2250, 180),
+    "mi300x": (1307, 192),
+}
+UTILISATION = 0.35  # share of that which training reaches: an assumption, as no GPU has been measured by this project
+ROOM = 0.92  # share of a GPU for what is counted; the rest is left to driver, collectives and fragmentation
+
+
+def plan(
+    *,
+    config: list[str] | None = None,
+    gpus: int = 1,
+    gpu: str = "h100",
+    gpu_memory: float | None = None,
+    tflops: float | None = None,
+    model_config: str | None = None,
+    further: list[str] | None = None,
+) -> None:
+    """Estimate memory per GPU, tokens per second and hours of a run (docs/scaling.md). Reads no weights.
+
+    Args:
+        config: Config of `koff fit`; may be given several times, as there.
+        gpus: Processes of the run, one for each GPU.
+        gpu: What they are: a100, l40s, rtx4090, h100, h200, b200 or mi300x.
+        gpu_memory: GiB of each; by default what such a GPU has.
+        tflops: TFLOP/s that training reaches on each; by default 35 % of the vendor's figure for bf16.
+        model_config: A config.json in place of the backbone's, which may be out of reach.
+        further: Further options of `koff fit`, as they stand after a lone `--`.
+    """
+    if not config:
+        raise KoffError("give the run's config: koff plan --config llama_12pct.yaml (`koff configs` lists them)")
+    if gpu.lower() not in GPUS:
+        raise KoffError(f"gpu must be one of {', '.join(GPUS)}; got {gpu!r}. For others give --gpu-memory and --tflops")
+    peak, size = GPUS[gpu.lower()]
+    size = size if gpu_memory is None else gpu_memory
+    for name, value in {"gpus": gpus, "gpu_memory": size, "tflops": 1.0 if tflops is None else tflops}.items():
+        if not value > 0:
+            raise KoffError(f"{name} must be more than 0; got {value}")
+    from koff_lightning.planning import count  # imports what is heavy
+
+    options = [*(word for name in config for word in ("--config", name)), *(further or [])]
+    run = _read(options, gpus, model_config)
+    counts = count(run.step)
+    for line in [*run.about(size), "", *_memory(run, counts, size), "", *_time(run, counts, tflops, peak)]:
+        print(line)
+
+
+def planned(options: list[str], gpus: int = 1, foreach: bool = True) -> tuple[int, float]:
+    """Tokens of a micro-batch and bytes at the peak, both on each device, of `koff fit` with these options.
+
+    Args:
+        options: Of `koff fit`.
+        gpus: Processes of the run.
+        foreach: As for `planning.memory`; not so on CPUs.
+    """
+    from koff_lightning.planning import count, memory
+
+    run = _read(options, gpus, None)
+    return run.step.rows * run.step.length, sum(memory(run.step, count(run.step), gpus, run.sharded, foreach).values())
+
+
+# ------------------------------------------------------------------------------------------------- what is asked
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run as far as its cost depends on it."""
+
+    options: dict[str, Any]
+    step: "Step"
+    source: str  # of the backbone's sizes
+    gpus: int
+    sharded: bool
+
+    def about(self, size: float) -> list[str]:
+        """What is planned."""
+        model, ways = self.options["model"], "sharded weights" if self.sharded else "whole weights on each"
+        many = f", {ways}" if self.gpus > 1 else ""
+        return [
+            f"{model['backbone']} ({self.source}), {self.gpus} x {size:g} GiB{many}; {self.step.rows} rows of "
+            f"{self.step.length} tokens on each, {len(self.step.domains)} domains, "
+            f"activations {'recomputed' if self.step.checkpointing else 'kept'}, "
+            f"KL {'with a teacher pass' if self.step.loss.kl else 'off'}, {self.options['trainer']['precision']}"
+        ]
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of an optimizer step."""
+        return self.options["trainer"]["accumulate_grad_batches"]
+
+
+def _read(words: list[str], gpus: int, model_config: str | None) -> _Run:
+    """Resolve the options of a run as `koff fit` does."""
+    from koff_lightning.backbone import torch_dtype
+    from koff_lightning.commands.training_cli import resolved
+    from koff_lightning.losses import LossSpec
+    from koff_lightning.memory import KVSpec, LoraSpec
+    from koff_lightning.planning import Step
+    from koff_lightning.sparsity import SparsitySpec
+
+    options = resolved(["fit", *words])
+    model, data, trainer = options["model"], options["data"], options["trainer"]
+    if model.get("artifact"):
+        raise KoffError("koff plan knows runs on a whole backbone; model.artifact names one that was cut already")
+    config, source = _sizes(model, model_config)
+    trainer["precision"] = trainer["precision"] or "32-true"
+    step = Step(
+        config,
+        list(data["domains"]),
+        data["batch_size"],
+        data["seq_len"],
+        torch_dtype(model["dtype"]),
+        trainer["precision"],
+        model["activation_checkpointing"],
+        SparsitySpec(**model["sparsity"]),
+        model["lora"] and LoraSpec(**model["lora"]),
+        model["kv"] and KVSpec(**model["kv"]),
+        LossSpec(**model["loss"]),
+        model["shared_memory"],
+    )
+    strategy = trainer["strategy"]
+    path = strategy["class_path"] if isinstance(strategy, dict) else str(strategy)
+    return _Run(options, step, source, gpus, gpus > 1 and path.endswith("ShardedStrategy"))
+
+
+def _sizes(model: dict[str, Any], given: str | None) -> tuple["PreTrainedConfig", str]:
+    """The backbone's config, and where it comes from; the hub is asked last."""
+    from transformers import AutoConfig
+
+    from koff_lightning.backbone import load_config
+
+    if given is not None:
+        path = Path(given).expanduser()
+        if path.name != "config.json" or not path.is_file():
+            raise KoffError(f"model_config must be a file config.json of a model; got {given!r}")
+        return load_config(str(path.parent)), str(path)
+    if model["backbone"] in PUBLISHED:
+        sizes = dict(PUBLISHED[model["backbone"]])
+        return AutoConfig.for_model(sizes.pop("model_type"), **sizes), "its published sizes"
+    try:
+        config = load_config(
+            model["backbone"], revision=model["revision"], trust_remote_code=model["trust_remote_code"]
+        )
+    except KoffError as error:
+        raise KoffError(f"{error}; or give the model's config.json with --model-config") from error
+    return config, "its config"
+
+
+# ------------------------------------------------------------------------------------------------- what is told
+
+
+def _memory(run: _Run, counts: "Counts", size: float) -> list[str]:
+    """The table of memory, the verdict, and what would help."""
+    from koff_lightning.planning import memory
+
+    rows = memory(run.step, counts, run.gpus, run.sharded)
+    total, room = sum(rows.values()) / GIB, size * ROOM
+    lines = ["memory of each GPU at its peak, GiB", *(f"  {k:<32}{v / GIB:8.2f}" for k, v in rows.items() if v)]
+    lines.append(f"  {'together':<32}{total:8.2f}")
+    kept = f"{room:.1f} GiB, {ROOM:.0%} of {size:g} (the rest: driver, collectives, fragmentation)"
+    if total <= room:
+        return [*lines, f"fits: {total:.1f} of {kept}"]
+    return [*lines, f"does not fit: {total:.1f} of {kept}", *_advice(run, room * GIB)]
+
+
+def _advice(run: _Run, room: float) -> list[str]:
+    """What to change, the cheapest first, until it fits."""
+    from koff_lightning.planning import count, memory
+
+    def needs(run: _Run) -> float:
+        return sum(memory(run.step, count(run.step), run.gpus, run.sharded).values())
+
+    words: list[str] = []
+    if not run.step.checkpointing:
+        words += ["--model.activation_checkpointing=true"]
+        run = replace(run, step=replace(run.step, checkpointing=True))
+        if needs(run) <= room:
+            return _change(words, needs(run))
+    if run.gpus > 1 and not run.sharded:
+        words += ["--config hardware/fsdp.yaml"]
+        run = replace(run, sharded=True)
+        if needs(run) <= room:
+            return _change(words, needs(run))
+    least, most = (needs(replace(run, step=replace(run.step, rows=rows))) for rows in (1, run.step.rows))
+    if least > room:
+        more = "more GPUs, " if run.sharded else "more GPUs with --config hardware/fsdp.yaml, "
+        return [
+            f"even one row takes {least / GIB:.1f} GiB{' with ' + ' '.join(words) if words else ''}: "
+            f"take {more}shorter rows (data.seq_len), smaller memories (model.lora.rank, model.kv.slots) or a smaller "
+            "model"
+        ]
+    rows = int(1 + (room - least) / max(1.0, most - least) * (run.step.rows - 1))  # a straight line lies above
+    run, before = replace(run, step=replace(run.step, rows=rows)), run.step.rows
+    words += [f"--data.batch_size={rows}", f"--trainer.accumulate_grad_batches={-(-before * run.accumulate // rows)}"]
+    return _change(words, needs(run))
+
+
+def _change(words: list[str], total: float) -> list[str]:
+    return [f"fits with {' '.join(words)}: {total / GIB:.1f} GiB"]
+
+
+def _time(run: _Run, counts: "Counts", given: float | None, peak: float) -> list[str]:
+    """Tokens per second and hours, and what they rest on."""
+    tokens, flops = run.step.rows * run.step.length, counts.flops
+    steps, each = run.options["trainer"]["max_steps"], tokens * run.accumulate * run.gpus
+    lines = [f"{flops / tokens / 1e9:.2f} GFLOP per token, {each:,} tokens per step"]
+    if given is None and run.step.precision != "bf16-mixed":
+        return [
+            *lines,
+            f"no time told: --tflops is not given, and the table is for bf16-mixed, not {run.step.precision}",
+        ]
+    reached = given or peak * UTILISATION
+    speed = reached * 1e12 * run.gpus / (flops / tokens)
+    why = "as given" if given else f"{UTILISATION:.0%} of the data sheet's, an assumption"
+    lines.append(f"{speed:,.0f} tokens/s with {reached:.0f} TFLOP/s on each GPU ({why}; communication not counted)")
+    if steps < 1:
+        return [*lines, "no hours told: set trainer.max_steps"]
+    hours = steps * each / speed / 3600
+    lines.append(f"{hours:.2f} hours for {steps:,} steps, {steps * each:,} tokens; evaluation not counted")
+    return lines

@@ -1,0 +1,167 @@
+"""What a run will take, told before it starts: against real runs, against published sizes, and in words."""
+
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoConfig
+
+from koff_lightning.backbone import parameter_counts, without_weights
+from koff_lightning.cli import main
+from koff_lightning.commands.plan import planned
+from koff_lightning.commands.published_sizes import PUBLISHED
+from koff_lightning.losses import LossSpec
+from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.planning import Step, _count, count, memory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/scale"))
+import peak
+
+TOTALS = {  # by the models' cards on the hub
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen3-8B-Base": 8_190_735_360,
+}
+
+
+@pytest.fixture
+def step():
+    config = tiny_model("qwen3", num_hidden_layers=5).config
+    return Step(config, ["en", "law"], 4, 24, lora=LoraSpec(rank=2), kv=KVSpec(slots=4))
+
+
+# --------------------------------------------------------------------------------------------- against real runs
+
+
+def compare(*cases, tmp_path):
+    """Plan over measured peak of cases of the recipe."""
+    words = [peak.words(peak.backbone(model, tmp_path), *rest) for model, *rest in cases]
+    return [planned(given, foreach=False)[1] / real for given, real in zip(words, peak.in_child(words), strict=True)]
+
+
+def test_the_peak_of_a_real_run_is_met_to_15_percent(tmp_path):
+    assert compare(("koff-tiny", 7, 256, {}), tmp_path=tmp_path) == [pytest.approx(1, abs=0.15)]
+
+
+@pytest.mark.slow
+def test_and_of_larger_ones_with_and_without_kl_and_checkpointing(tmp_path):
+    options = {"model.loss.kl": 0}, {"model.activation_checkpointing": "true"}, {"trainer.accumulate_grad_batches": 2}
+    ratios = compare(*(("20M", 7, 128, each) for each in options), tmp_path=tmp_path)
+    assert ratios == [pytest.approx(1, abs=0.15)] * len(options)
+
+
+# ------------------------------------------------------------------------------------------------------ counting
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_are_not_counted_are_as_those_that_are(step, checkpointing):
+    step = replace(step, checkpointing=checkpointing)
+    counts, whole = count(step), _count(step, step.config.num_hidden_layers)
+    for field in fields(counts):
+        assert getattr(counts, field.name) == whole[field.name], field.name
+
+
+def test_weights_and_memories_are_counted_exactly(step):
+    counts, model = count(step), tiny_model("qwen3", num_hidden_layers=5)
+    memories = MemoryBank(model, step.domains, step.lora, step.kv)
+    assert counts.layers + counts.rest == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert counts.lora == 4 * sum(p.numel() for p in memories.lora_parameters())
+    assert counts.kv == 4 * sum(p.numel() for p in memories.kv_parameters())
+    assert sum(memories.size(d) for d in step.domains) * 4 == counts.lora + counts.kv + counts.sinks
+    half = count(replace(step, dtype=torch.bfloat16))
+    assert (half.layers, half.trained) == (counts.layers / 2, counts.trained)
+
+
+def test_the_arithmetic_is_that_of_the_matrix_products(step):
+    """2 per weight and token forward, as much for the gradient of what went in, as much forward for the teacher."""
+    step, config = replace(step, lora=None, kv=None, loss=LossSpec(kl=0)), step.config
+    tokens, body = step.rows * step.length, parameter_counts(tiny_model("qwen3", num_hidden_layers=5))["body"]
+    head = 2 * step.rows * (step.length - 1) * config.vocab_size * config.hidden_size
+    product = 2 * step.rows * step.length**2 * config.num_attention_heads * config.head_dim
+    ends = config.num_attention_heads + 2 * config.num_key_value_heads  # whatever goes into the first layer is frozen
+    spared = 2 * tokens * config.hidden_size * ends * config.head_dim + 5 * product
+    assert count(step).flops == 4 * tokens * body + 2 * head + 5 * (2 + 5) * product - spared
+    teacher = count(replace(step, loss=LossSpec())).flops - count(step).flops
+    assert teacher == 2 * tokens * body + head + 5 * 2 * product
+
+
+def test_every_saving_saves(step):
+    step = replace(step, length=600)
+    counts = count(step)
+    assert count(replace(step, checkpointing=True)).activations < counts.activations / 3
+    assert count(replace(step, rows=2)).activations == pytest.approx(counts.activations / 2, rel=0.02)
+    assert count(replace(step, loss=LossSpec(kl=0))).peaks["loss"] < counts.peaks["loss"]
+    whole, sharded = (memory(step, counts, devices=4, sharded=way) for way in (False, True))
+    assert sum(sharded.values()) < sum(whole.values())
+    assert sharded["frozen weights"] == counts.rest + counts.layers / 4
+    assert sum(memory(step, counts, foreach=False).values()) == pytest.approx(
+        counts.layers + counts.rest + counts.sinks + 4 * counts.trained + max(counts.peaks.values())
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_add_up_to_the_published_totals(name):
+    sizes = dict(PUBLISHED[name])
+    assert (
+        parameter_counts(without_weights(AutoConfig.for_model(sizes.pop("model_type"), **sizes)))["total"]
+        == TOTALS[name]
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the command
+
+
+def test_an_8b_run_is_planned_without_weights_or_network(monkeypatch, capsys):
+    monkeypatch.setattr("koff_lightning.backbone._loading", lambda *_: pytest.fail("looked for a model"))
+    assert main(["plan", "--config", "llama31_8b_12pct.yaml", "--gpus", "8", "--gpu-memory", "80"]) == 0
+    told = capsys.readouterr().out
+    assert "frozen weights                     14.96" in told  # 8.03 billion, 2 bytes each
+    assert "fits:" in told and "hours for 2,000 steps, 917,504,000 tokens" in told
+
+
+def test_what_does_not_fit_is_told_what_would(capsys):
+    words = ["plan", "--config", "demo.yaml", "--gpus", "2", "--tflops", "1"]
+    assert main([*words, "--gpu-memory", "0.1", "--", "--data.seq_len=512"]) == 0
+    told = capsys.readouterr().out
+    assert "does not fit:" in told
+    advice = told.partition("fits with ")[2].partition(":")[0].split()
+    assert advice[0] == "--model.activation_checkpointing=true"
+    assert main([*words, "--gpu-memory", "0.1", "--", "--data.seq_len=512", *advice]) == 0
+    assert "\nfits: " in capsys.readouterr().out
+    assert main([*words, "--gpu-memory", "0.01"]) == 0
+    assert "even one row takes" in capsys.readouterr().out
+
+
+def test_a_config_in_place_of_a_model_out_of_reach(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["plan", "--config", "demo.yaml", "--", "--model.backbone", "owner/model"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("koff: cannot load backbone 'owner/model'") and "--model-config" in said
+    assert said.count("\n") == 1
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    assert main([*words[:3], "--model-config", str(tmp_path / "config.json"), *words[3:]]) == 0
+    assert "no time told: give --tflops" in capsys.readouterr().out
+    assert main([*words[:3], "--model-config", str(tmp_path), *words[3:]]) == 2
+    assert "must be a file config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give the run's config"),
+        (["--config", "demo.yaml", "--gpus", "0"], "gpus must be more than 0"),
+        (["--config", "demo.yaml", "--gpu", "h1000"], "gpu must be one of a100"),
+        (["--config", "demo.yml"], "Did you mean 'demo.yaml'"),
+        (["--config", "demo.yaml", "--", "--model.lora.rnk=3"], "no option 'model.lora.rnk'"),
+        (["--config", "add_domain.yaml", "--", "--data.domains.x=bundled:en"], "model.artifact names one that was cut"),
+    ],
+)
+def test_bad_input_is_one_line(words, said, capsys):
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

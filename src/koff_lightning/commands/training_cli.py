@@ -28,6 +28,7 @@ from koff_lightning.callbacks import (
     Preview,
     RunReport,
 )
+from koff_lightning.commands.class_names import SWITCH, only_known_classes
 from koff_lightning.commands.config_files import find_configs
 from koff_lightning.commands.offline import is_asked, refuse_missing
 from koff_lightning.commands.prepare import VerbTrainer, prepare
@@ -147,25 +148,28 @@ def run(argv: list[str]) -> None:
     _keep_the_terminal_quiet()
     argv = ["--trainer.fast_dev_run=2" if word in ("--dry-run", "--dry_run") else word for word in argv]
     argv = ["--prefetch_only=true" if word in ("--prefetch-only", "--prefetch_only") else word for word in argv]
+    allow_custom = SWITCH in argv
     argv, configs = find_configs(_with_text(argv) if argv[0] == "baseline" else argv)
+    argv = [word for word in argv if word != SWITCH]
     for config in configs:
         refuse_duplicate_keys(config)
     try:
-        KoffCLI(
-            KOFFModule,
-            DomainDataModule,
-            trainer_class=VerbTrainer,
-            args=argv,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "devices": 1,  # more than one needs a strategy: hardware/ddp.yaml
-                "default_root_dir": f"runs/{'+'.join(path.stem for path in configs) or 'unnamed'}",
-                "enable_model_summary": False,  # it counts adapters as backbone; the report says what is what
-            },
-            parser_kwargs={"prog": "koff", "exit_on_error": False},
-        )
+        with only_known_classes(allow_custom):
+            KoffCLI(
+                KOFFModule,
+                DomainDataModule,
+                trainer_class=VerbTrainer,
+                args=argv,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={
+                    "devices": 1,  # more than one needs a strategy: hardware/ddp.yaml
+                    "default_root_dir": f"runs/{'+'.join(path.stem for path in configs) or 'unnamed'}",
+                    "enable_model_summary": False,  # it counts adapters as backbone; the report says what is what
+                },
+                parser_kwargs={"prog": "koff", "exit_on_error": False},
+            )
     except MisconfigurationException as error:  # options of the trainer that do not go together
         raise KoffError(" ".join(str(error).split())) from error
 

@@ -36,8 +36,8 @@ def one_line(message: str, names: Iterable[str]) -> str:
     key = ".".join(re.findall(r'Parser key "([^"]+)":\s*$', message, re.MULTILINE))
     if foreign := _FOREIGN.search(message):
         return (
-            f"{key or 'an option'} names {foreign[1]}: a config may name classes of koff_lightning, of Lightning and of "
-            "torch, not other code. If you trust all that it names, add --allow-custom-classes"
+            f"{key or 'an option'} names {foreign[1]}: a config may name classes of koff_lightning, of Lightning and "
+            "of torch, not other code. If you trust all that it names, add --allow-custom-classes"
         )
     if inner := _UNKNOWN_INNER.search(message):
         return f"no option '{key}.{inner[1]}'.{nearest(f'{key}.{inner[1]}', names)}"

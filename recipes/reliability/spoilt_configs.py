@@ -143,8 +143,9 @@ def _took(resolved: Any, path: tuple[str, ...], value: Any) -> bool:
         resolved = resolved[key]
     if isinstance(value, int | float) and isinstance(resolved, int | float):
         return math.isclose(value, resolved, rel_tol=1e-12)
-    value = yaml.safe_load(value) if isinstance(value, str) and value else value  # text is read as YAML once more
-    return path[:2] == ("data", "domains") or str(resolved) == str(value) or value == {} or not (value or resolved)
+    if path[:2] == ("data", "domains") or str(resolved) == str(value) or value == {} or not (value or resolved):
+        return True
+    return isinstance(value, str) and str(resolved) == str(_read(value))  # text is read as YAML once more
 
 
 def _parent(config: Any, rng: random.Random) -> tuple[dict[Any, Any], Any, str]:
@@ -262,7 +263,7 @@ def _text(config: Any) -> bytes:
     return yaml.safe_dump(config, allow_unicode=True, sort_keys=False).encode("utf-8", "surrogatepass")
 
 
-def _read(text: bytes) -> Any:
+def _read(text: bytes | str) -> Any:
     try:
         return yaml.safe_load(text)
     except Exception:

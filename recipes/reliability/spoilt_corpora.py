@@ -27,6 +27,7 @@ from koff_lightning.data.sources import bundled_file
 
 DOCUMENTS = 60
 FRACTION = 0.2  # held out
+SCORED = 100  # batches of held-out text; only huge lines have more
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 UNPACK = {"": bytes, ".gz": gzip.decompress, ".xz": lzma.decompress}
 TOO_LITTLE = (  # refusals of text that is sound, but not enough for this run
@@ -76,7 +77,8 @@ def _config(backbone: str, name: str, skip: bool, streams: bool) -> bytes:
     options = {
         "model": {"backbone": backbone, "sparsity": {"min_channels": 8}, "kv": {"slots": 2}, "lora": {"rank": 2}},
         "data": data,
-        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "logger": False},
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "logger": False}
+        | {"limit_test_batches": SCORED},
         "export": {"enabled": False},
     }
     return yaml.safe_dump(options).encode()
@@ -117,8 +119,9 @@ def wrong(case: Case, outcome: Outcome) -> str:
         want, got = want[2:], got[2:]
     if got != want:
         return f"took documents and bytes {got} instead of {want}"
-    if not case.truth["streams"] and outcome.results["heldout_bytes"]["mine"] != want[3]:
-        return f"scored {outcome.results['heldout_bytes']['mine']} bytes of {want[3]}"
+    scored, size = outcome.results["heldout_bytes"]["mine"], want[-1]
+    if scored != size and not (size > SCORED * 128 and 0 < scored < size):
+        return f"scored {scored} bytes of {size}"
     if found[1] and f"left out {found[1]} line(s)" not in outcome.said and not case.truth["streams"]:
         return f"does not say that {found[1]} lines were left out"
     return ""

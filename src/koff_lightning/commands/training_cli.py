@@ -14,7 +14,7 @@ from traceback import walk_tb
 import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -43,9 +43,17 @@ from koff_lightning.module import KOFFModule
 from koff_lightning.option_errors import one_line
 from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from koff_lightning.run.folder import alone_in, new_version
+from koff_lightning.run.secrets import without_secrets
 
 # The callbacks that every run has, by the name of their section.
 CALLBACKS = {"anneal": AnnealSparsity, "checkpoint": Checkpoints, "export": ExportArtefact, "lm_eval": LMEval}
+
+
+class SavedConfig(SaveConfigCallback):
+    """The resolved config of a run, as it is saved and reported: without secrets."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: object, **options: object) -> None:
+        super().__init__(parser, without_secrets(config), *args, **options)
 
 
 class KoffCLI(LightningCLI):
@@ -185,6 +193,7 @@ def run(argv: list[str]) -> None:
                 args=argv,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
+                save_config_callback=SavedConfig,
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults={
                     "devices": 1,  # more than one needs a strategy: hardware/ddp.yaml

@@ -135,7 +135,7 @@ class TokenCache:
         try:
             train, heldout = (self._rows(folder / side) for side in ("train", "heldout"))
             lengths, num_bytes = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("lengths", "num_bytes"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise KoffError(f"tokenised text in {folder} is damaged ({error}): delete that folder") from error
         return DomainRows(train, heldout, TokenStream(train.tokens.reshape(-1)[: lengths.sum()], lengths, num_bytes))
 

@@ -27,7 +27,6 @@ from koff_lightning.artefact.checkpoint import from_checkpoint
 from koff_lightning.artefact.export import export
 from koff_lightning.artefact.folder import read_manifest, verify
 from koff_lightning.artefact.model_card import base_folder, licence_of
-from koff_lightning.artefact.parts import without_secrets
 from koff_lightning.callbacks import ExportArtefact, RunReport
 from koff_lightning.cli import main
 from koff_lightning.run.results import mask_and_size
@@ -252,27 +251,6 @@ def test_the_card_says_what_it_is(made, tmp_path):
     assert "import koff_lightning" in card and "load_decomposed" in card and manifest.mask_hash[:12] in card
     assert "name no licence" in card and "license:" not in card
     assert str(tmp_path) not in card and str(made.folder) not in card, "a path means nothing to others"
-
-
-def test_secrets_stay_at_home():
-    config = {
-        "trainer": {"logger": {"api_key": "abc", "entity": "me"}, "max_tokens": 5, "hf_token": "x", "password": None},
-        "data": {
-            "tokenizer": "koff-tiny",
-            "url": "https://me:hunter2@host/x?sig=abc&page=2",
-            "n": [1, "hf_abcdefghij"],
-        },
-    }
-    assert without_secrets(config) == {
-        "trainer": {
-            "logger": {"api_key": "(removed)", "entity": "me"},
-            "max_tokens": 5,
-            "hf_token": "(removed)",
-            "password": None,
-        },
-        "data": {"tokenizer": "koff-tiny", "url": "https://(removed)@host/x?(removed)&page=2", "n": [1, "(removed)"]},
-    }
-    assert without_secrets(None) is None
 
 
 # ---------------------------------------------------------------------------------------------------- what fails

@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -280,9 +281,11 @@ def _loading(source: str, load: object, where: dict[str, object]) -> object:
 
     try:
         return load(**where)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         text = str(error)
-        if "trust_remote_code" in text:
+        if isinstance(error, UnpicklingError):
+            hint = "its weights are damaged, or hold more than tensors, which is never run: save them as safetensors"
+        elif "trust_remote_code" in text:
             hint = "it brings its own code, which is not run unless trust_remote_code is true"
         elif "gated" in text.lower() or "401" in text or "403" in text:
             hint = "access is restricted: accept its licence on the hub and log in with `hf auth login`"

@@ -7,6 +7,7 @@ from koff_lightning import __version__
 from koff_lightning.commands.offline import switch_off
 from koff_lightning.errors import KoffError
 from koff_lightning.option_errors import nearest
+from koff_lightning.run.secrets import without_secrets
 
 TRAINING = {
     "fit": "learn the mask and the memories (--dry-run: show budget and text, two steps, write nothing)",
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except KoffError as error:
-        print(f"koff: {error}", file=sys.stderr)
+        print(f"koff: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"koff: {str(stop) or 'interrupted'}", file=sys.stderr)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 _BAD_VALUE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _UNKNOWN_INNER = re.compile(r"Option '([\w.-]+)' is not accepted")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: (?:--)?|does not accept option ')([^\s'=]+)")
+_FOREIGN = re.compile(r"Importing '([\w.]+)' is not allowed")
+_OURS = re.compile(r"^Errors:\n  - (?!Expected |Problem |Not )(.+)$", re.MULTILINE)  # of a class's own check
 _LINKED = re.compile(r"\((\S+)\) --> (\S+):")
 
 
@@ -33,6 +35,13 @@ def one_line(message: str, names: Iterable[str]) -> str:
     if unknown := _UNKNOWN.search(message):
         return f"no option {unknown[1]!r}.{nearest(unknown[1], names)}"
     key = ".".join(re.findall(r'Parser key "([^"]+)":\s*$', message, re.MULTILINE))
+    if foreign := _FOREIGN.search(message):
+        return (
+            f"{key or 'an option'} names {foreign[1]}: a config may name classes of koff_lightning, of Lightning and "
+            "of torch, not other code. If you trust all that it names, add --allow-custom-classes"
+        )
+    if ours := _OURS.search(message):
+        return ours[1]
     if inner := _UNKNOWN_INNER.search(message):
         return f"no option '{key}.{inner[1]}'.{nearest(f'{key}.{inner[1]}', names)}"
     if bad := _BAD_VALUE.search(message):

@@ -4,7 +4,6 @@ Every tensor is a copy or is only read; the module stays as it is.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,15 +35,12 @@ from koff_lightning.artefact.memory_files import MemoryCard, card_of, lora_state
 from koff_lightning.artefact.model_card import base_folder, licence_files, licence_of, model_card
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.run.results import versions
+from koff_lightning.run.secrets import without_secrets
 from koff_lightning.surgery import merge_lora
 
 SHARD = "5GB"  # largest weight file, as transformers splits
 _CODE = Path(modeling_koff.__file__)
 _AUTO = ("AutoConfig", "AutoModelForCausalLM")
-_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?|auth)($|_)", re.IGNORECASE)
-_SECRET_TEXT = re.compile(
-    r"\b(hf_|sk-|ghp_|AKIA)\w{8,}|(?<=://)[^/@\s]+(?=@)|(?<=[?&])[\w-]*(sig|token|key)[\w-]*=[^&\s]+"
-)
 
 
 @dataclass(frozen=True)
@@ -210,15 +206,6 @@ def _manifest(order: Order, domains: dict[str, dict[str, Any]], backbone: int) -
         licence=licence_of(order.base_folder),
         created_by=f"koff-lightning {__version__}",
     )
-
-
-def without_secrets(value: Any) -> Any:
-    """A config without what looks like a password, a key or a token, in names as in texts."""
-    if isinstance(value, Mapping):
-        return {k: "(removed)" if v and _SECRET.search(str(k)) else without_secrets(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_secrets(part) for part in value]
-    return _SECRET_TEXT.sub("(removed)", value) if isinstance(value, str) else value
 
 
 def _on_cpu(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

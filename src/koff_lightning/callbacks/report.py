@@ -204,11 +204,12 @@ def resolved_config(trainer: Trainer, module: KOFFModule) -> dict[str, Any]:
 
 
 def what_was_saved(trainer: Trainer) -> str:
-    """The newest checkpoint, as the option that resumes from it."""
-    paths = [Path(p) for c in trainer.checkpoint_callbacks for p in (c.last_model_path, c.best_model_path) if p]
-    saved = sorted((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime)
+    """The newest checkpoint, as the option that resumes from it; times of files would not tell, clocks go back."""
+    callbacks = trainer.checkpoint_callbacks
+    paths = [path for name in ("last_model_path", "best_model_path") for path in (getattr(c, name) for c in callbacks)]
+    saved = [path for path in paths if path and Path(path).exists()]
     return (
-        f"go on from the last checkpoint with --ckpt_path {saved[-1]}" if saved else "no checkpoint had been saved yet"
+        f"go on from the last checkpoint with --ckpt_path {saved[0]}" if saved else "no checkpoint had been saved yet"
     )
 
 

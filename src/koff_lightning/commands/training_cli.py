@@ -10,12 +10,14 @@ import sys
 import warnings
 from contextlib import nullcontext, redirect_stdout, suppress
 from io import StringIO
+from traceback import walk_tb
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -31,9 +33,11 @@ from koff_lightning.callbacks import (
     Preview,
     RunReport,
 )
+from koff_lightning.commands.class_names import SWITCH, only_known_classes
 from koff_lightning.commands.config_files import find_configs
 from koff_lightning.commands.needs import needs_of, refuse_missing
 from koff_lightning.commands.offline import is_asked
+from koff_lightning.commands.option_values import refuse_meaningless
 from koff_lightning.commands.prepare import VerbTrainer, prepare
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
@@ -43,6 +47,18 @@ from koff_lightning.module import KOFFModule
 from koff_lightning.option_errors import one_line
 from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from koff_lightning.run.folder import alone_in, new_version
+from koff_lightning.run.secrets import without_secrets
+
+# The callbacks that every run has, by the name of their section.
+CALLBACKS = {"anneal": AnnealSparsity, "checkpoint": Checkpoints, "export": ExportArtefact, "lm_eval": LMEval}
+
+
+class SavedConfig(SaveConfigCallback):
+    """The resolved config of a run, as it is saved and reported: without secrets."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: object, **options: object) -> None:
+        super().__init__(parser, without_secrets(config), *args, **options)
+
 
 BARE = {  # words without a value, and what the parser takes for them
     "--dry-run": "--trainer.fast_dev_run=2",
@@ -54,22 +70,26 @@ BARE = {  # words without a value, and what the parser takes for them
 class KoffCLI(LightningCLI):
     """LightningCLI with one-line errors and one folder per run."""
 
+    def __init__(self, *classes: type, args: list[str], **options: object) -> None:
+        self._verb = args[0]
+        super().__init__(*classes, args=args, **options)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the callbacks that every run has their own sections, and take the domains' names from the data."""
-        parser.add_lightning_class_args(AnnealSparsity, "anneal")
-        parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(ExportArtefact, "export")
-        parser.add_lightning_class_args(LMEval, "lm_eval")
+        for section, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, section)
         parser.set_defaults({"checkpoint.every_n_train_steps": 100, "checkpoint.save_last": True})
         parser.link_arguments("data.domains", "model.domains", compute_fn=_names)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's verbs but ours, each with the arguments that are no options."""
-        return LightningCLI.subcommands() | {verb: {"model", "datamodule"} for verb in ("baseline", "prepare")}
+    def subcommands(self) -> dict[str, set[str]]:
+        """The verb at hand, with the arguments that are no options; parsers of the others would take half a second."""
+        ours = {verb: {"model", "datamodule"} for verb in ("baseline", "prepare")}
+        return {self._verb: (LightningCLI.subcommands() | ours)[self._verb]}
 
     def before_instantiate_classes(self) -> None:
         """The options of a baseline stand for others; without network, what is missing is said now."""
+        for section, kind in {"model": KOFFModule, "data": DomainDataModule, "trainer": Trainer, **CALLBACKS}.items():
+            refuse_meaningless(kind, self.config[self.subcommand][section], section)
         if self.subcommand == "baseline":
             resolve(self.config.baseline)
         if is_asked():
@@ -77,8 +97,14 @@ class KoffCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build what the verb needs: preparing needs no model and no trainer."""
-        if self.subcommand != "prepare":
+        if self.subcommand == "prepare":
+            return
+        try:
             super().instantiate_classes()
+        except (ValueError, TypeError) as error:  # what jsonargparse and Lightning say of values that types allow
+            if not _is_bad_input(error):
+                raise
+            raise _own_words(error) or KoffError(one_line(str(error), ())) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse; what is wrong is said in one line."""
@@ -129,6 +155,13 @@ class KoffCLI(LightningCLI):
             raise KeyboardInterrupt from stop
         except OSError as error:  # a full disk, say
             raise KoffError(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            raise KoffError(
+                f"not enough memory: {str(error).splitlines()[0] if str(error) else 'none is left'}. Take a smaller "
+                "data.batch_size (with trainer.accumulate_grad_batches), data.seq_len or loss.chunk"
+            ) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
         """Let `--ckpt_path last` stand for the newest intact checkpoint of all runs in the folder."""
@@ -156,25 +189,29 @@ def run(argv: list[str]) -> None:
     """
     _keep_the_terminal_quiet()
     argv = [BARE.get(word.replace("_", "-"), word) for word in argv]
+    allow_custom = SWITCH in argv
     argv, configs = find_configs(_with_text(argv) if argv[0] == "baseline" else argv)
+    argv = [word for word in argv if word != SWITCH]
     for config in configs:
         refuse_duplicate_keys(config)
     try:
-        KoffCLI(
-            KOFFModule,
-            DomainDataModule,
-            trainer_class=VerbTrainer,
-            args=argv,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "devices": 1,  # more than one needs a strategy: hardware/ddp.yaml
-                "default_root_dir": f"runs/{'+'.join(path.stem for path in configs) or 'unnamed'}",
-                "enable_model_summary": False,  # it counts adapters as backbone; the report says what is what
-            },
-            parser_kwargs={"prog": "koff", "exit_on_error": False},
-        )
+        with only_known_classes(allow_custom):
+            KoffCLI(
+                KOFFModule,
+                DomainDataModule,
+                trainer_class=VerbTrainer,
+                args=argv,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_callback=SavedConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={
+                    "devices": 1,  # more than one needs a strategy: hardware/ddp.yaml
+                    "default_root_dir": f"runs/{'+'.join(path.stem for path in configs) or 'unnamed'}",
+                    "enable_model_summary": False,  # it counts adapters as backbone; the report says what is what
+                },
+                parser_kwargs={"prog": "koff", "exit_on_error": False},
+            )
     except MisconfigurationException as error:  # options of the trainer that do not go together
         raise KoffError(" ".join(str(error).split())) from error
 
@@ -218,6 +255,20 @@ def _own_words(error: BaseException | None) -> KoffError | None:
     while error and not isinstance(error, KoffError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _is_bad_input(error: BaseException) -> bool:
+    """Whether an error comes from where others check what they are given, not from our own code."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return isinstance(error, KoffError) or not frame.f_globals.get("__name__", "").startswith("koff_lightning.")
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """On any device; torch has a type for this on GPUs and only words on CPUs."""
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or any(
+        text in str(error) for text in ("not enough memory", "can't allocate memory")
+    )
 
 
 def _option_names(defaults: Namespace) -> set[str]:

@@ -144,7 +144,7 @@ class TokenCache:
             _check(folder, lambda file, size, digest: file.stat().st_size == size)
             train, heldout = (self._rows(folder / side) for side in ("train", "heldout"))
             lengths, num_bytes = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("lengths", "num_bytes"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise KoffError(
                 f"tokenised text in {folder} is damaged ({error}): `koff prepare` with the same --config makes it anew"
             ) from error

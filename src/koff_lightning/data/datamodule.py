@@ -26,6 +26,7 @@ from koff_lightning.data.stream_loader import Reading, StreamLoader
 from koff_lightning.errors import KoffError
 
 MIN_SEQ_LEN = 8
+MOST_TOKENS = 2**31  # in a batch: what an int32 can count
 SAMPLE = 2**18  # bytes of a streamed domain's training text that are read at once, for memories to start from
 
 
@@ -84,8 +85,9 @@ class DomainDataModule(LightningDataModule):
         super().__init__()
         _require(seq_len >= MIN_SEQ_LEN, f"data.seq_len must be {MIN_SEQ_LEN} or more, got {seq_len}")
         _require(batch_size >= 1, f"data.batch_size must be 1 or more, got {batch_size}")
+        _require(batch_size * seq_len < MOST_TOKENS, f"{batch_size} rows of {seq_len} tokens are too many for a batch")
         _require(0 < heldout_fraction < 1, f"data.heldout_fraction must lie between 0 and 1, got {heldout_fraction}")
-        _require(num_workers >= 0, f"data.num_workers must be 0 or more, got {num_workers}")
+        _require(0 <= num_workers <= 1024, f"data.num_workers must lie between 0 and 1024, got {num_workers}")
         _require(seed >= 0, f"data.seed must be 0 or more, got {seed}")
         _require(on_bad_line in ("fail", "skip"), f"data.on_bad_line must be 'fail' or 'skip', got '{on_bad_line}'")
         for name, limit in (("max_heldout_bytes", max_heldout_bytes), ("max_train_bytes", max_train_bytes)):

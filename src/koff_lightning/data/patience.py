@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.data.readers import ALL, Document, OnBad, Part
 from koff_lightning.errors import KoffError
+from koff_lightning.run.secrets import without_secrets
 
 WAITS = (1, 2, 4, 8, 16, 32, 64, 128)  # seconds before each new attempt; 4 minutes, less than ranks wait for each other
 PASSING = {
@@ -103,4 +104,4 @@ def _package(error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return without_secrets(" ".join(str(error).split())) or type(error).__name__  # addresses may be signed

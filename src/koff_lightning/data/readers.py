@@ -75,7 +75,8 @@ def read_records(
             else:
                 on_bad(f"{path}:{line}: {problem or document}")
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise KoffError(f"cannot read {path}: {error}. It is missing, damaged or not what its name says") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise KoffError(f"cannot read {path}: {reason}. It is missing, damaged or not what its name says") from error
 
 
 def format_of(path: Path) -> str:
@@ -163,7 +164,7 @@ def _read_parquet(path: Path, text_field: str, id_field: str, part: Part) -> Ite
                         yield (number, number + 1, *_python_values(columns, values))
                     number += 1
     except pyarrow.ArrowException as error:
-        raise KoffError(f"cannot read {path}: {error}") from error
+        raise KoffError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
 def _python_values(columns: list[str], values: tuple[Any, ...]) -> tuple[dict[str, Any] | None, str | None]:

@@ -97,9 +97,10 @@ def read_domain(
             f"domain '{name}' has no training text: its files hold no document that its heldout_files do not hold too"
         )
     if not texts.train:
+        limit = f", or exceed data.max_train_bytes={max_train_bytes}" if max_train_bytes else ""
         raise KoffError(
-            f"domain '{name}' has no training text: its documents are held out, repeat one that is, or exceed "
-            f"data.max_train_bytes={max_train_bytes}. Add documents, or change heldout_fraction={heldout_fraction:.3g}"
+            f"domain '{name}' has no training text: its documents are held out or repeat one that is{limit}. Add "
+            f"documents, or change heldout_fraction={heldout_fraction:.3g}"
         )
     if not heldout and source.heldout_entries:
         raise KoffError(f"domain '{name}' has no held-out text: its heldout_files hold no document with text")

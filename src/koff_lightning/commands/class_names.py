@@ -1,0 +1,50 @@
+"""Which classes a config may name: ours, and the parts of Lightning and torch from which a trainer is put together.
+
+A `class_path` is code: it imports a module and calls what it finds there, with arguments from the same file. So configs
+from others are data only as long as the names in them are ours to choose. The parser asks before it imports, wherever
+the name stands: in a config, an overlay, on the command line, or inside the `init_args` of another class.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jsonargparse import set_parsing_settings
+from jsonargparse._common import parsing_settings  # there is no public way to take a setting back
+
+SWITCH = "--allow-custom-classes"
+KNOWN = (
+    "koff_lightning",
+    *(f"lightning.pytorch.{kind}" for kind in ("callbacks", "loggers", "plugins", "profilers", "strategies")),
+    *(f"lightning.{part}.accelerators" for part in ("fabric", "pytorch")),
+    *(f"lightning.fabric.{kind}" for kind in ("plugins", "strategies")),
+    "torch.device",
+    "torch.distributed.fsdp",
+    "torch.nn",
+    "torch.optim",
+    "torch.profiler",
+)
+# Classes of those parts that do whatever their arguments say.
+UNSAFE = (
+    "koff_lightning.cli",
+    "koff_lightning.commands",
+    "lightning.pytorch.callbacks.lambda_function",
+)
+
+
+@contextmanager
+def only_known_classes(allow_custom: bool) -> Iterator[None]:
+    """Refuse other names inside the block, before anything of theirs is imported.
+
+    Args:
+        allow_custom: Let configs name any class, but for those of the standard library that jsonargparse knows to run
+            commands or to load code.
+    """
+    before = dict(parsing_settings)
+    # A mapping under an option of any type stays a mapping, even if it names a class.
+    set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
+    if not allow_custom:
+        set_parsing_settings(import_path_denylist=["*", *UNSAFE], import_path_allowlist=list(KNOWN))
+    try:
+        yield
+    finally:
+        parsing_settings.update(before)

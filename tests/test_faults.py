@@ -1,0 +1,229 @@
+"""Machines fail while runs go on: full disks, folders that cannot be written, clocks that go back, a second run.
+
+Nothing that was written is lost, and the run says in one line what happened.
+"""
+
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from koff_lightning import KOFFModule
+from koff_lightning.callbacks.report import what_was_saved
+from koff_lightning.cli import main
+from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
+from koff_lightning.run.folder import alone_in
+
+STEPS = 8
+OPTIONS = {
+    "data": {"domains": {"de": "bundled:de", "python": "bundled:python"}, "seq_len": 64, "batch_size": 4}
+    | {"max_train_bytes": 20_000, "max_heldout_bytes": 1_500},
+    "trainer": {"accelerator": "cpu", "num_sanity_val_steps": 0, "enable_progress_bar": False, "max_steps": STEPS}
+    | {"log_every_n_steps": 1, "limit_val_batches": 0},
+    "checkpoint": {"every_n_train_steps": 2},
+    "export": {"prove": False},
+}
+
+
+@pytest.fixture
+def run_in(tmp_path, monkeypatch):
+    """`koff fit` for real in a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(OPTIONS))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda root, *argv: main(["fit", "--config", "mine.yaml", f"--trainer.default_root_dir={root}", *argv])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Folder of a run that nothing disturbed, made by the first test that asks for it."""
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, 64 MiB: mounting takes root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("NOT TESTED HERE: only root may mount the small disk that this test fills")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def at(monkeypatch, hook, step, do):
+    """Do something in mid-run, once."""
+    original, done = getattr(KOFFModule, hook), []
+
+    def hooked(module, *args):
+        if module.global_step == step and not done:
+            done.append(do())
+        return original(module, *args)
+
+    monkeypatch.setattr(KOFFModule, hook, hooked)
+
+
+def fill(folder):
+    with (folder / "filler").open("wb") as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(b"\0" * 2**16)
+            file.flush()
+
+
+def weights(root):
+    return read_checkpoint(newest_checkpoint([root]))["state_dict"]
+
+
+def check_whole(root, straight):
+    """The run has ended as one that nothing disturbed."""
+    ours, theirs = weights(root), weights(straight)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    for part in ("results.json", "documents.json", "artifact/koff.json"):
+        assert (root / part).is_file()
+    assert not list(root.rglob("*.part"))
+
+
+def hashes(folder):
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize(
+    "when",
+    [("training_step", 5), pytest.param(("on_test_epoch_start", STEPS), marks=pytest.mark.slow)],
+    ids=["before a checkpoint", "before the results"],
+)
+def test_a_disk_that_fills_up_in_mid_run(run_in, straight, disk, monkeypatch, capsys, when):
+    if not straight.exists():
+        assert run_in(straight) == 0
+    root = disk / "run"
+    with monkeypatch.context() as patch:
+        at(patch, *when, lambda: fill(disk))
+        assert run_in(root) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said.splitlines()[-1]
+    assert said.splitlines()[-1].startswith("koff: ")
+    assert read_checkpoint(newest_checkpoint([root]))["global_step"] == (4 if when[1] == 5 else STEPS)
+    (disk / "filler").unlink()
+    assert run_in(root, "--ckpt_path", "last") == 0
+    check_whole(root, straight)
+
+
+def test_files_that_may_not_grow_in_mid_run(run_in, straight, monkeypatch, capsys):
+    """What a quota does, and any user can set."""
+    if not straight.exists():
+        assert run_in(straight) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with monkeypatch.context() as patch:
+            at(patch, "training_step", 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1])))
+            assert run_in("cut") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Earlier checkpoints are intact: make room, then go on with --ckpt_path last" in capsys.readouterr().err
+    assert read_checkpoint(newest_checkpoint(["cut"]))["global_step"] == 4
+    assert run_in("cut", "--ckpt_path", "last") == 0
+    check_whole(Path("cut"), straight)
+
+
+def test_an_export_onto_a_full_disk_keeps_the_one_before(run_in, straight, disk, capsys):
+    if not straight.exists():
+        assert run_in(straight) == 0
+    checkpoint = str(newest_checkpoint([straight]))
+    assert main(["export", "--ckpt", checkpoint, "--out", str(disk / "out")]) == 0
+    before = hashes(disk / "out")
+    fill(disk)
+    assert main(["export", "--ckpt", checkpoint, "--out", str(disk / "out"), "--overwrite"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("koff: ")
+    assert hashes(disk / "out") == before
+    assert {path.name for path in disk.iterdir()} - {".out.lock"} <= {"out", "filler"}
+
+
+# ------------------------------------------------------------------------------------------------- no writing
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder that cannot be written, for root neither."""
+    folder = tmp_path / "sealed"
+    folder.mkdir()
+    folder.chmod(0o555)
+    if not os.access(folder, os.W_OK):
+        yield folder
+        folder.chmod(0o755)
+        return
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], check=False).returncode:
+        pytest.skip("NOT TESTED HERE: root writes everywhere, and this one may not mount")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("options", [[], ["--trainer.logger=false"]])
+def test_a_folder_that_cannot_be_written_is_said_before_training(run_in, read_only, monkeypatch, capsys, options):
+    monkeypatch.setattr(KOFFModule, "training_step", lambda *_: pytest.fail("it trains"))
+    assert run_in(read_only / "run", *options) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"koff: cannot write the run's folder {read_only / 'run'}: ")
+    assert line.endswith("Give --trainer.default_root_dir")
+
+
+# ------------------------------------------------------------------------------------------------------- clocks
+
+
+def test_a_clock_that_goes_back(run_in, straight, monkeypatch):
+    if not straight.exists():
+        assert run_in(straight) == 0
+    clock, hours = time.time, []
+
+    def backwards():
+        hours.append(3600.0)
+        return clock() - sum(hours)
+
+    monkeypatch.setattr(time, "time", backwards)
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_in("cut") == 128 + signal.SIGTERM
+    for age, path in enumerate(sorted(Path("cut").rglob("*.ckpt"))):  # as if each had been saved before the last
+        os.utime(path, (10**9 - age, 10**9 - age))
+    assert run_in("cut", "--ckpt_path", "last") == 0
+    assert len(hours) > STEPS
+    check_whole(Path("cut"), straight)
+
+
+def test_the_checkpoint_that_is_named_is_the_last_whatever_the_clock_said(tmp_path):
+    class Saved:
+        last_model_path, best_model_path = str(tmp_path / "last.ckpt"), str(tmp_path / "step=2.ckpt")
+
+    class Trainer:
+        checkpoint_callbacks = (Saved,)
+
+    for age, name in enumerate(("step=2.ckpt", "last.ckpt")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+    assert what_was_saved(Trainer).endswith("--ckpt_path " + Saved.last_model_path)
+
+
+# ---------------------------------------------------------------------------------------------------- two runs
+
+
+def test_a_second_run_in_the_folder_of_a_first_touches_nothing(run_in, straight, capsys):
+    if not straight.exists():
+        assert run_in(straight) == 0
+    before = hashes(straight)
+    with alone_in(straight):
+        assert run_in(straight) == 2
+        assert run_in(straight, "--ckpt_path", "last") == 2
+    assert "another run is going on in" in capsys.readouterr().err.splitlines()[-1]
+    after = hashes(straight)
+    assert {path: after.get(path) for path in before} == before

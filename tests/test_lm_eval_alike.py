@@ -124,6 +124,13 @@ def test_examples_are_those_of_stock_hflm(place, shots):
     assert asked.count("\n\n") == shots
 
 
+@pytest.mark.parametrize("size", ["none", "0", "-1", "auto:", "2.5"])
+def test_a_batch_size_that_is_none_is_one_line(place, capsys, size):
+    assert main(["lm-eval", f"--model={place.folder / 'dense'}", "--tasks=koff_cloze_en", f"--batch_size={size}"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == f"koff: lm-eval: batch_size must be a positive number or auto; got '{size}'"
+
+
 def test_batch_size_auto_gives_the_same_scores(place, tmp_path):
     by_size = {}
     for size in ("1", "auto:2"):

@@ -42,7 +42,7 @@ def interval(found):
 
 @pytest.mark.parametrize(("suite", "domain"), [("cloze", "de"), ("continuation", "python")])
 def test_a_trained_model_is_above_chance_and_random_weights_are_not(models, suite, domain):
-    found = right(models, suite, domain, limit=60)
+    found = right(models, suite, domain, limit=40)
     assert interval(found["trained"]).low > CHANCE
     assert interval(found["blank"]).low < CHANCE < interval(found["blank"]).high
 

@@ -81,8 +81,7 @@ class LMEval(Callback):
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise KoffError(f"lm_eval.every_n_steps must be at least 1, or null for the end alone; got {every_n_steps}")
-        if str(batch_size).partition(":")[0] != "auto" and not (str(batch_size).isdigit() and int(batch_size) > 0):
-            raise KoffError(f"lm_eval.batch_size must be a positive number or auto; got {batch_size!r}")
+        lm_tasks.check_batch_size(batch_size, "lm_eval.batch_size")
         self.tasks = [LMEvalTask(**task) if isinstance(task, dict) else task for task in tasks or []]
         self.every_n_steps, self.strict, self.batch_size, self.include_path = (
             every_n_steps,

@@ -51,6 +51,8 @@ def lm_eval(argv: list[str]) -> None:
 
         refuse_missing([*model_needs(options.model), *task_needs(settings.tasks, settings.include_path)])
     from koff_lightning.evaluation import harness, lm_tasks
+
+    lm_tasks.check_batch_size(settings.batch_size, "lm-eval: batch_size")
     from koff_lightning.evaluation.lm_scores import show
 
     with harness.quiet():

@@ -9,6 +9,7 @@ import difflib
 import json
 import lzma
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -150,6 +151,17 @@ def _task_in(trace: TracebackType | None) -> Any:
     """The task that was being made when an error came up; lm-eval does not say."""
     makers = [frame.f_locals.get("self") for frame, _ in walk_tb(trace)]
     return next((maker for maker in makers if hasattr(maker, "DATASET_PATH") and hasattr(maker, "config")), None)
+
+
+def check_batch_size(value: int | str, option: str) -> None:
+    """Raise KoffError unless rows at a time are a number, `auto`, or `auto:N`, which measures N times in a run.
+
+    Args:
+        value: What was given.
+        option: Its name, for the message.
+    """
+    if not re.fullmatch(r"auto(:[1-9]\d*)?|0*[1-9]\d*", str(value)):
+        raise KoffError(f"{option} must be a positive number or auto; got {value!r}")
 
 
 def check_counts(tasks: Loaded, limit: float | None, ranks: int) -> None:

@@ -6,11 +6,14 @@ import re
 
 import pandas as pd
 import pytest
-from tiny_artefact import DOMAINS, tiny_decomposition
+import torch
+from tiny_artefact import DOMAINS, VOCABULARY, tiny_decomposition
+from tiny_models import tiny_model
 from toy_text import toy_documents, write_jsonl
 
 from koff_lightning.artefact.export import export
 from koff_lightning.cli import main
+from koff_lightning.sparsity import SparsitySpec
 
 FEW = [
     "--tokens=600",
@@ -106,3 +109,111 @@ def test_one_domain_only(home, tmp_path, capsys):
     assert [row["domain"] for row in tables["knockout"]] == ["de"]
     assert not math.isnan(tables["transfer"][0]["fr"]), "the other memories are still there"
     assert "rate_de" in pd.read_parquet(tmp_path / "tables" / "neurons.parquet")
+
+
+SHORT = ["--skip", "transfer,knockout,attention,adapters,tokens", *FEW]
+
+
+def test_a_masked_dense_artefact_gives_the_same(home, whole, tmp_path, capsys):
+    analysed(capsys, "--model", str(home / "masked"), "--out", str(tmp_path), *SHORT)
+    masked, ragged = (pd.read_parquet(folder / "tables" / "neurons.parquet") for folder in (tmp_path, whole))
+    assert masked["removed_koff_masked"].tolist() == ragged["removed_koff_run0"].tolist()
+    assert masked["specific"].tolist() == ragged["specific"].tolist()
+    causal = [pd.read_parquet(folder / "tables" / "causal.parquet") for folder in (tmp_path, whole)]
+    first = causal[1][causal[1]["run"] == "run0"]
+    assert causal[0]["off_after"].to_numpy() == pytest.approx(first["off_after"].to_numpy(), rel=1e-5, nan_ok=True)
+
+
+def exported(home, folder, units: list[str] | None = None, layer_only: int | None = None):
+    """An artefact with a mask of its own making."""
+    config = json.loads((home / "run0" / "artifact" / "koff.json").read_text())["config"]
+    spec = SparsitySpec(target=0.05, min_channels=4, **({"units": units} if units else {}))
+    module = tiny_decomposition_of(home, spec)
+    if layer_only is not None:
+        groups = module.gates.groups
+        parts = [torch.ones(group.size, dtype=torch.bool) for group in groups]
+        for part, group in zip(parts, groups, strict=True):
+            part[: group.size // 3] = group.kind != "channel" or group.layer != layer_only
+        module.gates.harden(torch.cat(parts))
+    export(module, folder, config=config, prove=False)
+    return folder
+
+
+def tiny_decomposition_of(home, spec: SparsitySpec):
+    from koff_lightning.decomposition import Decomposition
+    from koff_lightning.memory import LoraSpec
+
+    module = Decomposition(str(home / "dense"), list(DOMAINS), spec, LoraSpec(rank=1), None)
+    module.configure_model()
+    module.harden()
+    return module.eval()
+
+
+def test_no_ffn_neuron_removed(home, tmp_path, capsys):
+    folder = exported(home, tmp_path / "kv", units=["kv_group"])
+    said = analysed(capsys, "--model", str(folder), "--out", str(tmp_path / "out"), *FEW)
+    assert re.search(r"not answered: removal of kv: .* removes no FFN neurons .*nothing to compare", said)
+    assert re.search(r"not answered: causal of kv: .* removes no FFN neurons", said)
+    assert "not answered: attention of kv: no domain of this text has a KV memory" in said
+    tables = json.loads((tmp_path / "out" / "analysis.json").read_text())["tables"]
+    assert {"transfer", "knockout", "stability"} <= set(tables)
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_layers_with_nothing_removed_are_named(home, tmp_path, capsys):
+    folder = exported(home, tmp_path / "one", layer_only=1)
+    analysed(capsys, "--model", str(folder), "--out", str(tmp_path / "out"), *SHORT)
+    tests = pd.read_parquet(tmp_path / "out" / "tables" / "enrichment.parquet").set_index("class")
+    assert list(tests.loc["specific", "skipped"]) == [0]
+    layers = pd.read_parquet(tmp_path / "out" / "tables" / "layers.parquet")
+    assert layers.query("`class` == 'specific' and layer == 0")["removed"].tolist() == [0]
+
+
+def test_text_that_is_too_little_is_told(home, tmp_path, capsys):
+    analysed(capsys, "--model", str(home / "run0"), "--out", str(tmp_path), *SHORT)
+    page = (tmp_path / "report.html").read_text()
+    assert re.search(r"Too little text: the halves of the text agree on \d+% .*(are needed|too alike)", page)
+    assert "No other mask was compared with" in page
+    assert "There is one run" in page
+
+
+def test_bad_input_is_named(home, tmp_path, capsys):
+    def refused(*words: str) -> str:
+        assert main(["analyze", *words, "--out", str(tmp_path / "out"), *FEW]) == 2
+        return capsys.readouterr().err
+
+    run0 = str(home / "run0")
+    assert "give --model, an artefact or a checkpoint" in refused()
+    assert re.search(r"artefact '.*missing': no such folder. `koff export", refused("--model", str(home / "missing")))
+    assert "no file or folder matches" in refused("--model", str(home / "none*"))
+    assert "is a model without koff.json, so it is no artefact" in refused("--model", str(home / "dense"))
+    assert "is given twice: two seeds are two runs" in refused("--model", run0, "--model", run0)
+    assert "--against takes NAME=RUN" in refused("--model", run0, "--against", str(home / "bare"))
+    assert "so the studied runs are called" in refused("--model", run0, "--against", f"koff={home / 'bare'}")
+    assert "no question 'transfers'. Did you mean 'transfer'?" in refused("--model", run0, "--skip", "transfers")
+    assert "--data takes NAME=TEXT" in refused("--model", run0, "--data", "de")
+    assert "give either --config or --data" in refused("--model", run0, "--data", "de=x", "--config", "demo.yaml")
+    assert "no text (data.domains)" in refused("--model", run0, "--config", "ablations/no_memory.yaml")
+    tiny_model("llama", seed=7, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1).save_pretrained(tmp_path / "x")
+    for file in (home / "dense").glob("token*"):
+        (tmp_path / "x" / file.name).write_bytes(file.read_bytes())
+    assert re.search(
+        r"was cut from .* \(hash .*\), but .* has hash .*give its own dense model",
+        refused("--model", run0, "--dense", str(tmp_path / "x")),
+    )
+
+
+def test_runs_of_two_dense_models_are_not_compared(home, tmp_path, capsys):
+    tiny_model("llama", seed=7, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1).save_pretrained(
+        tmp_path / "dense"
+    )
+    for file in (home / "dense").glob("token*"):
+        (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
+    export(tiny_decomposition(tmp_path), tmp_path / "other", prove=False)
+    words = ["--model", str(home / "run0"), "--against", f"other={tmp_path / 'other'}", "--out", str(tmp_path / "out")]
+    assert main(["analyze", *words, *FEW]) == 2
+    assert re.search(
+        r"was cut from the dense model with hash .*: compare runs of one dense model", capsys.readouterr().err
+    )
+    assert main(["analyze", "--model", str(tmp_path / "other"), "--out", str(tmp_path / "out")]) == 2
+    assert "does not say which text it was made with: give --config or --data" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from koff_lightning.analysis import (
     enrichment_table,
     layer_table,
     logistic,
+    odds_of_runs,
     odds_ratio_ratio,
     overlap,
     overlap_table,
@@ -157,6 +158,9 @@ def test_regression_finds_the_class_and_leaves_the_confounds():
     alone = logistic(removed, specific, np.zeros(4000, bool), rates, importance, layer)
     assert "general" not in set(alone.table["term"])
     assert "general does not vary" in alone.note
+    spared = logistic(removed & ~specific, specific, general, rates, importance, layer)
+    assert "specific has no removed member" in spared.note
+    assert "general" in set(spared.table["term"])
     split = logistic(specific, specific, general, rates, importance, layer)
     assert split.table.empty
     assert "no fit" in split.note
@@ -184,6 +188,36 @@ def test_the_ratio_of_two_ways_of_pruning():
     assert math.log(mixed.high / mixed.low) > 1.2 * math.log(alike.high / alike.low)
     one = odds_ratio_ratio(eager, even[:1], marked, layer, draws=100)
     assert "1 seed of one way" in one.note
+
+
+def test_hardly_any_member_proves_nothing():
+    """One member in either mask: a draw without it has no ratio, and may not be left out of the interval."""
+    marked, layer = np.zeros(600, bool), np.repeat([0, 1, 2], 200)
+    marked[:8] = True
+    one, two = np.zeros((2, 600), bool)
+    one[[0, *range(100, 130)]] = two[[0, *range(100, 140)]] = True  # the same member, fewer others
+    found = odds_ratio_ratio([one], [two], marked, layer, draws=400)
+    assert found.ratio > 1.2
+    assert found.undefined > 0.2
+    assert (found.low, found.high) == (0.0, math.inf)
+    two[0] = False
+    none = odds_ratio_ratio([one], [two], marked, layer, draws=400)
+    assert math.isnan(none.low)
+    assert "and the other 0: too few members" in none.note
+
+
+def test_runs_are_pooled():
+    marked, layer = drawn(0, 1.0)[1:]
+    masks = [drawn(seed, 5.0)[0] for seed in range(3)]
+    one = enrichment(masks[0], marked, layer)
+    alone = odds_of_runs(masks[:1], marked, layer)
+    assert (alone.odds_ratio, alone.low, alone.high) == (one.mh_odds_ratio, one.mh_low, one.mh_high)
+    pooled = odds_of_runs(masks, marked, layer, draws=500)
+    both = odds_ratio_ratio(masks, masks, marked, layer, draws=100)
+    assert pooled.odds_ratio == pytest.approx(both.first)
+    assert pooled.low < pooled.odds_ratio < pooled.high
+    thrice = odds_of_runs(masks[:1] * 3, marked, layer, draws=2000)  # copies of a run are no more than the run
+    assert math.log(thrice.high / thrice.low) == pytest.approx(math.log(one.mh_high / one.mh_low), rel=0.25)
 
 
 def test_overlap_against_chance():

@@ -6,11 +6,11 @@ Read docs/analysis.md for how the parts go together.
 from koff_lightning.analysis.activations import Activations, collect, collect_dense
 from koff_lightning.analysis.attention_mass import attention_mass
 from koff_lightning.analysis.causal import reinserted, reinsertion
-from koff_lightning.analysis.comparison import RatioOfOdds, odds_ratio_ratio
+from koff_lightning.analysis.comparison import OddsOfRuns, RatioOfOdds, odds_of_runs, odds_ratio_ratio
 from koff_lightning.analysis.enrichment import Enrichment, corrected, enrichment, enrichment_table
 from koff_lightning.analysis.knockout import knockout, part_off
 from koff_lightning.analysis.lape import Specialists, entropy, identify, identify_weighted
-from koff_lightning.analysis.masks import Mask, mask_of, read_mask
+from koff_lightning.analysis.masks import Mask, NothingRemoved, mask_of, read_mask
 from koff_lightning.analysis.memory_use import adapter_norms, promoted_tokens
 from koff_lightning.analysis.opening import open_run
 from koff_lightning.analysis.overlap import Overlap, overlap, overlap_table
@@ -26,6 +26,8 @@ __all__ = [
     "Enrichment",
     "Logistic",
     "Mask",
+    "NothingRemoved",
+    "OddsOfRuns",
     "Overlap",
     "Planted",
     "RatioOfOdds",
@@ -46,6 +48,7 @@ __all__ = [
     "layer_table",
     "logistic",
     "mask_of",
+    "odds_of_runs",
     "odds_ratio_ratio",
     "open_run",
     "overlap",

@@ -8,13 +8,15 @@ masks are of the same neurons.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from koff_lightning.analysis.odds import mantel_haenszel
+from koff_lightning.analysis.odds import common_odds
 from koff_lightning.analysis.tables import Bools, Floats, Ints, count
 
 FEW_SEEDS = 5
+AT_ONCE = 4_000_000  # drawn counts held in memory at one time
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class RatioOfOdds:
         low: Lower end of the 95 % interval (percentiles).
         high: Upper end.
         seeds: How many masks either has.
-        undefined: Share of draws without a ratio, which the interval leaves out.
+        undefined: Share of draws without a ratio; the interval allows for any value of theirs.
         note: What a reader must know, or "".
     """
 
@@ -63,51 +65,118 @@ def odds_ratio_ratio(
     Raises:
         KoffError: Masks of another length, or one that removes nothing, or everything.
     """
-    for removed in (*first, *second):
-        count(removed, marked, layer)  # refuses what cannot be compared
-    rows = np.stack([marked, *first, *second])  # [1 + S, N]
-    # Neurons of a layer that are alike in all masks are one pattern.
-    patterns, sizes = np.unique(np.vstack([layer, rows]).T, axis=0, return_counts=True)  # [patterns, 2 + S]
-    starts = np.flatnonzero(np.diff(patterns[:, 0], prepend=-1))  # of each layer
     ways = (np.arange(len(first)), len(first) + np.arange(len(second)))
-
-    def odds(weights: Floats, way: Ints) -> float:
-        return mantel_haenszel(_tables(patterns, weights, starts, way))
-
-    random = np.random.default_rng(seed)
-    whole = sizes.astype(float)
-    found = [odds(whole, way) for way in ways]
-    logs = []
-    for _ in range(draws):
-        weights = _redrawn(sizes, starts, random)
-        pair = [odds(weights, random.choice(way, len(way))) for way in ways]
-        logs.append(_log_ratio(*pair))
-    usable = np.array([value for value in logs if not math.isnan(value)])
-    ends = np.quantile(usable, [0.025, 0.975], method="nearest") if len(usable) else [math.nan] * 2
-    low, high = (float(np.exp(end)) for end in ends)
-    few = min(len(first), len(second))
-    note = "" if few >= FEW_SEEDS else f"{few} seed{'s' * (few > 1)} of one way: the interval understates that chance"
-    if not all(0 < value < math.inf for value in found):  # resampled neurons would all agree, and prove nothing
-        low = high = math.nan
+    found, drawn = _resampled([*first, *second], ways, marked, layer, draws, seed)
+    low, high, undefined = _interval(_log_ratio(*drawn), found)
+    note = _few(min(len(first), len(second)))
+    if not _finite(found):
         note = f"an odds ratio is {' and the other '.join(f'{value:.2g}' for value in found)}: too few members"
-    seeds, undefined = (len(first), len(second)), 1 - len(usable) / draws
-    return RatioOfOdds(*found, math.exp(_log_ratio(*found)), low, high, seeds, undefined, note)
+    ratio = float(np.exp(_log_ratio(*found)))
+    return RatioOfOdds(*found, ratio, low, high, (len(first), len(second)), undefined, note)
 
 
-def _redrawn(sizes: Ints, starts: Ints, random: np.random.Generator) -> Floats:
-    """Counts of the patterns when each layer's neurons are drawn anew with replacement, [patterns]."""
+@dataclass(frozen=True)
+class OddsOfRuns:
+    """One way of pruning over all its runs.
+
+    Attributes:
+        odds_ratio: Mantel-Haenszel over runs and strata.
+        low: Lower end of the 95 % interval: of one run by Robins, Breslow and Greenland, else by resampling.
+        high: Upper end.
+        runs: How many.
+        note: What a reader must know, or "".
+    """
+
+    odds_ratio: float
+    low: float
+    high: float
+    runs: int
+    note: str
+
+
+def odds_of_runs(masks: Sequence[Bools], marked: Bools, layer: Ints, draws: int = 1000, seed: int = 0) -> OddsOfRuns:
+    """Pool the runs of one way of pruning; the interval resamples runs and neurons. Arguments as `odds_ratio_ratio`."""
+    if len(masks) == 1:
+        one = common_odds(count(masks[0], marked, layer))
+        return OddsOfRuns(one.ratio, one.low, one.high, 1, _few(1))
+    found, drawn = _resampled(masks, [np.arange(len(masks))], marked, layer, draws, seed)
+    low, high, _ = _interval(_log_ratio(drawn[0], 1.0), found)
+    return OddsOfRuns(*found, low, high, len(masks), _few(len(masks)))
+
+
+def _resampled(
+    masks: Sequence[Bools], ways: Sequence[Ints], marked: Bools, layer: Ints, draws: int, seed: int
+) -> tuple[list[float], list[Floats]]:
+    """Odds ratios of several ways, each the numbers of its masks: as measured, and over drawn neurons and masks [R].
+
+    Neurons of a layer that are alike in all masks are one pattern: how often it is drawn is all that matters.
+    """
+    for removed in masks:
+        count(removed, marked, layer)  # refuses what cannot be compared
+    rows = np.vstack([layer, marked, *masks]).astype(np.int64)  # [2 + S, N]
+    patterns, sizes = np.unique(rows.T, axis=0, return_counts=True)  # [patterns, 2 + S]
+    starts = np.flatnonzero(np.diff(patterns[:, 0], prepend=-1))  # of each layer
+    found = [_odds(_parts(patterns, sizes[None].astype(float), starts), way[None])[0] for way in ways]
+    random = np.random.default_rng(seed)
+    step = max(AT_ONCE // len(patterns), 1)
+    drawn: list[list[Floats]] = [[] for _ in ways]
+    for rounds in [min(step, draws - first) for first in range(0, draws, step)]:
+        parts = _parts(patterns, _redrawn(sizes, starts, rounds, random), starts)
+        for values, way in zip(drawn, ways, strict=True):
+            values.append(_odds(parts, random.choice(way, (rounds, len(way)))))
+    return [float(value) for value in found], [np.concatenate(values) for values in drawn]
+
+
+def _redrawn(sizes: Ints, starts: Ints, draws: int, random: np.random.Generator) -> Floats:
+    """Counts of the patterns when each layer's neurons are drawn anew with replacement, [draws, patterns]."""
     parts = np.split(sizes, starts[1:])
-    return np.concatenate([random.multinomial(part.sum(), part / part.sum()) for part in parts]).astype(float)
+    return np.hstack([random.multinomial(part.sum(), part / part.sum(), draws) for part in parts]).astype(float)
 
 
-def _tables(patterns: Ints, weights: Floats, starts: Ints, way: Ints) -> Floats:
-    """One table per layer and mask, [layers * masks, 2, 2]."""
-    marked, removed = patterns[:, 1:2] == 1, patterns[:, 2 + way] == 1  # [patterns, 1], [patterns, masks]
-    cells = [marked & removed, marked & ~removed, ~marked & removed, ~marked & ~removed]
-    sums = [np.add.reduceat(weights[:, None] * cell, starts, axis=0) for cell in cells]  # [layers, masks] each
-    return np.stack(sums, axis=-1).reshape(-1, 2, 2)
+def _parts(patterns: Ints, weights: Floats, starts: Ints) -> Floats:
+    """What the Mantel-Haenszel odds ratio divides, summed over layers, of every draw and mask: [2, draws, S]."""
+    size = np.add.reduceat(weights, starts, axis=1)  # [draws, layers]
+    marked = patterns[:, 1] == 1
+    parts = []
+    for removed in (patterns[:, 2:] == 1).T:  # [patterns], of one mask
+        cells = [marked & removed, ~marked & ~removed, marked & ~removed, ~marked & removed]
+        both, neither, only, other = (np.add.reduceat(weights * cell, starts, axis=1) for cell in cells)
+        parts.append([(both * neither / size).sum(1), (only * other / size).sum(1)])
+    return np.array(parts).transpose(1, 2, 0)
 
 
-def _log_ratio(first: float, second: float) -> float:
-    logs = [math.log(value) if value > 0 else -math.inf if value == 0 else math.nan for value in (first, second)]
-    return logs[0] - logs[1]
+def _odds(parts: Floats, masks: Ints) -> Floats:
+    """Odds ratio over the chosen masks [draws, chosen] of each draw, [draws]; 0, infinite or nan as it comes."""
+    above, below = np.take_along_axis(parts, masks[None], 2).sum(2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return above / below
+
+
+def _log_ratio(first: Any, second: Any) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(first) - np.log(second)
+
+
+def _interval(logs: Floats, found: Sequence[float]) -> tuple[float, float, float]:
+    """Ends of the 95 % interval of drawn log ratios, and the share of draws that have none.
+
+    Such a draw, without a removed member in either way, could lie anywhere, so it counts below and above: leaving it
+    out would keep the draws in which the ways differ. Where a measured odds ratio is 0 or infinite there is no
+    interval: draws of the same neurons would all agree, and prove nothing.
+    """
+    undefined = np.isnan(logs)
+    if not _finite(found):
+        return math.nan, math.nan, float(undefined.mean())
+    low = np.quantile(np.where(undefined, -np.inf, logs), 0.025, method="nearest")
+    high = np.quantile(np.where(undefined, np.inf, logs), 0.975, method="nearest")
+    return float(np.exp(low)), float(np.exp(high)), float(undefined.mean())
+
+
+def _finite(odds: Sequence[float]) -> bool:
+    return all(0 < value < math.inf for value in odds)
+
+
+def _few(seeds: int) -> str:
+    if seeds >= FEW_SEEDS:
+        return ""
+    return f"{seeds} seed{'s' * (seeds > 1)} of one way: the interval understates that chance"

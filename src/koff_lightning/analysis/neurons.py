@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from koff_lightning.analysis.activations import Activations
-from koff_lightning.analysis.comparison import odds_ratio_ratio
-from koff_lightning.analysis.enrichment import enrichment, enrichment_table
+from koff_lightning.analysis.comparison import odds_of_runs, odds_ratio_ratio
+from koff_lightning.analysis.enrichment import enrichment_table
 from koff_lightning.analysis.lape import Specialists, identify, identify_weighted
 from koff_lightning.analysis.masks import Mask
 from koff_lightning.analysis.overlap import overlap_table
@@ -96,39 +96,59 @@ def ratio_table(
     """
     import pandas as pd
 
-    layer = seen.layer.numpy()
-    within = {"layers": layer, "cells": strata(layer, seen.rates(), seen.importance())}
     own = removed_by(masks, name)
     rows = [
         {"class": kind_of_neuron, "against": other, "within": word}
         | asdict(odds_ratio_ratio(own, removed_by(masks, other), classes[kind_of_neuron], stratum, resamples, seed))
         for kind_of_neuron in MAIN
         for other in dict.fromkeys(kind for kind, _ in masks if kind != name)
-        for word, stratum in within.items()
+        for word, stratum in _within(seen).items()
         if classes[kind_of_neuron].any()
     ]
     return pd.DataFrame(rows)
 
 
-def sensitivity_table(
-    seen: Activations, masks: Masks, name: str, chosen: tuple[float, float], seed: int
+def pooled_table(
+    seen: Activations, masks: Masks, classes: Mapping[str, Bools], resamples: int, seed: int
 ) -> "pd.DataFrame":
-    """Does the answer hang on how many neurons are called specific? One line per run, share and bar."""
+    """Every class under every kind of mask, over all its runs: one line per class, kind and `within`."""
     import pandas as pd
 
-    layer, rates = seen.layer.numpy(), seen.rates()
-    cells = strata(layer, rates, seen.importance())
+    rows = [
+        {"class": name, "kind": kind, "within": word}
+        | asdict(odds_of_runs(removed_by(masks, kind), members, stratum, resamples, seed))
+        for name, members in classes.items()
+        if members.any()
+        for kind in dict.fromkeys(kind for kind, _ in masks)
+        for word, stratum in _within(seen).items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def selection_table(
+    seen: Activations, masks: Masks, name: str, chosen: tuple[float, float], resamples: int, seed: int
+) -> "pd.DataFrame":
+    """Does the answer hang on how many neurons are called specific? One line per share, bar and `within`."""
+    import pandas as pd
+
     rows = []
     for rate, bar in dict.fromkeys([chosen, *SELECTIONS]):
         try:
-            selected = identify(rates, seen.domains, rate, bar).selected
+            selected = identify(seen.rates(), seen.domains, rate, bar).selected
         except KoffError:  # so few neurons that this share of them is none
             continue
-        for (kind, run), mask in masks.items():
-            if kind == name:
-                test = enrichment(mask.removed, selected, layer, cells, 2000, seed)
-                rows.append({"run": run, "rate": rate, "bar": bar} | asdict(test))
-    return pd.DataFrame(rows)
+        about = {"rate": rate, "bar": bar, "specific": int(selected.sum())}
+        own = removed_by(masks, name)
+        about["removed"] = float(np.mean([(mask & selected).sum() for mask in own]))
+        for word, stratum in _within(seen).items():
+            rows.append(about | {"within": word} | asdict(odds_of_runs(own, selected, stratum, resamples, seed)))
+    return pd.DataFrame(rows).drop_duplicates(["specific", "bar", "within"])
+
+
+def _within(seen: Activations) -> dict[str, Ints]:
+    """What neurons are compared within."""
+    layer = seen.layer.numpy()
+    return {"layers": layer, "cells": strata(layer, seen.rates(), seen.importance())}
 
 
 def overlaps(masks: Masks) -> "pd.DataFrame":
@@ -172,13 +192,3 @@ def _named(table: "pd.DataFrame", kind: str, run: str) -> "pd.DataFrame":
 
 def _renamed(table: "pd.DataFrame") -> list[str]:
     return ["unit_kind" if name == "kind" else name for name in table.columns]
-
-
-def counts(seen: Activations, removed: Bools, classes: Mapping[str, Bools]) -> Ints:
-    """Removed neurons by layer that are specific, general (G2) or neither, [L, 3]."""
-    layer = seen.layer.numpy()
-    specific, general = classes["specific"], classes["G2"] & ~classes["specific"]
-    kinds = (specific, general, ~specific & ~general)
-    return np.stack(
-        [np.bincount(layer, weights=removed & kind, minlength=layer.max() + 1) for kind in kinds], 1
-    ).astype(int)

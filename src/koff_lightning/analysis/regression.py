@@ -35,7 +35,8 @@ def logistic(
     """Fit removed ~ specific + general + mean rate + largest rate + log importance + layer, errors clustered by layer.
 
     The continuous terms are standardised, so their odds ratios are per standard deviation. Layers in which nothing or
-    everything is removed say nothing and are left out; so is a term that does not vary.
+    everything is removed say nothing and are left out; so are a term that does not vary and a class of which all
+    members, or none, are removed.
 
     Args:
         removed: bool [N].
@@ -60,11 +61,14 @@ def logistic(
         "log_importance": _standard(np.log(importance + 1e-12)),
     }
     terms = {name: values[used] for name, values in terms.items()}
-    constant = [name for name, values in terms.items() if np.ptp(values) == 0]
+    constant = {name: "does not vary" for name, values in terms.items() if np.ptp(values) == 0}
+    for name, members in (("specific", specific), ("general", general)):
+        if name not in constant and len(set(gone := removed[used & members])) == 1:
+            constant[name] = f"has {'no kept' if gone[0] else 'no removed'} member: its odds ratio is not finite"
     for name in constant:
         del terms[name]
     layers = np.unique(layer[used])
-    notes = [f"{name} does not vary" for name in constant]
+    notes = [f"{name} {why}" for name, why in constant.items()]
     if len(layers) < FEW:
         notes.append(f"errors are clustered by {len(layers)} layers, few enough for them to come out too small")
     return _fit(removed[used].astype(float), terms, layer[used], layers, notes)

@@ -216,8 +216,10 @@ def _stability(found: Study, seen: Activations) -> Tables:
 def _removal(found: Study, seen: Activations, masks: neurons.Masks, classes: Mapping[str, np.ndarray]) -> Tables:
     s = found.settings
     tables = neurons.removal_tables(seen, masks, classes, s.draws, s.seed)
-    tables["selections"] = neurons.sensitivity_table(seen, masks, s.name, (s.rate, s.bar), s.seed)
+    tables["pooled"] = neurons.pooled_table(seen, masks, classes, s.resamples, s.seed)
     kinds = {kind for kind, _ in masks}
+    if s.name in kinds:
+        tables["selections"] = neurons.selection_table(seen, masks, s.name, (s.rate, s.bar), s.resamples, s.seed)
     if s.name in kinds and len(kinds) > 1:
         tables["ratios"] = neurons.ratio_table(seen, masks, s.name, classes, s.resamples, s.seed)
     return tables

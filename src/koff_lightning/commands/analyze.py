@@ -1,9 +1,12 @@
 """`koff analyze`: where did the knowledge go? The whole analysis of a run, as files and a page."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from koff_lightning.errors import KoffError
+
+if TYPE_CHECKING:
+    from koff_lightning.analysis.study import Settings
 
 
 def analyze(
@@ -51,20 +54,33 @@ def analyze(
     """
     if not model:
         raise KoffError("analyze: give --model, an artefact or a checkpoint; several are seeds of one way of pruning")
+    from koff_lightning.analysis.study import QUESTIONS, Settings
+
+    settings = Settings(name, rate, bar, draws, resamples, controls, seed, _skipped(skip, QUESTIONS))
+    _run(model, against or [], dense, (config, data), out, (tokens, heldout_bytes), settings, device)
+
+
+def _run(
+    model: list[str],
+    against: list[str],
+    dense: str | None,
+    asked: tuple[str | None, list[str] | None],
+    out: str | None,
+    sizes: tuple[int, int],
+    settings: "Settings",
+    device: str,
+) -> None:
     from koff_lightning.analysis.report.files import write
     from koff_lightning.analysis.runs import config_of, find_others, find_runs, history_of, home_of
-    from koff_lightning.analysis.study import QUESTIONS, Settings, study
+    from koff_lightning.analysis.study import study
     from koff_lightning.analysis.text import open_text
 
-    runs, others = find_runs(model), find_others(against or [])
+    runs, others = find_runs(model), find_others(against)
     first = next(iter(runs.values()))
-    settings = Settings(name, rate, bar, draws, resamples, controls, seed, _skipped(skip, QUESTIONS))
-    run_options = config_of(first)
-    options, origin = _text(config, data, run_options, first)
-    backbone = dense or _backbone(first)
+    options, origin = _text(*asked, config_of(first), first)
     folder = Path(out).expanduser() if out else home_of(first) / "analysis"
-    source, text = open_text(options, backbone, tokens, heldout_bytes)
-    found = study(runs, others, source, text, settings, folder, dense=dense, device=device, say=_say)
+    data, text = open_text(options, dense or _backbone(first), *sizes)
+    found = study(runs, others, data, text, settings, folder, dense=dense, device=device, say=_say)
     found.about["text"] |= {"origin": origin}
     found.about["history"] = history_of(first)
     page = write(found, folder)

@@ -15,6 +15,11 @@ from koff_lightning.run.plots import BLACK, BLUE, GREY, KIND_TITLE, MARKERS, ORA
 if TYPE_CHECKING:
     import pandas as pd
 
+CLASSES = {"specific": "specific", "specific_weighted": "specific, variant", "G2": "general (G2)"}
+WITHIN = {
+    "layers": ("same layer", BLUE, MARKERS[0]),
+    "cells": ("same layer, activity and importance", ORANGE, MARKERS[1]),
+}
 CLASS = {"specific": ("specific", ORANGE), "G2": ("general", GREEN), "other": ("neither", GREY)}
 
 
@@ -22,7 +27,8 @@ def draw_all(found: Study) -> dict[str, Figure]:
     """Every picture that the tables of a study allow, by name."""
     makers = {
         "removed_by_layer": ("layers", _removed_by_layer),
-        "enrichment": ("enrichment", _forest),
+        "enrichment": ("pooled", _forest),
+        "selections": ("selections", _selections),
         "transfer": ("transfer", memory_figures.transfer),
         "knockout": ("knockout", memory_figures.knockout),
         "causal": ("causal", memory_figures.causal),
@@ -69,46 +75,57 @@ def _removed_by_layer(found: Study) -> Figure | None:
 
 
 def _forest(found: Study) -> Figure:
-    table = found.tables["enrichment"]
+    """Odds ratios of every kind of mask, class by class."""
+    table = found.tables["pooled"]
     kinds = sorted(table["kind"].unique(), key=lambda kind: kind != found.settings.name)
-    classes = [("specific", "specific"), ("specific_weighted", "specific, variant"), ("G2", "general (G2)")]
-    figure = Figure(
-        figsize=(WIDE, 1.4 + 0.28 * len(table[table["class"] == "specific"]) * len(classes) / 1.4), layout="constrained"
-    )
-    axes = figure.add_subplot()
-    at, ticks, seen = 0.0, [], []
-    for name, label in classes:
-        for number, kind in enumerate(kinds):
-            rows = table[(table["class"] == name) & (table["kind"] == kind)]
-            for _, row in rows.iterrows():
-                _interval(axes, at, row, "mh", BLUE, MARKERS[0], full=number == 0)
-                _interval(axes, at + 0.32, row, "cell", ORANGE, MARKERS[1], full=number == 0)
-                at += 1
-            ticks.append((at - len(rows) / 2 - 0.35, f"{label}, {kind}"))
-            seen.append(len(rows))
-        at += 0.6
-    axes.axvline(1, color=BLACK, linewidth=1, linestyle="--")
-    axes.set_xscale("log")
-    axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
-    axes.invert_yaxis()
-    axes.set(xlabel="odds of being removed, against other neurons", title="Removed more often than others?")
-    axes.set_xlim(0.05, 20)
-    axes.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
-    axes.minorticks_off()
-    axes.plot([], [], MARKERS[0], color=BLUE, label="same layer")
-    axes.plot([], [], MARKERS[1], color=ORANGE, label="same layer, activity and importance")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    plain(axes, "x")
+    rows = [(f"{label}, {kind}", kind, name) for name, label in CLASSES.items() for kind in kinds]
+    figure, axes = _odds_axes(len(rows) + 0.6 * len(CLASSES), "Removed more often than others?")
+    places = [place + 0.6 * (place // len(kinds)) for place in range(len(rows))]
+    for place, (_, kind, name) in zip(places, rows, strict=True):
+        part = table[(table["class"] == name) & (table["kind"] == kind)]
+        _two(axes, place, part, full=kind == found.settings.name)
+    axes.set_yticks(np.array(places) + 0.16, [label for label, *_ in rows])
     return figure
 
 
-def _interval(axes: Axes, at: float, row: "pd.Series", which: str, colour: str, marker: str, full: bool) -> None:
-    value, low, high = row[f"{which}_odds_ratio"], row[f"{which}_low"], row[f"{which}_high"]
-    if not 0 < value < np.inf:
-        return
-    axes.plot(np.clip(value, 0.055, 18), at, marker, color=colour, markersize=5, fillstyle="full" if full else "none")
-    if np.isfinite([low, high]).all():
-        axes.plot(np.clip([low, high], 0.05, 20), [at, at], color=colour, linewidth=1.4)
+def _selections(found: Study) -> Figure:
+    """The same of the studied runs, by how many neurons are called specific."""
+    table = found.tables["selections"]
+    groups = list(table.groupby(["rate", "bar"], sort=False))
+    figure, axes = _odds_axes(len(groups), "If more neurons are called specific")
+    for place, (_, part) in enumerate(groups):
+        _two(axes, place, part, full=True)
+    labels = [f"{part['specific'].iloc[0]} neurons, bar {100 * bar:g} %" for (_, bar), part in groups]
+    axes.set_yticks(np.arange(len(groups)) + 0.16, labels)
+    return figure
+
+
+def _odds_axes(lines: float, title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDE, 1.5 + 0.24 * lines), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(1, color=BLACK, linewidth=1, linestyle="--")
+    axes.set_xscale("log")
+    axes.set(xlabel="odds of being removed, against other neurons", title=title, xlim=(0.05, 20))
+    axes.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
+    axes.minorticks_off()
+    axes.invert_yaxis()
+    for label, colour, marker in WITHIN.values():
+        axes.plot([], [], marker, color=colour, label=label)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    plain(axes, "x")
+    return figure, axes
+
+
+def _two(axes: Axes, place: float, rows: "pd.DataFrame", full: bool) -> None:
+    """The odds ratios within layers and within cells, with their intervals."""
+    for step, (within, (_, colour, marker)) in enumerate(WITHIN.items()):
+        at = place + 0.32 * step
+        for _, row in rows[rows["within"] == within].iterrows():
+            if 0.05 < row["odds_ratio"] < 20:
+                style = "full" if full else "none"
+                axes.plot(row["odds_ratio"], at, marker, color=colour, markersize=5, fillstyle=style)
+            if not np.isnan(row["low"]):
+                axes.plot(np.clip([row["low"], row["high"]], 0.05, 20), [at, at], color=colour, linewidth=1.4)
 
 
 def _overlap(found: Study) -> Figure:

@@ -32,10 +32,12 @@ def findings(found: Study) -> list[Finding]:
     """All that can be said, the main question first."""
     said: list[Finding] = []
     tables = found.tables
-    if "enrichment" in tables:
-        own = tables["enrichment"][lambda t: t["kind"] == found.settings.name]
+    if "pooled" in tables:
+        pooled = tables["pooled"][lambda t: t["kind"] == found.settings.name]
+        tests = tables["enrichment"][lambda t: t["kind"] == found.settings.name]
         for name, words in NAMES.items():
-            said += [_removal(own[own["class"] == name], words)] if len(own) else []
+            if len(tests):
+                said.append(_removal(pooled[pooled["class"] == name], tests[tests["class"] == name], words))
     if "ratios" in tables:
         rows = tables["ratios"].query("`class` == 'specific' and within == 'layers'")
         said += [_ratio(row) for _, row in rows.iterrows()]
@@ -51,28 +53,24 @@ def findings(found: Study) -> list[Finding]:
     return said
 
 
-def _removal(rows: "pd.DataFrame", words: str) -> Finding:
-    """Of one class and all studied runs."""
-    both, marked = rows["both"].mean(), rows["marked"].mean()
-    base = (rows["removed"] / rows["neurons"]).mean()
+def _removal(pooled: "pd.DataFrame", tests: "pd.DataFrame", words: str) -> Finding:
+    """Of one class: its pooled odds ratios, and its tests in all studied runs. The verdict is that within layers."""
+    both, marked = tests["both"].mean(), tests["marked"].mean()
+    base = (tests["removed"] / tests["neurons"]).mean()
     if not marked:
         return Finding("note", f"{words}: there are none.")
-    several = f" (mean of {len(rows)} runs)" if len(rows) > 1 else ""
-    text = (
-        f"{words}: {both:.3g} of {marked:.3g} are removed{several}, {both / marked:.0%} where {base:.0%} of all are. "
-    )
-    texts, verdicts = [], []
-    for which, within in (("mh", "of the same layer"), ("cell", "of the same layer, activity and importance")):
-        value, low, high = (_middle(rows[f"{which}_{part}"]) for part in ("odds_ratio", "low", "high"))
-        if math.isnan(value):
-            texts.append(f"against others {within} nothing can be said")
+    several = f" (mean of {len(tests)} runs)" if len(tests) > 1 else ""
+    text = f"{words}: {both:.3g} of {marked:.3g} are removed{several}, {both / marked:.0%} where {base:.0%} of all are."
+    verdict = "open"
+    for _, row in pooled.iterrows():
+        within = "of the same layer" + (", activity and importance" if row["within"] == "cells" else "")
+        if math.isnan(row["low"]):
+            text += f" Against others {within} nothing can be said: too few."
             continue
-        verdicts.append("yes" if low > 1 else "no" if high < 1 else "open")
-        texts.append(f"odds {_times(value)} those of others {within} {_between(low, high)}")
-    middle = " (median run)" if len(rows) > 1 else ""
-    joined = "; ".join(texts)
-    verdict = verdicts[0] if verdicts else "open"
-    return Finding(verdict, f"{text}{joined[0].upper()}{joined[1:]}{middle}.")
+        text += f" Odds {row['odds_ratio']:.2f} times those of others {within} {_between(row['low'], row['high'])}."
+        if row["within"] == "layers":
+            verdict = "yes" if row["low"] > 1 else "no" if row["high"] < 1 else "open"
+    return Finding(verdict, text)
 
 
 def _ratio(row: "pd.Series") -> Finding:
@@ -128,14 +126,6 @@ def _causal(table: "pd.DataFrame") -> list[Finding]:
     gain = np.asarray(off - on)
     clear = len(gain) > 2 and gain.mean() > 2 * gain.std(ddof=1) / math.sqrt(len(gain))
     return [Finding("yes" if clear and (off > control).mean() > 0.5 else "open", text)]
-
-
-def _middle(values: "pd.Series") -> float:
-    return float(values.median())
-
-
-def _times(value: float) -> str:
-    return "infinitely" if math.isinf(value) else f"{value:.2f} times"
 
 
 def _between(low: float, high: float) -> str:

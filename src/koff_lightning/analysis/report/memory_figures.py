@@ -75,7 +75,7 @@ def causal(found: Study) -> Figure | None:
         axes.bar(np.arange(len(table)) + (place - 1.5) * 0.2, gain, 0.2, color=colour, label=label)
     axes.set_xticks(range(len(table)), [f"{d}\n{n:.3g} back" for d, n in table["neurons"].items()])
     axes.axhline(0, color=BLACK, linewidth=0.8)
-    axes.set(ylabel="bits per byte gained, thousandths", title="Removed specialists put back")
+    axes.set(ylabel="gain, 0.001 bits per byte", title="Removed specialists put back")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     plain(axes)
     return figure

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
-import pandas as pd
 
 from koff_lightning.analysis.report import words
 from koff_lightning.analysis.report.findings import Finding
@@ -96,7 +95,8 @@ def _section(title: str, body: Sequence[str]) -> str:
 def _figure(name: str, figure: "Figure") -> str:
     about = words.words()["figures"][name]
     caption = f"<figcaption>{escape(about['caption'])}</figcaption>"
-    return f'<figure id="figure-{name}">\n{svg(figure, name, about["alt"])}\n{caption}\n</figure>\n'
+    drawn = svg(figure, name, about["alt"])
+    return f'<figure id="figure-{name}">\n<div class=scroll tabindex=0>{drawn}</div>\n{caption}\n</figure>\n'
 
 
 def svg(figure: "Figure", name: str, alt: str) -> str:
@@ -117,21 +117,34 @@ def svg(figure: "Figure", name: str, alt: str) -> str:
 def _table(found: Study, name: str) -> str:
     about, table = words.words()["tables"][name], found.tables[name]
     table = table[[column for column in about["columns"].split() or table if column in table]]
-    html = table.map(_cell).to_html(index=False, border=0, classes="figures", escape=True)
+    head = "".join(f"<th{_side(table[column].iloc[0])}>{escape(column)}</th>" for column in table)
+    lines = [
+        "".join(f"<td{_side(value)}>{_cell(value)}</td>" for value in line)
+        for line in table.itertuples(index=False, name=None)
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     folded = f"<summary>{escape(about['title'])} ({_several(len(table), 'line')})</summary>"
+    html = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return (
         f"<details{' open' if len(table) <= OPEN else ''}>{folded}<div class=scroll tabindex=0>{html}</div></details>\n"
     )
 
 
-def _cell(value: object) -> object:
+def _side(value: object) -> str:
+    """Words stand to the left, numbers to the right."""
+    return " class=word" if isinstance(value, str) else ""
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return escape(", ".join(map(str, value)))
     if not isinstance(value, float):
-        return "–" if value is None else value
-    if pd.isna(value):
+        return "–" if value is None else escape(str(value))
+    if math.isnan(value):
         return "–"
     if math.isinf(value):
         return "∞"
-    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _several(count: int, word: str) -> str:

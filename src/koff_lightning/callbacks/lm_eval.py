@@ -125,7 +125,7 @@ class LMEval(Callback):
                 )
 
     def _parts_of(self, spec: LMEvalTask, trainer: Trainer, module: KOFFModule) -> list[_Part]:
-        from koff_lightning.evaluation.harness import quiet
+        from koff_lightning.evaluation.lm_tasks import quiet
 
         if spec.domain not in module.domains:
             raise KoffError(
@@ -223,7 +223,7 @@ def _monitors(trainer: Trainer) -> list[str]:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keep lm-eval's bars and notices off the terminal, where the run shows its own."""
-    from koff_lightning.evaluation.harness import quiet
+    from koff_lightning.evaluation.lm_tasks import quiet
 
     with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield

@@ -55,7 +55,7 @@ def lm_eval(argv: list[str]) -> None:
     lm_tasks.check_batch_size(settings.batch_size, "lm-eval: batch_size")
     from koff_lightning.evaluation.lm_scores import show
 
-    with harness.quiet():
+    with lm_tasks.quiet():
         tasks = lm_tasks.load_tasks(settings.tasks, settings.include_path, settings.metadata)
     lm_tasks.check_counts(tasks, settings.limit, 1)
     model = harness.load_model(options.model, options.backbone, options.device, options.dtype)
@@ -147,9 +147,8 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, model: str, column: Col
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    from koff_lightning.evaluation.harness import quiet
     from koff_lightning.evaluation.lm_scores import plain
-    from koff_lightning.evaluation.lm_tasks import bundled_index
+    from koff_lightning.evaluation.lm_tasks import bundled_index, quiet
 
     where = settings.output_path and os.path.join(settings.output_path, column.name)
     tracker = EvaluationTracker(output_path=where)

@@ -4,10 +4,8 @@ Every option is a typed, documented argument of a class; nothing is decided here
 """
 
 import json
-import logging
 import signal
 import sys
-import warnings
 from contextlib import nullcontext, redirect_stdout, suppress
 from io import StringIO
 from traceback import walk_tb
@@ -39,6 +37,7 @@ from koff_lightning.commands.needs import needs_of, refuse_missing
 from koff_lightning.commands.offline import is_asked
 from koff_lightning.commands.option_values import refuse_meaningless
 from koff_lightning.commands.prepare import VerbTrainer, prepare
+from koff_lightning.commands.quiet_terminal import keep_the_terminal_quiet
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.errors import KoffError
@@ -187,7 +186,7 @@ def run(argv: list[str]) -> None:
     Raises:
         KoffError: Bad options or input, or an interrupted run.
     """
-    _keep_the_terminal_quiet()
+    keep_the_terminal_quiet()
     argv = [BARE.get(word.replace("_", "-"), word) for word in argv]
     allow_custom = SWITCH in argv
     argv, configs = find_configs(_with_text(argv) if argv[0] == "baseline" else argv)
@@ -280,24 +279,3 @@ def _default_loggers(root: str) -> list[Logger]:
     """Both in `root/version_N`, which is also where Lightning saves config.yaml and the checkpoints."""
     csv = CSVLogger(root, name="", version=new_version(root))
     return [csv, TensorBoardLogger(root, name="", version=csv.version)]
-
-
-def _keep_the_terminal_quiet() -> None:
-    """Hide what third parties say to developers; whatever a user can act on stays."""
-    for part in ("pytorch", "fabric"):  # advertisements
-        rank_zero = logging.getLogger(f"lightning.{part}.utilities.rank_zero")
-        rank_zero.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
-    if sys.warnoptions:  # the user asked for warnings with python -W
-        return
-    # LightningCLI calls old names of jsonargparse, which setup.cfg therefore keeps below 5.
-    warnings.filterwarnings("ignore", message=r"[\s\S]*(JsonargparseDeprecationWarning|removed in v5)")
-    # Lightning's use of torch.utils._pytree.
-    warnings.filterwarnings("ignore", message=r".*LeafSpec")
-    # The frozen backbone stays in eval mode on purpose.
-    warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training")
-    # torch.compile looks at the gradient of whatever a layer reads, as of the gates' values.
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    # A resumed run saves its checkpoints in a folder of its own.
-    warnings.filterwarnings("ignore", message="The dirpath has changed from")
-    # Text is tokenised before the run: workers would have nothing to do.
-    warnings.filterwarnings("ignore", message=r".*does not have many workers")

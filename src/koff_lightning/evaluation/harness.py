@@ -10,7 +10,6 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 import copy
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from koff_lightning.commands.generate import default_device, dense_of
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
-from koff_lightning.evaluation.lm_tasks import Loaded, check_version
+from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
 
 check_version()
 
@@ -256,15 +255,3 @@ def answers(lm: KoffLM, tasks: Loaded) -> list[float]:
     lm.check_finite()
     rows = [row for name in tasks["tasks"] for row in sorted(samples[name], key=lambda row: row["doc_id"])]
     return [float(row[next(metric for metric in MAIN if metric in row)]) for row in rows]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence lm-eval's log, which speaks to its developers; errors stay."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)

@@ -7,10 +7,12 @@ each, need nothing: their documents ship with the package (how they are made: re
 
 import difflib
 import json
+import logging
 import lzma
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +86,8 @@ def load_tasks(
     manager = _manager(tuple(given), include_path, json.dumps(dict(metadata or {}), default=str))
     wanted = [part for name in given for part in _matches(manager, name)]
     try:
-        return manager.load(list(dict.fromkeys(wanted)))
+        with quiet():
+            return manager.load(list(dict.fromkeys(wanted)))
     except KoffError:
         raise
     except Exception as error:  # whatever the data's own code does: datasets, hub, network, files
@@ -104,6 +107,18 @@ def _holds(index: "TaskManager", name: str) -> bool:
     entry = index.task_index.get(name) if isinstance(name, str) else None
     group = entry is not None and "group" in (entry.cfg or {})
     return entry is not None and all(_holds(index, child) for child in (entry.cfg.get("task", ()) if group else ()))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence lm-eval's log, which speaks to its developers; errors stay."""
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def bundled_index() -> "TaskManager":

@@ -26,7 +26,7 @@ FEW = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """Two seeds of a decomposition, the text that their config names, and a mask to compare with."""
     folder = tmp_path_factory.mktemp("analyze")
@@ -49,7 +49,7 @@ def analysed(capsys, *words: str) -> str:
     return said.out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(home):
     """Everything, with two seeds against another mask."""
     runs = ["--model", str(home / "run0"), "--model", str(home / "run1"), "--against", f"bare={home / 'bare'}"]
@@ -184,7 +184,7 @@ def test_bad_input_is_named(home, tmp_path, capsys):
 
     run0 = str(home / "run0")
     assert "give --model, an artefact or a checkpoint" in refused()
-    assert re.search(r"artefact '.*missing': no such folder. `koff export", refused("--model", str(home / "missing")))
+    assert "missing: no such run: give a checkpoint, or the folder" in refused("--model", str(home / "missing"))
     assert "no file or folder matches" in refused("--model", str(home / "none*"))
     assert "is a model without koff.json, so it is no artefact" in refused("--model", str(home / "dense"))
     assert "is given twice: two seeds are two runs" in refused("--model", run0, "--model", run0)

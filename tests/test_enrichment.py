@@ -161,7 +161,9 @@ def test_regression_finds_the_class_and_leaves_the_confounds():
     spared = logistic(removed & ~specific, specific, general, rates, importance, layer)
     assert "specific has no removed member" in spared.note
     assert "general" in set(spared.table["term"])
-    split = logistic(specific, specific, general, rates, importance, layer)
+    named = logistic(specific, specific, general, rates, importance, layer)
+    assert "specific has no kept member" in named.note
+    split = logistic(rates.mean(1) > 0.3, specific, general, rates, importance, layer)
     assert split.table.empty
     assert "no fit" in split.note
 
@@ -182,10 +184,10 @@ def test_the_ratio_of_two_ways_of_pruning():
     same = odds_ratio_ratio(eager, again, marked, layer, draws=300)
     assert same.low < 1 < same.high
     # Seeds that are all alike leave the chance of the neurons; unlike ones add to it.
-    alike = odds_ratio_ratio([eager[0]] * 5, [even[0]] * 5, marked, layer, draws=300)
+    alike = odds_ratio_ratio([eager[0]] * 5, [even[0]] * 5, marked, layer, draws=4000)
     assert alike.low < alike.ratio < alike.high
-    mixed = odds_ratio_ratio([*even[:2], *eager[:3]], [even[0]] * 5, marked, layer, draws=300)
-    assert math.log(mixed.high / mixed.low) > 1.2 * math.log(alike.high / alike.low)
+    mixed = odds_ratio_ratio([*even[:2], *eager[:3]], [even[0]] * 5, marked, layer, draws=4000)
+    assert math.log(mixed.high / mixed.low) > 1.1 * math.log(alike.high / alike.low)
     one = odds_ratio_ratio(eager, even[:1], marked, layer, draws=100)
     assert "1 seed of one way" in one.note
 

@@ -83,6 +83,8 @@ def _expanded(place: str) -> Sequence[Path]:
 
 def _of_run(path: Path) -> Path:
     """The artefact or checkpoint that a path stands for; what is neither is left to whoever reads it to refuse."""
+    if not path.exists():
+        raise KoffError(f"{path}: no such run: give a checkpoint, or the folder of a run or of an exported model")
     if not path.is_dir() or (path / MANIFEST).is_file():
         return path
     if (path / ARTEFACT / MANIFEST).is_file():

@@ -58,10 +58,11 @@ class Transfer:
             KoffError: Fewer than two memories.
         """
         from scipy.cluster.hierarchy import linkage
+        from scipy.spatial.distance import pdist
 
         if len(self.memories) < 2:
             raise KoffError(f"memories are grouped from two on; there is {', '.join(self.memories) or 'none'}")
-        return linkage(self.zscores().T.to_numpy(), method="average", optimal_ordering=True)
+        return linkage(pdist(self.zscores().T.to_numpy()), method="average", optimal_ordering=True)
 
     def order(self) -> list[str]:
         """The memories as the leaves of the tree lie, like ones beside each other."""

@@ -315,6 +315,28 @@ def test_the_second_step_without_gradients_stacks_nothing_and_reads_the_same(row
     assert torch.equal(memories.model(**plain_batch(3), use_cache=False).logits, first)
 
 
+@torch.no_grad()
+def test_an_adapter_that_all_rows_read_is_not_copied():
+    memories = mixed()
+    read(memories, ["both"] * 3)
+    adapted = [place for place in kept(memories) if isinstance(place, tuple)]
+    assert len(adapted) == 2 * 7
+    for linear, dtype in adapted:
+        (down, up, _), *_ = kept(memories)[linear, dtype]
+        halves = linear.lora_A["koff_both"].weight, linear.lora_B["koff_both"].weight
+        assert [down.data_ptr(), up.data_ptr()] == [half.data_ptr() for half in halves]
+
+
+@torch.no_grad()
+def test_a_given_adapter_lies_as_one_token_reads_it():
+    memories = mixed()
+    weights = memories.weights("both")
+    memories.add("again", memories.lora("both"), None, weights)
+    again = memories.weights("again")
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    assert all(again[name].mT.is_contiguous() for name in again if "lora_B" in name)
+
+
 def test_nothing_is_kept_with_gradients():
     memories = mixed()
     read(memories, ROWS)

@@ -132,19 +132,20 @@ class RoutedLinear(nn.Module):
         if matrices is None:
             return base
         down, up, scale = matrices
-        parts = down.shape[:-2]  # () or M or B
-        low = x.reshape(*parts, -1, x.shape[-1]) @ down  # [..., tokens, r]
+        if down.ndim == 2:  # by the operators of the base layer, whose code the processor still holds
+            added = F.linear(F.linear(x, down), up)
+            return torch.add(base, added, alpha=scale) if torch.is_grad_enabled() else base.add_(added, alpha=scale)
+        low = x.reshape(len(down), -1, x.shape[-1]) @ down.mT  # [M or B, tokens, r]
         if torch.is_grad_enabled() or base.dtype != up.dtype:  # the latter under autocast
-            return torch.add(base, (low @ up).view_as(base), alpha=scale)
-        added = base.view(*parts, -1, base.shape[-1])  # decoding waits for every call: add in place, in one
-        (added.baddbmm_ if parts else added.addmm_)(low, up, alpha=scale)
+            return base + (low @ up.mT).view_as(base)
+        base.view(len(down), -1, base.shape[-1]).baddbmm_(low, up.mT)  # decoding waits for every call
         return base
 
     def _matrices(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, float] | None, Sequence[Tensor]]:
-        """A, B and a factor of the current rows, A and B transposed, and what they come from that they do not show.
+        """A, B and a factor of the current rows, and what they come from that they do not show.
 
-        [in, r] and [r, out] when all rows read the same; else one of each per block [M, ...] or per row [B, ...].
-        The first is None when no memory has any here.
+        [r, in] and [out, r] when all rows read the same; else one of each per block [M, ...] or per row [B, ...], B
+        scaled and the factor 1. The first is None when no memory has any here.
         """
         routes = self.routes
         present = {
@@ -153,22 +154,23 @@ class RoutedLinear(nn.Module):
         sources = [weight for pair in present.values() for weight in pair]
         if not present:
             return None, sources
-        if routes.rows is None and not torch.is_grad_enabled():  # nothing is copied unless it has to be cast
+        if routes.rows is None:
             (down, up), scale = sources, self.scaling[routes.names[0]]
-            return (down.to(dtype).mT, up.to(dtype).mT, scale), () if down.dtype == up.dtype == dtype else sources
+            if torch.is_grad_enabled():  # B is smaller than what it makes
+                return (down.to(dtype), (up * scale).to(dtype), 1.0), sources
+            # Nothing is copied unless it has to be cast, so a change in place shows by itself.
+            return (down.to(dtype), up.to(dtype), scale), () if down.dtype == up.dtype == dtype else sources
         empty = sources[0].new_zeros(0, self.in_features), sources[0].new_zeros(self.out_features, 0)
         pairs = [present.get(name, empty) for name in routes.names]  # a memory without an adapter here is one of rank 0
         down = [pair[0] for pair in pairs]
         up = [pair[1] * self.scaling.get(name, 1.0) for name, pair in zip(routes.names, pairs, strict=True)]
-        if routes.rows is None:
-            return (down[0].to(dtype).mT, up[0].to(dtype).mT.contiguous(), 1.0), sources
         rank = max(w.shape[0] for w in down)
         a = torch.stack([_raised(w, 0, rank) for w in down]).to(dtype)  # [M, r, in]
         b = torch.stack([_raised(w, 1, rank) for w in up]).to(dtype)  # [M, out, r]
         if not routes.groups:
             index, reads = routes.rows.clamp(min=0), (routes.rows >= 0).to(dtype).view(-1, 1, 1)
             a, b = a[index], b[index] * reads  # [B, r, in], [B, out, r]; zeros for a row without a memory
-        return (a.mT, b.mT.contiguous(), 1.0), sources
+        return (a, b.mT.contiguous().mT, 1.0), sources
 
 
 def check_fit(linears: Mapping[str, nn.Module], rank: int, weights: Mapping[str, Tensor] | None) -> None:

@@ -9,7 +9,7 @@ from koff_lightning import KOFFModule
 from koff_lightning.cli import main as koff
 from koff_lightning.data import stream
 
-STEPS, CUT = 8, 4
+STEPS, CUT = 4, 2
 OPTIONS = ["--model.backbone=koff-tiny", "--config", "hardware/ddp.yaml", "--trainer.accelerator=cpu"]
 OPTIONS += ["--trainer.devices=2", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 OPTIONS += ["--trainer.precision=32-true", "--export.enabled=false"]

@@ -130,6 +130,7 @@ def little_at_a_time(monkeypatch, run_in):
     monkeypatch.setattr(stream, "PACK", 8)
 
 
+@pytest.mark.slow
 def test_a_source_that_stays_away_stops_a_streamed_run_which_goes_on_when_it_is_back(
     run_in, little_at_a_time, monkeypatch, capsys
 ):

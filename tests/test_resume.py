@@ -2,18 +2,13 @@
 
 import csv
 import errno
-import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-import streamed_ranks
 import torch
 import yaml
 from toy_text import toy_documents
@@ -130,6 +125,7 @@ def little_at_a_time(monkeypatch, run_in):
     monkeypatch.setattr(stream, "PACK", 8)
 
 
+@pytest.mark.slow
 def test_a_source_that_stays_away_stops_a_streamed_run_which_goes_on_when_it_is_back(
     run_in, little_at_a_time, monkeypatch, capsys
 ):
@@ -301,30 +297,3 @@ def test_last_without_any_checkpoint(run_in, capsys):
     assert "there is no checkpoint below runs/mine" in capsys.readouterr().err
     assert run_in("x", "--ckpt_path", "best") == 2
     assert "give a checkpoint file, or `last`" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_ranks_with_two_workers_each_stream_on_where_each_of_them_was(tmp_path):
-    """Real processes; what they were given, not what it trained, since the two runs are of different length."""
-    for seed, name in enumerate("ab"):
-        for i, text in enumerate(toy_documents(300, seed=seed)):
-            (tmp_path / f"{name}-{i}.txt").write_text(f"{name} {text}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, streamed_ranks.__file__]
-    both = [
-        subprocess.Popen(command, cwd=tmp_path, env=os.environ | place | {"WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=900) for rank in both] == [0, 0]
-    finally:
-        for rank in both:
-            rank.kill()
-    seen = [json.loads((tmp_path / f"seen.{rank}.json").read_text()) for rank in range(2)]
-    for rank in seen:
-        assert len(rank["whole"]) == 2 * streamed_ranks.STEPS
-        assert rank["begun"] + rank["rest"] == rank["whole"]
-    rows = [tuple(row) for rank in seen for row in rank["whole"]]
-    assert len(set(rows)) == len(rows), "no row comes twice"

@@ -26,6 +26,7 @@ from koff_lightning.gates import BackboneGates
 from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
 from koff_lightning.strategies import ReplicatedStrategy, ShardedStrategy
 
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # kept, since Lightning takes it away after a run
 DOMAINS = ["en", "law", "code"]
 STEPS = 10  # of two micro-batches each; tiny_trainer's phases: warm-up 0-1, ramp 2-4, hold 5-7, consolidation 8-9
 SAVED = 4  # step at which runs are saved, and from which others go on
@@ -185,9 +186,8 @@ def run(
     name: str, strategy: type, folder: Path, rank: int, resume: Path | None = None, precision="32-true", **options: Any
 ) -> KOFFModule:
     """A run of `fit` whose record, and checkpoint of step `SAVED`, go by `name`."""
-    world = int(os.environ["WORLD_SIZE"])
-    trainer = {"strategy": strategy(), "devices": world, "save": folder / name, "precision": precision}
-    module, steps = fit(folder, Rows(rank, world), resume, trainer, **options)
+    trainer = {"strategy": strategy(), "devices": WORLD, "save": folder / name, "precision": precision}
+    module, steps = fit(folder, Rows(rank, WORLD), resume, trainer, **options)
     torch.save(steps, folder / f"{name}.{rank}.pt")
     return module
 

@@ -228,7 +228,7 @@ def _time(run: _Run, counts: "Counts", given: float | None, peak: float) -> list
     if given is None and run.step.precision != "bf16-mixed":
         return [
             *lines,
-            f"no time told: --tflops is not given, and the table is for bf16-mixed, not {run.step.precision}",
+            f"no time told: give --tflops, since what is known of GPUs is for bf16-mixed, not {run.step.precision}",
         ]
     reached = given or peak * UTILISATION
     speed = reached * 1e12 * run.gpus / (flops / tokens)

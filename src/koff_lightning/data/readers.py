@@ -121,6 +121,8 @@ def _read_jsonl(path: Path, text_field: str, id_field: str, part: Part) -> Itera
                 yield number, line, None, f"not valid JSON ({error.msg} at column {error.colno})"
             except RecursionError:
                 yield number, line, None, "not usable JSON (nested too deeply)"
+            except ValueError:  # Python's limit
+                yield number, line, None, "not usable JSON (a number of thousands of digits)"
 
 
 def _read_csv(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
@@ -203,5 +205,5 @@ def _decode(raw: bytes, line: int) -> str:
 
 
 def _listed(names: Any) -> str:
-    names = [str(name) for name in names]
+    names = [repr(str(name))[1:-1] for name in names]
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none"

@@ -1,0 +1,50 @@
+"""A handful of the spoilt configs and corpora of recipes/reliability/fuzz.py, which runs a thousand of each."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from koff_lightning.cli import main
+
+FUZZ = Path(__file__).parents[1] / "recipes" / "reliability" / "fuzz.py"
+SMALL = "data: {domains: {de: bundled:de}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model: {kv: {slots: 4000000000}}", "kv.slots must be between 2 and 8192 .*; got 4000000000"),
+        ("model: {lora: {alpha: .inf}}", "lora.alpha must be positive and finite; got inf"),
+        ("model: {optim: null}", "model.optim must not be null: leave it out for its default"),
+        (
+            "model: {optim: {lora_lr: null}}",
+            "model.optim.lora_lr must not be null: leave it out for its default, 0.001",
+        ),
+        ("model: {loss: 0}", "model.loss must be a mapping of its options; got 0"),
+        ("anneal: null", "anneal must be a mapping of its options; got null"),
+        ("trainer: {devices: '', accelerator: cpu}", "`devices` selected with `CPUAccelerator` should be an int > 0."),
+    ],
+)
+def test_values_that_the_types_let_pass(tmp_path, capsys, text, line):
+    (tmp_path / "c.yaml").write_text(f"{SMALL}{text}\n")
+    assert main(["fit", "--config", str(tmp_path / "c.yaml")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert re.match(f"koff: {line}", said[-1])
+    assert sum(part.startswith("koff: ") for part in said) == 1
+
+
+def fuzz(tmp_path, kind, first, cases):
+    command = [sys.executable, str(FUZZ), "--kind", kind, "--first", str(first), "--cases", str(cases)]
+    done = subprocess.run(
+        [*command, "--faults", str(tmp_path)], capture_output=True, text=True, errors="replace", check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "first", "cases"), [("configs", 0, 24), ("corpora", 1, 24)])
+def test_two_dozen_cases(tmp_path, kind, first, cases):
+    fuzz(tmp_path, kind, first, cases)

@@ -36,6 +36,16 @@ def test_values_that_the_types_let_pass(tmp_path, capsys, text, line):
     assert sum(part.startswith("koff: ") for part in said) == 1
 
 
+def test_no_steps_are_logged(tmp_path):
+    options = "trainer: {log_every_n_steps: 0, accelerator: cpu, max_steps: 2, enable_progress_bar: false}\n"
+    data = "data: {domains: {de: bundled:de}, seq_len: 64, max_train_bytes: 20000, max_heldout_bytes: 1500}\n"
+    saving = "checkpoint: {every_n_train_steps: 1}\nexport: {enabled: false}\n"
+    (tmp_path / "c.yaml").write_text(options + data + saving)
+    root = f"--trainer.default_root_dir={tmp_path / 'run'}"
+    assert main(["fit", "--config", str(tmp_path / "c.yaml"), root]) == 0
+    assert (tmp_path / "run/results.json").is_file()
+
+
 def fuzz(tmp_path, kind, first, cases):
     command = [sys.executable, str(FUZZ), "--kind", kind, "--first", str(first), "--cases", str(cases)]
     done = subprocess.run(

@@ -108,6 +108,7 @@ BAD_LINES = {
     b'{"text": 3}': r"a\.jsonl:2: field 'text' should be text, got int",
     b'{"text": null}': r"a\.jsonl:2: field 'text' should be text, got null",
     b'{"text": "\xff"}': r"a\.jsonl:2: not valid UTF-8",
+    b'{"text": "x", "i\xffd": "lost"}': r"a\.jsonl:2: not valid UTF-8",
     b'{"text": "\\ud800"}': r"a\.jsonl:2: not valid UTF-8",
     b'{"text": "x", "id": "\\ud800"}': r"a\.jsonl:2: not valid UTF-8",
     b'{"text": ' + b"1" * 5_000 + b"}": r"a\.jsonl:2: not usable JSON \(a number of thousands of digits\)",

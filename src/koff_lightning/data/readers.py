@@ -116,7 +116,9 @@ def _read_jsonl(path: Path, text_field: str, id_field: str, part: Part) -> Itera
             if number not in part:
                 continue
             try:
-                yield number, line, json.loads(_decode(raw.rstrip(), line)), None
+                yield number, line, json.loads(_decode(raw.rstrip(), line, errors="strict")), None
+            except UnicodeDecodeError:
+                yield number, line, None, "not valid UTF-8"
             except json.JSONDecodeError as error:
                 yield number, line, None, f"not valid JSON ({error.msg} at column {error.colno})"
             except RecursionError:
@@ -199,9 +201,9 @@ def _open_zstandard(path: Path) -> BinaryIO:
     return zstandard.open(path, "rb")
 
 
-def _decode(raw: bytes, line: int) -> str:
+def _decode(raw: bytes, line: int, errors: str = "surrogateescape") -> str:
     """Decode, keeping undecodable bytes as surrogates for `as_document` to find; Windows puts a mark before line 1."""
-    return raw.decode("utf-8-sig" if line == 1 else "utf-8", errors="surrogateescape")
+    return raw.decode("utf-8-sig" if line == 1 else "utf-8", errors=errors)
 
 
 def _listed(names: Any) -> str:

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench notebooks clean
+.PHONY: help install demo test test-all lint audit hashes bench notebooks clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -35,6 +35,13 @@ lint: .venv/installed ## check style, sizes and the one-way imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+audit: .venv/installed ## look for known-bad releases: installed, pinned, allowed
+	$(BIN)/python recipes/supply_chain/audit.py
+
+hashes: ## write constraints-hashed.txt anew from constraints.txt (needs uv)
+	uv pip compile --no-config --generate-hashes --no-deps --no-annotate --no-header --quiet \
+		--python-version 3.11 constraints.txt -o constraints-hashed.txt
 
 bench: .venv/installed ## cost of a training step against LoRA alone; speed of exported models
 	$(BIN)/python -m koff_lightning.commands.bench

@@ -111,8 +111,11 @@ BAD_LINES = {
     b'{"text": 3}': r"a\.jsonl:2: field 'text' should be text, got int",
     b'{"text": null}': r"a\.jsonl:2: field 'text' should be text, got null",
     b'{"text": "\xff"}': r"a\.jsonl:2: not valid UTF-8",
+    b'{"text": "x", "i\xffd": "lost"}': r"a\.jsonl:2: not valid UTF-8",
     b'{"text": "\\ud800"}': r"a\.jsonl:2: not valid UTF-8",
     b'{"text": "x", "id": "\\ud800"}': r"a\.jsonl:2: not valid UTF-8",
+    b'{"text": ' + b"1" * 5_000 + b"}": r"a\.jsonl:2: not usable JSON \(a number of thousands of digits\)",
+    b'{"a\xc2\x85b": 1}': r"a\.jsonl:2: no field 'text', only a.x85b: set text_field",
     b"[" * 100_000: r"a\.jsonl:2: not (usable|valid) JSON",
     b'{"text": "x", "n": ' + b"1" * 5000 + b"}": r"a\.jsonl:2: not usable JSON \(a number of thousands of digits\)",
 }

@@ -83,11 +83,14 @@ def small_backbone(folder: Path) -> str:
 
 
 class Running:
-    """A case in a fork of this process, which is asked to end after `limit` seconds and ended after some more."""
+    """A case in a fork of this process.
+
+    It is asked to end after `limit` seconds of the processor, or fifteen times as many of the clock, and then killed.
+    """
 
     def __init__(self, case: Case, folder: Path, limit: float) -> None:
         self.case, self.folder, self.since = case, folder, time.monotonic()
-        self.until, self.asked = self.since + limit, False
+        self.limit, self.until, self.asked = limit, self.since + 15 * limit, False
         folder.mkdir(parents=True)
         for name, content in case.files.items():
             (folder / name).write_bytes(content)
@@ -95,10 +98,14 @@ class Running:
         if not self.child:
             _be(folder)
 
+    def _processor_seconds(self) -> float:
+        fields = Path(f"/proc/{self.child}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def outcome(self) -> Outcome | None:
         """What came of it, once it has ended."""
         done, status = os.waitpid(self.child, os.WNOHANG)
-        if not done and time.monotonic() < self.until:
+        if not done and time.monotonic() < self.until and (self.asked or self._processor_seconds() < self.limit):
             return None
         if not done and not self.asked:
             os.kill(self.child, signal.SIGTERM)
@@ -219,7 +226,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=120, help="seconds for a case")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of the processor for a case")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--faults", type=Path, default=Path("faults"), help="folder for what went wrong")
     options = parser.parse_args()

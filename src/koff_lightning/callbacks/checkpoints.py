@@ -48,7 +48,8 @@ class ContinuedLog(Callback):
         """Keep where the rows are, the row that is to come if one is due, and whether validation is."""
         files = [logger.experiment.metrics_file_path for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         row = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
-        due = trainer.global_step % trainer.log_every_n_steps == 0
+        every = trainer.log_every_n_steps  # 0: never
+        due = every > 0 and trainer.global_step % every == 0
         checkpoint["log"] = {
             "file": files[0] if files else None,
             "row": row | {"epoch": trainer.current_epoch} if due else {},

@@ -10,18 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from koff_lightning import __version__
+from koff_lightning.commands.known_bad import KNOWN_BAD
 from koff_lightning.errors import KoffError
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "lm-eval", "jsonargparse", "safetensors")
-# What a release does, by name and number: these are not imported. `pip install` excludes them (setup.cfg); a mirror, a
-# cache or another project's requirements may bring them all the same.
-BAD_RELEASES = {
-    "lightning": {
-        "2.6.2": "steals credentials when imported (GHSA-w37p-236h-pfx3)",
-        "2.6.3": "steals credentials when imported (GHSA-w37p-236h-pfx3)",
-    },
-}
-BAD_RELEASES["pytorch-lightning"] = BAD_RELEASES["lightning"]
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 CACHES = {"HF_HOME": "~/.cache/huggingface", "KOFF_CACHE": "~/.cache/koff"}
 TIMEOUT = 60  # seconds until two processes that should talk to each other are given up
@@ -65,11 +57,8 @@ def doctor(skip_processes: bool = False) -> None:
 
 def bad_releases() -> list[str]:
     """The known-bad releases that are installed, by their metadata alone."""
-    return [
-        f"{name} {_version(name)} {fault}"
-        for name, releases in BAD_RELEASES.items()
-        if (fault := releases.get(_version(name)))
-    ]
+    installed = [(bad, _version(bad.name)) for bad in KNOWN_BAD]
+    return [bad.line(found) for bad, found in installed if found != "missing" and bad.has(found)]
 
 
 def _version(name: str) -> str:

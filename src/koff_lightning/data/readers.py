@@ -118,13 +118,15 @@ def _read_jsonl(path: Path, text_field: str, id_field: str, part: Part) -> Itera
             if number not in part:
                 continue
             try:
-                yield number, line, json.loads(_decode(raw.rstrip(), line)), None
+                yield number, line, json.loads(_decode(raw.rstrip(), line, errors="strict")), None
+            except UnicodeDecodeError:
+                yield number, line, None, "not valid UTF-8"
             except json.JSONDecodeError as error:
                 yield number, line, None, f"not valid JSON ({error.msg} at column {error.colno})"
-            except ValueError:
-                yield number, line, None, "not usable JSON (a number of thousands of digits)"
             except RecursionError:
                 yield number, line, None, "not usable JSON (nested too deeply)"
+            except ValueError:  # Python's limit
+                yield number, line, None, "not usable JSON (a number of thousands of digits)"
 
 
 def _read_csv(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
@@ -195,11 +197,11 @@ def _open(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _decode(raw: bytes, line: int) -> str:
+def _decode(raw: bytes, line: int, errors: str = "surrogateescape") -> str:
     """Decode, keeping undecodable bytes as surrogates for `as_document` to find; Windows puts a mark before line 1."""
-    return raw.decode("utf-8-sig" if line == 1 else "utf-8", errors="surrogateescape")
+    return raw.decode("utf-8-sig" if line == 1 else "utf-8", errors=errors)
 
 
 def _listed(names: Any) -> str:
-    names = [str(name) for name in names]
+    names = [repr(str(name))[1:-1] for name in names]
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none"

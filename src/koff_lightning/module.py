@@ -52,7 +52,7 @@ class KOFFModule(Decomposition):
         revision: Branch, tag or commit of a hub model.
         dtype: Torch dtype of the frozen weights; what is trained stays fp32.
         activation_checkpointing: Recompute activations in the backward to save memory.
-        compile: Backend of torch.compile for each layer, such as inductor; null for none.
+        compile: Backend of torch.compile for each layer, such as inductor (an experiment); null for none.
         trust_remote_code: Allow code from the model repository to run.
     """
 

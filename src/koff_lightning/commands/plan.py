@@ -210,8 +210,10 @@ def _advice(run: _Run, room: float) -> list[str]:
             f"take {more}shorter rows (data.seq_len), smaller memories (model.lora.rank, model.kv.slots) or a smaller "
             "model"
         ]
-    rows = int(1 + (room - least) / max(1.0, most - least) * (run.step.rows - 1))  # a straight line lies above
-    run, before = replace(run, step=replace(run.step, rows=rows)), run.step.rows
+    rows, before = int(1 + (room - least) / max(1.0, most - least) * (run.step.rows - 1)), run.step.rows
+    while rows > 1 and needs(replace(run, step=replace(run.step, rows=rows))) > room:
+        rows -= 1  # a straight line from one row to all is a first guess
+    run = replace(run, step=replace(run.step, rows=rows))
     words += [f"--data.batch_size={rows}", f"--trainer.accumulate_grad_batches={-(-before * run.accumulate // rows)}"]
     return _change(words, needs(run))
 

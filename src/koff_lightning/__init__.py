@@ -6,6 +6,10 @@ The public door. Names are imported when first used (PEP 562); the model types t
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 __version__ = "0.1.0"
 
@@ -36,6 +40,13 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def load_ipython_extension(shell: "InteractiveShell") -> None:
+    """Make the line magic `%koff` known: `%load_ext koff_lightning` in a notebook calls this."""
+    from koff_lightning.notebook import load
+
+    load(shell)
 
 
 def _is_command() -> bool:

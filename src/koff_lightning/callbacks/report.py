@@ -216,7 +216,7 @@ def what_was_saved(trainer: Trainer) -> str:
 def print_figures(trainer: Trainer, figures: results.Figures) -> None:
     """The table and what stands below it, on rank 0."""
     if trainer.is_global_zero:
-        console = get_console() if get_console().is_terminal else Console(width=100)
+        console = get_console() if get_console().is_terminal else Console(width=100, force_jupyter=False)
         console.print(results.table(figures))
         for line in results.sentences(figures):
             console.print(line, highlight=False, soft_wrap=True)

@@ -169,7 +169,7 @@ def _side_by_side(
         for name in columns:
             table.add_column(name, ratio=1, overflow="fold")
         table.add_row(*(Text(texts[row]) for texts in columns.values()))
-        Console().print(table)
+        Console(force_jupyter=False).print(table)
 
 
 def dense_of(model: "DecomposedModel") -> "PreTrainedModel":

@@ -31,7 +31,7 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
     manifest = read_manifest(path)
     if verify:
         _verify(path, manifest)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # in a notebook too plain text
     for line in [*_about(manifest), *_sizes(path, manifest), *_shares(manifest), *_parameters(manifest)]:
         console.print(line, markup=False)
     _layers(console, manifest)

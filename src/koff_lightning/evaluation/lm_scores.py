@@ -51,7 +51,7 @@ def table(columns: Mapping[str, Scores]) -> Table:
 
 def show(columns: Mapping[str, Scores]) -> None:
     """Print the table, in full where no terminal limits its width."""
-    console = get_console() if get_console().is_terminal else Console(width=60 + 20 * len(columns))
+    console = get_console() if get_console().is_terminal else Console(width=60 + 20 * len(columns), force_jupyter=False)
     console.print(table(columns))
 
 

@@ -1,0 +1,38 @@
+"""`%koff` in a notebook: the command as one types it in a terminal, run in the notebook's own process.
+
+After `%load_ext koff_lightning`, `%koff inspect runs/demo/artifact` is `koff inspect runs/demo/artifact`.
+"""
+
+import logging
+import shlex
+
+import rich
+from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
+from transformers.utils.logging import disable_progress_bar
+
+from koff_lightning.cli import main
+
+
+def load(shell: InteractiveShell) -> None:
+    """Make `%koff` known, and keep out of the notebook what would be saved with it and help nobody.
+
+    A run prints plain lines as into a file, since of a live bar only its last state would be saved. The states of
+    transformers' loading bars and Lightning's word on seeds and devices are left out.
+    """
+    shell.register_magic_function(koff, "line", "koff")
+    rich.reconfigure(force_jupyter=False)
+    disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def koff(line: str) -> None:
+    """Run `koff` with the words of the line, split as a shell splits them.
+
+    Raises:
+        UsageError: The command failed, so that the cell, and a notebook that is run from top to bottom, stops here.
+            What was wrong the command has said itself.
+    """
+    if status := main(shlex.split(line)):
+        raise UsageError(f"koff ended with status {status}")

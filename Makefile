@@ -48,8 +48,7 @@ bench: .venv/installed ## cost of a training step against LoRA alone; speed of e
 	$(BIN)/koff bench serve
 
 notebooks: .venv/notebooks-installed ## run every notebook from top to bottom
-	@ls notebooks/*.ipynb >/dev/null 2>&1 || echo "no notebooks yet: see notebooks/README.md"
-	@! ls notebooks/*.ipynb >/dev/null 2>&1 || $(BIN)/python -m pytest --nbmake notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --durations=0 notebooks
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -4,8 +4,10 @@ After `%load_ext koff_lightning`, `%koff inspect runs/demo/artifact` is `koff in
 """
 
 import logging
+import os
 import shlex
 
+import lightning.pytorch  # noqa: F401 (sets its loggers' levels when it is imported, so that must be over)
 import rich
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
@@ -17,10 +19,12 @@ from koff_lightning.cli import main
 def load(shell: InteractiveShell) -> None:
     """Make `%koff` known, and keep out of the notebook what would be saved with it and help nobody.
 
-    A run prints plain lines as into a file, since of a live bar only its last state would be saved. The states of
-    transformers' loading bars and Lightning's word on seeds and devices are left out.
+    A run prints plain lines as into a file: of a live bar only the last state would be saved, and colours, which
+    ipykernel asks for by FORCE_COLOR, would be saved as escape codes. The states of transformers' loading bars and
+    Lightning's word on seeds and devices are left out.
     """
     shell.register_magic_function(koff, "line", "koff")
+    os.environ.pop("FORCE_COLOR", None)
     rich.reconfigure(force_jupyter=False)
     disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 from tiny_run import Batches, RandomText, tiny_module, tiny_trainer
 
 from koff_lightning import KoffError, SparsitySpec
+from koff_lightning.backbone import attention_modules
 from koff_lightning.callbacks import GradientCoverage
 
 
@@ -56,8 +57,8 @@ def test_a_run_without_a_mask_passes(tmp_path):
 
 def test_a_detached_kv_memory_is_named(tmp_path):
     def detach(module):
-        read = module.memories.read
-        module.memories.read = lambda layer: _detached(read(layer))
+        for attention in attention_modules(module.backbone):
+            attention.koff_memory = _detached(attention.koff_memory)
 
     with pytest.raises(
         KoffError, match=r"'warmup'.*8 have no usable gradient: memories\.kv\.koff_en\S* \(none\).*more"
@@ -65,14 +66,17 @@ def test_a_detached_kv_memory_is_named(tmp_path):
         fit(tmp_path, At(0, detach))
 
 
-def _detached(memory):
-    return memory and replace(memory, key=memory.key.detach(), value=memory.value.detach())
+def _detached(read):
+    def detached():
+        memory = read()
+        return memory and replace(memory, key=memory.key.detach(), value=memory.value.detach())
+
+    return detached
 
 
 def test_one_unread_layer_is_named(tmp_path):
     def unread(module):
-        read = module.memories.read
-        module.memories.read = lambda layer: None if layer == 1 else read(layer)
+        attention_modules(module.backbone)[1].koff_memory = lambda: None
 
     with pytest.raises(KoffError, match=r"4 have no usable gradient: memories\.kv\.koff_en\.\w+\.1 \(none\)"):
         fit(tmp_path, At(0, unread))

@@ -255,7 +255,7 @@ def test_a_memory_larger_than_the_text_is_refused(text):
         ({"max_heldout_bytes": 0}, "data.max_heldout_bytes must be 1 or more"),
         ({"max_train_bytes": -5}, "data.max_train_bytes must be 1 or more"),
         ({"on_bad_line": "ignore"}, "data.on_bad_line must be 'fail' or 'skip', got 'ignore'"),
-        ({"num_workers": -1}, "data.num_workers must be 0 or more"),
+        ({"num_workers": -1}, "data.num_workers must lie between 0 and 1024, got -1"),
         ({"seed": -1}, "data.seed must be 0 or more"),
         ({"names": "a b"}, "domain name ' ' is not safe as a file name"),
     ],

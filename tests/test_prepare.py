@@ -1,5 +1,7 @@
 """`koff prepare`, the cache of tokenised text, and --offline: real commands, concurrent builders, what is missing."""
 
+import errno
+import json
 import os
 import resource
 import signal
@@ -18,7 +20,7 @@ from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.cli import main
 from koff_lightning.commands import needs, offline
-from koff_lightning.data import DomainDataModule, DomainSource
+from koff_lightning.data import DomainDataModule, DomainSource, cache
 from koff_lightning.data import datamodule as module
 from koff_lightning.data.cache import DomainRows, TokenCache
 from koff_lightning.data.packing import TokenStream, pack
@@ -138,6 +140,10 @@ def test_whatever_the_rows_depend_on_is_part_of_the_key(text, tmp_path):
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes((text / "a.jsonl").read_bytes())
     assert data._key(DomainSource(str(moved))) in keys
+    for name in ("moved.txt", "moved.csv", "moved.jsonl.zst"):  # the same bytes, read in another way
+        keys.add(data._key(DomainSource(str(moved.rename(tmp_path / name)))))
+        moved = tmp_path / name
+    assert len(keys) == 2 + len(others) + len(sources) + 3
 
 
 def test_a_changed_file_is_noticed(text, tmp_path):
@@ -151,12 +157,13 @@ def test_a_changed_file_is_noticed(text, tmp_path):
     assert data.stored(data.sources["a"]) is None
 
 
-@pytest.mark.parametrize("fault", ["cut", "gone", "unlisted"])
+@pytest.mark.parametrize("fault", ["cut", "gone", "unlisted", "mislisted"])
 def test_a_damaged_entry_says_so_and_is_made_anew(text, fault):
     prepared(text)
     data = data_of(text)
-    for file in data.cache.folder.glob("*/entry.json" if fault == "unlisted" else "*/train/tokens.npy"):
-        file.unlink() if fault == "gone" else file.write_bytes(file.read_bytes()[:200])
+    for file in data.cache.folder.glob("*/entry.json" if "listed" in fault else "*/train/tokens.npy"):
+        content = b'{"lengths.npy": 5}' if fault == "mislisted" else file.read_bytes()[:200]
+        file.unlink() if fault == "gone" else file.write_bytes(content)
     with pytest.raises(KoffError, match=r"tokenised text in .* is damaged \(.*: `koff prepare` .* makes it anew"):
         data.setup()
     assert prepared(text) == {"a": True, "b": True}
@@ -170,6 +177,21 @@ def test_preparing_again_finds_one_wrong_byte(text):
     content[-1] ^= 1
     file.write_bytes(content)
     assert sorted(prepared(text).values()) == [False, True]
+
+
+def test_damaged_notes_of_digests_are_made_anew(text):
+    prepared(text)
+    notes = data_of(text).cache.folder / "digests.json"
+    notes.write_text(json.dumps({name: seen[:2] for name, seen in json.loads(notes.read_text()).items()}))
+    assert prepared(text) == {"a": False, "b": False}
+
+
+def test_a_file_system_without_locks_will_do(text, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(cache, "fcntl", SimpleNamespace(LOCK_EX=2, flock=flock))
+    assert prepared(text) == {"a": True, "b": True}
 
 
 def test_streamed_text_is_not_prepared(text):

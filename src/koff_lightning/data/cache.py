@@ -1,9 +1,9 @@
 """Tokenised text on disk: made once by `koff prepare`, then mapped into memory by every run that wants just this.
 
-An entry's name is a hash of all that its content depends on: the bytes of the files, how they are read and split, the
-tokenizer, the length of rows, the release of this package. It appears in full or not at all, and a second builder of
-the same entry waits for the first. Its files are listed in it with size and hash: runs look at the sizes; `koff
-prepare` reads them through and makes a damaged entry anew.
+An entry's name is a hash of all that its content depends on: the bytes of the files and their format, how they are
+read and split, the tokenizer, the length of rows, the release of this package. It appears in full or not at all, and a
+second builder of the same entry waits for the first. Its files are listed in it with size and hash: runs look at the
+sizes; `koff prepare` reads them through and makes a damaged entry anew.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from koff_lightning import __version__
 from koff_lightning.artefact.new_folder import new_folder
 from koff_lightning.data.packing import PackedRows, TokenStream, pack, tokenize
+from koff_lightning.data.readers import format_of
 from koff_lightning.data.sources import DomainSource, bundled_file, expand_files
 from koff_lightning.data.split import Texts
 from koff_lightning.errors import KoffError
@@ -105,19 +106,19 @@ class TokenCache:
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _digests(self, files: list[Path]) -> list[str]:
-        """SHA-256 of each file; read again only where size or time of change are others than when last read."""
+    def _digests(self, files: list[Path]) -> list[list[str]]:
+        """Format, suffix and SHA-256 of each file; the last read again only where size or time of change are others."""
         known, new, found = _json(self.folder / DIGESTS), {}, []
         for file in files:
             name = str(file.resolve())
             try:
                 stat = file.stat()
                 seen = known.get(name)
-                if not (isinstance(seen, list) and seen[:2] == [stat.st_size, stat.st_mtime_ns]):
+                if not (isinstance(seen, list) and len(seen) == 3 and seen[:2] == [stat.st_size, stat.st_mtime_ns]):
                     new[name] = seen = [stat.st_size, stat.st_mtime_ns, _sha256(file)]
             except OSError as error:
                 raise KoffError(f"cannot read {file}: {error.strerror or error}") from error
-            found.append(seen[2])
+            found.append([format_of(file), file.suffix, seen[2]])
         if new and self.folder.is_dir():
             self._remember(known | new)
         return found
@@ -181,7 +182,7 @@ class TokenCache:
         """Whether every byte of an entry is as it was written."""
         try:
             _check(self.folder / key, lambda file, size, digest: _sha256(file) == digest)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return False
         return True
 
@@ -194,8 +195,9 @@ class TokenCache:
         except OSError as error:
             raise KoffError(f"cannot write {self.folder}: {error.strerror or error}") from error
         try:
-            if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            with suppress(OSError):  # a file system without locks: two builders may both do the work
+                if fcntl:
+                    fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)

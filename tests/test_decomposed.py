@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -117,6 +118,28 @@ def test_what_decoding_stacks_is_kept_for_the_same_rows_and_no_longer(made, monk
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [["de"] * 4, ROWS], ids=["one", "mixed"])
+@torch.no_grad()
+def test_nothing_stacked_outlives_its_tensors(made, rows):
+    ids, mask = left_padded()
+
+    def logits(model, fresh=False):
+        if fresh:
+            model.memories.routes.set((), [], ids.device)
+        return model(ids, mask, domains=rows).logits
+
+    first = load_decomposed(made.folder)
+    before = logits(first)
+    second = deepcopy(first)
+    for parameter in second.memories.parameters():
+        parameter.mul_(0.5)
+    halved = logits(second)
+    torch.testing.assert_close(halved, logits(second, fresh=True))
+    assert (halved - before).abs().max() > 0.01
+    first.load_state_dict({name: value.clone() for name, value in second.state_dict().items()}, assign=True)
+    torch.testing.assert_close(logits(first), halved)
+
+
 def test_packed_documents_stay_apart(model):
     ids = torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(3))
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]])

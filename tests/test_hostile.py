@@ -142,7 +142,7 @@ def test_secrets_stay_at_home():
         "data": {
             "tokenizer": "koff-tiny",
             "url": "https://me:hunter2@host/x?sig=abc&page=2",
-            "n": [1, "hf_abcdefghij"],
+            "n": [1, "hf_abcdefghijklmnopqrstuv"],
         },
     }
     assert without_secrets(config) == {
@@ -155,6 +155,7 @@ def test_secrets_stay_at_home():
         "data": {"tokenizer": "koff-tiny", "url": "https://(removed)@host/x?(removed)&page=2", "n": [1, "(removed)"]},
     }
     assert without_secrets(None) is None
+    assert without_secrets("corpora/hf_datasets_of_mine/de.jsonl") == "corpora/hf_datasets_of_mine/de.jsonl"
 
 
 def test_secrets_are_in_nothing_that_a_run_leaves(here, monkeypatch, capsys):

@@ -71,6 +71,7 @@ def test_compiled_layers_change_nothing(run, plain, checkpointing):
 
 @pytest.mark.slow
 @looks_at_gradients
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor translates to C++")
 def test_nor_do_layers_that_inductor_has_translated(run, plain):
     assert_same(run(model__compile="inductor"), plain)
@@ -81,6 +82,7 @@ def test_layers_are_compiled_with_the_backend_that_was_named(tmp_path):
     ids = torch.arange(12)[None]
     before = model(input_ids=ids).logits
     seen = []
+    torch._dynamo.reset()  # of what other tests have compiled
     torch._dynamo.register_backend(lambda graph, _: seen.append(graph) or graph.forward, name="koff_test")
     compile_layers(model, "koff_test")
     torch.testing.assert_close(model(input_ids=ids).logits, before)

@@ -41,6 +41,8 @@ def recomputed(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     layers = decoder_layers(model) if wanted else []
     for layer in layers:
         layer.training = True  # the flag of the layer itself: its parts stay in eval mode
-    yield
-    for layer in layers:
-        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False

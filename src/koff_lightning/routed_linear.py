@@ -32,6 +32,10 @@ class Routes:
         self.groups = 0  # blocks of consecutive rows that share a memory, when all blocks are equally long; else 0
         self._kept: dict[Hashable, tuple[object, Sequence[Tensor], Sequence[int]]] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy of a model has tensors of its own: nothing that was kept holds for them."""
+        return self.__dict__ | {"_kept": {}}
+
     def set(self, names: tuple[str, ...], order: list[int], device: torch.device) -> None:
         """Put other rows in force and let go of what was stacked for the last ones."""
         self._kept.clear()

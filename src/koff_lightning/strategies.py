@@ -46,6 +46,7 @@ class _Averaging(Strategy):
     def on_train_start(self) -> None:
         """Note SIGTERM from here on, in place of Lightning's handler, which it puts back itself at the end."""
         super().on_train_start()
+        self._asked = False
 
         def note(*_: object) -> None:
             self._asked = True

@@ -222,6 +222,11 @@ class DecomposedModel(nn.Module):
         self._reading = [], None  # what was stacked stays behind when the model moves
         return super()._apply(*args, **kwargs)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; with `assign=True` tensors are replaced, and what was stacked is of the old ones."""
+        self._reading = [], None
+        return super().load_state_dict(*args, **kwargs)
+
     def _check_loaded(self, domains: Sequence[str | None]) -> None:
         if missing := [name for name in domains if name is not None and name not in self.memories.domains]:
             raise KoffError(f"domain {missing[0]!r} is not loaded; loaded: {_listed(self.domains)}")

@@ -14,4 +14,4 @@ def switch_off() -> None:
 
 def is_asked() -> bool:
     """Whether this process, or the one that started it, was given `--offline`."""
-    return ASKED in os.environ
+    return os.environ.get(ASKED, "0") not in ("", "0")

@@ -63,6 +63,7 @@ BARE = {  # words without a value, and what the parser takes for them
     "--dry-run": "--trainer.fast_dev_run=2",
     "--prefetch-only": "--prefetch_only=true",
     "--no-score": "--score=false",
+    SWITCH: SWITCH,
 }
 
 

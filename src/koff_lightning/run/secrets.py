@@ -9,7 +9,7 @@ from typing import Any
 REMOVED = "(removed)"
 _NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?|auth)($|_)", re.IGNORECASE)
 _TEXT = re.compile(
-    r"\b(hf_|sk-|ghp_|AKIA)\w{8,}|(?<=://)[^/@\s]+(?=@)|(?<=[?&])(?i:[\w-]*(sig|token|key)[\w-]*)=[^&\s]+"
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|AKIA\w{12,})|(?<=://)[^/@\s]+(?=@)|(?<=[?&])(?i:[\w-]*(sig|token|key)[\w-]*)=[^&\s]+"
 )
 _SET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # in the environment
 

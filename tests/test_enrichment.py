@@ -222,6 +222,15 @@ def test_runs_are_pooled():
     assert math.log(thrice.high / thrice.low) == pytest.approx(math.log(one.mh_high / one.mh_low), rel=0.25)
 
 
+def test_three_seeds_that_differ_leave_at_least_their_t_interval():
+    marked, layer = drawn(0, 1.0)[1:]
+    masks = [drawn(seed, odds)[0] for seed, odds in enumerate((1.0, 4.0, 16.0))]
+    logs = np.log([enrichment(mask, marked, layer, draws=1).mh_odds_ratio for mask in masks])
+    found = odds_of_runs(masks, marked, layer, draws=1000)
+    with_replacement = 2 * 1.96 * logs.std() / math.sqrt(3)  # what drawing seeds with replacement would leave
+    assert math.log(found.high / found.low) > 1.8 * with_replacement
+
+
 def test_overlap_against_chance():
     random = np.random.default_rng(0)
     layer = np.repeat([0, 1], [300, 700])

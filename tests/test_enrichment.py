@@ -222,6 +222,19 @@ def test_runs_are_pooled():
     assert math.log(thrice.high / thrice.low) == pytest.approx(math.log(one.mh_high / one.mh_low), rel=0.25)
 
 
+def test_three_seeds_that_differ_leave_about_their_t_interval():
+    from scipy import stats
+
+    marked, layer = drawn(0, 1.0)[1:]
+    base, masks = np.array([0.1, 0.2, 0.4])[layer], []
+    for seed, odds in ((30, 1.0), (31, 3.0), (32, 9.0)):
+        chance = base / (1 - base) * np.where(marked, odds, 1.0)
+        masks.append(np.random.default_rng(seed).random(600) < chance / (1 + chance))
+    logs = np.log([enrichment(mask, marked, layer, draws=1).mh_odds_ratio for mask in masks])
+    found = odds_of_runs(masks, marked, layer, draws=1000)
+    assert math.log(found.high / found.low) > 0.75 * 2 * stats.t.ppf(0.975, 2) * stats.sem(logs)
+
+
 def test_overlap_against_chance():
     random = np.random.default_rng(0)
     layer = np.repeat([0, 1], [300, 700])

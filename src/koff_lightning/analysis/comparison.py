@@ -2,20 +2,20 @@
 
 Each way is given by its masks from several seeds. The interval is a bootstrap over both sources of chance: which seeds
 were drawn, and which neurons a model happens to have. The neurons of a layer are drawn once for all masks, since all
-masks are of the same neurons.
+masks are of the same neurons. Three seeds drawn with replacement give an interval that is much too short, so the pooled
+log odds are moved by the spread of the seeds as in `bootstrap.over_seeds`, with Student's correction.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from koff_lightning.analysis.odds import common_odds
 from koff_lightning.analysis.tables import Bools, Floats, Ints, count
+from koff_lightning.evaluation.bootstrap import over_seeds
 
-FEW_SEEDS = 5
 AT_ONCE = 4_000_000  # drawn counts held in memory at one time
 
 
@@ -67,11 +67,13 @@ def odds_ratio_ratio(
     """
     ways = (np.arange(len(first)), len(first) + np.arange(len(second)))
     found, drawn = _resampled([*first, *second], ways, marked, layer, draws, seed)
-    low, high, undefined = _interval(_log_ratio(*drawn), found)
+    with np.errstate(invalid="ignore"):
+        low, high, undefined = _interval(drawn[0] - drawn[1], found)
     note = _few(min(len(first), len(second)))
     if not _finite(found):
         note = f"an odds ratio is {' and the other '.join(f'{value:.2g}' for value in found)}: too few members"
-    ratio = float(np.exp(_log_ratio(*found)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = float(np.divide(*found))
     return RatioOfOdds(*found, ratio, low, high, (len(first), len(second)), undefined, note)
 
 
@@ -100,14 +102,14 @@ def odds_of_runs(masks: Sequence[Bools], marked: Bools, layer: Ints, draws: int 
         one = common_odds(count(masks[0], marked, layer))
         return OddsOfRuns(one.ratio, one.low, one.high, 1, _few(1))
     found, drawn = _resampled(masks, [np.arange(len(masks))], marked, layer, draws, seed)
-    low, high, _ = _interval(_log_ratio(drawn[0], 1.0), found)
+    low, high, _ = _interval(drawn[0], found)
     return OddsOfRuns(*found, low, high, len(masks), _few(len(masks)))
 
 
 def _resampled(
     masks: Sequence[Bools], ways: Sequence[Ints], marked: Bools, layer: Ints, draws: int, seed: int
 ) -> tuple[list[float], list[Floats]]:
-    """Odds ratios of several ways, each the numbers of its masks: as measured, and over drawn neurons and masks [R].
+    """Odds ratios of several ways, each the numbers of its masks: as measured, and their logs over draws [R].
 
     Neurons of a layer that are alike in all masks are one pattern: how often it is drawn is all that matters.
     """
@@ -116,15 +118,32 @@ def _resampled(
     rows = np.vstack([layer, marked, *masks]).astype(np.int64)  # [2 + S, N]
     patterns, sizes = np.unique(rows.T, axis=0, return_counts=True)  # [patterns, 2 + S]
     starts = np.flatnonzero(np.diff(patterns[:, 0], prepend=-1))  # of each layer
-    found = [_odds(_parts(patterns, sizes[None].astype(float), starts), way[None])[0] for way in ways]
+    whole = _parts(patterns, sizes[None].astype(float), starts)  # [2, 1, S]
     random = np.random.default_rng(seed)
     step = max(AT_ONCE // len(patterns), 1)
     drawn: list[list[Floats]] = [[] for _ in ways]
     for rounds in [min(step, draws - first) for first in range(0, draws, step)]:
         parts = _parts(patterns, _redrawn(sizes, starts, rounds, random), starts)
         for values, way in zip(drawn, ways, strict=True):
-            values.append(_odds(parts, random.choice(way, (rounds, len(way)))))
-    return [float(value) for value in found], [np.concatenate(values) for values in drawn]
+            values.append(_log_odds(parts[:, :, way]))
+    moved = [
+        _moved(np.concatenate(values), whole[:, 0, way], seed + place)
+        for place, (values, way) in enumerate(zip(drawn, ways, strict=True))
+    ]
+    return [float(np.exp(_log_odds(whole[:, :, way])[0])) for way in ways], moved
+
+
+def _moved(logs: Floats, parts: Floats, seed: int) -> Floats:
+    """Drawn log odds [R], moved by what the spread of the seeds leaves open.
+
+    What one of S seeds does to the pooled log odds is, to first order, its numerator over their mean less its
+    denominator over theirs: finite also where the odds of that seed alone are not. `parts` is [2, S].
+    """
+    if not parts.any(1).all():
+        return logs
+    above, below = parts / parts.mean(1, keepdims=True)  # [S] each
+    alike = np.repeat(logs[:, None, None], len(above), axis=2)  # [R, 1, S]
+    return over_seeds(alike, (above - below)[None], seed)[:, 0]
 
 
 def _redrawn(sizes: Ints, starts: Ints, draws: int, random: np.random.Generator) -> Floats:
@@ -145,16 +164,11 @@ def _parts(patterns: Ints, weights: Floats, starts: Ints) -> Floats:
     return np.array(parts).transpose(1, 2, 0)
 
 
-def _odds(parts: Floats, masks: Ints) -> Floats:
-    """Odds ratio over the chosen masks [draws, chosen] of each draw, [draws]; 0, infinite or nan as it comes."""
-    above, below = np.take_along_axis(parts, masks[None], 2).sum(2)
+def _log_odds(parts: Floats) -> Floats:
+    """Log of the odds ratio over all masks of parts [2, draws, masks], [draws]; infinite or nan as it comes."""
+    above, below = parts.sum(2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return above / below
-
-
-def _log_ratio(first: Any, second: Any) -> Any:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(first) - np.log(second)
+        return np.log(above / below)
 
 
 def _interval(logs: Floats, found: Sequence[float]) -> tuple[float, float, float]:
@@ -177,6 +191,4 @@ def _finite(odds: Sequence[float]) -> bool:
 
 
 def _few(seeds: int) -> str:
-    if seeds >= FEW_SEEDS:
-        return ""
-    return f"{seeds} seed{'s' * (seeds > 1)} of one way: the interval understates that chance"
+    return "" if seeds > 1 else "1 seed of one way: what another would give is not in the interval"

@@ -162,6 +162,7 @@ def test_all_ranks_harden_to_the_mask_of_the_first(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # koff test has no use for them
 def test_the_command_runs_and_one_process_finds_the_same_figures(commands, capsys):
     """For a sharded run's checkpoint. Held-out text is counted once: the ranks' seven batches do not come out even."""
     figures = [json.loads((commands / overlay / "results.json").read_text()) for overlay in ("ddp", "fsdp")]

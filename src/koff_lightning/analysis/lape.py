@@ -122,22 +122,22 @@ def identify_weighted(
     return _found(rates, domains, base - weight * size, threshold, (rate, bar), weight)
 
 
-def general(rates: Floats, score: Floats, threshold: float, count: int, bar_share: float) -> dict[str, Bools]:
+def general(rates: Floats, score: Floats, threshold: float, selected: Bools, bar_share: float) -> dict[str, Bools]:
     """Three ideas of a neuron that serves all domains, bool [N] each.
 
     G1: it exceeds the bar of LAPE in every domain. G2: as many neurons as are specific, of the highest entropy among
-    those that pass the filter of LAPE. G3: it exceeds in every domain the same quantile of that domain's own rates (our
-    choice: by one bar for all domains this would be G1).
+    those that pass the filter of LAPE and are not specific themselves. G3: it exceeds in every domain the same quantile
+    of that domain's own rates (our choice: by one bar for all domains this would be G1).
 
     Args:
         rates: [N, D].
         score: LAPE, [N], infinite where filtered.
         threshold: The bar.
-        count: How many neurons are specific.
+        selected: The specific neurons, bool [N].
         bar_share: Share of rates below the bar, for G3.
     """
-    passed = np.isfinite(score)
-    highest = np.argsort(np.where(passed, -score, np.inf), kind="stable")[: min(count, int(passed.sum()))]
+    passed = np.isfinite(score) & ~selected
+    highest = np.argsort(np.where(passed, -score, np.inf), kind="stable")[: min(int(selected.sum()), int(passed.sum()))]
     g2 = np.zeros(len(rates), bool)
     g2[highest] = True
     own = np.array([_bar(column, bar_share) for column in rates.T])  # [D]
@@ -155,7 +155,7 @@ def _found(
     above = rates > threshold
     selected, tied = _lowest(score, shares[0])
     lape = np.where(above.any(1), entropy(rates), np.inf)  # G2 goes by LAPE itself, whatever selected the others
-    kinds = general(rates, lape, threshold, int(selected.sum()), shares[1])
+    kinds = general(rates, lape, threshold, selected, shares[1])
     return Specialists(list(domains), score, threshold, selected, above & selected[:, None], kinds, tied, weight)
 
 

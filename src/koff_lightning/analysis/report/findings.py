@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from scipy import stats
 
 from koff_lightning.analysis.study import Study
 from koff_lightning.analysis.transfer import Transfer
@@ -54,30 +55,36 @@ def findings(found: Study) -> list[Finding]:
 
 
 def _removal(pooled: "pd.DataFrame", tests: "pd.DataFrame", words: str) -> Finding:
-    """Of one class: its pooled odds ratios, and its tests in all studied runs. The verdict is that within layers."""
+    """Of one class: its pooled odds ratios, and its tests in all studied runs.
+
+    There is a verdict where both comparisons have the same: within layers, and among neurons as active and important.
+    """
     both, marked = tests["both"].mean(), tests["marked"].mean()
     base = (tests["removed"] / tests["neurons"]).mean()
     if not marked:
         return Finding("note", f"{words}: there are none.")
     several = f" (mean of {len(tests)} runs)" if len(tests) > 1 else ""
     text = f"{words}: {both:.3g} of {marked:.3g} are removed{several}, {both / marked:.0%} where {base:.0%} of all are."
-    verdict = "open"
+    verdicts = set()
     for _, row in pooled.iterrows():
         within = "of the same layer" + (", activity and importance" if row["within"] == "cells" else "")
         if math.isnan(row["low"]):
             text += f" Against others {within} nothing can be said: too few."
             continue
         text += f" Odds {row['odds_ratio']:.2f} times those of others {within} {_between(row['low'], row['high'])}."
-        if row["within"] == "layers":
-            verdict = "yes" if row["low"] > 1 else "no" if row["high"] < 1 else "open"
-    return Finding(verdict, text)
+        verdicts.add(_side(row))
+    return Finding(verdicts.pop() if len(verdicts) == 1 else "open", text)
+
+
+def _side(row: "pd.Series") -> Literal["yes", "no", "open"]:
+    return "yes" if row["low"] > 1 else "no" if row["high"] < 1 else "open"
 
 
 def _ratio(row: "pd.Series") -> Finding:
     asked = f"More selective than {row['against']}?"
     if math.isnan(row["low"]):
         return Finding("open", f"{asked} It cannot be told: {row['note'] or 'no interval'}.")
-    verdict = "yes" if row["low"] > 1 else "no" if row["high"] < 1 else "open"
+    verdict = "open" if row["note"] else _side(row)  # one seed says nothing of how the next would prune
     text = f"{asked} The odds ratio for specific neurons is {row['ratio']:.2f} times that of {row['against']} "
     return Finding(
         verdict, f"{text}{_between(row['low'], row['high'])}" + (f"; {row['note']}." if row["note"] else ".")
@@ -112,20 +119,26 @@ def _knockout(table: "pd.DataFrame") -> Finding:
 
 
 def _causal(table: "pd.DataFrame") -> list[Finding]:
-    known = table.dropna(subset=["off_after"])
+    known = table.dropna(subset=["off_after", "off_control", "on_after", "on_control"])
     if known.empty:
         return [Finding("note", "No neuron that is specific to a domain was removed, so none can be put back.")]
     off, on = (1000 * (known[f"{arm}_before"] - known[f"{arm}_after"]) for arm in ("off", "on"))
-    control = 1000 * (known["off_before"] - known["off_control"])
+    control, control_on = (1000 * (known[f"{arm}_before"] - known[f"{arm}_control"]) for arm in ("off", "on"))
     text = f"Has the knowledge moved? Put back, {known['neurons'].sum()} removed specialists gain their domains "
     text += (
         f"{off.mean():.2f} thousandths of a bit per byte with memories off and {on.mean():.2f} with them on; as many "
     )
     text += "others of the same layers gain "
-    text += f"{control.mean():.2f} (off). Mean over {len(known)} domains and runs."
-    gain = np.asarray(off - on)
-    clear = len(gain) > 2 and gain.mean() > 2 * gain.std(ddof=1) / math.sqrt(len(gain))
-    return [Finding("yes" if clear and (off > control).mean() > 0.5 else "open", text)]
+    text += f"{control.mean():.2f} (off) and {control_on.mean():.2f} (on). Mean over {len(known)} domains and runs."
+    # What a memory has taken over of the specialists, beyond what it has of other neurons: by domain, over its runs.
+    moved = ((off - on) - (control - control_on)).groupby(known["domain"]).mean()
+    if len(moved) < 3:
+        return [Finding("open", text)]
+    half = float(stats.t.ppf(0.975, len(moved) - 1) * moved.std(ddof=1) / math.sqrt(len(moved)))
+    low, high = moved.mean() - half, moved.mean() + half
+    text += f" Specialists lose {moved.mean():.2f} more of their gain to the memory than the others do "
+    text += f"{_between(low, high)}, an interval over {len(moved)} domains."
+    return [Finding("yes" if low > 0 else "no" if high < 0 else "open", text)]
 
 
 def _between(low: float, high: float) -> str:

@@ -130,3 +130,12 @@ def test_all_text_of_a_domain_in_one_half():
     sums.tokens[1, 2] = 0
     with pytest.raises(KoffError, match="one half of the documents holds no text of domain 'zh'"):
         stability(sums)
+
+
+def test_a_neuron_is_not_both_specific_and_general():
+    rates = np.full((100, 2), 0.1)
+    rates[:12] = [[0.5 + 0.03 * i, 0.9] for i in range(12)]  # few exceed the bar, so that both classes want the same
+    found = identify(rates, ["en", "de"], rate=0.1, bar=0.9)
+    assert found.selected.any()
+    assert found.general["G2"].any()
+    assert not (found.selected & found.general["G2"]).any()

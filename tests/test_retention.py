@@ -1,6 +1,7 @@
 """Retention against its formula, and the answers that it is computed from."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -104,3 +105,9 @@ def test_tasks_that_cannot_be_asked_are_named(names, message, monkeypatch):
     monkeypatch.setattr(lm_tasks, "_index", lambda path, metadata, _: index(path, metadata, False))
     with pytest.raises(KoffError, match=message):
         load_suites(names, ["en"])
+
+
+def test_a_draw_at_chance_widens_the_interval_and_is_no_nan():
+    draws = np.array([[0.2, 0.1], [0.0, 0.0], [-0.1, 0.1], [0.1, 0.1], [0.3, 0.2]])
+    kept = retention._kept(np.array([0.2, 0.1, 0.1]), np.hstack([draws, draws[:, 1:]]))
+    assert not any(math.isnan(bound) for arm in kept.values() for bound in (arm["low"], arm["high"]))

@@ -92,7 +92,8 @@ def over_seeds(drawn: Array, measured: Array, seed: int = 0) -> Array:
 
 def interval(value: float, draws: Array, level: float = 0.95) -> Interval:
     """The percentile interval of resampled figures [R] around the measured one."""
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    # Draws themselves, not means of two: some may be infinite.
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return Interval(float(value), float(low), float(high))
 
 

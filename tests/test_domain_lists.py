@@ -42,6 +42,7 @@ def asked(monkeypatch):
         return datasets.Dataset.from_dict(rows).to_iterable_dataset(num_shards=2)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # also where the tests run without a network
     shards._open_hub.cache_clear()
     yield questions
     shards._open_hub.cache_clear()

@@ -396,6 +396,7 @@ class Flaky:
 def waited(monkeypatch):
     seconds = []
     monkeypatch.setattr(patience.time, "sleep", seconds.append)
+    monkeypatch.setattr(patience.constants, "HF_HUB_OFFLINE", False)  # also where the tests run without a network
     return seconds
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from tiny_command import small_fits
 
 from koff_lightning import KOFFModule
 from koff_lightning.callbacks.report import what_was_saved
@@ -22,25 +22,13 @@ from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
 from koff_lightning.run.folder import alone_in
 
 STEPS = 8
-OPTIONS = {
-    "data": {"domains": {"de": "bundled:de", "python": "bundled:python"}, "seq_len": 64, "batch_size": 4}
-    | {"max_train_bytes": 20_000, "max_heldout_bytes": 1_500},
-    "trainer": {"accelerator": "cpu", "num_sanity_val_steps": 0, "enable_progress_bar": False, "max_steps": STEPS}
-    | {"log_every_n_steps": 1, "limit_val_batches": 0},
-    "checkpoint": {"every_n_train_steps": 2},
-    "export": {"prove": False},
-}
 
 
 @pytest.fixture
 def run_in(tmp_path, monkeypatch):
-    """`koff fit` for real in a folder of that name."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(OPTIONS))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda root, *argv: main(["fit", "--config", "mine.yaml", f"--trainer.default_root_dir={root}", *argv])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    trainer = {"max_steps": STEPS, "limit_val_batches": 0}
+    with small_fits(tmp_path, monkeypatch, trainer=trainer, export={"prove": False}) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

@@ -139,3 +139,12 @@ def test_a_neuron_is_not_both_specific_and_general():
     assert found.selected.any()
     assert found.general["G2"].any()
     assert not (found.selected & found.general["G2"]).any()
+
+
+def test_halves_without_a_specific_neuron_are_no_share_of_anything():
+    tokens, zeros = torch.full((2, 3), 100), torch.zeros(2, 3, 40, dtype=torch.float64)
+    alike = torch.full((2, 3, 40), 50)  # no rate exceeds any quantile of them
+    seen = Activations(DOMAINS, "x", torch.zeros(40).long(), torch.ones(40), tokens, alike, zeros, zeros)
+    found = stability(seen, rate=0.1, bar=0.9)
+    assert math.isnan(found.jaccard)
+    assert "no neuron is specific in either half" in found.sentence

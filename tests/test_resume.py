@@ -10,7 +10,7 @@ from zipfile import ZipFile
 
 import pytest
 import torch
-import yaml
+from tiny_command import small_fits
 from toy_text import toy_documents
 
 from koff_lightning import KoffError, KOFFModule
@@ -26,21 +26,9 @@ STEPS = 8
 
 @pytest.fixture
 def run_in(tmp_path, monkeypatch):
-    """`koff fit` for real in a folder of that name, a few steps on little text."""
-    monkeypatch.chdir(tmp_path)
-    small = {"seq_len": 64, "batch_size": 4, "max_train_bytes": 20_000, "max_heldout_bytes": 1_500}
-    often = {"check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": STEPS, "log_every_n_steps": 1}
-    options = {
-        "data": {"domains": {"de": "bundled:de", "python": "bundled:python"}} | small,
-        "trainer": {"accelerator": "cpu", "num_sanity_val_steps": 0, "enable_progress_bar": False} | often,
-        "checkpoint": {"every_n_train_steps": 2},
-        "export": {"enabled": False},
-    }
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(options))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda root, *argv: main(["fit", "--config", "mine.yaml", f"--trainer.default_root_dir={root}", *argv])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    trainer = {"max_steps": STEPS, "check_val_every_n_epoch": None, "val_check_interval": 4}
+    with small_fits(tmp_path, monkeypatch, trainer=trainer, export={"enabled": False}) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

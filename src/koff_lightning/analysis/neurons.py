@@ -173,10 +173,10 @@ def stability_table(seen: Activations, rate: float, bar: float) -> tuple["pd.Dat
     import pandas as pd
 
     found = stability(seen, rate, bar)
-    rows = [{"domain": "all", "jaccard": found.jaccard}] + [
+    rows = [{"domain": "all", "jaccard": found.jaccard, "chance": found.chance}] + [
         {"domain": domain, "jaccard": value} for domain, value in found.by_domain.items()
     ]
-    table = pd.DataFrame(rows).assign(chance=found.chance, tokens=found.tokens, needed=found.needed)
+    table = pd.DataFrame(rows).assign(tokens=found.tokens, needed=found.needed)
     return table, found.sentence
 
 

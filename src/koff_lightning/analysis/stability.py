@@ -58,9 +58,11 @@ def stability(activations: Activations, rate: float = RATE, bar: float = BAR, go
     tokens = int(activations.tokens.sum(0).min())
     share = float(first.selected.mean())
     enough = found >= goal
-    needed = None if enough else _needed(activations, rate, bar, found, goal)
+    needed = None if enough or math.isnan(found) else _needed(activations, rate, bar, found, goal)
     text = f"the halves of the text agree on {found:.0%} of the specific neurons ({tokens:,} tokens of each domain"
-    if enough:
+    if math.isnan(found):
+        text = f"no neuron is specific in either half of the text ({tokens:,} tokens of each domain or more)"
+    elif enough:
         text += " or more)"
     elif needed is None:
         text += f" or more), less than {goal:.0%}, and no amount of text that was simulated would change that: the "

@@ -1,0 +1,71 @@
+"""Verdicts follow from the intervals of both comparisons, and from what a memory takes beyond the controls."""
+
+import pandas as pd
+import pytest
+
+from koff_lightning.analysis.report.findings import _causal, _ratio, _removal
+
+TESTS = pd.DataFrame({"both": [30], "marked": [40], "removed": [300], "neurons": [1000]})
+
+
+def pooled(layers, cells):
+    rows = [("layers", *layers), ("cells", *cells)]
+    return pd.DataFrame(rows, columns=["within", "low", "high"]).assign(odds_ratio=1.0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "cells", "verdict"),
+    [
+        ((2, 4), (1.1, 3), "yes"),
+        ((2, 4), (0.5, 1.5), "open"),  # silent neurons go, whoever they serve
+        ((0.1, 0.5), (0.2, 0.9), "no"),
+        ((0.1, 0.5), (2, 4), "open"),
+        ((2, 4), (float("nan"),) * 2, "yes"),  # no cell holds both kinds: the text says so
+    ],
+)
+def test_removal_is_told_where_both_comparisons_agree(layers, cells, verdict):
+    found = _removal(pooled(layers, cells), TESTS, "Specific neurons")
+    assert found.verdict == verdict
+    assert ("nothing can be said" in found.text) == (cells[0] != cells[0])
+
+
+def test_a_ratio_of_single_seeds_is_open():
+    row = pd.Series({"against": "wanda_sp", "ratio": 2.0, "low": 1.5, "high": 3.0, "note": ""})
+    assert _ratio(row).verdict == "yes"
+    assert _ratio(row.replace("", "one seed")).verdict == "open"
+
+
+def put_back(off, on, control_off, control_on):
+    """Four domains whose text gains so much, each a little apart."""
+    rows = []
+    for number, domain in enumerate(("de", "fr", "es", "ru")):
+        gains = {"off_after": off, "on_after": on, "off_control": control_off, "on_control": control_on}
+        row = {"run": "a", "domain": domain, "neurons": 3, "off_before": 1.0, "on_before": 1.0}
+        rows.append(row | {name: 1.0 - gain - 1e-5 * number for name, gain in gains.items()})
+        rows[-1]["off_after"] -= 1e-4 * number
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ((0.05, 0.01, 0.01, 0.01), "yes"),
+        ((0.051, 0.01, 0.051, 0.01), "open"),  # the memory takes as much of any neuron's gain
+        ((0.05, 0.05, 0.05, 0.01), "no"),
+    ],
+)
+def test_knowledge_has_moved_only_beyond_what_the_controls_lose(gains, verdict):
+    table = put_back(*gains)
+    if verdict == "open":
+        table["off_after"] += [0.002, -0.002, 0.003, -0.003]
+    (found,) = _causal(table)
+    assert found.verdict == verdict
+    assert "an interval over 4 domains" in found.text
+
+
+def test_rows_without_controls_do_not_count():
+    table = put_back(0.05, 0.01, 0.01, 0.01)
+    table.loc[0, ["off_control", "on_control"]] = float("nan")
+    (found,) = _causal(table)
+    assert "Mean over 3 domains" in found.text
+    assert "nan" not in found.text

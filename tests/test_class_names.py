@@ -114,6 +114,19 @@ def test_tags_of_yaml_that_build_objects_are_refused(tmp_path, capsys):
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--lm_eval.include_path=mine", "include_path mine"),
+        ('--lm_eval.tasks=[{"task": "mine.yaml", "domain": "en"}]', "tasks: mine.yaml"),
+    ],
+)
+def test_files_of_tasks_are_code(tmp_path, capsys, option, named):
+    assert main(["fit", "--config", "tiny_12pct.yaml", f"--trainer.default_root_dir={tmp_path}", option]) == 2
+    said = capsys.readouterr().err
+    assert said == f"koff: lm_eval.{named}: task files may run Python of their own. If you trust them, add {SWITCH}\n"
+
+
 def test_the_switch_allows_them(parsed, tmp_path):
     status, trainer = parsed({"callbacks": [spec("mine.Mine")]}, SWITCH)
     assert status == 0

@@ -9,6 +9,7 @@ from tiny_tasks import toy_tasks
 from toy_text import toy_documents, write_jsonl
 
 from koff_lightning.cli import main
+from koff_lightning.commands.class_names import SWITCH
 from koff_lightning.evaluation import lm_tasks
 
 DOMAINS = ["en", "law"]
@@ -46,7 +47,7 @@ def fit(place, out, *options, **sections):
     over = out.with_suffix(".yaml")
     over.write_text(yaml.safe_dump(sections))
     words = ["--config", str(place / "toy.yaml"), "--config", str(over), f"--trainer.default_root_dir={out}"]
-    return main(["fit", *words, "--seed_everything=0", *options])
+    return main(["fit", *words, "--seed_everything=0", SWITCH, *options])
 
 
 def monitors(out, **stopping):

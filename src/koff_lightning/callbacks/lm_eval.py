@@ -66,7 +66,7 @@ class LMEval(Callback):
         memory_off: Score the pruned model without memories too: `lm_eval/memory_off/...`.
         strict: Stop the run when an evaluation fails; otherwise it warns and trains on.
         batch_size: Rows at a time, or `auto` for as many as the GPU takes.
-        include_path: Folder of further tasks.
+        include_path: Folder of further tasks; `koff fit` wants `--allow-custom-classes` with it, since tasks are code.
     """
 
     def __init__(

@@ -1,15 +1,18 @@
-"""Which classes a config may name: ours, and the parts of Lightning and torch from which a trainer is put together.
+"""What code a config may name: our classes, and the parts of Lightning and torch from which a trainer is put together.
 
 A `class_path` is code: it imports a module and calls what it finds there, with arguments from the same file. So configs
 from others are data only as long as the names in them are ours to choose. The parser asks before it imports, wherever
-the name stands: in a config, an overlay, on the command line, or inside the `init_args` of another class.
+the name stands: in a config, an overlay, on the command line, or inside the `init_args` of another class. The files of
+lm-eval's tasks are code too: they name functions beside them (`!function`) or a class, and lm-eval calls these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from jsonargparse import set_parsing_settings
 from jsonargparse._common import parsing_settings  # there is no public way to take a setting back
+
+from koff_lightning.errors import KoffError
 
 SWITCH = "--allow-custom-classes"
 KNOWN = (
@@ -48,3 +51,17 @@ def only_known_classes(allow_custom: bool) -> Iterator[None]:
         yield
     finally:
         parsing_settings.update(before)
+
+
+def refuse_task_files(include_path: str | None, tasks: Iterable[str]) -> None:
+    """Raise KoffError if a config takes tasks from files that are not lm-eval's or ours.
+
+    Args:
+        include_path: Its `lm_eval.include_path`.
+        tasks: Names, patterns or paths of its `lm_eval.tasks`.
+    """
+    files = {f"lm_eval.include_path {include_path}": include_path}
+    files |= {f"lm_eval.tasks: {task}": task.endswith((".yaml", ".yml")) for task in tasks}
+    for what, is_file in files.items():
+        if is_file:
+            raise KoffError(f"{what}: task files may run Python of their own. If you trust them, add {SWITCH}")

@@ -31,7 +31,7 @@ from koff_lightning.callbacks import (
     Preview,
     RunReport,
 )
-from koff_lightning.commands.class_names import SWITCH, only_known_classes
+from koff_lightning.commands.class_names import SWITCH, only_known_classes, refuse_task_files
 from koff_lightning.commands.config_files import find_configs
 from koff_lightning.commands.needs import needs_of, refuse_missing
 from koff_lightning.commands.offline import is_asked
@@ -70,8 +70,8 @@ BARE = {  # words without a value, and what the parser takes for them
 class KoffCLI(LightningCLI):
     """LightningCLI with one-line errors and one folder per run."""
 
-    def __init__(self, *classes: type, args: list[str], **options: object) -> None:
-        self._verb = args[0]
+    def __init__(self, *classes: type, args: list[str], allow_custom: bool, **options: object) -> None:
+        self._verb, self._allow_custom = args[0], allow_custom
         super().__init__(*classes, args=args, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -90,6 +90,9 @@ class KoffCLI(LightningCLI):
         """The options of a baseline stand for others; without network, what is missing is said now."""
         for section, kind in {"model": KOFFModule, "data": DomainDataModule, "trainer": Trainer, **CALLBACKS}.items():
             refuse_meaningless(kind, self.config[self.subcommand][section], section)
+        lm_eval = self.config[self.subcommand].lm_eval
+        if not self._allow_custom:
+            refuse_task_files(lm_eval.include_path, [spec.task for spec in lm_eval.tasks or ()])
         if self.subcommand == "baseline":
             resolve(self.config.baseline)
         if is_asked():
@@ -201,6 +204,7 @@ def run(argv: list[str]) -> None:
                 DomainDataModule,
                 trainer_class=VerbTrainer,
                 args=argv,
+                allow_custom=allow_custom,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 save_config_callback=SavedConfig,

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_run import Batches, RandomText, tiny_module, tiny_trainer
+from toy_text import toy_documents, write_jsonl
 
 from koff_lightning import KOFFModule, ranks
 from koff_lightning.callbacks import LMEval
@@ -232,6 +233,37 @@ def commands(folder: Path, rank: int) -> None:
         assert koff([*cut, "--ckpt_path", "last"]) == 0
 
 
+def streamed(folder: Path, rank: int) -> None:
+    """`koff fit` on streamed text with a worker for each rank; and again, asked to end and gone on with."""
+    for name in ("en", "law"):
+        for part in range(3):
+            write_jsonl(folder / "text" / f"{name}-{part}.jsonl", toy_documents(60, seed=ord(name[0]) + part))
+    domains = {name: str(folder / "text" / f"{name}-*.jsonl") for name in ("en", "law")}
+    words = ["fit", "--config", "tiny_12pct.yaml", "--config", "hardware/ddp.yaml", *ON_CPUS, "--export.enabled=false"]
+    words += ["--data.streaming=true", "--data.num_workers=1", "--data.seq_len=32", "--data.batch_size=3"]
+    words += ["--trainer.max_steps=6", "--data.max_heldout_bytes=600", f"--data.domains={json.dumps(domains)}"]
+    rows: list[Any] = []
+    with patch.object(KOFFModule, "training_step", _keeping(KOFFModule.training_step, rows)):
+        assert koff([*words, f"--trainer.default_root_dir={folder / 'whole'}"]) == 0
+        torch.save(rows, folder / f"whole.{rank}.pt")
+        rows.clear()
+        cut = [*words, f"--trainer.default_root_dir={folder / 'cut'}"]
+        with patch.object(KOFFModule, "training_step", _asked_to_end(KOFFModule.training_step, rank)):
+            assert koff(cut) == 128 + signal.SIGTERM
+        assert koff([*cut, "--ckpt_path", "last"]) == 0
+    torch.save(rows, folder / f"cut.{rank}.pt")
+
+
+def _keeping(step: Callable[..., Any], rows: list[Any]) -> Callable[..., Any]:
+    """The training step that also keeps the rows it gets."""
+
+    def kept(module: KOFFModule, batch: dict[str, Any], batch_idx: int) -> Any:
+        rows.append(batch["input_ids"])
+        return step(module, batch, batch_idx)
+
+    return kept
+
+
 def _noting(log: Callable[..., None], scores: list[dict[str, float]]) -> Callable[..., None]:
     """LMEval's logging that also keeps what a monitor sees on this rank."""
 
@@ -255,6 +287,6 @@ def _asked_to_end(step: Callable[..., Any], rank: int) -> Callable[..., Any]:
 
 if __name__ == "__main__":
     ranks.BUCKET = 1000  # several for these few parameters
-    {"plain": plain, "four": four, "variants": variants, "commands": commands}[sys.argv[2]](
+    {"plain": plain, "four": four, "variants": variants, "commands": commands, "streamed": streamed}[sys.argv[2]](
         Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
     )

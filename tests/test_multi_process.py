@@ -221,6 +221,20 @@ def test_a_signal_to_one_rank_ends_all_between_two_steps_and_they_go_on(commands
     assert all(torch.equal(value, cut["state_dict"][name]) for name, value in straight["state_dict"].items())
 
 
+@pytest.mark.slow
+def test_ranks_stream_rows_of_their_own_and_go_on_where_they_were(folder):
+    several_ranks.launch(folder, "streamed")
+    whole, cut = ([torch.load(folder / f"{run}.{rank}.pt") for rank in range(2)] for run in ("whole", "cut"))
+    for rank in range(2):
+        assert len(whole[rank]) == 6
+        assert all(torch.equal(one, other) for one, other in zip(whole[rank], cut[rank], strict=True))
+    first, second = ({tuple(row) for batch in rows for row in batch.tolist()} for rows in whole)
+    assert not first & second
+    straight, resumed = (read_checkpoint(newest_checkpoint([folder / run])) for run in ("whole", "cut"))
+    assert straight["global_step"] == resumed["global_step"] == 6
+    assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in straight["state_dict"].items())
+
+
 @pytest.mark.parametrize(
     ("strategy", "overlay"), [(DDPStrategy, "ddp"), (FSDPStrategy, "fsdp"), (ModelParallelStrategy, "fsdp")]
 )

@@ -16,8 +16,10 @@ from koff_lightning.option_errors import nearest
 METHODS = ("magnitude", "wanda_sp", "flap", "random", "fisher")
 ABLATIONS = ("dense_memory", "no_memory", "two_stage", "shared_memory", "lora_only", "kv_only")  # overlays of configs/
 EQUAL = ("lora_equal", "kv_equal")  # one kind of memory with the parameters of both
-LEARNED = ("koff", *ABLATIONS, *EQUAL, "ddp")
+PRIOR = "fisher_prior"  # KOFF whose logits start in the order of the one-shot mask instead of the warm-up's
+LEARNED = ("koff", *ABLATIONS, *EQUAL, "ddp", PRIOR)
 AFTER = {f"{method}_memory": method for method in METHODS}  # arm -> the one-shot mask on which its memories train
+TAKES = AFTER | {PRIOR: "fisher"}  # arm -> the one-shot mask that it needs
 ARMS = (*LEARNED, *METHODS, *AFTER)
 FREE = ("dense", "memory_off", "swapped")
 ABOUT = {
@@ -34,6 +36,7 @@ ABOUT = {
     "lora_equal": "LoRA alone, parameters of both",
     "kv_equal": "KV alone, parameters of both",
     "ddp": "KOFF with ddp gates",
+    PRIOR: "KOFF in the order of the one-shot Fisher mask",
     **{method: f"one-shot mask, {method}" for method in METHODS},
     **{arm: f"one-shot mask, {method}, then memories" for arm, method in AFTER.items()},
 }
@@ -55,7 +58,7 @@ class Run:
     @property
     def needs(self) -> "Run | None":
         """The run whose mask this one takes."""
-        return Run(AFTER[self.arm], self.sparsity, self.seed) if self.arm in AFTER else None
+        return Run(TAKES[self.arm], self.sparsity, self.seed) if self.arm in TAKES else None
 
 
 def chosen(names: str | None) -> list[str]:
@@ -73,7 +76,7 @@ def chosen(names: str | None) -> list[str]:
             raise KoffError(f"arm {name!r} needs no run of its own: the run of koff scores it")
         if name not in ARMS:
             raise KoffError(f"no arm {name!r}.{nearest(name, ARMS)} There are {', '.join(ARMS)}")
-    return [arm for arm in ARMS if arm in wanted or any(AFTER.get(name) == arm for name in wanted)]
+    return [arm for arm in ARMS if arm in wanted or any(TAKES.get(name) == arm for name in wanted)]
 
 
 def equal_memories(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,4 +149,5 @@ def _own_options(run: Run, out: Path, equal: Mapping[str, Any]) -> Sequence[str]
         return ["--config", "ablations/kv_only.yaml", f"--model.kv.slots={equal['kv_equal']['slots']}"]
     if run.arm == "ddp":
         return ["--model.sparsity.gate=ddp"]
-    return [f"--model.mask={out / run.needs.name / 'checkpoints' / 'last.ckpt'}"] if run.needs else []
+    option = "prior" if run.arm == PRIOR else "mask"
+    return [f"--model.{option}={out / run.needs.name / 'checkpoints' / 'last.ckpt'}"] if run.needs else []

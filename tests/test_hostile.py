@@ -16,7 +16,7 @@ from koff_lightning.artefact.memory_files import ADAPTER, ADAPTER_CONFIG, load_m
 from koff_lightning.backbone import load_backbone, load_tokenizer
 from koff_lightning.cli import main
 from koff_lightning.data.cache import TokenCache
-from koff_lightning.run.secrets import without_secrets
+from koff_lightning.run.secrets import REMOVED, without_secrets
 
 TOKEN = "hf_ThisIsNoRealTokenButLooksLikeOne"
 
@@ -156,6 +156,9 @@ def test_secrets_stay_at_home():
     }
     assert without_secrets(None) is None
     assert without_secrets("corpora/hf_datasets_of_mine/de.jsonl") == "corpora/hf_datasets_of_mine/de.jsonl"
+    domains = {"token": "corpora/token.jsonl", "auth": {"files": "auth.jsonl", "token": "abc"}, "api_key": None}
+    cleaned = {"domains": domains | {"auth": {"files": "auth.jsonl", "token": REMOVED}}}
+    assert without_secrets({"domains": domains}) == cleaned, "a domain may have any name"
 
 
 def test_secrets_are_in_nothing_that_a_run_leaves(here, monkeypatch, capsys):

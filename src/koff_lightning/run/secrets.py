@@ -19,8 +19,7 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, Namespace):
         return type(value)(**without_secrets(vars(value)))
     if isinstance(value, Mapping):
-        named = {key for key, part in value.items() if part and isinstance(part, str) and _NAME.search(str(key))}
-        return {key: REMOVED if key in named else without_secrets(part) for key, part in value.items()}
+        return {key: _named(str(key), part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(part) for part in value]
     if not isinstance(value, str):
@@ -29,3 +28,10 @@ def without_secrets(value: Any) -> Any:
         if len(secret := os.environ.get(name, "")) >= 8:
             value = value.replace(secret, REMOVED)
     return _TEXT.sub(REMOVED, value)
+
+
+def _named(name: str, value: Any) -> Any:
+    """The value of an option, unless its name says that it is a secret; a domain may have any name."""
+    if name == "domains" and isinstance(value, Mapping):
+        return {domain: without_secrets(source) for domain, source in value.items()}
+    return REMOVED if value and isinstance(value, str) and _NAME.search(name) else without_secrets(value)

@@ -23,6 +23,7 @@ from toy_text import toy_documents, write_jsonl
 from koff_lightning import KOFFModule, ranks
 from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main as koff
+from koff_lightning.data import stream
 from koff_lightning.gates import BackboneGates
 from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
 from koff_lightning.strategies import ReplicatedStrategy, ShardedStrategy
@@ -243,6 +244,7 @@ def streamed(folder: Path, rank: int) -> None:
     words += ["--data.streaming=true", "--data.num_workers=1", "--data.seq_len=32", "--data.batch_size=3"]
     words += ["--trainer.max_steps=6", "--data.max_heldout_bytes=600", f"--data.domains={json.dumps(domains)}"]
     rows: list[Any] = []
+    stream.BUFFER, stream.PACK = 2000, 2  # so that the ranks' places differ
     with patch.object(KOFFModule, "training_step", _keeping(KOFFModule.training_step, rows)):
         assert koff([*words, f"--trainer.default_root_dir={folder / 'whole'}"]) == 0
         torch.save(rows, folder / f"whole.{rank}.pt")

@@ -28,7 +28,7 @@ if os.environ.get("FAIL", "nothing") in folder.name:
     sys.exit("Traceback\\nkoff: the disk is full")
 if "method" in words:
     time.sleep(0.3)
-elif not pathlib.Path(words.get("model.mask", folder.parent)).exists():
+elif not pathlib.Path(words.get("model.mask", words.get("model.prior", folder.parent))).exists():
     sys.exit("koff: no mask yet")
 arm, sparsity, seed = folder.name.rsplit("-", 2)
 own = {"koff": 1.0, "dense_memory": 0.995, "no_memory": 1.1, "flap_memory": 1.04}.get(arm, 1.05)

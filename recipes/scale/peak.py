@@ -58,7 +58,7 @@ def backbone(name: str, folder: Path) -> str:
 
 def words(model: str, rows: int, length: int, options: dict[str, object]) -> list[str]:
     """The options of `koff fit` for a case."""
-    given = {"model.backbone": model, "data.batch_size": rows, "data.seq_len": length, **options}
+    given = {"model.backbone": model, "data.batch_size": rows, "data.seq_len": length, "model.loss.kl": 2, **options}
     return ["--config", "tiny_12pct.yaml", *(f"--{name}={value}" for name, value in given.items())]
 
 

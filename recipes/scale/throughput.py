@@ -37,7 +37,11 @@ def fit(folder: str, steps: int, world: int, resume: bool) -> None:
     trainer |= {"devices": world, "default_root_dir": folder, "enable_progress_bar": "false", "logger": "false"}
     words = ["fit", "--config", "tiny_12pct.yaml", *(["--config", "hardware/ddp.yaml"] if world > 1 else [])]
     words += [f"--data.batch_size={ROWS // world}", f"--data.seq_len={LENGTH}", "--data.max_train_bytes=60000"]
-    words += ["--export.enabled=false", *(f"--trainer.{name}={value}" for name, value in trainer.items())]
+    words += [
+        "--model.loss.kl=2",
+        "--export.enabled=false",
+        *(f"--trainer.{name}={value}" for name, value in trainer.items()),
+    ]
     status = main([*words, *(["--ckpt_path=last"] if resume else [])])
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         Path(folder, "times.json").write_text(json.dumps(times))

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_run import BYTES, DOMAINS, Batches, RandomText, tiny_module, tiny_trainer
 
-from koff_lightning import KoffError, SparsitySpec
+from koff_lightning import KoffError, KOFFModule, SparsitySpec
 from koff_lightning.callbacks import RunReport
 from koff_lightning.callbacks.report import score
 from koff_lightning.run import results
@@ -123,6 +123,27 @@ def test_scores_by_document_add_up_to_the_figures(tmp_path):
     assert documents["law"]["nats"]["koff"][0] == pytest.approx(rows[0, :4].sum().item(), rel=1e-5)
     second = rows[0, 4:].sum() + rows[1, :4].sum()
     assert documents["law"]["nats"]["koff"][1] == pytest.approx(second.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "computed"),
+    [
+        ({"lora": None, "kv": None}, {"dense", "koff"}),
+        ({"shared_memory": True}, {"dense", "koff", "memory_off"}),
+        ({"lora": None}, {"dense", "koff", "memory_off", "swapped"}),
+    ],
+)
+def test_arms_that_are_the_same_are_computed_once(tmp_path, monkeypatch, options, computed):
+    asked, compute = set(), KOFFModule.token_nats
+    monkeypatch.setattr(KOFFModule, "token_nats", lambda self, batch, arm: asked.add(arm) or compute(self, batch, arm))
+    data = Numbered()
+    _, module = fit(tmp_path, data=data, **options)
+    assert asked == computed
+    documents = json.loads((tmp_path / "documents.json").read_text())
+    batches = list(data.test_dataloader())
+    for arm in documents["en"]["nats"]:
+        nats = sum(module.token_nats(batch, arm).sum() for batch in batches)
+        assert sum(sum(row["nats"][arm]) for row in documents.values()) == pytest.approx(nats.item(), rel=1e-5)
 
 
 def test_plots_are_written(run):

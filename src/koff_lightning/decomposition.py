@@ -186,6 +186,12 @@ class Decomposition(LightningModule):
             )
         return self._pruned(batch, [None] * len(rows) if arm == "memory_off" else rows)
 
+    def same_as(self, arm: str) -> str:
+        """The arm that gives the very figures of `arm`, where no memory tells two under the mask apart."""
+        bare = self.lora is None and self.kv is None
+        one = bare or len(set(self.memories.names.values())) == 1
+        return "koff" if (arm == "swapped" and one) or (arm == "memory_off" and bare) else arm
+
     def _rotated(self, rows: Sequence[str | None], k: int) -> list[str | None]:
         places = {domain: i for i, domain in enumerate(self.domains)}
         return [d if d is None else self.domains[(places[d] + k) % len(self.domains)] for d in rows]

@@ -232,8 +232,10 @@ class KOFFModule(Decomposition):
     # ------------------------------------------------------------------------------------------- evaluation
 
     def _evaluate(self, batch: Batch, arms: Sequence[str]) -> None:
+        found: dict[str, Tensor] = {}  # arm -> nats [B, T-1]
         for arm in arms:
-            nats = self.token_nats(batch, arm)
+            same = self.same_as(arm)
+            found[arm] = nats = found[same] if same in found else self.token_nats(batch, arm)
             self.documents.update(arm, batch, nats)
             for domain in dict.fromkeys(d for d in batch["domains"] if d is not None):
                 chosen = [i for i, d in enumerate(batch["domains"]) if d == domain]

@@ -2,8 +2,9 @@
 
     python recipes/koff_tiny/tune.py --jobs 2
 
-Development documents are the last quarter of each bundled held-out file. Reports score the first 60 kB and the tasks
-are built from the first three quarters, so nothing that is reported was chosen on the text that it is reported for.
+Development documents are those of the last quarter of each bundled held-out file that reports with the config's
+`max_heldout_bytes` leave out. The tasks are built from the first three quarters. So nothing that is reported was
+chosen on the text that it is reported for.
 A run whose results.json exists is not repeated.
 """
 
@@ -16,8 +17,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from koff_lightning.data.readers import Document
+from koff_lightning.data.split import fill
+
 ROOT = Path(__file__).resolve().parents[2]
 CORPORA = ROOT / "src" / "koff_lightning" / "tiny" / "corpora"
+HELDOUT_BYTES = 60_000  # of a domain, that reports score: data.max_heldout_bytes of the config
 DOMAINS = ("en", "de", "fr", "es", "ru", "zh", "python")
 # What differs from the config; a second seed shows how much is chance. `after` trains the memories on the one-shot
 # Fisher mask, the control that a learned mask has to beat; `prior` starts a learned mask in the order of that mask.
@@ -60,8 +65,12 @@ def development_text(folder: Path) -> dict[str, dict[str, str]]:
     domains = {}
     for name in DOMAINS:
         train, held = (_lines(CORPORA / f"{name}.{part}.jsonl.xz") for part in ("train", "heldout"))
+        documents = [Document(row["id"], row["text"]) for row in map(json.loads, held)]
+        reported = set(fill(documents, HELDOUT_BYTES))
+        late = range(3 * len(held) // 4, len(held))
+        held = [held[i] for i in late if documents[i].text not in reported]
         files = folder / f"{name}.train.jsonl", folder / f"{name}.development.jsonl"
-        for file, lines in zip(files, (train, held[3 * len(held) // 4 :]), strict=True):
+        for file, lines in zip(files, (train, held), strict=True):
             file.write_text("".join(lines), encoding="utf-8")
         domains[name] = {"files": str(files[0]), "heldout_files": str(files[1])}
     return domains
@@ -116,9 +125,9 @@ def main() -> None:
 
 Command: `python recipes/koff_tiny/tune.py --steps {options.steps}`, config `{options.config}`.
 
-Bits per byte of development documents (the last quarter of each bundled held-out file, which no report scores), mean
-over domains, best first. One seed each: the two seeds of the config as it is show how much is chance. `after`: memories
-on the frozen one-shot Fisher mask. `prior`: a learned mask whose logits start in the order of that mask.
+Bits per byte of development documents (of the last quarter of each bundled held-out file those that no report scores),
+mean over domains, best first. One seed each: the two seeds of the config as it is show how much is chance. `after`:
+memories on the frozen one-shot Fisher mask. `prior`: a learned mask whose logits start in the order of that mask.
 
 {table}
 """)

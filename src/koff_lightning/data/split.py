@@ -89,7 +89,7 @@ def read_domain(
     train, heldout = _split(_labelled(source, heldout_fraction, on_bad), max_train_bytes)
     on_bad.report()
     held_texts = {document.text for document in heldout}
-    texts = Texts([d.text for d in train if d.text not in held_texts], _fill(heldout, max_heldout_bytes))
+    texts = Texts([d.text for d in train if d.text not in held_texts], fill(heldout, max_heldout_bytes))
     if not (train or heldout or max_train_bytes):
         raise KoffError(f"domain '{name}' is empty: its files hold no document with text")
     if not texts.train and source.heldout_entries and not max_train_bytes:
@@ -146,7 +146,7 @@ def _split(
     return train, heldout
 
 
-def _fill(documents: list[Document], max_bytes: int | None) -> list[str]:
+def fill(documents: list[Document], max_bytes: int | None) -> list[str]:
     """Take documents in the order of their hash, a sample that does not depend on file order, while they fit."""
     if max_bytes is None:
         return [document.text for document in documents]

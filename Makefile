@@ -3,14 +3,16 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 # The stamps let each target set up what it needs, once; a change to what is installed sets it up again.
-# torch goes first and pinned: the newest release would bring gigabytes of CUDA libraries that nothing here needs.
+# torch goes first: PyPI's Linux build brings gigabytes of CUDA libraries; a CPU build that lies in .venv already is kept.
 .venv/installed: setup.cfg pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c '$(NEW_ENOUGH)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt

@@ -308,6 +308,18 @@ def test_trainer_options_that_do_not_go_together_are_one_line(run_tiny, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("koff: ")
 
 
+def test_options_that_do_not_go_with_the_data_are_one_line(run_tiny, capsys):
+    assert run_tiny("fit", "--trainer.val_check_interval", "5") == 2
+    line = "koff: `val_check_interval` (5) must be less than or equal to the number of the training batches (4). "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(line)
+
+
+def test_an_error_of_our_own_code_keeps_its_traceback(run_tiny, monkeypatch):
+    stop_at_step_3(monkeypatch, ValueError("a mistake of ours"))
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        run_tiny("fit")
+
+
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_scoring_nothing_is_refused(run_tiny, capsys, verb):
     assert run_tiny(verb) == 2

@@ -1,5 +1,6 @@
 #!/bin/bash
 # One run on several nodes that outlives its time limit: sbatch recipes/scale/slurm.sh
+# Submit with the environment active (`. .venv/bin/activate`), so that `koff` is found on all nodes.
 #SBATCH --job-name=koff
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8        # one process for each GPU

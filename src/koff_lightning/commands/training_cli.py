@@ -158,6 +158,10 @@ class KoffCLI(LightningCLI):
             raise KeyboardInterrupt from stop
         except OSError as error:  # a full disk, say
             raise KoffError(str(error)) from error
+        except ValueError as error:  # what Lightning says of options once it knows the data
+            if not _raised_in(error).startswith("lightning."):
+                raise
+            raise KoffError(" ".join(str(error).split())) from error
         except (MemoryError, RuntimeError) as error:
             if not _is_lack_of_memory(error):
                 raise
@@ -263,8 +267,13 @@ def _own_words(error: BaseException | None) -> KoffError | None:
 
 def _is_bad_input(error: BaseException) -> bool:
     """Whether an error comes from where others check what they are given, not from our own code."""
+    return isinstance(error, KoffError) or not _raised_in(error).startswith("koff_lightning.")
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose code raised an error."""
     *_, (frame, _) = walk_tb(error.__traceback__)
-    return isinstance(error, KoffError) or not frame.f_globals.get("__name__", "").startswith("koff_lightning.")
+    return frame.f_globals.get("__name__", "")
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

@@ -419,7 +419,9 @@ def test_prefetch_takes_no_streamed_corpus_whole(corpus, monkeypatch, capsys):
     assert fetched == ["some/model"]
     assert said.out == "model some/model: is here\n"
     line = said.err.splitlines()[-1]
-    assert line.startswith(f"  domain x: data.streaming reads hub:{corpus} bit by bit, prefetching would take it whole: ")
+    assert line.startswith(
+        f"  domain x: data.streaming reads hub:{corpus} bit by bit, prefetching would take it whole: "
+    )
     assert "--data.streaming=false" in line
     assert main([*argv, "--data.streaming=false"]) == 0
     assert fetched[1:] == ["some/model", "a corpus"]

@@ -31,7 +31,7 @@ from koff_lightning.callbacks import (
     Preview,
     RunReport,
 )
-from koff_lightning.commands.class_names import SWITCH, only_known_classes, refuse_task_files
+from koff_lightning.commands.class_names import SWITCH, only_known_classes, refuse_remote_code, refuse_task_files
 from koff_lightning.commands.config_files import find_configs
 from koff_lightning.commands.needs import needs_of, refuse_missing
 from koff_lightning.commands.offline import is_asked
@@ -71,7 +71,7 @@ class KoffCLI(LightningCLI):
     """LightningCLI with one-line errors and one folder per run."""
 
     def __init__(self, *classes: type, args: list[str], allow_custom: bool, **options: object) -> None:
-        self._verb, self._allow_custom = args[0], allow_custom
+        self._verb, self._words, self._allow_custom = args[0], args, allow_custom
         super().__init__(*classes, args=args, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -93,6 +93,7 @@ class KoffCLI(LightningCLI):
         lm_eval = self.config[self.subcommand].lm_eval
         if not self._allow_custom:
             refuse_task_files(lm_eval.include_path, [spec.task for spec in lm_eval.tasks or ()])
+            refuse_remote_code(self.config[self.subcommand].model.trust_remote_code, self._words)
         if self.subcommand == "baseline":
             resolve(self.config.baseline)
         if is_asked():
@@ -232,7 +233,9 @@ def resolved(words: list[str]) -> dict[str, Any]:
     text = StringIO()
     with redirect_stdout(text), suppress(SystemExit):  # it has printed what was asked for
         run([*words, "--print_config"])
-    return yaml.safe_load(text.getvalue())
+    options = yaml.safe_load(text.getvalue())
+    refuse_remote_code(options["model"]["trust_remote_code"], words)  # who asks may look at the model
+    return options
 
 
 def _with_text(argv: list[str]) -> list[str]:

@@ -59,8 +59,9 @@ class SavedConfig(SaveConfigCallback):
         super().__init__(parser, without_secrets(config), *args, **options)
 
 
+DRY_RUN = "--trainer.fast_dev_run=2"
 BARE = {  # words without a value, and what the parser takes for them
-    "--dry-run": "--trainer.fast_dev_run=2",
+    "--dry-run": DRY_RUN,
     "--prefetch-only": "--prefetch_only=true",
     "--no-score": "--score=false",
     SWITCH: SWITCH,
@@ -87,13 +88,16 @@ class KoffCLI(LightningCLI):
         return {self._verb: (LightningCLI.subcommands() | ours)[self._verb]}
 
     def before_instantiate_classes(self) -> None:
-        """The options of a baseline stand for others; without network, what is missing is said now."""
+        """Some options stand for others; what a config may not say, and what lacks without network, is said now."""
         for section, kind in {"model": KOFFModule, "data": DomainDataModule, "trainer": Trainer, **CALLBACKS}.items():
             refuse_meaningless(kind, self.config[self.subcommand][section], section)
         lm_eval = self.config[self.subcommand].lm_eval
         if not self._allow_custom:
             refuse_task_files(lm_eval.include_path, [spec.task for spec in lm_eval.tasks or ()])
             refuse_remote_code(self.config[self.subcommand].model.trust_remote_code, self._words)
+        if DRY_RUN in self._words:  # whatever a config says; two steps of the optimizer, of so many batches each
+            trainer = self.config[self.subcommand].trainer
+            trainer.fast_dev_run = 2 * max(1, trainer.accumulate_grad_batches)
         if self.subcommand == "baseline":
             resolve(self.config.baseline)
         if is_asked():

@@ -152,3 +152,51 @@ def test_other_parsers_of_the_process_are_left_as_they_were():
         assert parsing_settings != before
         raise KeyError
     assert parsing_settings == before
+
+
+@pytest.fixture
+def model_with_code(tmp_path, monkeypatch):
+    """A config that lets the code of a model run, which leaves a file; returns the config."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(
+        '{"model_type": "theirs", "auto_map": {"AutoConfig": "code.Theirs"}}'
+    )
+    (tmp_path / "theirs" / "code.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+        "from transformers import PreTrainedConfig\nclass Theirs(PreTrainedConfig):\n    model_type = 'theirs'\n"
+    )
+    options = {"model": {"backbone": "theirs", "trust_remote_code": True}, "data": {"domains": {"de": "bundled:de"}}}
+    options["trainer"] = {"max_steps": 1, "accelerator": "cpu"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(options))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return "c.yaml"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "--config", "c.yaml"],
+        ["fit", "--model.trust_remote_code=false", "--config", "c.yaml"],
+        ["baseline", "--config", "c.yaml", "--method", "magnitude"],
+        ["plan", "--config", "c.yaml"],
+    ],
+)
+def test_a_config_alone_runs_no_code_of_a_models_repository(model_with_code, tmp_path, capsys, words):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "koff: model.trust_remote_code: true lets code of the model's repository run, which is not for a config to "
+        "say. If you trust that repository, add --model.trust_remote_code=true to the command\n"
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "said", [["--model.trust_remote_code=true"], ["--model.trust_remote_code", "true"], [SWITCH]], ids=" ".join
+)
+def test_who_says_so_trusts_a_models_repository(model_with_code, tmp_path, capsys, said):
+    assert main(["fit", "--config", "c.yaml", f"--trainer.default_root_dir={tmp_path}/run", *said]) == 2
+    assert "cannot load backbone 'theirs'" in capsys.readouterr().err, "it is not one that we know"
+    assert (tmp_path / "ran").exists()

@@ -12,6 +12,7 @@ from koff_lightning.commands import doctor
 
 def test_a_sound_machine(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "hub" / "models--some--model").mkdir(parents=True)
     assert main(["doctor"]) == 0
@@ -19,7 +20,29 @@ def test_a_sound_machine(capsys, monkeypatch, tmp_path):
     assert "lightning 2." in said
     assert "\ngloo       two processes add up a number\n" in said
     assert "\nnetwork    is not used: HF_HUB_OFFLINE is set\n" in said
-    assert "\n           holds some/model\n" in said
+    assert "\n           holds model some/model\n" in said
+
+
+def test_caches_are_looked_for_where_they_are(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("KOFF_CACHE", str(tmp_path / "koff"))
+    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
+    for folder in ("home/hub/models--of--nobody", "home/datasets/raw___text", "koff/tokens/0123", "koff/tokens/4567"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("models--some--model", "datasets--some--text", "spaces--some--demo"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+    (tmp_path / "koff" / "tokens" / ".0123.lock").touch()
+    doctor._switches()
+    said = capsys.readouterr().out
+    assert "HF_EVALUATE_OFFLINE is set" in said
+    held = [line.strip() for line in said.splitlines() if line.startswith("           holds")]
+    assert held == [
+        "holds model some/model",
+        "holds dataset some/text",
+        "holds dataset raw/text, ready to read",
+        "holds tokenised text, 2 entries",
+    ]
 
 
 @pytest.mark.parametrize("name", ["lightning", "pytorch-lightning"])

@@ -157,13 +157,13 @@ def test_a_changed_file_is_noticed(text, tmp_path):
     assert data.stored(data.sources["a"]) is None
 
 
-@pytest.mark.parametrize("fault", ["cut", "gone", "unlisted", "mislisted"])
+@pytest.mark.parametrize("fault", ["cut", "gone", "unlisted", "mislisted", "list gone"])
 def test_a_damaged_entry_says_so_and_is_made_anew(text, fault):
     prepared(text)
     data = data_of(text)
-    for file in data.cache.folder.glob("*/entry.json" if "listed" in fault else "*/train/tokens.npy"):
+    for file in data.cache.folder.glob("*/entry.json" if "list" in fault else "*/train/tokens.npy"):
         content = b'{"lengths.npy": 5}' if fault == "mislisted" else file.read_bytes()[:200]
-        file.unlink() if fault == "gone" else file.write_bytes(content)
+        file.unlink() if "gone" in fault else file.write_bytes(content)
     with pytest.raises(KoffError, match=r"tokenised text in .* is damaged \(.*: `koff prepare` .* makes it anew"):
         data.setup()
     assert prepared(text) == {"a": True, "b": True}
@@ -406,6 +406,25 @@ def test_prefetch_lists_what_cannot_be_had_and_fetches_the_rest(text, corpus, mo
     said = capsys.readouterr()
     assert said.out == "domain x: is here\n"
     assert "2 thing(s) cannot be fetched:\n  model some/model: some/model is gated\n  domain y: cannot read" in said.err
+
+
+def test_prefetch_takes_no_streamed_corpus_whole(corpus, monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(needs, "snapshot_download", lambda name, **_: fetched.append(name))
+    monkeypatch.setattr(needs, "fetch_hub", lambda *_: fetched.append("a corpus"))
+    monkeypatch.setattr(needs, "load_tokenizer", no_tokenizer)
+    argv = ["prepare", "--model.backbone=some/model", "--prefetch-only", f"--data.domains.x=hub:{corpus}"]
+    assert main([*argv, "--data.streaming=true", "--data.max_heldout_bytes=900"]) == 2
+    said = capsys.readouterr()
+    assert fetched == ["some/model"]
+    assert said.out == "model some/model: is here\n"
+    line = said.err.splitlines()[-1]
+    assert line.startswith(
+        f"  domain x: data.streaming reads hub:{corpus} bit by bit, prefetching would take it whole: "
+    )
+    assert "--data.streaming=false" in line
+    assert main([*argv, "--data.streaming=false"]) == 0
+    assert fetched[1:] == ["some/model", "a corpus"]
 
 
 def test_weights_in_parts_must_all_be_there(tmp_path, monkeypatch):

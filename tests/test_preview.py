@@ -1,14 +1,19 @@
 """`koff fit --dry-run`: shows the budget and the text, takes two steps, writes nothing."""
 
+import re
 import signal
 
+import numpy as np
 import pytest
 import torch
+from tiny_command import small_fits
 from toy_text import toy_tokenizer
 
+from koff_lightning import LoraSpec, SparsitySpec
 from koff_lightning.backbone import load_tokenizer
-from koff_lightning.callbacks.preview import rows
+from koff_lightning.callbacks.preview import budget, rows
 from koff_lightning.cli import main
+from koff_lightning.data.packing import TokenStream, pack
 from koff_lightning.module import KOFFModule
 
 
@@ -35,8 +40,47 @@ def test_a_dry_run_shows_what_is_to_come_and_writes_nothing(tmp_path, monkeypatc
     assert "to remove 106,168: 12 % of body (884,736 are in the 1,560 units that can go)" in said
     assert "98,304  LoRA of python" in said
     assert "first 8 training rows of 64 tokens" in said
+    cut = re.search(r"\ndocuments cut at the end of a row, to go on in another: de (\d+) of (\d+), python ", said)
+    assert 0 < int(cut[1]) <= int(cut[2])
     assert "domains   de 50 %, python 50 %" in said
     assert "\na row of de:\n" in said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kv": None}, {"lora": LoraSpec(rank=3), "shared_memory": True}, {"sparsity": SparsitySpec(target=0.0)}],
+)
+def test_the_budget_is_known_before_a_weight_is_loaded(monkeypatch, options):
+    module = KOFFModule(domains=["de", "python"], **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("koff_lightning.decomposition.load_backbone", lambda *_, **__: pytest.fail("it loads weights"))
+        said = budget(module)
+    module.configure_model()
+    trained = [module.memories.lora_parameters, module.memories.kv_parameters]
+    sizes = [sum(p.numel() for p in of(domain)) for of in trained for domain in module.domains]
+    sizes += [module.gates.logits.numel()] * module.learns_mask
+    assert [int(line.split()[1].replace(",", "")) for line in said[2:]] == [size for size in sizes if size]
+    assert f"{module.budget.denominators['total']:,} parameters, frozen" in said[0]
+    assert f"{module.budget.denominators['units']:,} are in the {len(module.budget.costs):,} units" in said[1]
+
+
+def test_a_dry_run_takes_two_steps_of_the_optimizer(tmp_path, monkeypatch):
+    """Also before a config that a run has saved, in which all options stand."""
+    taken = []
+    trainer = {"accumulate_grad_batches": 3, "max_steps": 5, "fast_dev_run": False}
+    with small_fits(tmp_path, monkeypatch, trainer=trainer):
+        step = KOFFModule.training_step
+        monkeypatch.setattr(
+            KOFFModule, "training_step", lambda self, *args: taken.append(self.global_step) or step(self, *args)
+        )
+        assert main(["fit", "--dry-run", "--config", "mine.yaml"]) == 0
+    assert taken == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_document_that_lies_in_several_rows_is_one_that_is_cut():
+    lengths = np.array([5, 11, 8, 20, 4])
+    stream = TokenStream(np.arange(48, dtype=np.int32), lengths, lengths)
+    assert pack(stream, 8, overlap=False).cut == 2  # the second from token 5 to 15, the fourth from 24 to 43
 
 
 def test_rows_show_documents_their_ends_and_what_is_filled(tmp_path):

@@ -99,6 +99,27 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, straight, monkeypa
     check_same_end("cut", straight)
 
 
+@pytest.mark.parametrize("fate", ["moved", "lost"])
+def test_the_log_of_a_run_whose_folder_was_moved_is_found(run_in, straight, monkeypatch, fate):
+    if not straight.exists():
+        assert run_in(straight) == 0
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 5, pull_the_plug)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run_in("cut")
+    Path("cut").rename("elsewhere")
+    if fate == "moved":
+        assert run_in("elsewhere", "--ckpt_path", "last") == 0
+        check_same_end("elsewhere", straight)
+        return
+    Path("elsewhere/version_0/metrics.csv").unlink()
+    with pytest.warns(
+        UserWarning, match=r"step=4\.ckpt goes on is neither beside it nor at .*metrics\.csv: this run's"
+    ):
+        assert run_in("elsewhere", "--ckpt_path", "last") == 0
+    assert [row["step"] for row in end_of("elsewhere")[2] if row["train/loss"]] == ["3", "4", "5", "6", "7"]
+
+
 STREAMED = ["--data.streaming=true", "--data.max_train_bytes=null"]
 STREAMED += [f"--data.domains.{name}={name}-*.txt" for name in ("de", "python")]
 

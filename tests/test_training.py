@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from koff_lightning import DomainDataModule, KoffError, KOFFModule, KVSpec, Lora
 from koff_lightning.backbone import parameter_counts
 from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.gates import BackboneGates
+from koff_lightning.guard import Guard
 
 DOMAINS = ["en", "law"]
 STEPS = 20
@@ -465,6 +468,25 @@ def test_a_step_that_is_skipped_leaves_no_trace(folder, tmp_path, loss):
     assert len(run.steps) == STEPS
     assert torch.isfinite(model.gates.importance).all()
     assert model.gates.hardened
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_loss_that_another_ranks_rows_spoil_names_their_domain(monkeypatch, skip):
+    monkeypatch.setattr("koff_lightning.ranks.gather", lambda mine: [mine, {"law"}])
+    guard, predicted = Guard(skip), torch.ones(2, 3, dtype=torch.bool)
+    with (
+        nullcontext()
+        if skip
+        else pytest.raises(KoffError, match="the loss became nan at step 7 .in rows of domain law")
+    ):
+        guard.check_loss(torch.tensor(float("nan")), torch.ones(6), predicted, ["en", "code"], 7)
+    if skip:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+        run = SimpleNamespace(trainer=SimpleNamespace(precision_plugin=None), global_step=7)
+        with pytest.warns(
+            UserWarning, match="step 7 is left out: the loss became nan at step 7 .in rows of domain law"
+        ):
+            guard.check_gradients(run, optimizer, {})
 
 
 def test_a_warm_start_takes_the_weights_and_begins_anew(finished, folder, tmp_path):

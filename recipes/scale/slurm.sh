@@ -17,15 +17,17 @@ CONFIG=${CONFIG:-llama31_8b_12pct.yaml}
 ROOT=${ROOT:-runs/${CONFIG%.yaml}}
 
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
-export HF_HUB_OFFLINE=1            # `koff prepare --prefetch-only` on a node with network has fetched everything
 
-srun --kill-on-bad-exit=0 koff fit --config "$CONFIG" --config hardware/fsdp.yaml \
+# --offline: `koff prepare --prefetch-only` on a node with network has fetched everything; what is missing is listed.
+# --kill-on-bad-exit: one process that fails ends all; on SIGTERM all leave together, after the checkpoint is written.
+srun --kill-on-bad-exit=1 koff fit --offline --config "$CONFIG" --config hardware/fsdp.yaml \
     --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" \
     --trainer.default_root_dir="$ROOT" --ckpt_path last
 status=$?
 
-# 143: asked to end (SIGTERM); the checkpoint of that very step is written. Any other failure is one to look at.
-if [ "$status" -eq 143 ]; then
+# 143 near the end of the time: asked to end (SIGTERM); the checkpoint of that very step is written. Anything else is a
+# failure to look at, also an earlier 143: srun ends the others by SIGTERM when one process has failed.
+if [ "$status" -eq 143 ] && [ "$(date +%s)" -ge "$((${SLURM_JOB_END_TIME:-0} - 600))" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from koff_lightning import ranks
 from koff_lightning.errors import KoffError
 
 _DOMAIN = re.compile(r"\.koff_([A-Za-z0-9_-]+)\.")
@@ -17,7 +18,8 @@ _DOMAIN = re.compile(r"\.koff_([A-Za-z0-9_-]+)\.")
 class Guard:
     """Looks at the loss of every micro-batch and at the gradients of every optimizer step.
 
-    All ranks see the same loss and the same gradients, so all stop or skip together.
+    All ranks see the loss of all their rows, which is finite on all or on none, and the same gradients; so all stop or
+    skip together, and say the same.
 
     Args:
         skip: Leave out the optimizer step instead of stopping.
@@ -45,8 +47,9 @@ class Guard:
         if torch.isfinite(loss):
             return
         rows = predicted.nonzero()[:, 0][~torch.isfinite(tokens)].unique().tolist()
-        names = ", ".join(sorted({domains[row] or "none" for row in rows}))
-        where = f"in rows of domain {names}" if names else "by its penalty or the rows of another process"
+        mine = {domains[row] or "none" for row in rows}
+        names = ", ".join(sorted(set().union(*ranks.gather(mine))))  # all are here: the loss is not finite on any
+        where = f"in rows of domain {names}" if names else "by its penalty"
         self._found(f"the loss became {loss.item()} at step {step} ({where})")
 
     def check_gradients(self, module: LightningModule, optimizer: Optimizer, norms: Mapping[str, Tensor]) -> None:

@@ -53,7 +53,7 @@ class KOFFModule(Decomposition):
         dtype: Torch dtype of the frozen weights; what is trained stays fp32.
         activation_checkpointing: Recompute activations in the backward to save memory.
         compile: Backend of torch.compile for each layer, such as inductor (an experiment); null for none.
-        trust_remote_code: Allow code from the model repository to run.
+        trust_remote_code: Allow code from the model repository to run; to be said on the command line, not in a config.
     """
 
     def __init__(

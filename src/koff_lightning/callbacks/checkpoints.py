@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
@@ -62,7 +63,8 @@ class ContinuedLog(Callback):
         before = checkpoint.get("log")
         if not before or trainer.state.fn != TrainerFn.FITTING:
             return
-        last, row, rows = before["last"], before["row"], _rows(before["file"], before["last"])
+        last, row = before["last"], before["row"]
+        rows = _rows(_found(before["file"], trainer.ckpt_path), last)
         if len(row) > 1 and not any(step == last and row.keys() <= other.keys() for step, other in rows):
             rows.append((last, row))
         validated = any(step == last and any(name.startswith("val/") for name in other) for step, other in rows)
@@ -81,11 +83,22 @@ class ContinuedLog(Callback):
             trainer.training = True
 
 
-def _rows(file: str | None, last: int) -> list[tuple[int, dict[str, float]]]:
-    """Step and values of the rows of a CSV log up to step `last`; none where the file is gone."""
-    if file is None or not Path(file).is_file():
+def _found(file: str | None, checkpoint: str | Path) -> Path | None:
+    """Where the log is that a checkpoint goes on: beside it, as where a run's folder was moved, or where it was."""
+    if file is None:
+        return None
+    places = [*(folder / Path(file).name for folder in Path(checkpoint).absolute().parents[:2]), Path(file)]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        rank_zero_warn(f"the log that {checkpoint} goes on is neither beside it nor at {file}: this run's begins here")
+    return found
+
+
+def _rows(file: Path | None, last: int) -> list[tuple[int, dict[str, float]]]:
+    """Step and values of the rows of a CSV log up to step `last`."""
+    if file is None:
         return []
-    with Path(file).open(newline="", encoding="utf-8") as lines:
+    with file.open(newline="", encoding="utf-8") as lines:
         rows = [(int(row.pop("step")), row) for row in csv.DictReader(lines) if row["step"].isdigit()]
     return [(step, {k: _number(v) for k, v in row.items() if v}) for step, row in rows if step <= last]
 

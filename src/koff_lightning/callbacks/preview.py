@@ -1,4 +1,4 @@
-"""Preview: what a run is about to do, shown before the first step of `koff fit --dry-run`."""
+"""Preview: what a run is about to do, shown by `koff fit --dry-run` before any weight is loaded."""
 
 from collections import Counter
 from itertools import islice, pairwise
@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from koff_lightning.backbone import load_config, without_weights
+from koff_lightning.data import DomainDataModule
+from koff_lightning.memory import MemoryBank
 from koff_lightning.module import KOFFModule
 
 BATCHES = 16  # that are looked at
@@ -16,24 +19,30 @@ SHOWN = 72  # characters of text
 class Preview(Callback):
     """Prints the parameter budget and how text lies in rows. Goes with `fast_dev_run`, which writes nothing."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Print, once the model and the data are there."""
-        if trainer.is_global_zero:
-            batches = list(islice(iter(trainer.datamodule.train_dataloader()), BATCHES))
-            print("\n".join(["", *budget(pl_module), "", *rows(batches, trainer.datamodule.tokenizer), ""]), flush=True)
+    def setup(self, trainer: Trainer, pl_module: KOFFModule, stage: str) -> None:
+        """Print, once the data is there; the model is built after this."""
+        if stage == "fit" and trainer.is_global_zero:
+            data = trainer.datamodule
+            batches = list(islice(iter(data.train_dataloader()), BATCHES))
+            lines = ["", *budget(pl_module), "", *rows(batches, data.tokenizer), cuts(data), ""]
+            print("\n".join(lines), flush=True)
 
 
 def budget(module: KOFFModule) -> list[str]:
-    """Parameters of each kind: frozen, to be removed, trained. A line each."""
-    sizes, spec = module.budget.denominators, module.sparsity
-    names = {f"LoRA of {d}": module.memories.lora_parameters(d) for d in module.domains}
-    names |= {f"KV memory of {d}": module.memories.kv_parameters(d) for d in module.domains}
+    """Parameters of each kind: frozen, to be removed, trained. A line each; counted without weights."""
+    config = load_config(module.source, **{k: v for k, v in module.loading.items() if k != "dtype"})
+    model, spec = without_weights(config), module.sparsity
+    priced = module._price(model)
+    sizes, units = priced.denominators, priced.costs
+    memories = MemoryBank(model, module.domains, module.lora, module.kv, module.shared_memory)
+    names = {f"LoRA of {d}": memories.lora_parameters(d) for d in module.domains}
+    names |= {f"KV memory of {d}": memories.kv_parameters(d) for d in module.domains}
     if module.learns_mask:
-        names |= {"mask": [module.gates.logits]}
+        names |= {"mask": [units]}  # a number each
     lines = [
         f"backbone  {module.source}: {sizes['total']:,} parameters, frozen; {sizes['body']:,} in its layers",
         f"to remove {round(spec.target * sizes[spec.denominator]):,}: {100 * spec.target:g} % of {spec.denominator} "
-        f"({sizes['units']:,} are in the {module.gates.logits.numel():,} units that can go)",
+        f"({sizes['units']:,} are in the {len(units):,} units that can go)",
     ]
     trained = [(name, sum(p.numel() for p in tensors)) for name, tensors in names.items()]
     return lines + [f"trained   {size:>13,}  {name}" for name, size in trained if size]
@@ -63,6 +72,12 @@ def rows(batches: list[dict[str, Any]], tokenizer: Any) -> list[str]:
         lines += [f"a row of {domain}:", *(f"  {len(p):>5} | {t}" for p, t in zip(parts, texts, strict=False))]
         lines += [f"        {text}" for text in more]
     return lines
+
+
+def cuts(data: DomainDataModule) -> str:
+    """How many documents do not lie in one row."""
+    found = ", ".join(f"{name} {cut} of {total}" for name, (cut, total) in data.cut_documents().items())
+    return f"documents cut at the end of a row, to go on in another{' (in a sample)' * data.streaming}: {found}"
 
 
 def _segments(batch: dict[str, Any], row: int) -> list[torch.Tensor]:

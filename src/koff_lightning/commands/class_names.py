@@ -3,10 +3,11 @@
 A `class_path` is code: it imports a module and calls what it finds there, with arguments from the same file. So configs
 from others are data only as long as the names in them are ours to choose. The parser asks before it imports, wherever
 the name stands: in a config, an overlay, on the command line, or inside the `init_args` of another class. The files of
-lm-eval's tasks are code too: they name functions beside them (`!function`) or a class, and lm-eval calls these.
+lm-eval's tasks are code too: they name functions beside them (`!function`) or a class, and lm-eval calls these. And so
+is a model that brings its own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from jsonargparse import set_parsing_settings
@@ -15,6 +16,7 @@ from jsonargparse._common import parsing_settings  # there is no public way to t
 from koff_lightning.errors import KoffError
 
 SWITCH = "--allow-custom-classes"
+TRUST = "--model.trust_remote_code"
 KNOWN = (
     "koff_lightning",
     *(f"lightning.pytorch.{kind}" for kind in ("callbacks", "loggers", "plugins", "profilers", "strategies")),
@@ -65,3 +67,18 @@ def refuse_task_files(include_path: str | None, tasks: Iterable[str]) -> None:
     for what, is_file in files.items():
         if is_file:
             raise KoffError(f"{what}: task files may run Python of their own. If you trust them, add {SWITCH}")
+
+
+def refuse_remote_code(trusted: bool, words: Sequence[str]) -> None:
+    """Raise KoffError if a config alone lets the code of a model's repository run.
+
+    Args:
+        trusted: Its `model.trust_remote_code`.
+        words: Of the command line, which may say the same.
+    """
+    said = " ".join(words).replace(f"{TRUST} ", f"{TRUST}=").split()
+    if trusted and SWITCH not in words and f"{TRUST}=true" not in said:
+        raise KoffError(
+            "model.trust_remote_code: true lets code of the model's repository run, which is not for a config to say. "
+            f"If you trust that repository, add {TRUST}=true to the command"
+        )

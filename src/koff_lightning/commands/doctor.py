@@ -11,11 +11,16 @@ from pathlib import Path
 
 from koff_lightning import __version__
 from koff_lightning.commands.known_bad import KNOWN_BAD
+from koff_lightning.commands.offline import SWITCHES
 from koff_lightning.errors import KoffError
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "lm-eval", "jsonargparse", "safetensors")
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-CACHES = {"HF_HOME": "~/.cache/huggingface", "KOFF_CACHE": "~/.cache/koff"}
+CACHES = {  # variable: where it points unless it is set
+    "HF_HOME": "~/.cache/huggingface",
+    "HF_HUB_CACHE": "{HF_HOME}/hub",
+    "HF_DATASETS_CACHE": "{HF_HOME}/datasets",
+    "KOFF_CACHE": "~/.cache/koff",
+}
 TIMEOUT = 60  # seconds until two processes that should talk to each other are given up
 
 # Run twice at once, as ranks of one group; both add up 1 and 2.
@@ -115,15 +120,29 @@ def talk(backend: str, timeout: float = TIMEOUT) -> str:
 
 def _switches() -> None:
     """Print where models and data are looked for, and whether the network may be."""
-    on = [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]
+    on = [name for name in SWITCHES if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]
     print(f"network    {'may be used' if not on else 'is not used: ' + ', '.join(f'{name} is set' for name in on)}")
+    folders: dict[str, str] = {}
     for name, default in CACHES.items():
-        folder = Path(os.environ.get(name) or default).expanduser()
+        folder = Path(os.environ.get(name) or default.format(**folders)).expanduser()
+        folders[name] = str(folder)
         if folder.is_dir():
             free = shutil.disk_usage(folder).free / 2**30
             state = f"{'' if os.access(folder, os.W_OK) else 'NOT WRITABLE, '}{free:.1f} GiB free"
         else:
             state = "not there yet"
-        print(f"{name:<11}{folder}: {state}")
-    for model in sorted((Path(os.environ.get("HF_HOME") or CACHES["HF_HOME"]).expanduser() / "hub").glob("models--*")):
-        print(f"           holds {model.name.removeprefix('models--').replace('--', '/')}")
+        print(f"{name:<10} {folder}: {state}")
+    for what in _held({name: Path(folder) for name, folder in folders.items()}):
+        print(f"           holds {what}")
+
+
+def _held(caches: dict[str, Path]) -> list[str]:
+    """What lies in the caches, by the names that their folders have there."""
+    held = []
+    for kind in ("model", "dataset"):
+        found = sorted(caches["HF_HUB_CACHE"].glob(f"{kind}s--*"))
+        held += [f"{kind} {folder.name.removeprefix(f'{kind}s--').replace('--', '/')}" for folder in found]
+    made = sorted(folder for folder in caches["HF_DATASETS_CACHE"].glob("*") if folder.is_dir())
+    held += [f"dataset {folder.name.replace('___', '/')}, ready to read" for folder in made]
+    entries = sum(folder.is_dir() and folder.name[0] != "." for folder in (caches["KOFF_CACHE"] / "tokens").glob("*"))
+    return held + [f"tokenised text, {entries} {'entry' if entries == 1 else 'entries'}"] * (entries > 0)

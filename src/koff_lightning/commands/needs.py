@@ -134,7 +134,13 @@ def _find_text(data: DomainDataModule, source: DomainSource, config: Any) -> Non
 
 
 def _fetch_text(data: DomainDataModule, source: DomainSource, config: Any) -> None:
-    """Download a domain's hub datasets, unless it is tokenised already."""
+    """Download a domain's hub datasets, unless it is tokenised already; none of those that are too large to be held."""
+    if data.streaming:
+        raise KoffError(
+            f"data.streaming reads {', '.join(f'hub:{repo}' for repo in source.hub_entries)} bit by bit, prefetching "
+            "would take it whole: `hf download` some of its files and name these in data.domains, or `koff prepare` a "
+            "part with --data.streaming=false and data.max_train_bytes; to have all of it, add --data.streaming=false"
+        )
     if not _is_tokenised(data, source, config):
         for repo in source.hub_entries:
             fetch_hub(repo, source.subset, source.split)

@@ -31,7 +31,7 @@ from koff_lightning.callbacks import (
     Preview,
     RunReport,
 )
-from koff_lightning.commands.class_names import SWITCH, only_known_classes, refuse_task_files
+from koff_lightning.commands.class_names import SWITCH, only_known_classes, refuse_remote_code, refuse_task_files
 from koff_lightning.commands.config_files import find_configs
 from koff_lightning.commands.needs import needs_of, refuse_missing
 from koff_lightning.commands.offline import is_asked
@@ -59,8 +59,9 @@ class SavedConfig(SaveConfigCallback):
         super().__init__(parser, without_secrets(config), *args, **options)
 
 
+DRY_RUN = "--trainer.fast_dev_run=2"
 BARE = {  # words without a value, and what the parser takes for them
-    "--dry-run": "--trainer.fast_dev_run=2",
+    "--dry-run": DRY_RUN,
     "--prefetch-only": "--prefetch_only=true",
     "--no-score": "--score=false",
     SWITCH: SWITCH,
@@ -71,7 +72,7 @@ class KoffCLI(LightningCLI):
     """LightningCLI with one-line errors and one folder per run."""
 
     def __init__(self, *classes: type, args: list[str], allow_custom: bool, **options: object) -> None:
-        self._verb, self._allow_custom = args[0], allow_custom
+        self._verb, self._words, self._allow_custom = args[0], args, allow_custom
         super().__init__(*classes, args=args, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -87,12 +88,16 @@ class KoffCLI(LightningCLI):
         return {self._verb: (LightningCLI.subcommands() | ours)[self._verb]}
 
     def before_instantiate_classes(self) -> None:
-        """The options of a baseline stand for others; without network, what is missing is said now."""
+        """Some options stand for others; what a config may not say, and what lacks without network, is said now."""
         for section, kind in {"model": KOFFModule, "data": DomainDataModule, "trainer": Trainer, **CALLBACKS}.items():
             refuse_meaningless(kind, self.config[self.subcommand][section], section)
         lm_eval = self.config[self.subcommand].lm_eval
         if not self._allow_custom:
             refuse_task_files(lm_eval.include_path, [spec.task for spec in lm_eval.tasks or ()])
+            refuse_remote_code(self.config[self.subcommand].model.trust_remote_code, self._words)
+        if DRY_RUN in self._words:  # whatever a config says; two steps of the optimizer, of so many batches each
+            trainer = self.config[self.subcommand].trainer
+            trainer.fast_dev_run = 2 * max(1, trainer.accumulate_grad_batches)
         if self.subcommand == "baseline":
             resolve(self.config.baseline)
         if is_asked():
@@ -236,7 +241,9 @@ def resolved(words: list[str]) -> dict[str, Any]:
     text = StringIO()
     with redirect_stdout(text), suppress(SystemExit):  # it has printed what was asked for
         run([*words, "--print_config"])
-    return yaml.safe_load(text.getvalue())
+    options = yaml.safe_load(text.getvalue())
+    refuse_remote_code(options["model"]["trust_remote_code"], words)  # who asks may look at the model
+    return options
 
 
 def _with_text(argv: list[str]) -> list[str]:

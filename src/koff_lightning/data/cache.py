@@ -9,6 +9,7 @@ sizes; `koff prepare` reads them through and makes a damaged entry anew.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -167,6 +168,8 @@ class TokenCache:
             if self._is_whole(key):
                 return False
             rows = make()
+            if not (self.folder / key / MANIFEST).is_file():  # what tidies up old files may take it and leave the rest
+                shutil.rmtree(self.folder / key, ignore_errors=True)
             with new_folder(self.folder / key, overwrite=True, marker=MANIFEST) as work:
                 for side, packed in (("train", rows.train), ("heldout", rows.heldout)):
                     (work / side).mkdir()

@@ -92,10 +92,7 @@ class DomainDataModule(LightningDataModule):
         _require(on_bad_line in ("fail", "skip"), f"data.on_bad_line must be 'fail' or 'skip', got '{on_bad_line}'")
         for name, limit in (("max_heldout_bytes", max_heldout_bytes), ("max_train_bytes", max_train_bytes)):
             _require(limit is None or limit >= 1, f"data.{name} must be 1 or more (or null for no limit), got {limit}")
-        _require(
-            0 < temperature < math.inf,
-            f"data.temperature must be a number above 0, got {temperature}",
-        )
+        _require(0 < temperature < math.inf, f"data.temperature must be a number above 0, got {temperature}")
         _require(
             not (streaming and max_train_bytes),
             f"data.max_train_bytes={max_train_bytes} limits text in memory, data.streaming keeps none: set it to null",
@@ -266,6 +263,10 @@ class DomainDataModule(LightningDataModule):
     def most_calibration_text(self) -> int:
         """Tokens of each domain that `calibration_text` can give at most."""
         return most_tokens(self._train)
+
+    def cut_documents(self) -> dict[str, tuple[int, int]]:
+        """By domain, how many training documents lie in several rows, of how many; when streaming, in a sample."""
+        return {name: (rows.cut, len(self._documents[name].lengths)) for name, rows in self._train.items()}
 
     def _place(self) -> tuple[int, int]:
         """Rank and world size among processes that see different data (not the tensor-parallel ones)."""

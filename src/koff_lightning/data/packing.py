@@ -52,6 +52,11 @@ class PackedRows:
         """UTF-8 bytes of the text predicted in each row, [R]."""
         return np.add.reduceat(self.shares, self.first_segment[:-1])
 
+    @property
+    def cut(self) -> int:
+        """Number of documents that are cut at the end of a row and go on in the next."""
+        return int((np.bincount(self.documents) > 1).sum())
+
     def __len__(self) -> int:
         return len(self.tokens)
 

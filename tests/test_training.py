@@ -320,6 +320,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(folder, tmp_path, at,
     assert torch.equal(resumed.gates.kept, model.gates.kept)
 
 
+class Rates(Callback):
+    """Notes the rates of each step, by group."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+
+def test_a_resumed_run_takes_the_rates_that_it_is_given(folder, tmp_path):
+    """From its first step on, at the place of that step in their course."""
+    old, new = OptimSpec(), OptimSpec(mask_lr=0.3, multiplier_lr=0.4, lora_lr=1e-5, kv_lr=2e-5, final=0.5)
+    straight, resumed = Rates(), Rates()
+    fit(folder, tmp_path, straight, optim=new)
+    fit(folder, tmp_path, saver(tmp_path, 7), optim=old)
+    again = trainer(tmp_path, resumed, saver(tmp_path / "again", 7))
+    again.fit(module(folder, optim=new), text(folder), ckpt_path=tmp_path / "step=7.ckpt", weights_only=True)
+    assert resumed.seen == straight.seen[7:]
+    (course,) = (config.scheduler for config in again.lr_scheduler_configs)
+    assert course.base_lrs == [0.3, 0.4, 1e-5, 2e-5]
+
+
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     """A checkpoint of a whole run, one of its mid-ramp, and the module."""

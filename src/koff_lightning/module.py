@@ -27,7 +27,7 @@ from koff_lightning.layers import compile_layers, recomputed
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
-from koff_lightning.optim import OptimSpec, clip_by_group, parameter_groups, rate_lambdas
+from koff_lightning.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
 from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, SparsitySpec
 
 
@@ -222,7 +222,7 @@ class KOFFModule(Decomposition):
         lambdas = rate_lambdas(groups, self.optim, self._number_of_steps())
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas), "interval": "step"},
+            "lr_scheduler": {"scheduler": Course(optimizer, lambdas), "interval": "step"},
         }
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:

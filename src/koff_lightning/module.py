@@ -28,6 +28,7 @@ from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
 from koff_lightning.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
+from koff_lightning.run.resume import refuse_other_steps
 from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, SparsitySpec
 
 
@@ -182,6 +183,7 @@ class KOFFModule(Decomposition):
             )
         if not ranks.agree(self.backbone_hash):
             raise KoffError(f"the processes have loaded different weights as {self.source!r}: give all the same")
+        refuse_other_steps(ranks.gather(self.resumed_at))
         self.fill_memories()
         owned = self._owned()
         ranks.copy_from_first([value for name, value in sorted(self.state_dict().items()) if name in owned])

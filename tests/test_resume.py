@@ -6,14 +6,17 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from tiny_command import small_fits
 from toy_text import toy_documents
 
 from koff_lightning import KoffError, KOFFModule
+from koff_lightning.callbacks import ContinuedLog
 from koff_lightning.cli import main
 from koff_lightning.data import patience, stream
 from koff_lightning.data.shards import FileShard
@@ -249,6 +252,13 @@ def test_a_file_that_goes_away_meanwhile_gives_way_to_the_one_before(tmp_path):
     (tmp_path / "version_0/last.ckpt").symlink_to(tmp_path / "gone")
     with pytest.warns(UserWarning, match="no such file.* An earlier checkpoint is used"):
         assert newest_checkpoint([tmp_path, tmp_path / "not there"]) == path
+
+
+def test_no_rank_waits_for_another_until_all_are_known_to_go_on_from_one_step():
+    """One that found no checkpoint would never come."""
+    alone = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), loggers=[], is_global_zero=True)  # no strategy
+    log = {"file": None, "row": {}, "last": 3, "validate": True}
+    ContinuedLog().on_load_checkpoint(alone, None, {"log": log})
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

@@ -6,17 +6,21 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from tiny_command import small_fits
 from toy_text import toy_documents
 
 from koff_lightning import KoffError, KOFFModule
+from koff_lightning.callbacks import ContinuedLog
 from koff_lightning.cli import main
 from koff_lightning.data import patience, stream
 from koff_lightning.data.shards import FileShard
+from koff_lightning.run import checkpoint_io
 from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from koff_lightning.run.folder import alone_in, new_version
 
@@ -216,6 +220,66 @@ def test_the_newest_is_that_of_the_last_run_whatever_the_clock_says(tmp_path):
     paths[2].unlink()
     assert newest_checkpoint([tmp_path]) == paths[0]
     assert newest_checkpoint([tmp_path / "version_10"]) is None
+
+
+def broken(path, content=b"no checkpoint"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_where_there_are_checkpoints_but_none_is_intact_no_run_starts_anew(run_in, tmp_path, capsys):
+    broken(tmp_path / "x/version_0/checkpoints/last.ckpt")
+    broken(tmp_path / "x/version_1/checkpoints/last.ckpt", b"")
+    saved(tmp_path / "x/version_2/a.ckpt", step=None)
+    (tmp_path / "x/version_3/sharded.ckpt").mkdir(parents=True)
+    assert run_in("x", "--ckpt_path", "last") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("koff: there are checkpoints, but none can be used: ")
+    for reason in (
+        r"version_0\S* as a checkpoint",
+        r"version_1\S* as a checkpoint",
+        "a.ckpt does not say at which step",
+    ):
+        assert re.search(reason, said)
+    assert "sharded.ckpt is a folder, as sharded runs save" in said
+    assert not list((tmp_path / "x/version_4").rglob("*.*")), "nothing has begun"
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, error, what):
+    """The run would go on from an earlier step, or from none, and count as the newest from then on."""
+    saved(tmp_path / "version_0/a.ckpt", 1)
+    newest = saved(tmp_path / "version_1/b.ckpt", 2)
+    refused, real = newest if what == "file" else newest.parent, os.scandir
+
+    def answer(ask):
+        def asked(path, *rest):
+            if str(path) == str(refused):
+                raise OSError(error, os.strerror(error), str(path))
+            return ask(path, *rest)
+
+        return asked
+
+    monkeypatch.setattr(checkpoint_io, "ZipFile", answer(ZipFile))
+    monkeypatch.setattr(os, "scandir", answer(real))
+    with pytest.raises(KoffError, match=f"cannot (read|look for checkpoints in) {refused}: {os.strerror(error)}"):
+        newest_checkpoint([tmp_path])
+
+
+def test_a_file_that_goes_away_meanwhile_gives_way_to_the_one_before(tmp_path):
+    path = saved(tmp_path / "version_0/a.ckpt", 1)
+    (tmp_path / "version_0/last.ckpt").symlink_to(tmp_path / "gone")
+    with pytest.warns(UserWarning, match="no such file.* An earlier checkpoint is used"):
+        assert newest_checkpoint([tmp_path, tmp_path / "not there"]) == path
+
+
+def test_no_rank_waits_for_another_until_all_are_known_to_go_on_from_one_step():
+    """One that found no checkpoint would never come."""
+    alone = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), loggers=[], is_global_zero=True)  # no strategy
+    log = {"file": None, "row": {}, "last": 3, "validate": True}
+    ContinuedLog().on_load_checkpoint(alone, None, {"log": log})
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

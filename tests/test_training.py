@@ -15,11 +15,22 @@ from tiny_models import tiny_model
 from tiny_run import Batches, RandomText
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
-from koff_lightning import DomainDataModule, KoffError, KOFFModule, KVSpec, LoraSpec, LossSpec, OptimSpec, SparsitySpec
+from koff_lightning import (
+    DomainDataModule,
+    KoffError,
+    KOFFModule,
+    KVSpec,
+    LoraSpec,
+    LossSpec,
+    OptimSpec,
+    SparsitySpec,
+    ranks,
+)
 from koff_lightning.backbone import parameter_counts
 from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.gates import BackboneGates
 from koff_lightning.guard import Guard
+from koff_lightning.sparsity import LagrangianPenalty
 
 DOMAINS = ["en", "law"]
 STEPS = 20
@@ -323,6 +334,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(folder, tmp_path, at,
     assert torch.equal(resumed.gates.kept, model.gates.kept)
 
 
+class Rates(Callback):
+    """Notes the rates of each step, by group."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+
+def test_a_resumed_run_takes_the_rates_that_it_is_given(folder, tmp_path):
+    """From its first step on, at the place of that step in their course."""
+    old, new = OptimSpec(), OptimSpec(mask_lr=0.3, multiplier_lr=0.4, lora_lr=1e-5, kv_lr=2e-5, final=0.5)
+    straight, resumed = Rates(), Rates()
+    fit(folder, tmp_path, straight, optim=new)
+    fit(folder, tmp_path, saver(tmp_path, 7), optim=old)
+    again = trainer(tmp_path, resumed, saver(tmp_path / "again", 7))
+    again.fit(module(folder, optim=new), text(folder), ckpt_path=tmp_path / "step=7.ckpt", weights_only=True)
+    assert resumed.seen == straight.seen[7:]
+    (course,) = (config.scheduler for config in again.lr_scheduler_configs)
+    assert course.base_lrs == [0.3, 0.4, 1e-5, 2e-5]
+
+
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     """A checkpoint of a whole run, one of its mid-ramp, and the module."""
@@ -392,6 +426,80 @@ def test_a_checkpoint_of_another_make_is_refused(finished, folder, tmp_path, opt
     with pytest.raises(KoffError, match=message):
         trainer(tmp_path, saver(tmp_path / "again", 4)).fit(
             model, text(folder), ckpt_path=finished[0], weights_only=True
+        )
+
+
+def test_options_of_a_mask_that_is_fixed_are_those_of_its_run(folder, tmp_path):
+    """In a run that goes on, and where a checkpoint is scored: else the old mask would be reported as the new one."""
+    fit(folder, tmp_path, saver(tmp_path, STEPS), sparsity={"units": ["channel"]})
+    path = tmp_path / f"step={STEPS}.ckpt"
+    here = {"target": 0.1, "denominator": "units", "layout": "uniform", "multiple_of": 2}
+    for option, value in (here | {"min_channels": 5, "min_kv_groups": 2}).items():
+        model = module(folder, sparsity={"units": ["channel"], option: value})
+        for verb in ("fit", "test"):
+            run = getattr(trainer(tmp_path, saver(tmp_path / "again", STEPS), limit_test_batches=0), verb)
+            with pytest.raises(
+                KoffError, match=f"mask is fixed already, and its {option} is .* there and {value} here"
+            ):
+                run(model, text(folder), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["after hardening", "in mid-ramp"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"joint": False}, "joint is True there and False here"),
+        (
+            {"sparsity": {"target": 0.0}},
+            r"mask is learned there and none \(sparsity.target 0\)|its target is 0.2",
+        ),
+        ({"sparsity": {"penalty": "fixed"}}, "sparsity.penalty is lagrangian there and fixed here"),
+        ({"mask": True}, r"mask is learned there and given \(model.mask\) here"),
+    ],
+)
+def test_a_run_that_goes_on_keeps_its_course(finished, folder, tmp_path, which, options, message):
+    options = {"mask": str(finished[0])} if "mask" in options else options
+    with pytest.raises(KoffError, match=message):
+        trainer(tmp_path, saver(tmp_path / "again", 4)).fit(
+            module(folder, **options), text(folder), ckpt_path=finished[which], weights_only=True
+        )
+
+
+def test_a_run_without_a_mask_does_not_go_on_with_one(folder, tmp_path):
+    fit(folder, tmp_path, saver(tmp_path, 4), sparsity={"target": 0.0}, steps=4)
+    with pytest.raises(KoffError, match=r"mask is none \(sparsity.target 0\) there and learned here"):
+        trainer(tmp_path, saver(tmp_path / "again", 4)).fit(
+            module(folder), text(folder), ckpt_path=tmp_path / "step=4.ckpt", weights_only=True
+        )
+
+
+def test_a_mask_is_not_scored_as_if_there_were_none(finished, folder, tmp_path):
+    with pytest.raises(KoffError, match="holds a mask that model.sparsity.target 0 would leave out"):
+        trainer(tmp_path, saver(tmp_path, 4)).test(
+            module(folder, sparsity={"target": 0.0}), text(folder), ckpt_path=finished[1], weights_only=True
+        )
+
+
+def test_a_run_that_goes_on_to_an_earlier_end_would_never_fix_its_mask(finished, folder, tmp_path):
+    with pytest.raises(KoffError, match="laid out over 20 steps and fixes its mask after step 12, .* to end after 11"):
+        trainer(tmp_path, saver(tmp_path / "11", 4), steps=11).fit(
+            module(folder), text(folder), ckpt_path=finished[1], weights_only=True
+        )
+    for steps in (12, 24):
+        model = module(folder)
+        trainer(tmp_path, saver(tmp_path / str(steps), 4), steps=steps).fit(
+            model, text(folder), ckpt_path=finished[1], weights_only=True
+        )
+        assert model.gates.hardened
+
+
+@pytest.mark.parametrize("others", [None, 4])
+def test_ranks_that_go_on_from_different_steps_are_refused(finished, folder, tmp_path, monkeypatch, others):
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, value if isinstance(value, str) else others])
+    there = others and f"step {others}"
+    with pytest.raises(KoffError, match=rf"different checkpoints \(by rank: step 8, {str(there).lower()}\)"):
+        trainer(tmp_path, saver(tmp_path, 4)).fit(
+            module(folder), text(folder), ckpt_path=finished[1], weights_only=True
         )
 
 
@@ -505,6 +613,20 @@ def test_a_warm_start_takes_the_weights_and_begins_anew(finished, folder, tmp_pa
     model, run = fit(folder, tmp_path, warm_start=str(tmp_path / "weights.ckpt"))
     assert model.gates.hardened
     assert all(run.moved("gates.logits", [step]) for step in range(4, 12))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["after hardening", "in mid-ramp"])
+def test_a_warm_start_leaves_random_state_and_what_the_old_run_observed(finished, folder, which):
+    path = finished[which]
+    torch.manual_seed(0)
+    fresh, old = module(folder, warm_start=str(path)), torch.load(path, weights_only=True)["state_dict"]
+    torch.manual_seed(77)
+    fresh.configure_model()
+    assert int(fresh.gates.seed) == 77
+    assert torch.equal(fresh.gates.logits, old["gates.logits"])
+    assert old["gates.importance"].any()
+    assert bool(fresh.gates.importance.any()) == fresh.gates.hardened, "of a fixed mask it says why"
+    assert fresh.penalty.quadratic.item() == LagrangianPenalty().quadratic.item() != float(old["penalty.quadratic"])
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,13 @@ from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import head_nats
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.run.checkpoint_io import read_checkpoint
-from koff_lightning.run.resume import refuse_other_make, refuse_other_tensors, refuse_without_run
+from koff_lightning.run.resume import (
+    refuse_other_course,
+    refuse_other_make,
+    refuse_other_mask,
+    refuse_other_tensors,
+    refuse_without_run,
+)
 from koff_lightning.sparsity import Budget, SparsitySpec
 
 Batch = dict[str, Any]
@@ -72,6 +78,7 @@ class Decomposition(LightningModule):
         self.extends = extends
         self.arms = ARMS if extends is None else tuple(arm for arm in ARMS if arm != "dense")
         self.target = 0.0  # sparsity to aim for now
+        self.resumed_at: int | None = None  # step of the checkpoint that a run goes on from
         self.chunk = 1024  # tokens whose logits exist at one time
         self.strict_loading = False  # checkpoints hold what is trained; `on_load_checkpoint` looks for what is missing
         self._built = False
@@ -238,14 +245,20 @@ class Decomposition(LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what does not fit, and to train on from what holds no run."""
-        self.check_fits(checkpoint)
-        if self._trainer is not None and self.trainer.training:
+        """Refuse what does not fit, and to train on from what holds no run or one of another course."""
+        goes_on = self._trainer is not None and self.trainer.training
+        self.check_fits(checkpoint, goes_on)
+        if goes_on:
             refuse_without_run(checkpoint)
+        self.resumed_at = checkpoint.get("global_step")
         self.target = checkpoint["koff"]["target"]  # what an unfinished mask is measured at
+        if self.target and not self.learns_mask:
+            raise KoffError(
+                "the checkpoint holds a mask that model.sparsity.target 0 would leave out: give the target of that run"
+            )
 
-    def check_fits(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another backbone or make, or one that lacks something trained here."""
+    def check_fits(self, checkpoint: dict[str, Any], goes_on: bool = False) -> None:
+        """Refuse a checkpoint of another backbone, make, fixed mask or (if its run goes on) course, or in parts."""
         about = checkpoint.get("koff")
         if about is None:
             raise KoffError(
@@ -260,7 +273,12 @@ class Decomposition(LightningModule):
         if self._trainer is not None and not self.trainer.training:
             here.pop("domains")  # some of them can be scored alone
         refuse_other_make(about, here)
-        refuse_other_tensors(checkpoint["state_dict"], self.state_dict(), self._owned())
+        options, state = checkpoint.get("hyper_parameters") or {}, checkpoint["state_dict"]
+        if bool(state.get("gates.hardened", False)):
+            refuse_other_mask(options.get("sparsity") or {}, asdict(self.sparsity))
+        if goes_on:
+            refuse_other_course(options, self.hparams)
+        refuse_other_tensors(state, self.state_dict(), self._owned())
 
     def _owned(self) -> set[str]:
         """Names in the state dict that are ours: everything but the frozen weights and the metrics."""

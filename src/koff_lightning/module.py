@@ -27,7 +27,8 @@ from koff_lightning.layers import compile_layers, recomputed
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
-from koff_lightning.optim import OptimSpec, clip_by_group, parameter_groups, rate_lambdas
+from koff_lightning.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
+from koff_lightning.run.resume import refuse_other_steps
 from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, SparsitySpec
 
 
@@ -182,6 +183,7 @@ class KOFFModule(Decomposition):
             )
         if not ranks.agree(self.backbone_hash):
             raise KoffError(f"the processes have loaded different weights as {self.source!r}: give all the same")
+        refuse_other_steps(ranks.gather(self.resumed_at))
         self.fill_memories()
         owned = self._owned()
         ranks.copy_from_first([value for name, value in sorted(self.state_dict().items()) if name in owned])
@@ -222,7 +224,7 @@ class KOFFModule(Decomposition):
         lambdas = rate_lambdas(groups, self.optim, self._number_of_steps())
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas), "interval": "step"},
+            "lr_scheduler": {"scheduler": Course(optimizer, lambdas), "interval": "step"},
         }
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from koff_lightning.errors import KoffError
 from koff_lightning.gates import BackboneGates
@@ -80,6 +81,22 @@ def rate_lambdas(groups: list[dict[str, Any]], spec: OptimSpec, steps: int) -> l
         return min((step + 1) / rise, 1.0) * (spec.final + (1 - spec.final) * (1 + math.cos(math.pi * fall)) / 2)
 
     return [course if group["name"] in ("lora", "kv") else lambda _: 1.0 for group in groups]
+
+
+class Course(LambdaLR):
+    """Torch's LambdaLR which, in a run that goes on, keeps the rates that this run's options ask for.
+
+    Torch would take the rates from the checkpoint: other options would be recorded but not acted on. Lightning restores
+    the optimizer first, so what is set here is what the next step takes.
+    """
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at the saved step."""
+        super().load_state_dict(state | {"base_lrs": self.base_lrs})
+        groups = self.optimizer.param_groups
+        for group, rate, factor in zip(groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in groups]
 
 
 def clip_by_group(optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ from koff_lightning.decomposition import Decomposition
 from koff_lightning.errors import KoffError
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.run.checkpoint_io import read_checkpoint
-from koff_lightning.run.resume import difference
 from koff_lightning.sparsity import SparsitySpec
 
 
@@ -55,19 +54,16 @@ def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposit
 def warm_start(module: Decomposition, path: str) -> None:
     """Give a new run the trained weights of a checkpoint, from whatever strategy and number of processes it came.
 
-    Memories and mask come along; steps, rates and random state do not. A mask that was fixed stays fixed, so that only
-    the memories train on; one that was not is ordered anew when the ramp begins.
+    Memories and mask come along; steps, rates, multipliers and random state do not. A mask that was fixed stays fixed,
+    so that only the memories train on; one that was not is ordered anew when the ramp begins, by what it sees.
 
     Raises:
         KoffError: The checkpoint cannot be read or is of another make, or its mask is fixed at another size.
     """
     checkpoint = read_checkpoint(path, mmap=True)
-    about = checkpoint["hyper_parameters"].get("sparsity") or {}
-    here = {key: getattr(module.sparsity, key) for key in ("target", "denominator") if key in about}
-    odd = difference({key: about[key] for key in here}, here)
-    if odd and bool(checkpoint["state_dict"].get("gates.hardened", False)):
-        raise KoffError(f"the mask in {path} is fixed already, and its {odd}: use its options or an earlier checkpoint")
-    target = module.target
-    module.on_load_checkpoint(checkpoint | {"optimizer_states": []})  # no run goes on from it
-    module.target = target
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    module.check_fits(checkpoint)
+    state = checkpoint["state_dict"]
+    anew = ("gates.seed", "penalty.")
+    if not state.get("gates.hardened", False):
+        anew += ("gates.importance",)
+    module.load_state_dict({name: value for name, value in state.items() if not name.startswith(anew)}, strict=False)

@@ -39,8 +39,16 @@ class AnnealSparsity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Lay out the schedule over the run's steps (kept from the checkpoint when a run goes on)."""
-        steps = self._steps or trainer.estimated_stepping_batches
-        self.schedule = SparsitySchedule(pl_module.sparsity.target, int(steps), **self.fractions, shape=self.shape)
+        asked = int(trainer.estimated_stepping_batches)
+        steps = self._steps or asked
+        self.schedule = SparsitySchedule(pl_module.sparsity.target, steps, **self.fractions, shape=self.shape)
+        learns = pl_module.learns_mask and not pl_module.gates.hardened
+        if learns and self.schedule.harden_step > asked and not trainer.fast_dev_run:
+            raise KoffError(
+                f"the run that goes on was laid out over {steps} steps and fixes its mask after step "
+                f"{self.schedule.harden_step}, but is now to end after {asked}: its mask would never be fixed. Give "
+                f"--trainer.max_steps {steps}"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: object, batch_idx: int) -> None:
         """Prepare step `trainer.global_step`."""

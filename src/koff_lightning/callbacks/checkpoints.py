@@ -68,14 +68,15 @@ class ContinuedLog(Callback):
         if len(row) > 1 and not any(step == last and row.keys() <= other.keys() for step, other in rows):
             rows.append((last, row))
         validated = any(step == last and any(name.startswith("val/") for name in other) for step, other in rows)
-        self._validate = trainer.strategy.broadcast(before["validate"] and not validated)
+        self._validate = before["validate"] and not validated
         for logger in trainer.loggers if trainer.is_global_zero else ():
             for step, values in rows if isinstance(logger, CSVLogger | TensorBoardLogger) else ():
                 logger.log_metrics(values, step)
             logger.save()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate as the run before would have done next."""
+        """Validate as the run before would have done next, if rank 0 says so, which alone may see the log."""
+        self._validate = trainer.strategy.broadcast(self._validate)
         if self._validate:
             self._validate, loop = False, trainer.fit_loop.epoch_loop.val_loop
             trainer.validating, loop.restarting = True, False

@@ -4,6 +4,7 @@ Lightning writes to the system's temporary folder and moves the file: across fil
 or a full disk cuts in half. Here the file is made beside its place, flushed to the disk, and renamed.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -70,18 +71,28 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         KoffError: No such file, damaged, not of `koff fit`, or holding more than tensors and plain values.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise KoffError(
-            f"{path} is a folder, as sharded runs save: make one file of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
-        )
-    if not path.is_file():
-        raise KoffError(f"checkpoint {path}: no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt")
     try:
+        if path.is_dir():
+            raise IsADirectoryError
+        if not path.is_file():
+            raise FileNotFoundError
         with ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch does not look at the check sums
                 raise BadZipFile(f"{damaged} has another check sum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except IsADirectoryError:
+        raise KoffError(
+            f"{path} is a folder, as sharded runs save: make one file of it with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
+        ) from None
+    except FileNotFoundError:
+        raise KoffError(
+            f"checkpoint {path}: no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
+        ) from None
+    except OSError as error:
+        raise KoffError(
+            f"cannot read {path}: {_reason(error)}. It may be intact: see to the disk or the rights, then try again"
+        ) from error
     except Exception as error:  # a file made to do harm can raise anything
         raise KoffError(
             f"cannot read {path} as a checkpoint: it is damaged or something else ({_reason(error)})"
@@ -95,25 +106,58 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def newest_checkpoint(folders: Iterable[str | Path]) -> Path | None:
-    """The intact checkpoint of the highest step in the newest run below `folders`; None where there is none.
+    """The intact checkpoint of the highest step in the newest run below `folders`; None where there is no file at all.
 
-    Runs are ordered by their `version_N`, not by times of files: clocks go backwards, copies are young.
+    Runs are ordered by their `version_N`, not by times of files: clocks go backwards, copies are young. What is damaged
+    gives way to the one before. What the system does not let us read is no reason to: it may be back in a minute, and a
+    run from an earlier step, or from none, would from then on count as the newest.
+
+    Raises:
+        KoffError: There are files, but none can be used, or the system refuses to read one.
     """
     runs: dict[int, set[Path]] = {}
-    for folder in folders:
-        for path in Path(folder).expanduser().rglob("*.ckpt"):
-            versions = _VERSION.findall(str(path.parent))
-            runs.setdefault(int(versions[-1]) if versions else -1, set()).add(path)
+    for path in (path for folder in folders for path in _checkpoints_below(folder)):
+        versions = _VERSION.findall(str(path.parent))
+        runs.setdefault(int(versions[-1]) if versions else -1, set()).add(path)
+    useless: list[str] = []
     for version in sorted(runs, reverse=True):
         steps: dict[Path, int] = {}
         for path in sorted(runs[version]):
             try:
-                steps[path] = int(read_checkpoint(path, mmap=True)["global_step"])
+                steps[path] = _step_of(path)
             except KoffError as error:
-                rank_zero_warn(f"{error}. An earlier checkpoint is used in its place.")
+                if isinstance(error.__cause__, OSError):
+                    raise
+                useless.append(str(error))
         if steps:
+            for reason in useless:
+                rank_zero_warn(f"{reason}. An earlier checkpoint is used in its place.")
             return max(steps, key=steps.__getitem__)
+    if useless:
+        raise KoffError(
+            f"there are checkpoints, but none can be used: {'; '.join(useless)}. Put an intact one there, or start "
+            "anew without --ckpt_path"
+        )
     return None
+
+
+def _checkpoints_below(folder: str | Path) -> list[Path]:
+    """All files, and folders as of sharded runs, that are named as checkpoints; none in a folder that is not there."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise KoffError(f"cannot look for checkpoints in {error.filename}: {_reason(error)}") from error
+
+    walk = os.walk(Path(folder).expanduser(), onerror=refuse)
+    return [Path(place, name) for place, *kinds in walk for names in kinds for name in names if name.endswith(".ckpt")]
+
+
+def _step_of(path: Path) -> int:
+    """Optimizer steps that a checkpoint has behind it; raises KoffError for one that cannot be used or does not say."""
+    step = read_checkpoint(path, mmap=True).get("global_step")
+    if not isinstance(step, int):
+        raise KoffError(f"{path} does not say at which step it was saved")
+    return step
 
 
 def _reason(error: BaseException) -> str:

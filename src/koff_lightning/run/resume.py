@@ -1,11 +1,13 @@
 """What a checkpoint and a run must agree on for the one to go on from the other."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from koff_lightning.errors import KoffError
+
+_HARDENING = ("target", "denominator", "layout", "multiple_of", "min_channels", "min_kv_groups")  # what fixes a mask
 
 
 def refuse_other_make(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -38,6 +40,60 @@ def refuse_other_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor]
         raise KoffError(
             f"the checkpoint does not fit this run: {odd[0]} has shape {list(there[odd[0]].shape)} there and "
             f"{list(here[odd[0]].shape)} here ({len(odd)} tensors in all): use the model options of that run"
+        )
+
+
+def refuse_other_mask(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse to take a mask that is fixed already for one of other options: nothing would act on them any more.
+
+    Args:
+        there: `sparsity` options of the run that fixed it. What they do not say is not compared.
+        here: Those of this run.
+
+    Raises:
+        KoffError: They differ in what decides how it is fixed; each difference is shown.
+    """
+    if odd := difference(*({key: spec[key] for key in _HARDENING if key in there} for spec in (there, here))):
+        raise KoffError(
+            f"the checkpoint's mask is fixed already, and its {odd}: use the model.sparsity options of that run, or an "
+            "earlier checkpoint of it"
+        )
+
+
+def refuse_other_course(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run as with one that trains other things, or in another order.
+
+    Args:
+        there: Options of `model` of the run that saved the checkpoint.
+        here: Those of this run.
+
+    Raises:
+        KoffError: They differ in what decides that; each difference is shown.
+    """
+    if odd := difference(_course(there), _course(here)):
+        raise KoffError(
+            f"a run that goes on keeps its course, but {odd}: use the model options of that run, or start a new one "
+            "from the checkpoint with --model.warm_start"
+        )
+
+
+def _course(options: Mapping[str, Any]) -> dict[str, Any]:
+    sparsity = options.get("sparsity") or {}
+    learned = "learned" if sparsity.get("target") else "none (sparsity.target 0)"
+    return {
+        "joint": options.get("joint"),
+        "mask": "given (model.mask)" if options.get("mask") else learned,
+        "sparsity.penalty": sparsity.get("penalty"),
+    }
+
+
+def refuse_other_steps(steps: Sequence[int | None]) -> None:
+    """Raise KoffError if the processes, whose steps to go on from these are by rank, do not go on from the same one."""
+    if len(set(steps)) > 1:
+        found = ", ".join("none" if step is None else f"step {step}" for step in steps)
+        raise KoffError(
+            f"the processes go on from different checkpoints (by rank: {found}): give all the same --ckpt_path, in a "
+            "folder that all of them see"
         )
 
 

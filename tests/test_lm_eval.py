@@ -3,6 +3,7 @@
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
 from koff_lightning.callbacks import LMEval, LMEvalTask
+from koff_lightning.callbacks.lm_eval import _Part
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
@@ -80,6 +82,35 @@ def test_a_failed_evaluation_does_not_lose_the_run_unless_strict(dense, tmp_path
         assert len(run(dense, tmp_path, LMEval([LMEvalTask(TASK, "en", limit=2)]))[0].values) == 4
     with pytest.raises(ZeroDivisionError):
         run(dense, tmp_path, LMEval([LMEvalTask(TASK, "en", limit=2)], strict=True))
+
+
+@pytest.mark.filterwarnings("always:lm_eval")
+def test_an_error_of_one_of_several_ranks_ends_the_run_and_one_that_all_see_does_not(monkeypatch):
+    """The others would wait in lm-eval's collectives for the rank that has gone on training."""
+    trainer = SimpleNamespace(world_size=2, global_step=4, callback_metrics={}, callbacks=[], loggers=[])
+    evaluation = LMEval([LMEvalTask(TASK, "en")])
+    evaluation._parts = [_Part("en", "en", evaluation.tasks[0], {"tasks": {}})]
+    monkeypatch.setattr(LMEval, "_score", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluation._evaluate(trainer, None)
+    monkeypatch.setattr(LMEval, "_score", lambda *_: (_ for _ in ()).throw(KoffError("not finite")))
+    evaluation._seen = 0
+    with pytest.warns(match="failed at step 4, training goes on: not finite"):
+        evaluation._evaluate(trainer, None)
+
+
+def test_what_would_stand_in_one_place_twice_is_refused_and_shared_arms_score_each_task_once(dense, tmp_path):
+    twice = [LMEvalTask(TASK, "en"), LMEvalTask(TASK, "en", limit=2)]
+    with pytest.raises(KoffError, match="task 'koff_cloze_en' is named twice for domain 'en': leave one out"):
+        run(dense, tmp_path, LMEval(twice))
+    unlike = [LMEvalTask(TASK, "en", limit=3), LMEvalTask(TASK, "law", limit=2)]
+    for arm in ("dense", "memory_off"):
+        with pytest.raises(KoffError, match=rf"lm_eval\.{arm}: task 'koff_cloze_en' has another limit or num_fewshot"):
+            run(dense, tmp_path, LMEval(unlike, **{arm: True}))
+    evaluation = LMEval([LMEvalTask(TASK, name, limit=2) for name in ("en", "law")], dense=True, memory_off=True)
+    run(dense, tmp_path, evaluation, steps=1)
+    assert sorted(part.column for part in evaluation._parts) == ["dense", "en", "law", "memory_off"]
+    assert evaluation.scores.keys() == {"dense", "en", "law", "memory_off"}
 
 
 def test_bad_input_is_refused_before_training(dense, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from tiny_run import RandomText, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
+from koff_lightning.artefact.export import export
 from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.callbacks.lm_eval import _Part
 from koff_lightning.cli import main
@@ -66,13 +67,19 @@ def test_a_run_is_the_same_with_and_without_and_monitors_see_the_scores(dense, t
     assert evaluation.scores["en"][TASK]["acc"] == watched.seen[f"lm_eval/en/{TASK}/acc"]
 
 
-def test_the_dense_model_scores_exactly_as_with_stock_hflm(dense):
+def test_the_dense_model_scores_exactly_as_with_stock_hflm(dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense)
     with quiet():
         stock = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(dense), batch_size=8)
         stock.check_finite = lambda: None
         tasks = load(TASK, "koff_bpb_en")
-        assert score(KoffLM(str(dense), batch_size=8, device="cpu"), tasks, limit=3) == score(stock, tasks, limit=3)
+        wanted = score(stock, tasks, limit=3)
+        assert score(KoffLM(str(dense), batch_size=8, device="cpu"), tasks, limit=3) == wanted
+        _, module = run(dense, tmp_path)
+        assert score(KoffLM(module, dense=True, tokenizer=stock.tokenizer, batch_size=8), tasks, limit=3) == wanted
+        export(module.eval(), tmp_path / "artefact", prove=False)
+        lm = KoffLM(str(tmp_path / "artefact"), dense=True, batch_size=8, device="cpu")
+        assert score(lm, tasks, limit=3) == wanted
 
 
 @pytest.mark.filterwarnings("always:lm_eval")

@@ -89,4 +89,4 @@ def _writing(root: Path, option: str = "--trainer.default_root_dir") -> Iterator
         yield
     except OSError as error:
         reason = error.strerror or os.strerror(error.errno)
-        raise KoffError(f"cannot write the run's folder {root}: {reason}. Give {option} another one") from error
+        raise KoffError(f"cannot write the run's folder {root}: {reason}. Give {option}") from error

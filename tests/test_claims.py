@@ -14,6 +14,7 @@ from koff_lightning.evaluation import arm_runs
 from koff_lightning.evaluation.arms import ARMS, Run, chosen, equal_memories
 from koff_lightning.evaluation.claims import _resolved
 from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.run.folder import alone_in
 
 # Writes what a run leaves, with bits per byte that tell arm and seed; fails where its folder's name holds FAIL.
 STUB = """
@@ -120,6 +121,50 @@ def test_tasks_come_into_the_report(runs, monkeypatch):
     assert "| koff_cloze_{domain} | 100 | 0.250 | 0.7500 ± 0.0000 | 0.5000 ± 0.0000 | 0.2500 ± 0.0000 | 0.50 [" in page
 
 
+def test_tasks_that_cannot_be_asked_lose_nothing_of_the_report(runs, monkeypatch, capsys):
+    """The stub's runs have no checkpoint; a run that breaks in another way does not stop the others."""
+    out, go = runs
+    asked = ("--seeds=2", "--arms=koff,no_memory", "--tasks=koff_cloze_{domain}")
+    assert go(*asked)[0] == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "2 of 4 runs failed, first koff-0.12-0: tasks: " in err
+    assert "koff-0.12-0 has no checkpoint to ask: remove this folder and run again with checkpoints" in err
+    found = report(out)
+    assert {row["arm"] for row in found["arms"]} >= {"koff", "no_memory"} and found["retention"] == []
+    assert [failure["run"] for failure in found["failures"]] == ["koff-0.12-0", "koff-0.12-1"]
+    monkeypatch.setattr("koff_lightning.evaluation.claims.answer", lambda *_: 1 / 0)
+    assert go(*asked) == (2, [])
+    assert "first koff-0.12-0: ZeroDivisionError: division by zero (log: " in capsys.readouterr().err
+    assert "Traceback" in (out / "logs" / "koff-0.12-0-tasks.txt").read_text()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    (out / "claims.json").unlink()
+    monkeypatch.setattr("koff_lightning.evaluation.claims.answer", stopped)
+    assert go(*asked)[0] == 130
+    assert report(out)["retention"] == []
+
+
+def test_two_at_once_on_one_folder_are_refused(runs, capsys):
+    out, go = runs
+    with alone_in(out):
+        assert go("--seeds=1", "--arms=koff") == (2, [])
+    assert f"another run is going on in {out}: wait for it, or give --out another folder" in capsys.readouterr().err
+    assert not (out / "config.yaml").exists()
+
+
+def test_any_learned_run_tells_the_dense_model(runs):
+    out, go = runs
+    assert go("--seeds=2", "--arms=no_memory,flap")[0] == 0
+    shown = {row["arm"]: row for row in report(out)["arms"]}
+    assert set(shown) == {"no_memory", "flap", "dense"}
+    assert shown["dense"]["bpb"] == [1.0, 1.0] and shown["dense"]["active"] == 1000
+    assert shown["no_memory"]["against_dense"] == pytest.approx(0.10005)
+    part = report(out)["verdicts"][2]["parts"][0]
+    assert part["found"]["value"] == pytest.approx(0.10005)
+
+
 def test_runs_of_other_options_are_refused(runs, capsys):
     out, go = runs
     go("--seeds=1", "--arms=koff")
@@ -200,6 +245,7 @@ def test_runs_on_other_documents_are_not_compared(runs, capsys):
         (["--sparsity=twelve"], "as 0.12,0.25; got 'twelve'"),
         (["--sparsity=0.12,0.12"], "must be different numbers"),
         (["--tasks=koff_cloze"], "tasks must name a task for every domain, as koff_cloze_{domain}; got 'koff_cloze'"),
+        (["--tasks=koff_cloze_{domain}", "--arms=no_memory"], "tasks are asked of the runs of koff, which arms leaves"),
         (["--config=tiny.yaml"], "config 'tiny.yaml' is neither a file here nor one that ships with the package"),
         (["--", "--model.sparsty.target=1"], "Did you mean 'model.sparsity.target'?"),
         (["--", "--ckpt_path=last.ckpt"], "starts every arm anew: leave ckpt_path out"),

@@ -205,6 +205,13 @@ def test_the_checkpoint_that_is_named_is_the_last_whatever_the_clock_said(tmp_pa
 # ---------------------------------------------------------------------------------------------------- two runs
 
 
+def test_too_little_memory_is_one_line(run_in, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("koff_lightning.module.KOFFModule.training_step", lambda *_: torch.empty(1 << 60))
+    assert run_in(tmp_path / "run") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "not enough memory: " in said and "Take a smaller data.batch_size" in said
+
+
 def test_a_second_run_in_the_folder_of_a_first_touches_nothing(run_in, straight, capsys):
     if not straight.exists():
         assert run_in(straight) == 0

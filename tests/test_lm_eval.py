@@ -3,6 +3,7 @@
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from tiny_run import RandomText, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
+from koff_lightning.artefact.export import export
 from koff_lightning.callbacks import LMEval, LMEvalTask
+from koff_lightning.callbacks.lm_eval import _Part
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
@@ -64,13 +67,19 @@ def test_a_run_is_the_same_with_and_without_and_monitors_see_the_scores(dense, t
     assert evaluation.scores["en"][TASK]["acc"] == watched.seen[f"lm_eval/en/{TASK}/acc"]
 
 
-def test_the_dense_model_scores_exactly_as_with_stock_hflm(dense):
+def test_the_dense_model_scores_exactly_as_with_stock_hflm(dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense)
     with quiet():
         stock = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(dense), batch_size=8)
         stock.check_finite = lambda: None
         tasks = load(TASK, "koff_bpb_en")
-        assert score(KoffLM(str(dense), batch_size=8, device="cpu"), tasks, limit=3) == score(stock, tasks, limit=3)
+        wanted = score(stock, tasks, limit=3)
+        assert score(KoffLM(str(dense), batch_size=8, device="cpu"), tasks, limit=3) == wanted
+        _, module = run(dense, tmp_path)
+        assert score(KoffLM(module, dense=True, tokenizer=stock.tokenizer, batch_size=8), tasks, limit=3) == wanted
+        export(module.eval(), tmp_path / "artefact", prove=False)
+        lm = KoffLM(str(tmp_path / "artefact"), dense=True, batch_size=8, device="cpu")
+        assert score(lm, tasks, limit=3) == wanted
 
 
 @pytest.mark.filterwarnings("always:lm_eval")
@@ -80,6 +89,35 @@ def test_a_failed_evaluation_does_not_lose_the_run_unless_strict(dense, tmp_path
         assert len(run(dense, tmp_path, LMEval([LMEvalTask(TASK, "en", limit=2)]))[0].values) == 4
     with pytest.raises(ZeroDivisionError):
         run(dense, tmp_path, LMEval([LMEvalTask(TASK, "en", limit=2)], strict=True))
+
+
+@pytest.mark.filterwarnings("always:lm_eval")
+def test_an_error_of_one_of_several_ranks_ends_the_run_and_one_that_all_see_does_not(monkeypatch):
+    """The others would wait in lm-eval's collectives for the rank that has gone on training."""
+    trainer = SimpleNamespace(world_size=2, global_step=4, callback_metrics={}, callbacks=[], loggers=[])
+    evaluation = LMEval([LMEvalTask(TASK, "en")])
+    evaluation._parts = [_Part("en", "en", evaluation.tasks[0], {"tasks": {}})]
+    monkeypatch.setattr(LMEval, "_score", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluation._evaluate(trainer, None)
+    monkeypatch.setattr(LMEval, "_score", lambda *_: (_ for _ in ()).throw(KoffError("not finite")))
+    evaluation._seen = 0
+    with pytest.warns(match="failed at step 4, training goes on: not finite"):
+        evaluation._evaluate(trainer, None)
+
+
+def test_what_would_stand_in_one_place_twice_is_refused_and_shared_arms_score_each_task_once(dense, tmp_path):
+    twice = [LMEvalTask(TASK, "en"), LMEvalTask(TASK, "en", limit=2)]
+    with pytest.raises(KoffError, match="task 'koff_cloze_en' is named twice for domain 'en': leave one out"):
+        run(dense, tmp_path, LMEval(twice))
+    unlike = [LMEvalTask(TASK, "en", limit=3), LMEvalTask(TASK, "law", limit=2)]
+    for arm in ("dense", "memory_off"):
+        with pytest.raises(KoffError, match=rf"lm_eval\.{arm}: task 'koff_cloze_en' has another limit or num_fewshot"):
+            run(dense, tmp_path, LMEval(unlike, **{arm: True}))
+    evaluation = LMEval([LMEvalTask(TASK, name, limit=2) for name in ("en", "law")], dense=True, memory_off=True)
+    run(dense, tmp_path, evaluation, steps=1)
+    assert sorted(part.column for part in evaluation._parts) == ["dense", "en", "law", "memory_off"]
+    assert evaluation.scores.keys() == {"dense", "en", "law", "memory_off"}
 
 
 def test_bad_input_is_refused_before_training(dense, tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def test_artefact_and_checkpoint_and_dense_model_score_alike(place, tmp_path, ca
         assert {results["n-shot"]["toy_choose"] for results, _ in found.values()} == {2}
     for domain in DOMAINS:
         assert scores["artefact", domain] == pytest.approx(scores["run.ckpt", domain], abs=1e-4)
-    assert scores["run.ckpt", "dense"] == pytest.approx(scores["dense", "dense"], abs=1e-5)
+    assert scores["run.ckpt", "dense"] == scores["dense", "dense"]
     assert scores["artefact", "en"] != pytest.approx(scores["artefact", "law"], abs=1e-2)
     assert heads == {"artefact": [*DOMAINS, "none"], "run.ckpt": [*DOMAINS, "dense"], "dense": ["dense"]}
 
@@ -129,6 +129,63 @@ def test_a_batch_size_that_is_none_is_one_line(place, capsys, size):
     assert main(["lm-eval", f"--model={place.folder / 'dense'}", "--tasks=koff_cloze_en", f"--batch_size={size}"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == f"koff: lm-eval: batch_size must be a positive number or auto; got '{size}'"
+
+
+def refused(place, capsys, *options, model="dense", task="toy_choose"):
+    """The last line of a command that scores nothing."""
+    words = ["lm-eval", f"--model={place.folder / model}", f"--tasks={task}", "--device=cpu"]
+    assert main([*words, f"--include_path={place.folder / 'tasks'}", *options]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_what_lm_eval_would_refuse_with_a_traceback_is_one_line(place, capsys, monkeypatch):
+    said = refused(place, capsys, "--apply_chat_template")
+    assert "has no chat template: leave --apply_chat_template out" in said
+    for model in ("dense", "artefact"):
+        said = refused(place, capsys, "--backbone=elsewhere", model=model)
+        assert "only a checkpoint is read over a backbone" in said and "leave backbone out" in said
+    unsafe = (place.folder / "tasks" / "toy_choose.yaml").read_text().replace("toy_choose", "toy_unsafe")
+    (place.folder / "unsafe").mkdir()
+    (place.folder / "unsafe" / "toy.py").write_bytes((place.folder / "tasks" / "toy.py").read_bytes())
+    (place.folder / "unsafe" / "unsafe.yaml").write_text(unsafe + "unsafe_code: true\n")
+    path = str(place.folder / "unsafe" / "unsafe.yaml")
+    assert "task 'toy_unsafe' runs code that the model writes: only `koff" in refused(place, capsys, task=path)
+    monkeypatch.setattr(KoffLM, "_loglikelihood_tokens", lambda *_, **__: torch.empty(1 << 60))
+    said = refused(place, capsys)
+    assert said.startswith("koff: not enough memory: ") and said.endswith("smaller --batch_size, or another --device")
+
+
+def test_more_measurements_of_the_batch_size_than_requests(place, tmp_path):
+    found = lm_eval(place, "dense", "toy_choose", tmp_path, "--batch_size=auto:8", "--limit=1")
+    assert len(likelihoods(found["dense"][1])) == 3
+
+
+def test_help_says_our_batch_size(capsys):
+    assert main(["lm-eval", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "or integer (default: 8; of --config 1)" in said
+
+
+def test_a_cache_gives_no_nan_and_is_of_one_model(place, tmp_path, capsys, monkeypatch):
+    cache = f"--use_cache={tmp_path / 'cache'}"
+    first = lm_eval(place, "dense", "toy_choose", tmp_path / "a", cache)
+    other = AutoModelForCausalLM.from_pretrained(place.folder / "dense")
+    other.lm_head.weight.data.mul_(3)
+    for name in ("other", "broken"):
+        other.save_pretrained(place.folder / name)
+        place.tokenizer.save_pretrained(place.folder / name)
+        other.get_input_embeddings().weight.data.fill_(float("nan"))
+    second = lm_eval(place, "other", "toy_choose", tmp_path / "b", cache)
+    assert likelihoods(second["dense"][1]) != pytest.approx(likelihoods(first["dense"][1]), abs=1e-2)
+    assert "12 log-likelihoods are not finite" in refused(place, capsys, cache, model="broken")
+    said = refused(place, capsys, cache, model="broken")
+    assert (
+        "12 log-likelihoods in the cache " in said and "are not finite, so the scores mean nothing: remove it" in said
+    )
+    monkeypatch.setattr(KoffLM, "_loglikelihood_tokens", lambda *_, **__: 1 / 0)
+    again = lm_eval(place, "dense", "toy_choose", tmp_path / "c", cache)
+    assert likelihoods(again["dense"][1]) == likelihoods(first["dense"][1]), "from the cache"
+    assert len(list(tmp_path.glob("cache_dense_*_rank0.db"))) == 3
 
 
 def test_batch_size_auto_gives_the_same_scores(place, tmp_path):

@@ -8,6 +8,7 @@ from tiny_artefact import tiny_decomposition
 from tiny_tasks import toy_tasks
 from toy_text import toy_documents, write_jsonl
 
+from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.cli import main
 from koff_lightning.commands.class_names import SWITCH
 from koff_lightning.evaluation import lm_tasks
@@ -73,6 +74,48 @@ def test_checkpoints_and_early_stopping_go_by_the_scores(place, tmp_path):
     metrics = (out / "version_0" / "metrics.csv").read_text().splitlines()
     column = metrics[0].split(",").index(SCORE)
     assert sum(row.split(",")[column] != "" for row in metrics[1:]) == 2
+
+
+def test_monitors_that_look_before_the_first_score(place, tmp_path, capsys):
+    """A checkpoint takes any score for better than nan; early stopping, which would end the run, is refused."""
+    out = tmp_path / "run"
+    saver, stopper = monitors(out, check_on_train_epoch_end=True, patience=9)
+    late = {"lm_eval": {"every_n_steps": 4}}
+    trainer = {"max_epochs": 9, "limit_train_batches": 2, "limit_val_batches": 1}
+    assert fit(place, out, trainer={"callbacks": [saver, stopper]} | trainer, **late) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"EarlyStopping looks at '{SCORE}' at step 2, but the first score comes at step 4" in said
+    assert "set lm_eval.every_n_steps to 2 or less" in said
+    stopper["init_args"]["check_finite"] = False
+    assert fit(place, out, trainer={"callbacks": [saver, stopper]} | trainer, **late) == 0
+    assert json.loads((out / "results.json").read_text())["steps"] == 6
+    (best,) = (out / "best").iterdir()
+    assert best.name == "step=4.ckpt"
+
+
+def test_a_resumed_run_goes_on_with_the_scores(place, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    alone = {"trainer": {"max_steps": 3}, "checkpoint": {"every_n_train_steps": 1}}
+    assert fit(place, out, **alone) == 0
+    (out / "results.json").unlink()  # killed between its last evaluation and its report
+    seen = []
+    monkeypatch.setattr(LMEval, "_score", lambda *_: 1 / 0)
+    assert fit(place, out, "--ckpt_path=last", **alone) == 0
+    assert json.loads((out / "results.json").read_text())["lm_eval"]["law"]["toy_choose"]["acc"] >= 0
+    start = LMEval.on_train_start
+
+    def on_train_start(self, trainer, module):
+        start(self, trainer, module)
+        seen.append((float(trainer.callback_metrics[SCORE]), self._seen))
+
+    monkeypatch.setattr(LMEval, "on_train_start", on_train_start)
+    monkeypatch.setattr(LMEval, "_score", lambda *_: {"toy_choose": {"acc": 0.5}})
+    longer = {"trainer": {"max_steps": 6, "callbacks": monitors(out)[:1]}, "checkpoint": {"every_n_train_steps": 1}}
+    assert fit(place, out, "--ckpt_path=last", **longer) == 0
+    assert len(seen) == 1 and seen[0][0] >= 0 and seen[0][1] == 3
+    other = LMEval([LMEvalTask("toy_choose", "law", limit=2)])
+    other.load_state_dict(LMEval([LMEvalTask("toy_choose", "law")]).state_dict() | {"scores": {"law": {}}})
+    assert not other.scores, "scores of other questions are not taken over"
 
 
 @pytest.mark.parametrize(

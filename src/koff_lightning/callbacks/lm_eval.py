@@ -5,13 +5,14 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.lm_scores import Scores, show
@@ -52,19 +53,27 @@ class _Part:
     spec: LMEvalTask
     tasks: lm_tasks.Loaded
 
+    @property
+    def names(self) -> set[str]:
+        """Of all that it scores: tasks and groups."""
+        return {*self.tasks["tasks"], *self.tasks.get("groups", {})}
+
 
 class LMEval(Callback):
     """Score lm-eval tasks during the run and at its end; logged as `lm_eval/<domain>/<task>/<metric>` on every rank.
 
     A monitor can name these. Modes, random state, gates and memories are as before afterwards, so that a run trains the
-    same with and without it. The work is shared out over the ranks. The last scores stand in `results.json`.
+    same with and without it. The work is shared out over the ranks. The last scores stand in `results.json` and in
+    checkpoints, so that a resumed run goes on with them.
 
     Args:
         tasks: What to score; none by default.
         every_n_steps: Optimizer steps between evaluations; null for the end alone.
         dense: Score the dense model too, once: `lm_eval/dense/...`.
         memory_off: Score the pruned model without memories too: `lm_eval/memory_off/...`.
-        strict: Stop the run when an evaluation fails; otherwise it warns and trains on.
+        strict: Stop the run when an evaluation fails; otherwise it warns and trains on. With several processes it warns
+            only of scores that are no numbers, which all of them see. Any other error (memory, say) may be one's alone,
+            for which the others would wait without end: it stops the run.
         batch_size: Rows at a time, or `auto` for as many as the GPU takes.
         include_path: Folder of further tasks; `koff fit` wants `--allow-custom-classes` with it, since tasks are code.
     """
@@ -104,19 +113,47 @@ class LMEval(Callback):
             raise KoffError("lm_eval.dense: a run that extends an artefact has no dense model at hand")
         if clash := set(self.arms) & set(pl_module.domains):
             raise KoffError(f"lm_eval.{clash.pop()}: a domain has that name, so their scores could not be told apart")
-        self._parts = [part for spec in self.tasks for part in self._parts_of(spec, trainer, pl_module)]
+        self._parts = []
+        for spec in self.tasks:
+            for part in self._parts_of(spec, trainer, pl_module):
+                self._refuse_ambiguous(part)
+                if part.domain or not part.names <= self._named(part.column):  # `dense` and such need each task once
+                    self._parts.append(part)
         self._check_monitors(trainer)
+
+    def _named(self, column: str) -> set[str]:
+        """Tasks and groups that stand in a column so far."""
+        return {name for part in self._parts if part.column == column for name in part.names}
+
+    def _refuse_ambiguous(self, part: _Part) -> None:
+        """Refuse a second way to score what stands in the same place."""
+        for other in (known for known in self._parts if known.column == part.column):
+            if not (twice := sorted({*part.tasks["tasks"]} & {*other.tasks["tasks"]})):
+                continue
+            if part.domain:
+                raise KoffError(f"lm_eval: task {twice[0]!r} is named twice for domain {part.domain!r}: leave one out")
+            if (part.spec.limit, part.spec.num_fewshot) != (other.spec.limit, other.spec.num_fewshot):
+                raise KoffError(
+                    f"lm_eval.{part.column}: task {twice[0]!r} has another limit or num_fewshot for domain "
+                    f"{part.spec.domain!r} than for {other.spec.domain!r}, so that no score compares with both: give "
+                    "both the same"
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Show monitors the scores of a resumed run, and nan where there is none yet."""
+        refuse_early_looks(trainer, self.every_n_steps)
+        self._publish(trainer)
 
     def _check_monitors(self, trainer: Trainer) -> None:
         """Refuse a monitor of a score that no evaluation gives: Lightning would say so in the middle of the run."""
         known = {
             f"lm_eval/{part.column}/{name}/{metric}"
             for part in self._parts
-            for name in (*part.tasks["tasks"], *part.tasks.get("groups", {}))
+            for name in part.names
             for task in part.tasks["tasks"].values()
             for metric in task.aggregation()
         }
-        for name in _monitors(trainer):
+        for name in monitors(trainer):
             head, _, metric = name.rpartition("/")
             if f"{head}/{metric.partition('.')[0]}" not in known:  # what follows the dot is one of lm-eval's filters
                 raise KoffError(
@@ -134,6 +171,7 @@ class LMEval(Callback):
             )
         with quiet():
             tasks = lm_tasks.load_tasks([spec.task], self.include_path)
+        lm_tasks.check_safe(tasks)
         lm_tasks.check_counts(tasks, spec.limit, trainer.world_size)
         writing = [name for name, task in tasks["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
         if writing and isinstance(trainer.strategy, ShardedStrategy):
@@ -167,8 +205,8 @@ class LMEval(Callback):
             try:
                 self.scores[part.column] = known | self._score(part, trainer, module)
             except Exception as error:
-                if self.strict:
-                    raise
+                if self.strict or (trainer.world_size > 1 and not isinstance(error, KoffError)):
+                    raise  # an error of one rank: the others wait for it in lm-eval's collectives
                 reason = error if isinstance(error, KoffError) else f"{type(error).__name__}: {error}"
                 rank_zero_warn(
                     f"lm_eval: {part.spec.task} ({part.column}) failed at step {trainer.global_step}, training goes "
@@ -201,6 +239,12 @@ class LMEval(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         """To loggers whatever `log_every_n_steps` is, and to what monitors read."""
+        figures = self._publish(trainer)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures | {"lm_eval/seconds": self.seconds}, trainer.global_step - 1)  # counts from 0
+
+    def _publish(self, trainer: Trainer) -> dict[str, float]:
+        """Put the scores where monitors look, and return them."""
         figures = {
             f"lm_eval/{column}/{task}/{metric}": value
             for column, scores in self.scores.items()
@@ -208,16 +252,22 @@ class LMEval(Callback):
             for metric, value in row.items()
             if "_stderr" not in metric
         }
-        failed = dict.fromkeys(_monitors(trainer), math.nan)  # else a checkpoint that monitors it ends the run
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in (failed | figures).items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(figures | {"lm_eval/seconds": self.seconds}, trainer.global_step - 1)  # counts from 0
+        missing = dict.fromkeys(monitors(trainer), math.nan)  # else a checkpoint that monitors it ends the run
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in (missing | figures).items()})
+        return figures
 
+    def _asked(self) -> list[Any]:
+        """What makes scores comparable: they are restored for the same questions only."""
+        return [[asdict(spec) for spec in self.tasks], self.arms, self.include_path]
 
-def _monitors(trainer: Trainer) -> list[str]:
-    """Scores that checkpoints and early stopping go by."""
-    names = [getattr(callback, "monitor", None) or "" for callback in trainer.callbacks]
-    return [name for name in names if name.startswith("lm_eval/")]
+    def state_dict(self) -> dict[str, Any]:
+        """The last scores and their step."""
+        return {"asked": self._asked(), "scores": self.scores, "step": self._seen, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, unless something else is asked now."""
+        if state["asked"] == self._asked():
+            self.scores, self._seen, self.seconds = state["scores"], state["step"], state["seconds"]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from koff_lightning.commands.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.offline import is_asked
 from koff_lightning.errors import KoffError
 from koff_lightning.option_errors import one_line
@@ -57,20 +58,31 @@ def lm_eval(argv: list[str]) -> None:
 
     with lm_tasks.quiet():
         tasks = lm_tasks.load_tasks(settings.tasks, settings.include_path, settings.metadata)
+    lm_tasks.check_safe(tasks, settings.confirm_run_unsafe_code)
     lm_tasks.check_counts(tasks, settings.limit, 1)
-    model = harness.load_model(options.model, options.backbone, options.device, options.dtype)
-    columns = _columns(options, model)
     scores: dict[str, Scores] = {}
-    for column in columns:
-        lm = harness.KoffLM(
-            model,
-            column.domain,
-            column.dense,
-            batch_size=settings.batch_size,
-            max_batch_size=settings.max_batch_size or 64,
-        )
-        scores[column.name] = _score(lm, tasks, settings, options.model, column)
+    with lack_of_memory_told("Take a smaller --batch_size, or another --device"):
+        model = harness.load_model(options.model, options.backbone, options.device, options.dtype)
+        for column in _columns(options, model):
+            lm = harness.KoffLM(
+                model,
+                column.domain,
+                column.dense,
+                batch_size=settings.batch_size,
+                max_batch_size=settings.max_batch_size or 64,
+            )
+            _check_chat_template(lm, settings.apply_chat_template, options.model)
+            scores[column.name] = _score(lm, tasks, settings, options, column)
     show(scores)
+
+
+def _check_chat_template(lm: "KoffLM", asked: bool | str, model: str) -> None:
+    """Refuse a template that the tokenizer does not have."""
+    try:
+        if asked and not lm.chat_template(asked):
+            raise KoffError(f"lm-eval: the tokenizer of {model} has no chat template: leave --apply_chat_template out")
+    except ValueError as error:  # of several templates none has that name
+        raise KoffError(f"lm-eval: {' '.join(str(error).split())}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     made.description = (
         "Score an artefact, a checkpoint or a dense model on lm-eval's tasks, under each domain asked for."
     )
+    size = next(action for action in made._actions if action.dest == "batch_size")
+    size.help = size.help.replace("default: 1", f"default: {ROWS}; of --config 1")
     for action in [a for a in made._actions if a.dest in (*TAKEN, *ELSEWHERE)]:
         for word in action.option_strings:
             made._option_string_actions.pop(word)
@@ -142,18 +156,22 @@ def _columns(options: argparse.Namespace, model: Any) -> list[Column]:
     return columns
 
 
-def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, model: str, column: Column) -> "Scores":
+def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Namespace, column: Column) -> "Scores":
     """One column by lm-eval's `simple_evaluate`; its files are written below `<output_path>/<column>`."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
+    from koff_lightning.commands.lm_eval_cache import cache_of, refuse_cached_nan
     from koff_lightning.evaluation.lm_scores import plain
     from koff_lightning.evaluation.lm_tasks import bundled_index, quiet
 
     where = settings.output_path and os.path.join(settings.output_path, column.name)
     tracker = EvaluationTracker(output_path=where)
     seeds = settings.seed or [None] * 4
-    about = {"path": model, "domain": column.domain, "dense": column.dense}
+    cache = settings.use_cache and cache_of(
+        settings.use_cache, column.name, options.model, options.backbone, options.dtype
+    )
+    about = {"path": options.model, "domain": column.domain, "dense": column.dense}
     with quiet():
         found = simple_evaluate(
             lm,
@@ -162,11 +180,11 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, model: str, column: Col
             task_manager=bundled_index(),
             num_fewshot=settings.num_fewshot,
             batch_size=settings.batch_size,
-            use_cache=settings.use_cache and f"{settings.use_cache}_{column.name}",
+            use_cache=cache,
             limit=settings.limit,
             samples=settings.samples,
             write_out=settings.write_out,
-            log_samples=settings.log_samples,
+            log_samples=settings.log_samples or bool(cache),
             evaluation_tracker=tracker,
             system_instruction=settings.system_instruction,
             apply_chat_template=settings.apply_chat_template,
@@ -183,6 +201,9 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, model: str, column: Col
         )
     lm.check_finite()
     samples = found.pop("samples", None)
+    if cache:
+        refuse_cached_nan([row for rows in samples.values() for row in rows], cache)
+        samples = samples if settings.log_samples else None
     tracker.save_results_aggregated(results=found, samples=samples)
     for name in samples or ():
         tracker.save_results_samples(task_name=name, samples=samples[name])

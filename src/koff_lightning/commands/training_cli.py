@@ -11,7 +11,6 @@ from io import StringIO
 from traceback import walk_tb
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
@@ -33,6 +32,7 @@ from koff_lightning.callbacks import (
 )
 from koff_lightning.commands.class_names import SWITCH, only_known_classes, refuse_remote_code, refuse_task_files
 from koff_lightning.commands.config_files import find_configs
+from koff_lightning.commands.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.needs import needs_of, refuse_missing
 from koff_lightning.commands.offline import is_asked
 from koff_lightning.commands.option_values import refuse_meaningless
@@ -50,6 +50,9 @@ from koff_lightning.run.secrets import without_secrets
 
 # The callbacks that every run has, by the name of their section.
 CALLBACKS = {"anneal": AnnealSparsity, "checkpoint": Checkpoints, "export": ExportArtefact, "lm_eval": LMEval}
+
+
+LESS_MEMORY = "Take a smaller data.batch_size (with trainer.accumulate_grad_batches), data.seq_len or loss.chunk"
 
 
 class SavedConfig(SaveConfigCallback):
@@ -154,7 +157,10 @@ class KoffCLI(LightningCLI):
             raise KoffError(f"koff {subcommand} scores what a run has trained: give its --ckpt_path")
         try:
             writes = subcommand == "fit" and not self.trainer.fast_dev_run
-            with alone_in(self.trainer.default_root_dir) if writes else nullcontext():
+            with (
+                alone_in(self.trainer.default_root_dir) if writes else nullcontext(),
+                lack_of_memory_told(LESS_MEMORY),
+            ):
                 super()._run_subcommand(subcommand)
         except SIGTERMException:
             print("koff: asked to end; go on with --ckpt_path last", file=sys.stderr, flush=True)
@@ -167,13 +173,6 @@ class KoffCLI(LightningCLI):
             if not _raised_in(error).startswith("lightning."):
                 raise
             raise KoffError(" ".join(str(error).split())) from error
-        except (MemoryError, RuntimeError) as error:
-            if not _is_lack_of_memory(error):
-                raise
-            raise KoffError(
-                f"not enough memory: {str(error).splitlines()[0] if str(error) else 'none is left'}. Take a smaller "
-                "data.batch_size (with trainer.accumulate_grad_batches), data.seq_len or loss.chunk"
-            ) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
         """Let `--ckpt_path last` stand for the newest intact checkpoint of all runs in the folder."""
@@ -281,14 +280,6 @@ def _raised_in(error: BaseException) -> str:
     """The module whose code raised an error."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "")
-
-
-def _is_lack_of_memory(error: BaseException) -> bool:
-    """On any device; torch has a type for this on GPUs and only words on CPUs."""
-    kinds = MemoryError, torch.OutOfMemoryError
-    return isinstance(error, kinds) or any(
-        text in str(error) for text in ("not enough memory", "can't allocate memory")
-    )
 
 
 def _option_names(defaults: Namespace) -> set[str]:

@@ -130,6 +130,20 @@ def _make(
     return Failure(run, "\n".join(lines[-TAIL:]), log)
 
 
+def failed(run: Run, out: Path, stage: str, said: str) -> Failure:
+    """A finished run of which something more was asked in vain; what was said is logged.
+
+    Args:
+        run: Which one.
+        out: Folder of all runs.
+        stage: What it was; part of the log's name.
+        said: The error.
+    """
+    log = _log(out, run).with_name(f"{run.name}-{stage}.txt")
+    write_atomically(log, said.rstrip() + "\n")
+    return Failure(run, "\n".join(said.splitlines()[-TAIL:]), log)
+
+
 class _Board:
     """How far all runs are: a bar on a terminal, else a line for each."""
 

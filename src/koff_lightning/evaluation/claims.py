@@ -1,13 +1,19 @@
 """`koff claims`: run the arms, then report what they say about the paper's claims (docs/claims.md)."""
 
 import shlex
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import arms as all_arms
 from koff_lightning.evaluation.arms import AFTER, EQUAL, METHODS, Run
-from koff_lightning.evaluation.retention import Suites, answer, figures, load_suites
+from koff_lightning.evaluation.retention import Answers, Suites, answer, figures, load_suites
+from koff_lightning.run.folder import alone_in
+
+if TYPE_CHECKING:
+    from koff_lightning.evaluation.arm_runs import Failure
 
 
 def claims(
@@ -43,16 +49,21 @@ def claims(
         if value < 1:
             raise KoffError(f"{name} must be 1 or more, got {value}")
     chosen = all_arms.chosen(arms)
+    if tasks and "koff" not in chosen:
+        raise KoffError(
+            "tasks are asked of the runs of koff, which arms leaves out: add koff to --arms, or leave out --tasks"
+        )
     shares = None if sparsity is None else _shares(sparsity)
     resolved = _resolved(config, backbone, further or [])
     shares = shares or _shares(str(resolved["model"]["sparsity"]["target"]))
     equal = all_arms.equal_memories(resolved["model"]) if set(EQUAL) & set(chosen) else {}
     suites = load_suites(tasks, list(resolved["data"]["domains"])) if tasks else {}
     folder = Path(out).expanduser()
-    _keep(folder / "config.yaml", resolved)
     given = {"config": config, "backbone": backbone, "seeds": seeds, "sparsity": sparsity, "arms": arms, "tasks": tasks}
     about = {"command": _command(given, further), "equal_memories": equal}
-    _measure(folder, chosen, shares, seeds, jobs, suites, about)
+    with alone_in(folder, "--out"):
+        _keep(folder / "config.yaml", resolved)
+        _measure(folder, chosen, shares, seeds, jobs, suites, about)
 
 
 def _measure(
@@ -79,15 +90,33 @@ def _measure(
     curve = [Run(arm, share, 0) for share in shares[1:] for arm in _on_curve(chosen, best)]
     failures += make(curve)
     done |= claims_report.read(folder, curve, failures)
-    answers = [
-        answer(folder / run.name, suites) for run in done if suites and (run.arm, run.sparsity) == ("koff", shares[0])
-    ]
-    claims_report.write(folder, done, failures, about | {"best_one_shot": best, "retention": figures(answers)})
+    about = about | {"best_one_shot": best, "retention": []}
+    report = claims_report.write(folder, done, failures, about)
+    if suites:  # after the report: to score tasks takes long, and may fail
+        koff = [run for run in done if (run.arm, run.sparsity) == ("koff", shares[0])]
+        answers, without = _answers(folder, koff, suites)
+        failures += without
+        report = claims_report.write(folder, done, failures, about | {"retention": figures(answers)})
+    claims_report.show(folder, report)
     if failures:
         raise KoffError(
             f"{len(failures)} of {len(main) + len(curve)} runs failed, first {failures[0].run.name}: "
             f"{failures[0].last} (log: {failures[0].log}). The same command repeats only what is missing"
         )
+
+
+def _answers(folder: Path, runs: Sequence[Run], suites: Suites) -> tuple[list[Answers], list["Failure"]]:
+    """What runs answer, and those that could not be asked: they are told like runs that came to nothing."""
+    from koff_lightning.evaluation import arm_runs
+
+    answers, failures = [], []
+    for run in runs:
+        try:
+            answers.append(answer(folder / run.name, suites))
+        except Exception as error:  # whatever lm-eval, the tasks' data or the memory of the machine do
+            said = str(error) if isinstance(error, KoffError) else traceback.format_exc()
+            failures.append(arm_runs.failed(run, folder, "tasks", f"tasks: {said}"))
+    return answers, failures
 
 
 def _command(options: dict[str, Any], further: list[str] | None) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import bootstrap, claims_text, verdicts
 from koff_lightning.evaluation.arm_runs import Failure
-from koff_lightning.evaluation.arms import AFTER, ARMS, FREE, METHODS, Run
+from koff_lightning.evaluation.arms import AFTER, ARMS, FREE, LEARNED, METHODS, Run
 from koff_lightning.evaluation.bootstrap import Sample
 from koff_lightning.run import plots, results
 
@@ -47,21 +47,23 @@ def read(folder: Path, runs: Sequence[Run], failures: Sequence[Failure]) -> Done
     return done
 
 
-def source(arm: str) -> tuple[str, str]:
-    """Which run holds a shown arm, and as what."""
-    return ("koff", arm) if arm in FREE else (arm, "koff")
+def source(arm: str) -> tuple[tuple[str, ...], str]:
+    """The arms whose runs hold a shown arm, of each seed the first that is there, and as what."""
+    if arm == "dense":
+        return (*LEARNED, *AFTER), arm  # all of them score it, and koff runs before the others
+    return (("koff",), arm) if arm in FREE else ((arm,), "koff")
 
 
 def by_seed(done: Done, arm: str, share: float, domain: str | None = None) -> dict[int, float]:
     """Bits per byte of a shown arm by seed; the mean over domains, or one domain's."""
-    run_arm, figure = source(arm)
-    found = {}
+    holders, figure = source(arm)
+    found: dict[int, float] = {}
     for run, result in done.items():
-        if (run.arm, run.sparsity) == (run_arm, share):
+        if run.arm in holders and run.sparsity == share:
             row = result["mean"] if domain is None else result["domains"][domain]
             if (value := row[f"{figure}_bpb"]) is not None:
-                found[run.seed] = value
-    return found
+                found.setdefault(run.seed, value)
+    return dict(sorted(found.items()))
 
 
 def best_one_shot(done: Done) -> str | None:
@@ -82,7 +84,7 @@ def figures(done: Done, arm: str, share: float) -> dict[str, Any] | None:
     if not values:
         return None
     dense, alone = by_seed(done, "dense", share), by_seed(done, "no_memory", share)
-    one = [result for run, result in done.items() if (run.arm, run.sparsity) == (source(arm)[0], share)]
+    one = [result for run, result in done.items() if run.arm in source(arm)[0] and run.sparsity == share]
     sizes = [_size(arm, result["parameters"]) for result in one]
     own_off = {
         run.seed: r["mean"]["memory_off_bpb"] for run, r in done.items() if (run.arm, run.sparsity) == (arm, share)
@@ -146,8 +148,9 @@ class PairedDraws:
             if sizes not in (None, size):
                 raise KoffError(f"{run.name} was scored on other documents than the other runs: give another --out")
             sizes = size
-            for arm, (run_arm, figure) in arms.items():
-                if run_arm == run.arm and all(figure in row["nats"] for row in documents.values()):
+            for arm, (holders, figure) in arms.items():
+                known = run.arm not in holders or (arm, run.seed) in self._place
+                if not known and all(figure in row["nats"] for row in documents.values()):
                     self._place[arm, run.seed] = len(tables)
                     tables.append({domain: row["nats"][figure] for domain, row in documents.items()})
         if tables:
@@ -182,8 +185,8 @@ def gap_closure(paired: PairedDraws) -> dict[str, dict[str, float] | None]:
     return found
 
 
-def write(folder: Path, done: Done, failures: Sequence[Failure], about: Mapping[str, Any]) -> None:
-    """Write claims.json, claims.md and plots/ from what is there.
+def write(folder: Path, done: Done, failures: Sequence[Failure], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write claims.json, claims.md and plots/ from what is there; returns the report.
 
     Args:
         folder: Where to.
@@ -229,6 +232,11 @@ def write(folder: Path, done: Done, failures: Sequence[Failure], about: Mapping[
             plots.save(figure, folder / "plots", name)
     except OSError as error:
         raise KoffError(f"cannot write plots to {folder / 'plots'}: {error.strerror or error}") from error
+    return report
+
+
+def show(folder: Path, report: Mapping[str, Any]) -> None:
+    """Print what a written report says, and where it is."""
     print(claims_text.summary(report))
     print(f"wrote {folder / 'claims.md'}, {folder / 'claims.json'} and {folder / 'plots'}")
 

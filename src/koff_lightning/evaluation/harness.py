@@ -140,6 +140,14 @@ class KoffLM(HFLM):
         self.broken += sum(not math.isfinite(value) for value, _ in scores)  # told later, by all ranks at once
         return scores
 
+    def _batch_scheduler(self, pos: int, n_reordered_requests: list[Any]) -> int:
+        """HFLM's own, which divides by zero where `auto:N` wants more measurements than there are requests."""
+        times, self.batch_schedule = self.batch_schedule, min(self.batch_schedule, len(n_reordered_requests))
+        try:
+            return super()._batch_scheduler(pos, n_reordered_requests)
+        finally:
+            self.batch_schedule = times
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The ranks' tensors, one after the other; HFLM's own way needs accelerate."""
         if self.world_size == 1:
@@ -164,8 +172,14 @@ class KoffLM(HFLM):
 
 
 def load_model(path: str, backbone: str | None = None, device: str | None = None, dtype: str | None = None) -> Model:
-    """What stands at `path`: an artefact, a checkpoint of `koff fit`, or a dense model."""
+    """What stands at `path`: an artefact, a checkpoint of `koff fit`, or a dense model.
+
+    Raises:
+        KoffError: It cannot be loaded, or not with these options.
+    """
     where, place = default_device(device), Path(path).expanduser()
+    if backbone is not None and place.suffix != ".ckpt":
+        raise KoffError(f"only a checkpoint is read over a backbone, and {path} is none: leave backbone out")
     if (place / MANIFEST).is_file():
         return load_decomposed(place, where, dtype)
     if place.suffix == ".ckpt":

@@ -179,6 +179,15 @@ def check_batch_size(value: int | str, option: str) -> None:
         raise KoffError(f"{option} must be a positive number or auto; got {value!r}")
 
 
+def check_safe(tasks: Loaded, confirmed: bool = False) -> None:
+    """Raise KoffError when a task runs code that the model writes and nobody has confirmed that."""
+    unsafe = [name for name, task in tasks["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe and not confirmed:
+        raise KoffError(
+            f"task {unsafe[0]!r} runs code that the model writes: only `koff lm-eval --confirm_run_unsafe_code` does so"
+        )
+
+
 def check_counts(tasks: Loaded, limit: float | None, ranks: int) -> None:
     """Raise KoffError when a task would have no sample left, or fewer than there are processes to share them.
 

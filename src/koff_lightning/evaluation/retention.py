@@ -50,13 +50,19 @@ def load_suites(names: str, domains: Sequence[str]) -> Suites:
 
 
 def answer(run: Path, suites: Suites) -> Answers:
-    """Score a run's last checkpoint on the suites that it has not been scored on, and keep the answers beside it."""
+    """Score a run's last checkpoint on the suites that it has not been scored on, and keep the answers beside it.
+
+    Raises:
+        KoffError: It has no checkpoint, or log-likelihoods that are no numbers.
+    """
     from koff_lightning.evaluation import harness
 
     path = run / ANSWERS
     known: Answers = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if due := {name: tasks for name, tasks in suites.items() if name not in known}:
-        model = harness.load_model(str(newest_checkpoint([run])))
+        if (checkpoint := newest_checkpoint([run])) is None:
+            raise KoffError(f"{run} has no checkpoint to ask: remove this folder and run again with checkpoints")
+        model = harness.load_model(str(checkpoint))
         for suite, tasks in due.items():
             known[suite] = {"chance": {domain: _chance(loaded) for domain, loaded in tasks.items()}}
             for arm in SCORED:

@@ -20,10 +20,14 @@ LOCK = ".running"
 
 
 @contextmanager
-def alone_in(root: str | Path) -> Iterator[None]:
+def alone_in(root: str | Path, option: str = "--trainer.default_root_dir") -> Iterator[None]:
     """Hold a run's folder: at its end the run replaces `results.json`, `plots/` and `artifact/` there.
 
     The kernel lets go when the process ends, in whatever way.
+
+    Args:
+        root: The folder.
+        option: What gives the command another one, for the message.
 
     Raises:
         KoffError: Another run holds it, or it cannot be written.
@@ -32,7 +36,7 @@ def alone_in(root: str | Path) -> Iterator[None]:
         yield
         return
     root = Path(root)
-    with _writing(root):
+    with _writing(root, option):
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / LOCK).open("a")
     with lock:
@@ -40,7 +44,7 @@ def alone_in(root: str | Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise KoffError(
-                f"another run is going on in {root}: wait for it, or give --trainer.default_root_dir another folder"
+                f"another run is going on in {root}: wait for it, or give {option} another folder"
             ) from error
         except OSError:  # a file system without locks
             pass
@@ -80,9 +84,9 @@ def run_config(ckpt: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _writing(root: Path) -> Iterator[None]:
+def _writing(root: Path, option: str = "--trainer.default_root_dir") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         reason = error.strerror or os.strerror(error.errno)
-        raise KoffError(f"cannot write the run's folder {root}: {reason}. Give --trainer.default_root_dir") from error
+        raise KoffError(f"cannot write the run's folder {root}: {reason}. Give {option}") from error

@@ -1,0 +1,49 @@
+"""Callbacks that go by lm-eval's scores, and when early stopping looks at them for the first time."""
+
+import math
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+
+from koff_lightning.errors import KoffError
+
+
+def monitors(trainer: Trainer) -> list[str]:
+    """Scores that checkpoints and early stopping go by."""
+    names = [getattr(callback, "monitor", None) or "" for callback in trainer.callbacks]
+    return [name for name in names if name.startswith("lm_eval/")]
+
+
+def refuse_early_looks(trainer: Trainer, every_n_steps: int | None) -> None:
+    """Refuse early stopping that looks before the first score: it would end the run at a nan.
+
+    Args:
+        trainer: Its loaders are known, as from `on_train_start` on.
+        every_n_steps: Optimizer steps between evaluations; None for the end alone.
+
+    Raises:
+        KoffError: There is such a callback.
+    """
+    first = every_n_steps or trainer.estimated_stepping_batches
+    for callback in trainer.callbacks:
+        if not isinstance(callback, EarlyStopping) or not (callback.monitor or "").startswith("lm_eval/"):
+            continue
+        if callback.check_finite and (look := _first_look(trainer, callback)) < first:
+            when = f"at step {first}" if every_n_steps else "at the end alone"
+            raise KoffError(
+                f"EarlyStopping looks at {callback.monitor!r} at step {math.ceil(look)}, but the first score comes "
+                f"{when}, so that the run would end there: set lm_eval.every_n_steps to {max(1, int(look))} or less, "
+                "let it look later, or give it check_finite: false"
+            )
+
+
+def _first_look(trainer: Trainer, stopping: EarlyStopping) -> float:
+    """Optimizer step at which early stopping looks first: when an epoch ends, or a validation."""
+    epoch, batches = trainer.num_training_batches, trainer.val_check_batch or 0  # 0: validation goes by the clock
+    if stopping._check_on_train_epoch_end:
+        batches = epoch
+    elif not trainer.enable_validation:
+        return math.inf
+    elif (every := trainer.check_val_every_n_epoch or 1) > 1:
+        batches += (every - 1) * epoch
+    return batches / trainer.accumulate_grad_batches

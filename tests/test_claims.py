@@ -146,6 +146,15 @@ def test_tasks_that_cannot_be_asked_lose_nothing_of_the_report(runs, monkeypatch
     assert report(out)["retention"] == []
 
 
+def test_remote_code_that_was_asked_for_reaches_every_run(runs):
+    """A config alone may not let it run, and the runs read theirs from a config."""
+    out, go = runs
+    trust = "--model.trust_remote_code=true"
+    for made in (["koff-0.12-0"], []):
+        assert go("--seeds=1", "--arms=koff", "--", trust) == (0, made)
+    assert trust in json.loads((out / "koff-0.12-0" / "options.json").read_text())
+
+
 def test_two_at_once_on_one_folder_are_refused(runs, capsys):
     out, go = runs
     with alone_in(out):

@@ -76,13 +76,15 @@ def _measure(
     about: dict[str, Any],
 ) -> None:
     """Make the runs and write the report, whatever has failed."""
+    import yaml
+
     from koff_lightning.evaluation import arm_runs, claims_report
 
     def make(runs: list[Run]) -> list[arm_runs.Failure]:
-        return arm_runs.run_all(
-            {run: all_arms.command(run, folder, about["equal_memories"]) for run in runs}, folder, jobs
-        )
+        words = {run: all_arms.command(run, folder, about["equal_memories"]) + trust for run in runs}
+        return arm_runs.run_all(words, folder, jobs)
 
+    trust = _trust(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     main = [Run(arm, shares[0], seed) for seed in range(seeds) for arm in _masks_first(chosen)]
     failures = make(main)
     done = claims_report.read(folder, main, failures)
@@ -161,6 +163,11 @@ def _resolved(config: str, backbone: str | None, further: list[str]) -> dict[str
     return resolved
 
 
+def _trust(resolved: dict[str, Any]) -> list[str]:
+    """The word without which a config may not let remote code run; whoever asked for these runs has said it."""
+    return ["--model.trust_remote_code=true"] if resolved["model"]["trust_remote_code"] else []
+
+
 def _keep(path: Path, resolved: dict[str, Any]) -> None:
     """Write the resolved config, or make sure that it is the one that is there.
 
@@ -174,7 +181,7 @@ def _keep(path: Path, resolved: dict[str, Any]) -> None:
         write_atomically(path, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         return
     try:
-        there, here = _flat(_resolved(str(path), None, [])), _flat(resolved)
+        there, here = _flat(_resolved(str(path), None, _trust(resolved))), _flat(resolved)
     except KoffError as error:
         raise KoffError(
             f"{path} was written by another release of koff-lightning ({error}): give another --out"

@@ -277,7 +277,9 @@ def test_a_file_that_goes_away_meanwhile_gives_way_to_the_one_before(tmp_path):
 
 def test_no_rank_waits_for_another_until_all_are_known_to_go_on_from_one_step():
     """One that found no checkpoint would never come."""
-    alone = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), loggers=[], is_global_zero=True)  # no strategy
+    alone = SimpleNamespace(
+        state=SimpleNamespace(fn=TrainerFn.FITTING), loggers=[], is_global_zero=True, ckpt_path=None
+    )  # no strategy
     log = {"file": None, "row": {}, "last": 3, "validate": True}
     ContinuedLog().on_load_checkpoint(alone, None, {"log": log})
 

@@ -155,7 +155,8 @@ def quality_by_sparsity(rows: Sequence[Point]) -> Figure:
             continue
         at, mean = [100 * point["removed"] for point in points], [point["mean"] for point in points]
         bars = [point["sd"] or 0 for point in points]
-        style = "o-" if len(points) > 1 else MARKERS[place % len(MARKERS)]
+        line = ("-", "--")[place // len(MANY) % 2] if len(points) > 1 else ""  # where colours come round again
+        style = MARKERS[place % len(MARKERS)] + line
         axes.errorbar(at, mean, bars, fmt=style, color=colour, label=arm, linewidth=1.6, markersize=5, capsize=2)
     axes.set(
         xlabel="parameters removed, % of body", ylabel="bits per byte of held-out text", title="Quality by sparsity"

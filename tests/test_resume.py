@@ -75,6 +75,14 @@ def pull_the_plug():
     raise RuntimeError("pulled the plug")
 
 
+def cut_off(monkeypatch, run_in, *words, hook="training_step", step=5):
+    """A run in the folder `cut` that breaks off in the middle."""
+    with monkeypatch.context() as patch:
+        at(patch, hook, step, pull_the_plug)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run_in("cut", *words)
+
+
 @pytest.mark.parametrize(
     ("hook", "step"),
     [("training_step", 1), ("training_step", 5), ("on_validation_epoch_start", 4), ("on_test_epoch_start", STEPS)],
@@ -83,10 +91,7 @@ def pull_the_plug():
 def test_a_run_cut_off_anywhere_goes_on_as_if_nothing_had_happened(run_in, straight, monkeypatch, hook, step):
     if not straight.exists():
         assert run_in(straight) == 0
-    with monkeypatch.context() as patch:
-        at(patch, hook, step, pull_the_plug)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            run_in("cut")
+    cut_off(monkeypatch, run_in, hook=hook, step=step)
     assert run_in("cut", "--ckpt_path", "last") == 0
     check_same_end("cut", straight)
 
@@ -107,10 +112,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, straight, monkeypa
 def test_the_log_of_a_run_whose_folder_was_moved_is_found(run_in, straight, monkeypatch, fate):
     if not straight.exists():
         assert run_in(straight) == 0
-    with monkeypatch.context() as patch:
-        at(patch, "training_step", 5, pull_the_plug)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            run_in("cut")
+    cut_off(monkeypatch, run_in)
     Path("cut").rename("elsewhere")
     if fate == "moved":
         assert run_in("elsewhere", "--ckpt_path", "last") == 0
@@ -165,10 +167,7 @@ def test_a_source_that_stays_away_stops_a_streamed_run_which_goes_on_when_it_is_
 def test_a_streamed_run_with_workers_goes_on_in_mid_epoch(run_in, little_at_a_time, monkeypatch):
     workers = [*STREAMED, "--data.num_workers=2"]
     assert run_in("whole", *workers) == 0
-    with monkeypatch.context() as patch:
-        at(patch, "training_step", 5, pull_the_plug)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            run_in("cut", *workers)
+    cut_off(monkeypatch, run_in, *workers)
     assert run_in("cut", *workers, "--ckpt_path", "last") == 0
     check_same_end("cut", "whole")
 
@@ -176,10 +175,7 @@ def test_a_streamed_run_with_workers_goes_on_in_mid_epoch(run_in, little_at_a_ti
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_in, straight, monkeypatch):
     if not straight.exists():
         assert run_in(straight) == 0
-    with monkeypatch.context() as patch:
-        at(patch, "training_step", 5, pull_the_plug)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            run_in("cut")
+    cut_off(monkeypatch, run_in)
     folder = Path("cut/version_0/checkpoints")
     assert {path.name for path in folder.iterdir()} == {"epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt", "last.ckpt"}
     os.truncate(folder / "last.ckpt", 100_000)

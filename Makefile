@@ -41,9 +41,15 @@ lint: .venv/installed ## check style, sizes and the one-way imports
 audit: .venv/installed ## look for known-bad releases: installed, pinned, allowed
 	$(BIN)/python recipes/supply_chain/audit.py
 
-hashes: ## write constraints-hashed.txt anew from constraints.txt (needs uv)
+hashes: ## write both files of hashes anew from constraints.txt (needs uv)
 	uv pip compile --no-config --generate-hashes --no-deps --no-annotate --no-header --quiet \
 		--python-version 3.11 constraints.txt -o constraints-hashed.txt
+	grep '^torch==' constraints.txt | uv pip compile --no-config --generate-hashes --no-annotate --no-header --quiet \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_28 -c constraints.txt - -o constraints-hashed-cuda.txt
+	sed -i '1i # constraints.txt with the SHA-256 of every file of every release: see "Hashes" in docs/dependencies.md.' \
+		constraints-hashed.txt
+	sed -i '1i # What torch on Linux with CUDA needs, with SHA-256: see "Hashes" in docs/dependencies.md.' \
+		constraints-hashed-cuda.txt
 
 bench: .venv/installed ## cost of a training step against LoRA alone; speed of exported models
 	$(BIN)/python -m koff_lightning.commands.bench

@@ -78,7 +78,8 @@ def test_all_arms_run_at_the_first_sparsity_and_few_at_the_others(runs, capsys):
     status, made = go("--seeds=2", "--sparsity=0.12,0.5", "--jobs=2")
     assert status == 0
     first = {f"{arm}-0.12-{seed}" for arm in ARMS for seed in (0, 1)}
-    others = {f"{arm}-0.5-0" for arm in ("koff", "no_memory", "flap", "flap_memory")}  # flap is best after memories
+    few = ("koff", "no_memory", "two_stage", "flap", "flap_memory")  # flap is best after memories
+    others = {f"{arm}-0.5-{seed}" for arm in few for seed in (0, 1)}
     assert len(made) == len(set(made)) and set(made) == first | others
     assert made.index("flap-0.12-1") < made.index("flap_memory-0.12-1")
     found = report(out)
@@ -92,7 +93,7 @@ def test_all_arms_run_at_the_first_sparsity_and_few_at_the_others(runs, capsys):
     assert {row["name"]: row["verdict"] for row in found["verdicts"]}["c"] == "supported"
     page, said = (out / "claims.md").read_text(), capsys.readouterr().out
     assert "| flap_memory |" in page and "## The curve" in page and "| 50 % |" in page
-    assert "4/4  " in said and "left" in said and "\x1b" not in said
+    assert "10/10  " in said and "left" in said and "\x1b" not in said
 
 
 def test_what_is_done_is_not_repeated(runs):

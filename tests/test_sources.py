@@ -280,6 +280,9 @@ def test_duplicate_keys_in_yaml_name_both_lines(tmp_path):
     path.write_text("a: [\n")
     with pytest.raises(KoffError, match=r"run\.yaml is not valid YAML"):
         refuse_duplicate_keys(path)
+    path.write_bytes("a: 1\n".encode("utf-16"))  # as PowerShell's `>` writes
+    with pytest.raises(KoffError, match=r"run\.yaml is not UTF-8 text \(byte 0: .*\): save it as UTF-8"):
+        refuse_duplicate_keys(path)
     for good in ("", "a: {de: 1}\nb: {de: 2}\nc: [{de: 1}, {de: 2}]\n", "a: &x {b: 1}\nc: *x\n"):
         path.write_text(good)
         refuse_duplicate_keys(path)

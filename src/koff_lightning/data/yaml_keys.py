@@ -11,11 +11,13 @@ def refuse_duplicate_keys(path: Path) -> None:
     """Check a config file, for example for two domains of one name.
 
     Raises:
-        KoffError: A mapping in the file has the same key twice; names file and line.
+        KoffError: A mapping in the file has the same key twice (names file and line), or the file is no YAML in UTF-8.
     """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:  # Windows PowerShell writes what `>` redirects in UTF-16
+        raise KoffError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}): save it as UTF-8") from error
+    except yaml.YAMLError as error:
         raise KoffError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     pending = [root] if root else []
     while pending:

@@ -36,8 +36,8 @@ def claims(
         config: Config of `koff fit` that all arms share; `koff configs` lists those that ship with the package.
         backbone: Another backbone than the config's.
         seeds: Runs of each arm: with seeds 0, 1, ...
-        sparsity: Shares to remove, with commas. All arms and seeds run at the first one; KOFF, the mask without
-            memories and the best one-shot mask at the others, with one seed. By default the config's target.
+        sparsity: Shares to remove, with commas. All arms run at the first one; KOFF, the mask without memories, mask
+            first, and the best one-shot mask at the others. By default the config's target.
         out: Folder of all runs and of the report.
         jobs: Runs at one time, each with its share of the cores.
         arms: Arms to run, with commas; by default all of docs/claims.md.
@@ -89,7 +89,7 @@ def _measure(
     failures = make(main)
     done = claims_report.read(folder, main, failures)
     best = claims_report.best_one_shot(done)
-    curve = [Run(arm, share, 0) for share in shares[1:] for arm in _on_curve(chosen, best)]
+    curve = [Run(arm, share, seed) for seed in range(seeds) for share in shares[1:] for arm in _on_curve(chosen, best)]
     failures += make(curve)
     done |= claims_report.read(folder, curve, failures)
     about = about | {"best_one_shot": best, "retention": []}
@@ -133,9 +133,9 @@ def _masks_first(chosen: list[str]) -> list[str]:
 
 
 def _on_curve(chosen: list[str], best: str | None) -> list[str]:
-    """Arms of the further sparsities: KOFF, the mask without memories, the best one-shot mask as it is and after."""
+    """Arms of the further sparsities: the best one-shot mask as it is and with memories, and these three."""
     one_shot = [best] * (best is not None) + [arm for arm in chosen if best is not None and AFTER.get(arm) == best]
-    return [*one_shot, *(arm for arm in ("koff", "no_memory") if arm in chosen)]
+    return [*one_shot, *(arm for arm in ("koff", "no_memory", "two_stage") if arm in chosen)]
 
 
 def _shares(text: str) -> list[float]:

@@ -114,7 +114,7 @@ def _curve(report: Report) -> str:
         return ""
     best = report["best_one_shot"]
     after = next((arm for arm, method in AFTER.items() if method == best), None)
-    arms = [arm for arm in ("koff", "memory_off", "no_memory", best, after) if arm]
+    arms = [arm for arm in ("koff", "memory_off", "no_memory", "two_stage", best, after) if arm]
     found = {(row["arm"], row["sparsity"]): row for row in report["arms"]}
     rows = []
     for share in sorted(report["sparsities"]):
@@ -122,7 +122,7 @@ def _curve(report: Report) -> str:
         rows.append(
             [_share(share), *(f"{spread(c['bpb'])} ({percent(c['against_dense'], 1)})" if c else "" for c in cells)]
         )
-    head = "## The curve\n\nOne seed, but for the sparsity of the table of arms. In brackets: against dense."
+    head = "## The curve\n\nIn brackets: against dense."
     return f"{head}\n\n{table(['removed', *arms], rows)}"
 
 

@@ -224,8 +224,8 @@ class SparsitySchedule:
     target: float
     steps: int
     warmup: float = 0.05
-    ramp: float = 0.40
-    hold: float = 0.15
+    ramp: float = 0.15
+    hold: float = 0.05
     shape: Literal["linear", "cosine", "cubic"] = "linear"
 
     @property

@@ -23,8 +23,8 @@ class AnnealSparsity(Callback):
     def __init__(
         self,
         warmup: float = 0.05,
-        ramp: float = 0.40,
-        hold: float = 0.15,
+        ramp: float = 0.15,
+        hold: float = 0.05,
         shape: Literal["linear", "cosine", "cubic"] = "linear",
     ) -> None:
         if min(warmup, ramp, hold) < 0 or not 0 < warmup + ramp + hold <= 1:

@@ -24,6 +24,7 @@ from koff_lightning import KOFFModule, ranks
 from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main as koff
 from koff_lightning.data import stream
+from koff_lightning.evaluation.lm_scores import Scores
 from koff_lightning.gates import BackboneGates
 from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
 from koff_lightning.strategies import ReplicatedStrategy, ShardedStrategy
@@ -269,8 +270,8 @@ def _keeping(step: Callable[..., Any], rows: list[Any]) -> Callable[..., Any]:
 def _noting(log: Callable[..., None], scores: list[dict[str, float]]) -> Callable[..., None]:
     """LMEval's logging that also keeps what a monitor sees on this rank."""
 
-    def noted(callback: LMEval, trainer: Trainer) -> None:
-        log(callback, trainer)
+    def noted(callback: LMEval, trainer: Trainer, scored: dict[str, Scores]) -> None:
+        log(callback, trainer, scored)
         scores.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("lm_eval/")})
 
     return noted

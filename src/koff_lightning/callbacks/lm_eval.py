@@ -12,13 +12,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks
+from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks, refuse_unscored, score_names
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.lm_scores import Scores, show
 from koff_lightning.evaluation.undisturbed import undisturbed
 from koff_lightning.module import KOFFModule
-from koff_lightning.option_errors import nearest
 from koff_lightning.strategies import ShardedStrategy
 
 if TYPE_CHECKING:
@@ -119,7 +118,9 @@ class LMEval(Callback):
                 self._refuse_ambiguous(part)
                 if part.domain or not part.names <= self._named(part.column):  # `dense` and such need each task once
                     self._parts.append(part)
-        self._check_monitors(trainer)
+        refuse_unscored(
+            trainer, {f"lm_eval/{part.column}/{name}" for part in self._parts for name in score_names(part.tasks)}
+        )
 
     def _named(self, column: str) -> set[str]:
         """Tasks and groups that stand in a column so far."""
@@ -143,23 +144,6 @@ class LMEval(Callback):
         """Show monitors the scores of a resumed run, and nan where there is none yet."""
         refuse_early_looks(trainer, self.every_n_steps)
         self._publish(trainer)
-
-    def _check_monitors(self, trainer: Trainer) -> None:
-        """Refuse a monitor of a score that no evaluation gives: Lightning would say so in the middle of the run."""
-        known = {
-            f"lm_eval/{part.column}/{name}/{metric}"
-            for part in self._parts
-            for name in part.names
-            for task in part.tasks["tasks"].values()
-            for metric in task.aggregation()
-        }
-        for name in monitors(trainer):
-            head, _, metric = name.rpartition("/")
-            if f"{head}/{metric.partition('.')[0]}" not in known:  # what follows the dot is one of lm-eval's filters
-                raise KoffError(
-                    f"a callback monitors {name!r}, which this run does not score: lm_eval.tasks gives "
-                    f"{', '.join(sorted(known)) or 'nothing'}.{nearest(name, known)}"
-                )
 
     def _parts_of(self, spec: LMEvalTask, trainer: Trainer, module: KOFFModule) -> list[_Part]:
         from koff_lightning.evaluation.lm_tasks import quiet
@@ -198,12 +182,14 @@ class LMEval(Callback):
         if not self._parts or self._seen == trainer.global_step:
             return
         self._seen, since = trainer.global_step, time.perf_counter()
+        scored: dict[str, Scores] = {}
         for part in self._parts:
-            known = self.scores.get(part.column, {})
-            if part.column == "dense" and part.tasks["tasks"].keys() <= known.keys():
+            if part.column == "dense" and part.names <= self.scores.get("dense", {}).keys():
                 continue  # it does not change
             try:
-                self.scores[part.column] = known | self._score(part, trainer, module)
+                found = self._score(part, trainer, module)
+                for scores in (scored, self.scores):
+                    scores[part.column] = scores.get(part.column, {}) | found
             except Exception as error:
                 if self.strict or (trainer.world_size > 1 and not isinstance(error, KoffError)):
                     raise  # an error of one rank: the others wait for it in lm-eval's collectives
@@ -213,7 +199,7 @@ class LMEval(Callback):
                     f"on: {reason}"
                 )
         self.seconds += time.perf_counter() - since
-        self._log(trainer)
+        self._log(trainer, scored)
 
     def _score(self, part: _Part, trainer: Trainer, module: KOFFModule) -> Scores:
         from koff_lightning.evaluation.harness import score
@@ -237,24 +223,17 @@ class LMEval(Callback):
             ),  # it makes the ranks' forwards unequally many
         )
 
-    def _log(self, trainer: Trainer) -> None:
-        """To loggers whatever `log_every_n_steps` is, and to what monitors read."""
-        figures = self._publish(trainer)
+    def _log(self, trainer: Trainer, scored: dict[str, Scores]) -> None:
+        """To loggers what was scored in this step, whatever `log_every_n_steps` is; to monitors the last of each."""
+        self._publish(trainer)
         for logger in trainer.loggers:
-            logger.log_metrics(figures | {"lm_eval/seconds": self.seconds}, trainer.global_step - 1)  # counts from 0
+            figures = _flat(scored) | {"lm_eval/seconds": self.seconds}
+            logger.log_metrics(figures, trainer.global_step - 1)  # counts from 0
 
-    def _publish(self, trainer: Trainer) -> dict[str, float]:
-        """Put the scores where monitors look, and return them."""
-        figures = {
-            f"lm_eval/{column}/{task}/{metric}": value
-            for column, scores in self.scores.items()
-            for task, row in scores.items()
-            for metric, value in row.items()
-            if "_stderr" not in metric
-        }
-        missing = dict.fromkeys(monitors(trainer), math.nan)  # else a checkpoint that monitors it ends the run
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in (missing | figures).items()})
-        return figures
+    def _publish(self, trainer: Trainer) -> None:
+        """Put the last scores where monitors look; what has none is nan, else a checkpoint by it would end the run."""
+        figures = dict.fromkeys(monitors(trainer), math.nan) | _flat(self.scores)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
 
     def _asked(self) -> list[Any]:
         """What makes scores comparable: they are restored for the same questions only."""
@@ -268,6 +247,17 @@ class LMEval(Callback):
         """Go on from there, unless something else is asked now."""
         if state["asked"] == self._asked():
             self.scores, self._seen, self.seconds = state["scores"], state["step"], state["seconds"]
+
+
+def _flat(columns: dict[str, Scores]) -> dict[str, float]:
+    """Scores by the names that they are logged under; no standard errors."""
+    return {
+        f"lm_eval/{column}/{task}/{metric}": value
+        for column, scores in columns.items()
+        for task, row in scores.items()
+        for metric, value in row.items()
+        if "_stderr" not in metric
+    }
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tiny_artefact import tiny_artefact, tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
+from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec, ranks
 from koff_lightning.artefact.export import export
 from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.callbacks.lm_eval import _Part
@@ -96,12 +96,19 @@ def test_a_failed_evaluation_does_not_lose_the_run_unless_strict(dense, tmp_path
 
 @pytest.mark.filterwarnings("always:lm_eval")
 def test_an_error_of_one_of_several_ranks_ends_the_run_and_one_that_all_see_does_not(monkeypatch):
-    """The others would wait in lm-eval's collectives for the rank that has gone on training."""
+    """The others would wait in lm-eval's collectives for one that has gone on. Sharded ones have no group."""
     trainer = SimpleNamespace(world_size=2, global_step=4, callback_metrics={}, callbacks=[], loggers=[])
     evaluation = LMEval([LMEvalTask(TASK, "en")])
     evaluation._parts = [_Part("en", "en", evaluation.tasks[0], {"tasks": {}})]
     monkeypatch.setattr(LMEval, "_score", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    for group, meet in ((None, True), ("all", False)):
+        evaluation._group, evaluation._seen = group, 0
+        monkeypatch.setattr(ranks, "all_meet", lambda _, meet=meet: meet)
+        with pytest.raises(ZeroDivisionError):
+            evaluation._evaluate(trainer, None)
+    evaluation._seen = 0
+    monkeypatch.setattr(ranks, "all_meet", lambda _: True)
+    with pytest.warns(match="failed at step 4, training goes on: ZeroDivisionError"):
         evaluation._evaluate(trainer, None)
     monkeypatch.setattr(LMEval, "_score", lambda *_: (_ for _ in ()).throw(KoffError("not finite")))
     evaluation._seen = 0

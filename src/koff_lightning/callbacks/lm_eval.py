@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from koff_lightning import ranks
 from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks, refuse_unscored, score_names
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import lm_tasks
@@ -70,9 +71,8 @@ class LMEval(Callback):
         every_n_steps: Optimizer steps between evaluations; null for the end alone.
         dense: Score the dense model too, once: `lm_eval/dense/...`.
         memory_off: Score the pruned model without memories too: `lm_eval/memory_off/...`.
-        strict: Stop the run when an evaluation fails; otherwise it warns and trains on. With several processes it warns
-            only of scores that are no numbers, which all of them see. Any other error (memory, say) may be one's alone,
-            for which the others would wait without end: it stops the run.
+        strict: Stop the run when an evaluation fails; otherwise it warns and trains on. An error that one of several
+            processes meets alone (memory, say) stops the run all the same: the others wait for it in mid-evaluation.
         batch_size: Rows at a time, or `auto` for as many as the GPU takes.
         include_path: Folder of further tasks; `koff fit` wants `--allow-custom-classes` with it, since tasks are code.
     """
@@ -103,6 +103,7 @@ class LMEval(Callback):
         self._parts: list[_Part] = []
         self._tokenizer: Any = None
         self._seen = 0  # step of the last evaluation
+        self._group: Any = None  # in which several ranks meet after an error
 
     def setup(self, trainer: Trainer, pl_module: KOFFModule, stage: str) -> None:
         """Load tasks and data, and refuse now what could not be scored later."""
@@ -113,6 +114,9 @@ class LMEval(Callback):
         if clash := set(self.arms) & set(pl_module.domains):
             raise KoffError(f"lm_eval.{clash.pop()}: a domain has that name, so their scores could not be told apart")
         self._parts = []
+        # Sharded weights are gathered in each forward: after an error the ranks may be out of step whoever met it
+        if self.tasks and trainer.world_size > 1 and not isinstance(trainer.strategy, ShardedStrategy):
+            self._group = ranks.side_group()
         for spec in self.tasks:
             for part in self._parts_of(spec, trainer, pl_module):
                 self._refuse_ambiguous(part)
@@ -191,7 +195,7 @@ class LMEval(Callback):
                 for scores in (scored, self.scores):
                     scores[part.column] = scores.get(part.column, {}) | found
             except Exception as error:
-                if self.strict or (trainer.world_size > 1 and not isinstance(error, KoffError)):
+                if self.strict or not self._is_shared(error, trainer):
                     raise  # an error of one rank: the others wait for it in lm-eval's collectives
                 reason = error if isinstance(error, KoffError) else f"{type(error).__name__}: {error}"
                 rank_zero_warn(
@@ -200,6 +204,12 @@ class LMEval(Callback):
                 )
         self.seconds += time.perf_counter() - since
         self._log(trainer, scored)
+
+    def _is_shared(self, error: Exception, trainer: Trainer) -> bool:
+        """Whether all ranks have met an error in this evaluation, so that none is left in the middle of it."""
+        if trainer.world_size == 1 or isinstance(error, KoffError):  # ours are raised by all alike
+            return True
+        return self._group is not None and ranks.all_meet(self._group)  # sharded weights have no group: see `setup`
 
     def _score(self, part: _Part, trainer: Trainer, module: KOFFModule) -> Scores:
         from koff_lightning.evaluation.harness import score

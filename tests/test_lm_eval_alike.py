@@ -88,6 +88,15 @@ def test_what_is_written_in_batches_is_what_each_row_writes_alone(place, tmp_pat
     assert any(end in written(place, column, prompt, ()) for column in found for end in UNTIL for prompt in PROMPTS)
 
 
+def test_the_command_shows_the_parts_of_a_group_that_has_no_average(place, tmp_path, capsys):
+    words = ["--model", str(place.folder / "dense"), "--include_path", str(place.folder / "tasks"), "--device=cpu"]
+    assert main(["lm-eval", *words, "--tasks", "toy_parts", "--output_path", str(tmp_path)]) == 0
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "toy_" in line]
+    assert rows == [["toy_choose", "acc"]]
+    (results,) = tmp_path.rglob("results_*.json")
+    assert "groups" not in json.loads(results.read_text())
+
+
 def test_artefact_and_checkpoint_and_dense_model_score_alike(place, tmp_path, capsys):
     scores, heads = {}, {}
     for model, ways in (

@@ -1,6 +1,7 @@
 """Accounting, the exact budget, the schedule, and a toy on which the mask must follow the ramp at every step."""
 
 import math
+import re
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from tiny_models import FAMILIES, tiny_model
 
 from koff_lightning import KoffError, OptimSpec, SparsitySpec
 from koff_lightning.backbone import PrunableGroup, parameter_counts, prunable_groups
+from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.gates import BackboneGates
 from koff_lightning.optim import parameter_groups
 from koff_lightning.sparsity import Budget, FixedPenalty, LagrangianPenalty, SparsitySchedule
@@ -244,6 +246,18 @@ def test_schedule_rises_once_and_phases_come_in_order(shape, steps, warmup, ramp
         if order[phase] in ("hold", "consolidate") and ramp * steps >= 1:
             assert targets[step] == pytest.approx(target)
         assert 0 <= schedule.progress(step) <= 1
+
+
+@pytest.mark.parametrize("shares", [(0.05, 0.4, 0.8), (0.7, 0.4, None), (0.0, 0.0, 0.0), (0.5, -0.1, None)])
+def test_shares_that_do_not_fit_into_a_run_are_refused(shares):
+    given = " + ".join("null" if share is None else str(share) for share in shares)
+    with pytest.raises(KoffError, match=re.escape(f"warmup + ramp + hold must lie in (0, 1]; got {given} ")):
+        AnnealSparsity(*shares)
+
+
+def test_shares_that_fit_exactly_are_taken():
+    AnnealSparsity(0.33, 0.56, 0.11)  # their plain sum is above 1
+    AnnealSparsity(0.0, 1.0, None)
 
 
 @pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("cubic", 0.875)])

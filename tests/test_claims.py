@@ -73,6 +73,12 @@ def report(out):
     return json.loads((out / "claims.json").read_text())
 
 
+def as_of_an_older_release(folder):
+    """A run's folder without a word about the file that its config came from."""
+    done = folder / "options.json"
+    done.write_text(json.dumps(json.loads(done.read_text())[:-1]))
+
+
 def test_all_arms_run_at_the_first_sparsity_and_few_at_the_others(runs, capsys):
     out, go = runs
     status, made = go("--seeds=2", "--sparsity=0.12,0.5", "--jobs=2")
@@ -186,6 +192,17 @@ def test_runs_of_other_options_are_refused(runs, capsys):
     assert "other options (first: --seed_everything=9): give another --out" in capsys.readouterr().err
 
 
+def test_runs_of_another_config_file_are_refused(runs, capsys):
+    """Their commands are alike: all name `config.yaml` in this folder."""
+    out, go = runs
+    go("--seeds=1", "--arms=koff")
+    (out / "config.yaml").unlink()
+    assert go("--seeds=1", "--arms=koff", "--", "--trainer.max_steps=7") == (2, [])
+    assert "a run with other options (first: config.yaml of sha256 " in capsys.readouterr().err
+    as_of_an_older_release(out / "koff-0.12-0")
+    assert go("--seeds=1", "--arms=koff", "--", "--trainer.max_steps=7") == (0, []), "older runs do not tell"
+
+
 def test_an_option_that_is_new_since_then_stands_at_its_default(runs, capsys):
     out, go = runs
     go("--seeds=1", "--arms=koff")
@@ -193,6 +210,7 @@ def test_an_option_that_is_new_since_then_stands_at_its_default(runs, capsys):
     older = "".join(line for line in kept.read_text().splitlines(True) if line != "  cache: null\n")
     assert older != kept.read_text()
     kept.write_text(older)
+    as_of_an_older_release(out / "koff-0.12-0")
     assert go("--seeds=1", "--arms=koff,no_memory") == (0, ["no_memory-0.12-0"])
     assert kept.read_text() == older, "the new runs have the config of the old ones"
     assert go("--seeds=1", "--arms=koff", "--", "--data.cache=elsewhere") == (2, [])

@@ -342,6 +342,23 @@ def test_real_runs_of_a_tiny_model_on_toy_text(tmp_path, capsys):
     assert math.isfinite(shown["koff"]["seconds"])
 
 
+def test_another_backbone_with_the_settings_of_koff_tiny_is_warned_of(runs, capsys):
+    _, go = runs
+    assert go("--seeds=1", "--arms=koff", "--backbone=some/model", "--", "--data.seq_len=64")[0] == 0
+    err = capsys.readouterr().err
+    assert err.startswith("koff: warning: some/model runs with the settings of tiny_12pct.yaml, which were chosen for ")
+    assert "(model.loss.kl 0.0, model.optim.kv_lr 0.01, model.lora.rank 4, " in err and "data.seq_len 64, " in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options", [["--backbone=koff-tiny"], ["--config=smollm2_12pct.yaml", "--backbone=some/model"]]
+)
+def test_a_config_of_its_own_is_no_cause_for_a_warning(runs, capsys, options):
+    assert runs[1]("--seeds=1", "--arms=koff", *options)[0] == 0
+    assert not capsys.readouterr().err
+
+
 def test_options_after_a_lone_dash_reach_the_runs():
     assert _resolved("tiny_12pct.yaml", None, ["--data.seq_len=64"])["data"]["seq_len"] == 64
     assert _resolved("tiny_12pct.yaml", "some/model", [])["model"]["backbone"] == "some/model"

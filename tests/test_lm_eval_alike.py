@@ -1,10 +1,13 @@
 """`koff lm-eval` on an artefact, its checkpoint and dense models: the same texts, the same scores, the same files."""
 
+import argparse
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lm_eval._cli.run import Run
 from lm_eval.models.huggingface import HFLM
 from tiny_artefact import tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
@@ -16,6 +19,7 @@ from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
 from koff_lightning.artefact.export import export
 from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main
+from koff_lightning.commands.lm_eval_cli import _parser
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
 from koff_lightning.evaluation.lm_scores import CLASH
@@ -196,6 +200,15 @@ def test_a_domain_named_as_another_column_is_refused_as_in_a_run(place, capsys, 
 def test_more_measurements_of_the_batch_size_than_requests(place, tmp_path):
     found = lm_eval(place, "dense", "toy_choose", tmp_path, "--batch_size=auto:8", "--limit=1")
     assert len(likelihoods(found["dense"][1])) == 3
+
+
+def test_the_docs_name_every_option_of_lm_eval_that_is_left_out():
+    stock = Run.create(argparse.ArgumentParser().add_subparsers())._parser
+    words = {option for option in stock._option_string_actions if option.startswith("--")}
+    missing = words - set(_parser()._option_string_actions)
+    assert {"--verbosity", "--check_integrity", "--trust_remote_code"} <= missing
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert not [option for option in missing if f"`{option}`" not in page]
 
 
 def test_help_says_our_batch_size(capsys):

@@ -3,6 +3,7 @@
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from koff_lightning import KoffError, OptimSpec, SparsitySpec
 from koff_lightning.backbone import PrunableGroup, parameter_counts, prunable_groups
 from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.gates import BackboneGates
-from koff_lightning.optim import parameter_groups
+from koff_lightning.optim import parameter_groups, rate_lambdas
 from koff_lightning.sparsity import Budget, FixedPenalty, LagrangianPenalty, SparsitySchedule
 
 DENOMINATORS = ("body", "total", "units")
@@ -267,6 +268,13 @@ def test_shapes_at_half_way(shape, half):
     assert (schedule.ramp_step, schedule.harden_step) == (10, 60)
     assert schedule.target_at(9) == 0 < schedule.target_at(10)
     assert schedule.target_at(49) == pytest.approx(0.2)
+
+
+def test_memories_that_start_with_the_consolidation_start_where_the_docs_say():
+    (course,) = rate_lambdas([{"name": "kv"}], OptimSpec(), 300)
+    started = f"{course(SparsitySchedule(0.12, 300).harden_step):.0%}".replace("%", " %")
+    for page in ("claims.md", "method.md"):
+        assert f"at {started} of the peak" in (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
 
 
 def test_penalties():

@@ -102,6 +102,19 @@ def test_a_trained_model_is_above_chance_and_random_weights_are_not(models, suit
     assert interval(found["blank"]).low < CHANCE < interval(found["blank"]).high
 
 
+def test_the_docs_tell_how_far_the_cloze_gets_without_a_model(monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "recipes" / "koff_tiny")
+    from copying import accuracy
+
+    rows = [line.strip("| ").split(" | ") for line in (root / "docs/results/tasks.md").read_text("utf-8").splitlines()]
+    told = {row[0]: row for row in rows if row[0] in DOMAINS}
+    assert told.keys() == {*DOMAINS}
+    for domain, row in told.items():
+        assert row[5] == f"{accuracy(domain):.3f}"
+        assert CHANCE < float(row[5]) < float(row[7].split(" to ")[0]), "the interval of koff-tiny lies above it"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", ["cloze", "continuation"])
 def test_every_domain_separates_trained_from_random_weights(models, suite):

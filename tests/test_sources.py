@@ -157,10 +157,43 @@ def test_bad_utf8_in_csv_txt_and_parquet(tmp_path):
         texts_of(tmp_path / "a.parquet")
 
 
-def test_a_csv_row_that_is_too_short_is_named(tmp_path):
-    (tmp_path / "a.csv").write_text("id,text\n1,good\n2\n")
-    with pytest.raises(KoffError, match=r"a\.csv:3: field 'text' should be text, got null"):
+@pytest.mark.parametrize(
+    "rows",
+    ["1,good\n2\n", "1,good\n2,a text, with a comma\n", "1,good\n2,trailing,\n", "\n1,good\ntext\n"],
+    ids=["short", "comma", "empty", "blank line"],
+)
+def test_a_csv_row_with_other_columns_than_the_header_is_a_bad_line(tmp_path, rows):
+    (tmp_path / "a.csv").write_text(f"id,text\n{rows}")
+    with pytest.raises(KoffError, match=r"a\.csv:[34]: more or fewer fields than the header"):
         texts_of(tmp_path / "a.csv")
+    assert texts_of(tmp_path / "a.csv", on_bad=lambda _: None) == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('text,id\nx,0\n"abc,1\nfoo,2\nbar,3\n', "unexpected end of data, in lines 3 to 5"),
+        ('text,id\n"he said "hi"",1\n', r"',' expected after '\"', in lines 2 to 2"),
+        ('"text', "unexpected end of data, in lines 1 to 1"),
+        ("text\rabc\r", "new-line character seen"),
+    ],
+    ids=["unclosed", "not doubled", "header", "line ends"],
+)
+def test_a_csv_with_wrong_quotes_stops_even_when_bad_lines_are_skipped(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(KoffError, match=rf"cannot read .*a\.csv: {message}"):
+        texts_of(tmp_path / "a.csv", on_bad=lambda _: None)
+
+
+def test_a_csv_in_quotes_that_is_cut_never_gives_a_shorter_text(tmp_path):
+    """Whole to the last byte but the line's end, or an error: in no cut does a shorter text come out."""
+    whole = '"id","text"\n"1","one, two"\n"2","three\nfour"\n'
+    for end in range(1, len(whole)):
+        (tmp_path / "a.csv").write_text(whole[:end])
+        try:
+            assert texts_of(tmp_path / "a.csv") in ([], ["one, two"], ["one, two", "three\nfour"])
+        except KoffError as error:
+            assert "a.csv" in str(error)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -11,9 +11,11 @@ import pyarrow.parquet
 import pytest
 from toy_text import toy_documents, write_jsonl
 
+from koff_lightning.data import DomainDataModule
 from koff_lightning.data.readers import read_file
 from koff_lightning.data.sources import (
     DomainSource,
+    as_shares,
     as_sources,
     bundled_domains,
     expand_files,
@@ -293,6 +295,37 @@ def test_names_that_differ_in_case_only():
 def test_bad_weights(weight):
     with pytest.raises(KoffError, match="domain 'de': weight must be a finite number above 0, got"):
         as_sources({"de": DomainSource("bundled:de", weight=weight)})
+
+
+def weighted(*weights):
+    return {name: DomainSource("bundled:de", weight=weight) for name, weight in zip("abc", weights, strict=False)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "temperature", "shares"),
+    [
+        ((1.0, 2.0, 5.0), 1.0, [0.2, 0.4, 1.0]),
+        ((1.0, 4.0), 2.0, [0.5, 1.0]),
+        ((10.0, 10.0), 0.001, [1.0, 1.0]),  # 10 ** 1000 is no float, but the two are equal
+        ((0.5, 0.5), 1e-4, [1.0, 1.0]),
+        ((1e308, 1e308, 5e307), 1.0, [1.0, 1.0, 0.5]),  # nor is their sum
+        ((5e-324, 1.0), 100.0, [5e-324**0.01, 1.0]),
+    ],
+)
+def test_shares_hold_for_weights_of_any_size(weights, temperature, shares):
+    data = DomainDataModule(weighted(*weights), temperature=temperature)
+    assert list(data.shares.values()) == pytest.approx(shares, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weights", "temperature", "name"),
+    [((10.0, 1.0), 0.001, "b"), ((0.5, 1.0), 1e-4, "a"), ((1e-308, 1e308), 1.0, "a"), ((2.0, 2.0), 1e-320, "a")],
+)
+def test_shares_of_nothing_name_the_domain(weights, temperature, name):
+    with pytest.raises(
+        KoffError, match=rf"domain '{name}': its weight of .* at data.temperature=.* a share of nothing"
+    ):
+        as_shares(weighted(*weights), temperature)
 
 
 def test_no_domains_and_no_files():

@@ -5,8 +5,11 @@ processes, while ours already deals rows to ranks (and Lightning's would count s
 torch DataLoader does the work and runs the workers.
 """
 
+import os
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from threading import Thread
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from koff_lightning.data.mixture import DomainBatches, RowRef
 from koff_lightning.data.packing import IGNORED, PackedRows, collate
+from koff_lightning.errors import KoffError
 
 Batch = dict[str, Any]
 
@@ -32,12 +36,37 @@ class _Rows(Dataset[Batch]):
 def _load(packed: Mapping[str, PackedRows], refs: Iterable[list[RowRef]], num_workers: int) -> DataLoader[Batch]:
     generator = torch.Generator().manual_seed(0)  # without one, opening a loader draws from the global random state
     return DataLoader(
-        _Rows(packed), batch_size=None, sampler=refs, num_workers=num_workers, collate_fn=_same, generator=generator
+        _Rows(packed),
+        batch_size=None,
+        sampler=refs,
+        num_workers=num_workers,
+        collate_fn=_same,
+        generator=generator,
+        worker_init_fn=heed_the_parent_alone,
     )
 
 
 def _same(batch: Batch) -> Batch:
     return batch
+
+
+def heed_the_parent_alone(worker: int) -> None:
+    """Have a worker ignore SIGTERM and Ctrl-C that come to all processes at once: its run still takes a step and saves.
+
+    Torch's shutdown ends its workers with SIGTERM too, which must work while one waits for its source. So the sender is
+    asked for, which a signal handler of Python is not told. (Where systems cannot say, all is as torch has it.)
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    Thread(target=wait, daemon=True).start()
 
 
 class TrainLoader:
@@ -73,7 +102,16 @@ class TrainLoader:
         return {"batches": self._handed_out, "order": self._batches.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches that `state` counts; warns when they come in another order than in that run."""
+        """Go on after the batches that `state` counts; warns when they come in another order than in that run.
+
+        Raises:
+            KoffError: That run streamed its text.
+        """
+        if "places" in state:
+            raise KoffError(
+                "the checkpoint is of a run that streamed its text, and this run is not to: a place in streamed text "
+                "says nothing here. Give --data.streaming=true, or start a new run"
+            )
         mine = self._batches.identity()
         changed = [key for key, value in state["order"].items() if mine[key] != value]
         if changed:

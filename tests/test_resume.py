@@ -13,6 +13,7 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import model_checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from tiny_command import small_fits
@@ -177,6 +178,27 @@ def test_the_log_of_a_run_whose_folder_was_moved_is_found(run_in, straight, monk
     ):
         assert run_in("elsewhere", "--ckpt_path", "last") == 0
     assert [row["step"] for row in end_of("elsewhere")[2] if row["train/loss"]] == ["3", "4", "5", "6", "7"]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize("change", [{"warmup": 0.125}, {"ramp": 0.5}, {"shape": "cubic"}])
+def test_a_mask_that_is_not_fixed_keeps_its_course(tmp_path, change):
+    """With its ramp begun elsewhere the prior would never order the logits."""
+    path = tmp_path / "3.ckpt"
+
+    class SavedInMidRamp(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(path)
+
+    tiny_trainer(tmp_path, [SavedInMidRamp()]).fit(tiny_module(tmp_path), RandomText())
+    (name,) = change
+    with pytest.raises(KoffError, match=rf"keeps its course, but anneal\.{name} is .* there and .* here: use"):
+        tiny_trainer(tmp_path, [], anneal=change).fit(tiny_module(tmp_path), RandomText(), ckpt_path=path)
+    old = torch.load(path, weights_only=True)
+    del old["callbacks"]["AnnealSparsity"]["course"]
+    torch.save(old, path)
+    tiny_trainer(tmp_path, [], anneal=change).fit(tiny_module(tmp_path), RandomText(), ckpt_path=path)
 
 
 STREAMED = ["--data.streaming=true", "--data.max_train_bytes=null"]

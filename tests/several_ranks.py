@@ -24,6 +24,7 @@ from koff_lightning import KOFFModule, ranks
 from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main as koff
 from koff_lightning.data import stream
+from koff_lightning.evaluation.lm_scores import Scores
 from koff_lightning.gates import BackboneGates
 from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
 from koff_lightning.strategies import ReplicatedStrategy, ShardedStrategy
@@ -150,20 +151,21 @@ def joined_fit(folder: Path, world: int = 2, **options: Any) -> tuple[KOFFModule
         return fit(folder, Rows(), **options)
 
 
-def launch(folder: Path, what: str, world: int = 2) -> None:
-    """Run this file as several ranks; raises with what they said if one of them fails.
+def launch(folder: Path, what: str, world: int = 2, script: str = __file__) -> None:
+    """Run this file, or another, as several ranks; raises with what they said if one of them fails.
 
     Args:
         folder: Where the backbone is and all is left.
         what: Name of the function below that each rank runs.
         world: Number of ranks.
+        script: The file.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "NODE_RANK": "0"}
     logs = [folder / f"{what}{rank}.log" for rank in range(world)]
-    running = [_start(folder, what, log, place | {"LOCAL_RANK": str(rank)}) for rank, log in enumerate(logs)]
+    running = [_start(script, folder, what, log, place | {"LOCAL_RANK": str(rank)}) for rank, log in enumerate(logs)]
     try:
         failed = [process.wait(timeout=900) for process in running]
     finally:
@@ -173,8 +175,8 @@ def launch(folder: Path, what: str, world: int = 2) -> None:
         raise RuntimeError("\n\n".join(f"{log.name}: {log.read_text()[-4000:]}" for log in logs))
 
 
-def _start(folder: Path, what: str, log: Path, place: dict[str, str]) -> subprocess.Popen:
-    command = [sys.executable, __file__, str(folder), what]
+def _start(script: str, folder: Path, what: str, log: Path, place: dict[str, str]) -> subprocess.Popen:
+    command = [sys.executable, script, str(folder), what]
     with log.open("w") as out:
         return subprocess.Popen(
             command, env=os.environ | place | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=subprocess.STDOUT
@@ -269,8 +271,8 @@ def _keeping(step: Callable[..., Any], rows: list[Any]) -> Callable[..., Any]:
 def _noting(log: Callable[..., None], scores: list[dict[str, float]]) -> Callable[..., None]:
     """LMEval's logging that also keeps what a monitor sees on this rank."""
 
-    def noted(callback: LMEval, trainer: Trainer) -> None:
-        log(callback, trainer)
+    def noted(callback: LMEval, trainer: Trainer, scored: dict[str, Scores]) -> None:
+        log(callback, trainer, scored)
         scores.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("lm_eval/")})
 
     return noted

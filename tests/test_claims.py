@@ -73,6 +73,12 @@ def report(out):
     return json.loads((out / "claims.json").read_text())
 
 
+def as_of_an_older_release(folder):
+    """A run's folder without a word about the file that its config came from."""
+    done = folder / "options.json"
+    done.write_text(json.dumps(json.loads(done.read_text())[:-1]))
+
+
 def test_all_arms_run_at_the_first_sparsity_and_few_at_the_others(runs, capsys):
     out, go = runs
     status, made = go("--seeds=2", "--sparsity=0.12,0.5", "--jobs=2")
@@ -186,6 +192,17 @@ def test_runs_of_other_options_are_refused(runs, capsys):
     assert "other options (first: --seed_everything=9): give another --out" in capsys.readouterr().err
 
 
+def test_runs_of_another_config_file_are_refused(runs, capsys):
+    """Their commands are alike: all name `config.yaml` in this folder."""
+    out, go = runs
+    go("--seeds=1", "--arms=koff")
+    (out / "config.yaml").unlink()
+    assert go("--seeds=1", "--arms=koff", "--", "--trainer.max_steps=7") == (2, [])
+    assert "a run with other options (first: config.yaml of sha256 " in capsys.readouterr().err
+    as_of_an_older_release(out / "koff-0.12-0")
+    assert go("--seeds=1", "--arms=koff", "--", "--trainer.max_steps=7") == (0, []), "older runs do not tell"
+
+
 def test_an_option_that_is_new_since_then_stands_at_its_default(runs, capsys):
     out, go = runs
     go("--seeds=1", "--arms=koff")
@@ -193,6 +210,7 @@ def test_an_option_that_is_new_since_then_stands_at_its_default(runs, capsys):
     older = "".join(line for line in kept.read_text().splitlines(True) if line != "  cache: null\n")
     assert older != kept.read_text()
     kept.write_text(older)
+    as_of_an_older_release(out / "koff-0.12-0")
     assert go("--seeds=1", "--arms=koff,no_memory") == (0, ["no_memory-0.12-0"])
     assert kept.read_text() == older, "the new runs have the config of the old ones"
     assert go("--seeds=1", "--arms=koff", "--", "--data.cache=elsewhere") == (2, [])
@@ -322,6 +340,23 @@ def test_real_runs_of_a_tiny_model_on_toy_text(tmp_path, capsys):
     for kind in ("png", "svg"):
         assert {f"arms.{kind}", f"sparsity.{kind}"} <= {file.name for file in (tmp_path / "out" / "plots").iterdir()}
     assert math.isfinite(shown["koff"]["seconds"])
+
+
+def test_another_backbone_with_the_settings_of_koff_tiny_is_warned_of(runs, capsys):
+    _, go = runs
+    assert go("--seeds=1", "--arms=koff", "--backbone=some/model", "--", "--data.seq_len=64")[0] == 0
+    err = capsys.readouterr().err
+    assert err.startswith("koff: warning: some/model runs with the settings of tiny_12pct.yaml, which were chosen for ")
+    assert "(model.loss.kl 0.0, model.optim.kv_lr 0.01, model.lora.rank 4, " in err and "data.seq_len 64, " in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options", [["--backbone=koff-tiny"], ["--config=smollm2_12pct.yaml", "--backbone=some/model"]]
+)
+def test_a_config_of_its_own_is_no_cause_for_a_warning(runs, capsys, options):
+    assert runs[1]("--seeds=1", "--arms=koff", *options)[0] == 0
+    assert not capsys.readouterr().err
 
 
 def test_options_after_a_lone_dash_reach_the_runs():

@@ -6,9 +6,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_artefact import tiny_artefact
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.cli import main
 from koff_lightning.commands import training_cli
 from koff_lightning.commands.config_files import SHIPPED, shipped_configs
+from koff_lightning.sparsity import SparsitySchedule
 from koff_lightning.strategies import ReplicatedStrategy, ShardedStrategy
 
 FAMILY = {
@@ -89,6 +91,21 @@ def test_each_ablation_changes_what_it_says(name, built, stand_in):
     }
     differs = [what for what, is_so in arm.items() if is_so]
     assert differs == [name.removeprefix("ablations/").removesuffix(".yaml")]
+
+
+@pytest.mark.parametrize(("warmup", "ramp"), [(0.05, 0.15), (0.05, 0.4), (0.02, 0.08), (0.6, 0.4)])
+def test_a_mask_without_memories_learns_to_the_end_whatever_its_ramp(warmup, ramp, built, stand_in):
+    shares = f"--anneal.warmup={warmup}", f"--anneal.ramp={ramp}"
+    overlay = ("--config", "ablations/no_memory.yaml", "--model.backbone", stand_in("llama"))
+    cli = built("--config", "demo.yaml", *overlay, *ON_CPU, *shares)
+    (anneal,) = (part for part in cli.trainer.callbacks if isinstance(part, AnnealSparsity))
+    for steps in (7, 250, 300):
+        schedule = SparsitySchedule(0.12, steps, **anneal.fractions)
+        explicit = SparsitySchedule(0.12, steps, warmup, ramp, 1 - warmup - ramp)
+        assert schedule.harden_step == explicit.harden_step == steps
+        for step in range(steps):
+            for figure in ("phase", "target_at", "progress"):
+                assert getattr(schedule, figure)(step) == getattr(explicit, figure)(step)
 
 
 def test_hardware_cpu(built, stand_in):

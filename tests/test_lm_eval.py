@@ -1,5 +1,6 @@
 """LMEval in a run, KoffLM against stock HFLM, and bad input; offline tasks alone."""
 
+import importlib
 import random
 import sys
 from pathlib import Path
@@ -9,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
 from lm_eval.models.huggingface import HFLM
 from tiny_artefact import tiny_artefact, tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
+from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec, ranks
 from koff_lightning.artefact.export import export
 from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.callbacks.lm_eval import _Part
+from koff_lightning.callbacks.score_monitors import score_names
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
@@ -93,12 +96,19 @@ def test_a_failed_evaluation_does_not_lose_the_run_unless_strict(dense, tmp_path
 
 @pytest.mark.filterwarnings("always:lm_eval")
 def test_an_error_of_one_of_several_ranks_ends_the_run_and_one_that_all_see_does_not(monkeypatch):
-    """The others would wait in lm-eval's collectives for the rank that has gone on training."""
+    """The others would wait in lm-eval's collectives for one that has gone on. Sharded ones have no group."""
     trainer = SimpleNamespace(world_size=2, global_step=4, callback_metrics={}, callbacks=[], loggers=[])
     evaluation = LMEval([LMEvalTask(TASK, "en")])
     evaluation._parts = [_Part("en", "en", evaluation.tasks[0], {"tasks": {}})]
     monkeypatch.setattr(LMEval, "_score", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    for group, meet in ((None, True), ("all", False)):
+        evaluation._group, evaluation._seen = group, 0
+        monkeypatch.setattr(ranks, "all_meet", lambda _, meet=meet: meet)
+        with pytest.raises(ZeroDivisionError):
+            evaluation._evaluate(trainer, None)
+    evaluation._seen = 0
+    monkeypatch.setattr(ranks, "all_meet", lambda _: True)
+    with pytest.warns(match="failed at step 4, training goes on: ZeroDivisionError"):
         evaluation._evaluate(trainer, None)
     monkeypatch.setattr(LMEval, "_score", lambda *_: (_ for _ in ()).throw(KoffError("not finite")))
     evaluation._seen = 0
@@ -141,6 +151,71 @@ def test_log_likelihoods_that_are_no_numbers(dense):
     model.get_input_embeddings().weight.data.fill_(float("nan"))
     with pytest.raises(KoffError, match="log-likelihoods are not finite"):
         score(KoffLM(model, batch_size=4), load(TASK), limit=2)
+
+
+FILTERED = """task: filtered
+custom_dataset: !function koff_lightning.evaluation.lm_tasks.documents
+dataset_kwargs: {suite: cloze, domain: en}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{context}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 2}
+filter_list:
+  - {name: strict, filter: [{function: take_first}]}
+  - {name: small, filter: [{function: lowercase}, {function: take_first}]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+GROUPS = """group: {name}
+task: [filtered, koff_cloze_en, koff_cloze_de]
+aggregate_metric_list: [{{metric: exact_match{filters}}}, {{metric: acc}}, {{metric: f1}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "averages"),
+    [
+        ("koff_bpb", {"bits_per_byte"}),
+        ("every", {"exact_match.strict", "exact_match.small", "acc"}),
+        ("strict", {"exact_match.strict", "acc"}),
+    ],
+)
+def test_what_monitors_may_name_is_what_an_evaluation_gives(dense, tmp_path, group, averages):
+    """Of tasks their metrics by filter; of groups those that they average, as far as a task below has them."""
+    (tmp_path / "filtered.yaml").write_text(FILTERED)
+    for name, filters in (("every", ""), ("strict", ", filter_list: strict")):
+        (tmp_path / f"{name}.yaml").write_text(GROUPS.format(name=name, filters=filters))
+    with quiet():
+        tasks = lm_tasks.load_tasks([group], str(tmp_path))
+        found = score(KoffLM(str(dense), batch_size=8, device="cpu"), tasks, limit=1)
+    given = {f"{name}/{metric}" for name, row in found.items() for metric in row if "_stderr" not in metric}
+    assert score_names(tasks) == given
+    assert {name for name in given if name.startswith(f"{group}/")} == {f"{group}/{metric}" for metric in averages}
+
+
+@pytest.mark.parametrize("name", ["koff_cloze/acc", "koff_cloze_en/acc.strict", "koff_cloze_en/acc_stderr"])
+def test_a_monitor_that_would_never_have_a_value_is_refused(dense, tmp_path, name):
+    watch = EarlyStopping(monitor=f"lm_eval/en/{name}")
+    with pytest.raises(KoffError, match=f"monitors 'lm_eval/en/{name}', which this run does not score: .*bytes, .*acc"):
+        run(dense, tmp_path, LMEval([LMEvalTask("koff_cloze", "en")]), watch)
+
+
+def test_the_dense_model_scores_a_group_whose_tasks_it_has_scored(dense, tmp_path):
+    tasks = [LMEvalTask("koff_cloze_de", "en", limit=1), LMEvalTask("toy", "law", limit=1)]
+    (tmp_path / "toy.yaml").write_text("group: toy\ntask: [koff_cloze_de]\naggregate_metric_list: [{metric: acc}]\n")
+    evaluation = LMEval(tasks, dense=True, include_path=str(tmp_path))
+    run(dense, tmp_path, evaluation, steps=1)
+    assert evaluation.scores["dense"]["toy"]["acc"] == evaluation.scores["dense"]["koff_cloze_de"]["acc"]
+
+
+def test_another_lm_eval_is_told_before_its_insides_are_imported(monkeypatch):
+    """Another release may have moved what the harness imports."""
+    for name in ("lm_eval.evaluator", "lm_eval.api.registry", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    monkeypatch.delitem(sys.modules, "koff_lightning.evaluation.harness")
+    monkeypatch.setattr(lm_tasks, "version", lambda _: "0.5.0")
+    with pytest.raises(KoffError, match="lm-eval 0.5.0 is installed, but >=0.4.13,<0.5 is needed"):
+        importlib.import_module("koff_lightning.evaluation.harness")
 
 
 def test_the_command_scores_an_artefact_by_domain(tmp_path, capsys, monkeypatch):

@@ -1,10 +1,13 @@
 """`koff lm-eval` on an artefact, its checkpoint and dense models: the same texts, the same scores, the same files."""
 
+import argparse
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lm_eval._cli.run import Run
 from lm_eval.models.huggingface import HFLM
 from tiny_artefact import tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
@@ -12,11 +15,14 @@ from tiny_tasks import NEW, PROMPTS, UNTIL, toy_tasks
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from koff_lightning import KOFFModule, KVSpec, LoraSpec, SparsitySpec
+from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
 from koff_lightning.artefact.export import export
+from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main
+from koff_lightning.commands.lm_eval_cli import _parser
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
+from koff_lightning.evaluation.lm_scores import CLASH
 
 DOMAINS = ["en", "law"]
 
@@ -88,6 +94,15 @@ def test_what_is_written_in_batches_is_what_each_row_writes_alone(place, tmp_pat
     assert any(end in written(place, column, prompt, ()) for column in found for end in UNTIL for prompt in PROMPTS)
 
 
+def test_the_command_shows_the_parts_of_a_group_that_has_no_average(place, tmp_path, capsys):
+    words = ["--model", str(place.folder / "dense"), "--include_path", str(place.folder / "tasks"), "--device=cpu"]
+    assert main(["lm-eval", *words, "--tasks", "toy_parts", "--output_path", str(tmp_path)]) == 0
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "toy_" in line]
+    assert rows == [["toy_choose", "acc"]]
+    (results,) = tmp_path.rglob("results_*.json")
+    assert "groups" not in json.loads(results.read_text())
+
+
 def test_artefact_and_checkpoint_and_dense_model_score_alike(place, tmp_path, capsys):
     scores, heads = {}, {}
     for model, ways in (
@@ -155,9 +170,54 @@ def test_what_lm_eval_would_refuse_with_a_traceback_is_one_line(place, capsys, m
     assert said.startswith("koff: not enough memory: ") and said.endswith("smaller --batch_size, or another --device")
 
 
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ('{"toy_choose": [0, 9999]}', "'toy_choose' has the samples 0 to 3; got 9999"),
+        ('{"toy_choose": [-1]}', "'toy_choose' has the samples 0 to 3; got -1"),
+        ('{"toy_choose": ["2"]}', "'toy_choose' has the samples 0 to 3; got '2'"),
+        ('{"toy_choose": []}', "'toy_choose' must have a list of one sample at least; got []"),
+        ('{"toy_chose": [1]}', "no task 'toy_chose' is asked for. Did you mean 'toy_choose'?"),
+        ("{}", 'samples must name tasks and their samples, as {"koff_cloze_de": [0, 7]}, or a file that does; got {}'),
+        ("nowhere.json", "or a file that does; got 'nowhere.json'"),
+    ],
+)
+def test_samples_that_are_not_there_are_one_line_before_the_model_is_loaded(place, capsys, samples, message):
+    said = refused(place, capsys, f"--samples={samples}", model="nowhere")
+    assert said.startswith("koff: samples") and said.endswith(message)
+
+
+def test_samples_of_a_group(place, capsys):
+    said = refused(place, capsys, '--samples={"koff_cloze": [1]}', task="koff_cloze", model="nowhere")
+    assert said == "koff: samples: 'koff_cloze' is a group: name its tasks"
+
+
+def test_samples_are_those_asked_for(place, tmp_path):
+    found = lm_eval(place, "dense", "toy_choose", tmp_path, '--samples={"toy_choose": [3, 1]}')
+    assert len(found["dense"][1]) == 2
+
+
+@pytest.mark.parametrize(("option", "column"), [("--memory-off", "none"), ("--dense", "dense")])
+def test_a_domain_named_as_another_column_is_refused_as_in_a_run(place, capsys, monkeypatch, option, column):
+    monkeypatch.setattr("koff_lightning.evaluation.harness.domains_of", lambda _: [*DOMAINS, column])
+    said = refused(place, capsys, "--domain=en", option, model="artefact")
+    assert said == f"koff: lm-eval: {column}: {CLASH}"
+    with pytest.raises(KoffError, match=rf"lm_eval\.dense: {CLASH}"):
+        LMEval(dense=True).setup(None, SimpleNamespace(domains=["dense"], arms=["dense"]), "fit")
+
+
 def test_more_measurements_of_the_batch_size_than_requests(place, tmp_path):
     found = lm_eval(place, "dense", "toy_choose", tmp_path, "--batch_size=auto:8", "--limit=1")
     assert len(likelihoods(found["dense"][1])) == 3
+
+
+def test_the_docs_name_every_option_of_lm_eval_that_is_left_out():
+    stock = Run.create(argparse.ArgumentParser().add_subparsers())._parser
+    words = {option for option in stock._option_string_actions if option.startswith("--")}
+    missing = words - set(_parser()._option_string_actions)
+    assert {"--verbosity", "--check_integrity", "--trust_remote_code"} <= missing
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert not [option for option in missing if f"`{option}`" not in page]
 
 
 def test_help_says_our_batch_size(capsys):

@@ -1,6 +1,8 @@
 """lm-eval's scores in a real `koff fit`: what monitors do with them, and what goes wrong without losing the run."""
 
+import csv
 import json
+import math
 
 import pytest
 import yaml
@@ -76,6 +78,15 @@ def test_checkpoints_and_early_stopping_go_by_the_scores(place, tmp_path):
     assert sum(row.split(",")[column] != "" for row in metrics[1:]) == 2
 
 
+def test_a_group_without_an_average_shows_its_parts(place, tmp_path, capsys):
+    parts = {"tasks": [{"task": "toy_parts", "domain": "law"}]}
+    assert fit(place, tmp_path / "run", trainer={"callbacks": monitors(tmp_path)[:1]}, lm_eval=parts) == 0
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["lm_eval"]["law"]
+    assert found["toy_choose"]["acc"] >= 0 and not found["toy_parts"]
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "toy_" in line]
+    assert rows == [["toy_choose", "acc"]]
+
+
 def test_monitors_that_look_before_the_first_score(place, tmp_path, capsys):
     """A checkpoint takes any score for better than nan; early stopping, which would end the run, is refused."""
     out = tmp_path / "run"
@@ -124,6 +135,7 @@ def test_a_resumed_run_goes_on_with_the_scores(place, tmp_path, monkeypatch):
         ({"tasks": []}, f"monitors '{SCORE}', which this run does not score: lm_eval.tasks gives nothing."),
         ({"tasks": [{"task": "toy_write", "domain": "law"}]}, "gives lm_eval/law/toy_write/exact_match."),
         ({"tasks": [{"task": "toy_choose", "domain": "en"}]}, "Did you mean 'lm_eval/en/toy_choose/acc'?"),
+        ({"tasks": [{"task": "toy_parts", "domain": "en"}]}, "gives lm_eval/en/toy_choose/acc. Did you mean"),
     ],
 )
 def test_a_monitor_of_what_is_not_scored_is_refused_at_once(place, tmp_path, capsys, changed, message):
@@ -132,6 +144,31 @@ def test_a_monitor_of_what_is_not_scored_is_refused_at_once(place, tmp_path, cap
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("koff: ") and message in said
     assert not list(out.rglob("*.ckpt"))
+
+
+@pytest.mark.filterwarnings("always:lm_eval")
+def test_a_score_is_logged_once_and_stands_for_monitors_when_the_next_evaluation_fails(place, tmp_path, monkeypatch):
+    """Measured at step 2; the evaluation of step 4 fails; a monitor reads the old score and the log has none."""
+    score, seen = LMEval._score, []
+
+    def fails_at_4(self, part, trainer, module):
+        return score(self, part, trainer, module) if trainer.global_step != 4 else 1 / 0
+
+    publish = LMEval._publish
+    monkeypatch.setattr(LMEval, "_score", fails_at_4)
+    monkeypatch.setattr(
+        LMEval, "_publish", lambda self, trainer: publish(self, trainer) or seen.append(trainer.callback_metrics[SCORE])
+    )
+    out = tmp_path / "run"
+    with pytest.warns(match="failed at step 4, training goes on: ZeroDivisionError"):
+        assert fit(place, out, lm_eval={"dense": True}, trainer={"callbacks": monitors(out)[:1]}) == 0
+    before, first, failed, last = (float(value) for value in seen)
+    assert math.isnan(before) and first == failed >= 0 and last >= 0
+    lines = (out / "version_0" / "metrics.csv").read_text().splitlines()
+    logged = [row for row in csv.DictReader(lines) if row["lm_eval/seconds"]]
+    assert [row["step"] for row in logged] == ["1", "3", "5"]
+    assert [bool(row[SCORE]) for row in logged] == [True, False, True]
+    assert [bool(row["lm_eval/dense/toy_choose/acc"]) for row in logged] == [True, False, False], "scored once"
 
 
 NAN = "koff_lightning.evaluation.harness.HFLM._loglikelihood_tokens"

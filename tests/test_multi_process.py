@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import failing_ranks
 import pytest
 import several_ranks
 import torch
@@ -210,6 +211,18 @@ def test_lm_eval_is_shared_out_and_seen_alike_by_all_ranks_as_by_one_process(com
     for name, value in one[-1].items():
         if "_stderr" not in name:
             assert value == pytest.approx(alone["koff_cloze_en"][name.rpartition("/")[2]], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_on_all_ranks_is_a_warning_and_on_one_of_them_the_end(folder):
+    """The other rank waits in lm-eval's collectives until the one that failed is gone."""
+    several_ranks.launch(folder, "failing", script=failing_ranks.__file__)
+    logs = [(folder / f"failing{rank}.log").read_text() for rank in range(2)]
+    assert [log.count("failed at step 1, training goes on: ZeroDivisionError") for log in logs] == [1, 0]
+    assert "failed at step 2" not in logs[0]
+    assert read_checkpoint(newest_checkpoint([folder / "failing"]))["global_step"] == 1
+    assert (folder / "failing.1.txt").read_text() == "ZeroDivisionError"
+    assert (folder / "failing.0.txt").read_text() != "none", "lost its peer"
 
 
 @pytest.mark.slow

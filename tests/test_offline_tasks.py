@@ -1,16 +1,71 @@
-"""The tasks that ship tell a trained model from random weights, in every bundled domain."""
+"""The tasks that ship: all names exist, averages count suites alike, and a trained model stands out in each domain."""
 
+from pathlib import Path
+
+import lm_eval.tasks
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM
 
 from koff_lightning.backbone import load_config, load_tokenizer
 from koff_lightning.evaluation.harness import KoffLM, answers, quiet
-from koff_lightning.evaluation.lm_tasks import load_tasks
+from koff_lightning.evaluation.lm_tasks import FOLDER, load_tasks
 
 CHANCE = 0.25  # four choices, all as long
 DOMAINS = ("en", "de", "fr", "es", "ru", "zh", "python")
+BENCHMARKS = ("hellaswag", "piqa", "winogrande", "arc", "super_glue", "openbookqa")  # lm-eval's folders
+BENCHMARKS += ("belebele", "xnli", "xcopa", "xstorycloze", "global_mmlu")
+
+
+@pytest.fixture(scope="module")
+def index():
+    """Name -> what lm-eval finds under it, of our tasks and those of its own that ours name."""
+    theirs = Path(lm_eval.tasks.__file__).parent
+    paths = [FOLDER, *(theirs / name for name in BENCHMARKS)]
+    return TaskManager(include_path=[str(path) for path in paths], include_defaults=False).task_index
+
+
+def children(entry):
+    """What a group or a tag names; nothing for a task."""
+    return (entry.cfg or {}).get("task", []) if entry.kind.name == "GROUP" else sorted(entry.tags or ())
+
+
+def leaves(index, name):
+    """The tasks that a group comes to."""
+    entry = index[name]
+    if entry.kind.name == "TASK":
+        return [name]
+    return [leaf for child in children(entry) for leaf in leaves(index, child)]
+
+
+@pytest.mark.parametrize(
+    ("suite", "number"),  # belebele + xnli + xcopa + xstorycloze + subsets of global_mmlu
+    [
+        ("koff_general", 7),
+        ("koff_multilingual_en", 1 + 1 + 0 + 1 + 6),
+        ("koff_multilingual_de", 1 + 1 + 0 + 0 + 6),
+        ("koff_multilingual_fr", 1 + 1 + 0 + 0 + 6),
+        ("koff_multilingual_es", 1 + 1 + 0 + 1 + 6),
+        ("koff_multilingual_ru", 1 + 1 + 0 + 1 + 57),  # only the full one has Russian
+        ("koff_multilingual_zh", 1 + 1 + 1 + 1 + 6),
+        ("koff_multilingual", 9 + 8 + 8 + 9 + 60 + 10),
+    ],
+)
+def test_every_benchmark_that_a_suite_names_is_in_lm_eval(index, suite, number):
+    found = leaves(index, suite)
+    assert len(set(found)) == len(found) == number
+    assert "global_mmlu_ru" not in index, "lm-eval has a small Russian one now: take it, as for the other languages"
+
+
+def test_an_average_is_only_given_over_suites_that_count_alike(index):
+    """lm-eval averages over the single tasks below a group, so that a suite of 57 would outweigh one of 1."""
+    ours = {entry.name: entry for entry in index.values() if entry.yaml_path and entry.yaml_path.is_relative_to(FOLDER)}
+    averaged = [entry for entry in ours.values() if (entry.cfg or {}).get("aggregate_metric_list")]
+    assert {"koff_general", "koff_cloze"} <= {entry.name for entry in averaged}
+    for entry in averaged:
+        assert all(index[child].kind.name == "TASK" for child in children(entry)), entry.name
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +100,19 @@ def test_a_trained_model_is_above_chance_and_random_weights_are_not(models, suit
     found = right(models, suite, domain, limit=40)
     assert interval(found["trained"]).low > CHANCE
     assert interval(found["blank"]).low < CHANCE < interval(found["blank"]).high
+
+
+def test_the_docs_tell_how_far_the_cloze_gets_without_a_model(monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "recipes" / "koff_tiny")
+    from copying import accuracy
+
+    rows = [line.strip("| ").split(" | ") for line in (root / "docs/results/tasks.md").read_text("utf-8").splitlines()]
+    told = {row[0]: row for row in rows if row[0] in DOMAINS}
+    assert told.keys() == {*DOMAINS}
+    for domain, row in told.items():
+        assert row[5] == f"{accuracy(domain):.3f}"
+        assert CHANCE < float(row[5]) < float(row[7].split(" to ")[0]), "the interval of koff-tiny lies above it"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,16 +12,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.cli import main
 from koff_lightning.commands import needs, offline
-from koff_lightning.data import DomainDataModule, DomainSource, cache
+from koff_lightning.data import DomainDataModule, DomainSource, cache, shards
 from koff_lightning.data import datamodule as module
 from koff_lightning.data.cache import DomainRows, TokenCache
 from koff_lightning.data.packing import TokenStream, pack
@@ -374,6 +377,53 @@ def corpus(tmp_path, monkeypatch):
     return folder
 
 
+VERSIONS = {"a" * 40: "old", "b" * 40: "new"}  # the second is the newest
+
+
+@pytest.fixture
+def two_versions(tmp_path, monkeypatch):
+    """The cache of `datasets` with two versions of org/name, as two fetches leave them, and no network."""
+    for commit, word in VERSIONS.items():
+        source = write_jsonl(tmp_path / f"{word}.jsonl", [f"{word} {text}" for text in toy_documents(20)])
+        datasets.load_dataset("json", data_files=str(source), cache_dir=str(tmp_path / word))
+        made = next((tmp_path / word).glob("json/*/*/*/dataset_info.json")).parent
+        place = tmp_path / "arrow" / "org___name" / "default" / "0.0.0" / commit
+        shutil.copytree(made, place)
+        info = json.loads((place / "dataset_info.json").read_text())
+        version = {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0}
+        info |= {"config_name": "default", "dataset_name": "name", "version": version}
+        (place / "dataset_info.json").write_text(json.dumps(info))
+        (place / "json-train.arrow").rename(place / "name-train.arrow")
+        os.utime(place, (0, list(VERSIONS).index(commit)))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv(offline.ASKED, "1")
+    shards._open_hub.cache_clear()
+    yield tmp_path / "hub" / "datasets--org--name"
+    shards._open_hub.cache_clear()
+
+
+@pytest.mark.parametrize("revision", ["a" * 40, "c" * 40, "v1"])
+def test_offline_another_version_of_a_dataset_is_missing(two_versions, capsys, revision):
+    argv = ["prepare", "--model.backbone=koff-tiny", f"--data.domains.x=hub:org/name@{revision}"]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "1 thing(s) that are needed are missing" in said
+    assert f"domain x: cannot read hub:org/name@{revision}: {revision} is asked for" in said
+    assert f"the newest version in its cache is {'b' * 40}. Where there is a network" in said
+
+
+@pytest.mark.parametrize("revision", ["b" * 40, "v2", ""])
+def test_offline_the_version_in_the_cache_is_read(two_versions, revision):
+    (two_versions / "refs").mkdir(parents=True)
+    (two_versions / "refs" / "v2").write_text("b" * 40)
+    (two_versions / "snapshots" / ("b" * 40)).mkdir(parents=True)
+    shard = shards.hub_shards("org/name" + f"@{revision}" * bool(revision), None, "train", "text", "id")[0]
+    assert next(shard.read(pytest.fail))[1].text.startswith("new ")
+
+
 def no_tokenizer(source, **_):
     raise KoffError(f"no network to look for {source} in")
 
@@ -386,13 +436,23 @@ def test_prefetch_fetches_models_datasets_and_tasks(text, corpus, monkeypatch, c
     argv = ["prepare", "--model.backbone=some/model", "--model.revision=abc", "--prefetch-only"]
     argv += [f"--data.domains.x=hub:{corpus}", f"--data.domains.a={text}/a.jsonl", "--data.tokenizer=some/tokenizer"]
     assert main([*argv, "--lm_eval.tasks=[{task: koff_cloze, domain: x}]"]) == 0
+    left_out = {"ignore_patterns": needs.SECOND_COPIES}
     here = ["model some/model", "tokenizer some/tokenizer", "domain x", "task koff_cloze"]
     assert capsys.readouterr().out.splitlines() == [f"{what}: is here" for what in here]
     assert fetched[:2] == [
-        ("some/model", {"revision": "abc", "allow_patterns": needs.FILES}),
-        ("some/tokenizer", {"revision": None, "allow_patterns": needs.FILES}),
+        ("some/model", {"revision": "abc", "allow_patterns": needs.FILES, **left_out}),
+        ("some/tokenizer", {"revision": None, "allow_patterns": needs.OF_TOKENIZERS, **left_out}),
     ]
     assert fetched[2] == (["koff_cloze"], None)
+
+
+def test_a_tokenizer_comes_without_weights_and_a_model_with_one_copy_of_them():
+    small = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    others = ["consolidated.safetensors", "original/params.json", "original/tokenizer.model", "pytorch_model.bin"]
+    for wanted, files in ((small, needs.OF_TOKENIZERS), (small + weights, needs.FILES)):
+        patterns = {"allow_patterns": files, "ignore_patterns": needs.SECOND_COPIES}
+        assert list(filter_repo_objects(small + weights + others, **patterns)) == wanted
 
 
 def test_prefetch_lists_what_cannot_be_had_and_fetches_the_rest(text, corpus, monkeypatch, capsys):

@@ -11,9 +11,11 @@ import pyarrow.parquet
 import pytest
 from toy_text import toy_documents, write_jsonl
 
+from koff_lightning.data import DomainDataModule
 from koff_lightning.data.readers import read_file
 from koff_lightning.data.sources import (
     DomainSource,
+    as_shares,
     as_sources,
     bundled_domains,
     expand_files,
@@ -157,10 +159,43 @@ def test_bad_utf8_in_csv_txt_and_parquet(tmp_path):
         texts_of(tmp_path / "a.parquet")
 
 
-def test_a_csv_row_that_is_too_short_is_named(tmp_path):
-    (tmp_path / "a.csv").write_text("id,text\n1,good\n2\n")
-    with pytest.raises(KoffError, match=r"a\.csv:3: field 'text' should be text, got null"):
+@pytest.mark.parametrize(
+    "rows",
+    ["1,good\n2\n", "1,good\n2,a text, with a comma\n", "1,good\n2,trailing,\n", "\n1,good\ntext\n"],
+    ids=["short", "comma", "empty", "blank line"],
+)
+def test_a_csv_row_with_other_columns_than_the_header_is_a_bad_line(tmp_path, rows):
+    (tmp_path / "a.csv").write_text(f"id,text\n{rows}")
+    with pytest.raises(KoffError, match=r"a\.csv:[34]: more or fewer fields than the header"):
         texts_of(tmp_path / "a.csv")
+    assert texts_of(tmp_path / "a.csv", on_bad=lambda _: None) == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('text,id\nx,0\n"abc,1\nfoo,2\nbar,3\n', "unexpected end of data, in lines 3 to 5"),
+        ('text,id\n"he said "hi"",1\n', r"',' expected after '\"', in lines 2 to 2"),
+        ('"text', "unexpected end of data, in lines 1 to 1"),
+        ("text\rabc\r", "new-line character seen"),
+    ],
+    ids=["unclosed", "not doubled", "header", "line ends"],
+)
+def test_a_csv_with_wrong_quotes_stops_even_when_bad_lines_are_skipped(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(KoffError, match=rf"cannot read .*a\.csv: {message}"):
+        texts_of(tmp_path / "a.csv", on_bad=lambda _: None)
+
+
+def test_a_csv_in_quotes_that_is_cut_never_gives_a_shorter_text(tmp_path):
+    """Whole to the last byte but the line's end, or an error: in no cut does a shorter text come out."""
+    whole = '"id","text"\n"1","one, two"\n"2","three\nfour"\n'
+    for end in range(1, len(whole)):
+        (tmp_path / "a.csv").write_text(whole[:end])
+        try:
+            assert texts_of(tmp_path / "a.csv") in ([], ["one, two"], ["one, two", "three\nfour"])
+        except KoffError as error:
+            assert "a.csv" in str(error)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -260,6 +295,37 @@ def test_names_that_differ_in_case_only():
 def test_bad_weights(weight):
     with pytest.raises(KoffError, match="domain 'de': weight must be a finite number above 0, got"):
         as_sources({"de": DomainSource("bundled:de", weight=weight)})
+
+
+def weighted(*weights):
+    return {name: DomainSource("bundled:de", weight=weight) for name, weight in zip("abc", weights, strict=False)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "temperature", "shares"),
+    [
+        ((1.0, 2.0, 5.0), 1.0, [0.2, 0.4, 1.0]),
+        ((1.0, 4.0), 2.0, [0.5, 1.0]),
+        ((10.0, 10.0), 0.001, [1.0, 1.0]),  # 10 ** 1000 is no float, but the two are equal
+        ((0.5, 0.5), 1e-4, [1.0, 1.0]),
+        ((1e308, 1e308, 5e307), 1.0, [1.0, 1.0, 0.5]),  # nor is their sum
+        ((5e-324, 1.0), 100.0, [5e-324**0.01, 1.0]),
+    ],
+)
+def test_shares_hold_for_weights_of_any_size(weights, temperature, shares):
+    data = DomainDataModule(weighted(*weights), temperature=temperature)
+    assert list(data.shares.values()) == pytest.approx(shares, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weights", "temperature", "name"),
+    [((10.0, 1.0), 0.001, "b"), ((0.5, 1.0), 1e-4, "a"), ((1e-308, 1e308), 1.0, "a"), ((2.0, 2.0), 1e-320, "a")],
+)
+def test_shares_of_nothing_name_the_domain(weights, temperature, name):
+    with pytest.raises(
+        KoffError, match=rf"domain '{name}': its weight of .* at data.temperature=.* a share of nothing"
+    ):
+        as_shares(weighted(*weights), temperature)
 
 
 def test_no_domains_and_no_files():

@@ -1,7 +1,9 @@
 """Accounting, the exact budget, the schedule, and a toy on which the mask must follow the ramp at every step."""
 
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +14,9 @@ from tiny_models import FAMILIES, tiny_model
 
 from koff_lightning import KoffError, OptimSpec, SparsitySpec
 from koff_lightning.backbone import PrunableGroup, parameter_counts, prunable_groups
+from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.gates import BackboneGates
-from koff_lightning.optim import parameter_groups
+from koff_lightning.optim import parameter_groups, rate_lambdas
 from koff_lightning.sparsity import Budget, FixedPenalty, LagrangianPenalty, SparsitySchedule
 
 DENOMINATORS = ("body", "total", "units")
@@ -246,6 +249,18 @@ def test_schedule_rises_once_and_phases_come_in_order(shape, steps, warmup, ramp
         assert 0 <= schedule.progress(step) <= 1
 
 
+@pytest.mark.parametrize("shares", [(0.05, 0.4, 0.8), (0.7, 0.4, None), (0.0, 0.0, 0.0), (0.5, -0.1, None)])
+def test_shares_that_do_not_fit_into_a_run_are_refused(shares):
+    given = " + ".join("null" if share is None else str(share) for share in shares)
+    with pytest.raises(KoffError, match=re.escape(f"warmup + ramp + hold must lie in (0, 1]; got {given} ")):
+        AnnealSparsity(*shares)
+
+
+def test_shares_that_fit_exactly_are_taken():
+    AnnealSparsity(0.33, 0.56, 0.11)  # their plain sum is above 1
+    AnnealSparsity(0.0, 1.0, None)
+
+
 @pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("cubic", 0.875)])
 def test_shapes_at_half_way(shape, half):
     schedule = SparsitySchedule(0.2, 100, 0.1, 0.4, 0.1, shape)
@@ -253,6 +268,13 @@ def test_shapes_at_half_way(shape, half):
     assert (schedule.ramp_step, schedule.harden_step) == (10, 60)
     assert schedule.target_at(9) == 0 < schedule.target_at(10)
     assert schedule.target_at(49) == pytest.approx(0.2)
+
+
+def test_memories_that_start_with_the_consolidation_start_where_the_docs_say():
+    (course,) = rate_lambdas([{"name": "kv"}], OptimSpec(), 300)
+    started = f"{course(SparsitySchedule(0.12, 300).harden_step):.0%}".replace("%", " %")
+    for page in ("claims.md", "method.md"):
+        assert f"at {started} of the peak" in (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
 
 
 def test_penalties():

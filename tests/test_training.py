@@ -221,9 +221,9 @@ def test_dense_memory_runs_without_a_mask(folder, tmp_path):
     assert model.draw_gates(2) is None
 
 
-@pytest.mark.parametrize("prior", ["fisher", "none"])
-def test_no_memory_runs_and_hardens_at_the_end(folder, tmp_path, prior):
-    anneal = {"warmup": 0.1, "ramp": 0.5, "hold": 0.4}
+@pytest.mark.parametrize(("prior", "hold"), [("fisher", 0.4), ("none", 0.4), ("fisher", None)])
+def test_no_memory_runs_and_hardens_at_the_end(folder, tmp_path, prior, hold):
+    anneal = {"warmup": 0.1, "ramp": 0.5, "hold": hold}
     model, run = fit(
         folder, tmp_path, saver(tmp_path, STEPS), lora=None, kv=None, anneal=anneal, sparsity={"prior": prior}
     )

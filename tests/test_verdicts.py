@@ -70,6 +70,13 @@ def test_one_part_that_fails_decides_whatever_the_others_lack():
     assert judged(figures)["d"].word == "not supported"
 
 
+def test_the_page_tells_the_chance_of_a_wrong_verdict():
+    """A wrong "not supported" needs one part on its wrong side, so over all claims these chances add."""
+    page = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
+    parts, side = sum(len(parts) for _, parts in CLAIMS.values()), (1 - verdicts.LEVEL) / 2
+    assert f"{parts} parts x {side:.2%} = {parts * side:.1%}".replace("%", " %") in page
+
+
 def test_the_page_has_the_rules_of_the_code():
     page = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
     for name, (claim, _) in CLAIMS.items():

@@ -29,11 +29,13 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
+PARTS = "group: toy_parts\ntask: [toy_choose]\n"  # a group without a score of its own
 
 
 def toy_tasks(folder: Path) -> str:
-    """Write the tasks `toy_write` and `toy_choose`; returns the folder, for `--include_path`."""
+    """Write tasks `toy_write` and `toy_choose` and group `toy_parts`; returns the folder, for `--include_path`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("toy.py", CODE), ("toy_write.yaml", WRITE), ("toy_choose.yaml", CHOOSE)):
+    tasks = {"toy_write": WRITE, "toy_choose": CHOOSE, "toy_parts": PARTS}
+    for name, text in [("toy.py", CODE), *((f"{name}.yaml", text) for name, text in tasks.items())]:
         (folder / name).write_text(text, encoding="utf-8")
     return str(folder)

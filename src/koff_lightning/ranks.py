@@ -5,6 +5,7 @@ number of ranks, so that the mean of the ranks' gradients is the gradient of the
 """
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET = 2**24  # numbers that are reduced in one go: a copy of this size exists meanwhile, 64 MiB
+MEETING = timedelta(minutes=1)  # how long ranks wait for each other where one may not come
 
 
 def count() -> int:
@@ -48,6 +50,24 @@ def agree(text: str) -> bool:
 def any_of(asked: bool, device: torch.device) -> bool:
     """Whether it is so on any rank."""
     return asked if count() == 1 else bool(total(torch.tensor(int(asked), device=device)))
+
+
+def side_group() -> dist.ProcessGroup:
+    """All ranks, to meet beside what else they tell each other; every rank has to call this."""
+    return dist.new_group(timeout=MEETING, backend="gloo")
+
+
+def all_meet(group: dist.ProcessGroup) -> bool:
+    """Whether every rank comes here within `MEETING`; False on those that came when one does not.
+
+    Args:
+        group: Of `side_group`: a rank that does not come may wait in another call, which this must not answer.
+    """
+    try:
+        dist.monitored_barrier(group)
+    except RuntimeError:
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -225,7 +225,7 @@ class SparsitySchedule:
     steps: int
     warmup: float = 0.05
     ramp: float = 0.15
-    hold: float = 0.05
+    hold: float | None = 0.05  # None: to the end
     shape: Literal["linear", "cosine", "cubic"] = "linear"
 
     @property
@@ -236,6 +236,8 @@ class SparsitySchedule:
     @property
     def harden_step(self) -> int:
         """First step with the mask fixed."""
+        if self.hold is None:
+            return self.steps
         return round((self.warmup + self.ramp + self.hold) * self.steps)
 
     def phase(self, step: int) -> Literal["warmup", "ramp", "hold", "consolidate"]:

@@ -1,5 +1,6 @@
 """AnnealSparsity: decides WHEN. It sets target and phase at every step, keeps the mask on the ramp, hardens once."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,8 @@ class AnnealSparsity(Callback):
     Args:
         warmup: Share of all steps before the ramp, in which memories train on the dense model.
         ramp: Share in which the target rises from 0.
-        hold: Share at the full target before the mask is fixed; what remains consolidates the memories.
+        hold: Share at the full target before the mask is fixed; what remains consolidates the memories. None
+            to hold it to the end: the mask is fixed after the last step.
         shape: Course of the ramp.
     """
 
@@ -25,11 +27,16 @@ class AnnealSparsity(Callback):
         self,
         warmup: float = 0.05,
         ramp: float = 0.15,
-        hold: float = 0.05,
+        hold: float | None = 0.05,
         shape: Literal["linear", "cosine", "cubic"] = "linear",
     ) -> None:
-        if min(warmup, ramp, hold) < 0 or not 0 < warmup + ramp + hold <= 1:
-            raise KoffError(f"anneal: warmup + ramp + hold must lie in (0, 1]; got {warmup} + {ramp} + {hold}")
+        shares = (warmup, ramp, hold or 0.0)
+        total = math.fsum(shares)  # a plain sum of 0.33, 0.56 and 0.11 comes out above 1
+        if min(shares) < 0 or not total <= 1 or total == 0 == hold:
+            given = f"{warmup} + {ramp} + {'null' if hold is None else hold}"
+            raise KoffError(
+                f"anneal: warmup + ramp + hold must lie in (0, 1]; got {given} (hold: null is what remains of the run)"
+            )
         if shape not in ("linear", "cosine", "cubic"):
             raise KoffError(f"anneal: shape must be linear, cosine or cubic; got {shape}")
         self.fractions = {"warmup": warmup, "ramp": ramp, "hold": hold}

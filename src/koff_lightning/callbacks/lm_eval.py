@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks
+from koff_lightning import ranks
+from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks, refuse_unscored, score_names
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.lm_scores import Scores, show
 from koff_lightning.evaluation.undisturbed import undisturbed
 from koff_lightning.module import KOFFModule
-from koff_lightning.option_errors import nearest
 from koff_lightning.strategies import ShardedStrategy
 
 if TYPE_CHECKING:
@@ -71,9 +71,8 @@ class LMEval(Callback):
         every_n_steps: Optimizer steps between evaluations; null for the end alone.
         dense: Score the dense model too, once: `lm_eval/dense/...`.
         memory_off: Score the pruned model without memories too: `lm_eval/memory_off/...`.
-        strict: Stop the run when an evaluation fails; otherwise it warns and trains on. With several processes it warns
-            only of scores that are no numbers, which all of them see. Any other error (memory, say) may be one's alone,
-            for which the others would wait without end: it stops the run.
+        strict: Stop the run when an evaluation fails; otherwise it warns and trains on. An error that one of several
+            processes meets alone (memory, say) stops the run all the same: the others wait for it in mid-evaluation.
         batch_size: Rows at a time, or `auto` for as many as the GPU takes.
         include_path: Folder of further tasks; `koff fit` wants `--allow-custom-classes` with it, since tasks are code.
     """
@@ -104,6 +103,7 @@ class LMEval(Callback):
         self._parts: list[_Part] = []
         self._tokenizer: Any = None
         self._seen = 0  # step of the last evaluation
+        self._group: Any = None  # in which several ranks meet after an error
 
     def setup(self, trainer: Trainer, pl_module: KOFFModule, stage: str) -> None:
         """Load tasks and data, and refuse now what could not be scored later."""
@@ -114,12 +114,17 @@ class LMEval(Callback):
         if clash := set(self.arms) & set(pl_module.domains):
             raise KoffError(f"lm_eval.{clash.pop()}: a domain has that name, so their scores could not be told apart")
         self._parts = []
+        # Sharded weights are gathered in each forward: after an error the ranks may be out of step whoever met it
+        if self.tasks and trainer.world_size > 1 and not isinstance(trainer.strategy, ShardedStrategy):
+            self._group = ranks.side_group()
         for spec in self.tasks:
             for part in self._parts_of(spec, trainer, pl_module):
                 self._refuse_ambiguous(part)
                 if part.domain or not part.names <= self._named(part.column):  # `dense` and such need each task once
                     self._parts.append(part)
-        self._check_monitors(trainer)
+        refuse_unscored(
+            trainer, {f"lm_eval/{part.column}/{name}" for part in self._parts for name in score_names(part.tasks)}
+        )
 
     def _named(self, column: str) -> set[str]:
         """Tasks and groups that stand in a column so far."""
@@ -143,23 +148,6 @@ class LMEval(Callback):
         """Show monitors the scores of a resumed run, and nan where there is none yet."""
         refuse_early_looks(trainer, self.every_n_steps)
         self._publish(trainer)
-
-    def _check_monitors(self, trainer: Trainer) -> None:
-        """Refuse a monitor of a score that no evaluation gives: Lightning would say so in the middle of the run."""
-        known = {
-            f"lm_eval/{part.column}/{name}/{metric}"
-            for part in self._parts
-            for name in part.names
-            for task in part.tasks["tasks"].values()
-            for metric in task.aggregation()
-        }
-        for name in monitors(trainer):
-            head, _, metric = name.rpartition("/")
-            if f"{head}/{metric.partition('.')[0]}" not in known:  # what follows the dot is one of lm-eval's filters
-                raise KoffError(
-                    f"a callback monitors {name!r}, which this run does not score: lm_eval.tasks gives "
-                    f"{', '.join(sorted(known)) or 'nothing'}.{nearest(name, known)}"
-                )
 
     def _parts_of(self, spec: LMEvalTask, trainer: Trainer, module: KOFFModule) -> list[_Part]:
         from koff_lightning.evaluation.lm_tasks import quiet
@@ -198,14 +186,16 @@ class LMEval(Callback):
         if not self._parts or self._seen == trainer.global_step:
             return
         self._seen, since = trainer.global_step, time.perf_counter()
+        scored: dict[str, Scores] = {}
         for part in self._parts:
-            known = self.scores.get(part.column, {})
-            if part.column == "dense" and part.tasks["tasks"].keys() <= known.keys():
+            if part.column == "dense" and part.names <= self.scores.get("dense", {}).keys():
                 continue  # it does not change
             try:
-                self.scores[part.column] = known | self._score(part, trainer, module)
+                found = self._score(part, trainer, module)
+                for scores in (scored, self.scores):
+                    scores[part.column] = scores.get(part.column, {}) | found
             except Exception as error:
-                if self.strict or (trainer.world_size > 1 and not isinstance(error, KoffError)):
+                if self.strict or not self._is_shared(error, trainer):
                     raise  # an error of one rank: the others wait for it in lm-eval's collectives
                 reason = error if isinstance(error, KoffError) else f"{type(error).__name__}: {error}"
                 rank_zero_warn(
@@ -213,7 +203,13 @@ class LMEval(Callback):
                     f"on: {reason}"
                 )
         self.seconds += time.perf_counter() - since
-        self._log(trainer)
+        self._log(trainer, scored)
+
+    def _is_shared(self, error: Exception, trainer: Trainer) -> bool:
+        """Whether all ranks have met an error in this evaluation, so that none is left in the middle of it."""
+        if trainer.world_size == 1 or isinstance(error, KoffError):  # ours are raised by all alike
+            return True
+        return self._group is not None and ranks.all_meet(self._group)  # sharded weights have no group: see `setup`
 
     def _score(self, part: _Part, trainer: Trainer, module: KOFFModule) -> Scores:
         from koff_lightning.evaluation.harness import score
@@ -237,24 +233,17 @@ class LMEval(Callback):
             ),  # it makes the ranks' forwards unequally many
         )
 
-    def _log(self, trainer: Trainer) -> None:
-        """To loggers whatever `log_every_n_steps` is, and to what monitors read."""
-        figures = self._publish(trainer)
+    def _log(self, trainer: Trainer, scored: dict[str, Scores]) -> None:
+        """To loggers what was scored in this step, whatever `log_every_n_steps` is; to monitors the last of each."""
+        self._publish(trainer)
         for logger in trainer.loggers:
-            logger.log_metrics(figures | {"lm_eval/seconds": self.seconds}, trainer.global_step - 1)  # counts from 0
+            figures = _flat(scored) | {"lm_eval/seconds": self.seconds}
+            logger.log_metrics(figures, trainer.global_step - 1)  # counts from 0
 
-    def _publish(self, trainer: Trainer) -> dict[str, float]:
-        """Put the scores where monitors look, and return them."""
-        figures = {
-            f"lm_eval/{column}/{task}/{metric}": value
-            for column, scores in self.scores.items()
-            for task, row in scores.items()
-            for metric, value in row.items()
-            if "_stderr" not in metric
-        }
-        missing = dict.fromkeys(monitors(trainer), math.nan)  # else a checkpoint that monitors it ends the run
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in (missing | figures).items()})
-        return figures
+    def _publish(self, trainer: Trainer) -> None:
+        """Put the last scores where monitors look; what has none is nan, else a checkpoint by it would end the run."""
+        figures = dict.fromkeys(monitors(trainer), math.nan) | _flat(self.scores)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
 
     def _asked(self) -> list[Any]:
         """What makes scores comparable: they are restored for the same questions only."""
@@ -268,6 +257,17 @@ class LMEval(Callback):
         """Go on from there, unless something else is asked now."""
         if state["asked"] == self._asked():
             self.scores, self._seen, self.seconds = state["scores"], state["step"], state["seconds"]
+
+
+def _flat(columns: dict[str, Scores]) -> dict[str, float]:
+    """Scores by the names that they are logged under; no standard errors."""
+    return {
+        f"lm_eval/{column}/{task}/{metric}": value
+        for column, scores in columns.items()
+        for task, row in scores.items()
+        for metric, value in row.items()
+        if "_stderr" not in metric
+    }
 
 
 @contextmanager

@@ -1,17 +1,63 @@
-"""Callbacks that go by lm-eval's scores, and when early stopping looks at them for the first time."""
+"""Callbacks that go by lm-eval's scores: which there are, and when early stopping looks at them for the first time."""
 
 import math
+from collections.abc import Set
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from koff_lightning.errors import KoffError
+from koff_lightning.evaluation.lm_tasks import Loaded
+from koff_lightning.option_errors import nearest
 
 
 def monitors(trainer: Trainer) -> list[str]:
     """Scores that checkpoints and early stopping go by."""
     names = [getattr(callback, "monitor", None) or "" for callback in trainer.callbacks]
     return [name for name in names if name.startswith("lm_eval/")]
+
+
+def score_names(tasks: Loaded) -> set[str]:
+    """The scores that tasks will have, as `<task or group>/<metric>` with the metrics of `lm_scores.plain`."""
+    found = {name: _metrics(task) for name, task in tasks["tasks"].items()}
+    for name, group in tasks.get("groups", {}).items():
+        below = {pair for task in group.get_all_tasks() for pair in _metrics(task)}
+        found[name] = {
+            (metric, kind)
+            for metric, kind in below
+            for averaged in group.aggregate_metric_list or ()
+            if metric == averaged.metric and (averaged.filter_list is None or kind in averaged.filter_list)
+        }
+    return {
+        f"{name}/{metric}" + ("" if kind == "none" else f".{kind}")
+        for name, pairs in found.items()
+        for metric, kind in pairs
+    }
+
+
+def _metrics(task: Any) -> set[tuple[str, str]]:
+    """Metric and filter of every score of one task; lm-eval's filter `none` is that of tasks which name none."""
+    filters = task.get_config("filter_list") or [{"name": "none"}]
+    return {(metric, each["name"]) for metric in task.aggregation() for each in filters}
+
+
+def refuse_unscored(trainer: Trainer, known: Set[str]) -> None:
+    """Refuse a monitor of a score that no evaluation gives: Lightning would say so in the middle of the run.
+
+    Args:
+        trainer: With its callbacks.
+        known: The scores that there will be, `lm_eval/<column>/<task or group>/<metric>`.
+
+    Raises:
+        KoffError: There is such a callback.
+    """
+    for name in monitors(trainer):
+        if name not in known:
+            raise KoffError(
+                f"a callback monitors {name!r}, which this run does not score: lm_eval.tasks gives "
+                f"{', '.join(sorted(known)) or 'nothing'}.{nearest(name, known)}"
+            )
 
 
 def refuse_early_looks(trainer: Trainer, every_n_steps: int | None) -> None:

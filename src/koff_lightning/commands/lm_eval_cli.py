@@ -60,6 +60,7 @@ def lm_eval(argv: list[str]) -> None:
         tasks = lm_tasks.load_tasks(settings.tasks, settings.include_path, settings.metadata)
     lm_tasks.check_safe(tasks, settings.confirm_run_unsafe_code)
     lm_tasks.check_counts(tasks, settings.limit, 1)
+    lm_tasks.check_samples(tasks, settings.samples or options.samples)  # lm-eval takes {} for nothing said
     scores: dict[str, Scores] = {}
     with lack_of_memory_told("Take a smaller --batch_size, or another --device"):
         model = harness.load_model(options.model, options.backbone, options.device, options.dtype)
@@ -139,6 +140,7 @@ def _settings(options: argparse.Namespace) -> Any:
 def _columns(options: argparse.Namespace, model: Any) -> list[Column]:
     """What is asked for; without a word about it the model as it is, without memory."""
     from koff_lightning.evaluation.harness import domains_of
+    from koff_lightning.evaluation.lm_scores import CLASH
 
     known = domains_of(model)
     asked = known if options.domain == "all" else [name for name in (options.domain or "").split(",") if name]
@@ -153,6 +155,8 @@ def _columns(options: argparse.Namespace, model: Any) -> list[Column]:
         columns.append(Column("none" if known else "dense"))
     if options.dense:
         columns.append(Column("dense", dense=True))
+    if clash := [column.name for column in columns if column.domain is None and column.name in known]:
+        raise KoffError(f"lm-eval: {clash[0]}: {CLASH}")
     return columns
 
 

@@ -19,7 +19,9 @@ from koff_lightning.data.sources import domain_shards
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation.lm_tasks import load_tasks
 
-FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")  # no second copy in an older format
+OF_TOKENIZERS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+FILES = (*OF_TOKENIZERS, "*.safetensors")
+SECOND_COPIES = ("consolidated*", "original/*")  # of the same weights, in the layout of those who trained them
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def needs_of(config: Any) -> Iterator[Need]:
     if not model.artifact:
         yield from model_needs(model.backbone, model.revision, model.trust_remote_code)
     if (name := config.data.tokenizer) and _is_on_hub(name):
-        yield Need(f"tokenizer {name}", partial(load_tokenizer, name), partial(_fetch, name, None))
+        yield Need(f"tokenizer {name}", partial(load_tokenizer, name), partial(_fetch, name, None, OF_TOKENIZERS))
     data = DomainDataModule(**config.data.as_dict())
     for name, source in data.sources.items():
         find = partial(_find_text, data, source, config)
@@ -160,8 +162,8 @@ def _is_on_hub(source: str) -> bool:
     return source != TINY and not source.endswith(".gguf") and not Path(source).expanduser().exists()
 
 
-def _fetch(source: str, revision: str | None) -> None:
-    snapshot_download(source, revision=revision, allow_patterns=FILES)
+def _fetch(source: str, revision: str | None, files: tuple[str, ...] = FILES) -> None:
+    snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns=SECOND_COPIES)
 
 
 def _find_weights(source: str, revision: str | None) -> None:

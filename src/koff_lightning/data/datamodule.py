@@ -19,7 +19,7 @@ from koff_lightning.data.loader import HeldoutLoader, TrainLoader
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import PackedRows, TokenStream, fingerprint
 from koff_lightning.data.sample import beginnings
-from koff_lightning.data.sources import DomainSource, as_sources, domain_shards
+from koff_lightning.data.sources import DomainSource, as_shares, as_sources, domain_shards
 from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
@@ -98,7 +98,7 @@ class DomainDataModule(LightningDataModule):
             f"data.max_train_bytes={max_train_bytes} limits text in memory, data.streaming keeps none: set it to null",
         )
         self.sources = as_sources(domains)
-        self.streaming, self.temperature = streaming, temperature
+        self.streaming, self.shares = streaming, as_shares(self.sources, temperature)
         self.tokenizer_source = tokenizer
         self.seq_len, self.batch_size, self.num_workers, self.seed = seq_len, batch_size, num_workers, seed
         self.heldout_fraction, self.on_bad_line = heldout_fraction, on_bad_line
@@ -214,7 +214,7 @@ class DomainDataModule(LightningDataModule):
         num_rows = {name: 1 if self.streaming else len(rows) for name, rows in self._train.items()}
         batches = DomainBatches(
             num_rows,
-            {name: source.weight ** (1 / self.temperature) for name, source in self.sources.items()},
+            self.shares,
             self.batch_size,
             seed=self.seed,
             window=self._window(accumulate),

@@ -132,15 +132,25 @@ def _read_jsonl(path: Path, text_field: str, id_field: str, part: Part) -> Itera
 def _read_csv(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than many documents
     with _open(path) as file:
-        rows = csv.DictReader(_decode(raw, line) for line, raw in enumerate(file, start=1))
-        if rows.fieldnames is not None:  # None: the file is empty
-            _require_column(path, list(rows.fieldnames), text_field)
+        rows = csv.DictReader((_decode(raw, line) for line, raw in enumerate(file, start=1)), strict=True)
         try:
+            if rows.fieldnames is not None:  # None: the file is empty
+                _require_column(path, list(rows.fieldnames), text_field)
             for number, row in enumerate(rows):
                 if number in part:
-                    yield number, rows.line_num, row, None
+                    yield number, rows.reader.line_num, row, _misfit(row)
         except csv.Error as error:
-            raise KoffError(f"cannot read {path}:{rows.line_num}: {error}") from error
+            raise KoffError(
+                f"cannot read {path}: {error}, in lines {rows.line_num + 1} to {rows.reader.line_num}. It is cut off, "
+                "or a text in quotes has quotes that are not written twice"
+            ) from error
+
+
+def _misfit(row: dict[Any, Any]) -> str | None:
+    """What is wrong with a row that has other columns than the header: text is in the wrong one then, or in none."""
+    if None in row or None in row.values():
+        return "more or fewer fields than the header: a text with commas or line ends must stand in quotes"
+    return None
 
 
 def _read_txt(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:

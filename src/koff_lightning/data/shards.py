@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from huggingface_hub import snapshot_download
 
 from koff_lightning.data.patience import patiently
 from koff_lightning.data.readers import ALL, Document, OnBad, Part, as_document, read_records
@@ -117,6 +119,7 @@ def _open_hub(repo: str, subset: str | None, split: str, process: int) -> Any:
         table = fetch_hub(repo, subset, split)
         return table.to_iterable_dataset(num_shards=min(OFFLINE_SHARDS, max(1, len(table))))
     datasets.disable_progress_bars()
+    _require_version(repo, subset)
     return datasets.load_dataset(**_where(repo, subset, split), streaming=True)
 
 
@@ -124,7 +127,35 @@ def fetch_hub(repo: str, subset: str | None, split: str) -> Any:
     """Download a dataset into the hub's cache, all of it; offline, find it there."""
     import datasets
 
+    _require_version(repo, subset)
     return datasets.load_dataset(**_where(repo, subset, split))
+
+
+def _require_version(repo: str, subset: str | None) -> None:
+    """Refuse what `datasets` takes where it does not reach the hub: the newest version in its cache, whatever is asked.
+
+    Raises:
+        ConnectionError: That is another version than the one in name@revision.
+    """
+    name, _, revision = repo.partition("@")
+    if not revision or Path(name).is_dir():
+        return
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    builder = datasets.load_dataset_builder(name, subset, revision=revision)
+    if isinstance(builder, Cache) and builder.hash not in (revision, _commit_in_cache(name, revision)):
+        raise ConnectionError(
+            f"{revision} is asked for, the hub is not reached, and the newest version in its cache is {builder.hash}. "
+            "Where there is a network, `koff prepare --prefetch-only` with an HF_HOME of its own fetches the right one"
+        )
+
+
+def _commit_in_cache(name: str, revision: str) -> str | None:
+    """The commit that a branch or tag was when it was last asked for here."""
+    with suppress(OSError):  # huggingface_hub's word for "not there" is one
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)).name
+    return None
 
 
 def _where(repo: str, subset: str | None, split: str) -> dict[str, str | None]:

@@ -93,6 +93,23 @@ def as_sources(domains: Mapping[str, DomainSource | Mapping[str, Any] | str | li
     return sources
 
 
+def as_shares(sources: Mapping[str, DomainSource], temperature: float) -> dict[str, float]:
+    """Shares of the domains, weight ** (1 / temperature), in units of the largest: no weight is too large for a float.
+
+    Raises:
+        KoffError: A share that is too small beside the largest for a float to hold it.
+    """
+    logs = {name: math.log(source.weight) / temperature for name, source in sources.items()}
+    shares = {name: math.exp(log - max(logs.values())) for name, log in logs.items()}
+    for name, share in shares.items():
+        if not share > 0:  # also where it is no number: the temperature is too small for any weight
+            raise KoffError(
+                f"domain '{name}': its weight of {sources[name].weight} at data.temperature={temperature} is a share "
+                "of nothing beside the other domains: raise data.temperature, or bring the weights closer together"
+            )
+    return shares
+
+
 def _as_source(name: str, value: Any) -> DomainSource:
     if not isinstance(value, Mapping):
         return value if isinstance(value, DomainSource) else DomainSource(value)

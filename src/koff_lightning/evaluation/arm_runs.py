@@ -1,5 +1,6 @@
 """Run arms as commands, each in a folder and a process of its own: side by side, resumable, with the time left."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from koff_lightning.evaluation.arms import Run
 from koff_lightning.run.results import write_atomically
 
 PROGRAM = [sys.executable, "-m", "koff_lightning"]
-DONE = "options.json"  # written when a run has ended well: the words of its command
+DONE = "options.json"  # written when a run has ended well: what made it
 LOGS = "logs"  # folder of what the runs said, beside theirs
 TAIL = 15  # lines of a failed run's log that the report keeps
 
@@ -46,8 +47,8 @@ def is_done(out: Path, run: Run, words: Sequence[str]) -> bool:
     """
     folder = out / run.name
     if (folder / DONE).is_file():
-        given, wanted = json.loads((folder / DONE).read_text(encoding="utf-8")), _without_place(words, out)
-        if given != wanted:
+        given, wanted = json.loads((folder / DONE).read_text(encoding="utf-8")), _made_by(words, out)
+        if given not in (wanted, wanted[:-1]):  # earlier releases wrote the words alone
             odd = next(word for word in [*given, *wanted] if word not in given or word not in wanted)
             raise KoffError(f"{folder} holds a run with other options (first: {odd}): give another --out")
         return True
@@ -56,9 +57,10 @@ def is_done(out: Path, run: Run, words: Sequence[str]) -> bool:
     return False
 
 
-def _without_place(words: Sequence[str], out: Path) -> list[str]:
-    """The words of a command wherever the folder of all runs lies."""
-    return [word.replace(str(out), "OUT") for word in words]
+def _made_by(words: Sequence[str], out: Path) -> list[str]:
+    """The words of a command wherever the folder of all runs lies, then which config they name."""
+    config = hashlib.sha256((out / "config.yaml").read_bytes()).hexdigest()
+    return [*(word.replace(str(out), "OUT") for word in words), f"config.yaml of sha256 {config[:16]}"]
 
 
 def _log(out: Path, run: Run) -> Path:
@@ -115,7 +117,7 @@ def _make(
     run: Run, out: Path, words: Sequence[str], environment: Mapping[str, str], running: set[subprocess.Popen]
 ) -> Failure | None:
     """One run from the beginning; what an unfinished one has left is removed."""
-    folder, log = out / run.name, _log(out, run)
+    folder, log, made_by = out / run.name, _log(out, run), _made_by(words, out)
     shutil.rmtree(folder, ignore_errors=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as said:
@@ -124,7 +126,7 @@ def _make(
         status = process.wait()
         running.discard(process)
     if status == 0 and (folder / "results.json").is_file():
-        write_atomically(folder / DONE, json.dumps(_without_place(words, out), indent=1) + "\n")
+        write_atomically(folder / DONE, json.dumps(made_by, indent=1) + "\n")
         return None
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return Failure(run, "\n".join(lines[-TAIL:]), log)

@@ -1,6 +1,7 @@
 """`koff claims`: run the arms, then report what they say about the paper's claims (docs/claims.md)."""
 
 import shlex
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,20 @@ from koff_lightning.run.folder import alone_in
 if TYPE_CHECKING:
     from koff_lightning.evaluation.arm_runs import Failure
 
+TINYS = "tiny_12pct.yaml"  # config of koff-tiny
+CHOSEN = (
+    "model.loss.kl",
+    "model.optim.kv_lr",
+    "model.lora.rank",
+    "model.kv.slots",
+    "data.seq_len",
+    "trainer.max_steps",
+)
+
 
 def claims(
     *,
-    config: str = "tiny_12pct.yaml",
+    config: str = TINYS,
     backbone: str | None = None,
     seeds: int = 3,
     sparsity: str | None = None,
@@ -61,6 +72,8 @@ def claims(
     folder = Path(out).expanduser()
     given = {"config": config, "backbone": backbone, "seeds": seeds, "sparsity": sparsity, "arms": arms, "tasks": tasks}
     about = {"command": _command(given, further), "equal_memories": equal}
+    if config == TINYS:
+        _warn_of_settings(backbone, resolved)
     with alone_in(folder, "--out"):
         _keep(folder / "config.yaml", resolved)
         _measure(folder, chosen, shares, seeds, jobs, suites, about)
@@ -161,6 +174,21 @@ def _resolved(config: str, backbone: str | None, further: list[str]) -> dict[str
         raise KoffError("koff claims starts every arm anew: leave ckpt_path out")
     del resolved["trainer"]["default_root_dir"], resolved["seed_everything"], resolved["weights_only"]
     return resolved
+
+
+def _warn_of_settings(backbone: str | None, resolved: dict[str, Any]) -> None:
+    """Say that another backbone is about to run with what was chosen for koff-tiny."""
+    from koff_lightning.backbone import TINY
+
+    if backbone in (None, TINY):
+        return
+    flat = _flat(resolved)
+    settings = ", ".join(f"{name} {flat[name]}" for name in CHOSEN if name in flat)
+    print(
+        f"koff: warning: {backbone} runs with the settings of {TINYS}, which were chosen for {TINY} ({settings}): its "
+        "claims may fail for that reason alone. Give --config one for its size; `koff configs` lists those that ship",
+        file=sys.stderr,
+    )
 
 
 def _trust(resolved: dict[str, Any]) -> list[str]:

@@ -19,9 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_eval.api.registry import register_model
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,7 +33,11 @@ from koff_lightning.errors import KoffError
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
 
-check_version()
+check_version()  # before what may be elsewhere in another release
+
+from lm_eval.api.registry import register_model  # noqa: E402
+from lm_eval.evaluator import evaluate  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 SEED = 1234  # lm-eval's own, of the few-shot examples
 Model = Decomposition | DecomposedModel | PreTrainedModel

@@ -9,6 +9,7 @@ from rich.table import Table
 
 Scores = dict[str, dict[str, float]]  # task or group -> metric -> value
 # What stands in the table, of what a task has. Of two normalisations the one by bytes or characters, never by tokens.
+CLASH = "a domain has that name, so their scores could not be told apart"  # another column's, with no memory
 MAIN = ("acc_bytes", "acc_norm", "acc", "exact_match", "bits_per_byte", "byte_perplexity", "f1")
 
 

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from koff_lightning.errors import KoffError
+from koff_lightning.option_errors import nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -186,6 +187,32 @@ def check_safe(tasks: Loaded, confirmed: bool = False) -> None:
         raise KoffError(
             f"task {unsafe[0]!r} runs code that the model writes: only `koff lm-eval --confirm_run_unsafe_code` does so"
         )
+
+
+def check_samples(tasks: Loaded, samples: Any) -> None:
+    """Raise KoffError unless lm-eval's `samples`, which it takes as they come, name samples of tasks that are asked.
+
+    Args:
+        tasks: As loaded.
+        samples: Task -> indices of its samples, from 0; None for all samples of all tasks.
+    """
+    if samples is None:
+        return
+    if not isinstance(samples, Mapping) or not samples:
+        raise KoffError(
+            f'samples must name tasks and their samples, as {{"koff_cloze_de": [0, 7]}}, or a file that does; got '
+            f"{samples!r}"
+        )
+    for name, asked in samples.items():
+        if name in tasks.get("groups", {}):
+            raise KoffError(f"samples: {name!r} is a group: name its tasks")
+        if name not in tasks["tasks"]:
+            raise KoffError(f"samples: no task {name!r} is asked for.{nearest(name, tasks['tasks'])}")
+        total = len(tasks["tasks"][name].eval_docs)
+        if not isinstance(asked, list) or not asked:
+            raise KoffError(f"samples: {name!r} must have a list of one sample at least; got {asked!r}")
+        if odd := [index for index in asked if type(index) is not int or not 0 <= index < total]:
+            raise KoffError(f"samples: {name!r} has the samples 0 to {total - 1}; got {odd[0]!r}")
 
 
 def check_counts(tasks: Loaded, limit: float | None, ranks: int) -> None:

@@ -2,7 +2,8 @@
 
 A claim has parts. A part is decided when the interval of its figure lies wholly on one side of its bound. A claim is
 supported when all its parts hold, not supported when one fails, and not decided otherwise. The intervals are wide
-enough for all claims at once (Bonferroni); within a claim no more is needed, since all its parts must hold.
+enough for all claims at once (Bonferroni). Within a claim a wrong "supported" needs all parts, so no more is needed for
+it; a wrong "not supported" needs one, so its chance adds up over the parts, to about 5 % over all of them.
 """
 
 from collections.abc import Callable, Mapping

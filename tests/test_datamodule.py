@@ -134,6 +134,26 @@ def test_a_resumed_run_with_other_data_options_is_warned(text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ready(text, batch_size=4).train_dataloader().load_state_dict(state)
+        for part in ("text", "seq_len"):  # which older checkpoints do not say
+            del state["order"][part]
+        ready(text, batch_size=4).train_dataloader().load_state_dict(state)
+
+
+def test_a_resumed_run_with_other_text_is_refused(text, tmp_path):
+    """Though it has as many rows: the numbers of those that are read already would mean others."""
+    lines = (text / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    tokenizer = str(text / "tokenizer")
+    state = ready(text, "a").train_dataloader().state_dict()
+    for folder, options, odd in (
+        (text, {"seq_len": 48}, "seq_len is 32 there and 48 here"),
+        (text, {"max_train_bytes": 2000}, r"rows\.a is \d+ there and \d+ here"),
+        (text, {"tokenizer": str(text / "no_bos")}, r"text\.a is \w+ there and \w+ here"),
+        (tmp_path, {"tokenizer": tokenizer}, r"stopped: text\.a is \w+ there and \w+ here\."),
+    ):
+        other = ready(folder, "a", **options).train_dataloader()
+        with pytest.raises(KoffError, match=f"is not the checkpoint's, so it cannot go on .*{odd}"):
+            other.load_state_dict(state)
 
 
 def test_the_loaders_state_survives_a_weights_only_checkpoint(text, tmp_path):

@@ -4,10 +4,13 @@ Nothing that was written is lost, and the run says in one line what happened.
 """
 
 import hashlib
+import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 import torch
 from tiny_command import small_fits
 
-from koff_lightning import KOFFModule
+from koff_lightning import KoffError, KOFFModule
 from koff_lightning.callbacks.report import what_was_saved
 from koff_lightning.cli import main
 from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
@@ -191,15 +194,27 @@ def test_a_clock_that_goes_back(run_in, straight, monkeypatch):
 
 def test_the_checkpoint_that_is_named_is_the_last_whatever_the_clock_said(tmp_path):
     class Saved:
-        last_model_path, best_model_path = str(tmp_path / "last.ckpt"), str(tmp_path / "step=2.ckpt")
+        _last_checkpoint_saved, best_model_path = str(tmp_path / "last.ckpt"), str(tmp_path / "step=2.ckpt")
 
     class Trainer:
-        checkpoint_callbacks = (Saved,)
+        checkpoint_callbacks, ckpt_path = (Saved,), None
 
     for age, name in enumerate(("step=2.ckpt", "last.ckpt")):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
-    assert what_was_saved(Trainer).endswith("--ckpt_path " + Saved.last_model_path)
+    assert what_was_saved(Trainer).endswith("--ckpt_path " + Saved._last_checkpoint_saved)
+
+
+def test_a_run_that_fails_before_it_saves_names_what_it_went_on_from(run_in, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_in("cut") == 128 + signal.SIGTERM
+    newest = newest_checkpoint(["cut"])
+    assert read_checkpoint(newest)["global_step"] == 5
+    with monkeypatch.context() as patch:
+        at(patch, "training_step", 5, lambda: torch.empty(1 << 60))
+        assert run_in("cut", "--ckpt_path", "last") == 2
+    assert capsys.readouterr().out.splitlines()[-1] == f"go on from the last checkpoint with --ckpt_path {newest}"
 
 
 # ---------------------------------------------------------------------------------------------------- two runs
@@ -210,6 +225,77 @@ def test_too_little_memory_is_one_line(run_in, tmp_path, capsys, monkeypatch):
     assert run_in(tmp_path / "run") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "not enough memory: " in said and "Take a smaller data.batch_size" in said
+
+
+WORKERS = ["--data.num_workers=2", "--export.enabled=false"]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_worker_that_the_system_kills_is_one_line(run_in, monkeypatch, capsys):
+    def kill_workers():
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(0.5)
+
+    at(monkeypatch, "training_step", 3, kill_workers)
+    assert run_in("run", *WORKERS) == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(
+        r"koff: a process that builds batches is gone, .*: DataLoader worker .* killed by signal: Killed. Give fewer "
+        "data.num_workers, or more memory",
+        said.err.splitlines()[-1],
+    )
+    assert "step=2.ckpt" in said.out.splitlines()[-1] or "last.ckpt" in said.out.splitlines()[-1]
+
+
+SLOW_STEPS = """
+import sys, time
+from koff_lightning import KOFFModule
+from koff_lightning.cli import main
+step = KOFFModule.training_step
+def slow(module, *args):
+    print("begun", flush=True)
+    time.sleep(0.5)
+    return step(module, *args)
+KOFFModule.training_step = slow
+sys.exit(main(sys.argv[1:]))
+"""
+STREAMED = ["--data.streaming=true", "--data.max_train_bytes=null"]
+
+
+@pytest.mark.parametrize("data", [[], pytest.param(STREAMED, marks=pytest.mark.slow)], ids=["in memory", "streamed"])
+def test_a_signal_to_all_processes_of_a_run_ends_it_as_one_to_the_first(run_in, data):
+    """As SLURM sends it. The workers go on until the step is taken."""
+    words = ["fit", "--config", "mine.yaml", "--trainer.default_root_dir=run", *WORKERS, *data]
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STEPS, *words],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any(line == "begun\n" for line in run.stdout)
+    os.killpg(run.pid, signal.SIGTERM)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 128 + signal.SIGTERM, said
+    assert said.splitlines()[-1] == "koff: asked to end; go on with --ckpt_path last"
+    assert "Traceback" not in said
+    assert read_checkpoint(newest_checkpoint(["run"]))["global_step"] == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)  # no worker is left
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    with alone_in(tmp_path / "run"):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        worker.start()
+        with pytest.raises(KoffError, match="another run is going on"), alone_in(tmp_path / "run"):
+            pass
+    with alone_in(tmp_path / "run"):
+        assert worker.is_alive()
+    worker.kill()
+    worker.join()
 
 
 def test_a_second_run_in_the_folder_of_a_first_touches_nothing(run_in, straight, capsys):

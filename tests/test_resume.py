@@ -2,21 +2,26 @@
 
 import csv
 import errno
+import itertools
 import os
 import re
 import signal
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import model_checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from tiny_command import small_fits
+from tiny_run import RandomText, tiny_module, tiny_trainer
 from toy_text import toy_documents
 
 from koff_lightning import KoffError, KOFFModule
-from koff_lightning.callbacks import ContinuedLog
+from koff_lightning.callbacks import Checkpoints, ContinuedLog
 from koff_lightning.cli import main
 from koff_lightning.data import patience, stream
 from koff_lightning.data.shards import FileShard
@@ -108,6 +113,55 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, straight, monkeypa
     check_same_end("cut", straight)
 
 
+ACCUMULATED = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=8"]
+
+
+@pytest.mark.parametrize("ending", ["asked", pytest.param("cut off twice", marks=pytest.mark.slow)])
+def test_no_run_ends_or_saves_in_the_middle_of_a_step(run_in, straight, monkeypatch, ending):
+    """Its first batches would count as read, but their gradients be gone."""
+    whole, batches = straight.parent / "accumulated", []
+
+    def in_second_batch():
+        batches.append(1)
+        if len(batches) == 2:
+            pull_the_plug()
+
+    if not whole.exists():
+        assert run_in(whole, *ACCUMULATED) == 0
+    with monkeypatch.context() as patch:
+        if ending == "asked":
+            at(patch, "training_step", 5, lambda: batches.append(1) or os.kill(os.getpid(), signal.SIGTERM))
+            assert run_in("cut", *ACCUMULATED) == 128 + signal.SIGTERM
+            assert len(batches) == 2, "the step is taken to its end"
+    if ending == "cut off twice":
+        cut_off(monkeypatch, run_in, *ACCUMULATED)
+        with monkeypatch.context() as patch:
+            at(patch, "training_step", 4, in_second_batch)
+            with pytest.raises(RuntimeError, match="pulled the plug"):
+                run_in("cut", *ACCUMULATED, "--ckpt_path", "last")
+    saved_at = 6 if ending == "asked" else 4
+    assert read_checkpoint(newest_checkpoint(["cut"]))["global_step"] == saved_at
+    assert run_in("cut", *ACCUMULATED, "--ckpt_path", "last") == 0
+    check_same_end("cut", whole)
+
+
+@pytest.mark.parametrize("often", [{"every_n_train_steps": 2}, {"train_time_interval": timedelta(seconds=3)}])
+def test_checkpoints_are_saved_between_steps(tmp_path, monkeypatch, often):
+    """By the clock too, which here goes a second from look to look, and where validation comes in mid-step."""
+    saves, seconds = [], itertools.count()
+
+    class Noted(Checkpoints):
+        def _save_checkpoint(self, trainer, filepath):
+            saves.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.current.processed))
+
+    monkeypatch.setattr(model_checkpoint, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    options = {"accumulate_grad_batches": 4, "enable_checkpointing": True, "limit_val_batches": 1}
+    checkpoints = Noted(tmp_path / "saved", save_last=False, **often)
+    tiny_trainer(tmp_path, [checkpoints], val_check_interval=6, **options).fit(tiny_module(tmp_path), RandomText())
+    assert saves
+    assert all(batches == 4 * step for step, batches in saves)
+
+
 @pytest.mark.parametrize("fate", ["moved", "lost"])
 def test_the_log_of_a_run_whose_folder_was_moved_is_found(run_in, straight, monkeypatch, fate):
     if not straight.exists():
@@ -124,6 +178,27 @@ def test_the_log_of_a_run_whose_folder_was_moved_is_found(run_in, straight, monk
     ):
         assert run_in("elsewhere", "--ckpt_path", "last") == 0
     assert [row["step"] for row in end_of("elsewhere")[2] if row["train/loss"]] == ["3", "4", "5", "6", "7"]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize("change", [{"warmup": 0.125}, {"ramp": 0.5}, {"shape": "cubic"}])
+def test_a_mask_that_is_not_fixed_keeps_its_course(tmp_path, change):
+    """With its ramp begun elsewhere the prior would never order the logits."""
+    path = tmp_path / "3.ckpt"
+
+    class SavedInMidRamp(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(path)
+
+    tiny_trainer(tmp_path, [SavedInMidRamp()]).fit(tiny_module(tmp_path), RandomText())
+    (name,) = change
+    with pytest.raises(KoffError, match=rf"keeps its course, but anneal\.{name} is .* there and .* here: use"):
+        tiny_trainer(tmp_path, [], anneal=change).fit(tiny_module(tmp_path), RandomText(), ckpt_path=path)
+    old = torch.load(path, weights_only=True)
+    del old["callbacks"]["AnnealSparsity"]["course"]
+    torch.save(old, path)
+    tiny_trainer(tmp_path, [], anneal=change).fit(tiny_module(tmp_path), RandomText(), ckpt_path=path)
 
 
 STREAMED = ["--data.streaming=true", "--data.max_train_bytes=null"]

@@ -240,6 +240,8 @@ def test_a_state_of_other_data_is_refused_or_warned_of(text, tmp_path):
     memory.setup()
     with refuse(match=r"in .*, so it cannot go on"):
         loader_of(text).load_state_dict(memory.train_dataloader().state_dict())
+    with refuse(match="is of a run that streamed its text, and this run is not to: .* Give --data.streaming=true"):
+        memory.train_dataloader().load_state_dict(state)
     with pytest.warns(UserWarning, match="differs from the checkpoint's in batch_size"):
         loader_of(text, batch_size=6).load_state_dict(state)
 

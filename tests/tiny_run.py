@@ -1,7 +1,7 @@
 """A whole run in a second: a random backbone, random tokens in the format of the data module, and a trainer."""
 
 from collections import UserList
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,9 @@ def tiny_module(folder: Path, **options: Any) -> KOFFModule:
     return KOFFModule(str(path), **defaults | options)
 
 
-def tiny_trainer(folder: Path, callbacks: Sequence[Callback], steps: int = 8, **options: Any) -> Trainer:
+def tiny_trainer(
+    folder: Path, callbacks: Sequence[Callback], steps: int = 8, anneal: Mapping[str, Any] | None = None, **options: Any
+) -> Trainer:
     """A trainer on the CPU that logs nothing and saves nothing, with the schedule of the mask."""
     defaults = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "limit_val_batches": 0}
     bars = any(type(callback).__name__ == "KoffProgress" for callback in callbacks)
@@ -77,7 +79,7 @@ def tiny_trainer(folder: Path, callbacks: Sequence[Callback], steps: int = 8, **
         default_root_dir=folder,
         accelerator="cpu",
         max_steps=steps,
-        callbacks=[*callbacks, AnnealSparsity(warmup=0.25, ramp=0.25, hold=0.25)],
+        callbacks=[*callbacks, AnnealSparsity(**{"warmup": 0.25, "ramp": 0.25, "hold": 0.25} | dict(anneal or {}))],
         num_sanity_val_steps=0,
         enable_progress_bar=bars,
         **defaults | options,

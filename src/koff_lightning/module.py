@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -129,6 +130,10 @@ class KOFFModule(Decomposition):
 
     # --------------------------------------------------------------------------------------------- training
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What every trainer needs to end a run where it can go on."""
+        return [strategies.EndsBetweenSteps()]
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch; the equation at the head of this file."""
         labels, predicted = self.targets(batch)  # [N], bool [B, T-1]
@@ -222,10 +227,7 @@ class KOFFModule(Decomposition):
         groups = parameter_groups(self.gates, self.penalty, self.memories, self.optim)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         lambdas = rate_lambdas(groups, self.optim, self._number_of_steps())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": Course(optimizer, lambdas), "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": Course(optimizer, lambdas), "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
         """Clip each memory group by its own norm: one global norm would let the multipliers eat the budget."""
@@ -287,12 +289,8 @@ class KOFFModule(Decomposition):
         for arm in arms:
             for domain, row in table.items():
                 self.log(f"{stage}/{arm}_bpb/{domain}", row[arm], sync_dist=True)
-            self.log(
-                f"{stage}/{arm}_bpb",
-                sum(row[arm] for row in table.values()) / len(table),
-                prog_bar=arm == "koff",
-                sync_dist=True,
-            )
+            mean = sum(row[arm] for row in table.values()) / len(table)
+            self.log(f"{stage}/{arm}_bpb", mean, prog_bar=arm == "koff", sync_dist=True)
 
 
 def _spec(kind: type, value: Any) -> Any:

@@ -49,7 +49,7 @@ def agree(text: str) -> bool:
 
 def any_of(asked: bool, device: torch.device) -> bool:
     """Whether it is so on any rank."""
-    return bool(total(torch.tensor(int(asked), device=device)))
+    return asked if count() == 1 else bool(total(torch.tensor(int(asked), device=device)))
 
 
 def side_group() -> dist.ProcessGroup:

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, Trainer
 
 from koff_lightning.errors import KoffError
 from koff_lightning.module import KOFFModule
+from koff_lightning.run.resume import difference
 from koff_lightning.sparsity import SparsitySchedule
 
 
@@ -42,6 +43,7 @@ class AnnealSparsity(Callback):
         self.shape = shape
         self.schedule: SparsitySchedule | None = None
         self._steps: int | None = None
+        self._begun = self._course()
         self._used: dict[str, float] = {}  # state of the mask that the present step computes with
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
@@ -50,6 +52,11 @@ class AnnealSparsity(Callback):
         steps = self._steps or asked
         self.schedule = SparsitySchedule(pl_module.sparsity.target, steps, **self.fractions, shape=self.shape)
         learns = pl_module.learns_mask and not pl_module.gates.hardened
+        if learns and (odd := difference(self._begun, self._course(), "anneal")):
+            raise KoffError(
+                f"a mask that is not fixed yet keeps its course, but {odd}: use the anneal options of the run that "
+                "goes on, or start a new one"
+            )
         if learns and self.schedule.harden_step > asked and not trainer.fast_dev_run:
             raise KoffError(
                 f"the run that goes on was laid out over {steps} steps and fixes its mask after step "
@@ -101,9 +108,13 @@ class AnnealSparsity(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's length, so that a resumed run keeps its course even if asked for more steps."""
-        return {"steps": self.schedule.steps if self.schedule else None}
+        """The schedule's length, so that a resumed run keeps its course even if asked for more steps; and the rest."""
+        return {"steps": self.schedule.steps if self.schedule else None, "course": self._course()}
+
+    def _course(self) -> dict[str, Any]:
+        return self.fractions | {"shape": self.shape}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it; `on_fit_start` lays out the rest."""
         self._steps = state["steps"]
+        self._begun = state.get("course", self._begun)  # older checkpoints do not say

@@ -11,9 +11,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from koff_lightning.strategies import in_mid_step
+
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which also saves when the run is asked to end (SIGTERM), and keeps one file more.
+    """Lightning's ModelCheckpoint, between steps alone; it also saves when asked to end (SIGTERM), keeps one file more.
 
     Other exceptions may come from the middle of a step, from where no run could go on exactly. (Lightning keeps several
     only of those it can compare by a monitored figure, and then may skip the one of the last step.)
@@ -21,11 +23,27 @@ class Checkpoints(ModelCheckpoint):
 
     _aside = ""  # would be gone
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the step that a run goes on from as saved, which Lightning forgets."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save if due; in mid-step not even the clock of `train_time_interval` is looked at, which would start anew."""
+        if not in_mid_step(trainer):
+            super().on_train_batch_end(trainer, *args)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if due; validation may come in mid-step."""
+        if not in_mid_step(trainer):
+            super().on_validation_end(trainer, pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between two steps; what is validating goes on from the last checkpoint."""
         ended = isinstance(exception, SIGTERMException) and not trainer.validating
         self.save_on_exception = self.save_on_exception or ended
-        super().on_exception(trainer, pl_module, exception)
+        if not in_mid_step(trainer):
+            super().on_exception(trainer, pl_module, exception)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Remove what was to go the time before, so that a damaged newest file has a predecessor."""

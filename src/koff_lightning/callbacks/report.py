@@ -204,9 +204,11 @@ def resolved_config(trainer: Trainer, module: KOFFModule) -> dict[str, Any]:
 
 
 def what_was_saved(trainer: Trainer) -> str:
-    """The newest checkpoint, as the option that resumes from it; times of files would not tell, clocks go back."""
-    callbacks = trainer.checkpoint_callbacks
-    paths = [path for name in ("last_model_path", "best_model_path") for path in (getattr(c, name) for c in callbacks)]
+    """The newest checkpoint, as the option that resumes from it; times of files would not tell, clocks go back.
+
+    It is what this run has saved last, or else what it went on from: `best_model_path` may be older, also than that.
+    """
+    paths = [*(callback._last_checkpoint_saved for callback in trainer.checkpoint_callbacks), trainer.ckpt_path]
     saved = [path for path in paths if path and Path(path).exists()]
     return (
         f"go on from the last checkpoint with --ckpt_path {saved[0]}" if saved else "no checkpoint had been saved yet"

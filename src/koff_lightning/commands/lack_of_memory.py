@@ -16,10 +16,23 @@ def lack_of_memory_told(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if _is_loss_of_a_worker(error):
+            reason = str(error).splitlines()[0].rstrip(". ")
+            raise KoffError(
+                f"a process that builds batches is gone, as where a system is short of memory: {reason}. Give fewer "
+                "data.num_workers, or more memory"
+            ) from error
         if not _is_lack_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "none is left"
         raise KoffError(f"not enough memory: {reason}. {advice}") from error
+
+
+def _is_loss_of_a_worker(error: BaseException) -> bool:
+    """Torch has only words for it."""
+    return str(error).startswith("DataLoader worker") and any(
+        text in str(error) for text in ("is killed by signal", "exited unexpectedly")
+    )
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

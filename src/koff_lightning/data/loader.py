@@ -5,8 +5,12 @@ processes, while ours already deals rows to ranks (and Lightning's would count s
 torch DataLoader does the work and runs the workers.
 """
 
+import os
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
+from threading import Thread
 from typing import Any
 
 import torch
@@ -15,8 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from koff_lightning.data.mixture import DomainBatches, RowRef
 from koff_lightning.data.packing import IGNORED, PackedRows, collate
+from koff_lightning.errors import KoffError
+from koff_lightning.run.resume import difference
 
 Batch = dict[str, Any]
+MAKE = ("seq_len", "rows", "text")  # may not change in a resumed run: the number of a row would mean another
 
 
 class _Rows(Dataset[Batch]):
@@ -32,12 +39,37 @@ class _Rows(Dataset[Batch]):
 def _load(packed: Mapping[str, PackedRows], refs: Iterable[list[RowRef]], num_workers: int) -> DataLoader[Batch]:
     generator = torch.Generator().manual_seed(0)  # without one, opening a loader draws from the global random state
     return DataLoader(
-        _Rows(packed), batch_size=None, sampler=refs, num_workers=num_workers, collate_fn=_same, generator=generator
+        _Rows(packed),
+        batch_size=None,
+        sampler=refs,
+        num_workers=num_workers,
+        collate_fn=_same,
+        generator=generator,
+        worker_init_fn=heed_the_parent_alone,
     )
 
 
 def _same(batch: Batch) -> Batch:
     return batch
+
+
+def heed_the_parent_alone(worker: int) -> None:
+    """Have a worker ignore SIGTERM and Ctrl-C that come to all processes at once: its run still takes a step and saves.
+
+    Torch's shutdown ends its workers with SIGTERM too, which must work while one waits for its source. So the sender is
+    asked for, which a signal handler of Python is not told. (Where systems cannot say, all is as torch has it.)
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    Thread(target=wait, daemon=True).start()
 
 
 class TrainLoader:
@@ -70,18 +102,41 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Batches handed out since the first step of the run, and what their order depends on."""
-        return {"batches": self._handed_out, "order": self._batches.identity()}
+        return {"batches": self._handed_out, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches that `state` counts; warns when they come in another order than in that run."""
-        mine = self._batches.identity()
-        changed = [key for key, value in state["order"].items() if mine[key] != value]
+        """Go on after the batches that `state` counts; warns when they come in another order than in that run.
+
+        Raises:
+            KoffError: That run streamed its text, or its rows were others.
+        """
+        if "places" in state:
+            raise KoffError(
+                "the checkpoint is of a run that streamed its text, and this run is not to: a place in streamed text "
+                "says nothing here. Give --data.streaming=true, or start a new run"
+            )
+        theirs = state["order"]
+        mine = {key: value for key, value in self._order().items() if key in theirs}  # older checkpoints say less
+        if odd := difference(*({key: made[key] for key in mine if key in MAKE} for made in (theirs, mine))):
+            raise KoffError(
+                f"the text of this run is not the checkpoint's, so it cannot go on where that run stopped: {odd}. Set "
+                "it back (data.domains, data.tokenizer, data.seq_len, data.max_train_bytes), or start a new run"
+            )
+        changed = [key for key in mine if mine[key] != theirs[key]]
         if changed:
             rank_zero_warn(
                 f"the data of this run differs from the checkpoint's in {', '.join(changed)}: it goes on from batch "
                 f"{state['batches']}, but the rows are not those of an uninterrupted run."
             )
         self._handed_out = state["batches"]
+
+    def _order(self) -> dict[str, Any]:
+        length = next(iter(self._packed.values())).tokens.shape[1]
+        return self._batches.identity() | {"seq_len": length, "text": dict(self._digests)}
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {domain: rows.digest for domain, rows in self._packed.items()}
 
 
 class HeldoutLoader:

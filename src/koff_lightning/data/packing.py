@@ -57,6 +57,12 @@ class PackedRows:
         """Number of documents that are cut at the end of a row and go on in the next."""
         return int((np.bincount(self.documents) > 1).sum())
 
+    @property
+    def digest(self) -> str:
+        """A hash that tells other rows: of every segment's bytes and the tokens of a thousand rows, in milliseconds."""
+        some = self.tokens[:: max(1, len(self) // 1000)]
+        return hashlib.sha256(self.shares.tobytes() + some.tobytes()).hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from koff_lightning import ranks
+from koff_lightning.data.loader import heed_the_parent_alone
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import collate
 from koff_lightning.data.shards import deal
@@ -112,7 +113,14 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Batch]:
         lanes = _Lanes(self._reading, self._batches, list(self._places), self._handed_out, self._length)
         generator = torch.Generator().manual_seed(0)  # without one, opening a loader draws from the global random state
-        loader = DataLoader(lanes, batch_size=None, num_workers=self._workers(), collate_fn=_same, generator=generator)
+        loader = DataLoader(
+            lanes,
+            batch_size=None,
+            num_workers=self._workers(),
+            collate_fn=_same,
+            generator=generator,
+            worker_init_fn=heed_the_parent_alone,
+        )
         for item in loader:
             if isinstance(item, KoffError):
                 raise item

@@ -40,6 +40,7 @@ def alone_in(root: str | Path, option: str = "--trainer.default_root_dir") -> It
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / LOCK).open("a")
     with lock:
+        os.register_at_fork(after_in_child=lock.close)  # a loader's worker may outlive a run that is killed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

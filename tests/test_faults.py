@@ -288,8 +288,11 @@ def test_a_signal_to_all_processes_of_a_run_ends_it_as_one_to_the_first(run_in, 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     with alone_in(tmp_path / "run"):
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        fork = multiprocessing.get_context("fork")
+        begun = fork.Event()
+        worker = fork.Process(target=lambda: (begun.set(), time.sleep(60)), daemon=True)
         worker.start()
+        assert begun.wait(60), "only then has it left the lock to us"
         with pytest.raises(KoffError, match="another run is going on"), alone_in(tmp_path / "run"):
             pass
     with alone_in(tmp_path / "run"):

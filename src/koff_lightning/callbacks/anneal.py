@@ -43,7 +43,7 @@ class AnnealSparsity(Callback):
         self.shape = shape
         self.schedule: SparsitySchedule | None = None
         self._steps: int | None = None
-        self._begun = self._course()
+        self._begun: dict[str, Any] | None = None  # course of the run that goes on
         self._used: dict[str, float] = {}  # state of the mask that the present step computes with
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
@@ -52,7 +52,7 @@ class AnnealSparsity(Callback):
         steps = self._steps or asked
         self.schedule = SparsitySchedule(pl_module.sparsity.target, steps, **self.fractions, shape=self.shape)
         learns = pl_module.learns_mask and not pl_module.gates.hardened
-        if learns and (odd := difference(self._begun, self._course(), "anneal")):
+        if learns and self._begun and (odd := difference(self._begun, self._course(), "anneal")):
             raise KoffError(
                 f"a mask that is not fixed yet keeps its course, but {odd}: use the anneal options of the run that "
                 "goes on, or start a new one"
@@ -117,4 +117,4 @@ class AnnealSparsity(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it; `on_fit_start` lays out the rest."""
         self._steps = state["steps"]
-        self._begun = state.get("course", self._begun)  # older checkpoints do not say
+        self._begun = state.get("course")  # older checkpoints do not say

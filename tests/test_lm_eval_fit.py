@@ -184,7 +184,7 @@ def test_scores_that_are_no_numbers_are_a_warning_unless_strict(place, tmp_path,
         assert fit(place, out, lm_eval={"strict": True}) == 2
         assert words in capsys.readouterr().err
         return
-    with pytest.warns(match=rf"toy_choose \(law\) failed at step 2, training goes on: .*{words}"):
+    with pytest.warns(match=rf"toy_choose \(law\) failed at step [246], training goes on: .*{words}"):
         assert fit(place, out, trainer={"callbacks": monitors(out)[:1]}) == 0  # a checkpoint by the score that fails
     found = json.loads((out / "results.json").read_text())
     assert found["steps"] == 6

@@ -25,6 +25,7 @@ COLUMNS = {  # of the datasets' cards
     "common-pile/caselaw_access_project_filtered": COMMON_PILE,
     "common-pile/regulations_filtered": COMMON_PILE,
 }
+COMMIT = "c" * 40
 NAMED = {"HuggingFaceFW/fineweb-2", "HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia"}  # those in subsets
 
 
@@ -35,6 +36,7 @@ def asked(monkeypatch):
 
     def load_dataset(path, name, split, revision, streaming):
         assert (name is not None) == (path in NAMED)
+        assert revision == COMMIT, "all that read it read the same version"
         questions.append((path, name))
         texts = toy_documents(120, seed=len(questions))
         rows = {column: [f"{column}-{len(questions)}-{i}" for i in range(120)] for column in COLUMNS[path]}
@@ -42,6 +44,7 @@ def asked(monkeypatch):
         return datasets.Dataset.from_dict(rows).to_iterable_dataset(num_shards=2)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash=COMMIT))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # also where the tests run without a network
     shards._open_hub.cache_clear()
     yield questions

@@ -23,7 +23,7 @@ from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.cli import main
 from koff_lightning.commands import needs, offline
-from koff_lightning.data import DomainDataModule, DomainSource, cache, shards
+from koff_lightning.data import DomainDataModule, DomainSource, cache, hub_copy, shards
 from koff_lightning.data import datamodule as module
 from koff_lightning.data.cache import DomainRows, TokenCache
 from koff_lightning.data.packing import TokenStream, pack
@@ -468,23 +468,83 @@ def test_prefetch_lists_what_cannot_be_had_and_fetches_the_rest(text, corpus, mo
     assert "2 thing(s) cannot be fetched:\n  model some/model: some/model is gated\n  domain y: cannot read" in said.err
 
 
-def test_prefetch_takes_no_streamed_corpus_whole(corpus, monkeypatch, capsys):
+STREAMED = ["--data.streaming=true", "--data.max_heldout_bytes=900", "--data.heldout_fraction=0.2", "--prefetch-only"]
+NO_SIZE = "may be terabytes: say how many bytes of text to copy of each dataset, --prefetch_bytes=1000000000 say; got"
+
+
+@pytest.mark.parametrize(("words", "got"), [([], "None"), (["--prefetch_bytes=0"], "0")])
+def test_of_a_streamed_corpus_it_must_be_said_how_much_to_fetch(corpus, monkeypatch, capsys, words, got):
     fetched = []
     monkeypatch.setattr(needs, "snapshot_download", lambda name, **_: fetched.append(name))
     monkeypatch.setattr(needs, "fetch_hub", lambda *_: fetched.append("a corpus"))
     monkeypatch.setattr(needs, "load_tokenizer", no_tokenizer)
-    argv = ["prepare", "--model.backbone=some/model", "--prefetch-only", f"--data.domains.x=hub:{corpus}"]
-    assert main([*argv, "--data.streaming=true", "--data.max_heldout_bytes=900"]) == 2
+    argv = ["prepare", "--model.backbone=some/model", f"--data.domains.x=hub:{corpus}", *words]
+    assert main([*argv, *STREAMED]) == 2
     said = capsys.readouterr()
-    assert fetched == ["some/model"]
-    assert said.out == "model some/model: is here\n"
+    assert (fetched, said.out) == (["some/model"], "model some/model: is here\n")
     line = said.err.splitlines()[-1]
-    assert line.startswith(
-        f"  domain x: data.streaming reads hub:{corpus} bit by bit, prefetching would take it whole: "
-    )
-    assert "--data.streaming=false" in line
-    assert main([*argv, "--data.streaming=false"]) == 0
+    assert line == f"  domain x: data.streaming reads hub:{corpus} bit by bit, and all of it {NO_SIZE} {got}"
+    assert main([*argv, *STREAMED, "--data.streaming=false"]) == 0
     assert fetched[1:] == ["some/model", "a corpus"]
+
+
+def test_a_size_without_prefetch_is_refused(capsys):
+    argv = ["prepare", "--model.backbone=koff-tiny", "--data.domains.x=bundled:de", "--prefetch_bytes=9"]
+    assert main(argv) == 2
+    assert "--prefetch_bytes is the size of what --prefetch-only copies: give both" in capsys.readouterr().err
+
+
+def test_a_streamed_corpus_is_copied_and_trained_on_without_network(corpus, tmp_path, monkeypatch, capsys):
+    """The copy is the corpus' head: held-out text is that of a run with a network, and no other text is trained on."""
+    monkeypatch.chdir(tmp_path)
+    texts, size = toy_documents(60), 6000
+    sizes = np.cumsum([len(text.encode()) for text in texts])
+    head = texts[: int(np.searchsorted(sizes, size)) + 1]
+    domain = [f"--data.domains.x=hub:{corpus}", "--model.backbone=koff-tiny"]
+    assert main(["prepare", *domain, *STREAMED, f"--prefetch_bytes={size}"]) == 0
+    assert capsys.readouterr().out == "domain x: is here\n"
+    options = {"seq_len": 32, "heldout_fraction": 0.2, "max_heldout_bytes": 900, "streaming": True}
+    online = DomainDataModule({"x": f"hub:{corpus}"}, "koff-tiny", **options)
+    online.setup()
+    shutil.rmtree(corpus)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv(offline.ASKED, "1")
+    data = DomainDataModule({"x": f"hub:{corpus}"}, "koff-tiny", **options)
+    with pytest.warns(UserWarning, match=rf"no network: of hub:.* only the {sizes[len(head) - 1]:,} bytes of text"):
+        data.setup()
+    assert data._heldout["x"].tokens.tolist() == online._heldout["x"].tokens.tolist()
+    assert [d.text for shard in data._texts["x"].shards for _, d in shard.read(pytest.fail)] == head
+    words = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--data.seq_len=32", "--data.batch_size=2"]
+    words += ["--trainer.accelerator=cpu", *(word for word in STREAMED if word != "--prefetch-only")]
+    with pytest.warns(UserWarning, match="no network: of hub:"):
+        assert main(["fit", *domain, *words, "--export.enabled=false"]) == 0
+    file = next((tmp_path / "cache" / "hub").glob("*/*.parquet"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(["fit", *domain, *words, "--export.enabled=false"]) == 2
+    assert f"the copy of hub:{corpus} in {file.parent} is damaged (00000.parquet): delete" in capsys.readouterr().err
+
+
+def test_a_copy_is_made_anew_only_where_more_is_asked(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_copy, "PIECE", 1000)
+    what = (str(corpus), None, "train", "text", "id")
+    pieces = shards.hub_shards(*what)
+
+    def copied(num_bytes):
+        hub_copy.make_copy(str(corpus), pieces, num_bytes, pytest.fail)
+        files = hub_copy.find_copy(*what)
+        texts = [d.text for file in files for _, d in file.read(pytest.fail)]
+        return len(files), sum(len(text.encode()) for text in texts), texts
+
+    with pytest.warns(UserWarning, match="only the"):
+        files, size, texts = copied(3000)
+        assert (files, texts) == (3, toy_documents(60)[: len(texts)])
+        assert 3000 <= size < 3000 + max(map(len, toy_documents(60)))
+        assert copied(2000) == copied(3000) == (files, size, texts)
+        assert copied(5000)[1] >= 5000
+        assert copied(10**9)[2] == toy_documents(60)
+        monkeypatch.setattr(hub_copy, "_pieces", lambda *_: pytest.fail("it is whole already"))
+        assert copied(10**10)[2] == toy_documents(60)
+    assert len(list((tmp_path / "cache" / "hub").iterdir())) == 1
 
 
 def test_weights_in_parts_must_all_be_there(tmp_path, monkeypatch):
@@ -505,7 +565,7 @@ def test_a_hub_domain_that_is_tokenised_needs_no_hub(text, corpus, monkeypatch):
     monkeypatch.setattr(needs, "fetch_hub", gone)
     monkeypatch.setattr("koff_lightning.data.sources.hub_shards", gone)
     needs._find_text(data, data.sources["x"], config)
-    needs._fetch_text(data, data.sources["x"], config)
+    needs._fetch_text(data, "x", config)
     data.setup()
     with pytest.raises(KoffError, match="no hub"):
         needs._find_text(data, DomainSource(f"hub:{corpus}", split="other"), config)

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -24,7 +25,7 @@ from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning import ranks
 from koff_lightning.backbone import load_tokenizer
-from koff_lightning.data import DomainDataModule, DomainSource, is_heldout, patience, stream
+from koff_lightning.data import DomainDataModule, DomainSource, is_heldout, patience, shards, stream
 from koff_lightning.data.packing import IGNORED, tokenize
 from koff_lightning.data.readers import Document, Part
 from koff_lightning.data.shards import FileShard, HubShard, deal
@@ -231,8 +232,9 @@ def test_an_epoch_ends_and_the_next_goes_on(text):
 def test_a_state_of_other_data_is_refused_or_warned_of(text, tmp_path):
     state = loader_of(text).state_dict()
     refuse = partial(pytest.raises, KoffError)
-    for options, what in (({"seq_len": 48}, "seq_len"), ({"heldout_fraction": 0.3}, "text of a, text of b")):
-        with refuse(match=f"differs from the checkpoint's in {what}, so it cannot go on"):
+    others = r"text of a \(there \w{16}, here \w{16}\), text of b \(there"
+    for options, what in (({"seq_len": 48}, r"seq_len \(there 32, here 48\)"), ({"heldout_fraction": 0.3}, others)):
+        with refuse(match=f"differs from the checkpoint's in {what}.*, so it cannot go on"):
             loader_of(text, **options).load_state_dict(state)
     with refuse(match="in world_size"):
         loader_of(text, place=(0, 2)).load_state_dict(state)
@@ -375,6 +377,37 @@ def test_hub_datasets_are_streamed_shard_by_shard(tmp_path, text):
         DomainDataModule({"x": f"hub:{folder}"}, **options).setup()
     with pytest.raises(KoffError, match="cannot read hub:.*split.*test"):
         DomainDataModule({"x": DomainSource(f"hub:{folder}", split="test")}, **options).setup()
+
+
+def test_a_dataset_of_the_hub_that_has_moved_on_is_other_text(text, monkeypatch):
+    """What is streamed is the version that the run saw at its start; the error names both, so one can be pinned."""
+    commits = iter("abb")
+    asked = []
+
+    def load_dataset(path, name, split, revision, streaming):
+        asked.append((path, revision))
+        rows = {"text": toy_documents(80), "id": [str(i) for i in range(80)]}
+        return datasets.Dataset.from_dict(rows).to_iterable_dataset(num_shards=2)
+
+    def loader(repo):
+        shards._open_hub.cache_clear()
+        commit = next(commits) * 40
+        builder = lambda name, subset, revision: SimpleNamespace(hash=revision or commit)  # noqa: E731
+        monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+        data = DomainDataModule({"x": f"hub:{repo}"}, str(text / "tokenizer"), 32, 4, 0.2, 900, streaming=True)
+        data.trainer = SimpleNamespace(accumulate_grad_batches=1, max_steps=4, world_size=1)
+        data.setup()
+        return data.train_dataloader()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    state = loader("org/name").state_dict()
+    assert set(asked) == {("org/name", "a" * 40)}
+    differs = rf"in version of x \(there org/name@{'a' * 40}, here org/name@{'b' * 40}\), .*by hub:name@commit\)"
+    with pytest.raises(KoffError, match=differs):
+        loader("org/name").load_state_dict(state)
+    loader(f"org/name@{'a' * 40}").load_state_dict(state)
+    shards._open_hub.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------- faults of a source

@@ -144,5 +144,7 @@ def _held(caches: dict[str, Path]) -> list[str]:
         held += [f"{kind} {folder.name.removeprefix(f'{kind}s--').replace('--', '/')}" for folder in found]
     made = sorted(folder for folder in caches["HF_DATASETS_CACHE"].glob("*") if folder.is_dir())
     held += [f"dataset {folder.name.replace('___', '/')}, ready to read" for folder in made]
-    entries = sum(folder.is_dir() and folder.name[0] != "." for folder in (caches["KOFF_CACHE"] / "tokens").glob("*"))
-    return held + [f"tokenised text, {entries} {'entry' if entries == 1 else 'entries'}"] * (entries > 0)
+    for what, kind in (("tokenised text", "tokens"), ("copies of streamed datasets", "hub")):
+        count = sum(folder.is_dir() and folder.name[0] != "." for folder in (caches["KOFF_CACHE"] / kind).glob("*"))
+        held += [f"{what}, {count} {'entry' if count == 1 else 'entries'}"] * (count > 0)
+    return held

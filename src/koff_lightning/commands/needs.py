@@ -13,9 +13,11 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from koff_lightning.artefact.extend import backbone_of
 from koff_lightning.backbone import TINY, load_config, load_tokenizer
 from koff_lightning.data import DomainDataModule, DomainSource
+from koff_lightning.data.hub_copy import make_copy
 from koff_lightning.data.patience import patiently
-from koff_lightning.data.shards import fetch_hub
+from koff_lightning.data.shards import fetch_hub, hub_shards
 from koff_lightning.data.sources import domain_shards
+from koff_lightning.data.split import BadLines
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation.lm_tasks import load_tasks
 
@@ -53,7 +55,7 @@ def needs_of(config: Any) -> Iterator[Need]:
     data = DomainDataModule(**config.data.as_dict())
     for name, source in data.sources.items():
         find = partial(_find_text, data, source, config)
-        fetch = partial(_fetch_text, data, source, config) if source.hub_entries else None
+        fetch = partial(_fetch_text, data, name, config) if source.hub_entries else None
         yield Need(f"domain {name}", find, fetch)
     yield from task_needs([task.task for task in config.lm_eval.tasks or ()], config.lm_eval.include_path)
 
@@ -132,20 +134,30 @@ def tokenizer_of(config: Any) -> Any:
 def _find_text(data: DomainDataModule, source: DomainSource, config: Any) -> None:
     """Raise KoffError unless a domain's text is there: tokenised, as files, or in the cache of the hub."""
     if not _is_tokenised(data, source, config):
-        domain_shards(source)
+        domain_shards(source, streamed=data.streaming)
 
 
-def _fetch_text(data: DomainDataModule, source: DomainSource, config: Any) -> None:
-    """Download a domain's hub datasets, unless it is tokenised already; none of those that are too large to be held."""
+def _fetch_text(data: DomainDataModule, name: str, config: Any) -> None:
+    """Download a domain's hub datasets, unless it is tokenised already; of those that are streamed copy the head."""
+    source = data.sources[name]
     if data.streaming:
-        raise KoffError(
-            f"data.streaming reads {', '.join(f'hub:{repo}' for repo in source.hub_entries)} bit by bit, prefetching "
-            "would take it whole: `hf download` some of its files and name these in data.domains, or `koff prepare` a "
-            "part with --data.streaming=false and data.max_train_bytes; to have all of it, add --data.streaming=false"
-        )
-    if not _is_tokenised(data, source, config):
+        _copy_heads(data, name, config.get("prefetch_bytes"))
+    elif not _is_tokenised(data, source, config):
         for repo in source.hub_entries:
             fetch_hub(repo, source.subset, source.split)
+
+
+def _copy_heads(data: DomainDataModule, name: str, num_bytes: int | None) -> None:
+    source = data.sources[name]
+    if num_bytes is None or num_bytes <= 0:
+        raise KoffError(
+            f"data.streaming reads {', '.join(f'hub:{repo}' for repo in source.hub_entries)} bit by bit, and all of it "
+            f"may be terabytes: say how many bytes of text to copy of each dataset, --prefetch_bytes=1000000000 say; "
+            f"got {num_bytes}"
+        )
+    for repo in source.hub_entries:
+        shards = hub_shards(repo, source.subset, source.split, source.text_field, source.id_field)
+        make_copy(repo, shards, num_bytes, BadLines(name, data.on_bad_line, endless=True))
 
 
 def _is_tokenised(data: DomainDataModule, source: DomainSource, config: Any) -> bool:

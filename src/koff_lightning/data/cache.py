@@ -68,11 +68,6 @@ def _unpacked(rows: PackedRows, lengths: NDArray[np.int64], num_bytes: NDArray[n
     return TokenStream(rows.tokens.reshape(-1)[: lengths.sum()], lengths, num_bytes)
 
 
-def default_folder() -> Path:
-    """Where tokenised text is kept: $KOFF_CACHE/tokens, or ~/.cache/koff/tokens."""
-    return Path(os.environ.get("KOFF_CACHE") or "~/.cache/koff").expanduser() / "tokens"
-
-
 class TokenCache:
     """Tokenised domains by what they are made of.
 

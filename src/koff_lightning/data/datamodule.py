@@ -1,7 +1,5 @@
 """DomainDataModule: text sources of several domains -> training, validation, test and prediction batches."""
 
-import hashlib
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.backbone import load_tokenizer
-from koff_lightning.data.cache import DomainRows, TokenCache, default_folder, domain_rows
+from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
 from koff_lightning.data.calibration import CalibrationText, most_tokens
 from koff_lightning.data.head import IsTraining, read_head
 from koff_lightning.data.loader import HeldoutLoader, TrainLoader
@@ -24,6 +22,7 @@ from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
 from koff_lightning.errors import KoffError
+from koff_lightning.run.own_cache import own_cache
 
 MIN_SEQ_LEN = 8
 MOST_TOKENS = 2**31  # in a batch: what an int32 can count
@@ -103,7 +102,7 @@ class DomainDataModule(LightningDataModule):
         self.seq_len, self.batch_size, self.num_workers, self.seed = seq_len, batch_size, num_workers, seed
         self.heldout_fraction, self.on_bad_line = heldout_fraction, on_bad_line
         self.max_heldout_bytes, self.max_train_bytes = max_heldout_bytes, max_train_bytes
-        self.cache = TokenCache(Path(cache).expanduser() if cache else default_folder())
+        self.cache = TokenCache(Path(cache).expanduser() if cache else own_cache() / "tokens")
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._documents: dict[str, TokenStream] = {}  # training text, or a sample of it when streaming
         self._texts: dict[str, Text] = {}  # what is streamed
@@ -173,7 +172,7 @@ class DomainDataModule(LightningDataModule):
 
     def _read_head(self, name: str, source: DomainSource) -> Texts:
         """Held-out text and a sample of the training text; takes note of what is to be streamed."""
-        shards, on_bad = domain_shards(source), BadLines(name, self.on_bad_line)
+        shards, on_bad = domain_shards(source, streamed=True), BadLines(name, self.on_bad_line)
         texts = read_head(
             name,
             shards,
@@ -234,8 +233,7 @@ class DomainDataModule(LightningDataModule):
         identity: dict[str, object] = {"tokenizer": fingerprint(self.tokenizer), "seq_len": self.seq_len}
         for name, text in self._texts.items():
             fields = self.sources[name].text_field, self.sources[name].id_field
-            what = json.dumps([[[shard.name, shard.size] for shard in text.shards], fields, split])
-            identity[f"text of {name}"] = hashlib.sha256(what.encode()).hexdigest()[:16]
+            identity |= text.identity(fields, split)
         return Reading(self._texts, self.tokenizer, self.seq_len, identity)
 
     def _window(self, accumulate: int) -> int:

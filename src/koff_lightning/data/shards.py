@@ -57,7 +57,7 @@ class FileShard:
 class HubShard:
     """One of the `of` shards of a dataset on the hub, read as a stream; nothing is stored."""
 
-    repo: str  # name or name@revision, or a local folder that `datasets` can load
+    repo: str  # name@commit, or a local folder that `datasets` can load
     subset: str | None
     split: str
     text_field: str
@@ -97,17 +97,25 @@ class HubShard:
 
 
 def hub_shards(repo: str, subset: str | None, split: str, text_field: str, id_field: str) -> list[HubShard]:
-    """The shards of a dataset.
+    """The shards of a dataset, held to the commit that it is at now: whoever reads them later reads the same.
 
     Raises:
         KoffError: No such dataset, subset or split, no network, or offline.
     """
 
-    def count() -> int:
-        return max(1, _open_hub(repo, subset, split, os.getpid()).num_shards)
+    def look() -> tuple[str, int]:
+        fixed = _at_commit(repo, subset)
+        return fixed, max(1, _open_hub(fixed, subset, split, os.getpid()).num_shards)
 
-    of = patiently(count, f"hub:{repo}")
-    return [HubShard(repo, subset, split, text_field, id_field, index, of) for index in range(of)]
+    fixed, of = patiently(look, f"hub:{repo}")
+    return [HubShard(fixed, subset, split, text_field, id_field, index, of) for index in range(of)]
+
+
+def is_offline() -> bool:
+    """Whether `datasets` is kept from the network."""
+    import datasets  # a second of imports
+
+    return bool(datasets.config.HF_HUB_OFFLINE)
 
 
 @lru_cache(maxsize=64)
@@ -115,40 +123,42 @@ def _open_hub(repo: str, subset: str | None, split: str, process: int) -> Any:
     """A dataset as a stream; each process opens its own, because connections do not survive a fork."""
     import datasets  # a second of imports
 
-    if datasets.config.HF_HUB_OFFLINE and not Path(repo.partition("@")[0]).is_dir():
+    if is_offline() and not Path(repo.partition("@")[0]).is_dir():
         table = fetch_hub(repo, subset, split)
         return table.to_iterable_dataset(num_shards=min(OFFLINE_SHARDS, max(1, len(table))))
     datasets.disable_progress_bars()
-    _require_version(repo, subset)
-    return datasets.load_dataset(**_where(repo, subset, split), streaming=True)
+    return datasets.load_dataset(**_where(_at_commit(repo, subset), subset, split), streaming=True)
 
 
 def fetch_hub(repo: str, subset: str | None, split: str) -> Any:
     """Download a dataset into the hub's cache, all of it; offline, find it there."""
     import datasets
 
-    _require_version(repo, subset)
-    return datasets.load_dataset(**_where(repo, subset, split))
+    return datasets.load_dataset(**_where(_at_commit(repo, subset), subset, split))
 
 
-def _require_version(repo: str, subset: str | None) -> None:
-    """Refuse what `datasets` takes where it does not reach the hub: the newest version in its cache, whatever is asked.
+def _at_commit(repo: str, subset: str | None) -> str:
+    """`repo` as name@commit; a local folder as it is.
+
+    Where `datasets` does not reach the hub it takes the newest version in its cache, whatever is asked.
 
     Raises:
         ConnectionError: That is another version than the one in name@revision.
     """
     name, _, revision = repo.partition("@")
-    if not revision or Path(name).is_dir():
-        return
+    if Path(name).is_dir():
+        return repo
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
-    builder = datasets.load_dataset_builder(name, subset, revision=revision)
-    if isinstance(builder, Cache) and builder.hash not in (revision, _commit_in_cache(name, revision)):
+    builder = datasets.load_dataset_builder(name, subset, revision=revision or None)
+    right = revision in ("", builder.hash) or builder.hash == _commit_in_cache(name, revision)
+    if isinstance(builder, Cache) and not right:
         raise ConnectionError(
             f"{revision} is asked for, the hub is not reached, and the newest version in its cache is {builder.hash}. "
             "Where there is a network, `koff prepare --prefetch-only` with an HF_HOME of its own fetches the right one"
         )
+    return f"{name}@{builder.hash}"
 
 
 def _commit_in_cache(name: str, revision: str) -> str | None:

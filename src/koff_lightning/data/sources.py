@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from koff_lightning.data.hub_copy import find_copy
 from koff_lightning.data.readers import format_of
-from koff_lightning.data.shards import FileShard, Shard, hub_shards
+from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_offline
 from koff_lightning.errors import KoffError
 
 BUNDLED, HUB = "bundled:", "hub:"
@@ -151,8 +152,12 @@ def _check_name(name: object, known: Mapping[str, DomainSource]) -> None:
         )
 
 
-def domain_shards(source: DomainSource) -> list[tuple[Shard, Side]]:
+def domain_shards(source: DomainSource, streamed: bool = False) -> list[tuple[Shard, Side]]:
     """All shards of a domain and which side their documents are on; held-out ones first, then in the order given.
+
+    Args:
+        source: The domain.
+        streamed: Of hub datasets the copies of their heads will do where there is no network.
 
     Raises:
         KoffError: Files, bundled text or hub datasets that are not there, or a file on both sides.
@@ -169,7 +174,9 @@ def domain_shards(source: DomainSource) -> list[tuple[Shard, Side]]:
         shards += [(FileShard(bundled_file(name, split), "text", "id"), side) for name in source.bundled_entries]
     shards += [(FileShard(path, *fields), rest) for path in files]
     for repo in source.hub_entries:
-        shards += [(shard, rest) for shard in hub_shards(repo, source.subset, source.split, *fields)]
+        what = repo, source.subset, source.split, *fields
+        copied = find_copy(*what) if streamed and is_offline() else []
+        shards += [(shard, rest) for shard in copied or hub_shards(*what)]
     return shards
 
 

@@ -9,9 +9,12 @@ domain, reader, pass, buffer, pack), so the place in the stream is six numbers, 
 buffer again.
 """
 
+import hashlib
+import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from koff_lightning.data.packing import PackedRows, pack, tokenize
 from koff_lightning.data.patience import read_patiently
 from koff_lightning.data.readers import Document, OnBad, Part
-from koff_lightning.data.shards import Shard
+from koff_lightning.data.shards import HubShard, Shard
 from koff_lightning.errors import KoffError
 
 BUFFER = 4 * 2**20  # characters of text that are shuffled together
@@ -46,6 +49,13 @@ class Text:
     shards: Sequence[Shard]
     wanted: Callable[[int, Document], bool]  # (number of the shard, document) -> is it training text?
     on_bad: OnBad
+
+    def identity(self, *how: object) -> dict[str, Any]:
+        """What a place in this text depends on, in plain values by name: the shards, and `how` they are read."""
+        what = json.dumps([[[shard.name, shard.size] for shard in self.shards], *how])
+        commits = sorted({shard.repo for shard in self.shards if isinstance(shard, HubShard)})
+        said = {f"version of {self.domain}": ", ".join(commits)} if commits else {}
+        return said | {f"text of {self.domain}": hashlib.sha256(what.encode()).hexdigest()[:16]}
 
 
 class RowStream:

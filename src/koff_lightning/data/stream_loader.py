@@ -150,10 +150,11 @@ class StreamLoader:
         mine, theirs = self._order(), state.get("order", {})
         changed = [key for key in mine if mine[key] != theirs.get(key)]
         if "places" not in state or set(changed) - set(HARMLESS):
-            what = ", ".join(key for key in changed if key not in HARMLESS) or "data.streaming"
+            odd = [f"{key} (there {theirs.get(key)}, here {mine[key]})" for key in changed if key not in HARMLESS]
             raise KoffError(
-                f"the streamed data of this run differs from the checkpoint's in {what}, so it cannot go on where that "
-                "run stopped: set it back, or start a new run"
+                f"the streamed data of this run differs from the checkpoint's in {', '.join(odd) or 'data.streaming'}, "
+                "so it cannot go on where that run stopped: set it back (a dataset of the hub by hub:name@commit), or "
+                "start a new run"
             )
         if changed:
             rank_zero_warn(

@@ -98,8 +98,28 @@ def test_all_arms_run_at_the_first_sparsity_and_few_at_the_others(runs, capsys):
     assert shown["koff"]["net"] == pytest.approx(-0.05)
     assert {row["name"]: row["verdict"] for row in found["verdicts"]}["c"] == "supported"
     page, said = (out / "claims.md").read_text(), capsys.readouterr().out
-    assert "| flap_memory |" in page and "## The curve" in page and "| 50 % |" in page
+    assert "| flap_memory |" in page and "## The curve" in page
+    curve = page.split("## The curve")[1].split("\n\n")[2].splitlines()
+    assert curve[0] == "| arm | 12 % | 50 % |"
+    assert {line.split()[1] for line in curve[2:]} == {*few, "memory_off", "swapped"}
     assert "10/10  " in said and "left" in said and "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("curve", "on_it"),
+    [
+        ("all", ("koff", "flap", "flap_memory", "kv_equal")),
+        ("kv_equal,wanda_sp_memory", "kv_equal wanda_sp wanda_sp_memory"),
+    ],
+)
+def test_the_arms_of_the_curve_can_be_chosen(runs, curve, on_it):
+    _, go = runs
+    status, made = go(
+        "--seeds=1", "--sparsity=0.12,0.5", "--arms=koff,flap_memory,kv_equal,dense_memory", f"--curve={curve}"
+    )
+    first = {f"{arm}-0.12-0" for arm in ("koff", "flap", "flap_memory", "kv_equal", "dense_memory")}
+    assert (status, set(made)) == (0, first | {f"{arm}-0.5-0" for arm in on_it})
+    assert go("--seeds=1", "--sparsity=0.12,0.5", "--curve=kv_equl")[0] == 2
 
 
 def test_what_is_done_is_not_repeated(runs):

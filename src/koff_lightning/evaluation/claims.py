@@ -37,6 +37,7 @@ def claims(
     jobs: int = 1,
     arms: str | None = None,
     tasks: str | None = None,
+    curve: str | None = None,
     further: list[str] | None = None,
 ) -> None:
     """Measure KOFF against its controls and say which of the paper's claims hold (docs/claims.md).
@@ -54,6 +55,7 @@ def claims(
         arms: Arms to run, with commas; by default all of docs/claims.md.
         tasks: Tasks of lm-eval on which to compare KOFF with the dense model too, with commas, `{domain}` for the name
             of each domain: `koff_cloze_{domain},koff_continuation_{domain}`.
+        curve: Arms of the further sparsities, with commas, or `all`.
         further: Options of `koff fit` for all arms, as they stand after a lone `--`.
     """
     for name, value in (("seeds", seeds), ("jobs", jobs)):
@@ -64,24 +66,27 @@ def claims(
         raise KoffError(
             "tasks are asked of the runs of koff, which arms leaves out: add koff to --arms, or leave out --tasks"
         )
+    on_curve = chosen if curve == "all" else all_arms.chosen(curve) if curve else None
     shares = None if sparsity is None else _shares(sparsity)
     resolved = _resolved(config, backbone, further or [])
     shares = shares or _shares(str(resolved["model"]["sparsity"]["target"]))
-    equal = all_arms.equal_memories(resolved["model"]) if set(EQUAL) & set(chosen) else {}
+    equal = all_arms.equal_memories(resolved["model"]) if set(EQUAL) & {*chosen, *(on_curve or ())} else {}
     suites = load_suites(tasks, list(resolved["data"]["domains"])) if tasks else {}
     folder = Path(out).expanduser()
     given = {"config": config, "backbone": backbone, "seeds": seeds, "sparsity": sparsity, "arms": arms, "tasks": tasks}
+    given |= {"curve": curve}
     about = {"command": _command(given, further), "equal_memories": equal}
     if config == TINYS:
         _warn_of_settings(backbone, resolved)
     with alone_in(folder, "--out"):
         _keep(folder / "config.yaml", resolved)
-        _measure(folder, chosen, shares, seeds, jobs, suites, about)
+        _measure(folder, chosen, on_curve, shares, seeds, jobs, suites, about)
 
 
 def _measure(
     folder: Path,
     chosen: list[str],
+    on_curve: list[str] | None,
     shares: list[float],
     seeds: int,
     jobs: int,
@@ -102,7 +107,8 @@ def _measure(
     failures = make(main)
     done = claims_report.read(folder, main, failures)
     best = claims_report.best_one_shot(done)
-    curve = [Run(arm, share, seed) for seed in range(seeds) for share in shares[1:] for arm in _on_curve(chosen, best)]
+    further = _masks_first([arm for arm in on_curve or _usual_curve(chosen, best) if arm != "dense_memory"])
+    curve = [Run(arm, share, seed) for seed in range(seeds) for share in shares[1:] for arm in further]
     failures += make(curve)
     done |= claims_report.read(folder, curve, failures)
     about = about | {"best_one_shot": best, "retention": []}
@@ -145,10 +151,10 @@ def _masks_first(chosen: list[str]) -> list[str]:
     return [*(arm for arm in chosen if arm in METHODS), *(arm for arm in chosen if arm not in METHODS)]
 
 
-def _on_curve(chosen: list[str], best: str | None) -> list[str]:
+def _usual_curve(chosen: list[str], best: str | None) -> list[str]:
     """Arms of the further sparsities: the best one-shot mask as it is and with memories, and these three."""
-    one_shot = [best] * (best is not None) + [arm for arm in chosen if best is not None and AFTER.get(arm) == best]
-    return [*one_shot, *(arm for arm in ("koff", "no_memory", "two_stage") if arm in chosen)]
+    of_best = [arm for arm in chosen if best is not None and best in (arm, AFTER.get(arm))]
+    return [*of_best, *(arm for arm in ("koff", "no_memory", "two_stage") if arm in chosen)]
 
 
 def _shares(text: str) -> list[float]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from koff_lightning.evaluation.arms import ABOUT, AFTER
+from koff_lightning.evaluation.arms import ABOUT
 
 Report = Mapping[str, Any]
 COMPARED = ("dense", "dense_memory", "koff", "memory_off", "swapped", "no_memory")  # columns of the table by domain
@@ -110,20 +110,18 @@ def _domains(domains: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
 
 def _curve(report: Report) -> str:
     """The table of the further sparsities, with the first one beside them; nothing where there is only one."""
-    if len(report["sparsities"]) == 1:
+    first, *others = report["sparsities"]
+    if not others:
         return ""
-    best = report["best_one_shot"]
-    after = next((arm for arm, method in AFTER.items() if method == best), None)
-    arms = [arm for arm in ("koff", "memory_off", "no_memory", "two_stage", best, after) if arm]
     found = {(row["arm"], row["sparsity"]): row for row in report["arms"]}
+    arms = dict.fromkeys(arm for arm, share in found if share != first and arm not in ("dense", "dense_memory"))
+    shares = sorted(report["sparsities"])
     rows = []
-    for share in sorted(report["sparsities"]):
-        cells = [found.get((arm, share)) for arm in arms]
-        rows.append(
-            [_share(share), *(f"{spread(c['bpb'])} ({percent(c['against_dense'], 1)})" if c else "" for c in cells)]
-        )
-    head = "## The curve\n\nIn brackets: against dense."
-    return f"{head}\n\n{table(['removed', *arms], rows)}"
+    for arm in arms:
+        cells = [found.get((arm, share)) for share in shares]
+        rows.append([arm, *(f"{spread(c['bpb'])} ({percent(c['against_dense'], 1)})" if c else "" for c in cells)])
+    head = "## The curve\n\nBy what is removed; in brackets: against dense."
+    return f"{head}\n\n{table(['arm', *map(_share, shares)], rows)}"
 
 
 def _failures(failures: Sequence[Mapping[str, str]]) -> str:

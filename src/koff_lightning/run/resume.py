@@ -83,6 +83,7 @@ def _course(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "joint": options.get("joint"),
         "mask": "given (model.mask)" if options.get("mask") else learned,
+        "prior": "given (model.prior)" if options.get("prior") else sparsity.get("prior"),
         "sparsity.penalty": sparsity.get("penalty"),
     }
 

@@ -109,7 +109,7 @@ def test_all_arms_run_at_the_first_sparsity_and_few_at_the_others(runs, capsys):
     ("curve", "on_it"),
     [
         ("all", ("koff", "flap", "flap_memory", "kv_equal")),
-        ("kv_equal,wanda_sp_memory", "kv_equal wanda_sp wanda_sp_memory"),
+        ("kv_equal,wanda_sp_memory", ("kv_equal", "wanda_sp", "wanda_sp_memory")),
     ],
 )
 def test_the_arms_of_the_curve_can_be_chosen(runs, curve, on_it):

@@ -315,3 +315,16 @@ def test_held_out_text_is_asked_for_before_the_run(tmp_path):
     with pytest.raises(KoffError, match="datamodule"):
         batches = RandomText().train_dataloader()
         tiny_trainer(tmp_path, [RunReport()]).fit(tiny_module(tmp_path, kv=None), batches, batches)
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, 12), (1, 0)])
+def test_tokens_of_all_ranks_are_saved_and_counted_on_from_by_the_first(monkeypatch, rank, kept):
+    """Ranks predict different numbers of tokens, and a checkpoint is read by all of them."""
+    report = RunReport()
+    report._tokens = torch.tensor(5)
+    monkeypatch.setattr("koff_lightning.ranks.gather", lambda mine: [mine, 7])
+    state = report.state_dict()
+    assert state["tokens"] == 12
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", rank)
+    report.load_state_dict(state)
+    assert report._tokens == kept

@@ -201,6 +201,21 @@ def test_a_mask_that_is_not_fixed_keeps_its_course(tmp_path, change):
     tiny_trainer(tmp_path, [], anneal=change).fit(tiny_module(tmp_path), RandomText(), ckpt_path=path)
 
 
+EPOCHS = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=4"]  # of the same steps in all
+
+
+@pytest.mark.parametrize("words", [[*EPOCHS, "--trainer.max_steps=-1"], ["--trainer.max_epochs=9"]])
+def test_a_run_laid_out_in_epochs_goes_on_with_the_next_row(run_in, monkeypatch, capsys, words):
+    """Lightning then makes the loader before it has read from the checkpoint where it stood."""
+    assert run_in("whole", *words) == 0
+    cut_off(monkeypatch, run_in, *words)
+    last = str(newest_checkpoint(["cut"]))
+    assert run_in("cut", *words, "--ckpt_path", last) == 0
+    check_same_end("cut", "whole")
+    assert run_in("cut", *words, "--ckpt_path", last, "--data.max_train_bytes=9000") == 2
+    assert "the text of this run is not the checkpoint's" in capsys.readouterr().err
+
+
 STREAMED = ["--data.streaming=true", "--data.max_train_bytes=null"]
 STREAMED += [f"--data.domains.{name}={name}-*.txt" for name in ("de", "python")]
 
@@ -239,8 +254,9 @@ def test_a_source_that_stays_away_stops_a_streamed_run_which_goes_on_when_it_is_
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
-def test_a_streamed_run_with_workers_goes_on_in_mid_epoch(run_in, little_at_a_time, monkeypatch):
-    workers = [*STREAMED, "--data.num_workers=2"]
+@pytest.mark.parametrize("epochs", [[], ["--trainer.max_epochs=9"]])
+def test_a_streamed_run_with_workers_goes_on_in_mid_epoch(run_in, little_at_a_time, monkeypatch, epochs):
+    workers = [*STREAMED, *epochs, "--data.num_workers=2"]
     assert run_in("whole", *workers) == 0
     cut_off(monkeypatch, run_in, *workers)
     assert run_in("cut", *workers, "--ckpt_path", "last") == 0

@@ -93,8 +93,7 @@ class KOFFModule(Decomposition):
         super().__init__(source, domains, sparsity, lora, kv, shared_memory, extends, **loading)
         self.artifact, self.loss, self.optim, self.joint = artifact, loss, optim, joint
         self.activation_checkpointing, self.warm_start = activation_checkpointing, warm_start
-        self.given, self.guard = given, Guard(skip=optim.on_nonfinite == "skip")
-        self.chunk = self.loss.chunk
+        self.given, self.guard, self.chunk = given, Guard(skip=optim.on_nonfinite == "skip"), loss.chunk
         self.phase = "warmup"  # set at every step by AnnealSparsity, as is `target`
         if lora is None and kv is None and (sparsity.target == 0 or mask):
             what = "model.mask gives the mask" if mask else "sparsity.target is 0"
@@ -113,9 +112,8 @@ class KOFFModule(Decomposition):
         super().configure_model()
         if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.backbone.get_input_embeddings().num_embeddings)
-        self.penalty = (
-            LagrangianPenalty() if self.sparsity.penalty == "lagrangian" else FixedPenalty(self.sparsity.weight)
-        )
+        lagrangian = self.sparsity.penalty == "lagrangian"
+        self.penalty = LagrangianPenalty() if lagrangian else FixedPenalty(self.sparsity.weight)
         if self.given is not None:
             take(self, self.given)
             self.penalty.requires_grad_(not self.given.fixed)
@@ -192,6 +190,10 @@ class KOFFModule(Decomposition):
         self.fill_memories()
         owned = self._owned()
         ranks.copy_from_first([value for name, value in sorted(self.state_dict().items()) if name in owned])
+
+    def on_train_start(self) -> None:
+        """Give the training data its place. With max_epochs Lightning makes the loader before it knows the place."""
+        self.trainer.fit_loop._load_combined_loader_states()
 
     def fill_memories(self) -> None:
         """Fill fresh KV memories from each domain's own text; restored ones are left alone."""

@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich import get_console
@@ -154,13 +155,14 @@ class RunReport(Callback):
     # ----------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on counting from. Tokens are this rank's: ranks see equally many."""
-        return {"history": self.history.state_dict(), "tokens": int(self._tokens), "seconds": self._elapsed()}
+        """What a resumed run goes on counting from, with the tokens of all ranks. A collective call."""
+        tokens = sum(ranks.gather(int(self._tokens)))
+        return {"history": self.history.state_dict(), "tokens": tokens, "seconds": self._elapsed()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.history.load_state_dict(state["history"])
-        self._tokens, self._seconds = torch.tensor(state["tokens"]), state["seconds"]
+        self._tokens, self._seconds = torch.tensor(0 if rank_zero_only.rank else state["tokens"]), state["seconds"]
 
 
 def score(trainer: Trainer, module: KOFFModule) -> None:

@@ -338,6 +338,20 @@ def test_a_write_that_fails_leaves_the_old_folder(target, monkeypatch, stop, one
     assert only(target).read_text() == "old"
 
 
+@pytest.mark.parametrize("one_call", [True, False])
+def test_a_linked_folder_is_written_where_it_lies(tmp_path, monkeypatch, one_call):
+    if not one_call:
+        monkeypatch.setattr(new_folder, "_exchange", lambda *_: False)
+    (tmp_path / "disk").mkdir()
+    link, place = tmp_path / "out", tmp_path / "disk" / "artifact"
+    link.symlink_to(place)
+    for text in ("first", "second"):  # the link leads nowhere yet, then to a folder
+        write(link, text, overwrite=True)
+        assert link.is_symlink()
+        assert only(place).read_text() == text
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
 def test_what_is_there_is_kept(target):
     write(target, "old")
     with pytest.raises(KoffError, match="exists already: --overwrite replaces it"):

@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+from functools import wraps
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CometLogger
 from tiny_artefact import tiny_artefact
 from tiny_memories import mixed, written
 
@@ -161,6 +163,54 @@ def test_secrets_stay_at_home():
     assert without_secrets({"domains": domains}) == cleaned, "a domain may have any name"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Namespace(api_key='HIDDEN', mode=None)",
+        "{'headers': {'Authorization': 'Bearer HIDDEN'}}",
+        "Authorization: Basic HIDDEN=",
+        'the file says "accessToken": "HIDDEN"',
+        r"{\"pwd\": \"HIDDEN\"}",
+        "passphrase: HIDDEN",
+        "account_key=HIDDEN==;x",
+        "wandb_key: HIDDEN",
+        "private_key: -----BEGIN PRIVATE KEY-----\nHIDDEN\n-----END PRIVATE KEY-----",
+        "tokens: ['HIDDEN', 'HIDDEN']",
+        "--trainer.logger.api_key HIDDEN",
+        "glpat-HIDDENHIDDENHIDDEN12",
+        "xoxb-1234567890-HIDDEN",
+        "https://me:HIDDEN/HIDDEN@HIDDEN@host/x",
+    ],
+)
+def test_secrets_in_free_text(text):
+    assert "HIDDEN" not in without_secrets(text)
+    assert REMOVED in without_secrets(text)
+
+
+def test_secrets_by_the_names_of_options():
+    names = ["private_key", "accessToken", "pwd", "passphrase", "account_key", "wandb_key", "tokens", "x-api-key"]
+    for name in names:
+        assert without_secrets({name: "abc"}) == {name: REMOVED}
+        assert without_secrets({name: ["abc", "def"]}) == {name: [REMOVED, REMOVED]}
+    assert without_secrets({"headers": {"Authorization": "Bearer abc"}}) == {"headers": {"Authorization": REMOVED}}
+    assert without_secrets({"password": 1234}) == {"password": REMOVED}
+
+
+@pytest.mark.parametrize(
+    "innocent",
+    [
+        {"tokenizer": "koff-tiny", "num_tokens": 5, "max_tokens": "5", "tokens": 534498, "token_cache": "cache/a1"},
+        {"eos_token": "</s>", "seq_len": 64, "token": None, "tokens": [1, 2]},
+        "tokenizer: koff-tiny, num_tokens=5, tokens: 534498, token_cache: cache/a1, api_key=None",
+        "the tokens: all of them; unexpected token: identifier; a token: give HF_TOKEN",
+        "domain 'token': corpora/token1.jsonl: no such file",
+        "http://localhost:8000/model@main",
+    ],
+)
+def test_what_only_sounds_like_a_secret_stays(innocent):
+    assert without_secrets(innocent) == innocent
+
+
 def test_secrets_are_in_nothing_that_a_run_leaves(here, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form")
     options = {
@@ -177,13 +227,15 @@ def test_secrets_are_in_nothing_that_a_run_leaves(here, monkeypatch, capsys):
     }
     (here / "c.yaml").write_text(yaml.safe_dump(options))
     secret = "https://me:hunter2@host/run?token=abcdef"
-    assert main(["fit", "--config", "c.yaml", "--trainer.default_root_dir=run", "--data.cache", secret]) == 0
+    words = ["fit", "--config", "c.yaml", "--trainer.default_root_dir=run", "--data.cache", secret]
+    assert main([*words, "--model.revision", TOKEN]) == 0
     said = capsys.readouterr()
     left = [path for path in (here / "run").rglob("*") if path.is_file()]
-    assert {"config.yaml", "results.json", "koff.json", "last.ckpt"} <= {path.name for path in left}
+    assert {"config.yaml", "hparams.yaml", "results.json", "koff.json", "last.ckpt"} <= {path.name for path in left}
     for text in [said.out, said.err, *(path.read_bytes().decode(errors="replace") for path in left)]:
         assert "hunter2" not in text
         assert "abcdef" not in text
+        assert TOKEN not in text
     assert "(removed)" in next(path for path in left if path.name == "config.yaml").read_text()
 
 
@@ -194,3 +246,18 @@ def test_secrets_are_not_in_messages(capsys, monkeypatch):
         said = capsys.readouterr().err
         assert "(removed)" in said
         assert value not in said
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_logger_that_cannot_be_used_is_one_line_without_its_key(here, capsys, monkeypatch, several):
+    def refuse(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("Requirement 'comet-ml' not met")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.CometLogger.__init__", wraps(CometLogger.__init__)(refuse))
+    comet = {"class_path": "lightning.pytorch.loggers.CometLogger", "init_args": {"api_key": "SUPERSECRETVALUE123"}}
+    logger = [{"class_path": "CSVLogger", "init_args": {"save_dir": "x"}}, comet] if several else comet
+    options = {"trainer": {"accelerator": "cpu", "logger": logger}, "data": {"domains": {"de": "bundled:de"}}}
+    (here / "c.yaml").write_text(yaml.safe_dump(options))
+    assert main(["fit", "--config", "c.yaml"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("koff: ")]
+    assert said == ["koff: lightning.pytorch.loggers.CometLogger cannot be used: Requirement 'comet-ml' not met"]

@@ -30,6 +30,7 @@ from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
 from koff_lightning.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
 from koff_lightning.run.resume import refuse_other_steps
+from koff_lightning.run.secrets import without_secrets
 from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, SparsitySpec
 
 
@@ -99,10 +100,11 @@ class KOFFModule(Decomposition):
             what = "model.mask gives the mask" if mask else "sparsity.target is 0"
             raise KoffError(f"nothing to train: {what} and both model.lora and model.kv are null")
         specs = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": loss, "optim": optim}
-        plain = {"backbone": backbone, "domains": self.domains, "joint": joint, "shared_memory": shared_memory}
+        plain = {"backbone": backbone, "joint": joint, "shared_memory": shared_memory}
         plain |= {"activation_checkpointing": activation_checkpointing, "compile": compile, "artifact": artifact}
         plain |= {"mask": mask, "prior": prior} | loading
-        self.save_hyperparameters({k: v and asdict(v) for k, v in specs.items()} | plain)
+        specs = {name: spec and asdict(spec) for name, spec in specs.items()}
+        self.save_hyperparameters(specs | {"domains": self.domains} | without_secrets(plain))
 
     def configure_model(self) -> None:
         """Build the decomposition and what trains and measures it."""

@@ -9,6 +9,7 @@ _UNKNOWN_INNER = re.compile(r"Option '([\w.-]+)' is not accepted")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: (?:--)?|does not accept option ')([^\s'=]+)")
 _FOREIGN = re.compile(r"Importing '([\w.]+)' is not allowed")
 _OURS = re.compile(r"^Errors:\n  - (?!Expected |Problem |Not )(.+)$", re.MULTILINE)  # of a class's own check
+_UNUSABLE = re.compile(r"Problem with given class_path '([\w.]+)':\n\s*(?!\s|Parser key|Problem|Does not)(.+)")
 _LINKED = re.compile(r"\((\S+)\) --> (\S+):")
 
 
@@ -44,6 +45,9 @@ def one_line(message: str, names: Iterable[str]) -> str:
         return ours[1]
     if inner := _UNKNOWN_INNER.search(message):
         return f"no option '{key}.{inner[1]}'.{nearest(f'{key}.{inner[1]}', names)}"
+    if unusable := _UNUSABLE.findall(message):
+        name, reason = unusable[-1]
+        return f"{key + ': ' if key else ''}{name} cannot be used: {reason}"
     if bad := _BAD_VALUE.search(message):
         return f"{key} must be {_readable([bad[1]])}; got {bad[2]!r}.{nearest(bad[2], _choices(bad[1]))}"
     wanted = re.findall(r"^\s*- Expected an? (.+)$", message, re.MULTILINE)
@@ -51,7 +55,7 @@ def one_line(message: str, names: Iterable[str]) -> str:
     if key and wanted and given:
         value = given[1].strip("'")
         return f"{key} must be {_readable(wanted)}; got {value!r}.{nearest(value, _choices(' '.join(wanted)))}"
-    return " ".join(message.split())
+    return " ".join(re.split(r"Given value type:|Got value: ", message)[0].split())  # what was given may hold a key
 
 
 def _choices(types: str) -> list[str]:

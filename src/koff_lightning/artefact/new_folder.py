@@ -21,7 +21,8 @@ except ImportError:  # Windows: writers are not kept apart there
 def new_folder(target: Path, overwrite: bool = False, marker: str = "koff.json") -> Iterator[Path]:
     """An empty folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    It lies beside `target`, so that the last step is a rename: whoever looks finds the old folder or the new one.
+    It lies beside `target`, so that the last step is a rename: whoever looks finds the old folder or the new one. Where
+    `target` is a symbolic link, that is beside the folder that it leads to, and the link stays.
 
     Args:
         target: Where the folder shall be.
@@ -33,6 +34,7 @@ def new_folder(target: Path, overwrite: bool = False, marker: str = "koff.json")
             the new one.
     """
     check_free(target, overwrite, marker)
+    target = Path(os.path.realpath(target))
     work = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         work.mkdir(parents=True)

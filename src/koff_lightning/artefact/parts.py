@@ -77,7 +77,8 @@ class Order:
         model = self.module.backbone
         return {
             "id": self.module.source,
-            "revision": self.module.loading.get("revision") or getattr(model.config, "_commit_hash", None),
+            "revision": without_secrets(self.module.loading.get("revision"))
+            or getattr(model.config, "_commit_hash", None),
             "hash": self.module.backbone_hash,
             "family": model.config.model_type.removeprefix("koff_"),
             "tokenizer_hash": tokenizer_hash(self.tokenizer),

@@ -438,6 +438,19 @@ def test_a_folder_that_cannot_be_written(tmp_path):
             ask()
 
 
+def test_a_later_run_that_saved_nothing_is_not_passed_over_in_silence(run_in, monkeypatch):
+    cut_off(monkeypatch, run_in)
+    cut_off(monkeypatch, run_in, step=1)
+    (Path("cut") / "version_2").mkdir()  # as of a command that was refused: it has not trained
+    said = (
+        r"^cut/version_1 is of a later run, which has saved no checkpoint: cut/version_0/\S+ of an earlier run is used$"
+    )
+    with pytest.warns(UserWarning, match=said):
+        assert newest_checkpoint(["cut"]).parts[1] == "version_0"
+    with pytest.warns(UserWarning, match=said):
+        assert run_in("cut", "--ckpt_path", "last") == 0
+
+
 def test_last_without_any_checkpoint(run_in, capsys):
     assert main(["test", "--config", "mine.yaml", "--ckpt_path", "last"]) == 2
     assert "there is no checkpoint below runs/mine" in capsys.readouterr().err

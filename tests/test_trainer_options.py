@@ -70,6 +70,7 @@ def test_options_of_a_config_file_are_refused_too(refused, tmp_path):
         ("EMAWeightAveraging", "replace the weights by averages"),
     ],
 )
+@pytest.mark.filterwarnings("ignore")  # jsonargparse on the defaults of averaging
 def test_callbacks_that_replace_weights_rates_or_batches_are_refused(refused, name, advice):
     line = refused("--trainer.callbacks", f"[{{class_path: {CALLBACKS}.{name}}}]")
     assert line.startswith(f"koff: trainer.callbacks: {name.split(',')[0]} cannot be used here: ")

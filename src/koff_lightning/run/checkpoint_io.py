@@ -151,7 +151,7 @@ def _warn_of_later_runs(folders: Sequence[str | Path], version: int, newest: Pat
     later = {int(number[1]): path for path in begun if (number := _VERSION.fullmatch(path.name))}
     if later and max(later) > version:
         rank_zero_warn(
-            f"{later[max(later)]} is of a later run, which has saved no checkpoint: {newest} of an earlier run is used"
+            f"{later[max(later)]} is of a later run, but holds no checkpoint: {newest} of an earlier run is used"
         )
 
 

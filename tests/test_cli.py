@@ -292,8 +292,8 @@ def test_a_full_disk_stops_the_run_in_one_line(run_tiny, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints = Path("runs/mine/version_0/checkpoints")
-    line = f"koff: cannot write {checkpoints}/epoch=0-step=2.ckpt: File too large. Earlier checkpoints are intact: "
-    assert capsys.readouterr().err.splitlines()[-1] == f"{line}make room, then go on with --ckpt_path last"
+    line = f"koff: cannot write {checkpoints}/epoch=0-step=2.ckpt: File too large. No checkpoint had been saved "
+    assert capsys.readouterr().err.splitlines()[-1] == f"{line}before: make room, then start again"
     assert not list(checkpoints.iterdir())
 
 

@@ -305,7 +305,8 @@ def test_the_newest_is_that_of_the_last_run_whatever_the_clock_says(tmp_path):
     assert newest_checkpoint([tmp_path]) == paths[2]
     paths[1].unlink()
     paths[2].unlink()
-    assert newest_checkpoint([tmp_path]) == paths[0]
+    with pytest.warns(UserWarning, match="version_10 is of a later run, but holds no checkpoint"):
+        assert newest_checkpoint([tmp_path]) == paths[0]
     assert newest_checkpoint([tmp_path / "version_10"]) is None
 
 
@@ -452,6 +453,17 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     for ask in (lambda: new_version(tmp_path / "file" / "run"), alone_in(tmp_path / "file" / "run").__enter__):
         with pytest.raises(KoffError, match="cannot write the run's folder .*: Not a directory. Give --trainer"):
             ask()
+
+
+def test_a_later_run_that_saved_nothing_is_not_passed_over_in_silence(run_in, monkeypatch):
+    cut_off(monkeypatch, run_in)
+    cut_off(monkeypatch, run_in, step=1)
+    (Path("cut") / "version_2").mkdir()  # as of a command that was refused: it has not trained
+    said = r"^cut/version_1 is of a later run, but holds no checkpoint: cut/version_0/\S+ of an earlier run is used$"
+    with pytest.warns(UserWarning, match=said):
+        assert newest_checkpoint(["cut"]).parts[1] == "version_0"
+    with pytest.warns(UserWarning, match=said):
+        assert run_in("cut", "--ckpt_path", "last") == 0
 
 
 def test_last_without_any_checkpoint(run_in, capsys):

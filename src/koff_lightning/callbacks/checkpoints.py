@@ -24,9 +24,11 @@ class Checkpoints(ModelCheckpoint):
     _aside = ""  # would be gone
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the step that a run goes on from as saved, which Lightning forgets."""
+        """Count the step that a run goes on from as saved, which Lightning forgets, and leave a sign that it trains."""
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step
+        if trainer.is_global_zero and self.dirpath:
+            Path(self.dirpath).mkdir(parents=True, exist_ok=True)  # a run killed before its first save is known by it
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Save if due; in mid-step not even the clock of `train_time_interval` is looked at, which would start anew."""

@@ -8,7 +8,6 @@ import signal
 import sys
 from contextlib import nullcontext, redirect_stdout, suppress
 from io import StringIO
-from traceback import walk_tb
 from typing import Any
 
 import yaml
@@ -32,12 +31,20 @@ from koff_lightning.callbacks import (
 )
 from koff_lightning.commands.class_names import SWITCH, only_known_classes, refuse_remote_code, refuse_task_files
 from koff_lightning.commands.config_files import find_configs
+from koff_lightning.commands.foreign_errors import (
+    is_bad_input,
+    is_lightnings,
+    lightnings_words,
+    own_words,
+    systems_words,
+)
 from koff_lightning.commands.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.needs import needs_of, refuse_missing
 from koff_lightning.commands.offline import is_asked
 from koff_lightning.commands.option_values import refuse_meaningless
 from koff_lightning.commands.prepare import VerbTrainer, prepare
 from koff_lightning.commands.quiet_terminal import keep_the_terminal_quiet
+from koff_lightning.commands.trainer_options import refuse_callbacks, refuse_options, refuse_separate_copies
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.errors import KoffError
@@ -47,6 +54,7 @@ from koff_lightning.option_errors import one_line
 from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from koff_lightning.run.folder import alone_in, new_version
 from koff_lightning.run.secrets import without_secrets
+from koff_lightning.strategies import check
 
 # The callbacks that every run has, by the name of their section.
 CALLBACKS = {"anneal": AnnealSparsity, "checkpoint": Checkpoints, "export": ExportArtefact, "lm_eval": LMEval}
@@ -94,6 +102,7 @@ class KoffCLI(LightningCLI):
         """Some options stand for others; what a config may not say, and what lacks without network, is said now."""
         for section, kind in {"model": KOFFModule, "data": DomainDataModule, "trainer": Trainer, **CALLBACKS}.items():
             refuse_meaningless(kind, self.config[self.subcommand][section], section)
+        refuse_options(self.config[self.subcommand].trainer)
         lm_eval = self.config[self.subcommand].lm_eval
         if not self._allow_custom:
             refuse_task_files(lm_eval.include_path, [spec.task for spec in lm_eval.tasks or ()])
@@ -112,10 +121,10 @@ class KoffCLI(LightningCLI):
             return
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:  # what jsonargparse and Lightning say of values that types allow
-            if not _is_bad_input(error):
+        except Exception as error:  # what jsonargparse and Lightning say of values that types allow
+            if not is_bad_input(error):
                 raise
-            raise _own_words(error) or KoffError(one_line(str(error), ())) from error
+            raise own_words(error) or KoffError(one_line(str(error), ())) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse; what is wrong is said in one line."""
@@ -123,7 +132,7 @@ class KoffCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             verb = self._subcommand_parsers[args[0]]
-            raise _own_words(error) or KoffError(one_line(str(error), _option_names(verb.get_defaults()))) from error
+            raise own_words(error) or KoffError(one_line(str(error), _option_names(verb.get_defaults()))) from error
 
     def _parse_ckpt_path(self) -> None:
         """Options come from configs and the command line alone.
@@ -145,6 +154,10 @@ class KoffCLI(LightningCLI):
             kwargs["logger"] = _default_loggers(trainer.default_root_dir)
         kwargs["plugins"] = [*_as_list(trainer.plugins), AtomicCheckpointIO()]
         run = super().instantiate_trainer(**kwargs)
+        check(run)  # here no process has been started yet
+        refuse_callbacks(run)
+        if self.subcommand == "fit":
+            refuse_separate_copies(run)
         run.callbacks.sort(key=lambda callback: isinstance(callback, ExportArtefact))  # after the report, if it fails
         return run
 
@@ -168,11 +181,11 @@ class KoffCLI(LightningCLI):
         except SystemExit as stop:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from stop
         except OSError as error:  # a full disk, say
-            raise KoffError(str(error)) from error
-        except ValueError as error:  # what Lightning says of options once it knows the data
-            if not _raised_in(error).startswith("lightning."):
+            raise KoffError(systems_words(error, self.trainer)) from error
+        except Exception as error:
+            if not is_lightnings(error):
                 raise
-            raise KoffError(" ".join(str(error).split())) from error
+            raise KoffError(lightnings_words(error)) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
         """Let `--ckpt_path last` stand for the newest intact checkpoint of all runs in the folder."""
@@ -262,24 +275,6 @@ def _names(domains: dict[str, object] | None) -> list[str]:
 
 def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _own_words(error: BaseException | None) -> KoffError | None:
-    """Our own error among those that led to this one."""
-    while error and not isinstance(error, KoffError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _is_bad_input(error: BaseException) -> bool:
-    """Whether an error comes from where others check what they are given, not from our own code."""
-    return isinstance(error, KoffError) or not _raised_in(error).startswith("koff_lightning.")
-
-
-def _raised_in(error: BaseException) -> str:
-    """The module whose code raised an error."""
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "")
 
 
 def _option_names(defaults: Namespace) -> set[str]:

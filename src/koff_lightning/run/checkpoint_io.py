@@ -6,7 +6,7 @@ or a full disk cuts in half. Here the file is made beside its place, flushed to 
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -44,9 +44,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 part.unlink(missing_ok=True)
             flush(path.parent)
         except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+            earlier = _checkpoints_below(_run_of(path))
+            advice = "Earlier checkpoints are intact: make room, then go on with --ckpt_path last"
             raise KoffError(
-                f"cannot write {path}: {_reason(error)}. Earlier checkpoints are intact: make room, then go on with "
-                "--ckpt_path last"
+                f"cannot write {path}: {_reason(error)}. "
+                + (advice if earlier else "No checkpoint had been saved before: make room, then start again")
             ) from error
 
     def load_checkpoint(
@@ -105,7 +107,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def newest_checkpoint(folders: Iterable[str | Path]) -> Path | None:
+def newest_checkpoint(folders: Sequence[str | Path]) -> Path | None:
     """The intact checkpoint of the highest step in the newest run below `folders`; None where there is no file at all.
 
     Runs are ordered by their `version_N`, not by times of files: clocks go backwards, copies are young. What is damaged
@@ -132,13 +134,30 @@ def newest_checkpoint(folders: Iterable[str | Path]) -> Path | None:
         if steps:
             for reason in useless:
                 rank_zero_warn(f"{reason}. An earlier checkpoint is used in its place.")
-            return max(steps, key=steps.__getitem__)
+            newest = max(steps, key=steps.__getitem__)
+            _warn_of_later_runs(folders, max(runs), newest)
+            return newest
     if useless:
         raise KoffError(
             f"there are checkpoints, but none can be used: {'; '.join(useless)}. Put an intact one there, or start "
             "anew without --ckpt_path"
         )
     return None
+
+
+def _warn_of_later_runs(folders: Sequence[str | Path], version: int, newest: Path) -> None:
+    """Warn of a run after `version` that has begun to train but has saved nothing: its folder for that is empty."""
+    begun = [path.parent for folder in folders for path in Path(folder).expanduser().glob("version_*/checkpoints")]
+    later = {int(number[1]): path for path in begun if (number := _VERSION.fullmatch(path.name))}
+    if later and max(later) > version:
+        rank_zero_warn(
+            f"{later[max(later)]} is of a later run, but holds no checkpoint: {newest} of an earlier run is used"
+        )
+
+
+def _run_of(path: Path) -> Path:
+    """The folder of runs that a checkpoint belongs to."""
+    return next((folder.parent for folder in path.parents if _VERSION.fullmatch(folder.name)), path.parent)
 
 
 def _checkpoints_below(folder: str | Path) -> list[Path]:

@@ -1,0 +1,171 @@
+"""What Lightning's trainer offers and a decomposition cannot use is refused in one line, before anything trains."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_command import small_fits
+
+from koff_lightning import KOFFModule
+from koff_lightning.commands import trainer_options
+
+CALLBACKS = "lightning.pytorch.callbacks"
+
+
+@pytest.fixture
+def run_in(tmp_path, monkeypatch):
+    trainer = {"max_steps": 4, "limit_val_batches": 0}
+    with small_fits(tmp_path, monkeypatch, trainer=trainer, export={"enabled": False}) as run:
+        yield run
+
+
+@pytest.fixture
+def refused(run_in, monkeypatch, capsys):
+    """The line that a bad command leaves before it trains."""
+
+    def line(*argv):
+        with monkeypatch.context() as patch:
+            patch.setattr(KOFFModule, "training_step", lambda *_: pytest.fail("it trains"))
+            assert run_in("x", *argv) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return line
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("gradient_clip_val=0.5", "set model.optim.clip"),
+        ("gradient_clip_val=0", "set model.optim.clip"),
+        ("gradient_clip_algorithm=value", "set model.optim.clip"),
+        ("overfit_batches=2", "set data.max_train_bytes"),
+        ("reload_dataloaders_every_n_epochs=1", "every epoch would start again at the first row"),
+        ("barebones=true", "the log, the checkpoints and the report"),
+    ],
+)
+def test_options_without_use_are_refused(refused, option, advice):
+    name = option.split("=")[0]
+    line = refused(f"--trainer.{option}")
+    assert line.startswith(f"koff: trainer.{name} is ")
+    assert advice in line
+
+
+def test_options_of_a_config_file_are_refused_too(refused, tmp_path):
+    (tmp_path / "over.yaml").write_text("trainer: {gradient_clip_val: 0.5}\n")
+    assert refused("--config", "over.yaml") == (
+        "koff: trainer.gradient_clip_val is 0.5, but every memory's gradients are clipped by a norm of their own: set "
+        "model.optim.clip"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("LearningRateFinder", "set model.optim.mask_lr"),
+        ("BatchSizeFinder", "set data.batch_size"),
+        ("StochasticWeightAveraging, init_args: {swa_lrs: 0.01}", "replace the weights by averages"),
+        ("EMAWeightAveraging", "replace the weights by averages"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # jsonargparse on the defaults of averaging
+def test_callbacks_that_replace_weights_rates_or_batches_are_refused(refused, name, advice):
+    line = refused("--trainer.callbacks", f"[{{class_path: {CALLBACKS}.{name}}}]")
+    assert line.startswith(f"koff: trainer.callbacks: {name.split(',')[0]} cannot be used here: ")
+    assert advice in line
+
+
+def test_what_fails_inside_lightning_is_one_line(refused, monkeypatch):
+    monkeypatch.setattr(trainer_options, "REFUSED_CALLBACKS", {})
+    line = refused("--trainer.callbacks", f"[{{class_path: {CALLBACKS}.LearningRateFinder}}]")
+    assert line.startswith("koff: lightning.pytorch.tuner.lr_finder failed (AttributeError: ")
+    assert line.endswith("): look at the trainer's options and callbacks")
+
+
+def test_many_devices_without_a_strategy_start_no_process(refused, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("it starts processes"))
+    assert refused("--trainer.devices=64") == (
+        "koff: DDPStrategy cannot train a decomposition: use --config hardware/ddp.yaml, or one device "
+        "(--trainer.devices 1)"
+    )
+
+
+def test_files_that_may_not_grow_at_all_are_one_line(refused):
+    """The first file is refused, before anything is saved: the line promises no checkpoint."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    try:
+        line = refused()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line == (
+        "koff: cannot read or write a file of the run in x: File too large; no checkpoint had been saved yet"
+    )
+
+
+# ------------------------------------------------------------------------------------- processes that others start
+
+SLURM = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "koff", "SLURM_JOB_ID": "7"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "7", "RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0"}
+TWO = {"torchrun": TORCHRUN | {"WORLD_SIZE": "2"}, "srun": SLURM | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}}
+COPIES = (
+    "koff: started as 2 processes, but the trainer uses 1: add --config hardware/ddp.yaml (or hardware/fsdp.yaml) with "
+    "--trainer.devices PROCESSES_PER_NODE and --trainer.num_nodes NODES, or start 1 process"
+)
+
+
+@pytest.fixture
+def process(tmp_path, run_in):
+    """Run `koff fit` as a process with some variables in its environment."""
+
+    def start(launcher=(), options=(), **environment):
+        words = ["fit", "--config", "mine.yaml", "--trainer.default_root_dir=x", *options]
+        command = [sys.executable, *launcher, "-m", "koff_lightning", *words]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
+
+    return start
+
+
+@pytest.mark.parametrize("launcher", TWO)
+def test_processes_that_would_train_copies_are_refused_on_each(process, launcher):
+    done = process(**TWO[launcher])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == COPIES
+
+
+def test_tasks_of_slurm_that_lightning_does_not_take_are_one_line(process):
+    done = process(**SLURM | {"SLURM_NTASKS": "2"})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("koff: You set `--ntasks=2` in your SLURM bash script, but")
+
+
+@pytest.mark.slow
+def test_torchrun_without_a_strategy(process):
+    done = process(["-m", "torch.distributed.run", "--nproc-per-node=2"])
+    assert done.returncode != 0
+    assert done.stderr.splitlines().count(COPIES) == 2
+    assert not list(Path("x").rglob("*.ckpt"))
+
+
+REPLICATED = ["--trainer.strategy=koff_lightning.strategies.ReplicatedStrategy", "--trainer.devices=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "options", "environment"),
+    [
+        ([], [], {"WORLD_SIZE": "1", "RANK": "0"}),
+        ([], [], SLURM | {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash", "SLURM_PROCID": "0"}),
+        ([], REPLICATED, {}),
+        (["-m", "torch.distributed.run", "--nproc-per-node=1"], [], {}),
+        (["-m", "torch.distributed.run", "--nproc-per-node=2"], REPLICATED, {}),
+    ],
+    ids=["stray variables", "a shell of SLURM", "Lightning starts them", "torchrun of one", "torchrun"],
+)
+def test_processes_that_the_trainer_uses_train(process, launcher, options, environment):
+    done = process(launcher, options, **environment)
+    assert done.returncode == 0, done.stderr
+    assert list(Path("x").rglob("last.ckpt"))

@@ -140,7 +140,9 @@ def test_bad_input_is_refused_before_training(dense, tmp_path, monkeypatch):
     with pytest.raises(KoffError, match="limit must be a number of samples"):
         run(dense, tmp_path, LMEval([LMEvalTask(TASK, "en", limit=0)]))
     with pytest.raises(KoffError, match="leaves 1 for 2 processes: each needs one"):
-        lm_tasks.check_counts(load(TASK), 1, 2)
+        lm_tasks.check_counts(load(TASK), 1, None, 2)
+    with pytest.raises(KoffError, match="num_fewshot must be 0 or more; got -1"):
+        run(dense, tmp_path, LMEval([LMEvalTask(TASK, "en", limit=2, num_fewshot=-1)]))
     monkeypatch.setattr(lm_tasks, "version", lambda _: "0.4.9")
     with pytest.raises(KoffError, match="lm-eval 0.4.9 is installed, but >=0.4.13,<0.5 is needed"):
         lm_tasks.load_tasks([TASK])

@@ -85,6 +85,9 @@ def test_what_is_written_in_batches_is_what_each_row_writes_alone(place, tmp_pat
     """Prompts of unequal length go in one left-padded batch, stop at strings, and read the column's memory."""
     found = lm_eval(place, model, "toy_write", tmp_path, "--domains=all", "--memory-off", "--dense", "--batch_size=4")
     assert set(found) == {*DOMAINS, "none", "dense"}
+    about = [results["config"] for results, _ in found.values()]
+    assert {config["model_dtype"] for config in about} == {"torch.float32"}
+    assert min(config["model_num_parameters"] for config in about) > 0
     texts = {}
     for column, (_, rows) in found.items():
         texts[column] = [row["filtered_resps"][0] for row in rows]
@@ -155,7 +158,13 @@ def refused(place, capsys, *options, model="dense", task="toy_choose"):
 
 def test_what_lm_eval_would_refuse_with_a_traceback_is_one_line(place, capsys, monkeypatch):
     said = refused(place, capsys, "--apply_chat_template")
+    assert said.startswith("koff: lm-eval: the tokenizer of ")
     assert "has no chat template: leave --apply_chat_template out" in said
+    assert "num_fewshot must be 0 or more; got -1" in refused(place, capsys, "--num_fewshot=-1")
+    assert "max_batch_size must be a positive number" in refused(place, capsys, "--max_batch_size=0")
+    said = refused(place, capsys, "--output_path=out.json")
+    assert said == "koff: lm-eval: --output_path out.json: give a folder, since each column has files of its own"
+    assert "show_config" in refused(place, capsys, "--show_config")
     for model in ("dense", "artefact"):
         said = refused(place, capsys, "--backbone=elsewhere", model=model)
         assert "only a checkpoint is read over a backbone" in said and "leave backbone out" in said

@@ -303,6 +303,12 @@ def test_the_newest_is_that_of_the_last_run_whatever_the_clock_says(tmp_path):
     for age, path in enumerate(reversed(paths)):
         os.utime(path, (10**9 - age, 10**9 - age))
     assert newest_checkpoint([tmp_path]) == paths[2]
+    (tmp_path / "version_10").rename(tmp_path / "elsewhere")
+    (tmp_path / "version_10").symlink_to("elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
+    assert newest_checkpoint([tmp_path]) == paths[2], "also through a link, and round in no circle"
+    (tmp_path / "version_10").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "version_10")
     paths[1].unlink()
     paths[2].unlink()
     with pytest.warns(UserWarning, match="version_10 is of a later run, but holds no checkpoint"):

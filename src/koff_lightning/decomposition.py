@@ -290,6 +290,6 @@ def _check_names(domains: Sequence[str]) -> None:
     """The data module checks the same; here for those who build a model without it."""
     unsafe = [name for name in domains if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)]
     if unsafe:
-        raise KoffError(f"domain name {unsafe[0]!r} is not safe as a file name: use letters, digits, '_' and '-'")
+        raise KoffError(f"domain name {unsafe[0]!r} is not safe as a file name: use a-z, A-Z, digits, '_' and '-'")
     if twice := sorted({name for name in domains if domains.count(name) > 1}):
         raise KoffError(f"domain {twice[0]!r} is given more than once: its rows would share one memory")

@@ -81,9 +81,7 @@ class KOFFModule(Decomposition):
         trust_remote_code: bool = False,
     ) -> None:
         if not domains:
-            raise KoffError(
-                "model.domains is empty: name at least one domain (on the command line: under data.domains)"
-            )
+            raise KoffError("model.domains is empty: name at least one domain (on the command line: data.domains)")
         sparsity, lora, kv = _spec(SparsitySpec, sparsity), _spec(LoraSpec, lora), _spec(KVSpec, kv)
         loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loss, optim = _spec(LossSpec, loss), _spec(OptimSpec, optim)

@@ -160,7 +160,7 @@ class LMEval(Callback):
         with quiet():
             tasks = lm_tasks.load_tasks([spec.task], self.include_path)
         lm_tasks.check_safe(tasks)
-        lm_tasks.check_counts(tasks, spec.limit, trainer.world_size)
+        lm_tasks.check_counts(tasks, spec.limit, spec.num_fewshot, trainer.world_size)
         writing = [name for name, task in tasks["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
         if writing and isinstance(trainer.strategy, ShardedStrategy):
             raise KoffError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from koff_lightning.evaluation.lm_tasks import Loaded
 
 # lm-eval's options that are ours here, or that send results elsewhere: the files of --output_path hold all of them.
-TAKEN = ("model", "model_args", "device", "verbosity", "check_integrity", "trust_remote_code")
+TAKEN = ("model", "model_args", "device", "verbosity", "show_config", "check_integrity", "trust_remote_code")
 ELSEWHERE = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
 ROWS = "8"  # at a time, unless --batch_size says otherwise
 
@@ -47,19 +47,25 @@ def lm_eval(argv: list[str]) -> None:
     if not options.model or not options.tasks:
         raise KoffError("lm-eval: give --model (artefact, checkpoint or dense model) and --tasks")
     settings = _settings(options)
+    if (settings.output_path or "").endswith(".json"):
+        raise KoffError(
+            f"lm-eval: --output_path {settings.output_path}: give a folder, since each column has files of its own"
+        )
     if is_asked():
         from koff_lightning.commands.needs import model_needs, refuse_missing, task_needs
 
         refuse_missing([*model_needs(options.model), *task_needs(settings.tasks, settings.include_path)])
     from koff_lightning.evaluation import harness, lm_tasks
 
-    lm_tasks.check_batch_size(settings.batch_size, "lm-eval: batch_size")
+    largest = 64 if settings.max_batch_size is None else settings.max_batch_size  # 64 is HFLM's own
+    for value, name in ((settings.batch_size, "batch_size"), (largest, "max_batch_size")):
+        lm_tasks.check_batch_size(value, f"lm-eval: {name}")
     from koff_lightning.evaluation.lm_scores import show
 
     with lm_tasks.quiet():
         tasks = lm_tasks.load_tasks(settings.tasks, settings.include_path, settings.metadata)
     lm_tasks.check_safe(tasks, settings.confirm_run_unsafe_code)
-    lm_tasks.check_counts(tasks, settings.limit, 1)
+    lm_tasks.check_counts(tasks, settings.limit, settings.num_fewshot, 1)
     lm_tasks.check_samples(tasks, settings.samples or options.samples)  # lm-eval takes {} for nothing said
     scores: dict[str, Scores] = {}
     with lack_of_memory_told("Take a smaller --batch_size, or another --device"):
@@ -70,7 +76,7 @@ def lm_eval(argv: list[str]) -> None:
                 column.domain,
                 column.dense,
                 batch_size=settings.batch_size,
-                max_batch_size=settings.max_batch_size or 64,
+                max_batch_size=largest,
             )
             _check_chat_template(lm, settings.apply_chat_template, options.model)
             scores[column.name] = _score(lm, tasks, settings, options, column)
@@ -80,10 +86,11 @@ def lm_eval(argv: list[str]) -> None:
 def _check_chat_template(lm: "KoffLM", asked: bool | str, model: str) -> None:
     """Refuse a template that the tokenizer does not have."""
     try:
-        if asked and not lm.chat_template(asked):
-            raise KoffError(f"lm-eval: the tokenizer of {model} has no chat template: leave --apply_chat_template out")
+        lacking = asked and not lm.chat_template(asked)
     except ValueError as error:  # of several templates none has that name
         raise KoffError(f"lm-eval: {' '.join(str(error).split())}") from error
+    if lacking:
+        raise KoffError(f"lm-eval: the tokenizer of {model} has no chat template: leave --apply_chat_template out")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         "Score an artefact, a checkpoint or a dense model on lm-eval's tasks, under each domain asked for."
     )
     size = next(action for action in made._actions if action.dest == "batch_size")
+    path = next(action for action in made._actions if action.dest == "output_path")
+    path.help = "Folder for results (required with --log_samples); each column has files of its own in it"
     size.help = size.help.replace("default: 1", f"default: {ROWS}; of --config 1")
     for action in [a for a in made._actions if a.dest in (*TAKEN, *ELSEWHERE)]:
         for word in action.option_strings:
@@ -143,7 +152,7 @@ def _columns(options: argparse.Namespace, model: Any) -> list[Column]:
     from koff_lightning.evaluation.lm_scores import CLASH
 
     known = domains_of(model)
-    asked = known if options.domain == "all" else [name for name in (options.domain or "").split(",") if name]
+    asked = known if options.domain == "all" else [*filter(None, dict.fromkeys((options.domain or "").split(",")))]
     if options.domain and not asked:
         raise KoffError(f"lm-eval: {options.model} has no memories: leave --domain out")
     if unknown := [name for name in asked if name not in known]:

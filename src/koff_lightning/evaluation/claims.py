@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koff_lightning.data.sources import as_sources
 from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import arms as all_arms
 from koff_lightning.evaluation.arms import AFTER, EQUAL, METHODS, Run
@@ -69,6 +70,7 @@ def claims(
     on_curve = chosen if curve == "all" else all_arms.chosen(curve) if curve else None
     shares = None if sparsity is None else _shares(sparsity)
     resolved = _resolved(config, backbone, further or [])
+    as_sources(resolved["data"]["domains"])  # names and weights that no arm would take
     shares = shares or _shares(str(resolved["model"]["sparsity"]["target"]))
     equal = all_arms.equal_memories(resolved["model"]) if set(EQUAL) & {*chosen, *(on_curve or ())} else {}
     suites = load_suites(tasks, list(resolved["data"]["domains"])) if tasks else {}

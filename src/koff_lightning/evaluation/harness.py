@@ -66,6 +66,16 @@ class Reader:
         """Of the backbone; HFLM takes the longest context from it."""
         return self.model.config
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone; for lm-eval's files."""
+        return self.model.dtype
+
+    def num_parameters(self) -> int:
+        """Of the backbone as it lies in memory, without adapters; for lm-eval's files."""
+        base = (p for name, p in self.model.named_parameters() if "lora_" not in name)
+        return sum(p.numel() for p in base)
+
     def __call__(self, input_ids: Tensor) -> SimpleNamespace:
         """`.logits` [B, T, V] for ids [B, T] without padding on the left."""
         if isinstance(self.whole, DecomposedModel):

@@ -112,14 +112,16 @@ def _holds(index: "TaskManager", name: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence lm-eval's log, which speaks to its developers; errors stay."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    """Silence lm-eval's log, which speaks to its developers, and tokenizers' word on long text, which lm-eval cuts."""
+    logs = [logging.getLogger(name) for name in ("lm_eval", "transformers.tokenization_utils_base")]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
 
 
 def bundled_index() -> "TaskManager":
@@ -215,14 +217,17 @@ def check_samples(tasks: Loaded, samples: Any) -> None:
             raise KoffError(f"samples: {name!r} has the samples 0 to {total - 1}; got {odd[0]!r}")
 
 
-def check_counts(tasks: Loaded, limit: float | None, ranks: int) -> None:
-    """Raise KoffError when a task would have no sample left, or fewer than there are processes to share them.
+def check_counts(tasks: Loaded, limit: float | None, num_fewshot: int | None, ranks: int) -> None:
+    """Raise KoffError when a task would have no sample left, fewer than processes, or a negative number of examples.
 
     Args:
         tasks: As loaded.
         limit: Samples per task; a share of them below 1; None for all.
+        num_fewshot: Examples before each question; None for what the task says.
         ranks: Number of processes.
     """
+    if num_fewshot is not None and num_fewshot < 0:
+        raise KoffError(f"num_fewshot must be 0 or more; got {num_fewshot}")
     if limit is not None and not 0 < limit < math.inf:
         raise KoffError(f"limit must be a number of samples, or a share of them below 1; got {limit}")
     for name, task in tasks["tasks"].items():

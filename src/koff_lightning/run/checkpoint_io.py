@@ -167,8 +167,15 @@ def _checkpoints_below(folder: str | Path) -> list[Path]:
         if not isinstance(error, FileNotFoundError):
             raise KoffError(f"cannot look for checkpoints in {error.filename}: {_reason(error)}") from error
 
-    walk = os.walk(Path(folder).expanduser(), onerror=refuse)
-    return [Path(place, name) for place, *kinds in walk for names in kinds for name in names if name.endswith(".ckpt")]
+    found: list[Path] = []
+    seen: set[str] = set()  # a link may lead to where we come from
+    for place, folders, files in os.walk(Path(folder).expanduser(), onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in (*folders, *files) if name.endswith(".ckpt")]
+    return found
 
 
 def _step_of(path: Path) -> int:

@@ -73,7 +73,8 @@ def new_version(root: str | Path) -> int:
 
 def run_config(ckpt: Path) -> dict[str, Any] | None:
     """The resolved options that `koff fit` left beside its checkpoints, if they are still there."""
-    for folder in list(ckpt.expanduser().resolve().parents)[:2]:
+    paths = ckpt.expanduser().absolute(), ckpt.expanduser().resolve()  # its folder may be a link
+    for folder in [folder for path in paths for folder in list(path.parents)[:2]]:
         if (folder / "config.yaml").is_file():
             try:
                 config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

@@ -162,7 +162,7 @@ def quality_by_sparsity(rows: Sequence[Point]) -> Figure:
         xlabel="parameters removed, % of body", ylabel="bits per byte of held-out text", title="Quality by sparsity"
     )
     _plain(axes)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(frameon=False, fontsize=8, handlelength=3, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

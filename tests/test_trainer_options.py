@@ -150,7 +150,7 @@ def test_torchrun_without_a_strategy(process):
     assert not list(Path("x").rglob("*.ckpt"))
 
 
-REPLICATED = ["--trainer.strategy=koff_lightning.strategies.ReplicatedStrategy", "--trainer.devices=2"]
+REPLICATED = ["--config", "hardware/ddp.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
 
 
 @pytest.mark.slow

@@ -168,12 +168,10 @@ def _checkpoints_below(folder: str | Path) -> list[Path]:
             raise KoffError(f"cannot look for checkpoints in {error.filename}: {_reason(error)}") from error
 
     found: list[Path] = []
-    seen: set[str] = set()  # a link may lead to where we come from
     for place, folders, files in os.walk(Path(folder).expanduser(), onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
+        if any(os.path.samefile(place, parent) for parent in Path(place).absolute().parents):
+            folders.clear()  # a link that leads to where we come from
             continue
-        seen.add(real)
         found += [Path(place, name) for name in (*folders, *files) if name.endswith(".ckpt")]
     return found
 

@@ -53,6 +53,12 @@ def test_options_without_use_are_refused(refused, option, advice):
     assert advice in line
 
 
+@pytest.mark.parametrize("option", ["max_steps", "max_epochs", "limit_train_batches"])
+def test_a_run_without_a_step_is_refused(refused, option):
+    line = refused(f"--trainer.{option}=0")
+    assert line.startswith(f"koff: trainer.{option} is 0, so nothing would be trained: raise it")
+
+
 def test_options_of_a_config_file_are_refused_too(refused, tmp_path):
     (tmp_path / "over.yaml").write_text("trainer: {gradient_clip_val: 0.5}\n")
     assert refused("--config", "over.yaml") == (

@@ -60,6 +60,19 @@ def refuse_callbacks(trainer: Trainer) -> None:
                 raise KoffError(f"trainer.callbacks: {type(callback).__name__} cannot be used here: {reason}")
 
 
+def refuse_no_steps(trainer: Trainer) -> None:
+    """Refuse a run that would end before its first step, with nothing to show.
+
+    Raises:
+        KoffError: So it is.
+    """
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise KoffError(
+                f"trainer.{name} is 0, so nothing would be trained: raise it (`koff test` scores a checkpoint)"
+            )
+
+
 def refuse_separate_copies(trainer: Trainer) -> None:
     """Refuse to train where torchrun, SLURM or MPI have started another number of processes than the trainer uses.
 

@@ -44,7 +44,12 @@ from koff_lightning.commands.offline import is_asked
 from koff_lightning.commands.option_values import refuse_meaningless
 from koff_lightning.commands.prepare import VerbTrainer, prepare
 from koff_lightning.commands.quiet_terminal import keep_the_terminal_quiet
-from koff_lightning.commands.trainer_options import refuse_callbacks, refuse_options, refuse_separate_copies
+from koff_lightning.commands.trainer_options import (
+    refuse_callbacks,
+    refuse_no_steps,
+    refuse_options,
+    refuse_separate_copies,
+)
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.errors import KoffError
@@ -157,6 +162,7 @@ class KoffCLI(LightningCLI):
         check(run)  # here no process has been started yet
         refuse_callbacks(run)
         if self.subcommand == "fit":
+            refuse_no_steps(run)
             refuse_separate_copies(run)
         run.callbacks.sort(key=lambda callback: isinstance(callback, ExportArtefact))  # after the report, if it fails
         return run

@@ -159,7 +159,8 @@ class KoffCLI(LightningCLI):
             kwargs["logger"] = _default_loggers(trainer.default_root_dir)
         kwargs["plugins"] = [*_as_list(trainer.plugins), AtomicCheckpointIO()]
         run = super().instantiate_trainer(**kwargs)
-        check(run)  # here no process has been started yet
+        if self.subcommand != "baseline":  # which says itself that it runs in one process
+            check(run)  # here no process has been started yet
         refuse_callbacks(run)
         if self.subcommand == "fit":
             refuse_no_steps(run)

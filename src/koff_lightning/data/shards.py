@@ -111,11 +111,11 @@ def hub_shards(repo: str, subset: str | None, split: str, text_field: str, id_fi
     return [HubShard(fixed, subset, split, text_field, id_field, index, of) for index in range(of)]
 
 
-def is_offline() -> bool:
-    """Whether `datasets` is kept from the network."""
+def is_out_of_reach(repo: str) -> bool:
+    """Whether a dataset is on the hub, and `datasets` is kept from the network."""
     import datasets  # a second of imports
 
-    return bool(datasets.config.HF_HUB_OFFLINE)
+    return datasets.config.HF_HUB_OFFLINE and not Path(repo.partition("@")[0]).is_dir()
 
 
 @lru_cache(maxsize=64)
@@ -123,7 +123,7 @@ def _open_hub(repo: str, subset: str | None, split: str, process: int) -> Any:
     """A dataset as a stream; each process opens its own, because connections do not survive a fork."""
     import datasets  # a second of imports
 
-    if is_offline() and not Path(repo.partition("@")[0]).is_dir():
+    if is_out_of_reach(repo):
         table = fetch_hub(repo, subset, split)
         return table.to_iterable_dataset(num_shards=min(OFFLINE_SHARDS, max(1, len(table))))
     datasets.disable_progress_bars()

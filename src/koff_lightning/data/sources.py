@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from koff_lightning.data.hub_copy import find_copy
 from koff_lightning.data.readers import format_of
-from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_offline
+from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_out_of_reach
 from koff_lightning.errors import KoffError
 
 BUNDLED, HUB = "bundled:", "hub:"
@@ -175,7 +175,7 @@ def domain_shards(source: DomainSource, streamed: bool = False) -> list[tuple[Sh
     shards += [(FileShard(path, *fields), rest) for path in files]
     for repo in source.hub_entries:
         what = repo, source.subset, source.split, *fields
-        copied = find_copy(*what) if streamed and is_offline() else []
+        copied = find_copy(*what) if streamed and is_out_of_reach(repo) else []
         shards += [(shard, rest) for shard in copied or hub_shards(*what)]
     return shards
 

@@ -290,6 +290,7 @@ def test_runs_on_other_documents_are_not_compared(runs, capsys):
         (["--jobs=0"], "jobs must be 1 or more, got 0"),
         (["--seeds=three"], "seeds must be int; got 'three'"),
         (["--sparsity=0.12,1.5"], "sparsity must be different numbers between 0 and 1 with commas"),
+        (["--curve=all"], "curve names the arms of the further sparsities: give --sparsity more than one"),
         (["--sparsity=twelve"], "as 0.12,0.25; got 'twelve'"),
         (["--sparsity=0.12,0.12"], "must be different numbers"),
         (["--tasks=koff_cloze"], "tasks must name a task for every domain, as koff_cloze_{domain}; got 'koff_cloze'"),

@@ -205,7 +205,11 @@ def test_secrets_by_the_names_of_options():
         "the tokens: all of them; unexpected token: identifier; a token: give HF_TOKEN",
         "domain 'token': corpora/token1.jsonl: no such file",
         "http://localhost:8000/model@main",
+        {"backbone": "org/sk-llama-3b-instruct-v2", "files": "data/cs-sk-parallel-corpus-v1.jsonl"},
+        {"sep_token": "</s>", "cls_token": "<s>"},
+        "-" * 20_000,
     ],
+    ids=range(9),
 )
 def test_what_only_sounds_like_a_secret_stays(innocent):
     assert without_secrets(innocent) == innocent

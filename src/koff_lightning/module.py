@@ -29,7 +29,7 @@ from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
 from koff_lightning.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
-from koff_lightning.run.resume import refuse_other_steps
+from koff_lightning.run.resume import give_data_its_place, refuse_other_steps
 from koff_lightning.run.secrets import without_secrets
 from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, SparsitySpec
 
@@ -192,8 +192,8 @@ class KOFFModule(Decomposition):
         ranks.copy_from_first([value for name, value in sorted(self.state_dict().items()) if name in owned])
 
     def on_train_start(self) -> None:
-        """Give the training data its place. With max_epochs Lightning makes the loader before it knows the place."""
-        self.trainer.fit_loop._load_combined_loader_states()
+        """Give the training data its place in a run that goes on."""
+        give_data_its_place(self.trainer)
 
     def fill_memories(self) -> None:
         """Fill fresh KV memories from each domain's own text; restored ones are left alone."""

@@ -25,8 +25,14 @@ def is_bad_input(error: BaseException) -> bool:
 
 
 def is_lightnings(error: BaseException) -> bool:
-    """Whether Lightning's own code has raised an error."""
-    return _raised_in(error).startswith("lightning.")
+    """Whether Lightning's own code has raised an error, not at a wrong call that ours made from within it."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    if not names[-1].startswith("lightning."):
+        return False
+    within = names[next(i for i, name in enumerate(names) if name.startswith("lightning.")) :]
+    commands = "koff_lightning.commands."  # its parser is Lightning's, and calls the trainer from within
+    ours = any(name.startswith("koff_lightning.") and not name.startswith(commands) for name in within)
+    return isinstance(error, ValueError | MisconfigurationException) or not ours
 
 
 def lightnings_words(error: BaseException) -> str:

@@ -69,6 +69,8 @@ def claims(
         )
     on_curve = chosen if curve == "all" else all_arms.chosen(curve) if curve else None
     shares = None if sparsity is None else _shares(sparsity)
+    if curve and len(shares or ()) < 2:
+        raise KoffError("curve names the arms of the further sparsities: give --sparsity more than one, as 0.12,0.25")
     resolved = _resolved(config, backbone, further or [])
     as_sources(resolved["data"]["domains"])  # names and weights that no arm would take
     shares = shares or _shares(str(resolved["model"]["sparsity"]["target"]))

@@ -172,6 +172,9 @@ def _checkpoints_below(folder: str | Path) -> list[Path]:
         if any(os.path.samefile(place, parent) for parent in Path(place).absolute().parents):
             folders.clear()  # a link that leads to where we come from
             continue
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        strange = {name for name in links if not (_VERSION.fullmatch(name) or name == "checkpoints")}
+        folders[:] = [name for name in folders if name not in strange]  # data, say, or other runs
         found += [Path(place, name) for name in (*folders, *files) if name.endswith(".ckpt")]
     return found
 

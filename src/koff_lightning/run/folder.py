@@ -73,7 +73,7 @@ def new_version(root: str | Path) -> int:
 
 def run_config(ckpt: Path) -> dict[str, Any] | None:
     """The resolved options that `koff fit` left beside its checkpoints, if they are still there."""
-    paths = ckpt.expanduser().absolute(), ckpt.expanduser().resolve()  # its folder may be a link
+    paths = ckpt.expanduser().resolve(), ckpt.expanduser().absolute()  # its folder may be a link
     for folder in [folder for path in paths for folder in list(path.parents)[:2]]:
         if (folder / "config.yaml").is_file():
             try:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from koff_lightning.errors import KoffError
@@ -96,6 +97,18 @@ def refuse_other_steps(steps: Sequence[int | None]) -> None:
             f"the processes go on from different checkpoints (by rank: {found}): give all the same --ckpt_path, in a "
             "folder that all of them see"
         )
+
+
+def give_data_its_place(trainer: Trainer) -> None:
+    """Let a run laid out in epochs go on with its next row.
+
+    With max_epochs Lightning makes the loader before it has read from the checkpoint where it stood, and where an epoch
+    had ended it would not give the loader its place at all.
+    """
+    loop = trainer.fit_loop
+    if states := loop._combined_loader_states_to_load:
+        loop._combined_loader._load_state_dicts(states)
+        loop._combined_loader_states_to_load = []
 
 
 def refuse_without_run(checkpoint: Mapping[str, Any]) -> None:

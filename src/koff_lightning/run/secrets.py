@@ -15,7 +15,7 @@ _KEY = (
     r"(?:api|access|private|account|wandb|secret)[_-]?keys?|(?:passw(?:or)?d|pwd|passphrase|credential)s?|authorization"
 )
 _WORD = (
-    r"secrets?|auth|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!mask_)token"
+    r"secrets?|auth|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!mask_)(?<!sep_)(?<!cls_)(?<!stop_)token"
     r"|(?:(?<![\w-])|(?:api|access|auth|hf)[_-]?)tokens"
 )
 _PEM = r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.)*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
@@ -23,12 +23,13 @@ _CORE = rf"(?:(?<![A-Za-z0-9])|(?<=[a-z0-9])(?=[A-Z]))(?i:{_KEY}|(?P<word>{_WORD
 _NAME = re.compile(rf"{_CORE}$")
 _BARE = r"(?!(?i:none|null|true|false)\b)[^\s,;&()\[\]{}'\"<>\\]+"
 _NAMED = re.compile(
-    rf"(?P<before>(?P<flag>--[\w.-]*?)?{_CORE}(?P<sign>\\?[\"']?\s*[=:]\s*|(?(flag)\s+|(?!))))"
+    rf"(?P<before>(?P<flag>(?<![\w.-])--[\w.-]*?)?{_CORE}(?P<sign>\\?[\"']?\s*[=:]\s*|(?(flag)\s+|(?!))))"
     rf"(?P<value>{_PEM}|(?P<quote>\\?[\"'])(?:(?!(?P=quote)).)+(?P=quote)|\[[^\]]+\]"
     rf"|(?:(?i:bearer|basic|token) +)?{_BARE})"
 )
 _SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
+    r"|(?<![\w/-])sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}"  # sk is Slovak too, in names of files and models
     r"|AKIA\w{12,})"
     r"|(?<=Bearer )[\w.~+/=-]{8,}"
     rf"|{_PEM}"

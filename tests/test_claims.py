@@ -290,6 +290,7 @@ def test_runs_on_other_documents_are_not_compared(runs, capsys):
         (["--jobs=0"], "jobs must be 1 or more, got 0"),
         (["--seeds=three"], "seeds must be int; got 'three'"),
         (["--sparsity=0.12,1.5"], "sparsity must be different numbers between 0 and 1 with commas"),
+        (["--sparsity=0.12,0.5", "--curve=dense_memory"], "dense_memory removes nothing, whatever the sparsity"),
         (["--curve=all"], "curve names the arms of the further sparsities: give --sparsity more than one"),
         (["--sparsity=twelve"], "as 0.12,0.25; got 'twelve'"),
         (["--sparsity=0.12,0.12"], "must be different numbers"),

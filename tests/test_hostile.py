@@ -189,6 +189,7 @@ def test_secrets_in_free_text(text):
 
 def test_secrets_by_the_names_of_options():
     names = ["private_key", "accessToken", "pwd", "passphrase", "account_key", "wandb_key", "tokens", "x-api-key"]
+    names += ["aws_access_key_id", "api_key_v2", "hf_auth_token"]
     for name in names:
         assert without_secrets({name: "abc"}) == {name: REMOVED}
         assert without_secrets({name: ["abc", "def"]}) == {name: [REMOVED, REMOVED]}

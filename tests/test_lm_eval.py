@@ -1,6 +1,7 @@
 """LMEval in a run, KoffLM against stock HFLM, and bad input; offline tasks alone."""
 
 import importlib
+import logging
 import random
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec, ranks
 from koff_lightning.artefact.export import export
+from koff_lightning.backbone import load_tokenizer
 from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.callbacks.lm_eval import _Part
 from koff_lightning.callbacks.score_monitors import score_names
@@ -218,6 +220,20 @@ def test_another_lm_eval_is_told_before_its_insides_are_imported(monkeypatch):
     monkeypatch.setattr(lm_tasks, "version", lambda _: "0.5.0")
     with pytest.raises(KoffError, match="lm-eval 0.5.0 is installed, but >=0.4.13,<0.5 is needed"):
         importlib.import_module("koff_lightning.evaluation.harness")
+
+
+def test_tokenizers_say_nothing_of_long_text_that_lm_eval_cuts():
+    said, listener = [], logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(listener)
+    try:
+        with lm_tasks.quiet():
+            load_tokenizer("koff-tiny").encode("text " * 2000)
+        assert not said
+        load_tokenizer("koff-tiny").encode("text " * 2000)
+        assert "longer than the specified maximum" in said[0], "without it they speak"
+    finally:
+        logging.getLogger("transformers").removeHandler(listener)
 
 
 def test_the_command_scores_an_artefact_by_domain(tmp_path, capsys, monkeypatch):

@@ -85,9 +85,13 @@ def test_what_is_written_in_batches_is_what_each_row_writes_alone(place, tmp_pat
     """Prompts of unequal length go in one left-padded batch, stop at strings, and read the column's memory."""
     found = lm_eval(place, model, "toy_write", tmp_path, "--domains=all", "--memory-off", "--dense", "--batch_size=4")
     assert set(found) == {*DOMAINS, "none", "dense"}
-    about = [results["config"] for results, _ in found.values()]
-    assert {config["model_dtype"] for config in about} == {"torch.float32"}
-    assert min(config["model_num_parameters"] for config in about) > 0
+    assert {results["config"]["model_dtype"] for results, _ in found.values()} == {"torch.float32"}
+    sizes = {column: results["config"]["model_num_parameters"] for column, (results, _) in found.items()}
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(place.folder / "dense").parameters())
+    kept = AutoModelForCausalLM.from_pretrained(place.folder / "artefact" / "backbone").num_parameters()
+    read = whole if model == "run.ckpt" else kept  # a checkpoint's mask lies over the whole backbone
+    assert kept < whole
+    assert sizes == {"dense": whole} | dict.fromkeys([*DOMAINS, "none"], read)
     texts = {}
     for column, (_, rows) in found.items():
         texts[column] = [row["filtered_resps"][0] for row in rows]

@@ -40,6 +40,13 @@ class Checkpoints(ModelCheckpoint):
         if not in_mid_step(trainer):
             super().on_validation_end(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of the run, whether or not a save is due: with Lightning `last` would stay at an earlier step."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between two steps; what is validating goes on from the last checkpoint."""
         ended = isinstance(exception, SIGTERMException) and not trainer.validating

@@ -13,6 +13,7 @@ from koff_lightning.evaluation import arms as all_arms
 from koff_lightning.evaluation.arms import AFTER, EQUAL, METHODS, Run
 from koff_lightning.evaluation.retention import Answers, Suites, answer, figures, load_suites
 from koff_lightning.run.folder import alone_in
+from koff_lightning.run.secrets import without_secrets
 
 if TYPE_CHECKING:
     from koff_lightning.evaluation.arm_runs import Failure
@@ -69,6 +70,8 @@ def claims(
         )
     on_curve = chosen if curve == "all" else all_arms.chosen(curve) if curve else None
     shares = None if sparsity is None else _shares(sparsity)
+    if on_curve == ["dense_memory"]:
+        raise KoffError("curve: dense_memory removes nothing, whatever the sparsity: name other arms")
     if curve and len(shares or ()) < 2:
         raise KoffError("curve names the arms of the further sparsities: give --sparsity more than one, as 0.12,0.25")
     resolved = _resolved(config, backbone, further or [])
@@ -147,7 +150,7 @@ def _answers(folder: Path, runs: Sequence[Run], suites: Suites) -> tuple[list[An
 def _command(options: dict[str, Any], further: list[str] | None) -> str:
     """The command that gives the same report, whatever its folder and its jobs."""
     words = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return shlex.join(["koff", "claims", *words, *(["--", *further] if further else [])])
+    return without_secrets(shlex.join(["koff", "claims", *words, *(["--", *further] if further else [])]))
 
 
 def _masks_first(chosen: list[str]) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 REMOVED = "(removed)"
 _SET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # in the environment
 
-# What the name of a secret ends with, whatever stands before: wandb_api_key, x-api-key, apiKey. The words of the second
-# line are common ones, too: a count of tokens is none, and in a text it takes more to tell.
+# What the name of a secret ends with, whatever stands before: wandb_api_key, x-api-key, apiKey. An option's name may go
+# on after the first kind: access_key_id. The second are common words, too: a count of tokens is none, and in a text it
+# takes more to tell.
 _KEY = (
     r"(?:api|access|private|account|wandb|secret)[_-]?keys?|(?:passw(?:or)?d|pwd|passphrase|credential)s?|authorization"
 )
@@ -19,8 +20,9 @@ _WORD = (
     r"|(?:(?<![\w-])|(?:api|access|auth|hf)[_-]?)tokens"
 )
 _PEM = r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.)*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
-_CORE = rf"(?:(?<![A-Za-z0-9])|(?<=[a-z0-9])(?=[A-Z]))(?i:{_KEY}|(?P<word>{_WORD}))"
-_NAME = re.compile(rf"{_CORE}$")
+_START = r"(?:(?<![A-Za-z0-9])|(?<=[a-z0-9])(?=[A-Z]))"
+_CORE = rf"{_START}(?i:{_KEY}|(?P<word>{_WORD}))"
+_NAME = re.compile(rf"{_START}(?i:(?:{_KEY})(?:[_-]|$)|(?P<word>{_WORD})$)")
 _BARE = r"(?!(?i:none|null|true|false)\b)[^\s,;&()\[\]{}'\"<>\\]+"
 _NAMED = re.compile(
     rf"(?P<before>(?P<flag>(?<![\w.-])--[\w.-]*?)?{_CORE}(?P<sign>\\?[\"']?\s*[=:]\s*|(?(flag)\s+|(?!))))"

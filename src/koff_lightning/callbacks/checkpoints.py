@@ -41,7 +41,7 @@ class Checkpoints(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the run, whether or not a save is due: with Lightning `last` would stay at an earlier step."""
+        """Save the end of the run, whether or not a save is due: Lightning would leave `last` at an earlier step."""
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)

@@ -190,6 +190,7 @@ def test_configs_lists_each_with_its_first_line(capsys):
 
 def test_unknown_name_without_a_near_one():
     assert nearest("zzzz", ["model.sparsity.target"]) == ""
+    assert nearest("model.lora.class_path", ["model.lora.class_path"]) == ""
     with pytest.raises(KoffError, match=r"ships with the package\. `koff configs`"):
         config_files.find_config("zzzz")
 

@@ -18,7 +18,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
 
     A dotted option whose last part is right but stands in the wrong place is found by that last part.
     """
-    names = sorted(names)
+    names = sorted(set(names) - {word})  # what was refused is no advice
     same_leaf = [name for name in names if "." in word and name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
     close = difflib.get_close_matches(word, same_leaf or names, n=1, cutoff=0 if same_leaf else 0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

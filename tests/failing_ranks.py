@@ -11,8 +11,8 @@ from unittest.mock import patch
 from lm_eval.api.task import ConfigurableTask
 from several_ranks import ON_CPUS, SMALL, WATCHED
 
-from koff_lightning import ranks
 from koff_lightning.cli import main as koff
+from koff_lightning.support import ranks
 
 
 def failing(folder: Path, rank: int) -> None:

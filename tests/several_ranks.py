@@ -20,14 +20,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_run import Batches, RandomText, tiny_module, tiny_trainer
 from toy_text import toy_documents, write_jsonl
 
-from koff_lightning import KOFFModule, ranks
+from koff_lightning import KOFFModule
 from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main as koff
 from koff_lightning.data import stream
 from koff_lightning.evaluation.lm_scores import Scores
 from koff_lightning.gates import BackboneGates
-from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
-from koff_lightning.strategies import ReplicatedStrategy, ShardedStrategy
+from koff_lightning.support import ranks
+from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
+from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # kept, since Lightning takes it away after a run
 DOMAINS = ["en", "law", "code"]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 
-from koff_lightning.analysis import Activations, collect
-from koff_lightning.errors import KoffError
+from koff_lightning.studies.analysis import Activations, collect
+from koff_lightning.support.errors import KoffError
 
 DOMAINS = ["en", "law"]
 

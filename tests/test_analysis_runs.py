@@ -1,4 +1,4 @@
-"""What is done to a decomposition: opened from checkpoint and artefacts, memories swapped, cut in parts, undone."""
+"""What is done to a decomposition: opened from checkpoint and artifacts, memories swapped, cut in parts, undone."""
 
 import math
 
@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_artefact import DOMAINS, VOCABULARY, tiny_decomposition
+from tiny_artifact import DOMAINS, VOCABULARY, tiny_decomposition
 from tiny_models import tiny_model
 from tiny_run import RandomText, tiny_module, tiny_trainer
 
-from koff_lightning.analysis import (
+from koff_lightning.artifact.export import export
+from koff_lightning.backbone import load_tokenizer
+from koff_lightning.memory import LoraSpec
+from koff_lightning.studies.analysis import (
     adapter_norms,
     attention_mass,
     collect_dense,
@@ -24,12 +27,9 @@ from koff_lightning.analysis import (
     reinsertion,
     transfer,
 )
-from koff_lightning.analysis.scoring import own_memory, score, under
-from koff_lightning.analysis.transfer import Transfer
-from koff_lightning.artefact.export import export
-from koff_lightning.backbone import load_tokenizer
-from koff_lightning.errors import KoffError
-from koff_lightning.memory import LoraSpec
+from koff_lightning.studies.analysis.scoring import own_memory, score, under
+from koff_lightning.studies.analysis.transfer import Transfer
+from koff_lightning.support.errors import KoffError
 
 
 def held_out(domains=DOMAINS, rows: int = 2) -> list[dict]:
@@ -229,8 +229,8 @@ def test_the_dense_model_is_read_whatever_is_in_force(opened, home):
     batches = [batch | {"documents": torch.tensor([[0], [1]]).expand(-1, 9)} for batch in held_out()]
     opened.row_nats(batches[0], "koff")  # gates and memories are on now
     inside = collect_dense(opened, batches, list(DOMAINS))
-    from koff_lightning.analysis import collect
     from koff_lightning.backbone import load_backbone
+    from koff_lightning.studies.analysis import collect
 
     plain = collect(load_backbone(str(home / "dense")), batches, list(DOMAINS))
     assert plain.base_hash == inside.base_hash
@@ -244,7 +244,7 @@ def test_the_wrong_dense_model_is_refused(home, opened, tmp_path):
     tiny_model("llama", seed=7, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1).save_pretrained(tmp_path / "x")
     with pytest.raises(KoffError, match=r"was cut from .* \(hash .*\), but .* has hash .*give its own dense model"):
         open_run(home / "ragged", dense=str(tmp_path / "x"))
-    from koff_lightning.analysis import collect
+    from koff_lightning.studies.analysis import collect
 
     other = collect(tiny_model("llama", seed=7, vocab_size=VOCABULARY), held_out(), list(DOMAINS))
     with pytest.raises(KoffError, match="was cut from the dense model with hash .* measure them on its own dense"):

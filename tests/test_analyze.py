@@ -7,11 +7,11 @@ import re
 import pandas as pd
 import pytest
 import torch
-from tiny_artefact import DOMAINS, VOCABULARY, tiny_decomposition
+from tiny_artifact import DOMAINS, VOCABULARY, tiny_decomposition
 from tiny_models import tiny_model
 from toy_text import toy_documents, write_jsonl
 
-from koff_lightning.artefact.export import export
+from koff_lightning.artifact.export import export
 from koff_lightning.cli import main
 from koff_lightning.sparsity import SparsitySpec
 
@@ -114,7 +114,7 @@ def test_one_domain_only(home, tmp_path, capsys):
 SHORT = ["--skip", "transfer,knockout,attention,adapters,tokens", *FEW]
 
 
-def test_a_masked_dense_artefact_gives_the_same(home, whole, tmp_path, capsys):
+def test_a_masked_dense_artifact_gives_the_same(home, whole, tmp_path, capsys):
     analysed(capsys, "--model", str(home / "masked"), "--out", str(tmp_path), *SHORT)
     masked, ragged = (pd.read_parquet(folder / "tables" / "neurons.parquet") for folder in (tmp_path, whole))
     assert masked["removed_koff_masked"].tolist() == ragged["removed_koff_run0"].tolist()
@@ -125,7 +125,7 @@ def test_a_masked_dense_artefact_gives_the_same(home, whole, tmp_path, capsys):
 
 
 def exported(home, folder, units: list[str] | None = None, layer_only: int | None = None):
-    """An artefact with a mask of its own making."""
+    """An artifact with a mask of its own making."""
     config = json.loads((home / "run0" / "artifact" / "koff.json").read_text())["config"]
     spec = SparsitySpec(target=0.05, min_channels=4, **({"units": units} if units else {}))
     module = tiny_decomposition_of(home, spec)
@@ -183,10 +183,10 @@ def test_bad_input_is_named(home, tmp_path, capsys):
         return capsys.readouterr().err
 
     run0 = str(home / "run0")
-    assert "give --model, an artefact or a checkpoint" in refused()
+    assert "give --model, an artifact or a checkpoint" in refused()
     assert "missing: no such run: give a checkpoint, or the folder" in refused("--model", str(home / "missing"))
     assert "no file or folder matches" in refused("--model", str(home / "none*"))
-    assert "is a model without koff.json, so it is no artefact" in refused("--model", str(home / "dense"))
+    assert "is a model without koff.json, so it is no artifact" in refused("--model", str(home / "dense"))
     assert "is given twice: two seeds are two runs" in refused("--model", run0, "--model", run0)
     assert "--against takes NAME=RUN" in refused("--model", run0, "--against", str(home / "bare"))
     assert "so the studied runs are called" in refused("--model", run0, "--against", f"koff={home / 'bare'}")

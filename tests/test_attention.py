@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from koff_lightning import attention
 from koff_lightning.attention import LayerMemory, attend_merged, attend_reference, koff_attention
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 B, H, K, D, P = 3, 4, 2, 8, 5
 

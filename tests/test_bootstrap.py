@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from koff_lightning.evaluation import bootstrap
-from koff_lightning.evaluation.bootstrap import bits_per_byte, interval, over_seeds
+from koff_lightning.studies import bootstrap
+from koff_lightning.studies.bootstrap import bits_per_byte, interval, over_seeds
 
 
 def draws_of(nats, sizes, **options):

@@ -11,8 +11,8 @@ from tiny_models import FAMILIES, YARN_ROPE, tiny_model
 from transformers import AutoModelForCausalLM
 
 from koff_lightning import KoffError, KVSpec
-from koff_lightning.artefact.cartridge import from_cartridge, to_cartridge
-from koff_lightning.artefact.layouts import backbone_for
+from koff_lightning.artifact.cartridge import from_cartridge, to_cartridge
+from koff_lightning.artifact.layouts import backbone_for
 from koff_lightning.backbone import prunable_groups, rotary_inv_freq
 from koff_lightning.kv_memory import KVMemory
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from koff_lightning.cli import main
-from koff_lightning.commands.class_names import SWITCH, only_known_classes
+from koff_lightning.commands.parsing.class_names import SWITCH, only_known_classes
 from koff_lightning.commands.training_cli import KoffCLI
 
 MINE = """
@@ -138,7 +138,10 @@ def test_the_switch_allows_them(parsed, tmp_path):
 def test_what_a_trainer_is_made_of_needs_no_switch(parsed):
     callbacks = [spec("lightning.pytorch.callbacks.EarlyStopping", monitor="val/koff_bpb"), "LearningRateMonitor"]
     trainer = {"callbacks": callbacks, "logger": spec("CSVLogger", save_dir="x")}
-    trainer |= {"strategy": spec("koff_lightning.strategies.ReplicatedStrategy"), "profiler": spec("SimpleProfiler")}
+    trainer |= {
+        "strategy": spec("koff_lightning.training.strategies.ReplicatedStrategy"),
+        "profiler": spec("SimpleProfiler"),
+    }
     status, got = parsed(trainer, "--trainer.plugins+=lightning.pytorch.plugins.environments.SLURMEnvironment")
     assert status == 0
     assert got.strategy.class_path.endswith("ReplicatedStrategy")

@@ -12,10 +12,11 @@ import torch
 import yaml
 
 from koff_lightning.cli import TOOLS, TRAINING, main
-from koff_lightning.commands import config_files, training_cli
-from koff_lightning.errors import KoffError
-from koff_lightning.module import KOFFModule
-from koff_lightning.option_errors import nearest, one_line
+from koff_lightning.commands import training_cli
+from koff_lightning.commands.parsing import config_files
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest, one_line
+from koff_lightning.training.module import KOFFModule
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from tiny_memories import KINDS, empty_bank, fill_, mixed, read, written
 from tiny_models import tiny_model
 
 from koff_lightning import KoffError, KVSpec, LoraSpec
-from koff_lightning.artefact.compose import compose
+from koff_lightning.artifact.compose import compose
 from koff_lightning.attention import LayerMemory
 from koff_lightning.memory import MemoryBank
 

@@ -3,15 +3,15 @@
 import pytest
 import yaml
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from tiny_artefact import tiny_artefact
+from tiny_artifact import tiny_artifact
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.cli import main
 from koff_lightning.commands import training_cli
-from koff_lightning.commands.config_files import SHIPPED, shipped_configs
+from koff_lightning.commands.parsing.config_files import SHIPPED, shipped_configs
 from koff_lightning.sparsity import SparsitySchedule
-from koff_lightning.strategies import ReplicatedStrategy, ShardedStrategy
+from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
 FAMILY = {
     "demo.yaml": "llama",
@@ -72,8 +72,8 @@ def test_each_experiment_builds(name, built, stand_in):
     assert cli.model.memories is not None
 
 
-def test_add_domain_builds_on_an_artefact(built, tmp_path):
-    folder = tiny_artefact(tmp_path).folder
+def test_add_domain_builds_on_an_artifact(built, tmp_path):
+    folder = tiny_artifact(tmp_path).folder
     cli = built("--config", "add_domain.yaml", f"--model.artifact={folder}", "--data.domains.en=bundled:en", *ON_CPU)
     assert (cli.model.domains, cli.model.learns_mask, cli.model.arms[0]) == (["en"], False, "koff")
 

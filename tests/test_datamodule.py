@@ -14,7 +14,7 @@ from toy_text import toy_documents, toy_tokenizer, write_jsonl
 from koff_lightning.backbone import load_tokenizer
 from koff_lightning.data import DomainDataModule, DomainSource, bundled_domains, check_vocabulary, is_heldout
 from koff_lightning.data.packing import IGNORED
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")

@@ -1,4 +1,4 @@
-"""A loaded artefact computes what the gated model computes, row by row, in every way that transformers generates."""
+"""A loaded artifact computes what the gated model computes, row by row, in every way that transformers generates."""
 
 import json
 import shutil
@@ -7,13 +7,13 @@ from copy import deepcopy
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_artefact import DOMAINS, VOCABULARY, left_padded, tiny_artefact
+from tiny_artifact import DOMAINS, VOCABULARY, left_padded, tiny_artifact
 from tiny_models import tiny_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from koff_lightning import KoffError, load_decomposed
-from koff_lightning.artefact.folder import hash_file
+from koff_lightning.support.files import hash_file
 
 ROWS = ["de", None, "law", "de"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -21,7 +21,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return tiny_artefact(tmp_path_factory.mktemp("llama"))
+    return tiny_artifact(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(made):
 
 @pytest.fixture
 def copy(made, tmp_path):
-    """The artefact, to be damaged."""
+    """The artifact, to be damaged."""
     return shutil.copytree(made.folder, tmp_path / "copy")
 
 
@@ -42,7 +42,7 @@ def copy(made, tmp_path):
 @pytest.mark.parametrize("family", ["llama3_rope", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("parts", [{}, {"kv": None}, {"lora": None}], ids=["lora_kv", "lora", "kv"])
 def test_logits_are_those_of_the_gated_model(tmp_path, family, parts):
-    made = tiny_artefact(tmp_path, family, **parts)
+    made = tiny_artifact(tmp_path, family, **parts)
     ids, mask = left_padded()
     expected = made.gated(ids, mask, ROWS)
     got = load_decomposed(made.folder)(ids, mask, domains=ROWS).logits
@@ -51,7 +51,7 @@ def test_logits_are_those_of_the_gated_model(tmp_path, family, parts):
 
 @pytest.mark.parametrize("layout", ["uniform", "deci", "masked", "merged"])
 def test_every_layout_runs(tmp_path, layout):
-    made = tiny_artefact(tmp_path, layout=layout, uniform=layout == "uniform")
+    made = tiny_artifact(tmp_path, layout=layout, uniform=layout == "uniform")
     rows = ["de"] * 4 if layout == "merged" else ROWS
     ids, mask = left_padded()
     model = load_decomposed(made.folder)
@@ -342,7 +342,7 @@ def test_memories_come_and_go(made):
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_parameters_are_counted_from_what_is_there(tmp_path, tie):
-    made = tiny_artefact(tmp_path, tie=tie)
+    made = tiny_artifact(tmp_path, tie=tie)
     model, counts = load_decomposed(made.folder), json.loads((made.folder / "koff.json").read_text())["parameters"]
     assert model.active_parameters() == counts["backbone"] == numbers(made.folder / "backbone")
     for domain in DOMAINS:
@@ -388,10 +388,10 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_what_is_no_artefact_is_refused_in_a_line(made, copy, tmp_path):
+def test_what_is_no_artifact_is_refused_in_a_line(made, copy, tmp_path):
     with pytest.raises(KoffError, match="no such folder"):
         load_decomposed(tmp_path / "nowhere")
-    with pytest.raises(KoffError, match="is a model without koff.json, so it is no artefact"):
+    with pytest.raises(KoffError, match="is a model without koff.json, so it is no artifact"):
         load_decomposed(made.folder.parent / "dense")
     with pytest.raises(KoffError, match=f"is a model without koff.json.* give {made.folder}"):
         load_decomposed(made.folder / "backbone")
@@ -469,7 +469,7 @@ def test_corrupted_weights_are_one_line_even_unverified(copy):
     assert "\n" not in str(caught.value)
 
 
-def test_code_of_the_artefact_is_not_run(copy):
+def test_code_of_the_artifact_is_not_run(copy):
     edit(copy / "backbone/config.json", model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
     (copy / "backbone/mine.py").write_text("raise SystemExit('run')")
     with pytest.raises(KoffError, match="brings its own code, which is not run") as caught:
@@ -478,9 +478,9 @@ def test_code_of_the_artefact_is_not_run(copy):
 
 
 def test_code_that_an_export_carries_is_left_alone(tmp_path):
-    made = tiny_artefact(tmp_path, with_code=True)
+    made = tiny_artifact(tmp_path, with_code=True)
     assert "auto_map" in json.loads((made.folder / "backbone/config.json").read_text())
-    assert type(load_decomposed(made.folder).backbone).__module__ == "koff_lightning.artefact.modeling_koff"
+    assert type(load_decomposed(made.folder).backbone).__module__ == "koff_lightning.artifact.modeling_koff"
 
 
 def test_an_unknown_layout_is_refused(copy):

@@ -8,7 +8,7 @@ import yaml
 from test_configs import ON_CPU, built, stand_in  # noqa: F401  fixtures
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
-from koff_lightning.commands.config_files import SHIPPED, shipped_configs
+from koff_lightning.commands.parsing.config_files import SHIPPED, shipped_configs
 from koff_lightning.data import shards
 from koff_lightning.data.shards import FileShard, HubShard
 

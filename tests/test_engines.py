@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny_artefact import left_padded, tiny_artefact
+from tiny_artifact import left_padded, tiny_artifact
 from transformers import AutoModelForCausalLM
 
 from koff_lightning import KoffError
-from koff_lightning.artefact import engines
-from koff_lightning.artefact.folder import read_manifest
-from koff_lightning.artefact.layouts import LAYOUTS
+from koff_lightning.artifact import engines
+from koff_lightning.artifact.folder import read_manifest
+from koff_lightning.artifact.layouts import LAYOUTS
 
 # peft asks a model under the name of an older transformers
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -21,7 +21,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def made(folder, layout, **options):
-    return tiny_artefact(folder, layout=layout, uniform=layout == "uniform", **options)
+    return tiny_artifact(folder, layout=layout, uniform=layout == "uniform", **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -80,7 +80,7 @@ def test_weights_that_do_not_fit_fail(tmp_path, monkeypatch):
     assert answer == "no" and "do not fit" in why
 
 
-def test_answers_follow_the_artefact(tmp_path):
+def test_answers_follow_the_artifact(tmp_path):
     def kv(layout):
         return engines.check(made(tmp_path / layout, layout).folder, ["peft"])["peft"]["kv"]
 

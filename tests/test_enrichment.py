@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from koff_lightning.analysis import (
+from koff_lightning.studies.analysis import (
     corrected,
     enrichment,
     enrichment_table,
@@ -17,7 +17,7 @@ from koff_lightning.analysis import (
     overlap_table,
     strata,
 )
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 
 def of_tables(*tables: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

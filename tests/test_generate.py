@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_artefact import tiny_artefact
+from tiny_artifact import tiny_artifact
 from tiny_models import tiny_model
 
 from koff_lightning import load_backbone, load_decomposed
@@ -18,7 +18,7 @@ NEW = ["--max_new_tokens", "6", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return tiny_artefact(tmp_path_factory.mktemp("chat"), chat=True)
+    return tiny_artifact(tmp_path_factory.mktemp("chat"), chat=True)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_models_own_settings_do_not_change_greedy_continuations(made, model,
     file.write_text(content)
     manifest = json.loads((folder / "koff.json").read_text())
     manifest["files"].pop("backbone/generation_config.json", None)
-    from koff_lightning.artefact.folder import describe_files
+    from koff_lightning.artifact.folder import describe_files
 
     manifest["files"] = describe_files(folder, "backbone")
     (folder / "koff.json").write_text(json.dumps(manifest))
@@ -107,8 +107,8 @@ def test_comparison_shows_dense_pruned_and_koff_side_by_side(made, model, capsys
     assert len(set(expected)) == 3
 
 
-def test_a_merged_artefact_has_no_column_without_memory(tmp_path, capsys):
-    made = tiny_artefact(tmp_path, layout="merged")
+def test_a_merged_artifact_has_no_column_without_memory(tmp_path, capsys):
+    made = tiny_artifact(tmp_path, layout="merged")
     command = ["generate", "--model", made.folder, "--domain", "de", "--compare", "dense", "--prompt", "fox", *NEW]
     out = koff(capsys, *command)
     assert "KOFF" in out
@@ -116,7 +116,7 @@ def test_a_merged_artefact_has_no_column_without_memory(tmp_path, capsys):
 
 
 def test_comparison_with_another_dense_model_is_refused(tmp_path, capsys):
-    made = tiny_artefact(tmp_path)
+    made = tiny_artifact(tmp_path)
     tiny_model("llama", seed=9, vocab_size=320).save_pretrained(tmp_path / "dense")
     command = ["generate", "--model", made.folder, "--domain", "de", "--compare", "dense", "--prompt", "fox", *NEW]
     assert main([str(word) for word in command]) == 2
@@ -151,7 +151,7 @@ def test_bad_input_is_one_line(made, capsys, argv, line):
 
 
 def test_an_empty_prompt_needs_a_token_before_it(tmp_path, capsys):
-    made = tiny_artefact(tmp_path, bos=False)
+    made = tiny_artifact(tmp_path, bos=False)
     assert main(["generate", "--model", str(made.folder), "--prompt", "fox", "--prompt", "", *NEW]) == 2
     assert "prompt 2 is empty" in capsys.readouterr().err.splitlines()[-1]
 
@@ -195,7 +195,7 @@ def test_a_talk_ends_with_its_input(made, monkeypatch, capsys):
 
 
 def test_without_a_chat_template_there_is_no_chat(tmp_path, capsys):
-    made = tiny_artefact(tmp_path)
+    made = tiny_artifact(tmp_path)
     assert main(["chat", "--model", str(made.folder)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"has no chat template, so this is no chat model: koff generate --model {made.folder} --prompt" in line

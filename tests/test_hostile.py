@@ -10,15 +10,15 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import CometLogger
-from tiny_artefact import tiny_artefact
+from tiny_artifact import tiny_artifact
 from tiny_memories import mixed, written
 
 from koff_lightning import KoffError, load_decomposed
-from koff_lightning.artefact.memory_files import ADAPTER, ADAPTER_CONFIG, load_memory
+from koff_lightning.artifact.memory_files import ADAPTER, ADAPTER_CONFIG, load_memory
 from koff_lightning.backbone import load_backbone, load_tokenizer
 from koff_lightning.cli import main
 from koff_lightning.data.cache import TokenCache
-from koff_lightning.run.secrets import REMOVED, without_secrets
+from koff_lightning.support.secrets import REMOVED, without_secrets
 
 TOKEN = "hf_ThisIsNoRealTokenButLooksLikeOne"
 
@@ -53,7 +53,7 @@ def pickled(path):
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_weights_of_a_backbone(here, name):
-    dense = tiny_artefact(here).folder.parent / "dense"
+    dense = tiny_artifact(here).folder.parent / "dense"
     (dense / "model.safetensors").unlink()
     pickled(dense / name)
     with pytest.raises(KoffError, match="cannot load backbone"):
@@ -70,8 +70,8 @@ def test_tensors_of_a_memory(here, name):
 
 
 @pytest.mark.parametrize("name", ["backbone/model.safetensors", "backbone/pytorch_model.bin", "memories/de/x.pt"])
-def test_files_of_an_artefact(here, name):
-    folder = tiny_artefact(here).folder
+def test_files_of_an_artifact(here, name):
+    folder = tiny_artifact(here).folder
     pickled(folder / name)
     with pytest.raises(KoffError):
         load_decomposed(folder)
@@ -82,7 +82,7 @@ def test_files_of_an_artefact(here, name):
 
 
 def test_code_beside_a_tokenizer_or_a_model(here):
-    dense = tiny_artefact(here).folder.parent / "dense"
+    dense = tiny_artifact(here).folder.parent / "dense"
     (dense / "mine.py").write_text("import os\nos.mkdir('executed')\n")
     for file, parts in {
         "tokenizer_config.json": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]},

@@ -5,14 +5,14 @@ import json
 import sys
 
 import pytest
-from tiny_artefact import DOMAINS, tiny_artefact
+from tiny_artifact import DOMAINS, tiny_artifact
 
 from koff_lightning.cli import main
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return tiny_artefact(tmp_path_factory.mktemp("llama"))
+    return tiny_artifact(tmp_path_factory.mktemp("llama"))
 
 
 def inspect(capsys, *argv):
@@ -70,7 +70,7 @@ def test_the_picture_as_a_file(made, capsys, tmp_path):
 
 
 def test_verification_is_asked_for(tmp_path, capsys):
-    made = tiny_artefact(tmp_path)
+    made = tiny_artifact(tmp_path)
     assert "every file is as its hash says" in inspect(capsys, made.folder, "--verify")
     weights = made.folder / "memories" / "fr" / "kv_memory.safetensors"
     weights.write_bytes(b"\0" * weights.stat().st_size)
@@ -79,20 +79,20 @@ def test_verification_is_asked_for(tmp_path, capsys):
     assert "kv_memory.safetensors was changed after it was written" in capsys.readouterr().err
 
 
-def test_a_merged_artefact_names_its_domain(tmp_path, capsys):
-    out = inspect(capsys, tiny_artefact(tmp_path, layout="merged").folder)
+def test_a_merged_artifact_names_its_domain(tmp_path, capsys):
+    out = inspect(capsys, tiny_artifact(tmp_path, layout="merged").folder)
     assert "layout      merged of domain de" in out
     row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["de"])
     assert row[1:3] == ["-", "5"], "its LoRA is in the backbone"
 
 
 def test_without_memories_there_is_nothing_to_list(tmp_path, capsys):
-    out = inspect(capsys, tiny_artefact(tmp_path, lora=None, kv=None).folder)
+    out = inspect(capsys, tiny_artifact(tmp_path, lora=None, kv=None).folder)
     assert "domains     none" in out
 
 
 @pytest.mark.parametrize("name", ["dense", "nowhere"])
-def test_what_is_no_artefact_is_one_line(made, capsys, name):
+def test_what_is_no_artifact_is_one_line(made, capsys, name):
     assert main(["inspect", str(made.folder.parent / name)]) == 2
     said = capsys.readouterr()
     assert "koff export" in said.err
@@ -101,7 +101,7 @@ def test_what_is_no_artefact_is_one_line(made, capsys, name):
 
 
 def test_check_says_of_every_engine_what_it_takes(tmp_path, capsys):
-    folder = str(tiny_artefact(tmp_path).folder)
+    folder = str(tiny_artifact(tmp_path).folder)
     assert main(["inspect", folder, "--check", "hf,gguf"]) == 0
     said = capsys.readouterr().out
     assert "transformers" in said and "llama.cpp" in said and "vLLM" not in said

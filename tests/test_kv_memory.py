@@ -7,8 +7,8 @@ import torch
 from tiny_models import FAMILIES, YARN_ROPE, tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from koff_lightning.errors import KoffError
 from koff_lightning.kv_memory import KVMemory, read_memories, rotate_keys
+from koff_lightning.support.errors import KoffError
 
 SHAPES = [(2, 16), (2, 16)]  # of tiny_model
 P = 13

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from koff_lightning.analysis import Activations, entropy, identify, identify_weighted, stability
-from koff_lightning.errors import KoffError
+from koff_lightning.studies.analysis import Activations, entropy, identify, identify_weighted, stability
+from koff_lightning.support.errors import KoffError
 
 DOMAINS = ["de", "fr", "zh"]
 

@@ -13,9 +13,9 @@ from tiny_models import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from koff_lightning import KoffError
-from koff_lightning.artefact.deci import ragged_config
-from koff_lightning.artefact.layouts import LAYOUTS, backbone_for, layer_widths, memory_for, memory_shapes
-from koff_lightning.artefact.modeling_koff import MODELS, KoffDeciConfig
+from koff_lightning.artifact.deci import ragged_config
+from koff_lightning.artifact.layouts import LAYOUTS, backbone_for, layer_widths, memory_for, memory_shapes
+from koff_lightning.artifact.modeling_koff import MODELS, KoffDeciConfig
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import hidden_states, prunable_groups
 from koff_lightning.kv_memory import KVMemory
@@ -132,7 +132,7 @@ def test_what_travels_in_the_config():
 
 
 def test_a_ragged_model_is_written_again_as_it_is():
-    """As when a domain is added to an artefact: nothing more is removed, the widths stay."""
+    """As when a domain is added to an artifact: nothing more is removed, the widths stay."""
     model = tiny_model("llama")
     groups = prunable_groups(model)
     config, state = backbone_for("ragged", model.config, model.state_dict(), groups, random_mask(groups))

@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lm_eval.models.huggingface import HFLM
-from tiny_artefact import tiny_artefact, tiny_decomposition
+from tiny_artifact import tiny_artifact, tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec, ranks
-from koff_lightning.artefact.export import export
+from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
+from koff_lightning.artifact.export import export
 from koff_lightning.backbone import load_tokenizer
 from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.callbacks.lm_eval import _Part
@@ -27,6 +27,7 @@ from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
 from koff_lightning.evaluation.undisturbed import undisturbed
+from koff_lightning.support import ranks
 
 TASK = "koff_cloze_en"
 
@@ -82,8 +83,8 @@ def test_the_dense_model_scores_exactly_as_with_stock_hflm(dense, tmp_path):
         assert score(KoffLM(str(dense), batch_size=8, device="cpu"), tasks, limit=3) == wanted
         _, module = run(dense, tmp_path)
         assert score(KoffLM(module, dense=True, tokenizer=stock.tokenizer, batch_size=8), tasks, limit=3) == wanted
-        export(module.eval(), tmp_path / "artefact", prove=False)
-        lm = KoffLM(str(tmp_path / "artefact"), dense=True, batch_size=8, device="cpu")
+        export(module.eval(), tmp_path / "artifact", prove=False)
+        lm = KoffLM(str(tmp_path / "artifact"), dense=True, batch_size=8, device="cpu")
         assert score(lm, tasks, limit=3) == wanted
 
 
@@ -236,9 +237,9 @@ def test_tokenizers_say_nothing_of_long_text_that_lm_eval_cuts():
         logging.getLogger("transformers").removeHandler(listener)
 
 
-def test_the_command_scores_an_artefact_by_domain(tmp_path, capsys, monkeypatch):
+def test_the_command_scores_an_artifact_by_domain(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # asks pip and the compiler: seconds
-    made = tiny_artefact(tmp_path)
+    made = tiny_artifact(tmp_path)
     options = ["--tasks", TASK, "--limit", "3", "--output_path", str(tmp_path / "out"), "--log_samples"]
     assert main(["lm-eval", "--model", str(made.folder), "--domains", "de,law", "--memory-off", *options]) == 0
     head, row = (line for line in capsys.readouterr().out.splitlines() if "metric" in line or TASK in line)

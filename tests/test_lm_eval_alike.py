@@ -1,4 +1,4 @@
-"""`koff lm-eval` on an artefact, its checkpoint and dense models: the same texts, the same scores, the same files."""
+"""`koff lm-eval` on an artifact, its checkpoint and dense models: the same texts, the same scores, the same files."""
 
 import argparse
 import json
@@ -9,14 +9,14 @@ import pytest
 import torch
 from lm_eval._cli.run import Run
 from lm_eval.models.huggingface import HFLM
-from tiny_artefact import tiny_decomposition
+from tiny_artifact import tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 from tiny_tasks import NEW, PROMPTS, UNTIL, toy_tasks
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
-from koff_lightning.artefact.export import export
+from koff_lightning.artifact.export import export
 from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main
 from koff_lightning.commands.lm_eval_cli import _parser
@@ -35,7 +35,7 @@ def no_questions(monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A dense folder, a checkpoint over it whose memories say something else each, its artefact, and toy tasks."""
+    """A dense folder, a checkpoint over it whose memories say something else each, its artifact, and toy tasks."""
     folder = tmp_path_factory.mktemp("alike")
     tiny_decomposition(folder)  # writes dense/
     sizes = {"lora": LoraSpec(rank=2), "kv": KVSpec(slots=4), "sparsity": SparsitySpec(target=0.2, min_channels=4)}
@@ -46,7 +46,7 @@ def place(tmp_path_factory):
     for tensor in (*module.memories.lora_parameters(), *module.memories.kv_parameters()):
         nn.init.normal_(tensor, std=0.3)
     run.save_checkpoint(folder / "run.ckpt")
-    export(module.eval(), folder / "artefact", prove=False)
+    export(module.eval(), folder / "artifact", prove=False)
     toy_tasks(folder / "tasks")
     tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
     return SimpleNamespace(folder=folder, module=module, tokenizer=tokenizer)
@@ -80,7 +80,7 @@ def written(place, column, prompt, ends=UNTIL):
     return min([text, *(text.split(end)[0] for end in ends)], key=len)
 
 
-@pytest.mark.parametrize("model", ["artefact", "run.ckpt"])
+@pytest.mark.parametrize("model", ["artifact", "run.ckpt"])
 def test_what_is_written_in_batches_is_what_each_row_writes_alone(place, tmp_path, model):
     """Prompts of unequal length go in one left-padded batch, stop at strings, and read the column's memory."""
     found = lm_eval(place, model, "toy_write", tmp_path, "--domains=all", "--memory-off", "--dense", "--batch_size=4")
@@ -88,7 +88,7 @@ def test_what_is_written_in_batches_is_what_each_row_writes_alone(place, tmp_pat
     assert {results["config"]["model_dtype"] for results, _ in found.values()} == {"torch.float32"}
     sizes = {column: results["config"]["model_num_parameters"] for column, (results, _) in found.items()}
     whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(place.folder / "dense").parameters())
-    kept = AutoModelForCausalLM.from_pretrained(place.folder / "artefact" / "backbone").num_parameters()
+    kept = AutoModelForCausalLM.from_pretrained(place.folder / "artifact" / "backbone").num_parameters()
     read = whole if model == "run.ckpt" else kept  # a checkpoint's mask lies over the whole backbone
     assert kept < whole
     assert sizes == {"dense": whole} | dict.fromkeys([*DOMAINS, "none"], read)
@@ -110,10 +110,10 @@ def test_the_command_shows_the_parts_of_a_group_that_has_no_average(place, tmp_p
     assert "groups" not in json.loads(results.read_text())
 
 
-def test_artefact_and_checkpoint_and_dense_model_score_alike(place, tmp_path, capsys):
+def test_artifact_and_checkpoint_and_dense_model_score_alike(place, tmp_path, capsys):
     scores, heads = {}, {}
     for model, ways in (
-        ("artefact", ["--domains=all", "--memory-off"]),
+        ("artifact", ["--domains=all", "--memory-off"]),
         ("run.ckpt", ["--domains=all", "--dense"]),
         ("dense", []),
     ):
@@ -122,10 +122,10 @@ def test_artefact_and_checkpoint_and_dense_model_score_alike(place, tmp_path, ca
         scores |= {(model, column): likelihoods(rows) for column, (_, rows) in found.items()}
         assert {results["n-shot"]["toy_choose"] for results, _ in found.values()} == {2}
     for domain in DOMAINS:
-        assert scores["artefact", domain] == pytest.approx(scores["run.ckpt", domain], abs=1e-4)
+        assert scores["artifact", domain] == pytest.approx(scores["run.ckpt", domain], abs=1e-4)
     assert scores["run.ckpt", "dense"] == scores["dense", "dense"]
-    assert scores["artefact", "en"] != pytest.approx(scores["artefact", "law"], abs=1e-2)
-    assert heads == {"artefact": [*DOMAINS, "none"], "run.ckpt": [*DOMAINS, "dense"], "dense": ["dense"]}
+    assert scores["artifact", "en"] != pytest.approx(scores["artifact", "law"], abs=1e-2)
+    assert heads == {"artifact": [*DOMAINS, "none"], "run.ckpt": [*DOMAINS, "dense"], "dense": ["dense"]}
 
 
 def likelihoods(rows):
@@ -169,7 +169,7 @@ def test_what_lm_eval_would_refuse_with_a_traceback_is_one_line(place, capsys, m
     said = refused(place, capsys, "--output_path=out.json")
     assert said == "koff: lm-eval: --output_path out.json: give a folder, since each column has files of its own"
     assert "show_config" in refused(place, capsys, "--show_config")
-    for model in ("dense", "artefact"):
+    for model in ("dense", "artifact"):
         said = refused(place, capsys, "--backbone=elsewhere", model=model)
         assert "only a checkpoint is read over a backbone" in said and "leave backbone out" in said
     unsafe = (place.folder / "tasks" / "toy_choose.yaml").read_text().replace("toy_choose", "toy_unsafe")
@@ -213,7 +213,7 @@ def test_samples_are_those_asked_for(place, tmp_path):
 @pytest.mark.parametrize(("option", "column"), [("--memory-off", "none"), ("--dense", "dense")])
 def test_a_domain_named_as_another_column_is_refused_as_in_a_run(place, capsys, monkeypatch, option, column):
     monkeypatch.setattr("koff_lightning.evaluation.harness.domains_of", lambda _: [*DOMAINS, column])
-    said = refused(place, capsys, "--domain=en", option, model="artefact")
+    said = refused(place, capsys, "--domain=en", option, model="artifact")
     assert said == f"koff: lm-eval: {column}: {CLASH}"
     with pytest.raises(KoffError, match=rf"lm_eval\.dense: {CLASH}"):
         LMEval(dense=True).setup(None, SimpleNamespace(domains=["dense"], arms=["dense"]), "fit")
@@ -264,6 +264,6 @@ def test_a_cache_gives_no_nan_and_is_of_one_model(place, tmp_path, capsys, monke
 def test_batch_size_auto_gives_the_same_scores(place, tmp_path):
     by_size = {}
     for size in ("1", "auto:2"):
-        found = lm_eval(place, "artefact", "toy_choose", tmp_path / size[:4], "--domain=en", f"--batch_size={size}")
+        found = lm_eval(place, "artifact", "toy_choose", tmp_path / size[:4], "--domain=en", f"--batch_size={size}")
         by_size[size] = likelihoods(found["en"][1])
     assert by_size["1"] == pytest.approx(by_size["auto:2"], abs=1e-4)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_artefact import tiny_decomposition
+from tiny_artifact import tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 
 from koff_lightning import KOFFModule, KVSpec, LoraSpec, SparsitySpec

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import yaml
-from tiny_artefact import tiny_decomposition
+from tiny_artifact import tiny_decomposition
 from tiny_tasks import toy_tasks
 from toy_text import toy_documents, write_jsonl
 
 from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.cli import main
-from koff_lightning.commands.class_names import SWITCH
+from koff_lightning.commands.parsing.class_names import SWITCH
 from koff_lightning.evaluation import lm_tasks
 
 DOMAINS = ["en", "law"]

@@ -13,7 +13,8 @@ from koff_lightning import KoffError, KVSpec, LoraSpec
 from koff_lightning.backbone import LORA_TARGETS, hidden_states, prunable_groups
 from koff_lightning.gates import BackboneGates
 from koff_lightning.kv_memory import KVMemory
-from koff_lightning.memory import MemoryBank, check_domain_name
+from koff_lightning.memory import MemoryBank
+from koff_lightning.support.names import check_name
 
 
 def bank(model=None, domains=("de", "fr"), lora=None, kv=None, shared=False):
@@ -257,7 +258,7 @@ def test_an_unsafe_domain_name_is_refused(name):
     with pytest.raises(KoffError, match="is not safe as a file name"):
         memories.add(name, LoraSpec(2), None)
     with pytest.raises(KoffError, match="is not safe as a file name"):
-        check_domain_name(name)
+        check_name(name)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing():

@@ -7,37 +7,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_artefact import DOMAINS, left_padded, tiny_artefact
+from tiny_artifact import DOMAINS, left_padded, tiny_artifact
 
 from koff_lightning import load_decomposed
-from koff_lightning.artefact import memories as artefact_memories
-from koff_lightning.artefact import new_folder
-from koff_lightning.artefact.cartridge import to_cartridge
-from koff_lightning.artefact.export import export
-from koff_lightning.artefact.folder import hash_file, read_manifest, verify
-from koff_lightning.artefact.memory_files import read_card
+from koff_lightning.artifact import memories as artifact_memories
+from koff_lightning.artifact.cartridge import to_cartridge
+from koff_lightning.artifact.export import export
+from koff_lightning.artifact.folder import read_manifest, verify
+from koff_lightning.artifact.memory_files import read_card
 from koff_lightning.backbone import rotary_inv_freq
 from koff_lightning.cli import main
-from koff_lightning.errors import KoffError
 from koff_lightning.memory import LoraSpec
+from koff_lightning.support import files as new_folder
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import hash_file
 
 ROWS = ["de", None, "law", "de"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return tiny_artefact(tmp_path_factory.mktemp("llama"))
+    return tiny_artifact(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
 def uniform(tmp_path_factory):
-    return tiny_artefact(tmp_path_factory.mktemp("uniform"), layout="uniform", uniform=True)
+    return tiny_artifact(tmp_path_factory.mktemp("uniform"), layout="uniform", uniform=True)
 
 
 @pytest.fixture
 def folder(made, tmp_path):
     """A copy to change."""
-    return shutil.copytree(made.folder, tmp_path / "artefact")
+    return shutil.copytree(made.folder, tmp_path / "artifact")
 
 
 def memory(*argv):
@@ -45,7 +46,7 @@ def memory(*argv):
 
 
 def hashes(folder, leave=()):
-    """Hash of every file of an artefact but the manifest and those below `leave`."""
+    """Hash of every file of an artifact but the manifest and those below `leave`."""
     leave = ("koff.json", *leave)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return {name: hash_file(folder / name) for name in names if not name.startswith(leave)}
@@ -62,7 +63,7 @@ def logits(folder, rows=ROWS):
 
 
 def refused(capsys, folder, *argv):
-    """The one line of a refusal that leaves the artefact as it was."""
+    """The one line of a refusal that leaves the artifact as it was."""
     before = hashes(folder) | {"koff.json": hash_file(folder / "koff.json")}
     assert memory(*argv) == 2
     assert hashes(folder) | {"koff.json": hash_file(folder / "koff.json")} == before
@@ -79,7 +80,7 @@ def test_list_shows_each_domain(made, capsys):
     assert rows[1][1:3] == ["3", "5"]
 
 
-def test_remove_then_add_gives_the_artefact_back(made, folder, tmp_path):
+def test_remove_then_add_gives_the_artifact_back(made, folder, tmp_path):
     before = manifest(folder)
     os.link(folder / "backbone/model.safetensors", tmp_path / "held")
     assert memory("remove", folder, "law") == 0
@@ -115,14 +116,14 @@ def test_where_files_cannot_be_linked_they_are_copied(made, folder, monkeypatch)
     assert hashes(folder) == hashes(made.folder, ["memories/law"])
 
 
-def test_an_artefact_behind_a_symbolic_link_is_changed_where_it_lies(folder, tmp_path):
+def test_an_artifact_behind_a_symbolic_link_is_changed_where_it_lies(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     assert memory("remove", tmp_path / "link", "law") == 0
     assert (tmp_path / "link").is_symlink()
     assert sorted(manifest(folder)["domains"]) == ["de", "fr"]
 
 
-def test_a_crash_leaves_the_artefact_as_it_was(made, folder, monkeypatch, capsys):
+def test_a_crash_leaves_the_artifact_as_it_was(made, folder, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -160,7 +161,7 @@ def test_memories_that_do_not_fit_are_refused_before_anything_changes(made, fold
 
 
 def test_a_memory_of_other_widths_is_refused_even_if_its_card_lies(folder, tmp_path, capsys):
-    other = tiny_artefact(tmp_path / "other", "qwen2", seed=3, kv=None, lora=LoraSpec(rank=2))
+    other = tiny_artifact(tmp_path / "other", "qwen2", seed=3, kv=None, lora=LoraSpec(rank=2))
     source, card = other.folder / "memories/law", read_card(folder / "memories/law")
     change(source / "memory.json", base=card.base, mask_hash=card.mask_hash, tokenizer_hash=card.tokenizer_hash)
     assert "does not fit the backbone" in refused(capsys, folder, "add", folder, source, "--as", "jura")
@@ -191,20 +192,20 @@ def test_bad_input_is_one_line(folder, capsys, argv, line):
     assert line in refused(capsys, folder, *(word.format(folder) for word in argv))
 
 
-def test_what_is_no_artefact_is_one_line(made, tmp_path, capsys):
+def test_what_is_no_artifact_is_one_line(made, tmp_path, capsys):
     for words in (["list"], ["add", made.folder / "memories/de"], ["remove", "de"]):
         assert memory(words[0], tmp_path, *words[1:]) == 2
-        assert "without koff.json, so it is no artefact" in capsys.readouterr().err
+        assert "without koff.json, so it is no artifact" in capsys.readouterr().err
 
 
-def test_a_damaged_artefact_takes_no_memory(made, folder, capsys):
+def test_a_damaged_artifact_takes_no_memory(made, folder, capsys):
     (folder / "backbone/model.safetensors").write_bytes(b"short")
     line = refused(capsys, folder, "add", folder, made.folder / "memories/law", "--as", "jura")
     assert "has 5 bytes instead of" in line
 
 
-def test_a_merged_artefact_keeps_its_one_domain(made, tmp_path, capsys):
-    merged = tiny_artefact(tmp_path, layout="merged").folder
+def test_a_merged_artifact_keeps_its_one_domain(made, tmp_path, capsys):
+    merged = tiny_artifact(tmp_path, layout="merged").folder
     assert "merged into the backbone" in refused(capsys, merged, "add", merged, made.folder / "memories/law")
     assert "is 'de' merged into its backbone" in refused(capsys, merged, "remove", merged, "de")
 
@@ -222,7 +223,7 @@ def test_a_composed_memory_reads_both(made, folder):
 
 
 def test_a_kv_memory_goes_to_peft_and_back(uniform, tmp_path):
-    folder = shutil.copytree(uniform.folder, tmp_path / "artefact")
+    folder = shutil.copytree(uniform.folder, tmp_path / "artifact")
     assert memory("cartridge", folder, "de", "--out", tmp_path / "cartridge") == 0
     assert json.loads((tmp_path / "cartridge/adapter_config.json").read_text())["peft_type"] == "CARTRIDGE"
     assert memory("cartridge", folder, "again", "--from", tmp_path / "cartridge") == 0
@@ -235,7 +236,7 @@ def test_a_kv_memory_goes_to_peft_and_back(uniform, tmp_path):
 
 
 def test_a_cartridge_of_one_slot_is_a_memory(uniform, tmp_path):
-    folder = shutil.copytree(uniform.folder, tmp_path / "artefact")
+    folder = shutil.copytree(uniform.folder, tmp_path / "artifact")
     model = load_decomposed(folder, domains=["de"])
     one = {name: slots[:, :1] for name, slots in model.memories.slots("de").tensors().items()}
     to_cartridge(one, rotary_inv_freq(model.backbone), tmp_path / "cartridge")
@@ -270,7 +271,7 @@ def test_what_removed_units_leave_behind_tells_backbones_apart(made, tmp_path, c
 
 
 def test_a_memory_without_slots_is_no_cartridge(tmp_path, capsys):
-    folder = tiny_artefact(tmp_path, kv=None).folder
+    folder = tiny_artifact(tmp_path, kv=None).folder
     assert "has no KV slots" in refused(capsys, folder, "cartridge", folder, "de", "--out", tmp_path / "cartridge")
 
 
@@ -284,7 +285,7 @@ def test_memory_alone_names_its_verbs(capsys):
 
 def test_add_from_bank_checks_as_add_does(made):
     with pytest.raises(KoffError, match="has a memory 'de' already"):
-        artefact_memories.add_from_bank(made.folder, load_decomposed(made.folder).memories, ["de"])
+        artifact_memories.add_from_bank(made.folder, load_decomposed(made.folder).memories, ["de"])
     assert Path(made.folder / "memories/de").is_dir()
 
 
@@ -292,9 +293,9 @@ def test_several_memories_are_added_together_or_not_at_all(made):
     bank, before = load_decomposed(made.folder).memories, sorted(made.folder.rglob("*"))
     bank.add("fresh", LoraSpec(2, 4), None)
     with pytest.raises(KoffError, match="has a memory 'de' already"):
-        artefact_memories.add_from_bank(made.folder, bank, ["fresh", "de"])
+        artifact_memories.add_from_bank(made.folder, bank, ["fresh", "de"])
     assert sorted(made.folder.rglob("*")) == before and "fresh" not in read_manifest(made.folder).domains
-    artefact_memories.add_from_bank(made.folder, bank, ["fresh"])
+    artifact_memories.add_from_bank(made.folder, bank, ["fresh"])
     assert "fresh" in load_decomposed(made.folder).domains
-    artefact_memories.remove_memory(made.folder, "fresh")
+    artifact_memories.remove_memory(made.folder, "fresh")
     assert sorted(made.folder.rglob("*")) == before

@@ -12,8 +12,7 @@ from tiny_memories import HOME, KINDS, MANIFEST, empty_bank, fill_, mixed, read,
 from tiny_models import FAMILIES, tiny_model
 
 from koff_lightning import KoffError, KVSpec, LoraSpec
-from koff_lightning.artefact.folder import hash_file
-from koff_lightning.artefact.memory_files import (
+from koff_lightning.artifact.memory_files import (
     ADAPTER,
     ADAPTER_CONFIG,
     CARD,
@@ -26,6 +25,7 @@ from koff_lightning.artefact.memory_files import (
 )
 from koff_lightning.backbone import prunable_groups
 from koff_lightning.kv_memory import KVMemory
+from koff_lightning.support.files import hash_file
 
 # peft asks transformers for something by its former name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -208,7 +208,7 @@ def test_a_file_that_is_missing_extra_changed_or_cut_short_is_refused(tmp_path):
     refuse(folder, "more.bin does not belong there")
 
 
-def test_an_empty_folder_and_that_of_an_artefact_are_refused(tmp_path):
+def test_an_empty_folder_and_that_of_an_artifact_are_refused(tmp_path):
     refuse(tmp_path, "holds no memory.json, so it is not the folder of a memory")
     (tmp_path / "memories").mkdir()
     refuse(tmp_path, "memories holds some")

@@ -13,8 +13,8 @@ from tiny_models import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from koff_lightning import KoffError, load_backbone
-from koff_lightning.artefact import modeling_koff
-from koff_lightning.artefact.modeling_koff import MODELS, WIDTHS, KoffLlamaConfig, KoffLlamaForCausalLM
+from koff_lightning.artifact import modeling_koff
+from koff_lightning.artifact.modeling_koff import MODELS, WIDTHS, KoffLlamaConfig, KoffLlamaForCausalLM
 from koff_lightning.backbone import hidden_states, prunable_groups
 
 WINDOWS = {

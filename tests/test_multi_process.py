@@ -11,13 +11,15 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from several_ranks import ABSENT, DOMAINS, SAVED, SCORED, SMALL, STEPS
 
-from koff_lightning import KoffError, ranks, strategies
-from koff_lightning.artefact.checkpoint import from_checkpoint
-from koff_lightning.artefact.export import export
+from koff_lightning import KoffError
+from koff_lightning.artifact.checkpoint import from_checkpoint
+from koff_lightning.artifact.export import export
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
-from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
+from koff_lightning.support import ranks
+from koff_lightning.training import strategies
+from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
 
 PLAIN = ("replicated", "sharded")
 RESUMED = ("resumed", "resumed_sharded", "resumed_replicated")
@@ -184,7 +186,7 @@ def test_the_command_runs_and_one_process_finds_the_same_figures(commands, capsy
 
 
 @pytest.mark.slow
-def test_a_sharded_run_says_how_to_make_its_artefact_which_is_that_of_whole_models(commands):
+def test_a_sharded_run_says_how_to_make_its_artifact_which_is_that_of_whole_models(commands):
     assert "spread over several processes; `koff export --ckpt` makes it" in (commands / "commands0.log").read_text()
     made, replicated = (commands / overlay / "artifact" for overlay in ("fsdp", "ddp"))
     assert not made.exists()

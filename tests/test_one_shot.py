@@ -9,8 +9,8 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_artefact import DOMAINS as ARTEFACT_DOMAINS
-from tiny_artefact import Made, left_padded, tiny_decomposition
+from tiny_artifact import DOMAINS as ARTIFACT_DOMAINS
+from tiny_artifact import Made, left_padded, tiny_decomposition
 from tiny_models import tiny_model
 from tiny_run import DOMAINS, RandomText, tiny_module, tiny_trainer
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
@@ -25,15 +25,15 @@ from koff_lightning import (
     SparsitySpec,
     load_decomposed,
 )
-from koff_lightning.artefact import proof
-from koff_lightning.artefact.checkpoint import from_checkpoint
-from koff_lightning.artefact.export import export
-from koff_lightning.artefact.folder import read_manifest
+from koff_lightning.artifact import proof
+from koff_lightning.artifact.checkpoint import from_checkpoint
+from koff_lightning.artifact.export import export
+from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.cli import main
-from koff_lightning.evaluation import one_shot
+from koff_lightning.commands import baseline as one_shot
 from koff_lightning.evaluation.baselines import compensation, input_moments
 from koff_lightning.gates import BackboneGates
-from koff_lightning.run.results import mask_and_size
+from koff_lightning.reports.results import mask_and_size
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 METHODS = ("magnitude", "wanda_sp", "flap", "random", "fisher")
@@ -188,7 +188,7 @@ def test_cut_is_gated_with_compensation(family, layout, tmp_path):
     export(made.module, tmp_path / "out", layout=layout, domain=domain, prove=False)
     model = load_decomposed(tmp_path / "out")
     ids, mask = left_padded()
-    read_by = ["de"] * 4 if layout == "merged" else [*ARTEFACT_DOMAINS, None]
+    read_by = ["de"] * 4 if layout == "merged" else [*ARTIFACT_DOMAINS, None]
     found = model(ids, mask, read_by).logits
     gap = (found - made.gated(ids, mask, read_by))[mask.bool()].abs().max()
     assert gap / found[mask.bool()].abs().max() < 1e-5

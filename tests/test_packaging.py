@@ -102,14 +102,14 @@ def test_the_command_is_light(command, tmp_path):
     loaded = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
     assert done.stdout.startswith("koff-lightning ")
     assert "koff_lightning.cli" in loaded
-    assert not {"torch", "lightning", "transformers", "numpy", "koff_lightning.artefact.modeling_koff"} & set(loaded)
+    assert not {"torch", "lightning", "transformers", "numpy", "koff_lightning.artifact.modeling_koff"} & set(loaded)
 
 
 def test_an_import_opens_nothing_but_makes_the_model_types_known():
     code = "import sys; import koff_lightning; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = [name for name in done.stdout.split() if name.startswith("koff_lightning")]
-    assert set(loaded) == {"koff_lightning", "koff_lightning.artefact", "koff_lightning.artefact.modeling_koff"}
+    assert set(loaded) == {"koff_lightning", "koff_lightning.artifact", "koff_lightning.artifact.modeling_koff"}
     assert "lightning" not in done.stdout.split()
 
 

@@ -15,7 +15,7 @@ from koff_lightning.commands.plan import planned
 from koff_lightning.commands.published_sizes import PUBLISHED
 from koff_lightning.losses import LossSpec
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
-from koff_lightning.planning import Step, _count, count, memory
+from koff_lightning.training.planning import Step, _count, count, memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/scale"))
 import peak

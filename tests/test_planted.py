@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from planted import plant
 
 from koff_lightning import (
     DomainDataModule,
@@ -18,7 +19,8 @@ from koff_lightning import (
     load_backbone,
     load_tokenizer,
 )
-from koff_lightning.analysis import (
+from koff_lightning.callbacks import AnnealSparsity
+from koff_lightning.studies.analysis import (
     collect,
     collect_dense,
     enrichment,
@@ -26,13 +28,11 @@ from koff_lightning.analysis import (
     mask_of,
     odds_ratio_ratio,
     open_run,
-    plant,
     reinsertion,
     stability,
     transfer,
 )
-from koff_lightning.callbacks import AnnealSparsity
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from koff_lightning.run import plots
+from koff_lightning.reports import plots
 
 ARMS = ("dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb")
 GROUPS = [(layer, kind) for layer in range(3) for kind in ("channel", "kv_group")]

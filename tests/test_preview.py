@@ -14,7 +14,7 @@ from koff_lightning.backbone import load_tokenizer
 from koff_lightning.callbacks.preview import budget, rows
 from koff_lightning.cli import main
 from koff_lightning.data.packing import TokenStream, pack
-from koff_lightning.module import KOFFModule
+from koff_lightning.training.module import KOFFModule
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])

@@ -12,9 +12,9 @@ from tiny_run import BYTES, DOMAINS, Batches, RandomText, tiny_module, tiny_trai
 
 from koff_lightning import KoffError, KOFFModule, SparsitySpec
 from koff_lightning.callbacks import RunReport
+from koff_lightning.callbacks.history import MOST, MaskHistory
 from koff_lightning.callbacks.report import score
-from koff_lightning.run import results
-from koff_lightning.run.history import MOST, MaskHistory
+from koff_lightning.support.files import write_atomically
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the backbone lies in it
 ARMS = {"dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb"}
@@ -31,7 +31,7 @@ def fit(folder, *callbacks, data=None, steps=8, **options):
 def drawn(monkeypatch):
     """Plots take a second, so only their names are taken down; `run` draws them."""
     names = []
-    monkeypatch.setattr("koff_lightning.run.plots.save", lambda figure, folder, name: names.append(name))
+    monkeypatch.setattr("koff_lightning.reports.plots.save", lambda figure, folder, name: names.append(name))
     return names
 
 
@@ -232,13 +232,13 @@ def test_a_full_disk_is_one_line_after_the_table(tmp_path, monkeypatch, capsys):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    results.write_atomically(path, "old")
+    write_atomically(path, "old")
     with monkeypatch.context() as patch:
         patch.setattr(
             Path, "write_text", lambda self, *_, **__: (self.touch(), (_ for _ in ()).throw(OSError(28, "full")))
         )
         with pytest.raises(KoffError, match="full"):
-            results.write_atomically(path, "new")
+            write_atomically(path, "new")
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -322,7 +322,7 @@ def test_tokens_of_all_ranks_are_saved_and_counted_on_from_by_the_first(monkeypa
     """Ranks predict different numbers of tokens, and a checkpoint is read by all of them."""
     report = RunReport()
     report._tokens = torch.tensor(5)
-    monkeypatch.setattr("koff_lightning.ranks.gather", lambda mine: [mine, 7])
+    monkeypatch.setattr("koff_lightning.support.ranks.gather", lambda mine: [mine, 7])
     state = report.state_dict()
     assert state["tokens"] == 12
     monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", rank)

@@ -6,14 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_artefact import tiny_decomposition
+from tiny_artifact import tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 from torch import nn
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
-from koff_lightning.evaluation import lm_tasks, retention
+from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.harness import KoffLM, score
-from koff_lightning.evaluation.retention import SCORED, answer, figures, load_suites
+from koff_lightning.studies.claims import retention
+from koff_lightning.studies.claims.retention import SCORED, answer, figures, load_suites
 
 
 def answers(dense, koff, off, chance=0.25):

@@ -22,7 +22,7 @@ from koff_lightning.data.sources import (
 )
 from koff_lightning.data.split import is_heldout, read_domain
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 TEXTS = ["first document\nwith two lines", 'zweites, größeres "Dokument"', "третий 狐狸"]
 

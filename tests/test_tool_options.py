@@ -2,8 +2,8 @@
 
 import pytest
 
-from koff_lightning.commands.tool_options import parse
-from koff_lightning.errors import KoffError
+from koff_lightning.commands.parsing.tool_options import parse
+from koff_lightning.support.errors import KoffError
 
 
 def verb(

@@ -10,7 +10,7 @@ import pytest
 from tiny_command import small_fits
 
 from koff_lightning import KOFFModule
-from koff_lightning.commands import trainer_options
+from koff_lightning.commands.parsing import trainer_options
 
 CALLBACKS = "lightning.pytorch.callbacks"
 

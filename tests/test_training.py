@@ -24,13 +24,13 @@ from koff_lightning import (
     LossSpec,
     OptimSpec,
     SparsitySpec,
-    ranks,
 )
 from koff_lightning.backbone import parameter_counts
 from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.gates import BackboneGates
-from koff_lightning.guard import Guard
 from koff_lightning.sparsity import LagrangianPenalty
+from koff_lightning.support import ranks
+from koff_lightning.training.nonfinite import Guard
 
 DOMAINS = ["en", "law"]
 STEPS = 20
@@ -580,7 +580,7 @@ def test_a_step_that_is_skipped_leaves_no_trace(folder, tmp_path, loss):
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_loss_that_another_ranks_rows_spoil_names_their_domain(monkeypatch, skip):
-    monkeypatch.setattr("koff_lightning.ranks.gather", lambda mine: [mine, {"law"}])
+    monkeypatch.setattr("koff_lightning.support.ranks.gather", lambda mine: [mine, {"law"}])
     guard, predicted = Guard(skip), torch.ones(2, 3, dtype=torch.bool)
     with (
         nullcontext()

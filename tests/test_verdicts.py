@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from koff_lightning.evaluation import verdicts
-from koff_lightning.evaluation.arms import AFTER
-from koff_lightning.evaluation.bootstrap import Sample
-from koff_lightning.evaluation.verdicts import CLAIMS, judge
+from koff_lightning.studies.bootstrap import Sample
+from koff_lightning.studies.claims import verdicts
+from koff_lightning.studies.claims.arms import AFTER
+from koff_lightning.studies.claims.verdicts import CLAIMS, judge
 
 HOLDS = {"dense": 1.2, "dense_memory": 1.19, "koff": 1.195, "no_memory": 1.3, "two_stage": 1.25}
 HOLDS |= {"lora_equal": 1.22, "kv_equal": 1.23} | dict.fromkeys(AFTER, 1.24)

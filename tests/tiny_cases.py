@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from koff_lightning.artefact.layouts import backbone_for
+from koff_lightning.artifact.layouts import backbone_for
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.gates import BackboneGates

@@ -8,8 +8,8 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from koff_lightning.artefact.folder import Manifest
-from koff_lightning.artefact.memory_files import MemoryCard, card_of, lora_state, write_memory
+from koff_lightning.artifact.folder import Manifest
+from koff_lightning.artifact.memory_files import MemoryCard, card_of, lora_state, write_memory
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 
 KINDS = {  # domain -> adapter, KV memory

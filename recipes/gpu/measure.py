@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from koff_lightning import ranks
 from koff_lightning.cli import main as koff
 from koff_lightning.commands.plan import planned
-from koff_lightning.module import KOFFModule
+from koff_lightning.support import ranks
+from koff_lightning.training.module import KOFFModule
 
 PAGE = Path(__file__).parents[2] / "docs/results/gpu.md"
 HEAD = """# Measured on GPUs

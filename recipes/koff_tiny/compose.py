@@ -2,7 +2,7 @@
 
     python recipes/koff_tiny/compose.py runs/demo/artifact de fr
 
-Scores only; nothing is written into the artefact.
+Scores only; nothing is written into the artifact.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from koff_lightning import load_decomposed
-from koff_lightning.artefact.compose import compose
-from koff_lightning.artefact.decomposed import DecomposedModel
+from koff_lightning.artifact.compose import compose
+from koff_lightning.artifact.decomposed import DecomposedModel
 from koff_lightning.data import DomainDataModule
 from koff_lightning.metrics import BitsPerByte
 
@@ -46,17 +46,17 @@ def rows(model: DecomposedModel, a: str, b: str, size: int) -> Iterator[list[str
 def main() -> None:
     """Print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("artefact")
+    parser.add_argument("artifact")
     parser.add_argument("a")
     parser.add_argument("b")
     parser.add_argument("--max-heldout-bytes", type=int, default=60_000)
     options = parser.parse_args()
-    model = load_decomposed(options.artefact, domains=[options.a, options.b])
+    model = load_decomposed(options.artifact, domains=[options.a, options.b])
     compose(model.memories, options.a, options.b, "composed")
     head = ["text", "no memory", "own", "the other's", "composed"]
     table = [head, ["---"] * len(head), *rows(model, options.a, options.b, options.max_heldout_bytes)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in table)
-    command = f"python recipes/koff_tiny/compose.py {options.artefact} {options.a} {options.b}"
+    command = f"python recipes/koff_tiny/compose.py {options.artifact} {options.a} {options.b}"
     text = (
         f"# Composed memories\n\nCommand: `{command}`\n\nBits per byte of held-out text; weights 0.5, 0.5.\n\n{text}\n"
     )

@@ -1,9 +1,9 @@
-"""Measure what it costs a domain to join late: trained for a finished artefact instead of jointly with the others.
+"""Measure what it costs a domain to join late: trained for a finished artifact instead of jointly with the others.
 
     python recipes/koff_tiny/late_domain.py --jobs 2
 
-Per seed: a joint run over all seven domains, a run without the late one, and the late one added to its artefact with as
-many rows and steps. All by cross-entropy alone, since an artefact holds no dense model to learn from. A run whose
+Per seed: a joint run over all seven domains, a run without the late one, and the late one added to its artifact with as
+many rows and steps. All by cross-entropy alone, since an artifact holds no dense model to learn from. A run whose
 results.json exists is not repeated.
 """
 
@@ -84,7 +84,7 @@ Command: `python recipes/koff_tiny/late_domain.py --late {options.late}`
 
 Config `{name}` with `--model.loss.kl=0`, seeds {", ".join(map(str, options.seeds))}; bits per byte of held-out
 text of `{options.late}`, ± standard deviation over seeds. Late: the mask was learned from the other domains alone, then
-the memory was trained for the finished artefact (`add_domain.yaml`), with as many steps and rows of the domain as in
+the memory was trained for the finished artifact (`add_domain.yaml`), with as many steps and rows of the domain as in
 the joint run.
 
 | | with memory | memory off |

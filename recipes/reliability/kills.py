@@ -22,7 +22,7 @@ import yaml
 
 from koff_lightning.cli import main as koff
 from koff_lightning.commands.training_cli import KoffCLI  # noqa: F401  imported before the first fork
-from koff_lightning.run.checkpoint_io import newest_checkpoint, read_checkpoint
+from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
 
 LOGGED = ("step", "epoch", "train/", "sparsity/", "penalty/", "val/")  # the other columns are times and memory
 OPTIONS = {
@@ -83,7 +83,7 @@ def end_of(folder: Path) -> dict[str, object]:
         "history": (report["history"], report["tokens"]),
         "log": log,
         "figures": {key: results[key] for key in ("domains", "mean", "sparsity", "parameters", "tokens", "steps")},
-        "artefact": {
+        "artifact": {
             str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("artifact/**/*.safetensors"))
         },
     }

@@ -75,7 +75,7 @@ def fit(options: list[str], folder: str) -> None:
 
 def measured(cases: list[list[str]]) -> list[float]:
     """Bytes at the peak of each run's training beyond what the process held before it; runs in a child."""
-    from koff_lightning.module import KOFFModule
+    from koff_lightning.training.module import KOFFModule
 
     peaks: list[float] = []
     with tempfile.TemporaryDirectory() as folder:

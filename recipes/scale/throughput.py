@@ -25,7 +25,7 @@ Pair = tuple[float, float]  # seconds by the clock, and on a core
 def fit(folder: str, steps: int, world: int, resume: bool) -> None:
     """`koff fit`; rank 0 leaves clock and own time at the beginning of every step and after the last."""
     from koff_lightning.cli import main
-    from koff_lightning.module import KOFFModule
+    from koff_lightning.training.module import KOFFModule
 
     times: list[tuple[float, float]] = []
 

@@ -16,17 +16,17 @@ __version__ = "0.1.0"
 _HOME = {
     "AnnealSparsity": "callbacks.anneal",
     "DomainDataModule": "data",
-    "KOFFModule": "module",
+    "KOFFModule": "training.module",
     "KVMemory": "kv_memory",
     "KVSpec": "memory",
-    "KoffError": "errors",
+    "KoffError": "support.errors",
     "LoraSpec": "memory",
     "LossSpec": "losses",
     "MemoryBank": "memory",
-    "OptimSpec": "optim",
+    "OptimSpec": "training.optim",
     "SparsitySpec": "sparsity",
     "load_backbone": "backbone",
-    "load_decomposed": "artefact.decomposed",
+    "load_decomposed": "artifact.decomposed",
     "load_tokenizer": "backbone",
 }
 __all__ = [*_HOME, "__version__"]
@@ -44,7 +44,7 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell: "InteractiveShell") -> None:
     """Make the line magic `%koff` known: `%load_ext koff_lightning` in a notebook calls this."""
-    from koff_lightning.notebook import load
+    from koff_lightning.commands.notebook import load
 
     load(shell)
 
@@ -57,8 +57,8 @@ def _is_command() -> bool:
     return Path(program).name in ("koff", "koff.exe", "koff-script.py")
 
 
-# `import koff_lightning` must suffice for `AutoModelForCausalLM.from_pretrained` on an artefact. The lightest way into
+# `import koff_lightning` must suffice for `AutoModelForCausalLM.from_pretrained` on an artifact. The lightest way into
 # transformers is by its own classes: 5 s of imports, which nearly every use of this package needs anyway. The help of
 # the command does not, so there it is left to the verbs that load a model (backbone.py).
 if not _is_command():
-    import_module("koff_lightning.artefact.modeling_koff")
+    import_module("koff_lightning.artifact.modeling_koff")

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
-from koff_lightning.errors import KoffError
 from koff_lightning.merged_attention import MergedAttention
+from koff_lightning.support.errors import KoffError
 
 NAME = "koff"
 

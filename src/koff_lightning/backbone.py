@@ -6,6 +6,7 @@ shared by all heads, so there is nothing of them to cut.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from koff_lightning.errors import KoffError
 from koff_lightning.loading_bar import bar_for_large
+from koff_lightning.support.errors import KoffError
 
 TINY = "koff-tiny"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -100,7 +101,7 @@ def load_config(source: str, *, revision: str | None = None, trust_remote_code: 
         KoffError: Nothing there, no access, no network, or a family that is not supported.
     """
     config = _loading(source, AutoConfig.from_pretrained, _resolve(source, revision, trust_remote_code))
-    if config.model_type.removeprefix("koff_") not in FAMILIES:  # koff_*: what an artefact holds
+    if config.model_type.removeprefix("koff_") not in FAMILIES:  # koff_*: what an artifact holds
         raise KoffError(
             f"backbone {source!r} is a {config.model_type!r} model; supported families are {', '.join(FAMILIES)}. "
             "To add one, see the head of koff_lightning/backbone.py"
@@ -240,6 +241,16 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what makes token ids: the fast tokenizer's own description, of a slow one the sorted vocabulary."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content |= {"padding": None, "truncation": None}  # states of the last call
+    else:
+        content = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The floating dtype of that name."""
     dtype = getattr(torch, name, None)
@@ -277,7 +288,7 @@ def _resolve(
 
 def _loading(source: str, load: object, where: dict[str, object]) -> object:
     """Call `load`, turning the hub's many exceptions into one line that says what to do."""
-    import koff_lightning.artefact.modeling_koff  # noqa: F401  makes the types koff_* known; costs seconds, so not at the top
+    import koff_lightning.artifact.modeling_koff  # noqa: F401  makes the types koff_* known; costs seconds, so not at the top
 
     try:
         return load(**where)

@@ -4,10 +4,10 @@ import sys
 from importlib import import_module
 
 from koff_lightning import __version__
-from koff_lightning.commands.offline import switch_off
-from koff_lightning.errors import KoffError
-from koff_lightning.option_errors import nearest
-from koff_lightning.run.secrets import without_secrets
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.offline import switch_off
+from koff_lightning.support.secrets import without_secrets
+from koff_lightning.support.wording import nearest
 
 TRAINING = {
     "fit": "learn the mask and the memories (--dry-run: show budget and text, two steps, write nothing)",
@@ -42,7 +42,7 @@ TOOLS = {
         "commands.serving_bench:bench_serving",
         "time pruned models and memories against the dense",
     ),
-    "claims": ("evaluation.claims:claims", "run KOFF and its controls, and judge the paper's claims"),
+    "claims": ("studies.claims.protocol:claims", "run KOFF and its controls, and judge the paper's claims"),
     "analyze": (
         "commands.analyze:analyze",
         "study which neurons left, whom they served, and what the memories hold",
@@ -53,7 +53,7 @@ TOOLS = {
     ),
     "plan": ("commands.plan:plan", "estimate memory per GPU and hours of a run, from its config alone"),
     "doctor": ("commands.doctor:doctor", "look at versions, devices, processes, caches and switches"),
-    "configs": ("commands.config_files:list_configs", "list the configs that ship with the package"),
+    "configs": ("commands.parsing.config_files:list_configs", "list the configs that ship with the package"),
     "fetch": ("commands.fetch:fetch", "download a small real model: koff fetch smollm2"),
 }
 
@@ -126,7 +126,7 @@ def _run(argv: list[str]) -> int:
 
 def _run_tool(verb: str, argv: list[str]) -> None:
     """Parse the verb's options from its function's signature and call it."""
-    from koff_lightning.commands.tool_options import parse
+    from koff_lightning.commands.parsing.tool_options import parse
 
     module, function = TOOLS[verb][0].split(":")
     run = getattr(import_module(f"koff_lightning.{module}"), function)

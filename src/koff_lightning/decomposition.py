@@ -5,7 +5,6 @@ Training it is `KOFFModule`'s business (module.py).
 Shapes: B rows, T tokens, N predicted tokens, d hidden, U prunable units.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from koff_lightning import ranks
-from koff_lightning.artefact.folder import Manifest
+from koff_lightning.artifact.folder import Manifest
 from koff_lightning.backbone import (
     fingerprint,
     hidden_states,
@@ -28,19 +26,21 @@ from koff_lightning.backbone import (
     uniform_kv_groups,
     without_weights,
 )
-from koff_lightning.errors import KoffError
 from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import head_nats
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
-from koff_lightning.run.checkpoint_io import read_checkpoint
-from koff_lightning.run.resume import (
+from koff_lightning.sparsity import Budget, SparsitySpec
+from koff_lightning.support import ranks
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import check_names
+from koff_lightning.training.checkpoints import read_checkpoint
+from koff_lightning.training.resume import (
     refuse_other_course,
     refuse_other_make,
     refuse_other_mask,
     refuse_other_tensors,
     refuse_without_run,
 )
-from koff_lightning.sparsity import Budget, SparsitySpec
 
 Batch = dict[str, Any]
 ARMS = ("dense", "koff", "memory_off", "swapped")
@@ -56,7 +56,7 @@ class Decomposition(LightningModule):
         lora: LoRA adapter of every domain; None for none.
         kv: Key-value memory of every domain; None for none.
         shared_memory: One memory for all domains.
-        extends: Manifest of the artefact whose backbone this is: its mask is fixed, the dense model is not at hand.
+        extends: Manifest of the artifact whose backbone this is: its mask is fixed, the dense model is not at hand.
         loading: Further arguments of `load_backbone`.
     """
 
@@ -72,7 +72,7 @@ class Decomposition(LightningModule):
         **loading: Any,
     ) -> None:
         super().__init__()
-        _check_names(domains)
+        check_names(domains)
         self.source, self.domains, self.shared_memory, self.loading = backbone, list(domains), shared_memory, loading
         self.sparsity, self.lora, self.kv = sparsity, lora, kv
         self.extends = extends
@@ -284,12 +284,3 @@ class Decomposition(LightningModule):
         """Names in the state dict that are ours: everything but the frozen weights and the metrics."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         return trained | {k for k in self.state_dict() if k.startswith(("gates.", "memories.", "penalty."))}
-
-
-def _check_names(domains: Sequence[str]) -> None:
-    """The data module checks the same; here for those who build a model without it."""
-    unsafe = [name for name in domains if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)]
-    if unsafe:
-        raise KoffError(f"domain name {unsafe[0]!r} is not safe as a file name: use a-z, A-Z, digits, '_' and '-'")
-    if twice := sorted({name for name in domains if domains.count(name) > 1}):
-        raise KoffError(f"domain {twice[0]!r} is given more than once: its rows would share one memory")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from koff_lightning import ranks
 from koff_lightning.backbone import PrunableGroup
+from koff_lightning.support import ranks
 from koff_lightning.tracking import hold_near
 
 

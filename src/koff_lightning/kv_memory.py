@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import attention_modules, rotary_inv_freq
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 MAX_SLOTS = 8192  # the largest memory that was studied (Cartridges)
 

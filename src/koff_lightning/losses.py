@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from koff_lightning import ranks
-from koff_lightning.errors import KoffError
+from koff_lightning.support import ranks
+from koff_lightning.support.errors import KoffError
 
 
 @dataclass

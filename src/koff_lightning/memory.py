@@ -5,7 +5,6 @@ and one can be added or removed without touching the others.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from transformers import PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import LORA_TARGETS, attention_modules, kv_shapes
-from koff_lightning.errors import KoffError
 from koff_lightning.kv_memory import KVMemory, read_memories
-from koff_lightning.routed_linear import RoutedLinear, Routes, check_fit
+from koff_lightning.lora import RoutedLinear, Routes, check_fit
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import check_name
 
 SHARED = "shared"
 
@@ -66,12 +66,6 @@ class KVSpec:
             raise KoffError(
                 f"kv.slots must be between 2 and 8192 (slot 0 is frozen); got {self.slots} (null for no KV memory)"
             )
-
-
-def check_domain_name(name: str) -> None:
-    """Raise KoffError unless the name of a domain is safe as the name of a folder."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-        raise KoffError(f"domain name {name!r} is not safe as a file name: use letters, digits, '_' and '-' (1 to 64)")
 
 
 class MemoryBank(nn.Module):
@@ -135,7 +129,7 @@ class MemoryBank(nn.Module):
         Raises:
             KoffError: The name is unsafe or taken, or a part does not fit the backbone. Nothing is changed then.
         """
-        check_domain_name(domain)
+        check_name(domain)
         if domain in self.names:
             raise KoffError(f"there is a memory {domain!r} already: remove it first, or give this one another name")
         name = SHARED if self.shared else domain

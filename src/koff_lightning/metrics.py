@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
-from koff_lightning import ranks
+from koff_lightning.support import ranks
 
 
 class BitsPerByte(Metric):

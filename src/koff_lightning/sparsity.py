@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from koff_lightning.backbone import PrunableGroup
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 
 @dataclass

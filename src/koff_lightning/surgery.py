@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from koff_lightning.backbone import PrunableGroup
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 PEFT_PREFIX = "base_model.model."
 

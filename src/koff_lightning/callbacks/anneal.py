@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from koff_lightning.errors import KoffError
-from koff_lightning.module import KOFFModule
-from koff_lightning.run.resume import difference
 from koff_lightning.sparsity import SparsitySchedule
+from koff_lightning.support.errors import KoffError
+from koff_lightning.training.module import KOFFModule
+from koff_lightning.training.resume import difference
 
 
 class AnnealSparsity(Callback):

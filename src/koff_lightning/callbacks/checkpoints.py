@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from koff_lightning.strategies import in_mid_step
+from koff_lightning.training.strategies import in_mid_step
 
 
 class Checkpoints(ModelCheckpoint):

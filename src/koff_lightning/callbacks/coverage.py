@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from koff_lightning.errors import KoffError
-from koff_lightning.module import KOFFModule
+from koff_lightning.support.errors import KoffError
+from koff_lightning.training.module import KOFFModule
 
 NAMED = 3  # tensors that the error names
 

@@ -1,25 +1,25 @@
-"""ExportArtefact: at the end of a run, write what it has learned as a folder that others can use."""
+"""ExportArtifact: at the end of a run, write what it has learned as a folder that others can use."""
 
 from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 
-from koff_lightning.artefact.export import export
-from koff_lightning.artefact.extend import add_trained, check_new
-from koff_lightning.artefact.folder import read_manifest
-from koff_lightning.artefact.layouts import memory_shapes
-from koff_lightning.artefact.new_folder import check_free
+from koff_lightning.artifact.export import export
+from koff_lightning.artifact.extend import add_trained, check_new
+from koff_lightning.artifact.folder import read_manifest
+from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.callbacks.report import resolved_config
 from koff_lightning.commands.export_cli import summary
-from koff_lightning.module import KOFFModule
+from koff_lightning.support.files import check_free
+from koff_lightning.training.module import KOFFModule
 
 FOLDER = "artifact"
 
 
-class ExportArtefact(Callback):
+class ExportArtifact(Callback):
     """Write and prove `artifact/` in `default_root_dir` when `fit` ends; that of an earlier run there is replaced.
 
-    A run that extends an artefact puts its memories there instead. A run whose mask was never fixed writes none, nor
+    A run that extends an artifact puts its memories there instead. A run whose mask was never fixed writes none, nor
     does one with `fast_dev_run`.
 
     Args:
@@ -27,7 +27,7 @@ class ExportArtefact(Callback):
         layout: How the backbone is stored: ragged, uniform, deci or masked. null takes the one that
             `sparsity.layout` was trained for.
         with_code: Put the code of the model type beside the weights, for people without koff-lightning.
-        prove: Load the artefact in a fresh process and compare it with the model.
+        prove: Load the artifact in a fresh process and compare it with the model.
     """
 
     def __init__(

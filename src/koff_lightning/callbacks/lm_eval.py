@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from koff_lightning import ranks
 from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks, refuse_unscored, score_names
-from koff_lightning.errors import KoffError
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.lm_scores import Scores, show
 from koff_lightning.evaluation.undisturbed import undisturbed
-from koff_lightning.module import KOFFModule
-from koff_lightning.strategies import ShardedStrategy
+from koff_lightning.support import ranks
+from koff_lightning.support.errors import KoffError
+from koff_lightning.training.module import KOFFModule
+from koff_lightning.training.strategies import ShardedStrategy
 
 if TYPE_CHECKING:
     from koff_lightning.evaluation.harness import KoffLM
@@ -110,7 +110,7 @@ class LMEval(Callback):
         if stage != "fit":
             return
         if self.tasks and "dense" in self.arms and "dense" not in pl_module.arms:
-            raise KoffError("lm_eval.dense: a run that extends an artefact has no dense model at hand")
+            raise KoffError("lm_eval.dense: a run that extends an artifact has no dense model at hand")
         if clash := set(self.arms) & set(pl_module.domains):
             raise KoffError(f"lm_eval.{clash.pop()}: a domain has that name, so their scores could not be told apart")
         self._parts = []

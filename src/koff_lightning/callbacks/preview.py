@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from koff_lightning.backbone import load_config, without_weights
 from koff_lightning.data import DomainDataModule
 from koff_lightning.memory import MemoryBank
-from koff_lightning.module import KOFFModule
+from koff_lightning.training.module import KOFFModule
 
 BATCHES = 16  # that are looked at
 SHOWN = 72  # characters of text

@@ -14,7 +14,7 @@ from rich import get_console
 from rich.progress import ProgressColumn
 from torch import Tensor
 
-from koff_lightning.module import KOFFModule
+from koff_lightning.training.module import KOFFModule
 
 try:
     import resource

@@ -20,13 +20,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich import get_console
 from rich.console import Console
 
-from koff_lightning import ranks
+from koff_lightning.callbacks.history import MaskHistory
 from koff_lightning.callbacks.lm_eval import LMEval
 from koff_lightning.callbacks.progress import predicted_tokens
-from koff_lightning.errors import KoffError
-from koff_lightning.module import KOFFModule
-from koff_lightning.run import plots, results
-from koff_lightning.run.history import MaskHistory
+from koff_lightning.reports import plots, results
+from koff_lightning.support import ranks
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import write_atomically
+from koff_lightning.training.module import KOFFModule
 
 
 class RunReport(Callback):
@@ -99,7 +100,7 @@ class RunReport(Callback):
                 self.results["lm_eval"] = callback.scores
         root = Path(trainer.default_root_dir)
         results.write_documents(root, self.documents, self.results)
-        results.write_atomically(root / "results.json", results.as_json(self.results))
+        write_atomically(root / "results.json", results.as_json(self.results))
         try:
             for name, figure in self._figures(pl_module).items():
                 plots.save(figure, root / "plots", name)
@@ -149,7 +150,7 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "predictions.jsonl"
             rows = [row for part in parts for row in part]
-            results.write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             _say(trainer, f"wrote {path}: {len(rows)} rows")
 
     # ----------------------------------------------------------------------------------------- checkpoints

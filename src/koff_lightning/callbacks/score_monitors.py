@@ -7,9 +7,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from koff_lightning.errors import KoffError
 from koff_lightning.evaluation.lm_tasks import Loaded
-from koff_lightning.option_errors import nearest
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest
 
 
 def monitors(trainer: Trainer) -> list[str]:

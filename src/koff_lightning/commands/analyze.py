@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
-    from koff_lightning.analysis.study import Settings
+    from koff_lightning.studies.analysis.study import Settings
 
 
 def analyze(
@@ -32,7 +32,7 @@ def analyze(
     """Study which neurons a run removed, whom they served, and what the memories hold in their place.
 
     Args:
-        model: Artefact, checkpoint or folder of a run, or a pattern; several are seeds of one way of pruning.
+        model: Artifact, checkpoint or folder of a run, or a pattern; several are seeds of one way of pruning.
         against: NAME=RUN, another way of pruning to compare with, such as wanda_sp=runs/wanda_sp; may be given several
             times, of one name for several seeds. Only its mask is read.
         dense: Where the dense model is, if it is no longer where the run found it.
@@ -53,8 +53,8 @@ def analyze(
         device: Torch device.
     """
     if not model:
-        raise KoffError("analyze: give --model, an artefact or a checkpoint; several are seeds of one way of pruning")
-    from koff_lightning.analysis.study import QUESTIONS, Settings
+        raise KoffError("analyze: give --model, an artifact or a checkpoint; several are seeds of one way of pruning")
+    from koff_lightning.studies.analysis.study import QUESTIONS, Settings
 
     settings = Settings(name, rate, bar, draws, resamples, controls, seed, _skipped(skip, QUESTIONS))
     _run(model, against or [], dense, (config, data), out, (tokens, heldout_bytes), settings, device)
@@ -70,10 +70,10 @@ def _run(
     settings: "Settings",
     device: str,
 ) -> None:
-    from koff_lightning.analysis.report.files import write
-    from koff_lightning.analysis.runs import config_of, find_others, find_runs, history_of, home_of
-    from koff_lightning.analysis.study import study
-    from koff_lightning.analysis.text import open_text
+    from koff_lightning.studies.analysis.report.files import write
+    from koff_lightning.studies.analysis.runs import config_of, find_others, find_runs, history_of, home_of
+    from koff_lightning.studies.analysis.study import study
+    from koff_lightning.studies.analysis.text import open_text
 
     runs, others = find_runs(model), find_others(against)
     first = next(iter(runs.values()))
@@ -90,7 +90,7 @@ def _run(
 
 
 def _skipped(skip: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    from koff_lightning.option_errors import nearest
+    from koff_lightning.support.wording import nearest
 
     names = tuple(word.strip() for word in skip.split(",")) if skip else ()
     for word in names:
@@ -124,7 +124,7 @@ def _text(
 def _section(config: str) -> dict[str, Any]:
     import yaml
 
-    from koff_lightning.commands.config_files import find_config
+    from koff_lightning.commands.parsing.config_files import find_config
     from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 
     path = find_config(config)
@@ -137,8 +137,8 @@ def _section(config: str) -> dict[str, Any]:
 
 def _backbone(run: Path) -> str:
     """Where a run found the dense model."""
-    from koff_lightning.artefact.folder import read_manifest
-    from koff_lightning.run.checkpoint_io import read_checkpoint
+    from koff_lightning.artifact.folder import read_manifest
+    from koff_lightning.training.checkpoints import read_checkpoint
 
     if run.is_dir():
         return read_manifest(run).base["id"]

@@ -24,8 +24,8 @@ from koff_lightning.callbacks.anneal import AnnealSparsity
 from koff_lightning.data import DomainDataModule
 from koff_lightning.losses import LossSpec
 from koff_lightning.memory import KVSpec, LoraSpec
-from koff_lightning.module import KOFFModule
-from koff_lightning.optim import parameter_groups
+from koff_lightning.training.module import KOFFModule
+from koff_lightning.training.optim import parameter_groups
 
 Step = Callable[[], None]
 

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from koff_lightning.commands.generate import default_device, sampling
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
-    from koff_lightning.artefact.decomposed import DecomposedModel
+    from koff_lightning.artifact.decomposed import DecomposedModel
 
 HELP = "/domain NAME changes the memory, /domain alone uses none, /clear forgets the talk, /exit ends it"
 
@@ -39,7 +39,7 @@ def chat(
     options = sampling(max_new_tokens, temperature, top_p)
     import torch
 
-    from koff_lightning.artefact.decomposed import load_decomposed
+    from koff_lightning.artifact.decomposed import load_decomposed
 
     decomposed = load_decomposed(model, default_device(device), dtype)
     if not decomposed.tokenizer.chat_template:

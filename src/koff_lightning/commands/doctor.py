@@ -11,8 +11,8 @@ from pathlib import Path
 
 from koff_lightning import __version__
 from koff_lightning.commands.known_bad import KNOWN_BAD
-from koff_lightning.commands.offline import SWITCHES
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.offline import SWITCHES
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "lm-eval", "jsonargparse", "safetensors")
 CACHES = {  # variable: where it points unless it is set

@@ -1,9 +1,9 @@
-"""`koff export`: make an artefact of a checkpoint."""
+"""`koff export`: make an artifact of a checkpoint."""
 
 from pathlib import Path
 from typing import Any, Literal
 
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 
 def export_checkpoint(
@@ -28,16 +28,16 @@ def export_checkpoint(
             or `uniform` for a run that was trained for it.
         domain: Domain whose LoRA `merged` folds in.
         with_code: Put the code of the model type beside the weights, for people without koff-lightning.
-        overwrite: Replace an artefact that is there.
+        overwrite: Replace an artifact that is there.
         check: Engines to ask afterwards what they can take, with commas: hf,peft,vllm,sglang,gguf.
         backbone: Where the backbone is, if it is no longer where the run found it.
         device: Torch device for the proof.
     """
-    from koff_lightning.artefact import engines
-    from koff_lightning.artefact.checkpoint import from_checkpoint
-    from koff_lightning.artefact.export import export
-    from koff_lightning.artefact.folder import read_manifest
-    from koff_lightning.run.folder import run_config
+    from koff_lightning.artifact import engines
+    from koff_lightning.artifact.checkpoint import from_checkpoint
+    from koff_lightning.artifact.export import export
+    from koff_lightning.artifact.folder import read_manifest
+    from koff_lightning.training.run_folder import run_config
 
     asked = engines.names(check) if check is not None else []  # refuses unknown ones before the work
     module = from_checkpoint(ckpt, backbone)

@@ -9,10 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import BadZipFile, ZipFile
 
-from koff_lightning.commands.offline import is_asked
-from koff_lightning.errors import KoffError
-from koff_lightning.option_errors import nearest
-from koff_lightning.run.own_cache import own_cache
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import own_cache
+from koff_lightning.support.offline import is_asked
+from koff_lightning.support.wording import nearest
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from koff_lightning.artefact.decomposed import DecomposedModel
+    from koff_lightning.artifact.decomposed import DecomposedModel
 
 
 def generate(
@@ -52,7 +52,7 @@ def generate(
         raise KoffError(f"batch_size must be at least 1; got {batch_size}")
     if compare and not domain:
         raise KoffError("--compare shows what a memory changes: give its --domain")
-    from koff_lightning.artefact.decomposed import load_decomposed
+    from koff_lightning.artifact.decomposed import load_decomposed
 
     names = [name for name in dict.fromkeys(domains) if name]
     decomposed = load_decomposed(model, default_device(device), dtype, domains=names)
@@ -173,7 +173,7 @@ def _side_by_side(
 
 
 def dense_of(model: "DecomposedModel") -> "PreTrainedModel":
-    """The dense model that the artefact was cut from, where its backbone is and as exact.
+    """The dense model that the artifact was cut from, where its backbone is and as exact.
 
     Raises:
         KoffError: It cannot be loaded, or is not what it was.

@@ -1,14 +1,14 @@
-"""`koff inspect`: what an artefact holds, from its manifest and the sizes of its files; no weights are read."""
+"""`koff inspect`: what an artifact holds, from its manifest and the sizes of its files; no weights are read."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from koff_lightning.artefact.folder import Manifest
+    from koff_lightning.artifact.folder import Manifest
 
 KIND = {"channel": "FFN neurons", "kv_group": "kv groups"}
 BAR = 24  # characters
@@ -25,7 +25,7 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
     """
     from rich.console import Console
 
-    from koff_lightning.artefact.folder import read_manifest
+    from koff_lightning.artifact.folder import read_manifest
 
     path = Path(folder).expanduser()
     manifest = read_manifest(path)
@@ -41,15 +41,16 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
     if png:
         _draw(manifest, Path(png).expanduser())
     if check:
-        from koff_lightning.artefact import engines
+        from koff_lightning.artifact import engines
 
         print(engines.text(engines.check(path, engines.names(check))))
 
 
 def _verify(path: Path, manifest: "Manifest") -> None:
     """Compare every file with its hash: the backbone's in the manifest, a memory's in its card."""
-    from koff_lightning.artefact.folder import MEMORIES, check_files, hash_file, verify
-    from koff_lightning.artefact.memory_files import CARD, read_card
+    from koff_lightning.artifact.folder import MEMORIES, check_files, verify
+    from koff_lightning.artifact.memory_files import CARD, read_card
+    from koff_lightning.support.files import hash_file
 
     verify(path)
     for name in manifest.domains:
@@ -137,7 +138,7 @@ def domain_table(path: Path, manifest: "Manifest") -> list[str]:
 
 
 def _draw(manifest: "Manifest", file: Path) -> None:
-    from koff_lightning.run.plots import kept_by_layer
+    from koff_lightning.reports.plots import kept_by_layer
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

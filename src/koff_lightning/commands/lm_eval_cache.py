@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from koff_lightning.artefact.folder import MANIFEST
-from koff_lightning.errors import KoffError
+from koff_lightning.artifact.folder import MANIFEST
+from koff_lightning.support.errors import KoffError
 
 
 def cache_of(path: str, column: str, model: str, *options: str | None) -> str:
@@ -16,7 +16,7 @@ def cache_of(path: str, column: str, model: str, *options: str | None) -> str:
     Args:
         path: What the user gave.
         column: Way of reading.
-        model: Artefact, checkpoint or dense model.
+        model: Artifact, checkpoint or dense model.
         options: What else the answers depend on, as the dtype.
     """
     told = repr((*_state(Path(model).expanduser()), *options))

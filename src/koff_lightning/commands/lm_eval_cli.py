@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from koff_lightning.commands.lack_of_memory import lack_of_memory_told
-from koff_lightning.commands.offline import is_asked
-from koff_lightning.errors import KoffError
-from koff_lightning.option_errors import one_line
+from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.offline import is_asked
+from koff_lightning.support.wording import one_line
 
 if TYPE_CHECKING:
     from koff_lightning.evaluation.harness import KoffLM
@@ -45,7 +45,7 @@ def lm_eval(argv: list[str]) -> None:
     check_version()
     options = _parser().parse_args(argv)
     if not options.model or not options.tasks:
-        raise KoffError("lm-eval: give --model (artefact, checkpoint or dense model) and --tasks")
+        raise KoffError("lm-eval: give --model (artifact, checkpoint or dense model) and --tasks")
     settings = _settings(options)
     if (settings.output_path or "").endswith(".json"):
         raise KoffError(
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     made = Run.create(argparse.ArgumentParser().add_subparsers())._parser
     made.prog, made.usage, made.epilog = "koff lm-eval", "koff lm-eval --model MODEL --tasks TASKS [options]", None
     made.description = (
-        "Score an artefact, a checkpoint or a dense model on lm-eval's tasks, under each domain asked for."
+        "Score an artifact, a checkpoint or a dense model on lm-eval's tasks, under each domain asked for."
     )
     size = next(action for action in made._actions if action.dest == "batch_size")
     path = next(action for action in made._actions if action.dest == "output_path")
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
                 group._group_actions.remove(action)
     ours = made.add_argument_group("koff")
     ours.add_argument(
-        "--model", help="folder of an artefact, .ckpt of `koff fit`, or dense model (id, folder, koff-tiny)"
+        "--model", help="folder of an artifact, .ckpt of `koff fit`, or dense model (id, folder, koff-tiny)"
     )
     ours.add_argument("--domain", "--domains", help="whose memory to read: a name, several with commas, or `all`")
     ours.add_argument("--memory_off", "--memory-off", action="store_true", help="a column `none`: without memory")

@@ -1,12 +1,12 @@
-"""`koff memory`: list, add, remove, combine and exchange the memories of an artefact."""
+"""`koff memory`: list, add, remove, combine and exchange the memories of an artifact."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
-    from koff_lightning.artefact.decomposed import DecomposedModel
+    from koff_lightning.artifact.decomposed import DecomposedModel
 
 
 def list_memories(folder: str) -> None:
@@ -15,7 +15,7 @@ def list_memories(folder: str) -> None:
     Args:
         folder: Folder that `koff export` wrote.
     """
-    from koff_lightning.artefact.folder import read_manifest
+    from koff_lightning.artifact.folder import read_manifest
     from koff_lightning.commands.inspection import domain_table
 
     path = Path(folder).expanduser()
@@ -30,7 +30,7 @@ def add(folder: str, memory: str, *, as_: str | None = None) -> None:
         memory: Folder of the memory: DIR/memories/NAME of another export, or what a training left.
         as_: Domain to keep it as; by default its own.
     """
-    from koff_lightning.artefact.memories import add_memory
+    from koff_lightning.artifact.memories import add_memory
 
     print(f"added {add_memory(folder, memory, as_)} to {folder}")
 
@@ -42,7 +42,7 @@ def remove(folder: str, domain: str) -> None:
         folder: Folder that `koff export` wrote.
         domain: Whose memory.
     """
-    from koff_lightning.artefact.memories import remove_memory
+    from koff_lightning.artifact.memories import remove_memory
 
     remove_memory(folder, domain)
     print(f"removed {domain} from {folder}")
@@ -58,8 +58,8 @@ def compose(folder: str, a: str, b: str, *, as_: str, weights: tuple[float, floa
         as_: Domain of the new one.
         weights: How much the LoRA of each counts, as [0.7, 0.3].
     """
-    from koff_lightning.artefact import compose as composing
-    from koff_lightning.artefact.memories import add_from_bank
+    from koff_lightning.artifact import compose as composing
+    from koff_lightning.artifact.memories import add_from_bank
 
     model = _loaded(folder, [a, b], as_)
     composing.compose(model.memories, a, b, as_, weights)
@@ -78,8 +78,8 @@ def cartridge(folder: str, domain: str, *, out: str | None = None, from_: str | 
     """
     if (out is None) == (from_ is None):
         raise KoffError("memory cartridge: give either --out FOLDER to write an adapter or --from FOLDER to read one")
-    from koff_lightning.artefact.cartridge import from_cartridge, to_cartridge
-    from koff_lightning.artefact.memories import add_from_bank
+    from koff_lightning.artifact.cartridge import from_cartridge, to_cartridge
+    from koff_lightning.artifact.memories import add_from_bank
     from koff_lightning.backbone import rotary_inv_freq
     from koff_lightning.kv_memory import KVMemory
 
@@ -99,9 +99,9 @@ def cartridge(folder: str, domain: str, *, out: str | None = None, from_: str | 
 
 def _loaded(folder: str, domains: list[str], new: str | None) -> "DecomposedModel":
     """The model with the memories that are read, once it is clear that it can take the `new` one."""
-    from koff_lightning.artefact.decomposed import load_decomposed
-    from koff_lightning.artefact.folder import read_manifest
-    from koff_lightning.artefact.memories import check_free_name
+    from koff_lightning.artifact.decomposed import load_decomposed
+    from koff_lightning.artifact.folder import read_manifest
+    from koff_lightning.artifact.memories import check_free_name
 
     if new is not None:
         check_free_name(read_manifest(folder), Path(folder), new)

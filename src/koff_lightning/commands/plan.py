@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koff_lightning.commands.published_sizes import PUBLISHED
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from koff_lightning.planning import Counts, Step
+    from koff_lightning.training.planning import Counts, Step
 
 GIB = 2**30
 # Dense bf16 TFLOP/s and GiB by the vendors' data sheets (H100, H200, B200: SXM).
@@ -57,7 +57,7 @@ def plan(
     for name, value in {"gpus": gpus, "gpu_memory": size, "tflops": 1.0 if tflops is None else tflops}.items():
         if not value > 0:
             raise KoffError(f"{name} must be more than 0; got {value}")
-    from koff_lightning.planning import count  # imports what is heavy
+    from koff_lightning.training.planning import count  # imports what is heavy
 
     options = [*(word for name in config for word in ("--config", name)), *(further or [])]
     run = _read(options, gpus, model_config)
@@ -74,7 +74,7 @@ def planned(options: list[str], gpus: int = 1, foreach: bool = True) -> tuple[in
         gpus: Processes of the run.
         foreach: As for `planning.memory`; not so on CPUs.
     """
-    from koff_lightning.planning import count, memory
+    from koff_lightning.training.planning import count, memory
 
     run = _read(options, gpus, None)
     return run.step.rows * run.step.length, sum(memory(run.step, count(run.step), gpus, run.sharded, foreach).values())
@@ -116,8 +116,8 @@ def _read(words: list[str], gpus: int, model_config: str | None) -> _Run:
     from koff_lightning.commands.training_cli import resolved
     from koff_lightning.losses import LossSpec
     from koff_lightning.memory import KVSpec, LoraSpec
-    from koff_lightning.planning import Step
     from koff_lightning.sparsity import SparsitySpec
+    from koff_lightning.training.planning import Step
 
     options = resolved(["fit", *words])
     model, data, trainer = options["model"], options["data"], options["trainer"]
@@ -172,7 +172,7 @@ def _sizes(model: dict[str, Any], given: str | None) -> tuple["PreTrainedConfig"
 
 def _memory(run: _Run, counts: "Counts", size: float) -> list[str]:
     """The table of memory, the verdict, and what would help."""
-    from koff_lightning.planning import memory
+    from koff_lightning.training.planning import memory
 
     rows = memory(run.step, counts, run.gpus, run.sharded)
     total, room = sum(rows.values()) / GIB, size * ROOM
@@ -186,7 +186,7 @@ def _memory(run: _Run, counts: "Counts", size: float) -> list[str]:
 
 def _advice(run: _Run, room: float) -> list[str]:
     """What to change, the cheapest first, until it fits."""
-    from koff_lightning.planning import count, memory
+    from koff_lightning.training.planning import count, memory
 
     def needs(run: _Run) -> float:
         return sum(memory(run.step, count(run.step), run.gpus, run.sharded).values())

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from koff_lightning.commands.baseline import KoffTrainer
 from koff_lightning.commands.needs import fetch_all, needs_of, tokenizer_of
-from koff_lightning.commands.offline import is_asked
 from koff_lightning.data import DomainDataModule
-from koff_lightning.errors import KoffError
-from koff_lightning.evaluation.one_shot import KoffTrainer
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.offline import is_asked
 
 
 class VerbTrainer(KoffTrainer):

@@ -16,13 +16,13 @@ from torch.autograd.profiler import profile
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from koff_lightning.artefact.decomposed import DecomposedModel, load_decomposed
-from koff_lightning.artefact.export import export
+from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
+from koff_lightning.artifact.export import export
 from koff_lightning.backbone import kv_shapes, load_backbone, parameter_counts
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.errors import KoffError
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.support.errors import KoffError
 
 Run = Callable[[], object]
 
@@ -68,18 +68,18 @@ def bench_serving(
         for share in sparsities:
             names = [f"d{i}" for i in range(2)]
             sparsity = SparsitySpec(target=share, multiple_of=multiple_of)
-            path = _artefact(Path(folder) / f"{share}", backbone, sparsity, names, rank, slots, dtype)
+            path = _artifact(Path(folder) / f"{share}", backbone, sparsity, names, rank, slots, dtype)
             pruned = load_decomposed(path, device=device, domains=names[:1])
             _pruned_against_dense(dense, pruned, share, prompt, rounds)
-            merged = _artefact(Path(folder) / f"m{share}", backbone, sparsity, names, rank, slots, dtype, merged=True)
+            merged = _artifact(Path(folder) / f"m{share}", backbone, sparsity, names, rank, slots, dtype, merged=True)
             _memory_cost(pruned, load_decomposed(merged, device=device), rounds)
         names = [f"d{i}" for i in range(memories)]
         sparsity = SparsitySpec(target=sparsities[0], multiple_of=multiple_of)
-        path = _artefact(Path(folder) / "many", backbone, sparsity, names, rank, slots, dtype)
+        path = _artifact(Path(folder) / "many", backbone, sparsity, names, rank, slots, dtype)
         _many_memories(path, names, device, rounds)
 
 
-def _artefact(
+def _artifact(
     path: Path,
     backbone: str,
     sparsity: SparsitySpec,

@@ -22,47 +22,52 @@ from koff_lightning.callbacks import (
     AnnealSparsity,
     Checkpoints,
     ContinuedLog,
-    ExportArtefact,
+    ExportArtifact,
     GradientCoverage,
     KoffProgress,
     LMEval,
     Preview,
     RunReport,
 )
-from koff_lightning.commands.class_names import SWITCH, only_known_classes, refuse_remote_code, refuse_task_files
-from koff_lightning.commands.config_files import find_configs
-from koff_lightning.commands.foreign_errors import (
+from koff_lightning.commands.baseline import resolve
+from koff_lightning.commands.needs import needs_of, refuse_missing
+from koff_lightning.commands.parsing.class_names import (
+    SWITCH,
+    only_known_classes,
+    refuse_remote_code,
+    refuse_task_files,
+)
+from koff_lightning.commands.parsing.config_files import find_configs
+from koff_lightning.commands.parsing.foreign_errors import (
     is_bad_input,
     is_lightnings,
     lightnings_words,
     own_words,
     systems_words,
 )
-from koff_lightning.commands.lack_of_memory import lack_of_memory_told
-from koff_lightning.commands.needs import needs_of, refuse_missing
-from koff_lightning.commands.offline import is_asked
-from koff_lightning.commands.option_values import refuse_meaningless
-from koff_lightning.commands.prepare import VerbTrainer, prepare
-from koff_lightning.commands.quiet_terminal import keep_the_terminal_quiet
-from koff_lightning.commands.trainer_options import (
+from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
+from koff_lightning.commands.parsing.option_values import refuse_meaningless
+from koff_lightning.commands.parsing.quiet_terminal import keep_the_terminal_quiet
+from koff_lightning.commands.parsing.trainer_options import (
     refuse_callbacks,
     refuse_no_steps,
     refuse_options,
     refuse_separate_copies,
 )
+from koff_lightning.commands.prepare import VerbTrainer, prepare
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
-from koff_lightning.errors import KoffError
-from koff_lightning.evaluation.one_shot import resolve
-from koff_lightning.module import KOFFModule
-from koff_lightning.option_errors import one_line
-from koff_lightning.run.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
-from koff_lightning.run.folder import alone_in, new_version
-from koff_lightning.run.secrets import without_secrets
-from koff_lightning.strategies import check
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.offline import is_asked
+from koff_lightning.support.secrets import without_secrets
+from koff_lightning.support.wording import one_line
+from koff_lightning.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from koff_lightning.training.module import KOFFModule
+from koff_lightning.training.run_folder import alone_in, new_version
+from koff_lightning.training.strategies import check
 
 # The callbacks that every run has, by the name of their section.
-CALLBACKS = {"anneal": AnnealSparsity, "checkpoint": Checkpoints, "export": ExportArtefact, "lm_eval": LMEval}
+CALLBACKS = {"anneal": AnnealSparsity, "checkpoint": Checkpoints, "export": ExportArtifact, "lm_eval": LMEval}
 
 
 LESS_MEMORY = "Take a smaller data.batch_size (with trainer.accumulate_grad_batches), data.seq_len or loss.chunk"
@@ -165,7 +170,7 @@ class KoffCLI(LightningCLI):
         if self.subcommand == "fit":
             refuse_no_steps(run)
             refuse_separate_copies(run)
-        run.callbacks.sort(key=lambda callback: isinstance(callback, ExportArtefact))  # after the report, if it fails
+        run.callbacks.sort(key=lambda callback: isinstance(callback, ExportArtifact))  # after the report, if it fails
         return run
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -8,7 +8,6 @@ sizes; `koff prepare` reads them through and makes a damaged entry anew.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,17 +21,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from koff_lightning import __version__
-from koff_lightning.artefact.new_folder import new_folder
 from koff_lightning.data.packing import PackedRows, TokenStream, pack, tokenize
 from koff_lightning.data.readers import format_of
 from koff_lightning.data.sources import DomainSource, bundled_file, expand_files
 from koff_lightning.data.split import Texts
-from koff_lightning.errors import KoffError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two builders may both do the work, and one of them is told that it was in vain
-    fcntl = None
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import hash_file, lock, new_folder
 
 MANIFEST = "entry.json"  # of an entry: its files with size and SHA-256
 ARRAYS = ("tokens", "starts", "first_segment", "documents", "shares")  # of PackedRows
@@ -111,7 +105,7 @@ class TokenCache:
                 stat = file.stat()
                 seen = known.get(name)
                 if not (isinstance(seen, list) and len(seen) == 3 and seen[:2] == [stat.st_size, stat.st_mtime_ns]):
-                    new[name] = seen = [stat.st_size, stat.st_mtime_ns, _sha256(file)]
+                    new[name] = seen = [stat.st_size, stat.st_mtime_ns, hash_file(file)]
             except OSError as error:
                 raise KoffError(f"cannot read {file}: {error.strerror or error}") from error
             found.append([format_of(file), file.suffix, seen[2]])
@@ -172,14 +166,14 @@ class TokenCache:
                         np.save(work / side / f"{name}.npy", value)
                 np.save(work / "lengths.npy", rows.documents.lengths)
                 np.save(work / "num_bytes.npy", rows.documents.num_bytes)
-                files = {str(f.relative_to(work)): [f.stat().st_size, _sha256(f)] for f in work.rglob("*.npy")}
+                files = {str(f.relative_to(work)): [f.stat().st_size, hash_file(f)] for f in work.rglob("*.npy")}
                 (work / MANIFEST).write_text(json.dumps(files), encoding="utf-8")
         return True
 
     def _is_whole(self, key: str) -> bool:
         """Whether every byte of an entry is as it was written."""
         try:
-            _check(self.folder / key, lambda file, size, digest: _sha256(file) == digest)
+            _check(self.folder / key, lambda file, size, digest: hash_file(file) == digest)
         except (OSError, ValueError, TypeError):
             return False
         return True
@@ -189,16 +183,11 @@ class TokenCache:
         """Wait until no other process builds this entry; a lock goes with its process, however that ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / f".{key}.lock", os.O_CREAT | os.O_RDWR)
+            held = lock(self.folder / f".{key}.lock", wait=True)
+            with held:
+                yield
         except OSError as error:
             raise KoffError(f"cannot write {self.folder}: {error.strerror or error}") from error
-        try:
-            with suppress(OSError):  # a file system without locks: two builders may both do the work
-                if fcntl:
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
 
 
 def _check(folder: Path, is_right: Callable[[Path, int, str], bool]) -> None:
@@ -216,8 +205,3 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

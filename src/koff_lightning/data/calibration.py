@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from koff_lightning.data.packing import PackedRows, collate
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 
 class CalibrationText:

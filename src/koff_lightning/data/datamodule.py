@@ -21,8 +21,8 @@ from koff_lightning.data.sources import DomainSource, as_shares, as_sources, dom
 from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
-from koff_lightning.errors import KoffError
-from koff_lightning.run.own_cache import own_cache
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import own_cache
 
 MIN_SEQ_LEN = 8
 MOST_TOKENS = 2**31  # in a batch: what an int32 can count
@@ -193,7 +193,7 @@ class DomainDataModule(LightningDataModule):
             return load_tokenizer(self.tokenizer_source)
         module = self.trainer.lightning_module if self.trainer else None
         options = getattr(module, "hparams", {})
-        source = getattr(module, "source", options.get("backbone"))  # an artefact's, where the run extends one
+        source = getattr(module, "source", options.get("backbone"))  # an artifact's, where the run extends one
         _require(source is not None, "data.tokenizer is not set and there is no backbone to take it from: set it")
         return load_tokenizer(
             source,

@@ -8,7 +8,7 @@ from koff_lightning.data.readers import Document, OnBad
 from koff_lightning.data.shards import Shard
 from koff_lightning.data.sources import Side
 from koff_lightning.data.split import Texts, on_heldout_side
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 
 @dataclass(frozen=True)

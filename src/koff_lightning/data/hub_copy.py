@@ -13,12 +13,11 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from koff_lightning.artefact.new_folder import new_folder
 from koff_lightning.data.patience import read_patiently
 from koff_lightning.data.readers import Document, OnBad
 from koff_lightning.data.shards import FileShard, HubShard
-from koff_lightning.errors import KoffError
-from koff_lightning.run.own_cache import own_cache
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import new_folder, own_cache
 
 PIECE = 64 * 2**20  # bytes of text in a file: some dozens of files in a few GB, so that many readers get whole ones
 MANIFEST = "copy.json"

@@ -9,7 +9,6 @@ every token of a document but its first is predicted exactly once.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+
+from koff_lightning.backbone import tokenizer_hash
 
 IGNORED = -100  # label of a token that is not predicted (the value torch's cross-entropy leaves out)
 TEXTS_PER_CALL = 1024  # large enough to keep all cores of a fast tokenizer busy, small enough for its Python lists
@@ -68,10 +69,9 @@ class PackedRows:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides which tokens a text becomes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    what = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{tokenizer.bos_token_id} {tokenizer.pad_token_id} {what}".encode()).hexdigest()[:16]
+    """A hash of all that decides which tokens a text becomes, and what is put before and after them."""
+    what = f"{tokenizer.bos_token_id} {tokenizer.pad_token_id} {tokenizer_hash(tokenizer)}"
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenStream:

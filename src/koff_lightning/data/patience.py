@@ -9,8 +9,8 @@ from huggingface_hub import constants
 from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.data.readers import ALL, Document, OnBad, Part
-from koff_lightning.errors import KoffError
-from koff_lightning.run.secrets import without_secrets
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.secrets import without_secrets
 
 WAITS = (1, 2, 4, 8, 16, 32, 64, 128)  # seconds before each new attempt; 4 minutes, less than ranks wait for each other
 PASSING = {

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 FORMATS = (".jsonl", ".csv", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from koff_lightning.data.packing import TokenStream
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 CHUNK = 64  # tokens taken from one document,
 MAX_CHUNKS = 8  # or more where that would take more documents than this

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 
 from koff_lightning.data.patience import patiently
 from koff_lightning.data.readers import ALL, Document, OnBad, Part, as_document, read_records
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 UNEVEN = 1.05  # readers get whole shards where the largest load is at most this much above the smallest
 OFFLINE_SHARDS = 64  # into which a dataset in the cache is divided

@@ -2,7 +2,6 @@
 
 import glob
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, Literal
 from koff_lightning.data.hub_copy import find_copy
 from koff_lightning.data.readers import format_of
 from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_out_of_reach
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import check_name
 
 BUNDLED, HUB = "bundled:", "hub:"
 BUNDLED_DIR = Path(__file__).resolve().parents[1] / "tiny" / "corpora"
-SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Side = Literal["training", "held out", "by hash"]
 
 
@@ -141,10 +140,7 @@ def _check_heldout_files(name: str, source: DomainSource) -> None:
 def _check_name(name: object, known: Mapping[str, DomainSource]) -> None:
     if not isinstance(name, str):  # YAML reads an unquoted no as false (and 1 as a number)
         raise KoffError(f"domain name {name!r} is not text: put it in quotes, for example 'no': (Norwegian) or '1':")
-    if not SAFE_NAME.fullmatch(name):
-        raise KoffError(
-            f"domain name {name!r} is not safe as a file name: use 1 to 64 of the letters a-z A-Z, digits, '_' and '-'"
-        )
+    check_name(name)
     clash = next((other for other in known if other.lower() == name.lower()), None)
     if clash is not None:
         raise KoffError(

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from koff_lightning.data.patience import read_patiently
 from koff_lightning.data.readers import Document, OnBad
 from koff_lightning.data.sources import DomainSource, Side, domain_shards
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 
 class Texts(NamedTuple):

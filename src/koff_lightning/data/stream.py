@@ -23,7 +23,7 @@ from koff_lightning.data.packing import PackedRows, pack, tokenize
 from koff_lightning.data.patience import read_patiently
 from koff_lightning.data.readers import Document, OnBad, Part
 from koff_lightning.data.shards import HubShard, Shard
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 BUFFER = 4 * 2**20  # characters of text that are shuffled together
 PACK = 512  # times T characters of text that are packed together: some 128 rows, of which the last is half empty

@@ -16,13 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning import ranks
 from koff_lightning.data.loader import heed_the_parent_alone
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import collate
 from koff_lightning.data.shards import deal
 from koff_lightning.data.stream import Place, RowStream, Text
-from koff_lightning.errors import KoffError
+from koff_lightning.support import ranks
+from koff_lightning.support.errors import KoffError
 
 Batch = dict[str, Any]
 Places = dict[str, list[int]]  # by domain

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from koff_lightning.errors import KoffError
+from koff_lightning.support.errors import KoffError
 
 
 def refuse_duplicate_keys(path: Path) -> None:

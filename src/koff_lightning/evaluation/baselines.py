@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.data.packing import IGNORED
-from koff_lightning.errors import KoffError
 from koff_lightning.losses import LossSpec, fused_head_loss
-from koff_lightning.option_errors import nearest
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest
 
 Method = Literal["magnitude", "wanda_sp", "flap", "random", "fisher"]
 READ_TEXT = ("wanda_sp", "flap", "fisher")

@@ -22,16 +22,16 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from koff_lightning import ranks
-from koff_lightning.artefact.checkpoint import from_checkpoint
-from koff_lightning.artefact.decomposed import DecomposedModel, load_decomposed
-from koff_lightning.artefact.folder import MANIFEST
+from koff_lightning.artifact.checkpoint import from_checkpoint
+from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
+from koff_lightning.artifact.folder import MANIFEST
 from koff_lightning.backbone import load_backbone, load_config, load_tokenizer
 from koff_lightning.commands.generate import default_device, dense_of
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.errors import KoffError
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
+from koff_lightning.support import ranks
+from koff_lightning.support.errors import KoffError
 
 check_version()  # before what may be elsewhere in another release
 
@@ -108,10 +108,10 @@ class Reader:
 
 @register_model("koff")
 class KoffLM(HFLM):
-    """A decomposition, an artefact, a checkpoint or a dense model, for lm-eval.
+    """A decomposition, an artifact, a checkpoint or a dense model, for lm-eval.
 
     Args:
-        path: Folder of an artefact, checkpoint, dense model (hub id, folder, `koff-tiny`), or a loaded one of these.
+        path: Folder of an artifact, checkpoint, dense model (hub id, folder, `koff-tiny`), or a loaded one of these.
         domain: Whose memory to read; None for none.
         dense: The dense model that the decomposition was made from.
         tokenizer: By default the model's own.
@@ -183,7 +183,7 @@ class KoffLM(HFLM):
 
 
 def load_model(path: str, backbone: str | None = None, device: str | None = None, dtype: str | None = None) -> Model:
-    """What stands at `path`: an artefact, a checkpoint of `koff fit`, or a dense model.
+    """What stands at `path`: an artifact, a checkpoint of `koff fit`, or a dense model.
 
     Raises:
         KoffError: It cannot be loaded, or not with these options.
@@ -232,7 +232,7 @@ def reading(model: Model, domain: str | None, dense: bool) -> Reader | PreTraine
     if isinstance(model, DecomposedModel):
         return dense_of(model)
     if "dense" not in model.arms:
-        raise KoffError("a run that extends an artefact has no dense model at hand: leave dense out")
+        raise KoffError("a run that extends an artifact has no dense model at hand: leave dense out")
     return Reader(model, None, dense=True)
 
 

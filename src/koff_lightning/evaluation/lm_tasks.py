@@ -20,8 +20,8 @@ from traceback import walk_tb
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from koff_lightning.errors import KoffError
-from koff_lightning.option_errors import nearest
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset

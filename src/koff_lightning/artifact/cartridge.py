@@ -1,0 +1,109 @@
+"""KV memories in peft's CARTRIDGE format, for engines that take a learned prefix as a cache.
+
+A cache has no places before the first token: there the P slots stand at the positions 0..P-1 and the text begins at P.
+Rotary attention sees only distances, so moving keys and text by P changes nothing; values do not move.
+
+The format flattens all layers into one matrix [P, L * 2 * K * dh] (of each layer the keys, then the values), so all
+must have equally many key-value heads. Source: peft/tuners/cartridge.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from koff_lightning.kv_memory import rotate_keys
+from koff_lightning.support.errors import KoffError
+
+CONFIG, WEIGHTS, NAME = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
+
+
+def to_cartridge(tensors: Mapping[str, Tensor], inv_freq: Tensor, folder: Path, base: str | None = None) -> None:
+    """Write a KV memory as a CARTRIDGE adapter.
+
+    `PeftModel.from_pretrained(backbone, folder)` reads it where the backbone's own config names its key-value heads:
+    layout `uniform`, or any other when no head was removed.
+
+    Args:
+        tensors: `layers.{i}.key` and `layers.{i}.value`, each [K, P, dh], as `KVMemory.tensors` gives them.
+        inv_freq: Of the backbone's rotary embedding, [dh / 2] (`backbone.rotary_inv_freq`).
+        folder: A new or empty folder.
+        base: Id of the model, as peft notes it.
+
+    Raises:
+        KoffError: Layers differ in key-value heads, or the folder holds something.
+    """
+    shapes = sorted({(part.shape[0], part.shape[2]) for part in tensors.values()})
+    if len(shapes) != 1:
+        raise KoffError(
+            "a CARTRIDGE holds layers with equally many key-value heads; these have "
+            f"{shapes[0][0]} to {shapes[-1][0]}: export with --layout uniform, or prune no kv_group units"
+        )
+    (heads, size), slots, layers = shapes[0], next(iter(tensors.values())).shape[1], len(tensors) // 2
+    parts = []
+    for index in range(layers):
+        key = rotate_keys(tensors[f"layers.{index}.key"].float(), inv_freq, slots)
+        parts += [key, tensors[f"layers.{index}.value"].float()]
+    flat = torch.stack(parts).permute(2, 0, 1, 3).reshape(slots, -1)  # [2L, K, P, dh] -> [P, 2L * K * dh]
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise KoffError(f"{folder} is not empty: remove what is in it, or give another folder")
+    save_file({NAME: flat.cpu().contiguous()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(_config(slots, layers, heads, size, base), encoding="utf-8")
+
+
+def _config(slots: int, layers: int, heads: int, size: int, base: str | None) -> str:
+    from peft import CartridgeConfig  # takes seconds, and only writing needs it
+
+    config = CartridgeConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+        num_virtual_tokens=slots,
+        num_frozen_tokens=1,
+        num_layers=layers,
+        token_dim=heads * size,
+        num_attention_heads=heads,  # peft means those of the cache
+        num_transformer_submodules=1,
+    )
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_cartridge(folder: Path, inv_freq: Tensor) -> dict[str, Tensor]:
+    """Read a CARTRIDGE adapter, ours or one that peft trained.
+
+    Args:
+        folder: Where `adapter_config.json` and `adapter_model.safetensors` are.
+        inv_freq: Of the backbone's rotary embedding, [dh / 2].
+
+    Returns:
+        `layers.{i}.key` and `layers.{i}.value`, each fp32 [K, P, dh], for `KVMemory.from_tensors`.
+
+    Raises:
+        KoffError: No such files, another kind of adapter, or sizes that contradict each other.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        flat = load_file(folder / WEIGHTS)[NAME]  # [P, 2L * K * dh]
+        slots, layers, width = (int(config[key]) for key in ("num_virtual_tokens", "num_layers", "token_dim"))
+        kind = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise KoffError(f"{folder} is not a CARTRIDGE adapter that can be read: {error}") from error
+    if kind != "CARTRIDGE":
+        raise KoffError(f"{folder} holds a peft adapter of type {kind}, wanted is CARTRIDGE")
+    size = 2 * len(inv_freq)
+    if flat.shape != (slots, 2 * layers * width) or width % size:
+        raise KoffError(
+            f"{folder}: {NAME} is {list(flat.shape)}, which is not {slots} slots of {layers} layers with whole heads "
+            f"of size {size}: it belongs to another model, or the files to different adapters"
+        )
+    parts = flat.float().view(slots, 2 * layers, width // size, size).permute(1, 2, 0, 3)  # [2L, K, P, dh]
+    tensors = {}
+    for index in range(layers):
+        tensors[f"layers.{index}.key"] = rotate_keys(parts[2 * index], inv_freq, -slots)
+        tensors[f"layers.{index}.value"] = parts[2 * index + 1].contiguous()
+    return tensors

@@ -1,0 +1,285 @@
+"""A decomposed model as it is used: the small backbone of an artifact, and a memory for each row of a batch.
+
+    model = load_decomposed("runs/demo/artifact", domains=["de", "python"])
+    model(input_ids, attention_mask, domains=["de", None, "python"]).logits
+    model.generate(input_ids, domains="de", max_new_tokens=64)
+
+Shapes: B rows, T tokens, P memory slots.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from koff_lightning.artifact.deci import ragged_config
+from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_manifest
+from koff_lightning.artifact.folder import verify as verify_files
+from koff_lightning.artifact.layouts import memory_shapes
+from koff_lightning.artifact.memory_files import load_memory
+from koff_lightning.backbone import load_backbone, load_config, load_tokenizer, refuse_masked_packing
+from koff_lightning.memory import MemoryBank
+from koff_lightning.support.errors import KoffError
+
+Domains = str | Sequence[str | None] | None
+
+# Kinds of token cache that `generate` was checked with. A paged one goes round the attention function that reads the
+# memories, a quantised one needs packages that are not ours, an offloaded one a GPU.
+CACHES = (None, "dynamic", "static")
+
+
+def load_decomposed(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    domains: Sequence[str] | None = None,
+    verify: bool = True,
+) -> "DecomposedModel":
+    """Load what `koff export` wrote.
+
+    Args:
+        path: The artifact's folder.
+        device: Where the model goes.
+        dtype: Of the backbone, a name or a torch dtype; by default the one it was exported in. Memories stay fp32 and
+            are cast where they are used.
+        domains: The memories to load, no others are read; by default all.
+        verify: Compare every file of the backbone with its hash in the manifest; costs one reading of the files. Those
+            of the memories are always compared.
+
+    Raises:
+        KoffError: No artifact, one of another format version, missing, extra or damaged files, a domain that it does
+            not have, or a device or dtype that does not exist here.
+    """
+    folder = Path(path).expanduser()
+    manifest = read_manifest(folder)
+    chosen = list(manifest.domains) if domains is None else [domains] if isinstance(domains, str) else list(domains)
+    if unknown := [name for name in chosen if name not in manifest.domains]:
+        raise KoffError(f"{folder} has no memory for {unknown[0]!r}; it has {_listed(manifest.domains)}")
+    where = _device(device)
+    if verify:
+        verify_files(folder, backbone=True)
+    name = manifest.dtype if dtype is None else str(dtype).removeprefix("torch.")
+    backbone = load_backbone(str(folder / BACKBONE), dtype=name, config=backbone_config(folder, manifest))
+    model = DecomposedModel(backbone.to(where), manifest, folder)
+    for domain in dict.fromkeys(chosen):
+        if (held := model.add_memory(folder / MEMORIES / domain)) != domain:
+            raise KoffError(
+                f"{folder / MEMORIES / domain} holds the memory {held!r}: its folder was renamed; rename it back"
+            )
+    return model
+
+
+def backbone_config(folder: Path, manifest: Manifest) -> PreTrainedConfig:
+    """The config under which transformers runs the backbone of an artifact.
+
+    Raises:
+        KoffError: It is of a kind that is not known here.
+    """
+    memory_shapes(manifest.layout)  # refuses an unknown layout
+    if manifest.layout != "deci":
+        return load_config(str(folder / BACKBONE))
+    text = (folder / BACKBONE / "config.json").read_text(encoding="utf-8")
+    return ragged_config(json.loads(text), manifest.base["family"])  # a koff_* model holds the same tensors
+
+
+class DecomposedModel(nn.Module):
+    """A pruned backbone whose rows read the memories of their domains. Made by :func:`load_decomposed`.
+
+    Attributes:
+        backbone: The transformers model; called by itself it reads the memories of the last batch.
+        memories: The memories loaded.
+        manifest: What `koff.json` says.
+        folder: Where the artifact lies.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, manifest: Manifest, folder: Path) -> None:
+        super().__init__()
+        self._own_parameters = sum(p.numel() for p in backbone.parameters())  # tied embeddings once
+        backbone.set_attn_implementation("koff")
+        backbone.generation_config.use_cache = True  # the config's own False is for packed rows, not for `generate`
+        backbone.generation_config.disable_compile = True  # correct, but every change of rows would compile anew
+        self.backbone, self.manifest, self.folder = backbone, manifest, folder
+        self.memories = MemoryBank(backbone)
+        self._reading: tuple[list[str | None], object] = [], None  # rows last activated, and the bank's word for them
+        self.eval()
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains whose memories are loaded."""
+        return list(self.memories.domains)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer, read when first asked for. It pads on the left, as generation needs it."""
+        family = AutoConfig.for_model(self.manifest.base["family"])  # so that its class is the dense model's
+        tokenizer = load_tokenizer(str(self.folder / BACKBONE), config=family)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # masked in any case
+        return tokenizer
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, domains: Domains = None, **inputs: Any
+    ) -> Any:
+        """Run the backbone, each row with its domain's memory.
+
+        Args:
+            input_ids: Long [B, T].
+            attention_mask: [B, T], or [B, past + T] with a token cache; 0 for padding, on either side.
+            domains: One per row, None for the bare pruned backbone; or one name for all rows.
+            inputs: Further arguments of the transformers model. Positions are counted from the mask unless
+                `position_ids` [B, T] say otherwise; a token cache is kept only with `use_cache=True` or when one is
+                given.
+
+        Returns:
+            The transformers model's output; `.logits` is [B, T, V].
+        """
+        _check_ids(input_ids)
+        device, cache = self.backbone.device, inputs.get("past_key_values")
+        input_ids, attention_mask = input_ids.to(device), None if attention_mask is None else attention_mask.to(device)
+        inputs["use_cache"] = bool(inputs.get("use_cache", cache is not None))
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = _positions(attention_mask, input_ids, cache)
+        else:
+            _check_packing(attention_mask, inputs["position_ids"], inputs["use_cache"])
+        self._activate(domains, len(input_ids))
+        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, domains: Domains = None, **options: Any
+    ) -> Any:
+        """Continue every row with its domain's memory.
+
+        Args:
+            input_ids: Long [B, T], padded on the left.
+            attention_mask: [B, T], 0 for padding.
+            domains: As for `forward`. With beams or several returned sequences, still one per prompt.
+            options: Arguments of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, `streamer` ...
+
+        Returns:
+            What transformers' `generate` returns: by default long [B, T + new].
+
+        Raises:
+            KoffError: Padding on the right, a domain that is not loaded, or a way of generating that goes round the
+                memories.
+        """
+        _check_ids(input_ids)
+        if attention_mask is not None:
+            _check_prompt_mask(attention_mask, input_ids)
+        if options.get("custom_generate") is not None or self._option(options, "cache_implementation") not in CACHES:
+            raise KoffError(
+                "generate: custom_generate and caches other than "
+                f"{', '.join(map(str, CACHES[1:]))} have not been checked with memories: leave them out"
+            )
+        copies = max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
+        self._activate(domains, len(input_ids), copies)
+        return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    def add_memory(self, path: str | Path, name: str | None = None) -> str:
+        """Load one more memory from its folder, for this process only; `koff memory add` changes the artifact.
+
+        Args:
+            path: Folder of a memory that was made for this backbone.
+            name: Domain to load it as; by default its own.
+
+        Returns:
+            The domain.
+
+        Raises:
+            KoffError: It belongs to another base, mask or tokenizer, is damaged, or the name is taken.
+        """
+        return load_memory(self.memories, Path(path).expanduser(), name, expect=self.manifest)
+
+    def remove_memory(self, name: str) -> None:
+        """Drop a memory from the loaded ones and free its room."""
+        self._check_loaded([name])
+        self.memories.remove(name)
+
+    def active_parameters(self, domain: str | None = None) -> int:
+        """Parameters in use for a row of this domain: the backbone's, tied embeddings once, and its memory's."""
+        if domain is None:
+            return self._own_parameters
+        self._check_loaded([domain])
+        return self._own_parameters + self.memories.size(domain)
+
+    def _activate(self, domains: Domains, rows: int, copies: int = 1) -> None:
+        chosen = [domains] * rows if domains is None or isinstance(domains, str) else list(domains)
+        if len(chosen) != rows:
+            raise KoffError(f"{len(chosen)} domains for {rows} rows: give one per row, None for no memory")
+        self._check_loaded(chosen)
+        rows, routes = [domain for domain in chosen for _ in range(copies)], self.memories.routes
+        if self._reading[0] != rows or self._reading[1] is not routes.order:
+            self.memories.activate(rows)  # not for the same rows again: it would let go of what decoding has stacked
+            self._reading = rows, routes.order
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "DecomposedModel":
+        self._reading = [], None  # what was stacked stays behind when the model moves
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; with `assign=True` tensors are replaced, and what was stacked is of the old ones."""
+        self._reading = [], None
+        return super().load_state_dict(*args, **kwargs)
+
+    def _check_loaded(self, domains: Sequence[str | None]) -> None:
+        if missing := [name for name in domains if name is not None and name not in self.memories.domains]:
+            raise KoffError(f"domain {missing[0]!r} is not loaded; loaded: {_listed(self.domains)}")
+
+    def _option(self, options: dict[str, Any], name: str) -> Any:
+        """An option of `generate` by transformers' precedence: given by name, in a config given, in the model's own."""
+        sources = (options.get("generation_config"), self.backbone.generation_config)
+        values = [options.get(name), *(getattr(source, name, None) for source in sources)]
+        return next((value for value in values if value is not None), None)
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise KoffError(f"input_ids must be [rows, tokens], at least one of each; got {list(input_ids.shape)}")
+
+
+def _check_prompt_mask(mask: Tensor, input_ids: Tensor) -> None:
+    """Of `generate`: a place for every token (more with a token cache), and padding on the left only."""
+    if mask.ndim != 2 or len(mask) != len(input_ids) or mask.shape[1] < input_ids.shape[1]:
+        raise KoffError(
+            f"generate: attention_mask is {list(mask.shape)} for input_ids {list(input_ids.shape)}: give 0 or 1 for "
+            "every token"
+        )
+    if not bool(mask[:, -1].all()):
+        raise KoffError("generate: a row ends in padding: pad prompts on the left, as model.tokenizer does")
+
+
+def _positions(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor | None:
+    """Positions [B, T] that count a row's own tokens, so that padding on the left does not shift them."""
+    if mask is None or mask.ndim != 2:
+        return None
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if mask.shape != (len(input_ids), past + input_ids.shape[1]):
+        raise KoffError(
+            f"attention_mask is {list(mask.shape)} for input_ids {list(input_ids.shape)} after {past} cached tokens: "
+            f"it must be {[len(input_ids), past + input_ids.shape[1]]}, cached tokens included"
+        )
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+
+
+def _check_packing(mask: Tensor | None, positions: Tensor, use_cache: bool) -> None:
+    """Packed rows stay apart only without mask and cache; transformers would mix them without a word."""
+    refuse_masked_packing(mask, positions)
+    if use_cache and (positions.diff(dim=-1) != 1).any() and mask is None:
+        raise KoffError("packed rows (positions that restart) cannot be run with a token cache: leave use_cache out")
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise KoffError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"

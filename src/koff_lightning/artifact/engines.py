@@ -1,0 +1,227 @@
+"""Which engine can take which part of an artifact: what was tried, what follows from its own code, what is open.
+
+"yes" is tried: here by `check`, and by the tests for every layout. "untested" should work by what the engine's sources
+and documents say (looked up in November 2026), but this project has not run it. "no" follows from the same sources.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from koff_lightning.artifact.cartridge import to_cartridge
+from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, verify
+from koff_lightning.artifact.memory_files import KV_FILE
+from koff_lightning.backbone import rotary_inv_freq
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest
+
+ENGINES = {"hf": "transformers", "peft": "PEFT", "vllm": "vLLM", "sglang": "SGLang", "gguf": "llama.cpp"}
+PARTS = {"backbone": "backbone", "lora": "LoRA of a domain", "kv": "KV memory"}
+# How the backbone's config looks -> the layouts that give it.
+FORMS = {"ragged": "`ragged`, `merged`", "plain": "`uniform`, `masked`", "deci": "`deci`"}
+
+Answer = tuple[str, str]  # yes, no or untested; and why
+
+_IMPORT = "after `import koff_lightning`"
+_NO_CLASS = ("no", "no class there has layers of unequal width in this form")
+_NO_DECI = ("no", "no class there reads block configs")
+_NO_SLOTS = ("no", "no place for learned keys and values")
+_MULTIPLES = "FFN widths only as multiples of 256"
+_CARTRIDGE = (
+    "yes",
+    "as CARTRIDGE (`koff memory cartridge`), if all layers keep equally many kv groups; one at a time, without LoRA",
+)
+
+RULES: dict[str, dict[str, dict[str, Answer]]] = {
+    "hf": {
+        "backbone": {"ragged": ("yes", _IMPORT), "plain": ("yes", ""), "deci": _NO_DECI},
+        "lora": {"ragged": ("yes", "by PEFT"), "plain": ("yes", "by PEFT"), "deci": _NO_DECI},
+        "kv": dict.fromkeys(FORMS, _NO_SLOTS),
+    },
+    "peft": {
+        "backbone": {"ragged": ("yes", _IMPORT), "plain": ("yes", ""), "deci": _NO_DECI},
+        "lora": {"ragged": ("yes", ""), "plain": ("yes", ""), "deci": _NO_DECI},
+        "kv": {"ragged": _CARTRIDGE, "plain": _CARTRIDGE, "deci": _NO_DECI},
+    },
+    "vllm": {
+        "backbone": {"ragged": _NO_CLASS, "plain": ("untested", ""), "deci": ("untested", "by its DeciLMForCausalLM")},
+        "lora": {
+            "ragged": _NO_CLASS,
+            "plain": ("untested", "ranks above 16 want `--max-lora-rank`"),
+            "deci": ("untested", "ranks above 16 want `--max-lora-rank`"),
+        },
+        "kv": dict.fromkeys(FORMS, ("no", "prompt adapters were removed from it")),
+    },
+    "sglang": {
+        "backbone": {"ragged": _NO_CLASS, "plain": ("untested", ""), "deci": ("untested", _MULTIPLES)},
+        "lora": {"ragged": _NO_CLASS, "plain": ("untested", ""), "deci": ("untested", _MULTIPLES)},
+        "kv": dict.fromkeys(FORMS, _NO_SLOTS),
+    },
+    "gguf": {
+        "backbone": {
+            "ragged": _NO_CLASS,
+            "plain": ("untested", "after convert_hf_to_gguf.py"),
+            "deci": ("untested", f"after convert_hf_to_gguf.py; {_MULTIPLES}"),
+        },
+        "lora": {
+            "ragged": _NO_CLASS,
+            "plain": ("untested", "after convert_lora_to_gguf.py"),
+            "deci": ("untested", f"after convert_lora_to_gguf.py; {_MULTIPLES}"),
+        },
+        "kv": dict.fromkeys(FORMS, _NO_SLOTS),
+    },
+}
+
+
+def names(words: str) -> list[str]:
+    """Engines from a list with commas.
+
+    Raises:
+        KoffError: One that is not known.
+    """
+    found = [word.strip() for word in words.split(",") if word.strip()]
+    for word in found:
+        if word not in ENGINES:
+            raise KoffError(f"no engine {word!r} to check.{nearest(word, ENGINES)} Known: {', '.join(ENGINES)}")
+    return found or list(ENGINES)
+
+
+def check(folder: str | Path, engines: Sequence[str] = tuple(ENGINES)) -> dict[str, dict[str, Answer]]:
+    """What each engine can take of one artifact.
+
+    What is promised of transformers and PEFT is tried: the artifact is loaded with them and run on a few tokens.
+
+    Returns:
+        Engine -> part (`backbone`, `lora`, `kv`) -> answer and reason. Parts that the artifact lacks are left out.
+
+    Raises:
+        KoffError: No sound artifact, or an unknown engine.
+    """
+    folder = Path(folder).expanduser()
+    manifest = verify(folder)
+    found = {}
+    for engine in names(",".join(engines)):
+        found[engine] = {part: _answer(engine, part, folder, manifest) for part in _parts(manifest)}
+    return found
+
+
+def text(found: dict[str, dict[str, Answer]]) -> str:
+    """The findings for the terminal, a line each."""
+    return "\n".join(
+        f"{ENGINES[engine]:<13}{PARTS[part]:<18}{answer:<10}{why}".rstrip()
+        for engine, answers in found.items()
+        for part, (answer, why) in answers.items()
+    )
+
+
+def markdown() -> str:
+    """The table of the README: layouts and memories by engine, reasons below it."""
+    reasons: dict[str, int] = {}
+
+    def cell(engine: str, cases: list[tuple[str, str]]) -> str:
+        marks: dict[str, str] = {}  # answer -> its reasons
+        for answer, why in dict.fromkeys(RULES[engine][part][form] for part, form in cases):
+            mark = f" [{reasons.setdefault(why, len(reasons) + 1)}]" if why else ""
+            marks[answer] = marks.get(answer, "") + mark
+        return " / ".join(answer + mark for answer, mark in marks.items())
+
+    rows = {f"{layouts}: backbone and LoRA": [("backbone", form), ("lora", form)] for form, layouts in FORMS.items()}
+    rows["KV memories of any layout"] = [("kv", form) for form in FORMS]
+    lines = [f"| | koff-lightning | {' | '.join(ENGINES.values())} |", "|---" * (2 + len(ENGINES)) + "|"]
+    lines += [
+        f"| {label} | yes | {' | '.join(cell(engine, cases) for engine in ENGINES)} |" for label, cases in rows.items()
+    ]
+    return "\n".join([*lines, "", *(f"[{number}] {why}." for why, number in reasons.items())])
+
+
+def _parts(manifest: Manifest) -> list[str]:
+    held = {"lora": any(about["rank"] for about in manifest.domains.values())}
+    held["kv"] = any(about["slots"] for about in manifest.domains.values())
+    return [part for part in PARTS if held.get(part, True)]
+
+
+def _answer(engine: str, part: str, folder: Path, manifest: Manifest) -> Answer:
+    config = json.loads((folder / BACKBONE / "config.json").read_text(encoding="utf-8"))
+    answer, why = RULES[engine][part][_form(manifest, config)]
+    if _MULTIPLES in why and any("ffn_mult" not in block["ffn"] for block in config["block_configs"]):
+        return "no", f"{_MULTIPLES}, and this model's own is none"
+    trial = _TRIALS.get((engine, part))
+    if answer != "yes" or trial is None:
+        return answer, why
+    try:
+        trial(folder, manifest)
+    except Exception as error:  # whatever theirs raise is the finding
+        return "no", f"tried, and failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    return answer, why
+
+
+def _form(manifest: Manifest, config: dict[str, Any]) -> str:
+    """How the backbone's config looks: a ragged layout that lost nothing is plain."""
+    return "deci" if manifest.layout == "deci" else "ragged" if config["model_type"].startswith("koff_") else "plain"
+
+
+# ---------------------------------------------------------------------------------------------------- trials
+
+
+def _transformers(folder: Path, manifest: Manifest) -> PreTrainedModel:
+    model, info = AutoModelForCausalLM.from_pretrained(folder / BACKBONE, dtype="auto", output_loading_info=True)
+    if lost := [key for keys in info.values() for key in keys]:
+        raise KoffError(f"its files and its config do not fit: {lost[0]}")
+    _run(model)
+    return model
+
+
+def _adapter_in_transformers(folder: Path, manifest: Manifest) -> None:
+    model = _transformers(folder, manifest)
+    with _strict():
+        model.load_adapter(str(_memory(folder, manifest, "rank")))
+    _run(model)
+
+
+def _adapter_in_peft(folder: Path, manifest: Manifest) -> None:
+    with _strict():
+        _run(PeftModel.from_pretrained(_transformers(folder, manifest), _memory(folder, manifest, "rank")))
+
+
+def _slots_in_peft(folder: Path, manifest: Manifest) -> None:
+    model, slots = _transformers(folder, manifest), load_file(_memory(folder, manifest, "slots") / KV_FILE)
+    with TemporaryDirectory() as work, _strict():
+        to_cartridge(slots, rotary_inv_freq(model), Path(work))
+        _run(PeftModel.from_pretrained(model, work))
+
+
+def _run(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        tokens = model.generate(input_ids=torch.arange(3, 11)[None], max_new_tokens=2, do_sample=False)
+        if not torch.isfinite(model(input_ids=tokens).logits).all():
+            raise KoffError("the logits are not finite")
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    """An adapter that does not fit is an error; to peft it is a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        yield
+
+
+def _memory(folder: Path, manifest: Manifest, part: str) -> Path:
+    return folder / MEMORIES / next(name for name, about in manifest.domains.items() if about[part])
+
+
+_TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
+    ("hf", "backbone"): _transformers,
+    ("hf", "lora"): _adapter_in_transformers,
+    ("peft", "backbone"): _transformers,
+    ("peft", "lora"): _adapter_in_peft,
+    ("peft", "kv"): _slots_in_peft,
+}

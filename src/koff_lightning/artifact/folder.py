@@ -1,0 +1,274 @@
+"""What an artifact is on disk: its folders, its manifest `koff.json`, and the hashes of its files.
+
+    DIR/koff.json            manifest
+    DIR/export_report.json   what the proof found
+    DIR/backbone/            the pruned model as transformers saves one
+    DIR/memories/<domain>/   one memory (memory_files.py)
+
+Nothing here loads a model.
+"""
+
+import json
+import math
+from collections.abc import Container, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from koff_lightning.artifact.layouts import memory_shapes
+from koff_lightning.artifact.mask_description import hash_description, unpack
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import hash_file
+from koff_lightning.support.names import check_name
+
+FORMAT = 1
+MANIFEST, REPORT, BACKBONE, MEMORIES = "koff.json", "export_report.json", "backbone", "memories"
+CARD = "memory.json"  # of a memory
+_AT_ROOT = (MANIFEST, REPORT, BACKBONE, MEMORIES, "README.md", "LICENSE")
+
+# What safetensors calls the dtypes that a backbone can be loaded in.
+_SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+Files = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`koff.json`.
+
+    Args:
+        layout: How the backbone is stored (layouts.py).
+        domain: The merged domain of layout `merged`, else None.
+        base: The dense model: `id`, `revision`, `hash` of its weights, `family`, `tokenizer_hash`.
+        dtype: Of the backbone's weights.
+        mask_hash: Of `kept`.
+        kept: The mask as `describe_mask` writes it.
+        sparsity: Target, denominator, and what was removed by all three denominators and by type of unit.
+        parameters: Counted from the written files: `dense_total`, `backbone`, `active` by domain, `stored`.
+        domains: The memories: `rank`, `alpha`, `slots`, `parameters` of each, `card_sha256` of its memory.json.
+        config: Resolved options of the run, if they were found.
+        versions: Of the libraries that wrote it.
+        files: Hash and size of every file below `backbone/`, by path.
+        licence: Of the dense model, if it says.
+        created_by: Name and version of the writer.
+        format_version: Of this file.
+    """
+
+    layout: str
+    domain: str | None
+    base: dict[str, Any]
+    dtype: str
+    mask_hash: str
+    kept: list[dict[str, Any]]
+    sparsity: dict[str, Any]
+    parameters: dict[str, Any]
+    domains: dict[str, dict[str, Any]]
+    config: dict[str, Any] | None
+    versions: dict[str, str]
+    files: Files
+    licence: str | None
+    created_by: str
+    format_version: int = FORMAT
+
+    def to_json(self) -> str:
+        """The text of `koff.json`."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], where: Path) -> "Manifest":
+        """Check the content of `koff.json`.
+
+        Raises:
+            KoffError: It lacks something, has something unknown, or contradicts itself.
+        """
+        names = {field.name for field in fields(cls)}
+        if odd := sorted(names ^ content.keys()):
+            problem = "lacks" if odd[0] in names else "has an unknown entry"
+            raise KoffError(f"{where} {problem} {odd[0]!r}: it is damaged, or not an artifact's; export it again")
+        manifest = cls(**content)
+        try:
+            manifest._check()
+        except (KoffError, TypeError, KeyError, ValueError, AttributeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise KoffError(f"{where} cannot be used ({reason}): it is damaged; export it again") from error
+        return manifest
+
+    def _check(self) -> None:
+        """Raise if an entry lacks a part or has one of a wrong kind, or if entries contradict each other."""
+        memory_shapes(self.layout)
+        for name in self.domains:
+            check_name(name)  # it is part of a path
+        wanted = [
+            (vars(self), "dtype", str),
+            (self.base, "id hash family tokenizer_hash", str),
+            (self.base, "revision", str | None),
+        ]
+        wanted += [(self.sparsity, "target body total units ffn attention", float | int)]
+        wanted += [(self.sparsity, "denominator", str), (self.parameters, "dense_total backbone stored", int)]
+        wanted += [(self.parameters, "active", dict), (self.parameters["active"], " ".join(self.domains), int)]
+        for about in self.domains.values():
+            wanted += [(about, "parameters", int), (about, "rank slots", int | None), (about, "card_sha256", str)]
+        for about in self.files.values():
+            wanted += [(about, "sha256", str), (about, "size", int)]
+        for entry, names, kind in wanted:
+            for name in names.split():
+                if not isinstance(entry[name], kind):
+                    raise KoffError(f"{name!r} cannot be {entry[name]!r}")
+        if stray := [name for name in self.files if Path(name).parts[:1] != (BACKBONE,) or ".." in Path(name).parts]:
+            raise KoffError(f"it lists {stray[0]!r}, which is not below {BACKBONE}/")
+        if hash_description(self.kept) != self.mask_hash:
+            raise KoffError("its mask does not fit its mask_hash")
+        for group in self.kept:
+            if (len(bits := unpack(group)), int(bits.sum())) != (group["of"], group["kept"]):
+                raise KoffError(f"the bits of layer {group['layer']} are not {group['kept']} of {group['of']}")
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Of the tokenizer that the memories were trained with."""
+        return self.base["tokenizer_hash"]
+
+    def mask(self) -> Tensor:
+        """The mask, bool [U], over the groups in the order of `kept`."""
+        return torch.cat([unpack(group) for group in self.kept])
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read `koff.json` of an artifact.
+
+    Raises:
+        KoffError: There is none, or it cannot be used.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        fault = "that is a file, wanted is the folder" if folder.exists() else "no such folder"
+        raise KoffError(f"artifact {str(folder)!r}: {fault}. `koff export --ckpt CHECKPOINT --out DIR` makes one")
+    if not (folder / MANIFEST).is_file():
+        inside = (folder.parent / MANIFEST).is_file()
+        hint = f"give {folder.parent}" if inside else "`koff export --ckpt CHECKPOINT --out DIR` makes an artifact"
+        kind = "a model" if (folder / "config.json").is_file() else "a folder"
+        raise KoffError(f"{folder} is {kind} without {MANIFEST}, so it is no artifact: {hint}")
+    return Manifest.from_json(read_json(folder / MANIFEST), folder / MANIFEST)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that states its format version.
+
+    Raises:
+        KoffError: It is missing, is not JSON, or has another format version than this release writes.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise KoffError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # not JSON, or not text
+        raise KoffError(f"{path} is not valid JSON ({error}): it is damaged; write it again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT:
+        raise KoffError(
+            f"{path} has format version {version!r}, this koff-lightning reads {FORMAT}: "
+            "use the release that wrote it, or write it again"
+        )
+    return content
+
+
+def verify(folder: str | Path, backbone: bool = True) -> Manifest:
+    """Check that an artifact holds what its manifest lists, nothing less and nothing more.
+
+    Args:
+        folder: The artifact.
+        backbone: Compare the backbone's hashes, which reads all of it; else only its names and sizes. Of the memories
+            their cards are compared; the other files of one are when it is loaded.
+
+    Raises:
+        KoffError: A file is missing, extra, truncated or changed, or the weights have another dtype.
+    """
+    folder = Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    _refuse_extra(folder, (path.name for path in folder.iterdir()), _AT_ROOT)
+    check_files(folder, manifest.files, BACKBONE, hashes=backbone)
+    _check_dtype(folder / BACKBONE, manifest.dtype)
+    present = [path.name for path in (folder / MEMORIES).iterdir()] if (folder / MEMORIES).is_dir() else []
+    _refuse_extra(folder / MEMORIES, present, manifest.domains)
+    if missing := sorted(set(manifest.domains) - set(present)):
+        raise KoffError(f"{folder / MEMORIES / missing[0]} is missing: {MANIFEST} lists it; copy the artifact again")
+    for name, about in manifest.domains.items():
+        card = folder / MEMORIES / name / CARD
+        if card.is_file() and hash_file(card) != about["card_sha256"]:
+            raise KoffError(f"{card} was changed after it was written (its sha256 is another): get it again")
+    return manifest
+
+
+def check_files(folder: Path, files: Files, below: str = ".", hashes: bool = True) -> None:
+    """Check that a folder holds exactly the listed files, in the listed state. Hidden files are not looked at.
+
+    Args:
+        folder: What the paths in `files` are relative to.
+        files: Path -> `sha256` and `size`.
+        below: The part of the folder that must hold nothing else.
+        hashes: Whether to compare hashes; sizes always are.
+
+    Raises:
+        KoffError: A file is missing, extra, truncated or changed.
+    """
+    _refuse_extra(folder, _relative_paths(folder, below), files)
+    for name, expected in sorted(files.items()):
+        path = folder / name
+        if not path.is_file():
+            raise KoffError(f"{path} is missing: the download or copy is incomplete; get it again")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise KoffError(f"{path} has {size} bytes instead of {expected['size']}: it is damaged; get it again")
+        if hashes and hash_file(path) != expected["sha256"]:
+            raise KoffError(f"{path} was changed after it was written (its sha256 is another): get it again")
+
+
+def describe_files(folder: Path, below: str = ".") -> Files:
+    """Hash and size of every file in `folder / below`, by path relative to `folder`; hidden files are left out."""
+    paths = sorted(_relative_paths(folder, below))
+    return {name: describe_file(folder / name) for name in paths}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Hash and size of a file, as `check_files` compares them."""
+    return {"sha256": hash_file(path), "size": path.stat().st_size}
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in the safetensors files of a folder, by the shapes that they state."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def _check_dtype(folder: Path, dtype: str) -> None:
+    """Raise KoffError unless the safetensors files of a backbone hold what the manifest says; reads only their heads.
+
+    transformers would cast to whatever is asked for, without a word.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise KoffError(f"{path} is not a sound safetensors file ({error}): get it again") from error
+        if odd := [name for name, kind in kinds.items() if kind != _SAFETENSORS_DTYPES.get(dtype)]:
+            raise KoffError(
+                f"{MANIFEST} says {dtype}, but {path} holds {odd[0]} as {kinds[odd[0]]}: one of them was changed; get "
+                "the artifact again"
+            )
+
+
+def _relative_paths(folder: Path, below: str) -> list[str]:
+    paths = [path.relative_to(folder) for path in (folder / below).rglob("*") if path.is_file()]
+    return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+
+
+def _refuse_extra(folder: Path, present: Iterable[str], allowed: Container[str]) -> None:
+    if extra := sorted(name for name in present if name not in allowed and not name.startswith(".")):
+        raise KoffError(f"{folder / extra[0]} does not belong there: {MANIFEST} or {CARD} does not list it; remove it")

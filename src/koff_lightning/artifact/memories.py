@@ -1,0 +1,173 @@
+"""Put a memory into an artifact on disk, or take one out. The folder is replaced as a whole, so no crash leaves half.
+
+The backbone and the other memories are not written: the new folder links to their files.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from koff_lightning.artifact.decomposed import backbone_config
+from koff_lightning.artifact.folder import MANIFEST, MEMORIES, Manifest, read_manifest, verify
+from koff_lightning.artifact.layouts import memory_shapes
+from koff_lightning.artifact.memory_files import (
+    CARD,
+    MemoryCard,
+    card_of,
+    load_memory,
+    lora_state,
+    read_card,
+    write_memory,
+)
+from koff_lightning.memory import MemoryBank
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import hash_file, new_folder
+from koff_lightning.support.names import check_name
+
+
+def add_memory(folder: str | Path, source: str | Path, name: str | None = None) -> str:
+    """Copy a memory into an artifact, after every check that loading it makes.
+
+    Args:
+        folder: The artifact.
+        source: Folder of a memory that was made for the artifact's backbone.
+        name: Domain to keep it as; by default its own.
+
+    Returns:
+        The domain.
+
+    Raises:
+        KoffError: The artifact is not sound, is a merged one or is being written by another process, the memory is
+            damaged, belongs to another base, mask or tokenizer, or does not fit the backbone, or the name is unsafe or
+            taken. Nothing is changed then.
+    """
+    source = Path(source).expanduser()
+    domain = read_card(source).domain if name is None else name
+    _add(Path(folder).expanduser().resolve(), {domain: source})
+    return domain
+
+
+def add_from_bank(folder: str | Path, bank: MemoryBank, domains: Sequence[str]) -> None:
+    """Write memories of a bank that hangs on the artifact's backbone, and add all of them to the artifact or none.
+
+    Raises:
+        KoffError: As `add_memory`.
+    """
+    folder = Path(folder).expanduser().resolve()
+    manifest = read_manifest(folder)
+    about = {"base": manifest.base, "mask_hash": manifest.mask_hash, "tokenizer_hash": manifest.tokenizer_hash}
+    with tempfile.TemporaryDirectory() as work:
+        sources = {domain: Path(work) / domain for domain in domains}
+        for domain, source in sources.items():
+            card, slots = card_of(bank, domain, **about, shapes=memory_shapes(manifest.layout)), bank.slots(domain)
+            write_memory(source, card, lora_state(bank, domain), None if slots is None else slots.tensors())
+        _add(folder, sources)
+
+
+def _add(folder: Path, sources: Mapping[str, Path]) -> None:
+    """Copy memories, domain -> folder, into an artifact in one step."""
+    read_manifest(folder)
+    with _revised(folder) as work:
+        manifest = verify(work, backbone=False)
+        for domain, source in sources.items():
+            check_free_name(manifest, folder, domain)
+            load_memory(MemoryBank(_skeleton(work, manifest)), source, domain, expect=manifest)
+            card = replace(read_card(source), domain=domain)
+            home = work / MEMORIES / domain
+            home.mkdir(parents=True)
+            for file in card.files:
+                shutil.copyfile(source / file, home / file)
+            _write(home / CARD, json.dumps(asdict(card), indent=2) + "\n")
+            manifest = _with(manifest, card, hash_file(home / CARD))
+        _write(work / MANIFEST, manifest.to_json())
+
+
+def remove_memory(folder: str | Path, domain: str) -> None:
+    """Delete a memory of an artifact.
+
+    Raises:
+        KoffError: The artifact has no such memory, or is a merged one.
+    """
+    folder = Path(folder).expanduser().resolve()
+    read_manifest(folder)
+    with _revised(folder) as work:
+        manifest = read_manifest(work)
+        if domain not in manifest.domains:
+            raise KoffError(f"{folder} has no memory for {domain!r}; it has {', '.join(manifest.domains) or 'none'}")
+        if manifest.layout == "merged":
+            raise KoffError(f"{folder} is {domain!r} merged into its backbone: there is no model without it in it")
+        if (work / MEMORIES / domain).is_dir():
+            shutil.rmtree(work / MEMORIES / domain)
+        _write(work / MANIFEST, _without(manifest, domain).to_json())
+
+
+def check_free_name(manifest: Manifest, folder: Path, domain: str) -> None:
+    """Raise KoffError unless an artifact can take a memory of this name."""
+    check_name(domain)
+    if manifest.layout == "merged":
+        raise KoffError(
+            f"the memory of {manifest.domain!r} is merged into the backbone of {folder}, so it takes no further one: "
+            "export the run with --layout ragged"
+        )
+    if domain in manifest.domains:
+        raise KoffError(
+            f"{folder} has a memory {domain!r} already: `koff memory remove {folder} {domain}`, or give another name"
+        )
+
+
+@contextmanager
+def _revised(folder: Path) -> Iterator[Path]:
+    """A copy of an artifact that takes its place when the block ends well.
+
+    Its files are links to the old ones where the disk has links: replace them, never write into them.
+    """
+    with new_folder(folder, overwrite=True) as work:
+        shutil.copytree(folder, work, dirs_exist_ok=True, copy_function=_link)
+        yield work
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _write(file: Path, text: str) -> None:
+    file.unlink(missing_ok=True)  # a link: writing into it would change the old folder
+    file.write_text(text, encoding="utf-8")
+
+
+def _skeleton(folder: Path, manifest: Manifest) -> torch.nn.Module:
+    """The artifact's backbone without numbers, to try on whether a memory fits."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(backbone_config(folder, manifest))
+
+
+def _with(manifest: Manifest, card: MemoryCard, card_hash: str) -> Manifest:
+    counts = manifest.parameters
+    active = counts["active"] | {card.domain: counts["backbone"] + card.parameters}
+    return replace(
+        manifest,
+        domains=manifest.domains | {card.domain: card.summary(card_hash)},
+        parameters=counts | {"active": active, "stored": counts["stored"] + card.parameters},
+    )
+
+
+def _without(manifest: Manifest, domain: str) -> Manifest:
+    counts = manifest.parameters
+    active = {name: count for name, count in counts["active"].items() if name != domain}
+    stored = counts["stored"] - manifest.domains[domain]["parameters"]
+    return replace(
+        manifest,
+        domains={name: about for name, about in manifest.domains.items() if name != domain},
+        parameters=counts | {"active": active, "stored": stored},
+    )

@@ -1,0 +1,267 @@
+"""One memory in one folder: `memory.json` beside its adapter in peft's own format and its KV memory.
+
+    memory.json                 whose it is and which backbone it fits (MemoryCard)
+    adapter_config.json         as peft saves an adapter, so that `PeftModel.from_pretrained(backbone, folder)` reads it
+    adapter_model.safetensors   `base_model.model.<module path>.lora_A.weight` and `.lora_B.weight`, fp32
+    kv_memory.safetensors       `layers.{i}.key` and `layers.{i}.value`, each fp32 [K_i, P, dh]; keys after the rotary
+                                embedding, at the positions -P..-1
+
+A memory may lack either part. Nothing is pickled, nothing is run.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from koff_lightning.artifact.folder import CARD, FORMAT, Manifest, check_files, describe_files, read_json
+from koff_lightning.artifact.layouts import memory_shapes
+from koff_lightning.kv_memory import MAX_SLOTS, KVMemory
+from koff_lightning.memory import LoraSpec, MemoryBank
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import check_name
+from koff_lightning.surgery import PEFT_PREFIX
+
+KV_FILE = "kv_memory.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PARTS = {"lora": (ADAPTER_CONFIG, ADAPTER), "kv": (KV_FILE,)}
+
+
+@dataclass(frozen=True)
+class MemoryCard:
+    """`memory.json`.
+
+    Args:
+        domain: Name of the domain.
+        base: The dense model: `id`, `revision`, `hash` of its weights.
+        mask_hash: Of the mask that it was trained under.
+        tokenizer_hash: Of the tokenizer that it was trained with.
+        shapes: What its tensors are shaped for, as `layouts.memory_shapes` says.
+        lora: `rank`, `alpha`, `targets`; None without an adapter.
+        kv: `slots`, `positions` (first and last of the window they lie in), `source_text_hash`; None without slots.
+        parameters: Numbers stored, counted from the tensors when they are written.
+        files: Hash and size of the other files, filled in when they are written.
+        format_version: Of this file.
+    """
+
+    domain: str
+    base: dict[str, Any]
+    mask_hash: str
+    tokenizer_hash: str
+    shapes: str
+    lora: dict[str, Any] | None
+    kv: dict[str, Any] | None
+    parameters: int = 0
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = FORMAT
+
+    def summary(self, card_sha256: str) -> dict[str, Any]:
+        """What the manifest of an artifact says of the memory; the hash is that of the card's file."""
+        lora, kv = self.lora or {}, self.kv or {}
+        about = {"rank": lora.get("rank"), "alpha": lora.get("alpha"), "slots": kv.get("slots")}
+        return about | {"parameters": self.parameters, "card_sha256": card_sha256}
+
+
+def card_of(
+    bank: MemoryBank, domain: str, *, base: dict[str, Any], mask_hash: str, tokenizer_hash: str, shapes: str
+) -> MemoryCard:
+    """The card of a memory of a bank, as far as it is known before its tensors are written."""
+    lora, slots = bank.lora(domain), bank.slots(domain)
+    about = slots and {
+        "slots": slots.slots,
+        "positions": [-slots.slots, -1],
+        "source_text_hash": slots.source_hash,
+    }
+    base = {name: base.get(name) for name in ("id", "revision", "hash")}
+    return MemoryCard(domain, base, mask_hash, tokenizer_hash, shapes, lora and asdict(lora), about)
+
+
+def lora_state(bank: MemoryBank, domain: str) -> dict[str, Tensor] | None:
+    """A domain's adapter by peft's names, without the adapter's; None if it has none."""
+    return {PEFT_PREFIX + name: weight for name, weight in bank.weights(domain).items()} or None
+
+
+def write_memory(
+    folder: Path, card: MemoryCard, lora: Mapping[str, Tensor] | None, kv: Mapping[str, Tensor] | None
+) -> MemoryCard:
+    """Write a memory into a new or empty folder.
+
+    Args:
+        folder: Where to.
+        card: What is known of it; sizes and hashes are filled in.
+        lora: Its adapter as `lora_state` gives it.
+        kv: Its KV memory as `KVMemory.tensors` gives it.
+
+    Returns:
+        The card as it was written.
+
+    Raises:
+        KoffError: The folder holds something, or the card speaks of a part that is not there or the other way round.
+    """
+    check_name(card.domain)
+    if (card.lora is None, card.kv is None) != (lora is None, kv is None):
+        raise KoffError(f"the card of memory {card.domain!r} and its tensors disagree about which parts it has")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise KoffError(f"{folder} is not empty: remove what is in it, or give another folder")
+    if lora is not None:
+        (folder / ADAPTER_CONFIG).write_text(_adapter_config(card), encoding="utf-8")
+        _save(lora, folder / ADAPTER, {"format": "pt"})
+    if kv is not None:
+        _save(kv, folder / KV_FILE, {"format": f"koff-kv-{FORMAT}"})  # one entry: of several the order is random
+    count = sum(tensor.numel() for part in (lora, kv) for tensor in (part or {}).values())
+    card = replace(card, parameters=count, files=describe_files(folder))
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    return card
+
+
+def _adapter_config(card: MemoryCard) -> str:
+    """The adapter_config.json that peft writes, sets sorted so that the same memory is the same file."""
+    from peft import LoraConfig  # takes seconds, and only writing needs it
+
+    alpha = card.lora["alpha"]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=card.base["id"],
+        revision=card.base["revision"],
+        inference_mode=True,
+        r=card.lora["rank"],
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # peft declares it as a whole number
+        target_modules=card.lora["targets"],
+        lora_dropout=0.0,
+        bias="none",
+    )
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n"
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def read_card(folder: Path) -> MemoryCard:
+    """Read `memory.json`.
+
+    Raises:
+        KoffError: There is none, or it cannot be used.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        hint = f"{folder / 'memories'} holds some" if (folder / "memories").is_dir() else "an export makes some"
+        raise KoffError(f"{folder} holds no {CARD}, so it is not the folder of a memory: {hint}")
+    content = read_json(path)
+    if odd := sorted({entry.name for entry in fields(MemoryCard)} ^ content.keys()):
+        fault = "has an unknown entry" if odd[0] in content else "lacks"
+        raise KoffError(f"{path} {fault} {odd[0]!r}: it is damaged; get it again")
+    card = MemoryCard(**content)
+    parts = [name for part, names in _PARTS.items() if content[part] is not None for name in names]
+    try:
+        check_name(card.domain)
+        _specs(card)
+        words = [card.base["id"], card.base["hash"], card.mask_hash, card.tokenizer_hash, card.shapes]
+        words += [card.files[name]["sha256"] for name in parts]
+        sizes = [card.files[name]["size"] for name in parts]
+        sound = set(card.files) == set(parts) and all(isinstance(word, str) for word in words)
+        sound = sound and all(isinstance(size, int) for size in sizes)
+    except (KoffError, TypeError, KeyError, AttributeError) as error:
+        raise KoffError(f"{path} cannot be used ({error}): get it again") from error
+    if not sound:
+        raise KoffError(f"{path} must name its base, its hashes and the files {', '.join(parts)}: get it again")
+    return card
+
+
+def _specs(card: MemoryCard) -> tuple[LoraSpec | None, int | None]:
+    """Its adapter, and how many slots it has: one is enough to read, only training needs two."""
+    lora, slots = card.lora, None if card.kv is None else card.kv["slots"]
+    if slots is not None and (type(slots) is not int or not 1 <= slots <= MAX_SLOTS):
+        raise KoffError(f"a KV memory has 1 to {MAX_SLOTS} slots, not {slots!r}")
+    return None if lora is None else LoraSpec(**lora), slots
+
+
+def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect: Manifest | None = None) -> str:
+    """Add the memory in a folder to a bank, frozen. The bank stays as it was when anything is wrong.
+
+    Args:
+        bank: Of the backbone that the memory is for.
+        folder: Where the memory lies.
+        name: Domain to load it as; by default its own.
+        expect: Manifest of the bank's backbone; None skips the comparison, so that only shapes can tell.
+
+    Returns:
+        The domain.
+
+    Raises:
+        KoffError: A file is missing, extra or changed, the memory belongs to another base, mask, tokenizer or layout,
+            its tensors do not fit, or the name is unsafe or taken.
+    """
+    card = read_card(folder)
+    domain = card.domain if name is None else name
+    check_name(domain)
+    if expect is not None:
+        _check_home(card, folder, expect)
+    check_files(folder, card.files | {CARD: {"size": (folder / CARD).stat().st_size}}, hashes=False)
+    spec, slots = _specs(card)
+    try:
+        weights = _adapter(folder, card, spec) if spec else None
+        memory = KVMemory.from_tensors(_tensors(folder, KV_FILE, card), card.kv["source_text_hash"]) if slots else None
+        if memory is not None and memory.slots != slots:
+            raise KoffError(f"{CARD} speaks of {slots} slots, {KV_FILE} holds {memory.slots}")
+        bank.add(domain, spec, memory, weights)
+    except (KoffError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise KoffError(f"memory {folder}: {error}") from error
+    return domain
+
+
+def _check_home(card: MemoryCard, folder: Path, expect: Manifest) -> None:
+    """Raise KoffError unless the memory was made for this backbone."""
+    ours, theirs = expect.base, card.base
+    if theirs["hash"] != ours["hash"]:
+        raise KoffError(
+            f"memory {folder} belongs to base {theirs['id']!r} (hash {theirs['hash'][:12]}), this backbone was made "
+            f"from {ours['id']!r} (hash {ours['hash'][:12]}): load it on a backbone made from its own base"
+        )
+    if card.mask_hash != expect.mask_hash:
+        raise KoffError(
+            f"memory {folder} was trained under another mask (hash {card.mask_hash[:12]}, this backbone's is "
+            f"{expect.mask_hash[:12]}): load it on the backbone of its own run, or train it for this one "
+            "(koff fit --config add_domain.yaml)"
+        )
+    if card.tokenizer_hash != expect.tokenizer_hash:
+        raise KoffError(
+            f"memory {folder} was trained with another tokenizer (hash {card.tokenizer_hash[:12]}, this backbone's is "
+            f"{expect.tokenizer_hash[:12]}): use the tokenizer and backbone of its own run"
+        )
+    if card.shapes != (due := memory_shapes(expect.layout)):
+        raise KoffError(
+            f"memory {folder} has {card.shapes!r} shapes, a backbone of layout {expect.layout!r} takes {due!r} ones: "
+            f"export its run again with --layout {expect.layout}"
+        )
+
+
+def _adapter(folder: Path, card: MemoryCard, spec: LoraSpec) -> dict[str, Tensor]:
+    """The adapter's matrices by module path."""
+    config = json.loads(_content(folder, ADAPTER_CONFIG, card))
+    said = (config["r"], config["lora_alpha"], set(config["target_modules"]))
+    if said != (spec.rank, spec.alpha, set(spec.targets)):
+        raise KoffError(f"{ADAPTER_CONFIG} and {CARD} disagree about rank, alpha or targets: get it again")
+    return {key.removeprefix(PEFT_PREFIX): value for key, value in _tensors(folder, ADAPTER, card).items()}
+
+
+def _tensors(folder: Path, name: str, card: MemoryCard) -> dict[str, Tensor]:
+    try:
+        return load(_content(folder, name, card))
+    except SafetensorError as error:
+        raise KoffError(f"{name} is not a sound safetensors file ({error}): get it again") from error
+
+
+def _content(folder: Path, name: str, card: MemoryCard) -> bytes:
+    """A file's bytes, read once: what was hashed is what is used."""
+    content = (folder / name).read_bytes()
+    if hashlib.sha256(content).hexdigest() != card.files[name]["sha256"]:
+        raise KoffError(f"{name} was changed after it was written (its sha256 is another): get it again")
+    return content

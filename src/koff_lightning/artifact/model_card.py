@@ -1,0 +1,161 @@
+"""The card of an exported backbone: what it is, what was removed, how to load it, whose licence it is under."""
+
+import re
+from pathlib import Path
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from koff_lightning.artifact.folder import Manifest
+
+_LICENCE_FILES = re.compile(r"(licen[cs]e|notice|copying)\b.*", re.IGNORECASE)
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+_LOAD = """from koff_lightning import load_decomposed
+model = load_decomposed("DIR")                     # the folder above this one, with its memories
+model.generate(input_ids, domains={domains}, max_new_tokens=64)
+"""
+_LOAD_PLAIN = """{importing}from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("DIR/backbone"{trust})
+"""
+_LAYOUTS = {
+    "ragged": "every layer has its own widths",
+    "uniform": "all layers have the same widths, so that it is a plain model of its family",
+    "deci": "block configs of DeciLM and Nemotron-NAS; removed kv groups are zeros",
+    "masked": "removed units are zeros in the original shapes: nothing is saved by it",
+    "merged": "every layer has its own widths; the LoRA of {domain} is part of the weights",
+}
+
+
+def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
+    """The text of `backbone/README.md`.
+
+    Args:
+        manifest: Of the artifact.
+        own_type: Its model type is one of koff-lightning's.
+        with_code: The code of that type lies beside it.
+    """
+    base, rates, size = manifest.base, manifest.sparsity, manifest.parameters
+    percent = {name: f"{100 * rates[name]:.2f} %" for name in ("body", "total", "units")}
+    lines = [
+        "---",
+        yaml.safe_dump(_front_matter(manifest), allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# {Path(base['id']).name}, decomposed",
+        "",
+        f"The shared backbone of {_base(base)} after knowledge offloading (KOFF, arXiv 2605.29075) with "
+        f"{manifest.created_by}: units that only some domains need were removed and come back through the domains' "
+        "memories, which lie in `../memories/`. By itself it is worse than the model it was cut from.",
+        "",
+        f"- removed: {percent['body']} of the body (linears of all layers), {percent['total']} of all parameters, "
+        f"{percent['units']} of the prunable units",
+        f"- parameters: {size['backbone']:,} of {size['dense_total']:,}, {manifest.dtype}",
+        f"- layout `{manifest.layout}`: {_LAYOUTS[manifest.layout].format(domain=manifest.domain)}",
+        f"- domains when it was exported: {', '.join(manifest.domains) or 'none'}",
+        "",
+        "## Loading",
+        "",
+        "With its memories:",
+        "",
+        "```python",
+        _LOAD.format(domains=repr(list(manifest.domains)[:1] or None)).strip(),
+        "```",
+        "",
+        *_plain(manifest, own_type, with_code),
+        "A memory fits this backbone only if it was made for the same base model, mask and tokenizer "
+        f"(mask hash `{manifest.mask_hash[:12]}`); koff-lightning refuses others.",
+        "",
+        "## What each layer keeps",
+        "",
+        *_widths(manifest),
+        "",
+        "## Licence",
+        "",
+        _licence(manifest.licence),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(manifest: Manifest) -> dict[str, object]:
+    about: dict[str, object] = {"library_name": "transformers", "tags": ["koff", "knowledge-offloading", "pruned"]}
+    if _HUB_ID.fullmatch(manifest.base["id"]):
+        about["base_model"] = manifest.base["id"]
+    return about | ({"license": manifest.licence} if manifest.licence else {})
+
+
+def _plain(manifest: Manifest, own_type: bool, with_code: bool) -> list[str]:
+    if manifest.layout == "deci":
+        return [
+            "The backbone alone is for engines that read this form; it has not been run in them by this project.",
+            "",
+        ]
+    importing = "import koff_lightning  # makes the model type known\n" if own_type and not with_code else ""
+    code = _LOAD_PLAIN.format(importing=importing, trust=", trust_remote_code=True" if own_type and with_code else "")
+    return ["Without:", "", "```python", code.strip(), "```", ""]
+
+
+def _base(base: dict[str, str | None]) -> str:
+    """The dense model's name; of a path the last part, since the rest means nothing to others."""
+    name = base["id"] if _HUB_ID.fullmatch(base["id"]) else Path(base["id"]).name
+    return f"`{name}`" + (f" (revision `{base['revision']}`)" if base["revision"] else "")
+
+
+def _widths(manifest: Manifest) -> list[str]:
+    names = {"channel": "FFN neurons", "kv_group": "kv groups"}
+    kinds = list(dict.fromkeys(group["kind"] for group in manifest.kept))
+    rows: dict[int, dict[str, str]] = {}
+    for group in manifest.kept:
+        rows.setdefault(group["layer"], {})[group["kind"]] = f"{group['kept']} of {group['of']}"
+    return [
+        f"| layer | {' | '.join(names[kind] for kind in kinds)} |",
+        "|---" * (1 + len(kinds)) + "|",
+        *(f"| {layer} | {' | '.join(row.get(kind, 'all') for kind in kinds)} |" for layer, row in rows.items()),
+    ]
+
+
+def _licence(licence: str | None) -> str:
+    if licence is None:
+        return "The files of the base model name no licence. Its terms hold for this model too: look them up."
+    return f"That of the base model: {licence}. Its files, if it came with any, lie beside this one."
+
+
+def base_folder(source: str, name_or_path: str, revision: str | None) -> Path | None:
+    """Where the files of the dense model lie: its folder, or the hub's cache.
+
+    Args:
+        source: As given to `load_backbone`; beside a single file may lie anything.
+        name_or_path: The loaded model's.
+        revision: Of a hub model.
+    """
+    if source.endswith(".gguf"):
+        return None
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    cached = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def licence_of(folder: Path | None) -> str | None:
+    """The licence that a model card names in its head, else the first line of a licence file."""
+    card = folder and folder / "README.md"
+    if card and card.is_file():
+        head = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        try:
+            named = yaml.safe_load(head[1]).get("license") if head else None
+        except (yaml.YAMLError, AttributeError):  # somebody else's card; nothing of ours depends on it
+            named = None
+        if named:
+            return ", ".join(named) if isinstance(named, list) else str(named)
+    for file in licence_files(folder):
+        if text := file.read_text(encoding="utf-8", errors="replace").strip():
+            return text.splitlines()[0].strip()
+    return None
+
+
+def licence_files(folder: Path | None) -> list[Path]:
+    """Files of a model's folder that state its terms."""
+    files = sorted(folder.iterdir()) if folder else []
+    return [file for file in files if file.is_file() and _LICENCE_FILES.fullmatch(file.name)]

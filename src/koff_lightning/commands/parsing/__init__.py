@@ -1,0 +1,1 @@
+"""What the verbs share in reading their options."""

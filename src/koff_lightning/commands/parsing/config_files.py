@@ -1,0 +1,61 @@
+"""The experiments that ship with the package: list them, and find one by its bare name from any folder."""
+
+from pathlib import Path
+
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest
+
+SHIPPED = Path(__file__).parents[1] / "configs"
+
+
+def shipped_configs() -> dict[str, str]:
+    """Name -> description, which is the first line of the file: `demo.yaml`, `ablations/lora_only.yaml`, ..."""
+    files = sorted(SHIPPED.rglob("*.yaml"), key=lambda file: (len(file.relative_to(SHIPPED).parts), file))
+    return {
+        file.relative_to(SHIPPED).as_posix(): file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
+        for file in files
+    }
+
+
+def list_configs() -> None:
+    """Print the configs that ship with the package, a line each."""
+    configs = shipped_configs()
+    width = max(map(len, configs))
+    for name, description in configs.items():
+        print(f"{name:<{width}}  {description}")
+
+
+def find_config(name: str) -> Path:
+    """Path of a config: a file as named, else the shipped one of that name.
+
+    Raises:
+        KoffError: Neither exists.
+    """
+    for path in (Path(name).expanduser(), SHIPPED / name):
+        if path.is_file():
+            return path
+    raise KoffError(
+        f"config {name!r} is neither a file here nor one that ships with the package."
+        f"{nearest(name, shipped_configs())} `koff configs` lists them"
+    )
+
+
+def find_configs(argv: list[str]) -> tuple[list[str], list[Path]]:
+    """Replace the value of every `--config` (`-c`) by the path it stands for.
+
+    Returns:
+        The arguments to parse, and the config files in their order.
+    """
+    found: list[str] = []
+    paths: list[Path] = []
+    for index, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag == "--config" and equals:
+            paths.append(find_config(value))
+            found.append(f"--config={paths[-1]}")
+        elif index and argv[index - 1] in ("--config", "-c"):
+            paths.append(find_config(word))
+            found.append(str(paths[-1]))
+        else:
+            found.append(word)
+    return found, paths

@@ -1,0 +1,45 @@
+"""Too little memory, on any device, in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from koff_lightning.support.errors import KoffError
+
+
+@contextmanager
+def lack_of_memory_told(advice: str) -> Iterator[None]:
+    """Turn it into a KoffError.
+
+    Args:
+        advice: What to make smaller: a sentence without its dot.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if _is_loss_of_a_worker(error):
+            reason = str(error).splitlines()[0].rstrip(". ")
+            raise KoffError(
+                f"a process that builds batches is gone, as where a system is short of memory: {reason}. Give fewer "
+                "data.num_workers, or more memory"
+            ) from error
+        if not _is_lack_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "none is left"
+        raise KoffError(f"not enough memory: {reason}. {advice}") from error
+
+
+def _is_loss_of_a_worker(error: BaseException) -> bool:
+    """Torch has only words for it."""
+    return str(error).startswith("DataLoader worker") and any(
+        text in str(error) for text in ("is killed by signal", "exited unexpectedly")
+    )
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Torch has a type for this on GPUs and only words on CPUs."""
+    import torch
+
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or any(
+        text in str(error) for text in ("not enough memory", "can't allocate memory")
+    )

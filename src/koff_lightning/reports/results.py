@@ -1,0 +1,193 @@
+"""What a run found out: the figures of `results.json` and their table."""
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from koff_lightning import __version__
+from koff_lightning.artifact.folder import Manifest
+from koff_lightning.decomposition import ARMS
+from koff_lightning.support.files import write_atomically
+from koff_lightning.training.module import KOFFModule
+
+Figures = dict[str, Any]
+Documents = dict[str, dict[str, dict[str, list[float]]]]  # domain -> arm -> "nats" and "bytes" by document
+
+
+def mask_and_size(module: KOFFModule) -> Figures:
+    """Hard counts of the mask in force, or of the artifact that is extended: sparsity, kept units, parameters."""
+    mask = _mask(module) if module.extends is None else _mask_of_artifact(module.extends)
+    memory = {domain: _stored_size(module, domain) for domain in module.domains}
+    owner = {module.memories.names[domain]: size for domain, size in memory.items()}  # a shared memory is stored once
+    backbone, stored = mask["parameters"]["backbone_kept"], mask["parameters"]["stored"]
+    mask["parameters"] |= {
+        "memory": memory,
+        "active": backbone + max(memory.values()),
+        "active_by_domain": {domain: backbone + size for domain, size in memory.items()},
+        "stored": stored + sum(owner.values()),
+    }
+    return mask
+
+
+def _stored_size(module: KOFFModule, domain: str) -> int:
+    """Parameters of one memory as it is stored: without those that only removed units would use."""
+    bank = module.memories
+    size, weights, slots = bank.size(domain), bank.weights(domain), bank.slots(domain)
+    for group, kept in module.gates.per_group(module.hard_mask()):
+        parts = [(path, "lora_B", 1, rows) for path, rows in group.producers]
+        parts.append((group.consumer, "lora_A", 0, group.width))
+        sides = [(weights.get(f"{path}.{half}.weight"), rank, width) for path, half, rank, width in parts]
+        each = sum(width * matrix.shape[rank] for matrix, rank, width in sides if matrix is not None)
+        if slots is not None and group.kind == "kv_group":
+            each += 2 * slots.slots * slots.key[group.layer].shape[2]
+        size -= each * int((~kept).sum())
+    return size
+
+
+def _mask(module: KOFFModule) -> Figures:
+    kept, spec = module.hard_mask(), module.sparsity
+    backbone = module.budget.kept_parameters(kept) + module.added_parameters()
+    return {
+        "sparsity": {
+            "target": spec.target,
+            "denominator": spec.denominator,
+            "hardened": bool(module.gates.hardened),
+            **module.budget.report(kept),
+        },
+        "kept_units": [
+            {"layer": group.layer, "kind": group.kind, "kept": int(part.sum()), "of": group.size}
+            for group, part in module.gates.per_group(kept)
+        ],
+        "parameters": {
+            "dense_total": module.budget.denominators["total"],
+            "backbone_kept": backbone,
+            "stored": backbone,
+        },
+    }
+
+
+def _mask_of_artifact(manifest: Manifest) -> Figures:
+    size = manifest.parameters
+    return {
+        "sparsity": {**manifest.sparsity, "hardened": True},
+        "kept_units": [{key: group[key] for key in ("layer", "kind", "kept", "of")} for group in manifest.kept],
+        "parameters": {
+            "dense_total": size["dense_total"],
+            "backbone_kept": size["backbone"],
+            "stored": size["stored"],
+        },
+    }
+
+
+def held_out_figures(held_out: dict[str, dict[str, float]], num_bytes: dict[str, int], memories: int) -> Figures:
+    """Bits per byte by domain and their mean over domains.
+
+    Args:
+        held_out: {domain: {arm: bits per byte}}; not-a-number where a domain had no text.
+        num_bytes: Bytes of held-out text behind them.
+        memories: How many different memories there are; with fewer than two none can be swapped.
+    """
+    arms = [arm for arm in ARMS if arm != "swapped" or memories > 1]
+    domains = {
+        domain: {f"{arm}_bpb": _number(row[arm]) if arm in arms and arm in row else None for arm in ARMS}
+        for domain, row in held_out.items()
+    }
+    mean = {key: _mean([row[key] for row in domains.values()]) for key in (f"{arm}_bpb" for arm in ARMS)}
+    return {"domains": domains, "mean": mean, "heldout_bytes": num_bytes}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    packages = {name: version(name) for name in ("torch", "lightning", "transformers", "peft")}
+    return {"python": platform.python_version(), **packages, "koff_lightning": __version__}
+
+
+def table(results: Figures) -> Table:
+    """Held-out bits per byte: a row for each domain and their mean."""
+    shown = Table(
+        title="held-out text, bits per byte (less is better)", title_justify="left", title_style="", box=box.SIMPLE_HEAD
+    )
+    shown.add_column("domain", overflow="fold")
+    for name in ("bytes", "dense", "koff", "koff/dense", "memory off", "swapped"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for domain, row in results["domains"].items():
+        shown.add_row(domain, f"{results['heldout_bytes'][domain]:,}", *_cells(row))
+    shown.add_section()
+    shown.add_row("mean", f"{sum(results['heldout_bytes'].values()):,}", *_cells(results["mean"]), style="bold")
+    return shown
+
+
+def sentences(results: Figures) -> list[str]:
+    """Sparsity and parameters, a line each."""
+    rates, size = results["sparsity"], results["parameters"]
+    dense, active, stored = size["dense_total"], size["active"], size["stored"]
+    percent = {key: f"{100 * rates[key]:.2f} %" for key in ("body", "total", "units", "ffn", "attention")}
+    lines = [
+        f"sparsity    {percent['body']} of body, {percent['total']} of total, {percent['units']} of prunable units "
+        f"(target: {100 * rates['target']:g} % of {rates['denominator']})",
+        f"            by type: {percent['ffn']} of FFN neurons, {percent['attention']} of kv groups, in parameters",
+        f"parameters  dense {_count(dense)}, backbone kept {_count(size['backbone_kept'])}",
+        f"            active (with one memory) {_count(active)}: {_change(active, dense)}",
+        f"            stored (with all) {_count(stored)}: {_change(stored, dense)}",
+    ]
+    if rates["target"] and not rates["hardened"]:
+        lines.append(
+            "            the run ended before its mask was fixed: these figures are of the mask of that moment"
+        )
+    return lines
+
+
+def as_json(results: Figures) -> str:
+    """Plain JSON; what has no JSON type (a path in a config) as its text."""
+    return json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def write_documents(root: Path, documents: Documents, results: Figures) -> None:
+    """Write `documents.json`: {domain: {"bytes": [D], "nats": {arm: [D]}}}, a line for each domain.
+
+    The sums of its nats and bytes are the figures of `results`; an arm without a figure there is left out. Nothing is
+    written where the data module does not number its documents.
+
+    Raises:
+        KoffError: The disk did not take it.
+    """
+    lines = []
+    for domain, arms in documents.items():
+        shown = {arm: row for arm, row in arms.items() if results["domains"][domain][f"{arm}_bpb"] is not None}
+        scores = {"bytes": shown["koff"]["bytes"], "nats": {arm: row["nats"] for arm, row in shown.items()}}
+        lines.append(f"{json.dumps(domain)}: {json.dumps(scores, allow_nan=False)}")
+    if lines:
+        write_atomically(root / "documents.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _cells(row: dict[str, float | None]) -> list[str]:
+    dense, koff, off, swapped = (row[f"{arm}_bpb"] for arm in ARMS)
+    ratio = None if dense is None or koff is None else koff / dense
+    return ["-" if value is None else f"{value:.4f}" for value in (dense, koff, ratio, off, swapped)]
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _count(n: int) -> str:
+    for size, sign in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if n >= size:
+            return f"{n / size:.3f}{sign}"
+    return str(n)
+
+
+def _change(now: int, before: int) -> str:
+    return f"{100 * (now / before - 1):+.1f} % against dense"

@@ -1,0 +1,1 @@
+"""Protocols over many runs or over one result: `claims` and `analysis`."""

@@ -1,0 +1,154 @@
+"""Which units a decomposition removed, from a checkpoint or an artifact, without loading weights."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from koff_lightning.artifact.folder import MANIFEST, read_manifest
+from koff_lightning.backbone import load_config, prunable_groups, without_weights
+from koff_lightning.decomposition import Decomposition
+from koff_lightning.studies.analysis.activations import Activations
+from koff_lightning.support.errors import KoffError
+from koff_lightning.training.checkpoints import read_checkpoint
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Bools = NDArray[np.bool_]
+_Group = tuple[int, str, int]  # layer, kind, units
+
+
+class NothingRemoved(KoffError):
+    """A run that is sound and has no mask over FFN neurons."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The units of a dense model and which of them were removed: N neurons and G kv groups, layer after layer.
+
+    Attributes:
+        name: Where it comes from.
+        base_hash: Of the dense model's weights.
+        domains: Those that have a memory.
+        layer: Of each neuron, [N].
+        removed: bool [N].
+        kv_layer: Of each kv group, [G].
+        kv_removed: bool [G].
+        logits: Of the neurons' gates when the mask was fixed, [N]; None in an artifact.
+        importance: Squared gradients of the neurons' gates before anything was removed, [N]; None in an artifact.
+    """
+
+    name: str
+    base_hash: str
+    domains: list[str]
+    layer: NDArray[np.int64]
+    removed: Bools
+    kv_layer: NDArray[np.int64]
+    kv_removed: Bools
+    logits: NDArray[np.float64] | None = None
+    importance: NDArray[np.float64] | None = None
+
+    def check(self, activations: Activations) -> None:
+        """Raise KoffError unless the activations are those of the dense model that this mask cuts."""
+        if self.base_hash != activations.base_hash:
+            raise KoffError(
+                f"{self.name} was cut from the dense model with hash {self.base_hash[:12]}, the activations are of the "
+                f"one with hash {activations.base_hash[:12]}: measure them on its own dense model"
+            )
+        if len(self.layer) != len(activations.layer):
+            raise KoffError(
+                f"{self.name} speaks of {len(self.layer)} FFN neurons, the activations of {len(activations.layer)}: "
+                "measure its own dense model"
+            )
+
+    def table(self) -> "pd.DataFrame":
+        """One line per unit: layer, kind, unit (within layer and kind), removed, and a neuron's logit and importance.
+
+        What an artifact does not know is nan.
+        """
+        import pandas as pd
+
+        kinds = [("channel", self.layer, self.removed), ("kv_group", self.kv_layer, self.kv_removed)]
+        parts = []
+        for kind, layer, removed in kinds:
+            nothing = np.full(len(layer), np.nan)
+            own = kind == "channel"
+            columns = {"layer": layer, "kind": kind, "unit": np.arange(len(layer)) - np.searchsorted(layer, layer)}
+            columns["removed"] = removed
+            columns["logit"] = self.logits if own and self.logits is not None else nothing
+            columns["importance"] = self.importance if own and self.importance is not None else nothing
+            parts.append(pd.DataFrame(columns))
+        return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def read_mask(source: str | Path, backbone: str | None = None) -> Mask:
+    """The mask of a checkpoint of `koff fit` or `koff baseline`, or of an artifact in any layout.
+
+    Args:
+        source: A `.ckpt` file, or the folder that `koff export` wrote.
+        backbone: Where the dense model is, if a checkpoint's run had it elsewhere; only its config is read.
+
+    Raises:
+        NothingRemoved: The run prunes nothing, or key-value heads only.
+        KoffError: Neither of these, damaged, or a mask that is not fixed yet.
+    """
+    path = Path(source).expanduser()
+    if (path / MANIFEST).is_file() or path.is_dir():
+        manifest = read_manifest(path)
+        groups = [(group["layer"], group["kind"], group["of"]) for group in manifest.kept]
+        return _mask(str(source), manifest.base["hash"], list(manifest.domains), groups, manifest.mask())
+    checkpoint = read_checkpoint(path, mmap=True)
+    options, state, about = (checkpoint[key] for key in ("hyper_parameters", "state_dict", "koff"))
+    _check_fixed(str(source), bool(state["gates.hardened"]), options["sparsity"]["target"])
+    where = backbone or options["backbone"]
+    config = load_config(where, revision=None if backbone else options["revision"])
+    units = prunable_groups(without_weights(config), options["sparsity"]["units"])
+    groups = [(group.layer, group.kind, group.size) for group in units]
+    learned = {name: state[f"gates.{name}"] for name in ("logits", "importance")}
+    return _mask(str(source), about["backbone_hash"], list(about["domains"]), groups, state["gates.kept"], learned)
+
+
+def mask_of(module: Decomposition, name: str = "this decomposition") -> Mask:
+    """The mask of a decomposition that is hardened.
+
+    Raises:
+        KoffError: It is not.
+    """
+    gates = module.gates
+    _check_fixed(name, bool(gates.hardened), module.sparsity.target)
+    groups = [(group.layer, group.kind, group.size) for group in gates.groups]
+    learned = {"logits": gates.logits.detach(), "importance": gates.importance}
+    return _mask(name, module.backbone_hash, list(module.memories.domains), groups, gates.kept, learned)
+
+
+def _check_fixed(name: str, hardened: bool, target: float) -> None:
+    if not hardened and not target:
+        raise NothingRemoved(f"{name} prunes nothing (sparsity.target 0): it has no mask")
+    if not hardened:
+        raise KoffError(f"{name}: its mask is not fixed yet: train to the end of the hold phase, or take a later one")
+
+
+def _mask(
+    name: str,
+    base_hash: str,
+    domains: list[str],
+    groups: list[_Group],
+    kept: Tensor,
+    learned: dict[str, Tensor] | None = None,
+) -> Mask:
+    kinds = np.repeat([kind for _, kind, _ in groups], [size for *_, size in groups])  # [U]
+    layers = np.repeat([layer for layer, *_ in groups], [size for *_, size in groups])  # [U]
+    if len(kinds) != len(kept):
+        raise KoffError(f"{name} has a mask of {len(kept)} units, the dense model has {len(kinds)}: give its own")
+    neuron, removed = kinds == "channel", ~kept.cpu().numpy()
+    values: dict[str, Any] = {key: value.cpu().double().numpy()[neuron] for key, value in (learned or {}).items()}
+    mask = Mask(name, base_hash, domains, layers[neuron], removed[neuron], layers[~neuron], removed[~neuron], **values)
+    if not neuron.any():
+        raise NothingRemoved(
+            f"{name} removes no FFN neurons (sparsity.units has no channel): there is nothing to compare"
+        )
+    return replace(mask, importance=None) if values and not values["importance"].any() else mask

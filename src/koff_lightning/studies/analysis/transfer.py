@@ -1,0 +1,84 @@
+"""What each domain's memory is worth on every domain's text."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from koff_lightning.decomposition import Batch, Decomposition
+from koff_lightning.studies.analysis.scoring import dense, score, under
+from koff_lightning.support.errors import KoffError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Bits per byte of each domain's text (lines) under `dense`, `none` and each memory (columns)."""
+
+    bpb: "pd.DataFrame"
+
+    @property
+    def memories(self) -> list[str]:
+        """Names of the memories."""
+        return [name for name in self.bpb.columns if name not in ("dense", "none")]
+
+    @property
+    def by_domain(self) -> "pd.Series":
+        """Of each domain with a memory: bits per byte under the others' memories, on average, less those under its own.
+
+        Empty where there are not two memories.
+        """
+        import pandas as pd
+
+        own = [name for name in self.bpb.index if name in self.memories and len(self.memories) > 1]
+        gains = [self.bpb.loc[d, [m for m in self.memories if m != d]].mean() - self.bpb.loc[d, d] for d in own]
+        return pd.Series(gains, index=pd.Index(own, name="domain"), name="advantage", dtype=float)
+
+    @property
+    def advantage(self) -> float:
+        """Diagonal advantage: the mean of `by_domain`; positive when memories are specific to their domains."""
+        return float(self.by_domain.mean())
+
+    def zscores(self) -> "pd.DataFrame":
+        """Bits per byte under the memories, standardised within each domain's line; 0 where a line does not vary."""
+        part = self.bpb[self.memories]
+        spread = part.std(axis=1, ddof=0)
+        return part.sub(part.mean(axis=1), axis=0).div(spread.where(spread > 0, 1.0), axis=0)
+
+    def linkage(self) -> NDArray[np.float64]:
+        """Average-linkage tree of the memories by what they do to all text (scipy's format), [memories - 1, 4].
+
+        Memories are compared by their columns of `zscores`, Euclidean.
+
+        Raises:
+            KoffError: Fewer than two memories.
+        """
+        from scipy.cluster.hierarchy import linkage
+        from scipy.spatial.distance import pdist
+
+        if len(self.memories) < 2:
+            raise KoffError(f"memories are grouped from two on; there is {', '.join(self.memories) or 'none'}")
+        return linkage(pdist(self.zscores().T.to_numpy()), method="average", optimal_ordering=True)
+
+    def order(self) -> list[str]:
+        """The memories as the leaves of the tree lie, like ones beside each other."""
+        from scipy.cluster.hierarchy import leaves_list
+
+        if len(self.memories) < 2:
+            return self.memories
+        return [self.memories[leaf] for leaf in leaves_list(self.linkage())]
+
+
+def transfer(module: Decomposition, batches: Iterable[Batch]) -> Transfer:
+    """Score every domain's held-out text under every memory, under none, and with the dense model.
+
+    Args:
+        module: From `open_run`.
+        batches: Held-out text.
+    """
+    memories = {name: under(module, name) for name in module.memories.domains}
+    return Transfer(score(batches, {"dense": dense(module), "none": under(module, None)} | memories))

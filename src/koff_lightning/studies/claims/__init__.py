@@ -1,0 +1,1 @@
+"""`koff claims`: KOFF and its controls, trained alike, and what they say of the claims."""

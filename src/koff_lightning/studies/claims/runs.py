@@ -1,0 +1,205 @@
+"""Run arms as commands, each in a folder and a process of its own: side by side, resumable, with the time left."""
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from koff_lightning.studies.claims.arms import Run
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import write_atomically
+
+PROGRAM = [sys.executable, "-m", "koff_lightning"]
+DONE = "options.json"  # written when a run has ended well: what made it
+LOGS = "logs"  # folder of what the runs said, beside theirs
+TAIL = 15  # lines of a failed run's log that the report keeps
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that came to nothing."""
+
+    run: Run
+    tail: str
+    log: Path
+
+    @property
+    def last(self) -> str:
+        """The last thing it said."""
+        return (self.tail.strip().splitlines() or ["it said nothing"])[-1].removeprefix("koff: ")
+
+
+def is_done(out: Path, run: Run, words: Sequence[str]) -> bool:
+    """Whether the finished run of a command is there.
+
+    Raises:
+        KoffError: Its folder holds another one's, or something that is no run at all.
+    """
+    folder = out / run.name
+    if (folder / DONE).is_file():
+        given, wanted = json.loads((folder / DONE).read_text(encoding="utf-8")), _made_by(words, out)
+        if given not in (wanted, wanted[:-1]):  # earlier releases wrote the words alone
+            odd = next(word for word in [*given, *wanted] if word not in given or word not in wanted)
+            raise KoffError(f"{folder} holds a run with other options (first: {odd}): give another --out")
+        return True
+    if folder.exists() and any(folder.iterdir()) and not _log(out, run).is_file():
+        raise KoffError(f"{folder} holds something that is no run of koff claims: give another --out")
+    return False
+
+
+def _made_by(words: Sequence[str], out: Path) -> list[str]:
+    """The words of a command wherever the folder of all runs lies, then which config they name."""
+    config = hashlib.sha256((out / "config.yaml").read_bytes()).hexdigest()
+    return [*(word.replace(str(out), "OUT") for word in words), f"config.yaml of sha256 {config[:16]}"]
+
+
+def _log(out: Path, run: Run) -> Path:
+    return out / LOGS / f"{run.name}.txt"
+
+
+def run_all(commands: Mapping[Run, Sequence[str]], out: Path, jobs: int) -> list[Failure]:
+    """Make every run that is not done; one that fails does not stop the others.
+
+    Args:
+        commands: Words after `koff` of each run; a run stands after the one that it needs.
+        out: Their folders' folder.
+        jobs: Processes at one time; each gets its share of the cores unless OMP_NUM_THREADS is set.
+
+    Raises:
+        KoffError: A folder that holds something else (nothing has run then), or a disk that does not take a log.
+        KeyboardInterrupt: Stopped by hand; the running processes are ended.
+    """
+    due = [run for run, words in commands.items() if not is_done(out, run, words)]
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
+    board, failures = _Board(due, len(commands), jobs), []
+    running: set[subprocess.Popen] = set()
+    futures: dict[Run, Future[Failure | None]] = {}
+
+    def make(run: Run) -> Failure | None:
+        # The pool starts runs in their order, so the one waited for has begun: no two can wait for each other.
+        before = futures[run.needs].result() if run.needs in futures else None
+        if before is not None:
+            return Failure(run, f"{before.run.name}, whose mask it needs, failed: {before.last}", before.log)
+        return _make(run, out, commands[run], environment, running)
+
+    with ThreadPoolExecutor(jobs) as pool, board.shown():
+        try:
+            for run in due:  # one by one: a run looks up the one that it needs
+                futures[run] = pool.submit(board.timed, make, run)
+            names = {future: run for run, future in futures.items()}
+            for future in as_completed(names):
+                failure = future.result()
+                failures += [failure] if failure else []
+                board.tell(names[future], failure)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt("interrupted; the same command goes on with what is not done") from None
+            if isinstance(error, OSError):
+                raise KoffError(f"cannot write to {out}: {error.strerror or error}") from error
+            raise
+    return failures
+
+
+def _make(
+    run: Run, out: Path, words: Sequence[str], environment: Mapping[str, str], running: set[subprocess.Popen]
+) -> Failure | None:
+    """One run from the beginning; what an unfinished one has left is removed."""
+    folder, log, made_by = out / run.name, _log(out, run), _made_by(words, out)
+    shutil.rmtree(folder, ignore_errors=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as said:
+        process = subprocess.Popen([*PROGRAM, *words], stdout=said, stderr=said, env=environment)
+        running.add(process)
+        status = process.wait()
+        running.discard(process)
+    if status == 0 and (folder / "results.json").is_file():
+        write_atomically(folder / DONE, json.dumps(made_by, indent=1) + "\n")
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return Failure(run, "\n".join(lines[-TAIL:]), log)
+
+
+def failed(run: Run, out: Path, stage: str, said: str) -> Failure:
+    """A finished run of which something more was asked in vain; what was said is logged.
+
+    Args:
+        run: Which one.
+        out: Folder of all runs.
+        stage: What it was; part of the log's name.
+        said: The error.
+    """
+    log = _log(out, run).with_name(f"{run.name}-{stage}.txt")
+    write_atomically(log, said.rstrip() + "\n")
+    return Failure(run, "\n".join(said.splitlines()[-TAIL:]), log)
+
+
+class _Board:
+    """How far all runs are: a bar on a terminal, else a line for each."""
+
+    def __init__(self, due: Sequence[Run], total: int, jobs: int) -> None:
+        from rich import get_console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._left, self._total, self._jobs = list(due), total, jobs
+        self._seconds: dict[Run, float] = {}
+        self._live = sys.stdout.isatty() and not get_console().is_dumb_terminal
+        self._bar = Progress(
+            TextColumn("arms"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("", total=total, completed=total - len(due))
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the bar."""
+        done = self._total - len(self._left)
+        if done and not self._live:
+            print(f"{done} of {self._total} runs were done before", flush=True)
+        with self._bar:
+            yield
+
+    def timed(self, make: Callable[[Run], Failure | None], run: Run) -> Failure | None:
+        """Make a run and remember how long it took."""
+        since = time.perf_counter()
+        try:
+            return make(run)
+        finally:
+            self._seconds[run] = time.perf_counter() - since
+
+    def tell(self, run: Run, failure: Failure | None) -> None:
+        """Say that a run has ended."""
+        self._left.remove(run)
+        done = self._total - len(self._left)
+        words = f"{run.name} {'FAILED' if failure else 'done'} in {self._seconds[run]:.0f} s, {self._time_left()} left"
+        self._bar.update(self._task, completed=done, description=words)
+        lines = [] if self._live else [f"{done}/{self._total}  {words}"]
+        lines += [f"{run.name} failed: {failure.last} (log: {failure.log})"] if failure else []
+        for line in lines:
+            self._bar.console.print(line, highlight=False, soft_wrap=True)
+
+    def _time_left(self) -> str:
+        """From the mean time of the same arm's other runs, or else of all runs."""
+        known = statistics.fmean(self._seconds.values())
+        sums, counts = Counter(), Counter()
+        for run, seconds in self._seconds.items():
+            sums[run.arm] += seconds
+            counts[run.arm] += 1
+        left = sum(sums[run.arm] / counts[run.arm] if run.arm in counts else known for run in self._left)
+        seconds = round(left / self._jobs)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -1,0 +1,190 @@
+"""Files that are there in full, or not at all, or as they were before: whatever the process or its machine does.
+
+One writer at a time holds a folder; its lock goes with its process, however that ends.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from koff_lightning.support.errors import KoffError
+
+try:
+    import fcntl
+except ImportError:  # Windows: writers are not kept apart there
+    fcntl = None
+
+
+def own_cache() -> Path:
+    """$KOFF_CACHE, or ~/.cache/koff: tokenised text in `tokens`, copies of hub datasets in `hub`, fetched models."""
+    return Path(os.environ.get("KOFF_CACHE") or "~/.cache/koff").expanduser()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex digits."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 file so that it is there in full or as it was before.
+
+    Raises:
+        KoffError: The disk did not take it.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise KoffError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock of a file, which is made if need be; yields whether it is held.
+
+    Where the file system has no locks the block runs all the same, as if it were held.
+
+    Args:
+        path: The file.
+        wait: Wait until whoever holds it lets go.
+
+    Raises:
+        OSError: The file cannot be made.
+    """
+    with path.open("a") as handle:
+        os.register_at_fork(after_in_child=handle.close)  # a loader's worker may outlive a run that is killed
+        held = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                held = False
+            except OSError:  # a file system without locks
+                pass
+        yield held
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool = False, marker: str = "koff.json") -> Iterator[Path]:
+    """An empty folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    It lies beside `target`, so that the last step is a rename: whoever looks finds the old folder or the new one. Where
+    `target` is a symbolic link, that is beside the folder that it leads to, and the link stays.
+
+    Args:
+        target: Where the folder shall be.
+        overwrite: Replace a folder that is there already.
+        marker: File by which a folder is known to be of the kind that may be replaced; an empty one always may.
+
+    Raises:
+        KoffError: The target exists and may not be replaced, another process is writing it, or the disk did not take
+            the new one.
+    """
+    check_free(target, overwrite, marker)
+    target = Path(os.path.realpath(target))
+    work = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        work.mkdir(parents=True)
+        with _only_writer(work, target):
+            yield work
+            _flush_all(work)
+            _swap(work, target)
+            flush(target.parent)
+    except (OSError, SafetensorError) as error:  # safetensors has its own class for a full disk
+        raise KoffError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # after a swap it holds the old content
+
+
+@contextmanager
+def _only_writer(work: Path, target: Path) -> Iterator[None]:
+    """Refuse when another process is writing the same target; clear away what one left that was killed.
+
+    The lock on the work folder goes with its process, however that ends.
+    """
+    if fcntl is None:
+        yield
+        return
+    own = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for other in set(target.parent.glob(f".{target.name}.*.part")) - {work}:
+            if _is_locked(other):
+                raise KoffError(f"another process is writing {target}: try again when it is done")
+            shutil.rmtree(other, ignore_errors=True)
+        yield
+    finally:
+        os.close(own)
+
+
+def _is_locked(folder: Path) -> bool:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def check_free(target: Path, overwrite: bool = False, marker: str = "koff.json") -> None:
+    """Raise KoffError unless `new_folder` may write `target`."""
+    if not target.exists() or (overwrite and target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir():
+        raise KoffError(f"{target} is a file: give another folder")
+    if not overwrite:
+        raise KoffError(f"{target} exists already: --overwrite replaces it, or give another folder")
+    if not (target / marker).is_file():
+        raise KoffError(f"{target} holds no {marker}, so it is not overwritten: give another folder")
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`, whose old content is at `new` afterwards."""
+    if not target.exists():
+        new.rename(target)
+    elif not _exchange(new, target):
+        aside = target.with_name(f".{target.name}.previous")
+        target.rename(aside)
+        try:
+            new.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        aside.rename(new)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one system call; False where there is none (Linux has renameat2 with flag 2)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here = -100  # AT_FDCWD
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
+
+
+def _flush_all(folder: Path) -> None:
+    """Wait until all below a folder is on the disk, so that the rename cannot arrive there before it."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    if os.name == "posix" or path.is_file():  # Windows does not open folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,1 @@
+"""Train a decomposition: the LightningModule, its optimizer, its strategies, its checkpoints."""

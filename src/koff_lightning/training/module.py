@@ -1,0 +1,301 @@
+"""KOFFModule: trains a decomposition by one equation.
+
+    L = sum_d w_d [ce * CE_d + kl * KL(dense || student)_d] + lam1 (s - t) + lam2 (s - t)^2
+
+Shapes: B rows, T tokens, N predicted tokens, U prunable units.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from koff_lightning.artifact.checkpoint import warm_start
+from koff_lightning.artifact.extend import artifact_to_extend, backbone_of
+from koff_lightning.data import check_vocabulary
+from koff_lightning.decomposition import Batch, Decomposition
+from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
+from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.metrics import BitsPerByte, DocumentScores
+from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, SparsitySpec
+from koff_lightning.support import ranks
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.secrets import without_secrets
+from koff_lightning.training import strategies
+from koff_lightning.training.given_mask import given_mask, take
+from koff_lightning.training.layers import compile_layers, recomputed
+from koff_lightning.training.nonfinite import Guard
+from koff_lightning.training.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
+from koff_lightning.training.resume import give_data_its_place, refuse_other_steps
+
+
+class KOFFModule(Decomposition):
+    """Decompose a frozen LLM into a smaller shared backbone and per-domain memories (KOFF, arXiv 2605.29075).
+
+    Args:
+        backbone: Hub id, local folder, `.gguf` file, or `koff-tiny`, the model that ships with the package.
+        domains: Names of the domains; on the command line they are the keys of `data.domains`.
+        sparsity: What to remove and how the mask is learned.
+        lora: LoRA adapter of every domain; null for none.
+        kv: Key-value memory of every domain; null for none.
+        loss: Weights of cross-entropy and of KL to the dense self.
+        optim: Learning rates of mask, multipliers and memories.
+        joint: Train mask and memories together; false trains the mask alone and the memories after hardening.
+        shared_memory: One memory for all domains (an ablation).
+        artifact: Folder of an exported artifact to add the domains to. Its pruned backbone and its mask stay as they
+            are; only the new memories train.
+        warm_start: Checkpoint whose memories and mask a new run starts from.
+        mask: Checkpoint of `koff baseline` or `koff fit` whose mask and `sparsity` options are taken; memories train.
+        prior: Checkpoint whose logits order those of the mask to learn when the ramp begins; replaces `sparsity.prior`.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Torch dtype of the frozen weights; what is trained stays fp32.
+        activation_checkpointing: Recompute activations in the backward to save memory.
+        compile: Backend of torch.compile for each layer, such as inductor (an experiment); null for none.
+        trust_remote_code: Allow code from the model repository to run; to be said on the command line, not in a config.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "koff-tiny",
+        domains: list[str] | None = None,
+        sparsity: SparsitySpec = SparsitySpec(),  # noqa: B008 (read only; LightningCLI shows its fields as options)
+        lora: LoraSpec | None = LoraSpec(),  # noqa: B008
+        kv: KVSpec | None = KVSpec(),  # noqa: B008
+        loss: LossSpec = LossSpec(),  # noqa: B008
+        optim: OptimSpec = OptimSpec(),  # noqa: B008
+        joint: bool = True,
+        shared_memory: bool = False,
+        artifact: str | None = None,
+        warm_start: str | None = None,
+        mask: str | None = None,
+        prior: str | None = None,
+        revision: str | None = None,
+        dtype: str = "float32",
+        activation_checkpointing: bool = False,
+        compile: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if not domains:
+            raise KoffError("model.domains is empty: name at least one domain (on the command line: data.domains)")
+        sparsity, lora, kv = _spec(SparsitySpec, sparsity), _spec(LoraSpec, lora), _spec(KVSpec, kv)
+        loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        loss, optim = _spec(LossSpec, loss), _spec(OptimSpec, optim)
+        given = given_mask(mask, prior, sparsity, {"artifact": artifact, "warm_start": warm_start})
+        sparsity = given.sparsity if given and given.fixed else sparsity
+        extends = None if artifact is None else artifact_to_extend(artifact, sparsity, loss)
+        source = backbone if artifact is None else backbone_of(artifact)
+        super().__init__(source, domains, sparsity, lora, kv, shared_memory, extends, **loading)
+        self.artifact, self.loss, self.optim, self.joint = artifact, loss, optim, joint
+        self.activation_checkpointing, self.warm_start = activation_checkpointing, warm_start
+        self.given, self.guard, self.chunk = given, Guard(skip=optim.on_nonfinite == "skip"), loss.chunk
+        self.phase = "warmup"  # set at every step by AnnealSparsity, as is `target`
+        if lora is None and kv is None and (sparsity.target == 0 or mask):
+            what = "model.mask gives the mask" if mask else "sparsity.target is 0"
+            raise KoffError(f"nothing to train: {what} and both model.lora and model.kv are null")
+        specs = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": loss, "optim": optim}
+        plain = {"backbone": backbone, "joint": joint, "shared_memory": shared_memory}
+        plain |= {"activation_checkpointing": activation_checkpointing, "compile": compile, "artifact": artifact}
+        plain |= {"mask": mask, "prior": prior} | loading
+        specs = {name: spec and asdict(spec) for name, spec in specs.items()}
+        self.save_hyperparameters(specs | {"domains": self.domains} | without_secrets(plain))
+
+    def configure_model(self) -> None:
+        """Build the decomposition and what trains and measures it."""
+        if self._built:
+            return
+        strategies.check(self._trainer)
+        super().configure_model()
+        if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
+            check_vocabulary(tokenizer, self.backbone.get_input_embeddings().num_embeddings)
+        lagrangian = self.sparsity.penalty == "lagrangian"
+        self.penalty = LagrangianPenalty() if lagrangian else FixedPenalty(self.sparsity.weight)
+        if self.given is not None:
+            take(self, self.given)
+            self.penalty.requires_grad_(not self.given.fixed)
+        if self.activation_checkpointing:
+            self.backbone.activation_checkpointing_enable()
+        if self.hparams.compile:
+            compile_layers(self.backbone, self.hparams.compile)
+        if self.warm_start is not None:
+            warm_start(self, self.warm_start)
+        self.bpb = torch.nn.ModuleDict({f"{arm}/{d}": BitsPerByte() for arm in self.arms for d in self.domains})
+        self.documents = DocumentScores()
+
+    # --------------------------------------------------------------------------------------------- training
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every trainer needs to end a run where it can go on."""
+        return [strategies.EndsBetweenSteps()]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch; the equation at the head of this file."""
+        labels, predicted = self.targets(batch)  # [N], bool [B, T-1]
+        domain = self.domain_of_row(batch)  # [B]
+        teacher = self.dense_hidden(batch)[:, :-1][predicted] if self.loss.kl else None  # [N, d]
+        self.gates.set(self.draw_gates(len(predicted), batch_idx))
+        self.memories.activate(batch["domains"] if self.memories_on else [None] * len(predicted))
+        student = self._student_hidden(batch)[:, :-1][predicted]  # [N, d]
+
+        weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
+        data, ce, kl = fused_head_loss(student, teacher, self.head, labels, weights, self.loss)
+        all_data, all_ce, all_kl = ranks.total(torch.stack([data.detach(), weights @ ce, weights @ kl])) / ranks.count()
+        penalty = self.sparsity_penalty()
+        loss = data + (all_data - data.detach()) + penalty  # value: of all ranks' rows; gradient: this rank's part
+        self.guard.check_loss(loss, ce + kl, predicted, batch["domains"], self.global_step)
+        parts = {"train/loss": loss, "train/ce": all_ce, "train/kl": all_kl, "train/penalty": penalty}
+        self.log_dict(parts, batch_size=len(predicted))
+        return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
+
+    def _student_hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states [B, T, d] under gates and memories; with activation checkpointing they are recomputed."""
+        with recomputed(self.backbone, self.activation_checkpointing):
+            return self.hidden(batch)
+
+    @property
+    def memories_on(self) -> bool:
+        """Whether memories take part now: always, or only after hardening in a two-stage run."""
+        return self.joint or bool(self.gates.hardened) or not self.learns_mask
+
+    def draw_gates(self, rows: int, batch_idx: int = 0) -> Tensor | None:
+        """Gate values for a micro-batch, [R, U]: ones while memories warm up, then a sample, then the hard mask."""
+        if not self.learns_mask:
+            return None
+        if self.gates.hardened or self.phase in ("ramp", "hold"):
+            return self.gates.draw(rows, (self.global_step, batch_idx, self.global_rank))
+        observes = self.sparsity.prior == "fisher" and self.given is None and self.training
+        return self.gates.probe(rows) if observes else None
+
+    def sparsity_penalty(self) -> Tensor:
+        """lam1 (s - t) + lam2 (s - t)^2 while the mask is learned, scalar in nats."""
+        if not self.learns_mask or self.gates.hardened or self.phase not in ("ramp", "hold"):
+            return torch.zeros((), device=self.device)
+        return self.penalty(self.budget.tracked(self.gates.gate.keep(self.gates.logits)), self.target)
+
+    def on_fit_start(self) -> None:
+        """Refuse what would train wrongly without a word; then fill fresh KV memories and start all ranks alike."""
+        cast = [name for name, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+        if cast:
+            raise KoffError(
+                f"trainer.precision {self.trainer.precision!r} casts what is trained (first: {cast[0]}): small steps "
+                "would be rounded away. Use bf16-mixed, and model.dtype for the frozen weights"
+            )
+        if not ranks.agree(self.backbone_hash):
+            raise KoffError(f"the processes have loaded different weights as {self.source!r}: give all the same")
+        refuse_other_steps(ranks.gather(self.resumed_at))
+        self.fill_memories()
+        owned = self._owned()
+        ranks.copy_from_first([value for name, value in sorted(self.state_dict().items()) if name in owned])
+
+    def on_train_start(self) -> None:
+        """Give the training data its place in a run that goes on."""
+        give_data_its_place(self.trainer)
+
+    def fill_memories(self) -> None:
+        """Fill fresh KV memories from each domain's own text; restored ones are left alone."""
+        slots = self.kv.slots if self.kv else 0
+        for name in dict.fromkeys(self.memories.names.values()) if self.kv else ():
+            memory = self.memories.kv[self.memories.key(name)]
+            if not memory.initialised:
+                readers = [d for d in self.domains if self.memories.names[d] == name]
+                parts = [self._sampler()(d, -(-slots // len(readers))) for d in readers]
+                with self.gates.off(), self.memories.off():
+                    memory.initialise_(self.backbone, torch.cat(parts)[:slots].to(self.device))
+
+    def _number_of_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise KoffError("a schedule needs an end: set trainer.max_steps (or max_epochs with data of known length)")
+        return int(steps)
+
+    def _sampler(self) -> Callable[[str, int], Tensor]:
+        """Where the first text of a memory comes from."""
+        if not hasattr(self.trainer.datamodule, "sample_ids"):
+            raise KoffError("KV memories start from text: train with DomainDataModule, or one that has sample_ids")
+        return self.trainer.datamodule.sample_ids
+
+    on_validation_start = on_test_start = on_predict_start = fill_memories
+
+    def on_after_backward(self) -> None:
+        """Collect the squared gate gradients of the warm-up, which order the logits later."""
+        self.gates.observe()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One AdamW: mask, multipliers (ascent), LoRA, KV."""
+        groups = parameter_groups(self.gates, self.penalty, self.memories, self.optim)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        lambdas = rate_lambdas(groups, self.optim, self._number_of_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": Course(optimizer, lambdas), "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
+        """Clip each memory group by its own norm: one global norm would let the multipliers eat the budget."""
+        self.guard.check_gradients(self, optimizer, clip_by_group(optimizer, self.optim.clip))
+
+    # ------------------------------------------------------------------------------------------- evaluation
+
+    def _evaluate(self, batch: Batch, arms: Sequence[str]) -> None:
+        found: dict[str, Tensor] = {}  # arm -> nats [B, T-1]
+        for arm in arms:
+            same = self.same_as(arm)
+            found[arm] = nats = found[same] if same in found else self.token_nats(batch, arm)
+            self.documents.update(arm, batch, nats)
+            for domain in dict.fromkeys(d for d in batch["domains"] if d is not None):
+                chosen = [i for i, d in enumerate(batch["domains"]) if d == domain]
+                self.bpb[f"{arm}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen])
+
+    def held_out(self, arms: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Bits per byte of the evaluation that just ran: {domain: {arm: bits per byte}}."""
+        with warnings.catch_warnings():  # a domain without a row, as in a run cut short, is not a number
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            return {d: {arm: float(self.bpb[f"{arm}/{d}"].compute()) for arm in arms} for d in self.domains}
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the counts anew."""
+        self.documents.reset()
+        for metric in self.bpb.values():
+            metric.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Held-out bits per byte with the own memory, under the mask in force."""
+        self._evaluate(batch, ("koff",))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log bits per byte by domain, and their mean as the figure to monitor."""
+        self._log_table("val", ("koff",))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Held-out bits per byte for all arms."""
+        self._evaluate(batch, self.arms)
+
+    def on_test_epoch_end(self) -> None:
+        """Log all arms by domain."""
+        self._log_table("test", self.arms)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Bits per byte of every row under its own memory."""
+        nats, size = self.row_nats(batch, "koff"), batch["num_bytes"]
+        bits = (nats / torch.log(torch.tensor(2.0)) / size).tolist()
+        rows = zip(batch["domains"], bits, size.tolist(), strict=True)
+        return [{"domain": domain, "bits_per_byte": value} for domain, value, count in rows if count > 0]
+
+    # ---------------------------------------------------------------------------------------------- helpers
+
+    def _log_table(self, stage: str, arms: Sequence[str]) -> None:
+        table = self.held_out(arms)
+        for arm in arms:
+            for domain, row in table.items():
+                self.log(f"{stage}/{arm}_bpb/{domain}", row[arm], sync_dist=True)
+            mean = sum(row[arm] for row in table.values()) / len(table)
+            self.log(f"{stage}/{arm}_bpb", mean, prog_bar=arm == "koff", sync_dist=True)
+
+
+def _spec(kind: type, value: Any) -> Any:
+    """A spec given as a dict (from a checkpoint) or as itself."""
+    return kind(**value) if isinstance(value, dict) else value

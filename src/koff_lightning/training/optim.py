@@ -1,0 +1,115 @@
+"""One AdamW with a group for each kind of thing that is trained."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from koff_lightning.gates import BackboneGates
+from koff_lightning.memory import MemoryBank
+from koff_lightning.support.errors import KoffError
+
+
+@dataclass
+class OptimSpec:
+    """Learning rates and their course.
+
+    Args:
+        mask_lr: For the mask logits, in hard-concrete logits per step; scaled for other gates; constant.
+        multiplier_lr: For the Lagrange multipliers, by ascent; constant.
+        lora_lr: Peak for LoRA, in an LR course of linear warm-up and cosine decay.
+        kv_lr: Peak for the KV memories, same course.
+        warmup: Share of all steps in which the memories' rate rises.
+        final: Share of the peak rate that is left at the end.
+        clip: Largest gradient norm of all LoRA, and of all KV parameters.
+        on_nonfinite: What to do when a loss or gradient is no finite number: `stop` the run, or `skip` the step.
+    """
+
+    mask_lr: float = 0.1
+    multiplier_lr: float = 0.1
+    lora_lr: float = 1e-3
+    kv_lr: float = 5e-3
+    warmup: float = 0.03
+    final: float = 0.1
+    clip: float = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        rates = {k: getattr(self, k) for k in ("mask_lr", "multiplier_lr", "lora_lr", "kv_lr", "clip")}
+        bad = [f"{k}={v}" for k, v in rates.items() if not v > 0 or math.isinf(v)]
+        if bad:
+            raise KoffError(f"optim: rates and clip must be positive and finite; got {', '.join(bad)}")
+        if not (0 <= self.warmup < 1 and 0 <= self.final <= 1):
+            raise KoffError(f"optim.warmup and optim.final are shares of 1; got {self.warmup} and {self.final}")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise KoffError(f"optim.on_nonfinite must be stop or skip; got {self.on_nonfinite!r}")
+
+
+def parameter_groups(
+    gates: BackboneGates, penalty: nn.Module, memories: MemoryBank, spec: OptimSpec
+) -> list[dict[str, Any]]:
+    """Groups for AdamW, each with its own rate; empty ones left out."""
+    # eps: a gate's gradient shrinks with the number of units and must not vanish beside Adam's default 1e-8; that of a
+    # multiplier is the sparsity gap, and with a large eps the ascent is in proportion to it instead of to its sign.
+    groups = [
+        {"name": "mask", "params": [gates.logits], "lr": spec.mask_lr * gates.gate.rate, "eps": 1e-15},
+        {
+            "name": "multipliers",
+            "params": list(penalty.parameters()),
+            "lr": spec.multiplier_lr,
+            "eps": 0.02,
+            "maximize": True,
+        },
+        {"name": "lora", "params": memories.lora_parameters(), "lr": spec.lora_lr},
+        {"name": "kv", "params": memories.kv_parameters(), "lr": spec.kv_lr},
+    ]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]  # those of a given mask do not move
+    return [group for group in groups if group["params"]]
+
+
+def rate_lambdas(groups: list[dict[str, Any]], spec: OptimSpec, steps: int) -> list[Callable[[int], float]]:
+    """Factor on each group's rate by optimizer step: constant for the mask, warm-up and cosine for memories."""
+
+    def course(step: int) -> float:
+        rise = max(spec.warmup * steps, 1)
+        fall = min(max((step - rise) / max(steps - rise, 1), 0.0), 1.0)
+        return min((step + 1) / rise, 1.0) * (spec.final + (1 - spec.final) * (1 + math.cos(math.pi * fall)) / 2)
+
+    return [course if group["name"] in ("lora", "kv") else lambda _: 1.0 for group in groups]
+
+
+class Course(LambdaLR):
+    """Torch's LambdaLR which, in a run that goes on, keeps the rates that this run's options ask for.
+
+    Torch would take the rates from the checkpoint: other options would be recorded but not acted on. Lightning restores
+    the optimizer first, so what is set here is what the next step takes.
+    """
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at the saved step."""
+        super().load_state_dict(state | {"base_lrs": self.base_lrs})
+        groups = self.optimizer.param_groups
+        for group, rate, factor in zip(groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in groups]
+
+
+def clip_by_group(optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Tensor]:
+    """Clip LoRA and KV gradients, each to norm `clip`; mask and multipliers are left as they are.
+
+    Returns:
+        The norm of each group's gradients before, by its name.
+    """
+    norms: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        if group["name"] in ("lora", "kv"):
+            norms[group["name"]] = torch.nn.utils.clip_grad_norm_(group["params"], clip)
+        else:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            norms[group["name"]] = torch.nn.utils.get_total_norm(grads)
+    return norms

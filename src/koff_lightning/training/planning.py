@@ -1,0 +1,278 @@
+"""What a training step takes in memory and arithmetic, found without weights.
+
+The step of the real model runs on tensors that have shapes and no numbers (torch's FakeTensorMode), so whatever it
+keeps, recomputes, casts or copies is counted as it is, not by a formula of its own. Layers are alike: a model of two
+and one of three layers are counted, and each further layer adds what the third did.
+
+Not seen: scratch space inside kernels, fragmentation, what a device driver takes, and kernels of a GPU that need
+other memory than the CPU's (rows that hold several documents: see docs/scaling.md).
+
+Shapes: B rows, T tokens, d hidden.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from koff_lightning.backbone import decoder_layers, hidden_states, prunable_groups
+from koff_lightning.gates import BackboneGates
+from koff_lightning.losses import LossSpec, fused_head_loss
+from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.support import ranks
+from koff_lightning.training.layers import recomputed
+
+COUNTED = (2, 3)  # layers
+AMPS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+GATHERED = 2  # layers whose weights are whole on every device at one time: the present one and the next
+STAGES = ("teacher pass", "forward", "loss", "backward")
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the kernel that torch's own table lacks
+_FLOPS = flop_registry | {
+    _FLASH: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro-batch of a run, as far as memory and arithmetic depend on it.
+
+    Args:
+        config: Of the backbone.
+        domains: All of the run.
+        rows: B, on one device.
+        length: T.
+        dtype: Of the frozen weights.
+        precision: Of the trainer.
+        checkpointing: Recompute activations.
+        sparsity: Its units and gates.
+        lora: Adapter of each domain.
+        kv: KV memory of each domain.
+        loss: Its chunk, and whether there is a teacher.
+        shared: One memory for all domains.
+    """
+
+    config: PreTrainedConfig
+    domains: Sequence[str]
+    rows: int
+    length: int
+    dtype: torch.dtype = torch.float32
+    precision: str = "32-true"
+    checkpointing: bool = False
+    sparsity: SparsitySpec = field(default_factory=SparsitySpec)
+    lora: LoraSpec | None = None
+    kv: KVSpec | None = None
+    loss: LossSpec = field(default_factory=LossSpec)
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Bytes and floating-point operations of one step on one device with the whole model.
+
+    Attributes:
+        layers: Bytes of the frozen weights of all layers.
+        rest: Bytes of the other frozen weights.
+        lora: Bytes of all adapters.
+        kv: Bytes of all KV memories, but for their frozen slots.
+        sinks: Bytes of those.
+        mask: Bytes of the logits.
+        teacher: Bytes that the teacher pass leaves.
+        activations: Bytes that the forward keeps for the backward.
+        peaks: Most bytes that are alive in each of `STAGES`, beyond weights, gradients and optimizer state.
+        flops: Operations.
+    """
+
+    layers: float
+    rest: float
+    lora: float
+    kv: float
+    sinks: float
+    mask: float
+    teacher: float
+    activations: float
+    peaks: dict[str, float]
+    flops: float
+
+    @property
+    def trained(self) -> float:
+        """Bytes of all that is trained."""
+        return self.lora + self.kv + self.mask
+
+
+def memory(
+    step: Step, counts: Counts, devices: int = 1, sharded: bool = False, foreach: bool = True
+) -> dict[str, float]:
+    """Bytes on each device at the peak, by what takes them; they add up.
+
+    Args:
+        step: A micro-batch.
+        counts: Of it.
+        devices: Processes of the run.
+        sharded: The layers' weights are split over them.
+        foreach: The optimizer works on all tensors at a time, as it does on GPUs, and so needs room for one more copy.
+    """
+    spread = sharded and devices > 1
+    averaging = 2 * min(4 * ranks.BUCKET, counts.trained) if devices > 1 else 0  # a bucket and its mean, fp32
+    peaks = counts.peaks | {"optimizer step": averaging + (counts.trained if foreach else 0)}
+    stage = max(peaks, key=peaks.get)
+    both = counts.teacher + counts.activations
+    kept = {"forward": counts.teacher, "loss": both, "backward": both}.get(stage, 0)
+    return {
+        "frozen weights": counts.rest + counts.layers / (devices if spread else 1),
+        "layers gathered from all GPUs": GATHERED * counts.layers / step.config.num_hidden_layers if spread else 0,
+        "LoRA": counts.lora,
+        "KV memories": counts.kv + counts.sinks,
+        "mask": counts.mask,
+        "their gradients": counts.trained,
+        "AdamW": 2 * counts.trained,
+        "kept for the backward": kept,
+        f"most in the {stage}": peaks[stage] - kept,
+    }
+
+
+def count(step: Step) -> Counts:
+    """Count a step: two and three layers as they are, the others as the third."""
+    layers = step.config.num_hidden_layers
+    if layers <= COUNTED[1]:
+        return Counts(**_count(step, layers))
+    fewer, more = (_count(step, few) for few in COUNTED)
+    return Counts(**_along(fewer, more, layers - COUNTED[0]))
+
+
+def _along(fewer: Any, more: Any, times: int) -> Any:
+    """The first value and so many times the difference of both."""
+    if isinstance(fewer, dict):
+        return {name: _along(value, more[name], times) for name, value in fewer.items()}
+    return fewer + times * (more - fewer)
+
+
+def _count(step: Step, layers: int) -> dict[str, Any]:
+    """The fields of `Counts` for a model of so many layers."""
+    with FakeTensorMode():
+        model = _outline(step.config, layers, step.dtype)
+        groups = prunable_groups(model, step.sparsity.units)
+        memories = MemoryBank(model, step.domains, step.lora, step.kv, step.shared)
+        gates = BackboneGates(groups, step.sparsity.gate)
+        gates.attach(model)
+        if step.checkpointing:
+            model.activation_checkpointing_enable()
+        frozen = {id(p): _bytes(p) for p in model.parameters() if not p.requires_grad}
+        inside = sum(frozen.get(id(p), 0) for layer in decoder_layers(model) for p in layer.parameters())
+        known = [*model.parameters(), *model.buffers(), *memories.parameters(), *memories.buffers()]
+        for parameter in [*memories.lora_parameters(), *memories.kv_parameters(), gates.logits]:
+            parameter.grad = torch.zeros_like(parameter)  # alive during the whole of the next micro-batch
+            known.append(parameter.grad)
+        live = _Live([*known, *gates.parameters(), *gates.buffers()])
+        with live, torch.autocast("cpu", AMPS[step.precision]) if step.precision in AMPS else nullcontext():
+            parts = _micro_batch(step, model, memories, gates, live)
+    slots = sum(4 * kv.numel() for kv in memories.kv.values())
+    return parts | {
+        "layers": inside,
+        "rest": sum(frozen.values()) - inside,
+        "lora": sum(map(_bytes, memories.lora_parameters())),
+        "kv": sum(map(_bytes, memories.kv_parameters())),
+        "sinks": slots - sum(map(_bytes, memories.kv_parameters())),
+        "mask": _bytes(gates.logits),
+        "flops": live.flops,
+    }
+
+
+def _outline(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the config's shapes with so many layers; its config is a copy."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.use_cache = False
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).eval()
+
+
+def _micro_batch(
+    step: Step, model: PreTrainedModel, memories: MemoryBank, gates: BackboneGates, live: "_Live"
+) -> dict[str, Any]:
+    """What `KOFFModule.training_step` and its backward do, for rows in which every token is predicted."""
+    rows = [step.domains[row * len(step.domains) // step.rows] for row in range(step.rows)]
+    rows = rows if step.rows >= len(step.domains) else list(step.domains[: step.rows])
+    tokens = torch.zeros(step.rows, step.length, dtype=torch.int64)
+    packed = torch.ones(step.rows, 1, step.length, step.length, dtype=torch.bool)  # who sees whom in packed rows
+    inputs = {"input_ids": tokens, "position_ids": tokens, "attention_mask": packed}
+    teacher = None
+    with live.stage("teacher pass"):
+        if step.loss.kl:
+            with torch.no_grad(), memories.off():
+                teacher = hidden_states(model, **inputs)[:, :-1].flatten(0, 1)  # [B (T - 1), d]
+    kept = live.now
+    with live.stage("forward"):
+        memories.activate(rows)
+        gates.set(gates.gate.sample(gates.logits, step.rows))
+        with recomputed(model, step.checkpointing):
+            student = hidden_states(model, **inputs)[:, :-1].flatten(0, 1)  # [B (T - 1), d]
+    forward = live.now - kept
+    with live.stage("loss"):
+        labels, weights = tokens[:, 1:].flatten(), torch.ones(len(student))
+        loss, *_ = fused_head_loss(student, teacher, model.get_output_embeddings().weight, labels, weights, step.loss)
+    with live.stage("backward"):
+        loss.backward()
+    return {"teacher": kept, "activations": forward, "peaks": live.peaks}
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that operations have made and something still holds, and the operations' arithmetic.
+
+    Args:
+        known: Tensors that were there before, which do not count.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.now, self.peak, self.flops = 0, 0, 0
+        self.peaks: dict[str, float] = {}
+        self._held = {id(tensor.untyped_storage()) for tensor in known}
+        self._known = known  # while they are held no other storage gets their number
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Note the peak of a part of the step."""
+        self.peak = self.now
+        yield
+        self.peaks[name] = self.peak
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if price := _FLOPS.get(func._overloadpacket):
+            self.flops += price(*args, **(kwargs or {}), out_val=out)
+        for part in tree_leaves(out):
+            if isinstance(part, Tensor):
+                self._note(part.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._held:
+            return
+        self._held.add(id(storage))
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, id(storage), storage.nbytes())
+
+    def _free(self, number: int, size: int) -> None:
+        self._held.discard(number)
+        self.now -= size

@@ -1,0 +1,94 @@
+"""Folders of runs: one run at a time in each, and for each start a `version_N` of its own."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+
+from koff_lightning.support.errors import KoffError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".running"
+
+
+@contextmanager
+def alone_in(root: str | Path, option: str = "--trainer.default_root_dir") -> Iterator[None]:
+    """Hold a run's folder: at its end the run replaces `results.json`, `plots/` and `artifact/` there.
+
+    The kernel lets go when the process ends, in whatever way.
+
+    Args:
+        root: The folder.
+        option: What gives the command another one, for the message.
+
+    Raises:
+        KoffError: Another run holds it, or it cannot be written.
+    """
+    if fcntl is None or rank_zero_only.rank:
+        yield
+        return
+    root = Path(root)
+    with _writing(root, option):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / LOCK).open("a")
+    with lock:
+        os.register_at_fork(after_in_child=lock.close)  # a loader's worker may outlive a run that is killed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise KoffError(
+                f"another run is going on in {root}: wait for it, or give {option} another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def new_version(root: str | Path) -> int:
+    """Make the next `version_N` in `root` and return N; two that ask at once get two.
+
+    Raises:
+        KoffError: The folder cannot be written.
+    """
+    root = Path(root)
+    names = [path.name.removeprefix("version_") for path in root.glob("version_*")]
+    version = max((int(name) for name in names if name.isdigit()), default=-1) + 1
+    while not rank_zero_only.rank:
+        with _writing(root):
+            try:
+                (root / f"version_{version}").mkdir(parents=True)
+                break
+            except FileExistsError:
+                version += 1
+    return version
+
+
+def run_config(ckpt: Path) -> dict[str, Any] | None:
+    """The resolved options that `koff fit` left beside its checkpoints, if they are still there."""
+    paths = ckpt.expanduser().resolve(), ckpt.expanduser().absolute()  # its folder may be a link
+    for folder in [folder for path in paths for folder in list(path.parents)[:2]]:
+        if (folder / "config.yaml").is_file():
+            try:
+                config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise KoffError(f"cannot read {folder / 'config.yaml'}, the options of the run: {error}") from error
+            if isinstance(config, dict) and {"model", "data"} <= config.keys():
+                return config
+    return None
+
+
+@contextmanager
+def _writing(root: Path, option: str = "--trainer.default_root_dir") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or os.strerror(error.errno)
+        raise KoffError(f"cannot write the run's folder {root}: {reason}. Give {option}") from error

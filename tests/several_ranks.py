@@ -21,13 +21,14 @@ from tiny_run import Batches, RandomText, tiny_module, tiny_trainer
 from toy_text import toy_documents, write_jsonl
 
 from koff_lightning import KOFFModule
+from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main as koff
 from koff_lightning.data import stream
 from koff_lightning.evaluation.lm_scores import Scores
 from koff_lightning.gates import BackboneGates
 from koff_lightning.support import ranks
-from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
+from koff_lightning.training.checkpoints import newest_checkpoint
 from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # kept, since Lightning takes it away after a run
@@ -104,7 +105,7 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx % 2:
             state = pl_module.state_dict()
-            values = {name: state[name].clone() for name in sorted(pl_module._owned())}
+            values = {name: state[name].clone() for name in sorted(pl_module.owned())}
             logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self.steps[trainer.global_step - 1] = {"phase": pl_module.phase, "values": values, "logged": logged}
 
@@ -216,10 +217,10 @@ def variants(folder: Path, rank: int) -> None:
     run("resumed_sharded", ShardedStrategy, folder, rank, saved["sharded"])
     run("resumed_replicated", ReplicatedStrategy, folder, rank, saved["replicated"])
     module = run("bf16", ShardedStrategy, folder, rank, precision="bf16-mixed", dtype="bfloat16")
-    kinds = {(str(p.dtype), p.requires_grad, type(p).__name__) for p in module.backbone.parameters()}
-    module.gates.logits.data += rank * torch.randn(len(module.gates.logits))
-    module.harden()
-    torch.save({"kinds": kinds, "kept": module.gates.kept}, folder / f"last.{rank}.pt")
+    kinds = {(str(p.dtype), p.requires_grad, type(p).__name__) for p in module.model.backbone.parameters()}
+    module.model.gates.logits.data += rank * torch.randn(len(module.model.gates.logits))
+    module.model.harden()
+    torch.save({"kinds": kinds, "kept": module.model.gates.kept}, folder / f"last.{rank}.pt")
 
 
 def commands(folder: Path, rank: int) -> None:

@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from tiny_run import RandomText, tiny_module, tiny_trainer
 
 from koff_lightning.artifact.export import export
-from koff_lightning.backbone import load_tokenizer
+from koff_lightning.loading import load_tokenizer
 from koff_lightning.memory import LoraSpec
 from koff_lightning.studies.analysis import (
     adapter_norms,
@@ -229,7 +229,7 @@ def test_the_dense_model_is_read_whatever_is_in_force(opened, home):
     batches = [batch | {"documents": torch.tensor([[0], [1]]).expand(-1, 9)} for batch in held_out()]
     opened.row_nats(batches[0], "koff")  # gates and memories are on now
     inside = collect_dense(opened, batches, list(DOMAINS))
-    from koff_lightning.backbone import load_backbone
+    from koff_lightning.loading import load_backbone
     from koff_lightning.studies.analysis import collect
 
     plain = collect(load_backbone(str(home / "dense")), batches, list(DOMAINS))

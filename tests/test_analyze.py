@@ -144,7 +144,6 @@ def tiny_decomposition_of(home, spec: SparsitySpec):
     from koff_lightning.memory import LoraSpec
 
     module = Decomposition(str(home / "dense"), list(DOMAINS), spec, LoraSpec(rank=1), None)
-    module.configure_model()
     module.harden()
     return module.eval()
 

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: one-way imports, names of model internals in one place, sizes."""
+"""The house rules that a machine can check: floors of imports, names of model internals in one place, sizes."""
 
 import ast
 import re
@@ -10,6 +10,32 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 FILES = sorted((SOURCE / "koff_lightning").rglob("*.py"))
 MODEL_INTERNALS = re.compile(r"\b[qkvo]_proj\b|\b(gate|up|down)_proj\b|\bself_attn\b|\.mlp\b")
+
+# From the ground up. A file imports from its own floor and those below; a line is one floor, and what stands on it side
+# by side. CONTRIBUTING.md tells what each is for.
+FLOORS = """
+support
+backbone
+loading
+tracking merged_attention attention losses metrics surgery lora
+gates sparsity kv_memory
+memory
+decomposition
+data
+artifact
+training
+reports
+evaluation
+callbacks
+studies
+commands
+cli
+notebook __main__
+"""
+
+# Imports upwards, each inside a function. transformers must know the koff_* model types before it loads one, and they
+# are written in a file that ships with artifacts.
+LAZY_DOORS = {("koff_lightning.loading", "koff_lightning.artifact.modeling_koff")}
 
 
 def module_name(file: Path) -> str:
@@ -38,9 +64,33 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
-def test_imports_flow_one_way():
+def floor_of(module: str) -> int:
+    """Number of the floor that a module stands on."""
+    room = module.split(".")[1]
+    found = [number for number, line in enumerate(FLOORS.split("\n")) if room in line.split()]
+    assert len(found) == 1, f"{module} stands on {len(found)} floors: give {room} its place in FLOORS"
+    return found[0]
+
+
+def test_a_file_imports_from_its_own_floor_and_those_below():
+    graph = {name: others - {"koff_lightning"} for name, others in import_graph().items() if name != "koff_lightning"}
+    up = {(name, other) for name, others in graph.items() for other in others if floor_of(other) > floor_of(name)}
+    assert up == LAZY_DOORS, f"imports upwards: {sorted(up - LAZY_DOORS)}; doors that nobody uses: {LAZY_DOORS - up}"
+
+
+def test_lazy_doors_are_inside_functions():
+    for name, other in LAZY_DOORS:
+        file = next(file for file in FILES if module_name(file) == name)
+        outside = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.Import)]
+        assert other not in {alias.name for node in outside for alias in node.names}
+
+
+def test_no_import_cycles_within_a_floor():
+    graph = import_graph()
+    for name, other in LAZY_DOORS:
+        graph[name] = graph[name] - {other}
     try:
-        TopologicalSorter(import_graph()).prepare()
+        TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
 
@@ -55,7 +105,7 @@ def test_only_backbone_names_the_inside_of_a_model(file):
 @pytest.mark.parametrize("file", FILES, ids=module_name)
 def test_files_and_functions_are_short(file):
     text = file.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 300, "a file of more than 300 lines holds more than one idea"
+    assert len(text.splitlines()) <= 400, "a file of more than 400 lines holds more than one idea"
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 60}
     assert not long, "functions of more than 60 lines"

@@ -25,7 +25,8 @@ from koff_lightning.artifact.folder import (
     verify,
 )
 from koff_lightning.artifact.mask_description import describe_mask, hash_description, mask_hash
-from koff_lightning.backbone import prunable_groups, tokenizer_hash
+from koff_lightning.backbone import prunable_groups
+from koff_lightning.loading import tokenizer_hash
 from koff_lightning.support import files as new_folder
 from koff_lightning.support.files import hash_file
 

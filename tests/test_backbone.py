@@ -15,13 +15,13 @@ from koff_lightning import KoffError, load_backbone, load_tokenizer, loading_bar
 from koff_lightning.backbone import (
     attention_modules,
     decoder_layers,
-    fingerprint,
     hidden_states,
     kv_shapes,
     parameter_counts,
     prunable_groups,
     rotary_inv_freq,
 )
+from koff_lightning.loading import fingerprint
 
 IDS = torch.arange(3, 23).view(2, 10)
 

@@ -10,10 +10,10 @@ from tiny_run import tiny_module
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.cli import main
+from koff_lightning.commands.claims import _resolved
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.studies.claims import runs as arm_runs
 from koff_lightning.studies.claims.arms import ARMS, Run, chosen, equal_memories
-from koff_lightning.studies.claims.protocol import _resolved
 from koff_lightning.training.run_folder import alone_in
 
 # Writes what a run leaves, with bits per byte that tell arm and seed; fails where its folder's name holds FAIL.
@@ -139,7 +139,7 @@ def test_tasks_come_into_the_report(runs, monkeypatch):
         rows = {arm: {"en": row * 25} for arm, row in right.items()}
         return {"koff_cloze_{domain}": {"chance": {"en": 0.25}} | rows}
 
-    monkeypatch.setattr("koff_lightning.studies.claims.protocol.answer", answer)
+    monkeypatch.setattr("koff_lightning.commands.claims.answer", answer)
     domains = ["en", "de", "fr", "es", "ru", "zh", "python"]
     assert go("--seeds=2", "--arms=koff,no_memory", "--tasks=koff_cloze_{domain}")[0] == 0
     assert asked == [(f"koff-0.12-{seed}", ["koff_cloze_{domain}"], domains) for seed in (0, 1)]
@@ -159,7 +159,7 @@ def test_tasks_that_cannot_be_asked_lose_nothing_of_the_report(runs, monkeypatch
     found = report(out)
     assert {row["arm"] for row in found["arms"]} >= {"koff", "no_memory"} and found["retention"] == []
     assert [failure["run"] for failure in found["failures"]] == ["koff-0.12-0", "koff-0.12-1"]
-    monkeypatch.setattr("koff_lightning.studies.claims.protocol.answer", lambda *_: 1 / 0)
+    monkeypatch.setattr("koff_lightning.commands.claims.answer", lambda *_: 1 / 0)
     assert go(*asked) == (2, [])
     assert "first koff-0.12-0: ZeroDivisionError: division by zero (log: " in capsys.readouterr().err
     assert "Traceback" in (out / "logs" / "koff-0.12-0-tasks.txt").read_text()
@@ -168,7 +168,7 @@ def test_tasks_that_cannot_be_asked_lose_nothing_of_the_report(runs, monkeypatch
         raise KeyboardInterrupt
 
     (out / "claims.json").unlink()
-    monkeypatch.setattr("koff_lightning.studies.claims.protocol.answer", stopped)
+    monkeypatch.setattr("koff_lightning.commands.claims.answer", stopped)
     assert go(*asked)[0] == 130
     assert report(out)["retention"] == []
 
@@ -322,7 +322,7 @@ def test_equal_memories_have_the_parameters_that_are_said(tmp_path, rank, slots)
     def size(lora, kv):
         module = tiny_module(tmp_path, lora=lora, kv=kv)
         module.configure_model()
-        return module.memories.size("en")
+        return module.model.memories.size("en")
 
     both = LoraSpec(rank, 2 * rank), KVSpec(slots)
     module = tiny_module(tmp_path)

@@ -69,7 +69,7 @@ def test_each_experiment_builds(name, built, stand_in):
     assert cli.model.sparsity.target == options["model"]["sparsity"]["target"] == 0.12
     assert cli.model.domains == list(options["data"]["domains"])
     assert cli.trainer.max_steps == options["trainer"]["max_steps"]
-    assert cli.model.memories is not None
+    assert cli.model.model.memories is not None
 
 
 def test_add_domain_builds_on_an_artifact(built, tmp_path):

@@ -57,11 +57,11 @@ def test_a_run_without_a_mask_passes(tmp_path):
 
 def test_a_detached_kv_memory_is_named(tmp_path):
     def detach(module):
-        for attention in attention_modules(module.backbone):
+        for attention in attention_modules(module.model.backbone):
             attention.koff_memory = _detached(attention.koff_memory)
 
     with pytest.raises(
-        KoffError, match=r"'warmup'.*8 have no usable gradient: memories\.kv\.koff_en\S* \(none\).*more"
+        KoffError, match=r"'warmup'.*8 have no usable gradient: model\.memories\.kv\.koff_en\S* \(none\).*more"
     ):
         fit(tmp_path, At(0, detach))
 
@@ -76,15 +76,15 @@ def _detached(read):
 
 def test_one_unread_layer_is_named(tmp_path):
     def unread(module):
-        attention_modules(module.backbone)[1].koff_memory = lambda: None
+        attention_modules(module.model.backbone)[1].koff_memory = lambda: None
 
-    with pytest.raises(KoffError, match=r"4 have no usable gradient: memories\.kv\.koff_en\.\w+\.1 \(none\)"):
+    with pytest.raises(KoffError, match=r"4 have no usable gradient: model\.memories\.kv\.koff_en\.\w+\.1 \(none\)"):
         fit(tmp_path, At(0, unread))
 
 
 def test_each_phase_is_checked_anew(tmp_path):
     def freeze(module):
-        module.gates.logits.requires_grad_(False)
+        module.model.gates.logits.requires_grad_(False)
 
     with pytest.raises(KoffError, match=r"'ramp' trains .* at step 2 .*gates\.logits \(none\)"):
         fit(tmp_path, At(2, freeze))
@@ -96,7 +96,7 @@ def test_a_domain_that_comes_late_is_checked(tmp_path):
             return Batches([self.batch([domain], 0) for domain in ("en", "law", *["en"] * 9)])
 
     def zero(module):
-        for parameter in module.memories.kv_parameters("law"):
+        for parameter in module.model.memories.kv_parameters("law"):
             parameter.grad = None if parameter.grad is None else torch.zeros_like(parameter)
 
     with pytest.raises(KoffError, match=r"at step 1 .*koff_law\S* \(all zero\)"):
@@ -119,7 +119,7 @@ def test_rows_without_a_domain_touch_nothing(tmp_path):
 
 def test_not_finite_is_named(tmp_path):
     def spoil(module):
-        module.memories.lora_parameters("en")[0].grad[0, 0] = torch.inf
+        module.model.memories.lora_parameters("en")[0].grad[0, 0] = torch.inf
 
     with pytest.raises(KoffError, match="gradients of domain en .lora. are not finite at step 0"):
         fit(tmp_path, Tamper(spoil))
@@ -128,7 +128,7 @@ def test_not_finite_is_named(tmp_path):
 def test_zeros_behind_closed_gates_pass_but_not_a_memory_of_zeros(tmp_path):
     def zero_layer(module, layers):
         if module.phase == "ramp":
-            for name, parameter in module.memories.kv["koff_en"].named_parameters():
+            for name, parameter in module.model.memories.kv["koff_en"].named_parameters():
                 if int(name.rsplit(".")[-1]) in layers:
                     parameter.grad.zero_()
 

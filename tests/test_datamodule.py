@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
-from koff_lightning.backbone import load_tokenizer
 from koff_lightning.data import DomainDataModule, DomainSource, bundled_domains, check_vocabulary, is_heldout
 from koff_lightning.data.packing import IGNORED
+from koff_lightning.loading import load_tokenizer
 from koff_lightning.support.errors import KoffError
 
 pytestmark = [

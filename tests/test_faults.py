@@ -19,9 +19,10 @@ import torch
 from tiny_command import small_fits
 
 from koff_lightning import KoffError, KOFFModule
+from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.callbacks.report import what_was_saved
 from koff_lightning.cli import main
-from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
+from koff_lightning.training.checkpoints import newest_checkpoint
 from koff_lightning.training.run_folder import alone_in
 
 STEPS = 8

@@ -15,9 +15,9 @@ from tiny_memories import mixed, written
 
 from koff_lightning import KoffError, load_decomposed
 from koff_lightning.artifact.memory_files import ADAPTER, ADAPTER_CONFIG, load_memory
-from koff_lightning.backbone import load_backbone, load_tokenizer
 from koff_lightning.cli import main
 from koff_lightning.data.cache import TokenCache
+from koff_lightning.loading import load_backbone, load_tokenizer
 from koff_lightning.support.secrets import REMOVED, without_secrets
 
 TOKEN = "hf_ThisIsNoRealTokenButLooksLikeOne"

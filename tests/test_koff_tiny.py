@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from koff_lightning.backbone import TINY, load_backbone, load_tokenizer
 from koff_lightning.cli import main
+from koff_lightning.loading import TINY, load_backbone, load_tokenizer
 
 SMALL = ["--data.max_train_bytes=60000", "--data.max_heldout_bytes=2000", "--trainer.enable_progress_bar=false"]
 SMALL += ["--export.enabled=false"]

@@ -11,10 +11,11 @@ from tiny_artifact import tiny_decomposition
 from tiny_run import Batches, RandomText, tiny_module, tiny_trainer
 
 from koff_lightning import KoffError
+from koff_lightning.artifact.checkpoint import read_checkpoint
+from koff_lightning.backbone import compile_layers, recomputed
 from koff_lightning.cli import main
 from koff_lightning.gates import BackboneGates
-from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
-from koff_lightning.training.layers import compile_layers, recomputed
+from koff_lightning.training.checkpoints import newest_checkpoint
 
 ROWS = 4
 

@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
 from koff_lightning.artifact.export import export
-from koff_lightning.backbone import load_tokenizer
 from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.callbacks.lm_eval import _Part
 from koff_lightning.callbacks.score_monitors import score_names
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
+from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
-from koff_lightning.evaluation.undisturbed import undisturbed
+from koff_lightning.loading import load_tokenizer
 from koff_lightning.support import ranks
 
 TASK = "koff_cloze_en"
@@ -263,20 +263,20 @@ def test_the_data_are_what_the_script_makes(tmp_path):
 def test_looking_at_a_module_leaves_no_trace_even_when_it_fails(tmp_path):
     """lm-eval seeds all generators, puts the model in eval mode, and reads with other gates and memories."""
     module = tiny_decomposition(tmp_path).train()
-    module.gates.set(torch.rand(2, len(module.gates.logits)))
-    module.memories.activate(["de", None])
-    routes = module.memories.routes
+    module.model.gates.set(torch.rand(2, len(module.model.gates.logits)))
+    module.model.memories.activate(["de", None])
+    routes = module.model.memories.routes
 
     def state():
         modes = [part.training for part in module.modules()]
-        return modes, id(module.gates._columns), routes.names, routes.order, id(routes.rows), routes.groups
+        return modes, id(module.model.gates._columns), routes.names, routes.order, id(routes.rows), routes.groups
 
     before = state()
     draws = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
-    with pytest.raises(ZeroDivisionError), undisturbed(module):
+    with pytest.raises(ZeroDivisionError), eval_mode(module):
         seed_everything(1234, verbose=False)
-        module.gates.set(None)
-        module.memories.activate(["law"] * 3)
+        module.model.gates.set(None)
+        module.model.memories.activate(["law"] * 3)
         assert not module.training and not torch.is_grad_enabled()
         raise ZeroDivisionError
     assert state() == before and torch.is_grad_enabled()

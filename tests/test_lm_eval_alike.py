@@ -43,7 +43,7 @@ def place(tmp_path_factory):
     run = tiny_trainer(folder, [], steps=4)
     run.fit(module, RandomText())
     torch.manual_seed(0)
-    for tensor in (*module.memories.lora_parameters(), *module.memories.kv_parameters()):
+    for tensor in (*module.model.memories.lora_parameters(), *module.model.memories.kv_parameters()):
         nn.init.normal_(tensor, std=0.3)
     run.save_checkpoint(folder / "run.ckpt")
     export(module.eval(), folder / "artifact", prove=False)
@@ -68,11 +68,11 @@ def lm_eval(place, model, task, out, *options):
 def written(place, column, prompt, ends=UNTIL):
     """Greedy text of one row, by a whole forward for each token; `column` is a domain, `none` or `dense`."""
     module, ids = place.module, place.tokenizer(prompt, return_tensors="pt").input_ids
-    module.gates.set(None if column == "dense" else module.hard_mask().float()[None])
-    module.memories.activate([column if column in DOMAINS else None])
+    module.model.gates.set(None if column == "dense" else module.model.hard_mask().float()[None])
+    module.model.memories.activate([column if column in DOMAINS else None])
     start = ids.shape[1]
     for _ in range(NEW):
-        token = module.backbone(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        token = module.model.backbone(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, token], 1)
         if int(token) == place.tokenizer.eos_token_id:
             break

@@ -12,14 +12,14 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from several_ranks import ABSENT, DOMAINS, SAVED, SCORED, SMALL, STEPS
 
 from koff_lightning import KoffError
-from koff_lightning.artifact.checkpoint import from_checkpoint
+from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
 from koff_lightning.artifact.export import export
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
 from koff_lightning.support import ranks
 from koff_lightning.training import strategies
-from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
+from koff_lightning.training.checkpoints import newest_checkpoint
 
 PLAIN = ("replicated", "sharded")
 RESUMED = ("resumed", "resumed_sharded", "resumed_replicated")

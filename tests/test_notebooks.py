@@ -78,7 +78,7 @@ def test_the_command_in_a_notebook(capsys):
     pytest.importorskip("IPython", reason="comes with the extra [notebooks]")
     from IPython.core.error import UsageError
 
-    from koff_lightning.commands.notebook import koff
+    from koff_lightning.notebook import koff
 
     koff("memory --help")
     assert "koff memory list" in capsys.readouterr().out

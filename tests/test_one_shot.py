@@ -288,7 +288,7 @@ def made(tmp_path_factory):
         run.fit(tiny_module(folder, sparsity=SparsitySpec(target=target, min_channels=4)), RandomText())
         run.save_checkpoint(folder / f"{name}.ckpt")
     unfixed = torch.load(folder / "learned.ckpt", weights_only=True)
-    unfixed["state_dict"]["gates.hardened"].fill_(False)
+    unfixed["state_dict"]["model.gates.hardened"].fill_(False)
     torch.save(unfixed, folder / "unfixed.ckpt")
     return folder
 
@@ -297,11 +297,13 @@ def test_a_given_mask_stays_and_only_the_memories_train(made, tmp_path):
     module, trained = tiny_module(made, mask=str(made / "learned.ckpt")), Trained()
     run = tiny_trainer(tmp_path, [trained], steps=6)
     run.fit(module, RandomText())
-    assert torch.equal(module.gates.kept, from_checkpoint(made / "learned.ckpt").gates.kept)
+    assert torch.equal(module.model.gates.kept, from_checkpoint(made / "learned.ckpt").gates.kept)
     memories = {n for n, p in module.named_parameters() if p.requires_grad}
     assert trained.moved == memories
     assert all(".lora_" in name or name.startswith("memories.kv.") for name in memories)
-    assert trained.optimised == {id(p) for p in module.memories.lora_parameters() + module.memories.kv_parameters()}
+    assert trained.optimised == {
+        id(p) for p in module.model.memories.lora_parameters() + module.model.memories.kv_parameters()
+    }
     assert module.phase == "consolidate"
     assert module.hparams["mask"] == str(made / "learned.ckpt")
 
@@ -322,11 +324,11 @@ def test_a_run_under_a_mask_can_be_resumed(place, masks, tmp_path):
         ends.append(
             {k: v.clone() for k, v in module.state_dict().items() if ".lora_" in k or not k.startswith("backbone")}
         )
-    assert "gates.bias" in ends[0]
+    assert "model.gates.bias" in ends[0]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     saved = from_checkpoint(tmp_path / "rest" / "step=6.ckpt")
-    assert torch.equal(saved.gates.kept, ends[0]["gates.kept"])
-    assert torch.equal(saved.gates.bias, ends[0]["gates.bias"])
+    assert torch.equal(saved.gates.kept, ends[0]["model.gates.kept"])
+    assert torch.equal(saved.gates.bias, ends[0]["model.gates.bias"])
 
 
 def test_a_mask_is_no_run_to_go_on_with(place, masks, tmp_path, capsys):
@@ -351,8 +353,8 @@ def test_a_prior_orders_the_logits_when_the_ramp_begins(made, tmp_path, monkeypa
     scores = from_checkpoint(made / "learned.ckpt").gates.logits.detach()
     assert torch.equal(first["to"].argsort(), scores.argsort(stable=True))
     assert len(first["to"].unique()) == len(scores)
-    assert module.gates.importance.sum() == 0, "nobody looks at the Fisher information then"
-    assert bool(module.gates.hardened)
+    assert module.model.gates.importance.sum() == 0, "nobody looks at the Fisher information then"
+    assert bool(module.model.gates.hardened)
     assert module.sparsity.target == 0.2
 
 

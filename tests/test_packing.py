@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_text import toy_documents, toy_tokenizer
 
-from koff_lightning.backbone import load_tokenizer
 from koff_lightning.data.packing import IGNORED, TokenStream, collate, pack, tokenize
+from koff_lightning.loading import load_tokenizer
 
 SEQ_LENS = st.integers(8, 20)
 LENGTHS = st.lists(st.integers(2, 50), min_size=1, max_size=12)

@@ -116,7 +116,7 @@ def test_published_sizes_add_up_to_the_published_totals(name):
 
 
 def test_an_8b_run_is_planned_without_weights_or_network(monkeypatch, capsys):
-    monkeypatch.setattr("koff_lightning.backbone._loading", lambda *_: pytest.fail("looked for a model"))
+    monkeypatch.setattr("koff_lightning.loading._loading", lambda *_: pytest.fail("looked for a model"))
     assert main(["plan", "--config", "llama31_8b_12pct.yaml", "--gpus", "8", "--gpu-memory", "80"]) == 0
     told = capsys.readouterr().out
     assert "frozen weights                     14.96" in told  # 8.03 billion, 2 bytes each

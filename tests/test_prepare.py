@@ -21,6 +21,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
+from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.cli import main
 from koff_lightning.commands import needs
 from koff_lightning.data import DomainDataModule, DomainSource, cache, hub_copy, shards
@@ -29,7 +30,7 @@ from koff_lightning.data.cache import DomainRows, TokenCache
 from koff_lightning.data.packing import TokenStream, pack
 from koff_lightning.support import offline
 from koff_lightning.support.errors import KoffError
-from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
+from koff_lightning.training.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 

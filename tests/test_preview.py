@@ -10,10 +10,10 @@ from tiny_command import small_fits
 from toy_text import toy_tokenizer
 
 from koff_lightning import LoraSpec, SparsitySpec
-from koff_lightning.backbone import load_tokenizer
 from koff_lightning.callbacks.preview import budget, rows
 from koff_lightning.cli import main
 from koff_lightning.data.packing import TokenStream, pack
+from koff_lightning.loading import load_tokenizer
 from koff_lightning.training.module import KOFFModule
 
 
@@ -56,12 +56,14 @@ def test_the_budget_is_known_before_a_weight_is_loaded(monkeypatch, options):
         patch.setattr("koff_lightning.decomposition.load_backbone", lambda *_, **__: pytest.fail("it loads weights"))
         said = budget(module)
     module.configure_model()
-    trained = [module.memories.lora_parameters, module.memories.kv_parameters]
+    trained = [module.model.memories.lora_parameters, module.model.memories.kv_parameters]
     sizes = [sum(p.numel() for p in of(domain)) for of in trained for domain in module.domains]
-    sizes += [module.gates.logits.numel()] * module.learns_mask
+    sizes += [module.model.gates.logits.numel()] * module.learns_mask
     assert [int(line.split()[1].replace(",", "")) for line in said[2:]] == [size for size in sizes if size]
-    assert f"{module.budget.denominators['total']:,} parameters, frozen" in said[0]
-    assert f"{module.budget.denominators['units']:,} are in the {len(module.budget.costs):,} units" in said[1]
+    assert f"{module.model.budget.denominators['total']:,} parameters, frozen" in said[0]
+    assert (
+        f"{module.model.budget.denominators['units']:,} are in the {len(module.model.budget.costs):,} units" in said[1]
+    )
 
 
 def test_a_dry_run_takes_two_steps_of_the_optimizer(tmp_path, monkeypatch):

@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_run import BYTES, DOMAINS, Batches, RandomText, tiny_module, tiny_trainer
 
-from koff_lightning import KoffError, KOFFModule, SparsitySpec
+from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.callbacks import RunReport
 from koff_lightning.callbacks.history import MOST, MaskHistory
 from koff_lightning.callbacks.report import score
+from koff_lightning.decomposition import Decomposition
 from koff_lightning.support.files import write_atomically
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the backbone lies in it
@@ -68,16 +69,16 @@ def test_results_hold_what_the_docs_promise(run):
 
 def test_figures_are_those_of_the_hardened_mask(run):
     figures, module = read(run[0]), run[1]
-    assert module.gates.hardened and figures["sparsity"]["hardened"]
+    assert module.model.gates.hardened and figures["sparsity"]["hardened"]
     assert figures["sparsity"]["body"] == pytest.approx(0.2, abs=0.01)
     assert {"target", "denominator", "body", "total", "units", "ffn", "attention"} <= set(figures["sparsity"])
-    assert sum(unit["kept"] for unit in figures["kept_units"]) == int(module.gates.kept.sum())
+    assert sum(unit["kept"] for unit in figures["kept_units"]) == int(module.model.gates.kept.sum())
 
 
 def test_parameters_add_up(run):
     size, module = read(run[0])["parameters"], run[1]
     gone = size["dense_total"] - size["backbone_kept"]
-    assert gone == pytest.approx(module.budget.report(module.gates.kept)["total"] * size["dense_total"])
+    assert gone == pytest.approx(module.model.budget.report(module.model.gates.kept)["total"] * size["dense_total"])
     assert size["active"] == size["backbone_kept"] + max(size["memory"].values())
     assert size["stored"] == size["backbone_kept"] + sum(size["memory"].values())
 
@@ -86,7 +87,7 @@ def test_bits_per_byte_are_those_of_the_model(run):
     figures, module = read(run[0]), run[1]
     batches = [batch for batch in RandomText().test_dataloader() if batch["domains"][0] == "law"]
     for arm in ("dense", "koff", "memory_off", "swapped"):
-        nats = sum(module.row_nats(batch, arm).sum().item() for batch in batches)
+        nats = sum(module.model.row_nats(batch, arm).sum().item() for batch in batches)
         expected = nats / torch.log(torch.tensor(2.0)).item() / (4 * BYTES)
         assert figures["domains"]["law"][f"{arm}_bpb"] == pytest.approx(expected, rel=1e-5)
     assert figures["mean"]["koff_bpb"] == pytest.approx(
@@ -119,7 +120,7 @@ def test_scores_by_document_add_up_to_the_figures(tmp_path):
             bits = sum(scores["nats"][arm]) / math.log(2) / sum(scores["bytes"])
             assert bits == pytest.approx(figures["domains"][domain][f"{arm}_bpb"], rel=1e-12)
     batches = [batch for batch in data.test_dataloader() if batch["domains"][0] == "law"]
-    rows = torch.cat([module.token_nats(batch, "koff") for batch in batches])  # [4, 11]
+    rows = torch.cat([module.model.token_nats(batch, "koff") for batch in batches])  # [4, 11]
     assert documents["law"]["nats"]["koff"][0] == pytest.approx(rows[0, :4].sum().item(), rel=1e-5)
     second = rows[0, 4:].sum() + rows[1, :4].sum()
     assert documents["law"]["nats"]["koff"][1] == pytest.approx(second.item(), rel=1e-5)
@@ -134,15 +135,17 @@ def test_scores_by_document_add_up_to_the_figures(tmp_path):
     ],
 )
 def test_arms_that_are_the_same_are_computed_once(tmp_path, monkeypatch, options, computed):
-    asked, compute = set(), KOFFModule.token_nats
-    monkeypatch.setattr(KOFFModule, "token_nats", lambda self, batch, arm: asked.add(arm) or compute(self, batch, arm))
+    asked, compute = set(), Decomposition.token_nats
+    monkeypatch.setattr(
+        Decomposition, "token_nats", lambda self, batch, arm: asked.add(arm) or compute(self, batch, arm)
+    )
     data = Numbered()
     _, module = fit(tmp_path, data=data, **options)
     assert asked == computed
     documents = json.loads((tmp_path / "documents.json").read_text())
     batches = list(data.test_dataloader())
     for arm in documents["en"]["nats"]:
-        nats = sum(module.token_nats(batch, arm).sum() for batch in batches)
+        nats = sum(module.model.token_nats(batch, arm).sum() for batch in batches)
         assert sum(sum(row["nats"][arm]) for row in documents.values()) == pytest.approx(nats.item(), rel=1e-5)
 
 
@@ -170,12 +173,12 @@ def test_the_table_reads_well_without_a_terminal(tmp_path, capsys):
 def test_scoring_leaves_modes_and_random_state_alone(tmp_path):
     class Check(Callback):
         def on_train_end(self, trainer, pl_module):
-            pl_module.gates.train()
+            pl_module.model.gates.train()
             before = torch.get_rng_state(), [part.training for part in pl_module.modules()]
             score(trainer, pl_module)
             assert torch.equal(before[0], torch.get_rng_state())
             assert before[1] == [part.training for part in pl_module.modules()]
-            assert not any(p.grad is not None for p in pl_module.backbone.parameters() if not p.requires_grad)
+            assert not any(p.grad is not None for p in pl_module.model.backbone.parameters() if not p.requires_grad)
 
     fit(tmp_path, Check())
 

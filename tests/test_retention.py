@@ -67,7 +67,7 @@ def run(tmp_path_factory):
     )
     trainer.fit(module, RandomText(domains=["en", "de"]))
     torch.manual_seed(0)
-    for tensor in (*module.memories.lora_parameters(), *module.memories.kv_parameters()):
+    for tensor in (*module.model.memories.lora_parameters(), *module.model.memories.kv_parameters()):
         nn.init.normal_(tensor, std=0.3)
     trainer.save_checkpoint(folder / "version_0" / "checkpoints" / "last.ckpt")
     return folder

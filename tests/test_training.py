@@ -47,7 +47,7 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         values = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        expected, target = float(pl_module.expected_sparsity().detach()), pl_module.target
+        expected, target = float(pl_module.model.expected_sparsity().detach()), pl_module.model.target
         self.steps.append(
             {"phase": pl_module.phase, "values": values, "logged": logged, "expected": expected, "target": target}
         )
@@ -143,7 +143,11 @@ def test_phases_come_in_order_and_the_mask_is_fixed_once(folder, tmp_path, monke
     assert not run.moved("gates.logits", range(12, STEPS)), "after hardening neither momentum nor gradient moves it"
     assert not run.moved("penalty.", range(12, STEPS))
     assert all(run.moved(part, [step]) for step in range(1, STEPS) for part in ("lora_B", "memories.kv"))
-    assert 0 <= 0.2 - model.budget.report(model.gates.kept)["body"] < 3 * 32 / model.budget.denominators["body"]
+    assert (
+        0
+        <= 0.2 - model.model.budget.report(model.model.gates.kept)["body"]
+        < 3 * 32 / model.model.budget.denominators["body"]
+    )
 
 
 def test_what_is_trained_is_the_mask_the_multipliers_and_the_memories(folder, tmp_path):
@@ -162,7 +166,7 @@ def test_what_is_trained_is_the_mask_the_multipliers_and_the_memories(folder, tm
     frozen = tiny_model("llama", **SIZES)
     for name, value in frozen.state_dict().items():
         prefix, _, last = name.rpartition(".")
-        own = dict(model.backbone.named_parameters())
+        own = dict(model.model.backbone.named_parameters())
         assert torch.equal(own.get(name, own.get(f"{prefix}.base_layer.{last}")), value)
 
 
@@ -187,7 +191,7 @@ class AdamStates(Callback):
 
 
 def tensors(model, domain):
-    return model.memories.lora_parameters(domain) + model.memories.kv_parameters(domain)
+    return model.model.memories.lora_parameters(domain) + model.model.memories.kv_parameters(domain)
 
 
 def test_a_step_moves_only_the_domains_present(folder, tmp_path):
@@ -217,7 +221,7 @@ def test_dense_memory_runs_without_a_mask(folder, tmp_path):
     model, run = fit(folder, tmp_path, sparsity={"target": 0.0})
     assert not run.moved("gates.logits", range(1, STEPS))
     assert run.moved("koff_en", range(1, STEPS))
-    assert model.gates.kept.all()
+    assert model.model.gates.kept.all()
     assert model.draw_gates(2) is None
 
 
@@ -228,24 +232,24 @@ def test_no_memory_runs_and_hardens_at_the_end(folder, tmp_path, prior, hold):
         folder, tmp_path, saver(tmp_path, STEPS), lora=None, kv=None, anneal=anneal, sparsity={"prior": prior}
     )
     assert set(run.steps[0]["values"]) == {"gates.logits", "penalty.linear", "penalty.quadratic"}
-    assert model.gates.hardened
-    assert 0 <= 0.2 - model.budget.report(model.gates.kept)["body"] < 0.01
+    assert model.model.gates.hardened
+    assert 0 <= 0.2 - model.model.budget.report(model.model.gates.kept)["body"] < 0.01
     saved = torch.load(tmp_path / f"step={STEPS}.ckpt", weights_only=True)["state_dict"]
     assert bool(saved["gates.hardened"]), "what is left on disk is the finished model"
-    assert torch.equal(saved["gates.kept"], model.gates.kept)
+    assert torch.equal(saved["gates.kept"], model.model.gates.kept)
 
 
 def test_accumulated_batches_make_one_step(folder, tmp_path):
     model, run = fit(folder, tmp_path, accumulate_grad_batches=2, steps=10)
     assert [s["phase"] for s in run.steps] == ["warmup"] * 4 + ["ramp"] * 6 + ["hold"] * 2 + ["consolidate"] * 8
     assert not run.moved("gates.logits", range(12, 20))
-    assert model.gates.hardened
+    assert model.model.gates.hardened
 
 
 def test_a_fixed_penalty_runs_and_still_ends_at_the_exact_budget(folder, tmp_path):
     model, run = fit(folder, tmp_path, sparsity={"penalty": "fixed", "weight": 3.0})
     assert run.moved("gates.logits", range(4, 12))
-    assert 0 <= 0.2 - model.budget.report(model.gates.kept)["body"] < 0.01
+    assert 0 <= 0.2 - model.model.budget.report(model.model.gates.kept)["body"] < 0.01
 
 
 # ------------------------------------------------------------------------------------------- what a run says
@@ -283,7 +287,7 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(folder, tmp_pat
     for flag in (False, True):
         model, recorder, count = module(folder, activation_checkpointing=flag), Recorder(), []
         model.configure_model()
-        model.backbone.model.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        model.model.backbone.model.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         trainer(tmp_path, recorder, steps=6).fit(model, text(folder))
         runs.append([step["logged"]["train/loss"] for step in recorder.steps])
         calls.append(len(count))
@@ -294,7 +298,7 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(folder, tmp_pat
 def test_test_arms_are_the_dense_the_cut_and_the_swapped_model(folder, tmp_path):
     model, _ = fit(folder, tmp_path)
     batch = RandomText.batch(["en", "law", "en"], seed=3)
-    nats = {arm: model.row_nats(batch, arm) for arm in ("dense", "koff", "memory_off", "swapped")}
+    nats = {arm: model.model.row_nats(batch, arm) for arm in ("dense", "koff", "memory_off", "swapped")}
     plain = tiny_model("llama", **SIZES).requires_grad_(False)
 
     def score(backbone):
@@ -303,10 +307,10 @@ def test_test_arms_are_the_dense_the_cut_and_the_swapped_model(folder, tmp_path)
         return losses.sum(1)
 
     torch.testing.assert_close(nats["dense"], score(plain), rtol=1e-5, atol=1e-4)
-    plain = cut_model(plain, model.gates.groups, model.gates.kept)
+    plain = cut_model(plain, model.model.gates.groups, model.model.gates.kept)
     torch.testing.assert_close(nats["memory_off"], score(plain), rtol=1e-5, atol=1e-4)
-    assert parameter_counts(plain)["total"] == model.budget.kept_parameters(model.gates.kept)
-    other = model.row_nats(batch | {"domains": ["law", "en", "law"]}, "koff")
+    assert parameter_counts(plain)["total"] == model.model.budget.kept_parameters(model.model.gates.kept)
+    other = model.model.row_nats(batch | {"domains": ["law", "en", "law"]}, "koff")
     torch.testing.assert_close(nats["swapped"], other, rtol=1e-5, atol=1e-4)
     assert (nats["koff"] - nats["memory_off"]).abs().min() > 1e-3
 
@@ -331,7 +335,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(folder, tmp_path, at,
         assert one["phase"] == other["phase"]
         assert one["logged"] == other["logged"]
         assert all(torch.equal(value, other["values"][name]) for name, value in one["values"].items())
-    assert torch.equal(resumed.gates.kept, model.gates.kept)
+    assert torch.equal(resumed.model.gates.kept, model.model.gates.kept)
 
 
 class Rates(Callback):
@@ -372,7 +376,7 @@ def test_a_checkpoint_holds_what_was_trained_and_little_else(finished):
     buffers = {n for n, _ in model.named_buffers() if n.startswith(("gates.", "memories."))}
     assert set(state) == trained | buffers
     assert not any(name.startswith("backbone.") and "lora_" not in name for name in state)
-    assert checkpoint["koff"]["backbone_hash"] == model.backbone_hash
+    assert checkpoint["koff"]["backbone_hash"] == model.model.backbone_hash
     backbone = parameter_counts(tiny_model("llama", **SIZES))
     assert sum(v.numel() for k, v in state.items() if k not in trained) < backbone["total"] / 10
 
@@ -385,7 +389,7 @@ def test_a_module_comes_back_from_its_checkpoint_alone(finished):
     assert loaded.hparams == model.hparams
     batch = RandomText.batch(["en", "law", "en"], seed=3)
     for arm in ("dense", "koff", "memory_off"):
-        assert torch.equal(loaded.row_nats(batch, arm), model.row_nats(batch, arm))
+        assert torch.equal(loaded.model.row_nats(batch, arm), model.model.row_nats(batch, arm))
 
 
 def test_a_checkpoint_of_mid_ramp_is_not_measured_as_the_dense_model(finished, folder, tmp_path):
@@ -393,8 +397,8 @@ def test_a_checkpoint_of_mid_ramp_is_not_measured_as_the_dense_model(finished, f
     loaded.configure_model()
     tester = trainer(tmp_path, saver(tmp_path, 4), limit_test_batches=0)
     tester.test(loaded, text(folder), ckpt_path=finished[1], weights_only=True, verbose=False)
-    assert not loaded.gates.hardened
-    assert not loaded.hard_mask().all(), "at that step two thirds of the target were reached"
+    assert not loaded.model.gates.hardened
+    assert not loaded.model.hard_mask().all(), "at that step two thirds of the target were reached"
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(finished, folder, tmp_path):
@@ -490,7 +494,7 @@ def test_a_run_that_goes_on_to_an_earlier_end_would_never_fix_its_mask(finished,
         trainer(tmp_path, saver(tmp_path / str(steps), 4), steps=steps).fit(
             model, text(folder), ckpt_path=finished[1], weights_only=True
         )
-        assert model.gates.hardened
+        assert model.model.gates.hardened
 
 
 @pytest.mark.parametrize("others", [None, 4])
@@ -523,7 +527,7 @@ class Poison(Callback):
     @torch.no_grad()
     def on_train_batch_start(self, trainer, pl_module, *_):
         if trainer.global_step == self.step:
-            pl_module.memories.lora_parameters("en")[0].fill_(float("nan"))
+            pl_module.model.memories.lora_parameters("en")[0].fill_(float("nan"))
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(folder, tmp_path):
@@ -543,17 +547,17 @@ class PoisonGradient(Callback):
     @torch.no_grad()
     def on_train_batch_start(self, trainer, pl_module, *_):
         if self.loss and trainer.global_step in self.poisoned:
-            self.kept = pl_module.memories.lora_parameters("law")[0].clone()
-            pl_module.memories.lora_parameters("law")[0].fill_(float("nan"))
+            self.kept = pl_module.model.memories.lora_parameters("law")[0].clone()
+            pl_module.model.memories.lora_parameters("law")[0].fill_(float("nan"))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if not self.loss and trainer.global_step in self.poisoned:
-            pl_module.memories.kv_parameters("law")[0].grad[0] = float("inf")
+            pl_module.model.memories.kv_parameters("law")[0].grad[0] = float("inf")
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer, pl_module, *_):
         if self.loss and trainer.global_step - 1 in self.poisoned:
-            pl_module.memories.lora_parameters("law")[0].copy_(self.kept)
+            pl_module.model.memories.lora_parameters("law")[0].copy_(self.kept)
 
 
 def test_a_gradient_that_is_not_a_number_stops_the_run_before_it_reaches_the_weights(folder, tmp_path):
@@ -574,8 +578,8 @@ def test_a_step_that_is_skipped_leaves_no_trace(folder, tmp_path, loss):
         assert not run.moved("memories.kv", [step])
     assert run.moved("lora_B", [3])
     assert len(run.steps) == STEPS
-    assert torch.isfinite(model.gates.importance).all()
-    assert model.gates.hardened
+    assert torch.isfinite(model.model.gates.importance).all()
+    assert model.model.gates.hardened
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -602,16 +606,16 @@ def test_a_warm_start_takes_the_weights_and_begins_anew(finished, folder, tmp_pa
     fresh = module(folder, warm_start=str(path))
     fresh.configure_model()
     batch = RandomText.batch(["en", "law", "en"], seed=3)
-    assert torch.equal(fresh.row_nats(batch, "koff"), old.row_nats(batch, "koff"))
+    assert torch.equal(fresh.model.row_nats(batch, "koff"), old.model.row_nats(batch, "koff"))
     model, run = fit(folder, tmp_path, warm_start=str(path), steps=6)
     assert len(run.steps) == 6, "a run of its own"
-    assert torch.equal(model.gates.kept, old.gates.kept), "a fixed mask stays"
+    assert torch.equal(model.model.gates.kept, old.model.gates.kept), "a fixed mask stays"
     assert run.moved("lora_B", range(1, 6))
     weights = torch.load(unfinished, weights_only=True)
     del weights["optimizer_states"]  # as a checkpoint that holds a model and no run
     torch.save(weights, tmp_path / "weights.ckpt")
     model, run = fit(folder, tmp_path, warm_start=str(tmp_path / "weights.ckpt"))
-    assert model.gates.hardened
+    assert model.model.gates.hardened
     assert all(run.moved("gates.logits", [step]) for step in range(4, 12))
 
 
@@ -622,10 +626,10 @@ def test_a_warm_start_leaves_random_state_and_what_the_old_run_observed(finished
     fresh, old = module(folder, warm_start=str(path)), torch.load(path, weights_only=True)["state_dict"]
     torch.manual_seed(77)
     fresh.configure_model()
-    assert int(fresh.gates.seed) == 77
-    assert torch.equal(fresh.gates.logits, old["gates.logits"])
+    assert int(fresh.model.gates.seed) == 77
+    assert torch.equal(fresh.model.gates.logits, old["gates.logits"])
     assert old["gates.importance"].any()
-    assert bool(fresh.gates.importance.any()) == fresh.gates.hardened, "of a fixed mask it says why"
+    assert bool(fresh.model.gates.importance.any()) == fresh.model.gates.hardened, "of a fixed mask it says why"
     assert fresh.penalty.quadratic.item() == LagrangianPenalty().quadratic.item() != float(old["penalty.quadratic"])
 
 

@@ -57,7 +57,6 @@ def tiny_decomposition(
         tiny_model(family, vocab_size=VOCABULARY, **config).save_pretrained(dense)
     defaults = {"lora": LoraSpec(rank=3, alpha=6.0), "kv": KVSpec(slots=5), "domains": DOMAINS}
     module = Decomposition(str(dense), sparsity=SparsitySpec(target=0.3, min_channels=4), **defaults | options)
-    module.configure_model()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module.gates.harden(_mask(module, uniform))

@@ -34,9 +34,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import koff_lightning.commands.training_cli
-from koff_lightning.backbone import load_tokenizer
 from koff_lightning.cli import main as koff
 from koff_lightning.data import DomainDataModule
+from koff_lightning.loading import load_tokenizer
 from koff_lightning.reports import plots
 
 MEMORY = 6 * 2**30  # bytes of address space above what a fork begins with

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.cli import main as koff
 from koff_lightning.commands.training_cli import KoffCLI  # noqa: F401  imported before the first fork
-from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
+from koff_lightning.training.checkpoints import newest_checkpoint
 
 LOGGED = ("step", "epoch", "train/", "sparsity/", "penalty/", "val/")  # the other columns are times and memory
 OPTIONS = {

@@ -21,9 +21,9 @@ import pyarrow.parquet
 import yaml
 from fuzz import Case, Outcome
 
-from koff_lightning.backbone import load_tokenizer
 from koff_lightning.data.readers import read_file
 from koff_lightning.data.sources import bundled_file
+from koff_lightning.loading import load_tokenizer
 
 DOCUMENTS = 60
 FRACTION = 0.2  # held out

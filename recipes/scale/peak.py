@@ -42,7 +42,7 @@ def backbone(name: str, folder: Path) -> str:
     """A random Llama with the bundled tokenizer, saved in `folder`; or the bundled model itself."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from koff_lightning.backbone import load_tokenizer
+    from koff_lightning.loading import load_tokenizer
 
     if MODELS[name] is None:
         return name

@@ -25,9 +25,9 @@ _HOME = {
     "MemoryBank": "memory",
     "OptimSpec": "training.optim",
     "SparsitySpec": "sparsity",
-    "load_backbone": "backbone",
+    "load_backbone": "loading",
     "load_decomposed": "artifact.decomposed",
-    "load_tokenizer": "backbone",
+    "load_tokenizer": "loading",
 }
 __all__ = [*_HOME, "__version__"]
 
@@ -44,7 +44,7 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell: "InteractiveShell") -> None:
     """Make the line magic `%koff` known: `%load_ext koff_lightning` in a notebook calls this."""
-    from koff_lightning.commands.notebook import load
+    from koff_lightning.notebook import load
 
     load(shell)
 

@@ -1,35 +1,23 @@
-"""Load the frozen LLM and list what can be removed from it. The only file that knows the families' attribute names.
+"""What is inside a frozen LLM: its layers, and what can be removed from them. The only file that knows their names.
 
 To add a family, check that its decoder layer has the names in `_FFN` and `_ATTENTION` below and add its `model_type`
 to `FAMILIES`. Qwen2's q/k/v biases are counted and cut with their rows; Qwen3's q/k norms act inside one head and are
 shared by all heads, so there is nothing of them to cut.
 """
 
-import hashlib
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from koff_lightning.loading_bar import bar_for_large
 from koff_lightning.support.errors import KoffError
 
-TINY = "koff-tiny"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 KINDS = ("channel", "kv_group")
+GRAPHS = 16  # of a compiled layer: dense or gated, with memories or without, rows in blocks or not, training or scoring
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _FFN = ("mlp", ("gate_proj", "up_proj"), "down_proj")
@@ -51,79 +39,6 @@ class PrunableGroup:
     consumer: str  # module path; its INPUT is what a gate multiplies
     width: int  # input columns of the consumer per unit
     params_per_unit: int
-
-
-def load_backbone(
-    source: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-    config: PreTrainedConfig | None = None,
-) -> PreTrainedModel:
-    """Load a causal LM from a hub id, a local folder, a `.gguf` file or `koff-tiny`; frozen, in eval mode.
-
-    Args:
-        source: Where the weights are.
-        revision: Branch, tag or commit of a hub model.
-        dtype: Name of the torch dtype the frozen weights are kept in.
-        trust_remote_code: Allow code from the model repository to run.
-        config: In place of the one at `source`.
-
-    Raises:
-        KoffError: Nothing there, no access, no network, or a family that is not supported.
-    """
-    where = _resolve(source, revision, trust_remote_code)
-    config = config or load_config(source, revision=revision, trust_remote_code=trust_remote_code)
-    if "gguf_file" in where:
-        from transformers import GgufConfig
-
-        where = where | {
-            "quantization_config": GgufConfig(dequantize=True)
-        }  # packed weights can be neither cut nor adapted
-    where = where | {"config": config, "dtype": torch_dtype(dtype), "output_loading_info": True}
-    with bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")):
-        model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
-    if info["missing_keys"]:  # transformers fills them with random numbers and goes on
-        missing = sorted(info["missing_keys"])
-        raise KoffError(
-            f"backbone {source!r}: its files lack {len(missing)} tensors that its config asks for, first {missing[0]}: "
-            "the download is incomplete, or config and weights belong to different models"
-        )
-    model.config.use_cache = False  # a cache makes packed documents see each other, silently
-    return model.requires_grad_(False).eval()
-
-
-def load_config(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a backbone, which is given as to `load_backbone`.
-
-    Raises:
-        KoffError: Nothing there, no access, no network, or a family that is not supported.
-    """
-    config = _loading(source, AutoConfig.from_pretrained, _resolve(source, revision, trust_remote_code))
-    if config.model_type.removeprefix("koff_") not in FAMILIES:  # koff_*: what an artifact holds
-        raise KoffError(
-            f"backbone {source!r} is a {config.model_type!r} model; supported families are {', '.join(FAMILIES)}. "
-            "To add one, see the head of koff_lightning/backbone.py"
-        )
-    return config
-
-
-def load_tokenizer(
-    source: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    config: PreTrainedConfig | None = None,
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to `source`, which is given as to `load_backbone`.
-
-    transformers chooses its class by the model's config as well; `config` stands in for the one at `source`.
-    """
-    where = _resolve(
-        source, revision, trust_remote_code, wanted=("tokenizer_config.json", "tokenizer.json", "config.json")
-    )
-    return _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -232,80 +147,37 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
     return {"total": sum(p.numel() for p in model.parameters()), "body": body}
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and bytes of the frozen weights, so that a memory knows the model it was made for."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def compile_layers(model: PreTrainedModel, backend: str) -> None:
+    """Let torch.compile translate each layer when it first runs.
+
+    Layer by layer, since one graph of a whole model takes minutes and cannot be recomputed in the backward. Gates and
+    memories are their layer's own, so each has graphs of its own, of which torch by itself keeps 8 for all layers.
+
+    Raises:
+        KoffError: There is no such backend.
+    """
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise KoffError(f"model.compile must be a backend of torch.compile ({usual}); got {backend!r}")
+    layers = decoder_layers(model)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), GRAPHS * len(layers)))
+    for layer in layers:
+        layer.compile(backend=backend)
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what makes token ids: the fast tokenizer's own description, of a slow one the sorted vocabulary."""
-    if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str())
-        content |= {"padding": None, "truncation": None}  # states of the last call
-    else:
-        content = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+@contextmanager
+def recomputed(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
+    """Inside the block layers keep their inputs alone for the backward, which computes the rest again.
 
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The floating dtype of that name."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise KoffError(f"dtype must be a floating torch dtype such as float32, bfloat16 or float16; got {name!r}")
-    return dtype
-
-
-def _resolve(
-    source: str, revision: str | None, trust_remote_code: bool, wanted: tuple[str, ...] = ("config.json",)
-) -> dict[str, object]:
-    """Keyword arguments for `from_pretrained`; a folder must hold one of the `wanted` files."""
-    where: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    path = Path(source).expanduser()
-    if source == TINY:
-        return {"pretrained_model_name_or_path": str(files("koff_lightning") / "tiny" / "model")}
-    if source.endswith(".gguf"):
-        if not path.is_file():
-            raise KoffError(
-                f"backbone {source!r}: no such file. `koff fetch smollm2` gets one; a hub id or a folder also works"
-            )
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_dir():
-        if not any((path / name).is_file() for name in wanted):
-            raise KoffError(
-                f"{source!r}: the folder holds no {' or '.join(wanted)}, so it is nothing transformers saved"
-            )
-        return where | {"pretrained_model_name_or_path": str(path)}
-    if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise KoffError(
-            f"backbone {source!r}: no such folder. Give a folder, a .gguf file, a hub id (owner/name) or {TINY!r}"
-        )
-    return where | {"pretrained_model_name_or_path": source}
-
-
-def _loading(source: str, load: object, where: dict[str, object]) -> object:
-    """Call `load`, turning the hub's many exceptions into one line that says what to do."""
-    import koff_lightning.artifact.modeling_koff  # noqa: F401  makes the types koff_* known; costs seconds, so not at the top
-
+    The model must have its `activation_checkpointing_enable` called before. transformers recomputes a layer in training
+    mode only, and drops its cache there: hence for one pass.
+    """
+    layers = decoder_layers(model) if wanted else []
+    for layer in layers:
+        layer.training = True  # the flag of the layer itself: its parts stay in eval mode
     try:
-        return load(**where)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        text = str(error)
-        if isinstance(error, UnpicklingError):
-            hint = "its weights are damaged, or hold more than tensors, which is never run: save them as safetensors"
-        elif "trust_remote_code" in text:
-            hint = "it brings its own code, which is not run unless trust_remote_code is true"
-        elif "gated" in text.lower() or "401" in text or "403" in text:
-            hint = "access is restricted: accept its licence on the hub and log in with `hf auth login`"
-        elif any(
-            sign in text.lower() for sign in ("offline", "connect", "couldn't reach", "resolve host", "timed out")
-        ):
-            hint = f"no copy is cached and the hub cannot be reached: fetch it where it can be, or use {TINY!r}"
-        elif "not a valid model identifier" in text or "404" in text:
-            hint = "no such model on the hub: check the spelling, or give a local folder"
-        else:
-            hint = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        raise KoffError(f"cannot load backbone {source!r}: {hint}") from error
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False

@@ -42,7 +42,7 @@ TOOLS = {
         "commands.serving_bench:bench_serving",
         "time pruned models and memories against the dense",
     ),
-    "claims": ("studies.claims.protocol:claims", "run KOFF and its controls, and judge the paper's claims"),
+    "claims": ("commands.claims:claims", "run KOFF and its controls, and judge the paper's claims"),
     "analyze": (
         "commands.analyze:analyze",
         "study which neurons left, whom they served, and what the memories hold",

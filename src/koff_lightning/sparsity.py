@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.support.errors import KoffError
 
+Phase = Literal["warmup", "ramp", "hold", "consolidate"]
+
 
 @dataclass
 class SparsitySpec:
@@ -240,7 +242,7 @@ class SparsitySchedule:
             return self.steps
         return round((self.warmup + self.ramp + self.hold) * self.steps)
 
-    def phase(self, step: int) -> Literal["warmup", "ramp", "hold", "consolidate"]:
+    def phase(self, step: int) -> Phase:
         """Name of the phase that optimizer step `step` (from 0) belongs to."""
         if step < self.ramp_step:
             return "warmup"

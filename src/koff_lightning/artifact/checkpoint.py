@@ -1,12 +1,95 @@
-"""A checkpoint of `koff fit` as a model, and as the start of another run."""
+"""A checkpoint of `koff fit` as a file that may come from anyone, and as the decomposition that it holds."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from torch import Tensor
 
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
-from koff_lightning.training.checkpoints import read_checkpoint
+
+PREFIX = "model."  # of the decomposition in the state dict of a KOFFModule
+_PARTS = ("koff", "hyper_parameters", "state_dict")
+_FIRST_VERSION = ("gates.", "memories.", "backbone.")  # 0.1.0 up to d37453a saved a decomposition without a prefix
+
+
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint of `koff fit`, on the CPU. Nothing in it is run: it may come from anyone.
+
+    Args:
+        path: The file.
+        mmap: Leave tensors on the disk until they are used.
+
+    Raises:
+        KoffError: No such file, damaged, not of `koff fit`, or holding more than tensors and plain values.
+    """
+    path = Path(path).expanduser()
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        if not path.is_file():
+            raise FileNotFoundError
+        with ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look at the check sums
+                raise BadZipFile(f"{damaged} has another check sum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except IsADirectoryError:
+        raise KoffError(
+            f"{path} is a folder, as sharded runs save: make one file of it with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
+        ) from None
+    except FileNotFoundError:
+        raise KoffError(
+            f"checkpoint {path}: no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
+        ) from None
+    except OSError as error:
+        raise KoffError(
+            f"cannot read {path}: {reason_of(error)}. It may be intact: see to the disk or the rights, then try again"
+        ) from error
+    except Exception as error:  # a file made to do harm can raise anything
+        raise KoffError(
+            f"cannot read {path} as a checkpoint: it is damaged or something else ({reason_of(error)})"
+        ) from error
+    parts = [checkpoint.get(key) if isinstance(checkpoint, Mapping) else None for key in _PARTS]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise KoffError(f"{path} is not a checkpoint of `koff fit`: it does not say what was trained on which backbone")
+    if named := {"_instantiator", "_class_path"} & checkpoint["hyper_parameters"].keys():
+        raise KoffError(f"{path} names code to be run ({', '.join(sorted(named))}): `koff fit` writes no such thing")
+    rename_keys(checkpoint)
+    return checkpoint
+
+
+def rename_keys(checkpoint: dict[str, Any]) -> None:
+    """Give the tensors of a checkpoint of an earlier release the names that they have now, in place."""
+    state = checkpoint.get("state_dict") or {}
+    if any(str(name).startswith(_FIRST_VERSION) for name in state):
+        new = {f"{PREFIX}{name}" if str(name).startswith(_FIRST_VERSION) else name: v for name, v in state.items()}
+        checkpoint["state_dict"] = new
+
+
+def decomposition_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the decomposition, by its own names: `gates.logits`, `memories. ...`."""
+    state = checkpoint["state_dict"]
+    return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+
+
+def target_of(checkpoint: Mapping[str, Any], sparsity: SparsitySpec) -> float:
+    """The sparsity at which a mask that is not fixed is cut, as its run had it.
+
+    Raises:
+        KoffError: There is a mask, but these options would leave it out.
+    """
+    target = checkpoint["koff"]["target"]
+    if target and not sparsity.target:
+        raise KoffError(
+            "the checkpoint holds a mask that model.sparsity.target 0 would leave out: give the target of that run"
+        )
+    return target
 
 
 def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposition:
@@ -29,41 +112,63 @@ def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposit
             f"{path} holds memories for the artifact {options['artifact']!r}, where that run put them, and no backbone"
         )
     try:
-        module = Decomposition(
-            backbone or options["backbone"],
-            options["domains"],
-            SparsitySpec(**options["sparsity"]),
-            options["lora"] and LoraSpec(**options["lora"]),
-            options["kv"] and KVSpec(**options["kv"]),
-            options["shared_memory"],
-            revision=options["revision"] if backbone is None else None,
-            dtype=options["dtype"],
-        )
+        made_of = {
+            "domains": options["domains"],
+            "sparsity": SparsitySpec(**options["sparsity"]),
+            "lora": options["lora"] and LoraSpec(**options["lora"]),
+            "kv": options["kv"] and KVSpec(**options["kv"]),
+            "shared_memory": options["shared_memory"],
+            "revision": options["revision"] if backbone is None else None,
+            "dtype": options["dtype"],
+        }
+        source = backbone or options["backbone"]
     except (TypeError, KeyError) as error:
         raise KoffError(f"{path} was written by another release of koff-lightning ({error}): use that one") from error
     try:
-        module.configure_model()
+        model = Decomposition(source, **made_of)
     except KoffError as error:
         hint = "" if backbone else " (if the backbone has moved, say where it is with --backbone)"
         raise KoffError(f"{path}: {error}{hint}") from error
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
-    return module
+    refuse_other_backbone(checkpoint["koff"], model)
+    state = decomposition_state(checkpoint)
+    refuse_other_tensors(state, model.state_dict(), model.owned())
+    model.load_state_dict(state, strict=False)
+    model.target = target_of(checkpoint, model.sparsity)
+    return model
 
 
-def warm_start(module: Decomposition, path: str) -> None:
-    """Give a new run the trained weights of a checkpoint, from whatever strategy and number of processes it came.
+def refuse_other_backbone(about: Mapping[str, Any], model: Decomposition) -> None:
+    """Raise KoffError if what a checkpoint says `about` its backbone is not of this one."""
+    if about["backbone_hash"] != model.backbone_hash:
+        raise KoffError(
+            f"the checkpoint belongs to backbone {about['backbone']!r} (hash {about['backbone_hash'][:12]}), "
+            f"but {model.source!r} has hash {model.backbone_hash[:12]}: load that backbone"
+        )
 
-    Memories and mask come along; steps, rates, multipliers and random state do not. A mask that was fixed stays fixed,
-    so that only the memories train on; one that was not is ordered anew when the ramp begins, by what it sees.
+
+def refuse_other_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor], needed: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks something `needed`, or holds it in another shape.
 
     Raises:
-        KoffError: The checkpoint cannot be read or is of another make, or its mask is fixed at another size.
+        KoffError: So it is; the first such tensor is named.
     """
-    checkpoint = read_checkpoint(path, mmap=True)
-    module.check_fits(checkpoint)
-    state = checkpoint["state_dict"]
-    anew = ("gates.seed", "penalty.")
-    if not state.get("gates.hardened", False):
-        anew += ("gates.importance",)
-    module.load_state_dict({name: value for name, value in state.items() if not name.startswith(anew)}, strict=False)
+    needed = sorted(needed)
+    if missing := [name for name in needed if name not in there]:
+        raise KoffError(
+            f"the checkpoint lacks {len(missing)} of the tensors that this run trains, first {missing[0]}: "
+            "use the model and data options of that run"
+        )
+    if odd := [name for name in needed if here[name].shape != there[name].shape]:
+        raise KoffError(
+            f"the checkpoint does not fit this run: {odd[0]} has shape {list(there[odd[0]].shape)} there and "
+            f"{list(here[odd[0]].shape)} here ({len(odd)} tensors in all): use the model options of that run"
+        )
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system said, where torch covers it with words of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not getattr(cause, "strerror", None):
+        cause = cause.__cause__ or cause.__context__
+    text = cause.strerror if isinstance(cause, OSError) else str(error).strip()
+    return (text.splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,8 @@ from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_ma
 from koff_lightning.artifact.folder import verify as verify_files
 from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.artifact.memory_files import load_memory
-from koff_lightning.backbone import load_backbone, load_config, load_tokenizer, refuse_masked_packing
+from koff_lightning.backbone import refuse_masked_packing
+from koff_lightning.loading import fingerprint, load_backbone, load_config, load_tokenizer
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
 
@@ -283,3 +284,23 @@ def _device(name: str | torch.device) -> torch.device:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
+
+
+def dense_of(model: DecomposedModel) -> PreTrainedModel:
+    """The dense model that the artifact was cut from, where its backbone is and as exact.
+
+    Raises:
+        KoffError: It cannot be loaded, or is not what it was.
+    """
+    base = model.manifest.base
+    dense = load_backbone(base["id"], revision=base.get("revision"), dtype=model.manifest.dtype)
+    if fingerprint(dense) != base["hash"]:
+        raise KoffError(f"{base['id']!r} is no longer the model that {model.folder} was cut from: its weights differ")
+    dense.set_attn_implementation("koff")
+    dense.generation_config.use_cache = True
+    return dense.to(model.backbone.device, model.backbone.dtype)
+
+
+def default_device(name: str | None) -> str:
+    """The device named, else a GPU if there is one."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")

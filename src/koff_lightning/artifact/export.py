@@ -7,8 +7,8 @@ from typing import Any
 from koff_lightning.artifact import proof
 from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.artifact.parts import Order, write_parts
-from koff_lightning.backbone import load_tokenizer
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.loading import load_tokenizer
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_free, new_folder
 
@@ -63,11 +63,23 @@ def export(
     return report
 
 
+def summary(out: Path, size: dict[str, Any], report: dict[str, Any]) -> str:
+    """What was written and what the proof found, in a line."""
+    found, count = "not proven", len(size["active"])
+    if report["passed"]:
+        found = (
+            "a fresh process computes the same from it "
+            f"(logits to {report['relative_diff']:.0e} of the largest, greedy tokens {report['greedy']})"
+        )
+    return (
+        f"wrote {out}: backbone {size['backbone'] / 1e6:.3f} M of {size['dense_total'] / 1e6:.3f} M parameters, "
+        f"{count} {'memory' if count == 1 else 'memories'}; {found}"
+    )
+
+
 def _check(module: Decomposition, layout: str, domain: str | None, with_code: bool) -> None:
     """Refuse what cannot be exported, before anything is written."""
     memory_shapes(layout)  # refuses an unknown layout
-    if module.extends is not None:
-        raise KoffError("this model extends an artifact: its memories go into that one, it has no backbone of its own")
     if module.learns_mask and not module.gates.hardened:
         raise KoffError(
             "the mask of this run is not fixed yet, so nothing can be cut: export a later checkpoint of it "

@@ -1,10 +1,10 @@
 """Add domains to an artifact: its mask and backbone stay as they are, only the new memories train."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from koff_lightning.artifact.folder import BACKBONE, Manifest, verify
-from koff_lightning.artifact.memories import add_from_bank, check_free_name
-from koff_lightning.decomposition import Decomposition
+from koff_lightning.artifact.memories import check_free_name
 from koff_lightning.losses import LossSpec
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
@@ -35,19 +35,10 @@ def artifact_to_extend(folder: str, sparsity: SparsitySpec, loss: LossSpec) -> M
     return manifest
 
 
-def check_new(module: Decomposition, folder: str) -> None:
-    """Raise KoffError if the artifact that a module extends has a memory for one of its domains already."""
-    for domain in module.domains:
-        check_free_name(module.extends, Path(folder), domain)
-
-
-def add_trained(module: Decomposition, folder: str) -> None:
-    """Put the memories of a module that extends an artifact into it, all or none; what was there stays as it was.
-
-    Raises:
-        KoffError: The artifact has changed so that they no longer fit, or the disk did not take them.
-    """
-    add_from_bank(folder, module.memories, module.domains)
+def check_new(manifest: Manifest, folder: str, domains: Iterable[str]) -> None:
+    """Raise KoffError if an artifact has a memory for one of these domains already."""
+    for domain in domains:
+        check_free_name(manifest, Path(folder), domain)
 
 
 def backbone_of(folder: str) -> str:

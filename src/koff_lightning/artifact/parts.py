@@ -31,11 +31,11 @@ from koff_lightning.artifact.layouts import backbone_for, memory_for, memory_sha
 from koff_lightning.artifact.mask_description import describe_mask, hash_description, mask_hash
 from koff_lightning.artifact.memory_files import MemoryCard, card_of, lora_state, write_memory
 from koff_lightning.artifact.model_card import base_folder, licence_files, licence_of, model_card
-from koff_lightning.backbone import tokenizer_hash
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.reports.results import versions
+from koff_lightning.loading import tokenizer_hash
 from koff_lightning.support.files import hash_file
 from koff_lightning.support.secrets import without_secrets
+from koff_lightning.support.versions import versions
 from koff_lightning.surgery import merge_lora
 
 SHARD = "5GB"  # largest weight file, as transformers splits

@@ -103,8 +103,7 @@ def write_reference(
     domains = [arms[name] for name in rows]
     tensors = {"ids": ids, "mask": mask}
     places = torch.arange(len(rows)) % len(ids)  # probe of each mixed row
-    with module.gates.off(), module.memories.off():  # puts back what was in force
-        module.gates.set(module.hard_mask().float().unsqueeze(0) if module.learns_mask else None)
+    with module.under(mask=module.hard_gates()):
         for index, domain in enumerate(arms.values()):
             tensors[f"logits.{index}"] = _gated(module, ids, mask, [domain] * len(ids))
         ids, mask = ids[places], mask[places]

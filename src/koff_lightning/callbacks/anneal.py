@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, Trainer
 
 from koff_lightning.sparsity import SparsitySchedule
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import difference
 from koff_lightning.training.module import KOFFModule
-from koff_lightning.training.resume import difference
 
 
 class AnnealSparsity(Callback):
@@ -41,44 +41,45 @@ class AnnealSparsity(Callback):
             raise KoffError(f"anneal: shape must be linear, cosine or cubic; got {shape}")
         self.fractions = {"warmup": warmup, "ramp": ramp, "hold": hold}
         self.shape = shape
-        self.schedule: SparsitySchedule | None = None
-        self._steps: int | None = None
-        self._begun: dict[str, Any] | None = None  # course of the run that goes on
+        self._steps: int | None = None  # that the run which goes on was laid out over
+        self._begun: dict[str, Any] | None = None  # its course
         self._used: dict[str, float] = {}  # state of the mask that the present step computes with
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Lay out the schedule over the run's steps (kept from the checkpoint when a run goes on)."""
         asked = int(trainer.estimated_stepping_batches)
-        steps = self._steps or asked
-        self.schedule = SparsitySchedule(pl_module.sparsity.target, steps, **self.fractions, shape=self.shape)
-        learns = pl_module.learns_mask and not pl_module.gates.hardened
-        if learns and self._begun and (odd := difference(self._begun, self._course(), "anneal")):
+        self._steps = self._steps or asked
+        schedule = SparsitySchedule(pl_module.sparsity.target, self._steps, **self.fractions, shape=self.shape)
+        if not pl_module.mask_is_fixed:
+            self._refuse_other_course(schedule, asked, bool(trainer.fast_dev_run))
+        pl_module.schedule = schedule
+
+    def _refuse_other_course(self, schedule: SparsitySchedule, asked: int, cut_short: bool) -> None:
+        if self._begun and (odd := difference(self._begun, self._course(), "anneal")):
             raise KoffError(
                 f"a mask that is not fixed yet keeps its course, but {odd}: use the anneal options of the run that "
                 "goes on, or start a new one"
             )
-        if learns and self.schedule.harden_step > asked and not trainer.fast_dev_run:
+        if schedule.harden_step > asked and not cut_short:
             raise KoffError(
-                f"the run that goes on was laid out over {steps} steps and fixes its mask after step "
-                f"{self.schedule.harden_step}, but is now to end after {asked}: its mask would never be fixed. Give "
-                f"--trainer.max_steps {steps}"
+                f"the run that goes on was laid out over {schedule.steps} steps and fixes its mask after step "
+                f"{schedule.harden_step}, but is now to end after {asked}: its mask would never be fixed. Give "
+                f"--trainer.max_steps {schedule.steps}"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: object, batch_idx: int) -> None:
         """Prepare step `trainer.global_step`."""
-        step, module = trainer.global_step, pl_module
-        fixed = not module.learns_mask or bool(module.gates.hardened)  # by now, or given as it is
-        module.phase = "consolidate" if fixed else self.schedule.phase(step)  # memories alone
-        module.target = module.sparsity.target if fixed else self.schedule.target_at(step)
-        module.gates.gate.anneal(self.schedule.progress(step))
-        if not module.learns_mask:
+        step, schedule, model = trainer.global_step, pl_module.schedule, pl_module.model
+        model.target = pl_module.sparsity.target if pl_module.mask_is_fixed else schedule.target_at(step)
+        model.gates.gate.anneal(schedule.progress(step))
+        if not pl_module.learns_mask:
             return
-        if module.phase != "warmup" and not module.gates.hardened:
-            if step == self.schedule.ramp_step:
-                module.gates.order_by_prior(module.budget.costs, module.sparsity.spread)
-            if module.sparsity.penalty == "lagrangian":
-                module.gates.hold_near(module.target, module.sparsity.band, module.budget.counts)
-        self._used = self.state_of_mask(module)
+        if pl_module.learns_now:
+            if step == schedule.ramp_step:
+                model.gates.order_by_prior(model.budget.costs, pl_module.sparsity.spread)
+            if pl_module.sparsity.penalty == "lagrangian":
+                model.gates.hold_near(model.target, pl_module.sparsity.band, model.budget.counts)
+        self._used = self.state_of_mask(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: KOFFModule, outputs: object, batch: object, batch_idx: int
@@ -86,8 +87,8 @@ class AnnealSparsity(Callback):
         """Harden after the last step of the mask, so that a checkpoint of this step holds the final mask; then log."""
         if not pl_module.learns_mask:
             return
-        if trainer.global_step >= self.schedule.harden_step and not pl_module.gates.hardened:
-            pl_module.harden()
+        if trainer.global_step >= pl_module.schedule.harden_step and not pl_module.mask_is_fixed:
+            pl_module.model.harden()
             self._used = self.state_of_mask(pl_module)
         pl_module.log_dict(self._used, batch_size=1)
 
@@ -95,21 +96,21 @@ class AnnealSparsity(Callback):
     @torch.no_grad()
     def state_of_mask(module: KOFFModule) -> dict[str, float]:
         """Target, expected sparsity, sparsity of the gates more often closed than open, multipliers, temperature."""
-        gates = module.gates
-        expected, realised = float(module.expected_sparsity()), module.realised_sparsity()
+        model = module.model
+        expected, realised = float(model.expected_sparsity()), model.realised_sparsity()
         if module.phase == "warmup":  # all gates stand at one, whatever their logits
             expected = realised = 0.0
         return {
-            "sparsity/target": module.target,
+            "sparsity/target": model.target,
             "sparsity/expected": expected,
             "sparsity/realised": realised,
-            "sparsity/temperature": gates.gate.temperature,
+            "sparsity/temperature": model.gates.gate.temperature,
             **{f"penalty/{name}": float(p) for name, p in module.penalty.named_parameters()},
         }
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's length, so that a resumed run keeps its course even if asked for more steps; and the rest."""
-        return {"steps": self.schedule.steps if self.schedule else None, "course": self._course()}
+        return {"steps": self._steps, "course": self._course()}
 
     def _course(self) -> dict[str, Any]:
         return self.fractions | {"shape": self.shape}

@@ -59,17 +59,13 @@ class GradientCoverage(Callback):
 def _trained(module: KOFFModule, present: set[str]) -> dict[str, list[nn.Parameter]]:
     """What the current phase trains, by part, as far as the domains `present` touch it."""
     parts: dict[str, list[nn.Parameter]] = {}
-    if _mask_moves(module):
-        parts["mask"] = [module.gates.logits]
+    if module.learns_now:
+        parts["mask"] = [module.model.gates.logits]
         parts["multipliers"] = list(module.penalty.parameters())
     for domain in sorted(present) if module.memories_on else ():
-        parts[f"LoRA of {domain}"] = module.memories.lora_parameters(domain)
-        parts[f"KV memory of {domain}"] = module.memories.kv_parameters(domain)
+        parts[f"LoRA of {domain}"] = module.model.memories.lora_parameters(domain)
+        parts[f"KV memory of {domain}"] = module.model.memories.kv_parameters(domain)
     return {part: tensors for part, tensors in parts.items() if tensors}
-
-
-def _mask_moves(module: KOFFModule) -> bool:
-    return module.learns_mask and module.phase in ("ramp", "hold") and not module.gates.hardened
 
 
 def _faults(tensors: list[nn.Parameter], names: dict[nn.Parameter, str], module: KOFFModule) -> dict[nn.Parameter, str]:
@@ -84,7 +80,7 @@ def _faults(tensors: list[nn.Parameter], names: dict[nn.Parameter, str], module:
         return faults
     moving = [t for t in tensors if "lora_A" not in names[t] and not names[t].startswith("penalty.")]
     zero = [t for t in moving if _local(t.grad) is t.grad and not t.grad.any()]  # a mere shard may well be all zero
-    if _mask_moves(module) and len(zero) < len(moving):
+    if module.learns_now and len(zero) < len(moving):
         return {}  # gates are drawn: all of a layer's may be closed, and what lies behind them gets zeros in this step
     return dict.fromkeys(zero, "all zero")
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 
-from koff_lightning.artifact.export import export
-from koff_lightning.artifact.extend import add_trained, check_new
+from koff_lightning.artifact.export import export, summary
+from koff_lightning.artifact.extend import check_new
 from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import memory_shapes
+from koff_lightning.artifact.memories import add_from_bank
 from koff_lightning.callbacks.report import resolved_config
-from koff_lightning.commands.export_cli import summary
 from koff_lightning.support.files import check_free
 from koff_lightning.training.module import KOFFModule
 
@@ -39,7 +39,7 @@ class ExportArtifact(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Refuse now what would fail at the end."""
         if self._writes(trainer) and pl_module.extends is not None:
-            check_new(pl_module, pl_module.artifact)
+            check_new(pl_module.extends, pl_module.artifact, pl_module.domains)
         elif self._writes(trainer):
             check_free(_folder(trainer), overwrite=True)
 
@@ -52,18 +52,18 @@ class ExportArtifact(Callback):
         if not self._writes(trainer):
             return
         if pl_module.extends is not None:
-            add_trained(pl_module, pl_module.artifact)
+            add_from_bank(pl_module.artifact, pl_module.model.memories, pl_module.domains)
             print(f"added {', '.join(pl_module.domains)} to {pl_module.artifact}", flush=True)
             return
         out = _folder(trainer)
-        if pl_module.learns_mask and not pl_module.gates.hardened:
+        if not pl_module.mask_is_fixed:
             print(f"no {out}: the run ended before its mask was fixed, so nothing can be cut", flush=True)
             return
         if any(hasattr(p, "to_local") for p in pl_module.parameters()):
             print(f"no {out}: the weights are spread over several processes; `koff export --ckpt` makes it", flush=True)
             return
         report = export(
-            pl_module,
+            pl_module.model,
             out,
             self.layout,
             with_code=self.with_code,

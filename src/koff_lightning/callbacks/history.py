@@ -24,7 +24,7 @@ class MaskHistory:
         if step % self.every or (self.points and self.points[-1]["step"] == step):
             return
         state = AnnealSparsity.state_of_mask(module)
-        shares = [1 - part.float().mean().item() for _, part in module.gates.per_group(module.hard_mask())]
+        shares = [1 - part.float().mean().item() for _, part in module.model.gates.per_group(module.model.hard_mask())]
         course = {name: float(state[f"sparsity/{name}"]) for name in ("target", "expected", "realised")}
         self.points.append({"step": step, "removed": shares} | course)
         if len(self.points) > MOST:  # the length of the run need not be known: halve the points, double the spacing

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks, refuse_unscored, score_names
 from koff_lightning.evaluation import lm_tasks
+from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.evaluation.lm_scores import Scores, show
-from koff_lightning.evaluation.undisturbed import undisturbed
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.training.module import KOFFModule
@@ -24,7 +24,7 @@ from koff_lightning.training.strategies import ShardedStrategy
 if TYPE_CHECKING:
     from koff_lightning.evaluation.harness import KoffLM
 
-OTHER_ARMS = ("dense", "memory_off")
+OTHER_MODES = ("dense", "memory_off")
 
 
 @dataclass
@@ -97,7 +97,7 @@ class LMEval(Callback):
             batch_size,
             include_path,
         )
-        self.arms = [arm for arm, asked in zip(OTHER_ARMS, (dense, memory_off), strict=True) if asked]
+        self.modes = [arm for arm, asked in zip(OTHER_MODES, (dense, memory_off), strict=True) if asked]
         self.scores: dict[str, Scores] = {}  # column -> the last scores
         self.seconds = 0.0  # of all evaluations
         self._parts: list[_Part] = []
@@ -109,9 +109,9 @@ class LMEval(Callback):
         """Load tasks and data, and refuse now what could not be scored later."""
         if stage != "fit":
             return
-        if self.tasks and "dense" in self.arms and "dense" not in pl_module.arms:
+        if self.tasks and "dense" in self.modes and "dense" not in pl_module.modes:
             raise KoffError("lm_eval.dense: a run that extends an artifact has no dense model at hand")
-        if clash := set(self.arms) & set(pl_module.domains):
+        if clash := set(self.modes) & set(pl_module.domains):
             raise KoffError(f"lm_eval.{clash.pop()}: a domain has that name, so their scores could not be told apart")
         self._parts = []
         # Sharded weights are gathered in each forward: after an error the ranks may be out of step whoever met it
@@ -167,7 +167,7 @@ class LMEval(Callback):
                 f"lm_eval: task {writing[0]!r} lets the model write, which sharded weights cannot do in step: score it "
                 "afterwards with `koff lm-eval`"
             )
-        return [_Part(spec.domain, spec.domain, spec, tasks), *(_Part(arm, None, spec, tasks) for arm in self.arms)]
+        return [_Part(spec.domain, spec.domain, spec, tasks), *(_Part(arm, None, spec, tasks) for arm in self.modes)]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: KOFFModule, *_: object) -> None:
         """Evaluate where it is due, before a checkpoint of this step is saved."""
@@ -214,7 +214,7 @@ class LMEval(Callback):
     def _score(self, part: _Part, trainer: Trainer, module: KOFFModule) -> Scores:
         from koff_lightning.evaluation.harness import score
 
-        with undisturbed(module), trainer.precision_plugin.forward_context(), _silence():
+        with eval_mode(module), trainer.precision_plugin.forward_context(), _silence():
             return score(self._reader(part, trainer, module), part.tasks, part.spec.num_fewshot, part.spec.limit)
 
     def _reader(self, part: _Part, trainer: Trainer, module: KOFFModule) -> "KoffLM":
@@ -247,7 +247,7 @@ class LMEval(Callback):
 
     def _asked(self) -> list[Any]:
         """What makes scores comparable: they are restored for the same questions only."""
-        return [[asdict(spec) for spec in self.tasks], self.arms, self.include_path]
+        return [[asdict(spec) for spec in self.tasks], self.modes, self.include_path]
 
     def state_dict(self) -> dict[str, Any]:
         """The last scores and their step."""

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from koff_lightning.backbone import load_config, without_weights
+from koff_lightning.backbone import without_weights
 from koff_lightning.data import DomainDataModule
+from koff_lightning.decomposition import price
+from koff_lightning.loading import load_config
 from koff_lightning.memory import MemoryBank
 from koff_lightning.training.module import KOFFModule
 
@@ -32,7 +34,7 @@ def budget(module: KOFFModule) -> list[str]:
     """Parameters of each kind: frozen, to be removed, trained. A line each; counted without weights."""
     config = load_config(module.source, **{k: v for k, v in module.loading.items() if k != "dtype"})
     model, spec = without_weights(config), module.sparsity
-    priced = module._price(model)
+    priced = price(model, module.sparsity)
     sizes, units = priced.denominators, priced.costs
     memories = MemoryBank(model, module.domains, module.lora, module.kv, module.shared_memory)
     names = {f"LoRA of {d}": memories.lora_parameters(d) for d in module.domains}

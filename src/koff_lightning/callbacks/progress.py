@@ -98,11 +98,11 @@ class KoffProgress(RichProgressBar):
     def _look(self, trainer: Trainer, module: KOFFModule, outputs: Any) -> dict[str, float]:
         """The figures of this moment."""
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        gated = module.learns_mask and module.phase != "warmup"  # before that gates stand at one, whatever the logits
+        gated = module.phase != "warmup"  # before that gates stand at one, whatever the logits
         return {
             "loss": float(loss) * trainer.accumulate_grad_batches,
-            "sparsity": module.realised_sparsity() if gated else 0.0,
-            "target": module.target,
+            "sparsity": module.model.realised_sparsity() if gated else 0.0,
+            "target": module.model.target,
             "rate": self._throughput.rate() * trainer.world_size,
             "peak": peak_memory(module.device),
         }
@@ -115,10 +115,10 @@ class KoffProgress(RichProgressBar):
         words = {"loss": f"{now['loss']:.3f}"}
         if pl_module.learns_mask:
             words["sparsity"] = f"{100 * now['sparsity']:.1f}/{100 * now['target']:.1f} %"
-        if pl_module.learns_mask and pl_module.phase in ("ramp", "hold"):
+        if pl_module.learns_now:
             price = [p.item() for p in pl_module.penalty.parameters()] or [getattr(pl_module.penalty, "weight", 0.0)]
             words["penalty"] = "/".join(f"{p:.2f}" for p in price)
-            words["temperature"] = f"{pl_module.gates.gate.temperature:.2f}"
+            words["temperature"] = f"{pl_module.model.gates.gate.temperature:.2f}"
         words["tokens/s"] = f"{now['rate']:,.0f}"
         if math.isfinite(now["peak"]):
             words["peak"] = f"{now['peak']:.2f} GiB"

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,18 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.seed import isolate_rng
 from rich import get_console
 from rich.console import Console
 
 from koff_lightning.callbacks.history import MaskHistory
 from koff_lightning.callbacks.lm_eval import LMEval
 from koff_lightning.callbacks.progress import predicted_tokens
+from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.reports import plots, results
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
+from koff_lightning.support.versions import versions
 from koff_lightning.training.module import KOFFModule
 
 
@@ -70,7 +69,7 @@ class RunReport(Callback):
         """Score and print. Every rank takes part: metrics and sharded weights need them all."""
         self._seconds, self._since = self._elapsed(), 0.0
         since = time.perf_counter()
-        _say(trainer, f"scoring held-out text: {', '.join(pl_module.arms)}")
+        _say(trainer, f"scoring held-out text: {', '.join(pl_module.modes)}")
         score(trainer, pl_module)
         tokens = trainer.strategy.reduce(self._tokens.to(pl_module.device), reduce_op="sum")
         self.documents = pl_module.documents.compute()
@@ -81,7 +80,7 @@ class RunReport(Callback):
             "seconds": self._seconds,
             "seconds_scoring": time.perf_counter() - since,
             "config": resolved_config(trainer, pl_module),
-            "versions": results.versions(),
+            "versions": versions(),
         }
         print_figures(trainer, self.results)
 
@@ -111,7 +110,7 @@ class RunReport(Callback):
     def _figures(self, module: KOFFModule) -> dict[str, plots.Figure]:
         figures = {"bits_per_byte": plots.domain_bars(self.results["domains"])}
         if points := self.history.points:
-            groups = [(group.layer, group.kind) for group in module.gates.groups]
+            groups = [(group.layer, group.kind) for group in module.model.gates.groups]
             figures["sparsity"] = plots.sparsity_over_training(points, module.sparsity.denominator)
             figures["sparsity_by_layer"] = plots.sparsity_by_layer(points, groups)
         return figures
@@ -167,35 +166,24 @@ class RunReport(Callback):
 
 
 def score(trainer: Trainer, module: KOFFModule) -> None:
-    """Fill the module's metrics for all arms with held-out text; modes and random state are as before afterwards."""
+    """Fill the module's metrics in all modes with held-out text; modes and random state are as before afterwards."""
     loader = trainer.datamodule.test_dataloader()
     limit = trainer.limit_test_batches
     batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
-    with isolate_rng(), torch.no_grad(), _evaluating(module), trainer.precision_plugin.forward_context():
+    with eval_mode(module), trainer.precision_plugin.forward_context():
         module.on_test_epoch_start()
         for index, batch in enumerate(islice(loader, batches)):
             module.test_step(trainer.strategy.batch_to_device(batch), index)
 
 
-@contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def _figures(trainer: Trainer, module: KOFFModule) -> results.Figures:
     """Figures of the evaluation that just ran, from all ranks."""
-    held_out = module.held_out(module.arms)
+    held_out = module.held_out(module.modes)
     counts = torch.stack([module.bpb[f"koff/{domain}"].num_bytes for domain in module.domains])
     counts = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
     num_bytes = dict(zip(module.domains, map(round, counts), strict=True))
-    memories = len(set(module.memories.names.values())) if module.lora or module.kv else 0
-    return results.held_out_figures(held_out, num_bytes, memories) | results.mask_and_size(module)
+    memories = len(set(module.model.memories.names.values())) if module.lora or module.kv else 0
+    return results.held_out_figures(held_out, num_bytes, memories) | results.mask_and_size(module.model, module.extends)
 
 
 def resolved_config(trainer: Trainer, module: KOFFModule) -> dict[str, Any]:

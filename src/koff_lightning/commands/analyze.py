@@ -137,8 +137,8 @@ def _section(config: str) -> dict[str, Any]:
 
 def _backbone(run: Path) -> str:
     """Where a run found the dense model."""
+    from koff_lightning.artifact.checkpoint import read_checkpoint
     from koff_lightning.artifact.folder import read_manifest
-    from koff_lightning.training.checkpoints import read_checkpoint
 
     if run.is_dir():
         return read_manifest(run).base["id"]

@@ -19,6 +19,7 @@ from koff_lightning.evaluation import baselines
 from koff_lightning.reports import results
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
+from koff_lightning.support.versions import versions
 from koff_lightning.training.module import KOFFModule
 
 # Options of this verb alone.
@@ -84,7 +85,7 @@ class KoffTrainer(Trainer):
         print(f"wrote {path}: {method}, {read:,} tokens of calibration text, {seconds:.1f} s", flush=True)
         if score:
             about = {"baseline": {"method": method, "calibration_tokens": read}, "seed": seed, "seconds": seconds}
-            _score(self, model, datamodule, about | {"config": options, "versions": results.versions()})
+            _score(self, model, datamodule, about | {"config": options, "versions": versions()})
 
 
 def resolve(options: Namespace) -> None:
@@ -134,17 +135,17 @@ def harden_by(
     Returns:
         How many tokens were read.
     """
-    gates, backbone, read = module.gates, module.backbone, {}
+    gates, backbone, read = module.model.gates, module.model.backbone, {}
     text = data.calibration_text(num_tokens, seed) if method in baselines.READ_TEXT else None
-    with gates.off(), module.memories.off():
+    with gates.off(), module.model.memories.off():
         if method == "flap":
             read = baselines.input_moments(backbone, text, gates.groups)
             values = baselines.scores_from(backbone, read, method, gates.groups)
         else:
             values = baselines.scores(backbone, text, method, gates.groups, seed)
     gates.logits.copy_(values)
-    module.target = module.sparsity.target
-    module.harden()
+    module.model.target = module.sparsity.target
+    module.model.harden()
     if compensate and method == "flap":
         gates.bias = baselines.compensation(backbone, read, gates.groups, gates.kept).to(gates.logits.device)
     return 0 if text is None else text.num_tokens
@@ -156,7 +157,7 @@ def _set_up(trainer: Trainer, module: KOFFModule, data: LightningDataModule) -> 
     module.trainer = data.trainer = trainer
     data.setup()
     module.configure_model()
-    check_vocabulary(data.tokenizer, module.backbone.get_input_embeddings().num_embeddings)
+    check_vocabulary(data.tokenizer, module.model.backbone.get_input_embeddings().num_embeddings)
     module.to(trainer.strategy.root_device)
 
 

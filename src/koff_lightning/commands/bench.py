@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from koff_lightning.backbone import TINY, load_backbone
 from koff_lightning.callbacks.anneal import AnnealSparsity
 from koff_lightning.data import DomainDataModule
+from koff_lightning.loading import TINY, load_backbone
 from koff_lightning.losses import LossSpec
 from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.sparsity import SparsitySchedule
 from koff_lightning.training.module import KOFFModule
 from koff_lightning.training.optim import parameter_groups
 
@@ -62,16 +63,17 @@ def koff_step(batch: dict[str, Any], data: DomainDataModule, rank: int, slots: i
     module.configure_model()
     module.to(device).train()
     for name in data.domain_names:
-        memory = module.memories.kv[module.memories.key(name)]
-        memory.initialise_(module.backbone, data.sample_ids(name, slots).to(device))
-    module.phase, module.target = "ramp", 0.06
+        memory = module.model.memories.kv[module.model.memories.key(name)]
+        memory.initialise_(module.model.backbone, data.sample_ids(name, slots).to(device))
+    module.schedule = SparsitySchedule(target=0.12, steps=2, warmup=0, ramp=0, hold=1)  # step 0: gates are drawn
+    module.model.target = 0.06
     module.log_dict = lambda *_, **__: None
-    groups = parameter_groups(module.gates, module.penalty, module.memories, module.optim)
+    groups = parameter_groups(module.model.gates, module.penalty, module.model.memories, module.optim)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step() -> None:
         with torch.no_grad():
-            module.gates.hold_near(module.target, module.sparsity.band, module.budget.counts)
+            module.model.gates.hold_near(module.model.target, module.sparsity.band, module.model.budget.counts)
         AnnealSparsity.state_of_mask(module)
         module.training_step(batch, 0).backward()
         optimizer.step()

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from koff_lightning.commands.generate import default_device, sampling
+from koff_lightning.commands.generate import sampling
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def chat(
     options = sampling(max_new_tokens, temperature, top_p)
     import torch
 
-    from koff_lightning.artifact.decomposed import load_decomposed
+    from koff_lightning.artifact.decomposed import default_device, load_decomposed
 
     decomposed = load_decomposed(model, default_device(device), dtype)
     if not decomposed.tokenizer.chat_template:

@@ -1,7 +1,7 @@
 """`koff export`: make an artifact of a checkpoint."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from koff_lightning.support.errors import KoffError
 
@@ -35,7 +35,7 @@ def export_checkpoint(
     """
     from koff_lightning.artifact import engines
     from koff_lightning.artifact.checkpoint import from_checkpoint
-    from koff_lightning.artifact.export import export
+    from koff_lightning.artifact.export import export, summary
     from koff_lightning.artifact.folder import read_manifest
     from koff_lightning.training.run_folder import run_config
 
@@ -50,17 +50,3 @@ def export_checkpoint(
     print(summary(Path(out), read_manifest(out).parameters, report))
     if asked:
         print(engines.text(engines.check(out, asked)))
-
-
-def summary(out: Path, size: dict[str, Any], report: dict[str, Any]) -> str:
-    """What was written and what the proof found, in a line."""
-    found, count = "not proven", len(size["active"])
-    if report["passed"]:
-        found = (
-            "a fresh process computes the same from it "
-            f"(logits to {report['relative_diff']:.0e} of the largest, greedy tokens {report['greedy']})"
-        )
-    return (
-        f"wrote {out}: backbone {size['backbone'] / 1e6:.3f} M of {size['dense_total'] / 1e6:.3f} M parameters, "
-        f"{count} {'memory' if count == 1 else 'memories'}; {found}"
-    )

@@ -52,7 +52,7 @@ def generate(
         raise KoffError(f"batch_size must be at least 1; got {batch_size}")
     if compare and not domain:
         raise KoffError("--compare shows what a memory changes: give its --domain")
-    from koff_lightning.artifact.decomposed import load_decomposed
+    from koff_lightning.artifact.decomposed import default_device, dense_of, load_decomposed
 
     names = [name for name in dict.fromkeys(domains) if name]
     decomposed = load_decomposed(model, default_device(device), dtype, domains=names)
@@ -82,13 +82,6 @@ def sampling(max_new_tokens: int, temperature: float | None, top_p: float) -> di
     if temperature == 0:
         return {"max_new_tokens": max_new_tokens, "do_sample": False}
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-
-
-def default_device(name: str | None) -> str:
-    """The device named, else a GPU if there is one."""
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _prompts(prompt: list[str] | None, file: str | None) -> list[str]:
@@ -170,20 +163,3 @@ def _side_by_side(
             table.add_column(name, ratio=1, overflow="fold")
         table.add_row(*(Text(texts[row]) for texts in columns.values()))
         Console(force_jupyter=False).print(table)
-
-
-def dense_of(model: "DecomposedModel") -> "PreTrainedModel":
-    """The dense model that the artifact was cut from, where its backbone is and as exact.
-
-    Raises:
-        KoffError: It cannot be loaded, or is not what it was.
-    """
-    from koff_lightning.backbone import fingerprint, load_backbone
-
-    base = model.manifest.base
-    dense = load_backbone(base["id"], revision=base.get("revision"), dtype=model.manifest.dtype)
-    if fingerprint(dense) != base["hash"]:
-        raise KoffError(f"{base['id']!r} is no longer the model that {model.folder} was cut from: its weights differ")
-    dense.set_attn_implementation("koff")
-    dense.generation_config.use_cache = True
-    return dense.to(model.backbone.device, model.backbone.dtype)

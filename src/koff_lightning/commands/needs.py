@@ -11,7 +11,6 @@ from typing import Any
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 from koff_lightning.artifact.extend import backbone_of
-from koff_lightning.backbone import TINY, load_config, load_tokenizer
 from koff_lightning.data import DomainDataModule, DomainSource
 from koff_lightning.data.hub_copy import make_copy
 from koff_lightning.data.patience import patiently
@@ -19,6 +18,7 @@ from koff_lightning.data.shards import fetch_hub, hub_shards
 from koff_lightning.data.sources import domain_shards
 from koff_lightning.data.split import BadLines
 from koff_lightning.evaluation.lm_tasks import load_tasks
+from koff_lightning.loading import TINY, load_config, load_tokenizer
 from koff_lightning.support.errors import KoffError
 
 OF_TOKENIZERS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")

@@ -112,8 +112,8 @@ class _Run:
 
 def _read(words: list[str], gpus: int, model_config: str | None) -> _Run:
     """Resolve the options of a run as `koff fit` does."""
-    from koff_lightning.backbone import torch_dtype
     from koff_lightning.commands.training_cli import resolved
+    from koff_lightning.loading import torch_dtype
     from koff_lightning.losses import LossSpec
     from koff_lightning.memory import KVSpec, LoraSpec
     from koff_lightning.sparsity import SparsitySpec
@@ -148,7 +148,7 @@ def _sizes(model: dict[str, Any], given: str | None) -> tuple["PreTrainedConfig"
     """The backbone's config, and where it comes from; the hub is asked last."""
     from transformers import AutoConfig
 
-    from koff_lightning.backbone import load_config
+    from koff_lightning.loading import load_config
 
     if given is not None:
         path = Path(given).expanduser()

@@ -18,8 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.export import export
-from koff_lightning.backbone import kv_shapes, load_backbone, parameter_counts
+from koff_lightning.backbone import kv_shapes, parameter_counts
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.loading import load_backbone
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
@@ -92,7 +93,6 @@ def _artifact(
     """Export a decomposition with a random mask and random memories."""
     with torch.inference_mode(False):
         model = Decomposition(backbone, names, sparsity, LoraSpec(rank, 2 * rank), KVSpec(slots), dtype=dtype)
-        model.configure_model()
         torch.manual_seed(0)
         model.gates.harden(model.budget.harden(torch.rand(len(model.gates.logits))))
         size = model.backbone.config.vocab_size

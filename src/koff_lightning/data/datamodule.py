@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.backbone import load_tokenizer
 from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
 from koff_lightning.data.calibration import CalibrationText, most_tokens
 from koff_lightning.data.head import IsTraining, read_head
@@ -21,6 +20,7 @@ from koff_lightning.data.sources import DomainSource, as_shares, as_sources, dom
 from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
+from koff_lightning.loading import load_tokenizer
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
 

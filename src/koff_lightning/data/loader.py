@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from koff_lightning.data.mixture import DomainBatches, RowRef
 from koff_lightning.data.packing import IGNORED, PackedRows, collate
 from koff_lightning.support.errors import KoffError
-from koff_lightning.training.resume import difference
+from koff_lightning.support.wording import difference
 
 Batch = dict[str, Any]
 MAKE = ("seq_len", "rows", "text")  # may not change in a resumed run: the number of a row would mean another

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.backbone import tokenizer_hash
+from koff_lightning.loading import tokenizer_hash
 
 IGNORED = -100  # label of a token that is not predicted (the value torch's cross-entropy leaves out)
 TEXTS_PER_CALL = 1024  # large enough to keep all cores of a fast tokenizer busy, small enough for its Python lists

@@ -23,13 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from koff_lightning.artifact.checkpoint import from_checkpoint
-from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
+from koff_lightning.artifact.decomposed import DecomposedModel, default_device, dense_of, load_decomposed
 from koff_lightning.artifact.folder import MANIFEST
-from koff_lightning.backbone import load_backbone, load_config, load_tokenizer
-from koff_lightning.commands.generate import default_device, dense_of
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
+from koff_lightning.loading import load_backbone, load_config, load_tokenizer
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 
@@ -80,7 +79,7 @@ class Reader:
         """`.logits` [B, T, V] for ids [B, T] without padding on the left."""
         if isinstance(self.whole, DecomposedModel):
             return SimpleNamespace(logits=self.whole(input_ids, domains=self.domain).logits)
-        with self._arm(len(input_ids)):
+        with self._in_force(len(input_ids)):
             hidden = self.whole.hidden({"input_ids": input_ids})  # [B, T, d]
             return SimpleNamespace(logits=self.model.get_output_embeddings()(hidden))
 
@@ -90,20 +89,15 @@ class Reader:
         if isinstance(self.whole, DecomposedModel):
             return self.whole.generate(input_ids, domains=self.domain, **options)
         copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        with self._arm(len(input_ids) * copies):
+        with self._in_force(len(input_ids) * copies):
             return self.model.generate(input_ids=input_ids, **options)
 
     @contextmanager
-    def _arm(self, rows: int) -> Iterator[None]:
+    def _in_force(self, rows: int) -> Iterator[None]:
         """Gates and memories of this way of reading, for so many rows."""
-        module = self.whole
-        if self.dense:
-            with module.gates.off(), module.memories.off():
-                yield
-            return
-        module.gates.set(module.hard_mask().float().unsqueeze(0) if module.learns_mask else None)
-        module.memories.activate([self.domain] * rows)
-        yield
+        how = ((), None) if self.dense else ([self.domain] * rows, self.whole.hard_gates())
+        with self.whole.under(*how):
+            yield
 
 
 @register_model("koff")
@@ -231,8 +225,6 @@ def reading(model: Model, domain: str | None, dense: bool) -> Reader | PreTraine
         return Reader(model, domain)
     if isinstance(model, DecomposedModel):
         return dense_of(model)
-    if "dense" not in model.arms:
-        raise KoffError("a run that extends an artifact has no dense model at hand: leave dense out")
     return Reader(model, None, dense=True)
 
 

@@ -2,30 +2,26 @@
 
 import json
 import math
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from koff_lightning import __version__
 from koff_lightning.artifact.folder import Manifest
-from koff_lightning.decomposition import ARMS
+from koff_lightning.decomposition import MODES, Decomposition
 from koff_lightning.support.files import write_atomically
-from koff_lightning.training.module import KOFFModule
 
 Figures = dict[str, Any]
 Documents = dict[str, dict[str, dict[str, list[float]]]]  # domain -> arm -> "nats" and "bytes" by document
 
 
-def mask_and_size(module: KOFFModule) -> Figures:
+def mask_and_size(model: Decomposition, extends: Manifest | None = None) -> Figures:
     """Hard counts of the mask in force, or of the artifact that is extended: sparsity, kept units, parameters."""
-    mask = _mask(module) if module.extends is None else _mask_of_artifact(module.extends)
-    memory = {domain: _stored_size(module, domain) for domain in module.domains}
-    owner = {module.memories.names[domain]: size for domain, size in memory.items()}  # a shared memory is stored once
+    mask = _mask(model) if extends is None else _mask_of_artifact(extends)
+    memory = {domain: _stored_size(model, domain) for domain in model.domains}
+    owner = {model.memories.names[domain]: size for domain, size in memory.items()}  # a shared memory is stored once
     backbone, stored = mask["parameters"]["backbone_kept"], mask["parameters"]["stored"]
     mask["parameters"] |= {
         "memory": memory,
@@ -36,11 +32,11 @@ def mask_and_size(module: KOFFModule) -> Figures:
     return mask
 
 
-def _stored_size(module: KOFFModule, domain: str) -> int:
+def _stored_size(model: Decomposition, domain: str) -> int:
     """Parameters of one memory as it is stored: without those that only removed units would use."""
-    bank = module.memories
+    bank = model.memories
     size, weights, slots = bank.size(domain), bank.weights(domain), bank.slots(domain)
-    for group, kept in module.gates.per_group(module.hard_mask()):
+    for group, kept in model.gates.per_group(model.hard_mask()):
         parts = [(path, "lora_B", 1, rows) for path, rows in group.producers]
         parts.append((group.consumer, "lora_A", 0, group.width))
         sides = [(weights.get(f"{path}.{half}.weight"), rank, width) for path, half, rank, width in parts]
@@ -51,22 +47,22 @@ def _stored_size(module: KOFFModule, domain: str) -> int:
     return size
 
 
-def _mask(module: KOFFModule) -> Figures:
-    kept, spec = module.hard_mask(), module.sparsity
-    backbone = module.budget.kept_parameters(kept) + module.added_parameters()
+def _mask(model: Decomposition) -> Figures:
+    kept, spec = model.hard_mask(), model.sparsity
+    backbone = model.budget.kept_parameters(kept) + model.added_parameters()
     return {
         "sparsity": {
             "target": spec.target,
             "denominator": spec.denominator,
-            "hardened": bool(module.gates.hardened),
-            **module.budget.report(kept),
+            "hardened": bool(model.gates.hardened),
+            **model.budget.report(kept),
         },
         "kept_units": [
             {"layer": group.layer, "kind": group.kind, "kept": int(part.sum()), "of": group.size}
-            for group, part in module.gates.per_group(kept)
+            for group, part in model.gates.per_group(kept)
         ],
         "parameters": {
-            "dense_total": module.budget.denominators["total"],
+            "dense_total": model.budget.denominators["total"],
             "backbone_kept": backbone,
             "stored": backbone,
         },
@@ -94,19 +90,13 @@ def held_out_figures(held_out: dict[str, dict[str, float]], num_bytes: dict[str,
         num_bytes: Bytes of held-out text behind them.
         memories: How many different memories there are; with fewer than two none can be swapped.
     """
-    arms = [arm for arm in ARMS if arm != "swapped" or memories > 1]
+    arms = [arm for arm in MODES if arm != "swapped" or memories > 1]
     domains = {
-        domain: {f"{arm}_bpb": _number(row[arm]) if arm in arms and arm in row else None for arm in ARMS}
+        domain: {f"{arm}_bpb": _number(row[arm]) if arm in arms and arm in row else None for arm in MODES}
         for domain, row in held_out.items()
     }
-    mean = {key: _mean([row[key] for row in domains.values()]) for key in (f"{arm}_bpb" for arm in ARMS)}
+    mean = {key: _mean([row[key] for row in domains.values()]) for key in (f"{arm}_bpb" for arm in MODES)}
     return {"domains": domains, "mean": mean, "heldout_bytes": num_bytes}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    packages = {name: version(name) for name in ("torch", "lightning", "transformers", "peft")}
-    return {"python": platform.python_version(), **packages, "koff_lightning": __version__}
 
 
 def table(results: Figures) -> Table:
@@ -168,7 +158,7 @@ def write_documents(root: Path, documents: Documents, results: Figures) -> None:
 
 
 def _cells(row: dict[str, float | None]) -> list[str]:
-    dense, koff, off, swapped = (row[f"{arm}_bpb"] for arm in ARMS)
+    dense, koff, off, swapped = (row[f"{arm}_bpb"] for arm in MODES)
     ratio = None if dense is None or koff is None else koff / dense
     return ["-" if value is None else f"{value:.4f}" for value in (dense, koff, ratio, off, swapped)]
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _BAD_VALUE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _UNKNOWN_INNER = re.compile(r"Option '([\w.-]+)' is not accepted")
@@ -71,3 +71,18 @@ def _readable(types: list[str]) -> str:
         name = re.sub(r"[\w.]+\.(\w+)", r"\1", "null" if name == "NoneType" else name)
         parts += [name] * (name not in parts)
     return " or ".join(parts)
+
+
+def difference(there: object, here: object, name: str = "") -> str:
+    """Where two plain values differ, as `name is A there and B here`, by dotted names; empty where they do not."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        names = [key for key in [*there, *(k for k in here if k not in there)] if key in here or name]
+        parts = [difference(there.get(key), here.get(key), f"{name}.{key}" if name else key) for key in names]
+        return "; ".join(filter(None, parts))
+    return "" if there == here else f"{name} is {_plain(there)} there and {_plain(here)} here"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else str(value)

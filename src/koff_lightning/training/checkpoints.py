@@ -6,19 +6,18 @@ or a full disk cuts in half. Here the file is made beside its place, flushed to 
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
+from koff_lightning.artifact.checkpoint import read_checkpoint, reason_of
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import flush
 
-_PARTS = ("koff", "hyper_parameters", "state_dict")
 _VERSION = re.compile(r"version_(\d+)")
 
 
@@ -47,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             earlier = _checkpoints_below(_run_of(path))
             advice = "Earlier checkpoints are intact: make room, then go on with --ckpt_path last"
             raise KoffError(
-                f"cannot write {path}: {_reason(error)}. "
+                f"cannot write {path}: {reason_of(error)}. "
                 + (advice if earlier else "No checkpoint had been saved before: make room, then start again")
             ) from error
 
@@ -60,51 +59,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             KoffError: See `read_checkpoint`.
         """
         return read_checkpoint(path)
-
-
-def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint of `koff fit`, on the CPU. Nothing in it is run: it may come from anyone.
-
-    Args:
-        path: The file.
-        mmap: Leave tensors on the disk until they are used.
-
-    Raises:
-        KoffError: No such file, damaged, not of `koff fit`, or holding more than tensors and plain values.
-    """
-    path = Path(path).expanduser()
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        if not path.is_file():
-            raise FileNotFoundError
-        with ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch does not look at the check sums
-                raise BadZipFile(f"{damaged} has another check sum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except IsADirectoryError:
-        raise KoffError(
-            f"{path} is a folder, as sharded runs save: make one file of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
-        ) from None
-    except FileNotFoundError:
-        raise KoffError(
-            f"checkpoint {path}: no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
-        ) from None
-    except OSError as error:
-        raise KoffError(
-            f"cannot read {path}: {_reason(error)}. It may be intact: see to the disk or the rights, then try again"
-        ) from error
-    except Exception as error:  # a file made to do harm can raise anything
-        raise KoffError(
-            f"cannot read {path} as a checkpoint: it is damaged or something else ({_reason(error)})"
-        ) from error
-    parts = [checkpoint.get(key) if isinstance(checkpoint, Mapping) else None for key in _PARTS]
-    if not all(isinstance(part, Mapping) for part in parts):
-        raise KoffError(f"{path} is not a checkpoint of `koff fit`: it does not say what was trained on which backbone")
-    if named := {"_instantiator", "_class_path"} & checkpoint["hyper_parameters"].keys():
-        raise KoffError(f"{path} names code to be run ({', '.join(sorted(named))}): `koff fit` writes no such thing")
-    return checkpoint
 
 
 def newest_checkpoint(folders: Sequence[str | Path]) -> Path | None:
@@ -165,7 +119,7 @@ def _checkpoints_below(folder: str | Path) -> list[Path]:
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise KoffError(f"cannot look for checkpoints in {error.filename}: {_reason(error)}") from error
+            raise KoffError(f"cannot look for checkpoints in {error.filename}: {reason_of(error)}") from error
 
     found: list[Path] = []
     for place, folders, files in os.walk(Path(folder).expanduser(), onerror=refuse, followlinks=True):
@@ -185,12 +139,3 @@ def _step_of(path: Path) -> int:
     if not isinstance(step, int):
         raise KoffError(f"{path} does not say at which step it was saved")
     return step
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said, where torch covers it with words of its own."""
-    cause: BaseException | None = error
-    while cause is not None and not getattr(cause, "strerror", None):
-        cause = cause.__cause__ or cause.__context__
-    text = cause.strerror if isinstance(cause, OSError) else str(error).strip()
-    return (text.splitlines() or [type(error).__name__])[0]

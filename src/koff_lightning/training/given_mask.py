@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from koff_lightning.artifact.checkpoint import decomposition_state, read_checkpoint
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
-from koff_lightning.training.checkpoints import read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def given_mask(
     if len(several := [k for k, v in ({"mask": mask, "prior": prior} | dict(others)).items() if v is not None]) > 1:
         raise KoffError(f"model.{several[0]} and model.{several[1]} both say what the mask is: give one of them")
     checkpoint = read_checkpoint(path)
-    tensors = {k.removeprefix("gates."): v for k, v in checkpoint["state_dict"].items() if k.startswith("gates.")}
+    state = decomposition_state(checkpoint)
+    tensors = {name.removeprefix("gates."): value for name, value in state.items() if name.startswith("gates.")}
     try:
         found = SparsitySpec(**checkpoint["hyper_parameters"]["sparsity"])
         hardened = bool(tensors["hardened"])
@@ -69,26 +70,26 @@ def given_mask(
     return GivenMask(path, mask is not None, checkpoint["koff"], found, tensors)
 
 
-def take(module: Decomposition, given: GivenMask) -> None:
-    """Put a given mask, or its order, into a module that was just built.
+def take(model: Decomposition, given: GivenMask) -> None:
+    """Put a given mask, or its order, into a model that was just built.
 
     Raises:
         KoffError: It belongs to another backbone or to other units.
     """
-    gates, logits = module.gates, given.tensors["logits"]
-    if given.about["backbone_hash"] != module.backbone_hash:
+    gates, logits = model.gates, given.tensors["logits"]
+    if given.about["backbone_hash"] != model.backbone_hash:
         raise KoffError(
             f"the mask in {given.path} belongs to backbone {given.about['backbone']!r} (hash "
-            f"{given.about['backbone_hash'][:12]}), but {module.source!r} has hash {module.backbone_hash[:12]}"
+            f"{given.about['backbone_hash'][:12]}), but {model.source!r} has hash {model.backbone_hash[:12]}"
         )
-    if sorted(given.sparsity.units) != sorted(module.sparsity.units) or logits.shape != gates.logits.shape:
+    if sorted(given.sparsity.units) != sorted(model.sparsity.units) or logits.shape != gates.logits.shape:
         raise KoffError(
             f"the mask in {given.path} is over {len(logits)} units ({', '.join(given.sparsity.units)}), this run's is "
-            f"over {gates.logits.numel()} ({', '.join(module.sparsity.units)}): use the same model.sparsity.units"
+            f"over {gates.logits.numel()} ({', '.join(model.sparsity.units)}): use the same model.sparsity.units"
         )
     if not given.fixed:
         gates.order = logits.to(gates.logits.device)
         return
     gates.load_state_dict(given.tensors)
     gates.logits.requires_grad_(False)
-    module.target = module.sparsity.target
+    model.target = model.sparsity.target

@@ -9,33 +9,44 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from koff_lightning.artifact.checkpoint import warm_start
+from koff_lightning.artifact.checkpoint import PREFIX, read_checkpoint, refuse_other_tensors, rename_keys, target_of
 from koff_lightning.artifact.extend import artifact_to_extend, backbone_of
+from koff_lightning.backbone import compile_layers, recomputed
 from koff_lightning.data import check_vocabulary
-from koff_lightning.decomposition import Batch, Decomposition
+from koff_lightning.decomposition import MODES, Batch, Decomposition, check_layout
+from koff_lightning.loading import load_config
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
-from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, SparsitySpec
+from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, Phase, SparsitySchedule, SparsitySpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import check_names
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training import strategies
 from koff_lightning.training.given_mask import given_mask, take
-from koff_lightning.training.layers import compile_layers, recomputed
 from koff_lightning.training.nonfinite import Guard
 from koff_lightning.training.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
-from koff_lightning.training.resume import give_data_its_place, refuse_other_steps
+from koff_lightning.training.resume import (
+    give_data_its_place,
+    load_warm_start,
+    make_of,
+    refuse_other_course,
+    refuse_other_steps,
+    refuse_unfit,
+    refuse_without_run,
+)
 
 
-class KOFFModule(Decomposition):
+class KOFFModule(LightningModule):
     """Decompose a frozen LLM into a smaller shared backbone and per-domain memories (KOFF, arXiv 2605.29075).
 
     Args:
@@ -90,11 +101,18 @@ class KOFFModule(Decomposition):
         sparsity = given.sparsity if given and given.fixed else sparsity
         extends = None if artifact is None else artifact_to_extend(artifact, sparsity, loss)
         source = backbone if artifact is None else backbone_of(artifact)
-        super().__init__(source, domains, sparsity, lora, kv, shared_memory, extends, **loading)
+        check_names(domains)
+        super().__init__()
+        self.source, self.domains, self.loading, self.extends = source, list(domains), loading, extends
+        self.sparsity, self.lora, self.kv, self.shared_memory = sparsity, lora, kv, shared_memory
         self.artifact, self.loss, self.optim, self.joint = artifact, loss, optim, joint
         self.activation_checkpointing, self.warm_start = activation_checkpointing, warm_start
-        self.given, self.guard, self.chunk = given, Guard(skip=optim.on_nonfinite == "skip"), loss.chunk
-        self.phase = "warmup"  # set at every step by AnnealSparsity, as is `target`
+        self.given, self.guard = given, Guard(skip=optim.on_nonfinite == "skip")
+        self.modes = MODES if extends is None else tuple(mode for mode in MODES if mode != "dense")
+        self.schedule: SparsitySchedule | None = None  # of the mask; AnnealSparsity lays it out when a fit starts
+        self.resumed_at: int | None = None  # step of the checkpoint that a run goes on from
+        self.strict_loading = False  # checkpoints hold what is trained; `on_load_checkpoint` looks for what is missing
+        self.model: Decomposition | None = None  # see `configure_model`
         if lora is None and kv is None and (sparsity.target == 0 or mask):
             what = "model.mask gives the mask" if mask else "sparsity.target is 0"
             raise KoffError(f"nothing to train: {what} and both model.lora and model.kv are null")
@@ -105,26 +123,32 @@ class KOFFModule(Decomposition):
         specs = {name: spec and asdict(spec) for name, spec in specs.items()}
         self.save_hyperparameters(specs | {"domains": self.domains} | without_secrets(plain))
 
+        if sparsity.layout == "uniform":  # what the family's configs cannot say is refused now
+            check_layout(load_config(source, revision=revision, trust_remote_code=trust_remote_code), sparsity)
+
     def configure_model(self) -> None:
-        """Build the decomposition and what trains and measures it."""
-        if self._built:
+        """Build the decomposition and what trains and measures it; Lightning calls this once the devices are known."""
+        if self.model is not None:
             return
         strategies.check(self._trainer)
-        super().configure_model()
+        self.model = Decomposition(
+            self.source, self.domains, self.sparsity, self.lora, self.kv, self.shared_memory, **self.loading
+        )
+        self.model.chunk = self.loss.chunk
         if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
-            check_vocabulary(tokenizer, self.backbone.get_input_embeddings().num_embeddings)
+            check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
         lagrangian = self.sparsity.penalty == "lagrangian"
         self.penalty = LagrangianPenalty() if lagrangian else FixedPenalty(self.sparsity.weight)
         if self.given is not None:
-            take(self, self.given)
+            take(self.model, self.given)
             self.penalty.requires_grad_(not self.given.fixed)
         if self.activation_checkpointing:
-            self.backbone.activation_checkpointing_enable()
+            self.model.backbone.activation_checkpointing_enable()
         if self.hparams.compile:
-            compile_layers(self.backbone, self.hparams.compile)
+            compile_layers(self.model.backbone, self.hparams.compile)
         if self.warm_start is not None:
-            warm_start(self, self.warm_start)
-        self.bpb = torch.nn.ModuleDict({f"{arm}/{d}": BitsPerByte() for arm in self.arms for d in self.domains})
+            load_warm_start(self.model, self.warm_start)
+        self.bpb = torch.nn.ModuleDict({f"{mode}/{d}": BitsPerByte() for mode in self.modes for d in self.domains})
         self.documents = DocumentScores()
 
     # --------------------------------------------------------------------------------------------- training
@@ -135,15 +159,18 @@ class KOFFModule(Decomposition):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch; the equation at the head of this file."""
-        labels, predicted = self.targets(batch)  # [N], bool [B, T-1]
-        domain = self.domain_of_row(batch)  # [B]
-        teacher = self.dense_hidden(batch)[:, :-1][predicted] if self.loss.kl else None  # [N, d]
-        self.gates.set(self.draw_gates(len(predicted), batch_idx))
-        self.memories.activate(batch["domains"] if self.memories_on else [None] * len(predicted))
-        student = self._student_hidden(batch)[:, :-1][predicted]  # [N, d]
+        model = self.model
+        labels, predicted = model.targets(batch)  # [N], bool [B, T-1]
+        domain = model.domain_of_row(batch)  # [B]
+        teacher = model.dense_hidden(batch)[:, :-1][predicted] if self.loss.kl else None  # [N, d]
+        # Both stay in force after the forward: a checkpointed layer reads them again in the backward.
+        model.gates.set(self.draw_gates(len(predicted), batch_idx))
+        model.memories.activate(batch["domains"] if self.memories_on else [None] * len(predicted))
+        with recomputed(model.backbone, self.activation_checkpointing):
+            student = model.hidden(batch)[:, :-1][predicted]  # [N, d]
 
         weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
-        data, ce, kl = fused_head_loss(student, teacher, self.head, labels, weights, self.loss)
+        data, ce, kl = fused_head_loss(student, teacher, model.head, labels, weights, self.loss)
         all_data, all_ce, all_kl = ranks.total(torch.stack([data.detach(), weights @ ce, weights @ kl])) / ranks.count()
         penalty = self.sparsity_penalty()
         loss = data + (all_data - data.detach()) + penalty  # value: of all ranks' rows; gradient: this rank's part
@@ -152,30 +179,49 @@ class KOFFModule(Decomposition):
         self.log_dict(parts, batch_size=len(predicted))
         return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
 
-    def _student_hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states [B, T, d] under gates and memories; with activation checkpointing they are recomputed."""
-        with recomputed(self.backbone, self.activation_checkpointing):
-            return self.hidden(batch)
+    @property
+    def learns_mask(self) -> bool:
+        """Whether anything is pruned at all."""
+        return self.sparsity.target > 0
+
+    @property
+    def mask_is_fixed(self) -> bool:
+        """Whether memories train alone: the mask is hardened, or none is learned."""
+        return not self.learns_mask or bool(self.model.gates.hardened)
+
+    @property
+    def phase(self) -> Phase:
+        """What the optimizer step under way does: by the schedule, as long as there is a mask to learn."""
+        if self.mask_is_fixed:
+            return "consolidate"
+        return "warmup" if self.schedule is None else self.schedule.phase(self.global_step)
+
+    @property
+    def learns_now(self) -> bool:
+        """Whether the mask is learned in this step: gates are drawn and penalised."""
+        return self.phase in ("ramp", "hold")
 
     @property
     def memories_on(self) -> bool:
-        """Whether memories take part now: always, or only after hardening in a two-stage run."""
-        return self.joint or bool(self.gates.hardened) or not self.learns_mask
+        """Whether memories take part now: always, or only once the mask is fixed in a two-stage run."""
+        return self.joint or self.mask_is_fixed
 
     def draw_gates(self, rows: int, batch_idx: int = 0) -> Tensor | None:
         """Gate values for a micro-batch, [R, U]: ones while memories warm up, then a sample, then the hard mask."""
+        gates = self.model.gates
         if not self.learns_mask:
             return None
-        if self.gates.hardened or self.phase in ("ramp", "hold"):
-            return self.gates.draw(rows, (self.global_step, batch_idx, self.global_rank))
+        if gates.hardened or self.learns_now:
+            return gates.draw(rows, (self.global_step, batch_idx, self.global_rank))
         observes = self.sparsity.prior == "fisher" and self.given is None and self.training
-        return self.gates.probe(rows) if observes else None
+        return gates.probe(rows) if observes else None
 
     def sparsity_penalty(self) -> Tensor:
         """lam1 (s - t) + lam2 (s - t)^2 while the mask is learned, scalar in nats."""
-        if not self.learns_mask or self.gates.hardened or self.phase not in ("ramp", "hold"):
+        if not self.learns_now:
             return torch.zeros((), device=self.device)
-        return self.penalty(self.budget.tracked(self.gates.gate.keep(self.gates.logits)), self.target)
+        gates = self.model.gates
+        return self.penalty(self.model.budget.tracked(gates.gate.keep(gates.logits)), self.model.target)
 
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly without a word; then fill fresh KV memories and start all ranks alike."""
@@ -185,11 +231,16 @@ class KOFFModule(Decomposition):
                 f"trainer.precision {self.trainer.precision!r} casts what is trained (first: {cast[0]}): small steps "
                 "would be rounded away. Use bf16-mixed, and model.dtype for the frozen weights"
             )
-        if not ranks.agree(self.backbone_hash):
+        if self.schedule is None and not self.mask_is_fixed:
+            raise KoffError(
+                "nothing says when the mask is learned: give the trainer koff_lightning.AnnealSparsity() as a "
+                "callback, or set model.sparsity.target to 0"
+            )
+        if not ranks.agree(self.model.backbone_hash):
             raise KoffError(f"the processes have loaded different weights as {self.source!r}: give all the same")
         refuse_other_steps(ranks.gather(self.resumed_at))
         self.fill_memories()
-        owned = self._owned()
+        owned = self.owned()
         ranks.copy_from_first([value for name, value in sorted(self.state_dict().items()) if name in owned])
 
     def on_train_start(self) -> None:
@@ -199,13 +250,14 @@ class KOFFModule(Decomposition):
     def fill_memories(self) -> None:
         """Fill fresh KV memories from each domain's own text; restored ones are left alone."""
         slots = self.kv.slots if self.kv else 0
-        for name in dict.fromkeys(self.memories.names.values()) if self.kv else ():
-            memory = self.memories.kv[self.memories.key(name)]
+        bank = self.model.memories
+        for name in dict.fromkeys(bank.names.values()) if self.kv else ():
+            memory = bank.kv[bank.key(name)]
             if not memory.initialised:
-                readers = [d for d in self.domains if self.memories.names[d] == name]
+                readers = [d for d in self.domains if bank.names[d] == name]
                 parts = [self._sampler()(d, -(-slots // len(readers))) for d in readers]
-                with self.gates.off(), self.memories.off():
-                    memory.initialise_(self.backbone, torch.cat(parts)[:slots].to(self.device))
+                with self.model.under():
+                    memory.initialise_(self.model.backbone, torch.cat(parts)[:slots].to(self.device))
 
     def _number_of_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
@@ -223,11 +275,11 @@ class KOFFModule(Decomposition):
 
     def on_after_backward(self) -> None:
         """Collect the squared gate gradients of the warm-up, which order the logits later."""
-        self.gates.observe()
+        self.model.gates.observe()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One AdamW: mask, multipliers (ascent), LoRA, KV."""
-        groups = parameter_groups(self.gates, self.penalty, self.memories, self.optim)
+        groups = parameter_groups(self.model.gates, self.penalty, self.model.memories, self.optim)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         lambdas = rate_lambdas(groups, self.optim, self._number_of_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": Course(optimizer, lambdas), "interval": "step"}}
@@ -238,21 +290,21 @@ class KOFFModule(Decomposition):
 
     # ------------------------------------------------------------------------------------------- evaluation
 
-    def _evaluate(self, batch: Batch, arms: Sequence[str]) -> None:
-        found: dict[str, Tensor] = {}  # arm -> nats [B, T-1]
-        for arm in arms:
-            same = self.same_as(arm)
-            found[arm] = nats = found[same] if same in found else self.token_nats(batch, arm)
-            self.documents.update(arm, batch, nats)
+    def _evaluate(self, batch: Batch, modes: Sequence[str]) -> None:
+        found: dict[str, Tensor] = {}  # mode -> nats [B, T-1]
+        for mode in modes:
+            same = self.model.same_as(mode)
+            found[mode] = nats = found[same] if same in found else self.model.token_nats(batch, mode)
+            self.documents.update(mode, batch, nats)
             for domain in dict.fromkeys(d for d in batch["domains"] if d is not None):
                 chosen = [i for i, d in enumerate(batch["domains"]) if d == domain]
-                self.bpb[f"{arm}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen])
+                self.bpb[f"{mode}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen])
 
-    def held_out(self, arms: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Bits per byte of the evaluation that just ran: {domain: {arm: bits per byte}}."""
+    def held_out(self, modes: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Bits per byte of the evaluation that just ran: {domain: {mode: bits per byte}}."""
         with warnings.catch_warnings():  # a domain without a row, as in a run cut short, is not a number
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-            return {d: {arm: float(self.bpb[f"{arm}/{d}"].compute()) for arm in arms} for d in self.domains}
+            return {d: {mode: float(self.bpb[f"{mode}/{d}"].compute()) for mode in modes} for d in self.domains}
 
     def on_validation_epoch_start(self) -> None:
         """Start the counts anew."""
@@ -271,29 +323,67 @@ class KOFFModule(Decomposition):
         self._log_table("val", ("koff",))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Held-out bits per byte for all arms."""
-        self._evaluate(batch, self.arms)
+        """Held-out bits per byte in all modes."""
+        self._evaluate(batch, self.modes)
 
     def on_test_epoch_end(self) -> None:
-        """Log all arms by domain."""
-        self._log_table("test", self.arms)
+        """Log all modes by domain."""
+        self._log_table("test", self.modes)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Bits per byte of every row under its own memory."""
-        nats, size = self.row_nats(batch, "koff"), batch["num_bytes"]
+        nats, size = self.model.row_nats(batch, "koff"), batch["num_bytes"]
         bits = (nats / torch.log(torch.tensor(2.0)) / size).tolist()
         rows = zip(batch["domains"], bits, size.tolist(), strict=True)
         return [{"domain": domain, "bits_per_byte": value} for domain, value, count in rows if count > 0]
 
     # ---------------------------------------------------------------------------------------------- helpers
 
-    def _log_table(self, stage: str, arms: Sequence[str]) -> None:
-        table = self.held_out(arms)
-        for arm in arms:
+    def _log_table(self, stage: str, modes: Sequence[str]) -> None:
+        table = self.held_out(modes)
+        for mode in modes:
             for domain, row in table.items():
-                self.log(f"{stage}/{arm}_bpb/{domain}", row[arm], sync_dist=True)
-            mean = sum(row[arm] for row in table.values()) / len(table)
-            self.log(f"{stage}/{arm}_bpb", mean, prog_bar=arm == "koff", sync_dist=True)
+                self.log(f"{stage}/{mode}_bpb/{domain}", row[mode], sync_dist=True)
+            mean = sum(row[mode] for row in table.values()) / len(table)
+            self.log(f"{stage}/{mode}_bpb", mean, prog_bar=mode == "koff", sync_dist=True)
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def owned(self) -> set[str]:
+        """Names in the state dict that are ours: everything but the frozen weights and the metrics."""
+        penalty = {name for name in self.state_dict() if name.startswith("penalty.")}
+        return penalty | {f"{PREFIX}{name}" for name in self.model.owned()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was trained; of the backbone only its name and hash."""
+        owned = self.owned()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in owned}
+        checkpoint["koff"] = make_of(self.model) | {
+            "backbone": self.source,
+            "backbone_hash": self.model.backbone_hash,
+            "target": self.model.target,
+        }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:
+        """As Lightning's, for a file that may come from anyone: nothing runs that is not asked for here."""
+        read_checkpoint(checkpoint_path, mmap=True)
+        return super().load_from_checkpoint(
+            checkpoint_path, **{"weights_only": True, "trust_remote_code": False} | options
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what does not fit, and to train on from what holds no run or one of another course."""
+        rename_keys(checkpoint)
+        goes_on = self._trainer is not None and self.trainer.training
+        refuse_unfit(checkpoint, self.model, some_domains=self._trainer is not None and not goes_on)
+        if goes_on:
+            refuse_other_course(checkpoint["hyper_parameters"], self.hparams)
+        refuse_other_tensors(checkpoint["state_dict"], self.state_dict(), self.owned())
+        if goes_on:
+            refuse_without_run(checkpoint)
+        self.resumed_at = checkpoint.get("global_step")
+        self.model.target = target_of(checkpoint, self.sparsity)
 
 
 def _spec(kind: type, value: Any) -> Any:

@@ -25,13 +25,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from koff_lightning.backbone import decoder_layers, hidden_states, prunable_groups
+from koff_lightning.backbone import decoder_layers, hidden_states, prunable_groups, recomputed
 from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import LossSpec, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support import ranks
-from koff_lightning.training.layers import recomputed
 
 COUNTED = (2, 3)  # layers
 AMPS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

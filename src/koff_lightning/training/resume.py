@@ -1,12 +1,20 @@
 """What a checkpoint and a run must agree on for the one to go on from the other."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor
 
+from koff_lightning.artifact.checkpoint import (
+    decomposition_state,
+    read_checkpoint,
+    refuse_other_backbone,
+    refuse_other_tensors,
+)
+from koff_lightning.decomposition import Decomposition
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import difference
 
 _HARDENING = ("target", "denominator", "layout", "multiple_of", "min_channels", "min_kv_groups")  # what fixes a mask
 
@@ -23,25 +31,6 @@ def refuse_other_make(there: Mapping[str, Any], here: Mapping[str, Any]) -> None
     """
     if odd := difference(there, {key: value for key, value in here.items() if key in there}):
         raise KoffError(f"the checkpoint is of another make: {odd}. Use the model and data options of that run")
-
-
-def refuse_other_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor], needed: Iterable[str]) -> None:
-    """Refuse a checkpoint that lacks something `needed`, or holds it in another shape.
-
-    Raises:
-        KoffError: So it is; the first such tensor is named.
-    """
-    needed = sorted(needed)
-    if missing := [name for name in needed if name not in there]:
-        raise KoffError(
-            f"the checkpoint lacks {len(missing)} of the tensors that this run trains, first {missing[0]}: "
-            "use the model and data options of that run"
-        )
-    if odd := [name for name in needed if here[name].shape != there[name].shape]:
-        raise KoffError(
-            f"the checkpoint does not fit this run: {odd[0]} has shape {list(there[odd[0]].shape)} there and "
-            f"{list(here[odd[0]].shape)} here ({len(odd)} tensors in all): use the model options of that run"
-        )
 
 
 def refuse_other_mask(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -120,16 +109,55 @@ def refuse_without_run(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-def difference(there: object, here: object, name: str = "") -> str:
-    """Where two plain values differ, as `name is A there and B here`, by dotted names; empty where they do not."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        names = [key for key in [*there, *(k for k in here if k not in there)] if key in here or name]
-        parts = [difference(there.get(key), here.get(key), f"{name}.{key}" if name else key) for key in names]
-        return "; ".join(filter(None, parts))
-    return "" if there == here else f"{name} is {_plain(there)} there and {_plain(here)} here"
+def make_of(model: Decomposition) -> dict[str, Any]:
+    """What a checkpoint must have in common with a run that takes it up, by the names of options."""
+    return {
+        "domains": list(model.domains),
+        "shared_memory": model.shared_memory,
+        "gate": model.sparsity.gate,
+        "units": sorted(model.sparsity.units),
+        "lora": model.lora and asdict(model.lora) | {"targets": sorted(model.lora.targets)},
+        "kv": model.kv and asdict(model.kv),
+    }
 
 
-def _plain(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(str, value))}]"
-    return "null" if value is None else str(value)
+def refuse_unfit(checkpoint: Mapping[str, Any], model: Decomposition, some_domains: bool = False) -> None:
+    """Refuse a checkpoint of another backbone, make or fixed mask.
+
+    Args:
+        checkpoint: As read.
+        model: What is to take it.
+        some_domains: The model may have other domains, as when some are scored alone.
+
+    Raises:
+        KoffError: It does not fit; what differs is said.
+    """
+    about = checkpoint.get("koff")
+    if about is None:
+        raise KoffError(
+            "this checkpoint was not written by koff-lightning: it does not say which backbone it belongs to"
+        )
+    refuse_other_backbone(about, model)
+    here = make_of(model)
+    if some_domains:
+        here.pop("domains")
+    refuse_other_make(about, here)
+    if bool(decomposition_state(checkpoint).get("gates.hardened", False)):
+        refuse_other_mask((checkpoint.get("hyper_parameters") or {}).get("sparsity") or {}, asdict(model.sparsity))
+
+
+def load_warm_start(model: Decomposition, path: str) -> None:
+    """Give a new run the trained weights of a checkpoint, from whatever strategy and number of processes it came.
+
+    Memories and mask come along; steps, rates, multipliers and random state do not. A mask that was fixed stays fixed,
+    so that only the memories train on; one that was not is ordered anew when the ramp begins, by what it sees.
+
+    Raises:
+        KoffError: The checkpoint cannot be read or is of another make, or its mask is fixed at another size.
+    """
+    checkpoint = read_checkpoint(path, mmap=True)
+    refuse_unfit(checkpoint, model)
+    state = decomposition_state(checkpoint)
+    refuse_other_tensors(state, model.state_dict(), model.owned())
+    anew = ("gates.seed",) if state["gates.hardened"] else ("gates.seed", "gates.importance")
+    model.load_state_dict({name: value for name, value in state.items() if not name.startswith(anew)}, strict=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 
-SHIPPED = Path(__file__).parents[1] / "configs"
+SHIPPED = Path(__file__).parents[2] / "configs"
 
 
 def shipped_configs() -> dict[str, str]:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from koff_lightning.artifact.folder import FORMAT, read_json
-from koff_lightning.backbone import fingerprint, hidden_states, neuron_linears
+from koff_lightning.backbone import hidden_states, neuron_linears
+from koff_lightning.loading import fingerprint
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:

@@ -64,17 +64,12 @@ def _from_artifact(folder: Path, dense: str | None) -> Decomposition:
         min_channels=1,
     )
     # Linears are made able to carry adapters while nothing is gated; the adapters themselves take their places below.
-    module = Decomposition(
-        dense or base["id"],
-        list(memories) or ["none"],
-        spec,
-        LoraSpec(rank=1),
-        None,
-        revision=base["revision"] if dense is None else None,
-        dtype=manifest.dtype,
-    )
+    revision = base["revision"] if dense is None else None
+    domains = list(memories) or ["none"]
     try:
-        module.configure_model()
+        module = Decomposition(
+            dense or base["id"], domains, spec, LoraSpec(rank=1), None, revision=revision, dtype=manifest.dtype
+        )
     except KoffError as error:
         hint = "" if dense else " (if the dense model has moved, say where it is: --dense)"
         raise KoffError(f"{folder}: {error}{hint}") from error

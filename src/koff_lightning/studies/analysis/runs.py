@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.artifact.folder import MANIFEST, read_manifest
 from koff_lightning.support.errors import KoffError
-from koff_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
+from koff_lightning.training.checkpoints import newest_checkpoint
 from koff_lightning.training.run_folder import run_config
 
 ARTIFACT = "artifact"  # of a run, in its folder

@@ -111,7 +111,8 @@ def equal_memories(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _size(model: Mapping[str, Any], lora: Any, kv: Any) -> int:
     """Parameters of a memory on the backbone; no weights are loaded for it."""
-    from koff_lightning.backbone import load_config, without_weights
+    from koff_lightning.backbone import without_weights
+    from koff_lightning.loading import load_config
     from koff_lightning.memory import MemoryBank
 
     config = load_config(model["backbone"], revision=model["revision"], trust_remote_code=model["trust_remote_code"])

@@ -18,6 +18,7 @@ from koff_lightning.studies.claims.arms import AFTER, ARMS, FREE, LEARNED, METHO
 from koff_lightning.studies.claims.runs import Failure
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
+from koff_lightning.support.versions import versions
 
 SHOWN = (
     "dense",
@@ -223,7 +224,7 @@ def write(folder: Path, done: Done, failures: Sequence[Failure], about: Mapping[
         "verdicts": [_verdict(verdict) for verdict in verdicts.judge(paired.of)],
         "level": verdicts.LEVEL,
         "failures": [{"run": failure.run.name, "tail": failure.tail} for failure in failures],
-        "versions": results.versions(),
+        "versions": versions(),
     }
     write_atomically(folder / "claims.json", results.as_json(report))
     write_atomically(folder / "claims.md", claims_text.markdown(report))

@@ -9,13 +9,13 @@ import numpy as np
 
 from koff_lightning.artifact.folder import FORMAT
 from koff_lightning.reports import plots
-from koff_lightning.reports.results import versions
 from koff_lightning.studies.analysis.report.figures import draw_all
 from koff_lightning.studies.analysis.report.findings import findings
 from koff_lightning.studies.analysis.report.page import render
 from koff_lightning.studies.analysis.study import Study
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
+from koff_lightning.support.versions import versions
 
 if TYPE_CHECKING:
     import pandas as pd

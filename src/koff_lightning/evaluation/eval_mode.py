@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from koff_lightning.decomposition import Decomposition
+from koff_lightning.training.module import KOFFModule
 
 
 @contextmanager
-def undisturbed(module: Decomposition) -> Iterator[None]:
-    """Eval mode and no gradients inside the block; after it, failed or not, all is as before.
+def eval_mode(module: KOFFModule) -> Iterator[None]:
+    """Eval mode, no gradients and the dense model inside the block; after it, failed or not, all is as before.
 
     That is the random state of Python, numpy, torch and all GPUs, every part's mode, the gates in force and which rows
     read which memory.
@@ -19,10 +19,10 @@ def undisturbed(module: Decomposition) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     failure: BaseException | None = None
-    with isolate_rng(), torch.no_grad(), module.gates.off(), module.memories.routes.restored():
+    with isolate_rng(), torch.no_grad(), module.model.under():
         try:
             yield
-        except BaseException as error:
+        except BaseException as error:  # isolate_rng puts the random state back only where its block ends well
             failure = error
     for part, mode in modes:
         part.training = mode

@@ -192,7 +192,7 @@ def _resolved(config: str, backbone: str | None, further: list[str]) -> dict[str
 
 def _warn_of_settings(backbone: str | None, resolved: dict[str, Any]) -> None:
     """Say that another backbone is about to run with what was chosen for koff-tiny."""
-    from koff_lightning.backbone import TINY
+    from koff_lightning.loading import TINY
 
     if backbone in (None, TINY):
         return

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lm_eval.models.huggingface import HFLM
 from tiny_artifact import tiny_artifact, tiny_decomposition
-from tiny_run import RandomText, tiny_trainer
+from tiny_run import RandomText, tiny_module, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
@@ -82,7 +82,9 @@ def test_the_dense_model_scores_exactly_as_with_stock_hflm(dense, tmp_path):
         wanted = score(stock, tasks, limit=3)
         assert score(KoffLM(str(dense), batch_size=8, device="cpu"), tasks, limit=3) == wanted
         _, module = run(dense, tmp_path)
-        assert score(KoffLM(module.model, dense=True, tokenizer=stock.tokenizer, batch_size=8), tasks, limit=3) == wanted
+        assert (
+            score(KoffLM(module.model, dense=True, tokenizer=stock.tokenizer, batch_size=8), tasks, limit=3) == wanted
+        )
         export(module.model.eval(), tmp_path / "artifact", prove=False)
         lm = KoffLM(str(tmp_path / "artifact"), dense=True, batch_size=8, device="cpu")
         assert score(lm, tasks, limit=3) == wanted

@@ -143,7 +143,7 @@ def test_a_sharded_checkpoint_holds_what_was_trained_only(folder):
         torch.load(folder / run / f"step={SAVED}.ckpt", weights_only=True) for run in ("sharded", "replicated")
     )
     assert one["state_dict"].keys() == other["state_dict"].keys()
-    assert not [name for name in one["state_dict"] if name.startswith("backbone.") and "lora_" not in name]
+    assert not [name for name in one["state_dict"] if name.startswith("model.backbone.") and "lora_" not in name]
     assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
 
 

@@ -81,7 +81,7 @@ def assert_alike(recorded, first=0):
     for other in recorded[1:]:
         assert list(recorded[0]) == list(other) == list(range(first, STEPS))
         assert_same(recorded[0], other)
-    assert bool(recorded[0][STEPS - 1]["values"]["gates.hardened"])
+    assert bool(recorded[0][STEPS - 1]["values"]["model.gates.hardened"])
 
 
 @pytest.mark.parametrize("run", PLAIN)

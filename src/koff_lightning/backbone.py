@@ -166,6 +166,11 @@ def compile_layers(model: PreTrainedModel, backend: str) -> None:
         layer.compile(backend=backend)
 
 
+def is_recomputed(model: PreTrainedModel) -> bool:
+    """Whether a backward would compute layers again: transformers does so in training mode only."""
+    return any(layer.training and layer.gradient_checkpointing for layer in decoder_layers(model))
+
+
 @contextmanager
 def recomputed(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     """Inside the block layers keep their inputs alone for the backward, which computes the rest again.

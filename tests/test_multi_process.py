@@ -230,7 +230,7 @@ def test_an_evaluation_that_fails_on_all_ranks_is_a_warning_and_on_one_of_them_t
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
 def test_a_signal_to_one_rank_ends_all_between_two_steps_and_they_go_on(commands, overlay):
-    assert "asked to end; go on with --ckpt_path last" in (commands / "commands0.log").read_text()
+    assert "ended by SIGTERM; go on with --ckpt_path last" in (commands / "commands0.log").read_text()
     straight, cut = (read_checkpoint(newest_checkpoint([commands / name])) for name in (overlay, f"{overlay}_cut"))
     assert straight["global_step"] == cut["global_step"] == 3
     assert all(torch.equal(value, cut["state_dict"][name]) for name, value in straight["state_dict"].items())

@@ -108,7 +108,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, straight, monkeypa
     with monkeypatch.context() as patch:
         at(patch, "training_step", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run_in("cut") == 128 + signal.SIGTERM
-    assert "koff: asked to end; go on with --ckpt_path last" in capsys.readouterr().err
+    assert "koff: ended by SIGTERM; go on with --ckpt_path last" in capsys.readouterr().err
     assert read_checkpoint(newest_checkpoint(["cut"]))["global_step"] == 5, "of this very step"
     assert run_in("cut", "--ckpt_path", "last") == 0
     check_same_end("cut", straight)

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lm_eval.models.huggingface import HFLM
 from tiny_artifact import tiny_artifact, tiny_decomposition
-from tiny_run import RandomText, tiny_trainer
+from tiny_run import RandomText, tiny_module, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
@@ -82,8 +82,10 @@ def test_the_dense_model_scores_exactly_as_with_stock_hflm(dense, tmp_path):
         wanted = score(stock, tasks, limit=3)
         assert score(KoffLM(str(dense), batch_size=8, device="cpu"), tasks, limit=3) == wanted
         _, module = run(dense, tmp_path)
-        assert score(KoffLM(module, dense=True, tokenizer=stock.tokenizer, batch_size=8), tasks, limit=3) == wanted
-        export(module.eval(), tmp_path / "artifact", prove=False)
+        assert (
+            score(KoffLM(module.model, dense=True, tokenizer=stock.tokenizer, batch_size=8), tasks, limit=3) == wanted
+        )
+        export(module.model.eval(), tmp_path / "artifact", prove=False)
         lm = KoffLM(str(tmp_path / "artifact"), dense=True, batch_size=8, device="cpu")
         assert score(lm, tasks, limit=3) == wanted
 
@@ -262,9 +264,11 @@ def test_the_data_are_what_the_script_makes(tmp_path):
 
 def test_looking_at_a_module_leaves_no_trace_even_when_it_fails(tmp_path):
     """lm-eval seeds all generators, puts the model in eval mode, and reads with other gates and memories."""
-    module = tiny_decomposition(tmp_path).train()
+    module = tiny_module(tmp_path)
+    module.configure_model()
+    module.train()
     module.model.gates.set(torch.rand(2, len(module.model.gates.logits)))
-    module.model.memories.activate(["de", None])
+    module.model.memories.activate(["en", None])
     routes = module.model.memories.routes
 
     def state():

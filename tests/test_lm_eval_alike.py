@@ -46,7 +46,7 @@ def place(tmp_path_factory):
     for tensor in (*module.model.memories.lora_parameters(), *module.model.memories.kv_parameters()):
         nn.init.normal_(tensor, std=0.3)
     run.save_checkpoint(folder / "run.ckpt")
-    export(module.eval(), folder / "artifact", prove=False)
+    export(module.model.eval(), folder / "artifact", prove=False)
     toy_tasks(folder / "tasks")
     tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
     return SimpleNamespace(folder=folder, module=module, tokenizer=tokenizer)

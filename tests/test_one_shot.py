@@ -220,6 +220,10 @@ def test_compensation_puts_the_mean_in_the_place_of_what_is_removed(tmp_path):
 def test_compensation_adds_to_a_bias_that_is_there(tmp_path):
     toy_tokenizer(tmp_path / "dense")
     model = tiny_model("llama", vocab_size=320, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
+    with torch.no_grad():
+        for name, bias in model.named_parameters():
+            if name.endswith(".bias"):
+                bias.normal_(std=0.5)  # they start as zeros, to which anything can be added
     model.save_pretrained(tmp_path / "dense")
     made, _ = compensated(tmp_path, "llama")
     export(made.module, tmp_path / "out", prove=False)

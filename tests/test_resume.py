@@ -21,12 +21,12 @@ from tiny_run import RandomText, tiny_module, tiny_trainer
 from toy_text import toy_documents
 
 from koff_lightning import KoffError, KOFFModule
+from koff_lightning.artifact import checkpoint as checkpoint_io
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.callbacks import Checkpoints, ContinuedLog
 from koff_lightning.cli import main
 from koff_lightning.data import patience, stream
 from koff_lightning.data.shards import FileShard
-from koff_lightning.training import checkpoints as checkpoint_io
 from koff_lightning.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from koff_lightning.training.run_folder import alone_in, new_version
 

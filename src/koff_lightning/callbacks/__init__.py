@@ -10,3 +10,5 @@ from koff_lightning.callbacks.lm_eval import LMEvalTask as LMEvalTask
 from koff_lightning.callbacks.preview import Preview as Preview
 from koff_lightning.callbacks.progress import KoffProgress as KoffProgress
 from koff_lightning.callbacks.report import RunReport as RunReport
+
+ExportArtefact = ExportArtifact  # its name in configs of 0.1.0

@@ -79,3 +79,6 @@ class ExportArtifact(Callback):
 
 def _folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / FOLDER
+
+
+ExportArtefact = ExportArtifact  # its name in configs of 0.1.0

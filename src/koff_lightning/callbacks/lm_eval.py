@@ -235,16 +235,14 @@ class LMEval(Callback):
         from koff_lightning.evaluation.harness import KoffLM, tokenizer_of
 
         if self._tokenizer is None:
-            self._tokenizer = getattr(trainer.datamodule, "tokenizer", None) or tokenizer_of(module)
+            self._tokenizer = getattr(trainer.datamodule, "tokenizer", None) or tokenizer_of(module.model)
         return KoffLM(
-            module,
+            module.model,
             part.domain,
             part.column == "dense",
             tokenizer=self._tokenizer,
             batch_size=self.batch_size,
-            logits_cache=not isinstance(
-                trainer.strategy, ShardedStrategy
-            ),  # it makes the ranks' forwards unequally many
+            logits_cache=not isinstance(trainer.strategy, ShardedStrategy),  # ranks must make equally many forwards
         )
 
     def _log(self, trainer: Trainer, scored: dict[str, Scores]) -> None:

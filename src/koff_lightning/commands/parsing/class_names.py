@@ -7,8 +7,13 @@ lm-eval's tasks are code too: they name functions beside them (`!function`) or a
 is a model that brings its own.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 from jsonargparse import set_parsing_settings
 from jsonargparse._common import parsing_settings  # there is no public way to take a setting back
@@ -35,6 +40,26 @@ UNSAFE = (
     "lightning.pytorch.callbacks.lambda_function",
 )
 
+# Where the classes of 0.1.0 are now: a config that a run has left may name the old place.
+MOVED = {
+    "koff_lightning.module": "koff_lightning.training.module",
+    "koff_lightning.strategies": "koff_lightning.training.strategies",
+    "koff_lightning.run.checkpoint_io": "koff_lightning.training.checkpoints",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds a module of `MOVED` by its old name."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return import_module(MOVED[spec.name])
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run under its own name."""
+
 
 @contextmanager
 def only_known_classes(allow_custom: bool) -> Iterator[None]:
@@ -49,9 +74,12 @@ def only_known_classes(allow_custom: bool) -> Iterator[None]:
     set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
     if not allow_custom:
         set_parsing_settings(import_path_denylist=["*", *UNSAFE], import_path_allowlist=list(KNOWN))
+    moved = _Moved()
+    sys.meta_path.append(moved)
     try:
         yield
     finally:
+        sys.meta_path.remove(moved)
         parsing_settings.update(before)
 
 

@@ -124,7 +124,8 @@ def test_what_comes_twice_in_a_moment_is_one_request(monkeypatch):
     handler(signal.SIGTERM)
     handler(signal.SIGTERM)
     assert handler.asked == 143 and not left
-    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic(): now + 2)
+    later = time.monotonic() + 2
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     handler(signal.SIGINT)
     assert left == [130]
 
@@ -142,13 +143,19 @@ def test_ignored_signals_stay_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("words", [["configs"], pytest.param(["plan", "--config", "demo.yaml"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "words", [["configs"], pytest.param(["plan", "--config", "demo.yaml"], marks=pytest.mark.slow)]
+)
 def test_nobody_reads_what_is_printed(words):
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
         done = subprocess.run(
-            [sys.executable, "-m", "koff_lightning", *words], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "koff_lightning", *words],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -1,6 +1,7 @@
 """The `koff` command: a table of verbs. A verb imports what is heavy only when it runs, so help is immediate."""
 
 import os
+import select
 import signal
 import sys
 from importlib import import_module
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
             return status
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not hasattr(select, "poll") or not _nobody_reads():
             raise
         return 141  # as where SIGPIPE ends a process
     except KoffError as error:
@@ -92,12 +93,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _nobody_reads() -> bool:
     """Whether whoever read what we print has gone, as `head` does; what is left to print then goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    look = select.poll()
+    look.register(sys.stdout, 0)
+    if gone := any(event & select.POLLERR for _, event in look.poll(0)):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return gone
 
 
 def usage() -> str:

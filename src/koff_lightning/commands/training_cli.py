@@ -4,6 +4,7 @@ Every option is a typed, documented argument of a class; nothing is decided here
 """
 
 import json
+import signal
 import time
 from contextlib import nullcontext, redirect_stdout, suppress
 from io import StringIO
@@ -193,7 +194,8 @@ class KoffCLI(LightningCLI):
         except SystemExit as stop:
             if rank_zero_only.rank:  # rank 0 speaks for all
                 raise SystemExit(stop.code) from None
-            raise Ended(stop.code, getattr(stop, "advice", "") or self._how_to_go_on(writes)) from None
+            status = stop.code if stop.code != 1 else 128 + signal.SIGINT  # 1 is Lightning's answer to Ctrl-C
+            raise Ended(status, getattr(stop, "advice", "") or self._how_to_go_on(writes)) from None
         except BrokenPipeError:  # nobody reads what is printed any more
             raise
         except OSError as error:  # a full disk, say

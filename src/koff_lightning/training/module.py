@@ -32,6 +32,7 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_names
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training import strategies
+from koff_lightning.training.ending import EndsBetweenSteps
 from koff_lightning.training.given_mask import given_mask, take
 from koff_lightning.training.nonfinite import Guard
 from koff_lightning.training.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
@@ -155,7 +156,7 @@ class KOFFModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What every trainer needs to end a run where it can go on."""
-        return [strategies.EndsBetweenSteps()]
+        return [EndsBetweenSteps()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch; the equation at the head of this file."""

@@ -8,8 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_model
+from tiny_run import RandomText, tiny_module, tiny_trainer
 
 from koff_lightning import KoffError, load_backbone
+from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
+from koff_lightning.callbacks import RunReport
+from koff_lightning.cli import main
 from koff_lightning.loading import load_config
 
 IDS = torch.arange(3, 23).view(2, 10)
@@ -266,3 +270,143 @@ def test_entries_of_another_kind_or_size(tmp_path, entries, message):
 def test_json_files_of_another_kind(tmp_path, name, text):
     (saved(tmp_path) / name).write_text(text, encoding="latin-1")
     refused(tmp_path, "JSON|object|deep|cannot load")
+
+
+# ------------------------------------------------------------------------------------ checkpoints of `koff fit`
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with its checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = tiny_trainer(folder, [RunReport()])
+    trainer.fit(tiny_module(folder), RandomText(8))
+    trainer.save_checkpoint(folder / "run.ckpt")
+    return folder
+
+
+def spoilt(run, folder, change):
+    """A copy of the checkpoint with `change` done to it."""
+    content = torch.load(run / "run.ckpt", weights_only=True)
+    change(content)
+    torch.save(content, folder / "bad.ckpt")
+    return str(folder / "bad.ckpt")
+
+
+def put(*path):
+    """What writes the last of `path` to the place that the others name."""
+
+    def change(content):
+        *names, last, value = path
+        for name in names:
+            content = content[name]
+        content[last] = value(content[last]) if callable(value) else value
+
+    return change
+
+
+def knot(_):
+    values = {}
+    values["again"] = [values]
+    return values
+
+
+def many(_):
+    values = [1]
+    for _ in range(35):
+        values = [values, values]
+    return values
+
+
+LORA = "model.backbone.model.layers.0.self_attn.q_proj.lora_A.koff_en.weight"
+BAD = {
+    "a tensor that is none": put("state_dict", LORA, "text"),
+    "a tensor that is a list": put("state_dict", LORA, [1.0]),
+    "sparse": put("state_dict", LORA, lambda x: x.to_sparse()),
+    "complex": put("state_dict", LORA, lambda x: x + 0j),
+    "int8": put("state_dict", LORA, lambda x: x.to(torch.int8)),
+    "half": put("state_dict", LORA, lambda x: x.half()),
+    "another shape": put("state_dict", LORA, lambda x: x[:1]),
+    "nan": put("state_dict", LORA, lambda x: x * float("nan")),
+    "many numbers that are one": put("state_dict", LORA, torch.zeros(1).expand(10**12)),
+    "a name that is a number": put("state_dict", 3, torch.zeros(1)),
+    "a tensor without a place": put("state_dict", "model.memories.kv.koff_en.more", torch.zeros(1)),
+    "an adapter for a domain that is not there": put("state_dict", LORA.replace("_en", "_xx"), torch.zeros(2, 32)),
+    "hardened is several": put("state_dict", "model.gates.hardened", torch.ones(3, dtype=torch.bool)),
+    "hardened is a number": put("state_dict", "model.gates.hardened", torch.tensor(1.0)),
+    "kept is numbers": put("state_dict", "model.gates.kept", lambda x: x.float()),
+    "no gates": lambda content: [content["state_dict"].pop(k) for k in list(content["state_dict"]) if "gates" in k],
+    "a step that is a dictionary": put("global_step", {}),
+    "a step that is true": put("global_step", True),
+    "a step below": put("global_step", -7),
+    "a history that is a number": put("callbacks", "RunReport", "history", 3),
+    "a history without points": put("callbacks", "RunReport", "history", {"every": 1}),
+    "points of nothing": put("callbacks", "RunReport", "history", "points", [None]),
+    "schedulers that are text": put("lr_schedulers", "x"),
+    "schedulers of nothing": put("lr_schedulers", [None]),
+    "optimizers that are numbers": put("optimizer_states", 3),
+    "optimizers of nothing": put("optimizer_states", [{}]),
+    "loops without a fit": put("loops", {}),
+    "loops of nothing": put("loops", "fit_loop", None),
+    "no place in the data": put("loops", "fit_loop", "epoch_progress", {}),
+    "units of nothing": put("hyper_parameters", "sparsity", "units", None),
+    "units that are numbers": put("hyper_parameters", "sparsity", "units", [1, 2]),
+    "a target that is text": put("hyper_parameters", "sparsity", "target", "0.2"),
+    "another gate": put("hyper_parameters", "sparsity", "gate", "x"),
+    "a rank that is a list": put("hyper_parameters", "lora", "rank", [2]),
+    "a rank that is true": put("hyper_parameters", "lora", "rank", True),
+    "targets of nothing": put("hyper_parameters", "lora", "targets", None),
+    "slots that are text": put("hyper_parameters", "kv", "slots", "4"),
+    "domains that are text": put("hyper_parameters", "domains", "en"),
+    "domains that lead outside": put("hyper_parameters", "domains", ["../..", "law"]),
+    "sparsity that is a list": put("hyper_parameters", "sparsity", []),
+    "a backbone that is a number": put("hyper_parameters", "backbone", 3),
+    "a dtype that is a number": put("hyper_parameters", "dtype", 3),
+    "a hash that is a number": put("koff", "backbone_hash", 3),
+    "no hash": lambda content: content["koff"].pop("backbone_hash"),
+    "a target of the mask that is a list": put("koff", "target", []),
+    "a target that is not finite": put("koff", "target", float("nan")),
+    "values in themselves": put("callbacks", "RunReport", knot),
+    "values that multiply": put("callbacks", "RunReport", "tokens", many),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_checkpoint_of_another_kind(run, tmp_path, case):
+    path = spoilt(run, tmp_path, BAD[case])
+    with pytest.raises(KoffError) as caught:
+        from_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "case", ["sparse", "units of nothing", "no gates", "kept is numbers", "a hash that is a number"]
+)
+def test_a_mask_of_it(run, tmp_path, case):
+    path = spoilt(run, tmp_path, BAD[case])
+    with pytest.raises(KoffError, match="not as `koff fit` writes|does not fit|lacks|written by another release"):
+        tiny_trainer(tmp_path, []).fit(tiny_module(run, mask=path), RandomText(2))
+
+
+@pytest.mark.parametrize(
+    "case", ["sparse", "a step that is a dictionary", "points of nothing", "optimizers of nothing"]
+)
+def test_a_run_does_not_go_on_from_it(run, tmp_path, case):
+    path = spoilt(run, tmp_path, BAD[case])
+    with pytest.raises(KoffError, match="not as `koff fit` writes one"):
+        tiny_trainer(tmp_path, [RunReport()]).fit(tiny_module(run), RandomText(8), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize("case", ["sparse", "units of nothing", "values in themselves"])
+def test_an_export_of_it_is_one_line(run, tmp_path, capsys, case):
+    path = spoilt(run, tmp_path, BAD[case])
+    assert main(["export", "--ckpt", path, "--out", str(tmp_path / "out")]) == 2
+    assert "is not as `koff fit` writes one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_sound_is_taken(run, tmp_path):
+    assert read_checkpoint(run / "run.ckpt")["global_step"] == 8
+    module = from_checkpoint(run / "run.ckpt")
+    assert module.realised_sparsity() > 0

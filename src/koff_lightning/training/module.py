@@ -176,8 +176,8 @@ class KOFFModule(LightningModule):
         penalty = self.sparsity_penalty()
         loss = data + (all_data - data.detach()) + penalty  # value: of all ranks' rows; gradient: this rank's part
         self.guard.check_loss(loss, ce + kl, predicted, batch["domains"], self.global_step)
-        parts = {"train/loss": loss, "train/ce": all_ce, "train/kl": all_kl, "train/penalty": penalty}
-        self.log_dict(parts, batch_size=len(predicted))
+        parts = {"train/loss": loss, "train/kl": all_kl, "train/penalty": penalty}
+        self.log_dict(parts if self.loss.top_k_alone else parts | {"train/ce": all_ce}, batch_size=len(predicted))
         return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
 
     @property

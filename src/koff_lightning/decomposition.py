@@ -48,6 +48,18 @@ def check_layout(config: PreTrainedConfig, sparsity: SparsitySpec) -> None:
         price(without_weights(config), sparsity)
 
 
+def _refuse_other_dtypes(model: "Decomposition", state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse tensors of another dtype, which torch would cast without a word: a bool or complex value to a float."""
+    here = model.state_dict()
+    for name in sorted(model.owned()):
+        given = state.get(f"{prefix}{name}")
+        if isinstance(given, Tensor) and given.dtype != here[name].dtype:
+            raise KoffError(
+                f"the checkpoint does not fit this run: {name} is {given.dtype} there and {here[name].dtype} here; "
+                "take one that `koff fit` wrote"
+            )
+
+
 class Decomposition(nn.Module):
     """A frozen LLM with gates on its units and a memory per domain.
 
@@ -87,6 +99,7 @@ class Decomposition(nn.Module):
         self.memories = MemoryBank(self.backbone, self.domains, lora, kv, shared_memory)
         self.gates = BackboneGates(self.budget.groups, sparsity.gate)
         self.gates.attach(self.backbone)
+        self.register_load_state_dict_pre_hook(_refuse_other_dtypes)
 
     @property
     def device(self) -> torch.device:

@@ -442,9 +442,7 @@ def test_a_gated_model_that_gives_no_numbers_proves_nothing(tmp_path, here, monk
     for both in (False, True):
         if both:
             monkeypatch.setattr(proof, "_written", broken(written))
-        with pytest.raises(
-            KoffError, match=f"the model itself computes nan or inf .memory {arm}.: there is nothing"
-        ):
+        with pytest.raises(KoffError, match=f"the model itself computes nan or inf .memory {arm}.: there is nothing"):
             export(module, tmp_path / "out")
     report = json.loads((tmp_path / "out.failed" / "export_report.json").read_text(), parse_constant=pytest.fail)
     assert [case["finite"] for case in report["memories"]] == [case["memory"] != arm for case in report["memories"]]

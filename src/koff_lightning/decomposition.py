@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from koff_lightning.backbone import hidden_states, parameter_counts, prunable_groups, uniform_kv_groups, without_weights
+from koff_lightning.backbone import (
+    ask_nothing_,
+    hidden_states,
+    parameter_counts,
+    prunable_groups,
+    uniform_kv_groups,
+    without_weights,
+)
 from koff_lightning.gates import BackboneGates
 from koff_lightning.loading import fingerprint, load_backbone
 from koff_lightning.losses import head_nats
@@ -93,6 +100,7 @@ class Decomposition(nn.Module):
         self.target = 0.0  # sparsity at which a mask that is not fixed yet is cut, see `hard_mask`
         self.chunk = 1024  # tokens whose logits exist at one time
         self.backbone = load_backbone(source, **loading)
+        self.own_settings = ask_nothing_(self.backbone)  # generation_config.json, for the export
         self.budget = price(self.backbone, sparsity)
         self.backbone_hash = fingerprint(self.backbone)
         # In this order: gates go outside the adapters.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from koff_lightning.support.errors import KoffError
 
@@ -169,6 +169,17 @@ def compile_layers(model: PreTrainedModel, backend: str) -> None:
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), GRAPHS * len(layers)))
     for layer in layers:
         layer.compile(backend=backend)
+
+
+def ask_nothing_(model: PreTrainedModel) -> GenerationConfig:
+    """Let `generate` do only what a call asks for. Returns what the model's generation_config.json says.
+
+    Of that the token ids stay: without those that end a text, generation would go on behind the end.
+    """
+    own = model.generation_config
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    return own
 
 
 def is_recomputed(model: PreTrainedModel) -> bool:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from koff_lightning.backbone import hidden_states, parameter_counts, prunable_groups, uniform_kv_groups, without_weights
+from koff_lightning.backbone import (
+    ask_nothing_,
+    hidden_states,
+    parameter_counts,
+    prunable_groups,
+    uniform_kv_groups,
+    without_weights,
+)
 from koff_lightning.gates import BackboneGates
 from koff_lightning.loading import fingerprint, load_backbone
 from koff_lightning.losses import head_nats
@@ -48,6 +55,18 @@ def check_layout(config: PreTrainedConfig, sparsity: SparsitySpec) -> None:
         price(without_weights(config), sparsity)
 
 
+def _refuse_other_dtypes(model: "Decomposition", state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse tensors of another dtype, which torch would cast without a word: a bool or complex value to a float."""
+    here = model.state_dict()
+    for name in sorted(model.owned()):
+        given = state.get(f"{prefix}{name}")
+        if isinstance(given, Tensor) and given.dtype != here[name].dtype:
+            raise KoffError(
+                f"the checkpoint does not fit this run: {name} is {given.dtype} there and {here[name].dtype} here; "
+                "take one that `koff fit` wrote"
+            )
+
+
 class Decomposition(nn.Module):
     """A frozen LLM with gates on its units and a memory per domain.
 
@@ -81,12 +100,14 @@ class Decomposition(nn.Module):
         self.target = 0.0  # sparsity at which a mask that is not fixed yet is cut, see `hard_mask`
         self.chunk = 1024  # tokens whose logits exist at one time
         self.backbone = load_backbone(source, **loading)
+        self.own_settings = ask_nothing_(self.backbone)  # generation_config.json, for the export
         self.budget = price(self.backbone, sparsity)
         self.backbone_hash = fingerprint(self.backbone)
         # In this order: gates go outside the adapters.
         self.memories = MemoryBank(self.backbone, self.domains, lora, kv, shared_memory)
         self.gates = BackboneGates(self.budget.groups, sparsity.gate)
         self.gates.attach(self.backbone)
+        self.register_load_state_dict_pre_hook(_refuse_other_dtypes)
 
     @property
     def device(self) -> torch.device:

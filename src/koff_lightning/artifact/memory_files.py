@@ -265,3 +265,26 @@ def _content(folder: Path, name: str, card: MemoryCard) -> bytes:
     if hashlib.sha256(content).hexdigest() != card.files[name]["sha256"]:
         raise KoffError(f"{name} was changed after it was written (its sha256 is another): get it again")
     return content
+
+
+def listed(manifest: Manifest, card: MemoryCard, card_sha256: str) -> Manifest:
+    """The manifest of an artifact that has one memory more; the hash is that of its card's file."""
+    counts = manifest.parameters
+    active = counts["active"] | {card.domain: counts["backbone"] + card.parameters}
+    return replace(
+        manifest,
+        domains=manifest.domains | {card.domain: card.summary(card_sha256)},
+        parameters=counts | {"active": active, "stored": counts["stored"] + card.parameters},
+    )
+
+
+def unlisted(manifest: Manifest, domain: str) -> Manifest:
+    """The manifest of an artifact that has one memory less."""
+    counts = manifest.parameters
+    active = {name: count for name, count in counts["active"].items() if name != domain}
+    stored = counts["stored"] - manifest.domains[domain]["parameters"]
+    return replace(
+        manifest,
+        domains={name: about for name, about in manifest.domains.items() if name != domain},
+        parameters=counts | {"active": active, "stored": stored},
+    )

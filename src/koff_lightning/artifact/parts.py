@@ -144,13 +144,12 @@ def _write_weights(order: Order, folder: Path) -> PreTrainedConfig | dict[str, A
 
 def _write_companions(order: Order, folder: Path, config: PreTrainedConfig | dict[str, Any]) -> None:
     """What makes a folder of weights a model: config, generation config, tokenizer with chat template, licence."""
-    model = order.module.backbone
     values = dict(config) if isinstance(config, dict) else config.to_diff_dict()  # as save_pretrained writes it
     if order.with_code and (kinds := _classes(values["model_type"])):
         values |= {"auto_map": {auto: f"{_CODE.stem}.{kind.__name__}" for auto, kind in kinds.items()}}
         shutil.copyfile(_CODE, folder / _CODE.name)
     _write_json(folder / "config.json", values)
-    model.generation_config.to_json_file(folder / "generation_config.json")  # save_pretrained refuses odd ones
+    order.module.own_settings.to_json_file(folder / "generation_config.json")  # save_pretrained refuses odd ones
     order.tokenizer.save_pretrained(folder)
     for file in licence_files(order.base_folder):
         shutil.copyfile(file, folder / file.name)

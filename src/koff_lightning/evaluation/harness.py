@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.decomposed import DecomposedModel, default_device, dense_of, load_decomposed
 from koff_lightning.artifact.folder import MANIFEST
+from koff_lightning.backbone import ask_nothing_
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
@@ -192,7 +193,9 @@ def load_model(path: str, backbone: str | None = None, device: str | None = None
             raise KoffError(f"{path} is read in the dtype of its run: leave dtype out")
         return from_checkpoint(place, backbone).to(where).eval()
     stored = str(load_config(path).dtype or "float32").removeprefix("torch.")
-    return load_backbone(path, dtype=dtype or stored).to(where)
+    model = load_backbone(path, dtype=dtype or stored).to(where)
+    ask_nothing_(model)  # a task says how it is answered
+    return model
 
 
 def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:

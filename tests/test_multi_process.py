@@ -87,7 +87,7 @@ def assert_alike(recorded, first=0):
     for other in recorded[1:]:
         assert list(recorded[0]) == list(other) == list(range(first, STEPS))
         assert_same(recorded[0], other)
-    assert bool(recorded[0][STEPS - 1]["values"]["gates.hardened"])
+    assert bool(recorded[0][STEPS - 1]["values"]["model.gates.hardened"])
 
 
 @pytest.mark.parametrize("run", PLAIN)
@@ -149,7 +149,7 @@ def test_a_sharded_checkpoint_holds_what_was_trained_only(folder):
         torch.load(folder / run / f"step={SAVED}.ckpt", weights_only=True) for run in ("sharded", "replicated")
     )
     assert one["state_dict"].keys() == other["state_dict"].keys()
-    assert not [name for name in one["state_dict"] if name.startswith("backbone.") and "lora_" not in name]
+    assert not [name for name in one["state_dict"] if name.startswith("model.backbone.") and "lora_" not in name]
     assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.callbacks.history import MaskHistory
 from koff_lightning.callbacks.lm_eval import LMEval
-from koff_lightning.callbacks.progress import predicted_tokens
+from koff_lightning.callbacks.progress import LINE_SECONDS, predicted_tokens
 from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.reports import plots, results
 from koff_lightning.support import ranks
@@ -86,6 +86,7 @@ class RunReport(Callback):
             "versions": versions(),
         }
         print_figures(trainer, self.results)
+        _log(trainer, self.results)
 
     def on_fit_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Write, after everything else is done and printed.
@@ -175,10 +176,28 @@ def score(trainer: Trainer, module: KOFFModule) -> None:
     loader = trainer.datamodule.test_dataloader()
     limit = trainer.limit_test_batches
     batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
+    said = time.perf_counter()
     with eval_mode(module), trainer.precision_plugin.forward_context():
         module.on_test_epoch_start()
         for index, batch in enumerate(islice(loader, batches)):
             module.test_step(trainer.strategy.batch_to_device(batch), index)
+            if time.perf_counter() - said > LINE_SECONDS:
+                said = time.perf_counter()
+                _say(trainer, f"scored {index + 1} of {batches} batches")
+
+
+def _log(trainer: Trainer, figures: results.Figures) -> None:
+    """Held-out scores to all loggers, by the names that `koff test` gives them."""
+    rows = {"": figures["mean"]} | {f"/{domain}": row for domain, row in figures["domains"].items()}
+    scores = {
+        f"test/{name}{domain}": value
+        for domain, row in rows.items()
+        for name, value in row.items()
+        if value is not None
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(scores, trainer.global_step - 1)  # counts from 0
+        logger.save()
 
 
 def _figures(trainer: Trainer, module: KOFFModule) -> results.Figures:

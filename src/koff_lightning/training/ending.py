@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
 
@@ -25,7 +25,7 @@ from koff_lightning.support import ranks
 from koff_lightning.support.ending import SIGNALS, TIME_LIMIT, Ended, SignalHandler
 
 LOOK = 0.5  # seconds between looks at the other processes
-GRACE = 4.0  # seconds that an orderly end of all has; Lightning kills the rest without a word after 5
+GRACE = 5.0  # seconds that the others have to end by themselves after one has
 
 
 class EndsBetweenSteps(Callback):
@@ -124,7 +124,9 @@ def watch_the_others(trainer: Trainer) -> None:
     Rank 0 watches the ranks that it has launched, and those watch rank 0. Where something else has launched them, as
     torchrun or SLURM, that ends the others.
     """
-    launched: Sequence[subprocess.Popen] = getattr(trainer.strategy.launcher, "procs", ())
+    theirs: list[subprocess.Popen] = getattr(trainer.strategy.launcher, "procs", [])
+    launched = list(theirs)
+    theirs.clear()  # Lightning's own watch, which ends all in other words, then has nothing to do
     environment = getattr(trainer.strategy, "cluster_environment", None)
     look: Callable[[], str] | None = None
     if launched:

@@ -520,16 +520,8 @@ def test_links_in_an_artifact(artifact, tmp_path, capsys, place):
     secret.mkdir()
     (secret / "key").write_text("mine")
     os.symlink(secret / "key" if place == "file" else secret, artifact / LINKS[place])
-    for words in (
-        ["memory", "remove", str(artifact), "fr"],
-        ["memory", "add", str(artifact), str(artifact), "--name=x"],
-    ):
-        main(words)
-        said = capsys.readouterr().err
-        assert "outside the folder" in said or "holds no memory.json" in said
-    assert not [
-        path for path in artifact.rglob("key") if not path.is_symlink() and path.parent != artifact / LINKS[place]
-    ]
+    assert main(["memory", "remove", str(artifact), "fr"]) == 2
+    assert "outside the folder" in capsys.readouterr().err
     assert (secret / "key").stat().st_nlink == 1
     assert (artifact / "memories" / "fr").is_dir(), "nothing was changed"
     with pytest.raises(KoffError, match="outside the folder"):

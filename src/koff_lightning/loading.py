@@ -29,6 +29,7 @@ from koff_lightning.model_files import (
     adapter_beside,
     check_config,
     check_folder,
+    check_tokenizer,
     check_weights,
     refuse_leftovers,
 )
@@ -158,6 +159,8 @@ def load_tokenizer(
     where = _resolve(
         source, revision, trust_remote_code, wanted=("tokenizer_config.json", "tokenizer.json", "config.json")
     )
+    if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
+        check_tokenizer(folder)
     return _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
 
 

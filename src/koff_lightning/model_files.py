@@ -134,10 +134,14 @@ def _wrong_rope(rope: Mapping[str, Any], name: str) -> str | None:
 
 
 def check_links(folder: Path) -> None:
-    """Raise KoffError if a file in a folder is a link out of it; the hub's own cache of files is no way out."""
+    """Raise KoffError if anything below a folder, hidden or not, is a link out of it.
+
+    The hub's own cache keeps a model as links to `blobs` beside its snapshots, which is no way out.
+    """
     home = folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    for path in sorted(folder.iterdir()):
+    snapshot = next((place for place in (home, *home.parents) if place.parent.name == "snapshots"), None)
+    blobs = snapshot.parent.parent / "blobs" if snapshot else home
+    for path in sorted(folder.rglob("*")):
         target = Path(os.path.realpath(path))
         if path.is_symlink() and not (target.is_relative_to(home) or target.is_relative_to(blobs)):
             raise KoffError(f"{path} is a link to {os.readlink(path)}, outside the folder: put the file itself there")
@@ -169,6 +173,14 @@ def check_folder(folder: Path, source: str) -> None:
             break
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise KoffError if a file of a tokenizer's folder is a link out of it, or one with options holds no names."""
+    check_links(folder)
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json"):
+        if (folder / name).exists():
+            read_json_object(folder / name)
+
+
 def adapter_beside(source: str) -> KoffError:
     """What to say of an adapter among the weights of a model, which transformers would apply without a word."""
     return KoffError(
@@ -184,7 +196,7 @@ def _check_index(index: Path) -> None:
     if not isinstance(names, dict) or not names or not isinstance(content.setdefault("metadata", {}), dict):
         raise KoffError(f"{index} has no weight_map of tensors to files: get it again")
     for file in names.values():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in (".", ".."):
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or file.startswith("."):
             raise KoffError(f"{index} names {file!r}, which is no file beside it: get it again")
         if not (index.parent / file).is_file():
             raise KoffError(f"{index} names {file}, which is missing: the download is incomplete; get it again")

@@ -88,7 +88,8 @@ def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
         _count(checkpoint, {}, 0)
     except ValueError as error:
         return str(error)
-    return _fault(checkpoint, _FORM, "it") or _fault_of_numbers(checkpoint["state_dict"])
+    form = _fault(checkpoint, _FORM, "it")
+    return form or _fault_of_numbers(checkpoint["state_dict"]) or _contradiction(checkpoint)
 
 
 def _count(value: Any, known: dict[int, int], depth: int) -> int:
@@ -181,6 +182,26 @@ def _fault_of_numbers(state: Mapping[str, Tensor]) -> str | None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"{name} holds numbers that are not finite"
     return None
+
+
+def _contradiction(checkpoint: Mapping[str, Any]) -> str | None:
+    """What a checkpoint says of its model it says twice, with the options of its run and with its tensors."""
+    options, about = checkpoint["hyper_parameters"], checkpoint["koff"]
+    sparsity = options.get("sparsity", {})
+    for name, there in {name: options.get(name) for name in ("domains", "shared_memory", "lora", "kv")}.items():
+        if name in about and name in options and _sorted(about[name]) != _sorted(there):
+            return f"hyper_parameters.{name} and koff.{name} differ"
+    for name in ("gate", "units"):
+        if name in about and name in sparsity and _sorted(about[name], True) != _sorted(sparsity[name], True):
+            return f"hyper_parameters.sparsity.{name} and koff.{name} differ"
+    return None
+
+
+def _sorted(value: Any, whole: bool = False) -> Any:
+    """A value with the order of `targets` taken out; of the whole with `whole`."""
+    if isinstance(value, Mapping):
+        return {name: sorted(part) if name == "targets" else part for name, part in value.items()}
+    return sorted(value) if whole and isinstance(value, list | tuple) else value
 
 
 def _other(name: str, wanted: str, value: object) -> str:

@@ -29,6 +29,7 @@ from koff_lightning.artifact.memory_files import (
     write_memory,
 )
 from koff_lightning.memory import MemoryBank
+from koff_lightning.model_files import check_links
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, new_folder
 from koff_lightning.support.names import check_name
@@ -130,6 +131,7 @@ def _revised(folder: Path) -> Iterator[Path]:
 
     Its files are links to the old ones where the disk has links: replace them, never write into them.
     """
+    check_links(folder)  # what lies outside is not copied into it
     with new_folder(folder, overwrite=True) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True, copy_function=_link)
         yield work
@@ -137,7 +139,7 @@ def _revised(folder: Path) -> Iterator[Path]:
 
 def _link(source: str, target: str) -> None:
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
 

@@ -7,6 +7,8 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from koff_lightning.artifact.folder import Manifest
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.yaml_files import load_yaml
 
 _LICENCE_FILES = re.compile(r"(licen[cs]e|notice|copying)\b.*", re.IGNORECASE)
 
@@ -144,11 +146,11 @@ def licence_of(folder: Path | None) -> str | None:
     if card and card.is_file():
         head = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         try:
-            named = yaml.safe_load(head[1]).get("license") if head else None
-        except (yaml.YAMLError, AttributeError):  # somebody else's card; nothing of ours depends on it
+            named = load_yaml(head[1], str(card)).get("license") if head else None
+        except (KoffError, AttributeError):  # somebody else's card; nothing of ours depends on it
             named = None
         if named:
-            return ", ".join(named) if isinstance(named, list) else str(named)
+            return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     for file in licence_files(folder):
         if text := file.read_text(encoding="utf-8", errors="replace").strip():
             return text.splitlines()[0].strip()

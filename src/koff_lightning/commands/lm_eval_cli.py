@@ -4,12 +4,15 @@ import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import one_line
+from koff_lightning.support.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from koff_lightning.evaluation.harness import KoffLM
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 # lm-eval's options that are ours here, or that send results elsewhere: the files of --output_path hold all of them.
 TAKEN = ("model", "model_args", "device", "verbosity", "show_config", "check_integrity", "trust_remote_code")
 ELSEWHERE = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
+_RUNS_CODE = ("trust_remote_code", "confirm_run_unsafe_code")
+_BY_WORD = f"If you trust it, say so on the command line, or add {SWITCH}"
 ROWS = "8"  # at a time, unless --batch_size says otherwise
 
 
@@ -46,6 +51,8 @@ def lm_eval(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if not options.model or not options.tasks:
         raise KoffError("lm-eval: give --model (artifact, checkpoint or dense model) and --tasks")
+    if options.config and not options.allow_custom_classes:
+        _refuse_code(Path(options.config).expanduser())
     settings = _settings(options)
     if (settings.output_path or "").endswith(".json"):
         raise KoffError(
@@ -81,6 +88,18 @@ def lm_eval(argv: list[str]) -> None:
             _check_chat_template(lm, settings.apply_chat_template, options.model)
             scores[column.name] = _score(lm, tasks, settings, options, column)
     show(scores)
+
+
+def _refuse_code(path: Path) -> None:
+    """Raise KoffError if a config says what runs code: whoever asks says that on the command line."""
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise KoffError(f"lm-eval: --config {path} must hold names and values")
+    tasks = content.get("tasks") or []
+    named = tasks.split(",") if isinstance(tasks, str) else tasks if isinstance(tasks, list) else [tasks]
+    refuse_task_files(content.get("include_path"), [str(task).strip() for task in named])
+    if odd := [name for name in _RUNS_CODE if content.get(name) not in (None, False)]:
+        raise KoffError(f"lm-eval: --config {path} says {odd[0]}, which lets code of others run. {_BY_WORD}")
 
 
 def _check_chat_template(lm: "KoffLM", asked: bool | str, model: str) -> None:
@@ -121,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument("--memory_off", "--memory-off", action="store_true", help="a column `none`: without memory")
     ours.add_argument("--dense", action="store_true", help="a column `dense`: the model that was decomposed")
     ours.add_argument("--backbone", help="where the backbone of a checkpoint is, if it has moved")
+    ours.add_argument(SWITCH, action="store_true", help="let --config name task files, whose Python is run")
     ours.add_argument("--device", help="torch device; by default a GPU if there is one")
     ours.add_argument("--dtype", help="of the backbone; by default as it is stored")
 
@@ -136,7 +156,7 @@ def _settings(options: argparse.Namespace) -> Any:
     """lm-eval's own check of its options."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    own = ("model", "domain", "memory_off", "dense", "backbone", "device", "dtype")
+    own = ("model", "domain", "memory_off", "dense", "backbone", "device", "dtype", "allow_custom_classes")
     given = {name: value for name, value in vars(options).items() if name not in own}
     if not options.config:
         given.setdefault("batch_size", ROWS)

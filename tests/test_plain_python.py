@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer, seed_everything
 from tiny_command import small_fits
 from tiny_run import RandomText, tiny_module
 
-from koff_lightning import AnnealSparsity, DomainDataModule, KOFFModule, KoffError
+from koff_lightning import AnnealSparsity, DomainDataModule, KoffError, KOFFModule
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.training.checkpoints import newest_checkpoint
 

@@ -198,10 +198,10 @@ class MemoryBank(nn.Module):
     def activate(self, domains: Sequence[str | None]) -> None:
         """Let row b of the following forwards read the memory of domains[b]; None = no memory.
 
-        Outside of `scope` it holds for all threads until the next call, as training needs it: a checkpointed layer reads
-        the routes again in the backward, which may run in another thread. Without gradients the rows' matrices and slots
-        are stacked once, in the first forward, and kept until the next call: call it again after a memory was moved or
-        its tensors were replaced (changes in place are noticed).
+        Outside of `scope` it holds for all threads until the next call, as training needs it: a checkpointed layer
+        reads the routes again in the backward, which may run in another thread. Without gradients the rows' matrices
+        and slots are stacked once, in the first forward, and kept until the next call: call it again after a memory was
+        moved or its tensors were replaced (changes in place are noticed).
 
         Raises:
             KoffError: A domain that has no memory here.

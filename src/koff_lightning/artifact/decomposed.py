@@ -153,8 +153,8 @@ class DecomposedModel(nn.Module):
             _check_packing(attention_mask, inputs["position_ids"], inputs["use_cache"])
         if torch.is_grad_enabled() and is_recomputed(self.backbone):
             raise KoffError(
-                "activation checkpointing would compute layers again after this call, without its memories: activate the "
-                "rows' memories with model.memories.activate, and call model.backbone"
+                "activation checkpointing would compute layers again after this call, without its memories: activate "
+                "the rows' memories with model.memories.activate, and call model.backbone"
             )
         with self.memories.scope(self._routes(domains, len(input_ids))):
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)

@@ -16,6 +16,7 @@ MODEL_INTERNALS = re.compile(r"\b[qkvo]_proj\b|\b(gate|up|down)_proj\b|\bself_at
 FLOORS = """
 support
 backbone
+gguf_files model_files
 loading
 tracking merged_attention attention losses metrics surgery lora
 gates sparsity kv_memory

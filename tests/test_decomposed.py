@@ -102,12 +102,12 @@ def test_decoding_by_hand_equals_the_whole_forward(model):
 def test_what_decoding_stacks_is_kept_for_the_same_rows_and_no_longer(made, monkeypatch):
     model = load_decomposed(made.folder)
     ids, mask = left_padded()
-    calls, activate = [], model.memories.activate
-    monkeypatch.setattr(model.memories, "activate", lambda rows: (calls.append(list(rows)), activate(rows)))
+    calls, routes_of = [], model.memories.routes_of
+    monkeypatch.setattr(model.memories, "routes_of", lambda rows: (calls.append(list(rows)), routes_of(rows))[1])
     first = model(ids, mask, domains=ROWS).logits
     assert torch.equal(model(ids, mask, domains=ROWS).logits, first)
     assert len(calls) == 1
-    model.memories.activate(["fr"] * 4)
+    model(ids, mask, domains="fr")
     assert torch.equal(model(ids, mask, domains=ROWS).logits, first)
     model.remove_memory("de")
     model.add_memory(made.folder / "memories" / "de")
@@ -125,7 +125,7 @@ def test_nothing_stacked_outlives_its_tensors(made, rows):
 
     def logits(model, fresh=False):
         if fresh:
-            model.memories.routes.set((), [], ids.device)
+            model(ids, mask)  # other rows
         return model(ids, mask, domains=rows).logits
 
     first = load_decomposed(made.folder)

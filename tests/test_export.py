@@ -523,7 +523,7 @@ def test_a_run_leaves_a_proven_artifact(tmp_path, here, capsys):
     module = train(tmp_path, ExportArtifact())
     assert "wrote " in capsys.readouterr().out
     assert json.loads((tmp_path / "artifact" / "export_report.json").read_text())["passed"]
-    assert torch.equal(read_manifest(tmp_path / "artifact").mask(), module.gates.kept)
+    assert torch.equal(read_manifest(tmp_path / "artifact").mask(), module.model.gates.kept)
     assert load_decomposed(tmp_path / "artifact").domains == ["en", "law"]
     train(tmp_path, ExportArtifact(layout="masked", prove=False))
     assert read_manifest(tmp_path / "artifact").layout == "masked", "a second run of the folder replaces it"

@@ -304,7 +304,7 @@ def test_a_given_mask_stays_and_only_the_memories_train(made, tmp_path):
     assert torch.equal(module.model.gates.kept, from_checkpoint(made / "learned.ckpt").gates.kept)
     memories = {n for n, p in module.named_parameters() if p.requires_grad}
     assert trained.moved == memories
-    assert all(".lora_" in name or name.startswith("memories.kv.") for name in memories)
+    assert all(".lora_" in name or name.startswith("model.memories.kv.") for name in memories)
     assert trained.optimised == {
         id(p) for p in module.model.memories.lora_parameters() + module.model.memories.kv_parameters()
     }

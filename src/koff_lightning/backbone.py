@@ -64,6 +64,11 @@ def kv_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     return [(k.out_features // a.head_dim, a.head_dim) for k, a in zip(heads, attention_modules(model), strict=True)]
 
 
+def head_size(config: PreTrainedConfig) -> int:
+    """Dimensions of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
     """Last hidden states [B, T, d] after the final norm; `lm_head` is left to the loss, which works on token chunks."""
     refuse_masked_packing(inputs.get("attention_mask"), inputs.get("position_ids"))
@@ -164,6 +169,11 @@ def compile_layers(model: PreTrainedModel, backend: str) -> None:
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), GRAPHS * len(layers)))
     for layer in layers:
         layer.compile(backend=backend)
+
+
+def is_recomputed(model: PreTrainedModel) -> bool:
+    """Whether a backward would compute layers again: transformers does so in training mode only."""
+    return any(layer.training and layer.gradient_checkpointing for layer in decoder_layers(model))
 
 
 @contextmanager

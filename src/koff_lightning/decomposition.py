@@ -145,15 +145,14 @@ class Decomposition(nn.Module):
 
     @contextmanager
     def under(self, memories: Sequence[str | None] = (), mask: Tensor | None = None) -> Iterator[None]:
-        """Let the block run under these memories and this mask; what was in force comes back after it.
+        """Let the block run under these memories and this mask, in this thread; what was in force comes back after it.
 
         Args:
             memories: Of each row, None for none; empty for none at all.
             mask: Gate values, [R, U] with R = 1 or rows; None for all open. Both left out: the dense model.
         """
-        with self.gates.off(), self.memories.routes.restored():
+        with self.gates.off(), self.memories.scope(self.memories.routes_of(memories)):
             self.gates.set(mask)
-            self.memories.activate(memories)
             yield
 
     def hidden(self, batch: Batch) -> Tensor:

@@ -7,8 +7,8 @@ Shapes: U units in all, U_g of group g, C_g = U_g * width input columns of its c
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.support import ranks
+from koff_lightning.support.in_force import InForce
 from koff_lightning.tracking import hold_near
 
 
@@ -140,7 +141,7 @@ class BackboneGates(nn.Module):
         self.register_buffer("bias", None)
         self.order: Tensor | None = None  # [U], a prior given from elsewhere instead of `importance`
         self._probe: Tensor | None = None
-        self._columns: list[Tensor] | None = None  # per group [R, 1, C_g]; None = all gates at one, nothing multiplied
+        self._in_force: InForce[list[Tensor] | None] = InForce(None)
 
     def attach(self, model: PreTrainedModel) -> None:
         """Hang the hooks. After LoRA injection: a hook on an inner `base_layer` would leave the adapter ungated."""
@@ -154,9 +155,10 @@ class BackboneGates(nn.Module):
 
     def _hook(self, index: int) -> object:
         def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._columns is None:
+            columns = self._columns
+            if columns is None:
                 return None
-            return (inputs[0] * self._columns[index].to(inputs[0].dtype), *inputs[1:])  # [B, T, C_g]
+            return (inputs[0] * columns[index].to(inputs[0].dtype), *inputs[1:])  # [B, T, C_g]
 
         return multiply
 
@@ -173,19 +175,26 @@ class BackboneGates(nn.Module):
             self.bias = torch.zeros_like(bias, device=self.logits.device)
         super()._load_from_state_dict(state, prefix, *rest)
 
+    @property
+    def _columns(self) -> list[Tensor] | None:
+        """Of each group [R, 1, C_g]; None = all gates at one, nothing multiplied."""
+        return self._in_force.value
+
     def set(self, values: Tensor | None) -> None:
         """Put gate values [R, U] in force until the next call; None switches the gates off (dense model).
 
-        They stay after the forward, because a checkpointed layer reads them again in the backward.
+        Outside of `off` for all threads. They stay after the forward, because a checkpointed layer reads them again in
+        the backward, which may run in another thread.
         """
         if values is None:
-            self._columns = None
+            self._in_force.set(None)
             return
         parts = values.split(self.sizes, dim=1)
-        self._columns = [
+        columns = [
             part.repeat_interleave(group.width, dim=1).unsqueeze(1) if group.width > 1 else part.unsqueeze(1)
             for part, group in zip(parts, self.groups, strict=True)
         ]
+        self._in_force.set(columns)
 
     def probe(self, rows: int) -> Tensor:
         """Gates at one, [rows, U], whose gradient `observe` collects after the backward."""
@@ -232,14 +241,9 @@ class BackboneGates(nn.Module):
         random.manual_seed(zlib.crc32(repr((int(self.seed), *place)).encode()))
         return self.gate.sample(self.logits, rows, random)
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """The dense model inside the block; what was in force comes back after it."""
-        before, self._columns = self._columns, None
-        try:
-            yield
-        finally:
-            self._columns = before
+    def off(self) -> AbstractContextManager[None]:
+        """The dense model inside the block, in this thread, or what is `set` there; what was in force comes back."""
+        return self._in_force.scope(None)
 
     def per_group(self, values: Tensor) -> list[tuple[PrunableGroup, Tensor]]:
         """Split a vector over units [U] by group."""

@@ -22,8 +22,9 @@ from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_ma
 from koff_lightning.artifact.folder import verify as verify_files
 from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.artifact.memory_files import load_memory
-from koff_lightning.backbone import refuse_masked_packing
+from koff_lightning.backbone import is_recomputed, refuse_masked_packing
 from koff_lightning.loading import fingerprint, load_backbone, load_config, load_tokenizer
+from koff_lightning.lora import Routes
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
 
@@ -91,8 +92,10 @@ def backbone_config(folder: Path, manifest: Manifest) -> PreTrainedConfig:
 class DecomposedModel(nn.Module):
     """A pruned backbone whose rows read the memories of their domains. Made by :func:`load_decomposed`.
 
+    What a row reads belongs to the call: threads may call one model at the same time, each for domains of its own.
+
     Attributes:
-        backbone: The transformers model; called by itself it reads the memories of the last batch.
+        backbone: The transformers model; called by itself it reads what `memories.activate` was told, else nothing.
         memories: The memories loaded.
         manifest: What `koff.json` says.
         folder: Where the artifact lies.
@@ -106,7 +109,7 @@ class DecomposedModel(nn.Module):
         backbone.generation_config.disable_compile = True  # correct, but every change of rows would compile anew
         self.backbone, self.manifest, self.folder = backbone, manifest, folder
         self.memories = MemoryBank(backbone)
-        self._reading: tuple[list[str | None], object] = [], None  # rows last activated, and the bank's word for them
+        self._last: tuple[list[str | None], Routes | None] = [], None  # with what decoding has stacked for these rows
         self.eval()
 
     @property
@@ -148,8 +151,13 @@ class DecomposedModel(nn.Module):
             inputs["position_ids"] = _positions(attention_mask, input_ids, cache)
         else:
             _check_packing(attention_mask, inputs["position_ids"], inputs["use_cache"])
-        self._activate(domains, len(input_ids))
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        if torch.is_grad_enabled() and is_recomputed(self.backbone):
+            raise KoffError(
+                "activation checkpointing would compute layers again after this call, without its memories: activate "
+                "the rows' memories with model.memories.activate, and call model.backbone"
+            )
+        with self.memories.scope(self._routes(domains, len(input_ids))):
+            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
 
     @torch.no_grad()
     def generate(
@@ -179,8 +187,8 @@ class DecomposedModel(nn.Module):
                 f"{', '.join(map(str, CACHES[1:]))} have not been checked with memories: leave them out"
             )
         copies = max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
-        self._activate(domains, len(input_ids), copies)
-        return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        with self.memories.scope(self._routes(domains, len(input_ids), copies)):
+            return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def add_memory(self, path: str | Path, name: str | None = None) -> str:
         """Load one more memory from its folder, for this process only; `koff memory add` changes the artifact.
@@ -201,6 +209,7 @@ class DecomposedModel(nn.Module):
         """Drop a memory from the loaded ones and free its room."""
         self._check_loaded([name])
         self.memories.remove(name)
+        self._last = [], None
 
     def active_parameters(self, domain: str | None = None) -> int:
         """Parameters in use for a row of this domain: the backbone's, tied embeddings once, and its memory's."""
@@ -209,23 +218,26 @@ class DecomposedModel(nn.Module):
         self._check_loaded([domain])
         return self._own_parameters + self.memories.size(domain)
 
-    def _activate(self, domains: Domains, rows: int, copies: int = 1) -> None:
+    def _routes(self, domains: Domains, rows: int, copies: int = 1) -> Routes:
+        """What a call reads. Those of the last call where it was for the same rows: they hold what decoding stacks."""
         chosen = [domains] * rows if domains is None or isinstance(domains, str) else list(domains)
         if len(chosen) != rows:
             raise KoffError(f"{len(chosen)} domains for {rows} rows: give one per row, None for no memory")
         self._check_loaded(chosen)
-        rows, routes = [domain for domain in chosen for _ in range(copies)], self.memories.routes
-        if self._reading[0] != rows or self._reading[1] is not routes.order:
-            self.memories.activate(rows)  # not for the same rows again: it would let go of what decoding has stacked
-            self._reading = rows, routes.order
+        copied = [domain for domain in chosen for _ in range(copies)]
+        last, routes = self._last
+        if last != copied or routes is None or not routes.hold:
+            routes = self.memories.routes_of(copied)
+            self._last = copied, routes
+        return routes
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DecomposedModel":
-        self._reading = [], None  # what was stacked stays behind when the model moves
+        self._last = [], None  # what was stacked stays behind when the model moves
         return super()._apply(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; with `assign=True` tensors are replaced, and what was stacked is of the old ones."""
-        self._reading = [], None
+        self._last = [], None
         return super().load_state_dict(*args, **kwargs)
 
     def _check_loaded(self, domains: Sequence[str | None]) -> None:

@@ -13,10 +13,10 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich import get_console
 from rich.console import Console
 
+from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.callbacks.history import MaskHistory
 from koff_lightning.callbacks.lm_eval import LMEval
 from koff_lightning.callbacks.progress import predicted_tokens
@@ -26,6 +26,7 @@ from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
+from koff_lightning.training.ending import may_be_left
 from koff_lightning.training.module import KOFFModule
 
 
@@ -66,11 +67,13 @@ class RunReport(Callback):
             self.history.record(trainer.global_step, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Score and print. Every rank takes part: metrics and sharded weights need them all."""
+        """Save, score and print. Every rank takes part: metrics and sharded weights need them all."""
+        save_the_end(trainer)
         self._seconds, self._since = self._elapsed(), 0.0
         since = time.perf_counter()
         _say(trainer, f"scoring held-out text: {', '.join(pl_module.modes)}")
-        score(trainer, pl_module)
+        with may_be_left(trainer):
+            score(trainer, pl_module)
         tokens = trainer.strategy.reduce(self._tokens.to(pl_module.device), reduce_op="sum")
         self.documents = pl_module.documents.compute()
         self.results = _figures(trainer, pl_module) | {
@@ -90,12 +93,14 @@ class RunReport(Callback):
         Raises:
             KoffError: The disk did not take it.
         """
-        if not self.results and trainer.global_step:  # killed between its last checkpoint and its report, and resumed
-            self.on_train_end(trainer, pl_module)
+        scored = [callback for callback in trainer.callbacks if isinstance(callback, LMEval)]
+        if not self.results and trainer.global_step:  # stopped between its last checkpoint and its report, and resumed
+            for callback in (*scored, self):
+                callback.on_train_end(trainer, pl_module)
         if not trainer.is_global_zero or trainer.fast_dev_run or not self.results:
             return
-        for callback in trainer.callbacks:
-            if isinstance(callback, LMEval) and callback.scores:
+        for callback in scored:
+            if callback.scores:
                 self.results["lm_eval"] = callback.scores
         root = Path(trainer.default_root_dir)
         results.write_documents(root, self.documents, self.results)
@@ -121,7 +126,7 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: KOFFModule, exception: BaseException) -> None:
         """Say what is left of a run that was cut short."""
-        if trainer.state.fn == "fit" and trainer.global_step and not isinstance(exception, SIGTERMException):
+        if trainer.state.fn == "fit" and trainer.global_step and not isinstance(exception, SystemExit):
             _say(trainer, what_was_saved(trainer))
 
     # ---------------------------------------------------------------------------------------- test, predict

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from koff_lightning.artifact.checkpoint import PREFIX, read_checkpoint, refuse_other_tensors, rename_keys, target_of
+from koff_lightning.artifact.checkpoint import PREFIX, check_content, read_checkpoint, refuse_other_tensors, target_of
 from koff_lightning.artifact.extend import artifact_to_extend, backbone_of
 from koff_lightning.backbone import compile_layers, recomputed
 from koff_lightning.data import check_vocabulary
@@ -32,6 +32,7 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_names
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training import strategies
+from koff_lightning.training.ending import EndsBetweenSteps
 from koff_lightning.training.given_mask import given_mask, take
 from koff_lightning.training.nonfinite import Guard
 from koff_lightning.training.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
@@ -155,7 +156,7 @@ class KOFFModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What every trainer needs to end a run where it can go on."""
-        return [strategies.EndsBetweenSteps()]
+        return [EndsBetweenSteps()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch; the equation at the head of this file."""
@@ -374,12 +375,14 @@ class KOFFModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit, and to train on from what holds no run or one of another course."""
-        rename_keys(checkpoint)
         goes_on = self._trainer is not None and self.trainer.training
+        if "koff" in checkpoint:  # else `refuse_unfit` says whose it is not
+            check_content(checkpoint)
         refuse_unfit(checkpoint, self.model, some_domains=self._trainer is not None and not goes_on)
         if goes_on:
             refuse_other_course(checkpoint["hyper_parameters"], self.hparams)
-        refuse_other_tensors(checkpoint["state_dict"], self.state_dict(), self.owned())
+        others = set(checkpoint["koff"].get("domains", ())) - set(self.model.domains)
+        refuse_other_tensors(checkpoint["state_dict"], self.state_dict(), self.owned(), others)
         if goes_on:
             refuse_without_run(checkpoint)
         self.resumed_at = checkpoint.get("global_step")

@@ -138,14 +138,18 @@ def _continue(
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> tuple[Any, Any]:
-    """Token ids and mask, each [B, T], padded on the left.
+    """Token ids and mask, each [B, T], padded on the left; see `encode_prompt`.
 
     Raises:
         KoffError: A prompt of no tokens.
     """
-    rows = tokenizer(prompts)["input_ids"]
+    from koff_lightning.data.encoding import encode_prompt
+
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if empty := [number for number, row in enumerate(rows, 1) if not row]:
-        raise KoffError(f"prompt {empty[0]} is empty, and this tokenizer puts no token before it: give some text")
+        raise KoffError(
+            f"prompt {empty[0]} is empty, and this tokenizer has no start token to put before it: give some text"
+        )
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
 

@@ -47,6 +47,7 @@ from koff_lightning.commands.parsing.foreign_errors import (
     systems_words,
 )
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
+from koff_lightning.commands.parsing.option_table import NO_DOMAINS
 from koff_lightning.commands.parsing.option_values import refuse_meaningless
 from koff_lightning.commands.parsing.quiet_terminal import keep_the_terminal_quiet
 from koff_lightning.commands.parsing.trainer_options import (
@@ -295,9 +296,7 @@ def _with_text(argv: list[str]) -> list[str]:
 
 def _names(domains: dict[str, object] | None) -> list[str]:
     if not domains:
-        raise KoffError(
-            "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
-        )
+        raise KoffError(NO_DOMAINS)
     return list(domains)
 
 

@@ -24,12 +24,41 @@ def shipped_configs() -> dict[str, str]:
     }
 
 
-def list_configs() -> None:
-    """Print the configs that ship with the package, a line each."""
+def list_configs(*, name: str | None = None, copy: bool | str = False) -> None:
+    """Print the configs that ship with the package, a line each; or print or copy one of them.
+
+    Args:
+        name: Which, as listed; the word after the verb stands for it too: `koff configs demo.yaml`.
+        copy: Write that config to a file of your own, by default of the same name in this folder, instead of printing.
+
+    Raises:
+        KoffError: No such config, or a file that is there already or cannot be written.
+    """
+    if name is not None:
+        _show_or_copy(name, copy)
+        return
+    if copy is not False:
+        raise KoffError("configs: which config? koff configs demo.yaml --copy")
     configs = shipped_configs()
     width = max(map(len, configs))
     for name, description in configs.items():
         print(f"{name:<{width}}  {description}")
+
+
+def _show_or_copy(name: str, copy: str | bool) -> None:
+    if name not in shipped_configs():
+        raise KoffError(f"no config {name!r} ships with the package.{nearest(name, shipped_configs())}")
+    text = (SHIPPED / name).read_text(encoding="utf-8")
+    if copy is False:
+        print(text, end="")
+        return
+    path = Path(Path(name).name if copy is True else copy).expanduser()
+    try:
+        with path.open("x", encoding="utf-8") as file:  # never over a file that is there
+            file.write(text)
+    except OSError as error:
+        raise KoffError(f"cannot write {path}: {error.strerror}") from error
+    print(f"wrote {path}: koff fit {path}")
 
 
 def find_config(name: str) -> Path:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,10 @@ from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.loading import load_config
 from koff_lightning.model_files import heads
 from koff_lightning.support.yaml_files import read_yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "reliability"))
+from strangers import Bench
+from strangers import run as run_fuzz
 
 IDS = torch.arange(3, 23).view(2, 10)
 
@@ -369,6 +375,8 @@ BAD = {
     "sparsity that is a list": put("hyper_parameters", "sparsity", []),
     "a backbone that is a number": put("hyper_parameters", "backbone", 3),
     "a dtype that is a number": put("hyper_parameters", "dtype", 3),
+    "targets of an adapter said twice": put("koff", "lora", "targets", 1, []),
+    "an adapter that is said to be another": put("koff", "lora", "rank", 3),
     "a hash that is a number": put("koff", "backbone_hash", 3),
     "no hash": lambda content: content["koff"].pop("backbone_hash"),
     "a target of the mask that is a list": put("koff", "target", []),
@@ -567,3 +575,44 @@ def test_a_tokenizer_of_another_kind(artifact, text):
     with pytest.raises(KoffError, match="cannot load") as caught:
         load_tokenizer(str(artifact / "backbone"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("file", ["memories/de/adapter_model.safetensors", "backbone/model.safetensors"])
+def test_numbers_that_are_not_finite(artifact, file, kind):
+    tensors = load_file(artifact / file)
+    first = sorted(tensors)[0]
+    tensors[first].view(-1)[0] = float(kind)
+    save_file(tensors, artifact / file, {"format": "pt"})
+    Bench._hash_anew(artifact)
+    with pytest.raises(KoffError, match="not finite"):
+        load_decomposed(artifact)
+
+
+def test_a_pattern_that_never_ends(artifact, capfd):
+    place = artifact / "backbone" / "tokenizer.json"
+    content = json.loads(place.read_text())
+    content["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a|aa)+$b"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    place.write_text(json.dumps(content))
+    Bench._hash_anew(artifact)
+    assert main(["generate", "--model", str(artifact), "--prompt", "a" * 60, "--max_new_tokens", "2"]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert "a tokenizer cannot be used, it failed in the middle of a text" in said[-1]
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it can be read")
+def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
+    (saved(tmp_path) / "tokenizer.model").write_bytes(b"x" * 100)
+    refused(tmp_path, "takes the packages sentencepiece and protobuf", load_tokenizer)
+
+
+def test_a_handful_of_the_fuzz():
+    """recipes/reliability/strangers.py runs hundreds."""
+    found = run_fuzz(8, seed=7)
+    assert sum(found.values()) == 16
+    assert not [key for key in found if key[1] == "fault"], found

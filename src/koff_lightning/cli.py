@@ -90,6 +90,12 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code
     except SystemExit as stop:  # a parser that has printed its help
         return int(stop.code or 0)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust, which is no Exception
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"koff: a tokenizer cannot be used, it failed in the middle of a text ({reason})", file=sys.stderr)
+        return 2
 
 
 def _nobody_reads() -> bool:

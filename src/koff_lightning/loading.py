@@ -31,6 +31,7 @@ from koff_lightning.model_files import (
     check_folder,
     check_tokenizer,
     check_weights,
+    not_finite,
     refuse_leftovers,
 )
 from koff_lightning.support.errors import KoffError
@@ -91,6 +92,8 @@ def load_backbone(
             f"backbone {source!r}: its config ties the output to the input embeddings, and its files hold an output "
             "that differs: set tie_word_embeddings to false in config.json, or remove lm_head.weight from the files"
         )
+    if odd := not_finite(model.state_dict()):
+        raise KoffError(f"backbone {source!r}: {odd} holds numbers that are not finite: get its weights again")
     model.config.use_cache = False  # a cache makes packed documents see each other, silently
     return model.requires_grad_(False).eval()
 

@@ -7,10 +7,13 @@ the folder's files are held to what they are for: names stay inside, nothing but
 
 import os
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import kind, read_json_object, wrong_value
@@ -173,12 +176,26 @@ def check_folder(folder: Path, source: str) -> None:
             break
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of a tensor that holds NaN or infinity, None if there is none; by its sum, which takes one reading."""
+    wide = {name: torch.float64 if tensor.dtype == torch.float64 else torch.float32 for name, tensor in tensors.items()}
+    found = (name for name, part in tensors.items() if part.is_floating_point() and part.numel() and not part.is_meta)
+    return next((name for name in found if not tensors[name].sum(dtype=wide[name]).isfinite()), None)
+
+
 def check_tokenizer(folder: Path) -> None:
     """Raise KoffError if a file of a tokenizer's folder is a link out of it, or one with options holds no names."""
     check_links(folder)
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json"):
         if (folder / name).exists():
             read_json_object(folder / name)
+    vocabularies = ("tokenizer.json", "vocab.json", "tekken.json")
+    alone = (folder / "tokenizer.model").exists() and not any((folder / name).exists() for name in vocabularies)
+    if alone and find_spec("sentencepiece") is None:  # transformers would ask for another package
+        raise KoffError(
+            f"{folder} holds its tokenizer as tokenizer.model alone, which takes the packages sentencepiece and "
+            "protobuf to read: install them, or save it once with them, which writes tokenizer.json"
+        )
 
 
 def adapter_beside(source: str) -> KoffError:

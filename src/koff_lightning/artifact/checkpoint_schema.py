@@ -60,8 +60,8 @@ _FORM = {
         "units?": [str],
         "gate?": str,
         "shared_memory?": bool,
-        "lora?": (dict, None),
-        "kv?": (dict, None),
+        "lora?": (LoraSpec, None),
+        "kv?": (KVSpec, None),
     },
     "hyper_parameters": {
         "backbone?": str,
@@ -200,8 +200,8 @@ def _contradiction(checkpoint: Mapping[str, Any]) -> str | None:
 def _sorted(value: Any, whole: bool = False) -> Any:
     """A value with the order of `targets` taken out; of the whole with `whole`."""
     if isinstance(value, Mapping):
-        return {name: sorted(part) if name == "targets" else part for name, part in value.items()}
-    return sorted(value) if whole and isinstance(value, list | tuple) else value
+        return {name: sorted(part, key=repr) if name == "targets" else part for name, part in value.items()}
+    return sorted(value, key=repr) if whole and isinstance(value, list | tuple) else value
 
 
 def _other(name: str, wanted: str, value: object) -> str:

@@ -17,7 +17,7 @@ FLOORS = """
 support
 backbone
 loading
-tracking merged_attention attention losses metrics surgery lora
+tracking merged_attention attention losses metrics surgery lora penalties
 gates sparsity kv_memory
 memory
 decomposition

@@ -116,7 +116,9 @@ class KoffProgress(RichProgressBar):
         if pl_module.learns_mask:
             words["sparsity"] = f"{100 * now['sparsity']:.1f}/{100 * now['target']:.1f} %"
         if pl_module.learns_now:
-            price = [p.item() for p in pl_module.penalty.parameters()] or [getattr(pl_module.penalty, "weight", 0.0)]
+            price = [p.mean().item() for p in pl_module.penalty.parameters()] or [
+                getattr(pl_module.penalty, "weight", 0.0)
+            ]
             words["penalty"] = "/".join(f"{p:.2f}" for p in price)
             words["temperature"] = f"{pl_module.model.gates.gate.temperature:.2f}"
         words["tokens/s"] = f"{now['rate']:,.0f}"

@@ -18,7 +18,7 @@ support
 backbone
 gguf_files model_files
 loading
-tracking merged_attention attention losses metrics surgery lora
+tracking merged_attention attention losses metrics surgery lora penalties
 gates sparsity kv_memory
 memory
 decomposition

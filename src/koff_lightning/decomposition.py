@@ -105,7 +105,7 @@ class Decomposition(nn.Module):
         self.backbone_hash = fingerprint(self.backbone)
         # In this order: gates go outside the adapters.
         self.memories = MemoryBank(self.backbone, self.domains, lora, kv, shared_memory)
-        self.gates = BackboneGates(self.budget.groups, sparsity.gate)
+        self.gates = BackboneGates(self.budget.groups, sparsity.gate, **sparsity.gate_options())
         self.gates.attach(self.backbone)
         self.register_load_state_dict_pre_hook(_refuse_other_dtypes)
 
@@ -135,23 +135,34 @@ class Decomposition(nn.Module):
         """Sparsity in the target's denominator, scalar: the soft count, exact once hardened."""
         return self.budget.expected(self._keep())
 
+    def hold_near(self, target: float, band: float) -> None:
+        """Move the logits by the least that brings soft and hard sparsity to the target +- band; see tracking.py."""
+        for units, counts in self.budget.scopes():
+            self.gates.hold_near(target, band, counts, units)
+
     def realised_sparsity(self) -> float:
         """Sparsity in the target's denominator by gates more often closed than open; exact once hardened."""
         return float(self.budget.counts(self._keep())[1])
 
     def hard_mask(self) -> Tensor:
-        """The mask if training stopped now, bool [U]: hardened, or without the lowest logits up to `target`."""
+        """The mask if training stopped now, bool [U]: hardened, or as `harden` would choose it at `target`."""
         if self.gates.hardened:
             return self.gates.kept
-        return self.budget.harden(self.gates.logits, self.target).to(self.gates.kept.device)
+        return self._chosen(self.target).to(self.gates.kept.device)
+
+    def _chosen(self, target: float) -> Tensor:
+        """The mask by the present logits, bool [U]: without the lowest up to the target, or by the threshold."""
+        if self.sparsity.harden == "threshold" and target > 0:
+            return self.budget.threshold(self._keep())
+        return self.budget.harden(self.gates.logits, target)
 
     def hard_gates(self) -> Tensor | None:
         """Gate values of that mask, [1, U]; None where nothing is pruned."""
         return self.hard_mask().float().unsqueeze(0) if self.learns_mask else None
 
     def harden(self) -> None:
-        """Fix the mask at the exact final budget, by the logits of rank 0."""
-        self.gates.harden(self.budget.harden(self.gates.logits))
+        """Fix the mask by the logits of rank 0: at the exact final budget, or by the threshold."""
+        self.gates.harden(self._chosen(self.sparsity.target))
         ranks.copy_from_first([self.gates.kept])
 
     def added_parameters(self) -> int:

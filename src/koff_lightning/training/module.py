@@ -26,7 +26,8 @@ from koff_lightning.loading import load_config
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
-from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, Phase, SparsitySchedule, SparsitySpec
+from koff_lightning.penalties import make_penalty
+from koff_lightning.sparsity import Phase, SparsitySchedule, SparsitySpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_names
@@ -138,8 +139,8 @@ class KOFFModule(LightningModule):
         self.model.chunk = self.loss.chunk
         if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
-        lagrangian = self.sparsity.penalty == "lagrangian"
-        self.penalty = LagrangianPenalty() if lagrangian else FixedPenalty(self.sparsity.weight)
+        spec, kinds = self.sparsity, len(self.model.budget.kinds) if self.sparsity.scope == "local" else None
+        self.penalty = make_penalty(spec.penalty, spec.weight, spec.autoscale, kinds)
         if self.given is not None:
             take(self.model, self.given)
             self.penalty.requires_grad_(not self.given.fixed)
@@ -173,7 +174,7 @@ class KOFFModule(LightningModule):
         weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
         data, ce, kl = fused_head_loss(student, teacher, model.head, labels, weights, self.loss)
         all_data, all_ce, all_kl = ranks.total(torch.stack([data.detach(), weights @ ce, weights @ kl])) / ranks.count()
-        penalty = self.sparsity_penalty()
+        penalty = self.sparsity_penalty(all_data)
         loss = data + (all_data - data.detach()) + penalty  # value: of all ranks' rows; gradient: this rank's part
         self.guard.check_loss(loss, ce + kl, predicted, batch["domains"], self.global_step)
         parts = {"train/loss": loss, "train/kl": all_kl, "train/penalty": penalty}
@@ -217,12 +218,12 @@ class KOFFModule(LightningModule):
         observes = self.sparsity.prior == "fisher" and self.given is None and self.training
         return gates.probe(rows) if observes else None
 
-    def sparsity_penalty(self) -> Tensor:
-        """lam1 (s - t) + lam2 (s - t)^2 while the mask is learned, scalar in nats."""
+    def sparsity_penalty(self, data: Tensor | None = None) -> Tensor:
+        """The price of what is kept while the mask is learned, scalar in nats; `data` is the loss on data, a scalar."""
         if not self.learns_now:
             return torch.zeros((), device=self.device)
         gates = self.model.gates
-        return self.penalty(self.model.budget.tracked(gates.gate.keep(gates.logits)), self.model.target)
+        return self.penalty(self.model.budget.measured(gates.gate.keep(gates.logits)), self.model.target, data)
 
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly without a word; then fill fresh KV memories and start all ranks alike."""

@@ -19,13 +19,6 @@ model.generate(input_ids, domains={domains}, max_new_tokens=64)
 _LOAD_PLAIN = """{importing}from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("DIR/backbone"{trust})
 """
-_LAYOUTS = {
-    "ragged": "every layer has its own widths",
-    "uniform": "all layers have the same widths, so that it is a plain model of its family",
-    "deci": "block configs of DeciLM and Nemotron-NAS; removed kv groups are zeros",
-    "masked": "removed units are zeros in the original shapes: nothing is saved by it",
-    "merged": "every layer has its own widths; the LoRA of {domain} is part of the weights",
-}
 
 
 def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
@@ -52,7 +45,7 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
         f"- removed: {percent['body']} of the body (linears of all layers), {percent['total']} of all parameters, "
         f"{percent['units']} of the prunable units",
         f"- parameters: {size['backbone']:,} of {size['dense_total']:,}, {manifest.dtype}",
-        f"- layout `{manifest.layout}`: {_LAYOUTS[manifest.layout].format(domain=manifest.domain)}",
+        f"- layout `{manifest.layout}`: {manifest.form.about.format(domain=manifest.domain)}",
         f"- domains when it was exported: {', '.join(manifest.domains) or 'none'}",
         "",
         "## Loading",
@@ -87,7 +80,7 @@ def _front_matter(manifest: Manifest) -> dict[str, object]:
 
 
 def _plain(manifest: Manifest, own_type: bool, with_code: bool) -> list[str]:
-    if manifest.layout == "deci":
+    if not manifest.form.in_transformers:
         return [
             "The backbone alone is for engines that read this form; it has not been run in them by this project.",
             "",

@@ -199,7 +199,7 @@ def test_comparison_with_another_dense_model_is_refused(tmp_path, capsys):
         (["--prompt", "a", "--prompt", "b", "--domain", "de", "--domain", "fr", "--domain", "de"], "3 domains for 2"),
         (["--prompt", "a", "--domain", "it"], "has no memory for 'it'; it has de, fr, law"),
         (["--prompt", "a", "--compare", "dense"], "--compare shows what a memory changes: give its --domain"),
-        (["--prompt", "a", "--generation-config", "file"], "generation_config must be 'none' or 'model'; got 'file'."),
+        (["--prompt", "a", "--generation-config", "file"], "generation_config must be 'none', 'model'; got 'file'."),
         (["--prompt", "a", "--compare", "dens"], "generate: compare must be 'dense' or null; got 'dens'."),
         (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens must be at least 1; got 0"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 (most likely token) or a positive number"),
@@ -256,7 +256,7 @@ def test_a_talk_goes_on_and_domains_change(made, model, monkeypatch, capsys):
     assert answers[6].startswith(fresh)
     assert out.count("not understood") == 1
     assert out.count("/help says this") == 3, "at the start, by /help, and after what is not understood"
-    assert answers[7].startswith("domains: de, fr, law. /domain NAME changes the memory")
+    assert answers[8].startswith("domains: de, fr, law. /domain NAME changes the memory")
     assert out.count("> ") == 10, "nothing is asked after /exit"
 
 

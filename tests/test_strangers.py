@@ -577,6 +577,12 @@ def test_a_tokenizer_of_another_kind(artifact, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("entries", [{"model_max_length": {}}, {"chat_template": 3}, {"padding_side": ["left"]}])
+def test_options_of_a_tokenizer_of_another_kind(artifact, entries):
+    edit(artifact / "backbone" / "tokenizer_config.json", **entries)
+    refused(artifact / "backbone", f"{next(iter(entries))} is a", load_tokenizer)
+
+
 @pytest.mark.parametrize("kind", ["nan", "inf"])
 @pytest.mark.parametrize("file", ["memories/de/adapter_model.safetensors", "backbone/model.safetensors"])
 def test_numbers_that_are_not_finite(artifact, file, kind):

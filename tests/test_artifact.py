@@ -188,7 +188,8 @@ def test_a_manifest_that_lacks_something(folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "not valid JSON"), ("[]", "format version None"), ("\udcff", "not valid JSON")]
+    ("text", "message"),
+    [("{", "not valid JSON"), ("[]", "must hold an object of names and values"), ("\udcff", "not valid JSON")],
 )
 def test_a_manifest_that_is_no_manifest(folder, text, message):
     (folder / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))

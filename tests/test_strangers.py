@@ -359,6 +359,9 @@ BAD = {
     "schedulers of nothing": put("lr_schedulers", [None]),
     "optimizers that are numbers": put("optimizer_states", 3),
     "optimizers of nothing": put("optimizer_states", [{}]),
+    "an optimizer that lost an average": lambda content: content["optimizer_states"][0]["state"][0].pop("exp_avg"),
+    "an optimizer of another shape": put("optimizer_states", 0, "state", 0, "exp_avg", torch.zeros(1, 1)),
+    "an optimizer that keeps nothing": put("optimizer_states", 0, "state", 0, []),
     "loops without a fit": put("loops", {}),
     "loops of nothing": put("loops", "fit_loop", None),
     "no place in the data": put("loops", "fit_loop", "epoch_progress", {}),
@@ -575,6 +578,12 @@ def test_a_tokenizer_of_another_kind(artifact, text):
     with pytest.raises(KoffError, match="cannot load") as caught:
         load_tokenizer(str(artifact / "backbone"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entries", [{"model_max_length": {}}, {"chat_template": 3}, {"padding_side": ["left"]}])
+def test_options_of_a_tokenizer_of_another_kind(artifact, entries):
+    edit(artifact / "backbone" / "tokenizer_config.json", **entries)
+    refused(artifact / "backbone", f"{next(iter(entries))} is a", load_tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])

@@ -164,7 +164,9 @@ def load_tokenizer(
     )
     if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
         check_tokenizer(folder)
-    return _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
+    tokenizer = _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
+    _loading(source, tokenizer, {"text": "A text."})  # some options are looked at only here
+    return tokenizer
 
 
 def fingerprint(model: PreTrainedModel) -> str:

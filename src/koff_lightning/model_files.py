@@ -5,6 +5,7 @@ that config.json names, follows a weight index out of the folder, and leaves out
 the folder's files are held to what they are for: names stay inside, nothing but weights is loaded, sizes are sizes.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -64,6 +65,16 @@ _KINDS = {
     "block_configs": (list,),
     "quantization_config": (dict,),
     "auto_map": (dict,),
+}
+_OF_TOKENIZERS = {  # in tokenizer_config.json
+    "model_max_length": (int, float),
+    "padding_side": (str,),
+    "truncation_side": (str,),
+    "tokenizer_class": (str,),
+    "chat_template": (str, list),
+    "added_tokens_decoder": (dict,),
+    "add_bos_token": (bool,),
+    "add_eos_token": (bool,),
 }
 _TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
 
@@ -187,8 +198,11 @@ def check_tokenizer(folder: Path) -> None:
     """Raise KoffError if a file of a tokenizer's folder is a link out of it, or one with options holds no names."""
     check_links(folder)
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json"):
-        if (folder / name).exists():
-            read_json_object(folder / name)
+        content = read_json_object(folder / name) if (folder / name).exists() else {}
+        if name == "tokenizer_config.json":
+            faults = [wrong_value(content, entry, kinds, 0, math.inf) for entry, kinds in _OF_TOKENIZERS.items()]
+            if fault := next(filter(None, faults), None):
+                raise KoffError(f"{folder / name} cannot be used: {fault}")
     vocabularies = ("tokenizer.json", "vocab.json", "tekken.json")
     alone = (folder / "tokenizer.model").exists() and not any((folder / name).exists() for name in vocabularies)
     if alone and find_spec("sentencepiece") is None:  # transformers would ask for another package

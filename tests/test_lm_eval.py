@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
 from koff_lightning.artifact.export import export
 from koff_lightning.callbacks import LMEval, LMEvalTask
-from koff_lightning.callbacks.lm_eval import _Part
-from koff_lightning.callbacks.score_monitors import score_names
+from koff_lightning.callbacks.lm_eval import _Part, score_names
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.eval_mode import eval_mode

@@ -15,8 +15,7 @@ from tiny_run import BYTES, DOMAINS, Batches, RandomText, tiny_module, tiny_trai
 
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.callbacks import RunReport
-from koff_lightning.callbacks.history import MOST, MaskHistory
-from koff_lightning.callbacks.report import score
+from koff_lightning.callbacks.report import MOST, MaskHistory, score
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.support.files import write_atomically
 

@@ -31,7 +31,7 @@ from koff_lightning.decomposition import Decomposition
 from koff_lightning.gates import BackboneGates
 from koff_lightning.penalties import LagrangianPenalty
 from koff_lightning.support import ranks
-from koff_lightning.training.nonfinite import Guard
+from koff_lightning.training.nonfinite import NonFiniteGuard
 
 DOMAINS = ["en", "law"]
 STEPS = 20
@@ -589,7 +589,7 @@ def test_a_step_that_is_skipped_leaves_no_trace(folder, tmp_path, loss):
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_loss_that_another_ranks_rows_spoil_names_their_domain(monkeypatch, skip):
     monkeypatch.setattr("koff_lightning.support.ranks.gather", lambda mine: [mine, {"law"}])
-    guard, predicted = Guard(skip), torch.ones(2, 3, dtype=torch.bool)
+    guard, predicted = NonFiniteGuard(skip), torch.ones(2, 3, dtype=torch.bool)
     with (
         nullcontext()
         if skip

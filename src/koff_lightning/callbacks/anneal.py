@@ -55,10 +55,10 @@ class AnnealSparsity(Callback):
         pl_module.schedule = schedule
 
     def _refuse_other_course(self, schedule: SparsitySchedule, asked: int, cut_short: bool) -> None:
-        if self._begun and (odd := difference(self._begun, self._course(), "anneal")):
+        if self._begun and (differences := difference(self._begun, self._course(), "anneal")):
             raise KoffError(
-                f"a mask that is not fixed yet keeps its course, but {odd}: use the anneal options of the run that "
-                "goes on, or start a new one"
+                f"a mask that is not fixed yet keeps its course, but {differences}: use the anneal options of the run "
+                "that goes on, or start a new one"
             )
         if schedule.harden_step > asked and not cut_short:
             raise KoffError(

@@ -3,23 +3,24 @@
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.callbacks.checkpoints import save_the_end
-from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks, refuse_unscored, score_names
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.evaluation.lm_scores import Scores, show
 from koff_lightning.support import ranks
 from koff_lightning.support.ending import Ended
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest
 from koff_lightning.training.ending import may_be_left
 from koff_lightning.training.module import KOFFModule
 from koff_lightning.training.strategies import ShardedStrategy
@@ -35,7 +36,7 @@ class LMEvalTask:
     """One of lm-eval's tasks, groups or tags, under one domain's memory.
 
     Args:
-        task: Its name, or the path of a YAML file.
+        task: Name of the task, or path of its YAML file.
         domain: Whose memory is read.
         num_fewshot: Examples before each question; by default what the task says.
         limit: Samples of the task, or a share of them below 1; by default all.
@@ -289,3 +290,89 @@ def _silence() -> Iterator[None]:
 
     with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
+
+
+# --------------------------------------------- checkpoints and early stopping that go by scores
+
+
+def monitors(trainer: Trainer) -> list[str]:
+    """Scores that checkpoints and early stopping go by."""
+    names = [getattr(callback, "monitor", None) or "" for callback in trainer.callbacks]
+    return [name for name in names if name.startswith("lm_eval/")]
+
+
+def score_names(tasks: lm_tasks.Loaded) -> set[str]:
+    """The scores that tasks will have, as `<task or group>/<metric>` with the metrics of `lm_scores.plain`."""
+    found = {name: _metrics(task) for name, task in tasks["tasks"].items()}
+    for name, group in tasks.get("groups", {}).items():
+        below = {pair for task in group.get_all_tasks() for pair in _metrics(task)}
+        found[name] = {
+            (metric, kind)
+            for metric, kind in below
+            for averaged in group.aggregate_metric_list or ()
+            if metric == averaged.metric and (averaged.filter_list is None or kind in averaged.filter_list)
+        }
+    return {
+        f"{name}/{metric}" + ("" if kind == "none" else f".{kind}")
+        for name, pairs in found.items()
+        for metric, kind in pairs
+    }
+
+
+def _metrics(task: Any) -> set[tuple[str, str]]:
+    """Metric and filter of every score of one task; lm-eval's filter `none` is that of tasks which name none."""
+    filters = task.get_config("filter_list") or [{"name": "none"}]
+    return {(metric, each["name"]) for metric in task.aggregation() for each in filters}
+
+
+def refuse_unscored(trainer: Trainer, known: Set[str]) -> None:
+    """Refuse a monitor of a score that no evaluation gives: Lightning would say so in the middle of the run.
+
+    Args:
+        trainer: With its callbacks.
+        known: The scores that there will be, `lm_eval/<column>/<task or group>/<metric>`.
+
+    Raises:
+        KoffError: There is such a callback.
+    """
+    for name in monitors(trainer):
+        if name not in known:
+            raise KoffError(
+                f"a callback monitors {name!r}, which this run does not score: lm_eval.tasks gives "
+                f"{', '.join(sorted(known)) or 'nothing'}.{nearest(name, known)}"
+            )
+
+
+def refuse_early_looks(trainer: Trainer, every_n_steps: int | None) -> None:
+    """Refuse early stopping that looks before the first score: it would end the run at a nan.
+
+    Args:
+        trainer: Knows its loaders, as from `on_train_start` on.
+        every_n_steps: Optimizer steps between evaluations; None for the end alone.
+
+    Raises:
+        KoffError: There is such a callback.
+    """
+    first = every_n_steps or trainer.estimated_stepping_batches
+    for callback in trainer.callbacks:
+        if not isinstance(callback, EarlyStopping) or not (callback.monitor or "").startswith("lm_eval/"):
+            continue
+        if callback.check_finite and (look := _first_look(trainer, callback)) < first:
+            when = f"at step {first}" if every_n_steps else "at the end alone"
+            raise KoffError(
+                f"EarlyStopping looks at {callback.monitor!r} at step {math.ceil(look)}, but the first score comes "
+                f"{when}, so that the run would end there: set lm_eval.every_n_steps to {max(1, int(look))} or less, "
+                "let it look later, or give it check_finite: false"
+            )
+
+
+def _first_look(trainer: Trainer, stopping: EarlyStopping) -> float:
+    """Optimizer step at which early stopping looks first: when an epoch ends, or a validation."""
+    epoch, batches = trainer.num_training_batches, trainer.val_check_batch or 0  # 0: validation goes by the clock
+    if stopping._check_on_train_epoch_end:
+        batches = epoch
+    elif not trainer.enable_validation:
+        return math.inf
+    elif (every := trainer.check_val_every_n_epoch or 1) > 1:
+        batches += (every - 1) * epoch
+    return batches / trainer.accumulate_grad_batches

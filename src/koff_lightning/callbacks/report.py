@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 from rich.console import Console
 
+from koff_lightning.callbacks.anneal import AnnealSparsity
 from koff_lightning.callbacks.checkpoints import save_the_end
-from koff_lightning.callbacks.history import MaskHistory
 from koff_lightning.callbacks.lm_eval import LMEval
 from koff_lightning.callbacks.progress import LINE_SECONDS, predicted_tokens
 from koff_lightning.evaluation.eval_mode import eval_mode
@@ -28,6 +28,8 @@ from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
 from koff_lightning.training.ending import may_be_left
 from koff_lightning.training.module import KOFFModule
+
+MOST = 200  # points of the mask's history that are kept
 
 
 class RunReport(Callback):
@@ -146,7 +148,7 @@ class RunReport(Callback):
         self._predictions = []
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: KOFFModule, outputs: Any, *_: Any) -> None:
-        """Collect."""
+        """Collect the rows of a batch."""
         self._predictions += outputs
 
     def on_predict_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
@@ -242,3 +244,35 @@ def print_figures(trainer: Trainer, figures: results.Figures) -> None:
 def _say(trainer: Trainer, line: str) -> None:
     if trainer.is_global_zero:
         print(line, flush=True)
+
+
+class MaskHistory:
+    """Sparsity of the whole and of each group of units, at up to 200 evenly spaced steps.
+
+    A point is a plain dict: `step`; `target`, `expected` and `realised` sparsity in the target's denominator;
+    `removed`, the share of each group's units that a mask taken now would remove, in the order of `gates.groups`.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, Any]] = []
+        self.every = 1
+
+    def record(self, step: int, module: KOFFModule) -> None:
+        """Add a point after optimizer step number `step` (from 1), if it is due."""
+        if step % self.every or (self.points and self.points[-1]["step"] == step):
+            return
+        state = AnnealSparsity.state_of_mask(module)
+        shares = [1 - part.float().mean().item() for _, part in module.model.gates.per_group(module.model.hard_mask())]
+        course = {name: float(state[f"sparsity/{name}"]) for name in ("target", "expected", "realised")}
+        self.points.append({"step": step, "removed": shares} | course)
+        if len(self.points) > MOST:  # the length of the run need not be known: halve the points, double the spacing
+            self.every *= 2
+            self.points = [point for point in self.points if point["step"] % self.every == 0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points and their spacing in steps, as plain values for a checkpoint."""
+        return {"points": self.points, "every": self.every}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.points, self.every = list(state["points"]), state["every"]

@@ -44,7 +44,7 @@ class SignalHandler:
         self._may_leave, self._process, self._when = may_leave, os.getpid(), 0.0
 
     def __call__(self, number: int, frame: object = None) -> None:
-        """Take a signal."""
+        """Note a signal, and raise `Ended` if the work at hand may be left; a second one leaves at once."""
         if os.getpid() != self._process:
             return  # a forked worker, which its parent ends
         if self.asked and time.monotonic() - self._when > SAME:

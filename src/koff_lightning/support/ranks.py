@@ -17,7 +17,7 @@ MEETING = timedelta(minutes=1)  # how long ranks wait for each other where one m
 
 
 def count() -> int:
-    """Number of ranks."""
+    """Number of ranks: of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -34,9 +34,9 @@ from koff_lightning.support.names import check_names
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training import strategies
 from koff_lightning.training.ending import EndsBetweenSteps
-from koff_lightning.training.given_mask import given_mask, take
-from koff_lightning.training.nonfinite import Guard
-from koff_lightning.training.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
+from koff_lightning.training.mask_source import load_mask, read_mask_source
+from koff_lightning.training.nonfinite import NonFiniteGuard
+from koff_lightning.training.optim import OptimSpec, ResumableLambdaLR, clip_by_group, parameter_groups, rate_lambdas
 from koff_lightning.training.resume import (
     give_data_its_place,
     load_warm_start,
@@ -99,8 +99,8 @@ class KOFFModule(LightningModule):
         sparsity, lora, kv = _spec(SparsitySpec, sparsity), _spec(LoraSpec, lora), _spec(KVSpec, kv)
         loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loss, optim = _spec(LossSpec, loss), _spec(OptimSpec, optim)
-        given = given_mask(mask, prior, sparsity, {"artifact": artifact, "warm_start": warm_start})
-        sparsity = given.sparsity if given and given.fixed else sparsity
+        mask_source = read_mask_source(mask, prior, sparsity, {"artifact": artifact, "warm_start": warm_start})
+        sparsity = mask_source.sparsity if mask_source and mask_source.fixed else sparsity
         extends = None if artifact is None else artifact_to_extend(artifact, sparsity, loss)
         source = backbone if artifact is None else backbone_of(artifact)
         check_names(domains)
@@ -109,7 +109,7 @@ class KOFFModule(LightningModule):
         self.sparsity, self.lora, self.kv, self.shared_memory = sparsity, lora, kv, shared_memory
         self.artifact, self.loss, self.optim, self.joint = artifact, loss, optim, joint
         self.activation_checkpointing, self.warm_start = activation_checkpointing, warm_start
-        self.given, self.guard = given, Guard(skip=optim.on_nonfinite == "skip")
+        self.mask_source, self.guard = mask_source, NonFiniteGuard(skip=optim.on_nonfinite == "skip")
         self.modes = MODES if extends is None else tuple(mode for mode in MODES if mode != "dense")
         self.schedule: SparsitySchedule | None = None  # of the mask; AnnealSparsity lays it out when a fit starts
         self.resumed_at: int | None = None  # step of the checkpoint that a run goes on from
@@ -141,9 +141,9 @@ class KOFFModule(LightningModule):
             check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
         spec, kinds = self.sparsity, len(self.model.budget.kinds) if self.sparsity.scope == "local" else None
         self.penalty = make_penalty(spec.penalty, spec.weight, spec.autoscale, kinds)
-        if self.given is not None:
-            take(self.model, self.given)
-            self.penalty.requires_grad_(not self.given.fixed)
+        if self.mask_source is not None:
+            load_mask(self.model, self.mask_source)
+            self.penalty.requires_grad_(not self.mask_source.fixed)
         if self.activation_checkpointing:
             self.model.backbone.activation_checkpointing_enable()
         if self.hparams.compile:
@@ -215,7 +215,7 @@ class KOFFModule(LightningModule):
             return None
         if gates.hardened or self.learns_now:
             return gates.draw(rows, (self.global_step, batch_idx, self.global_rank))
-        observes = self.sparsity.prior == "fisher" and self.given is None and self.training
+        observes = self.sparsity.prior == "fisher" and self.mask_source is None and self.training
         return gates.probe(rows) if observes else None
 
     def sparsity_penalty(self, data: Tensor | None = None) -> Tensor:
@@ -284,7 +284,10 @@ class KOFFModule(LightningModule):
         groups = parameter_groups(self.model.gates, self.penalty, self.model.memories, self.optim)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         lambdas = rate_lambdas(groups, self.optim, self._number_of_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": Course(optimizer, lambdas), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": ResumableLambdaLR(optimizer, lambdas), "interval": "step"},
+        }
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
         """Clip each memory group by its own norm: one global norm would let the multipliers eat the budget."""

@@ -15,8 +15,10 @@ from koff_lightning.support.errors import KoffError
 _DOMAIN = re.compile(r"\.koff_([A-Za-z0-9_-]+)\.")
 
 
-class Guard:
-    """Looks at the loss of every micro-batch and at the gradients of every optimizer step.
+class NonFiniteGuard:
+    """Stops a run, or leaves a step out, where a loss or gradient is infinite or not a number.
+
+    It looks at the loss of every micro-batch and at the gradients of every optimizer step.
 
     All ranks see the loss of all their rows, which is finite on all or on none, and the same gradients; so all stop or
     skip together, and say the same.
@@ -32,14 +34,14 @@ class Guard:
     def check_loss(
         self, loss: Tensor, tokens: Tensor, predicted: Tensor, domains: Sequence[str | None], step: int
     ) -> None:
-        """Look at a micro-batch.
+        """Look at the loss of a micro-batch.
 
         Args:
-            loss: Its loss, scalar.
-            tokens: Cross-entropy plus KL of its predicted tokens, [N].
-            predicted: Where they are, bool [B, T-1].
-            domains: Of the B rows.
-            step: Of the optimizer.
+            loss: Loss of the micro-batch over all ranks, scalar, nats per token.
+            tokens: Cross-entropy plus KL of each predicted token, [N], nats.
+            predicted: Which tokens are predicted, bool [B, T-1].
+            domains: Domain of each of the B rows.
+            step: Number of optimizer steps taken before.
 
         Raises:
             KoffError: The loss is not finite, and such steps are not skipped.
@@ -56,9 +58,9 @@ class Guard:
         """Look at an optimizer step before it is taken; to skip it is to drop its gradients.
 
         Args:
-            module: What is trained.
-            optimizer: About to step.
-            norms: Norm of the gradients of each of its groups, scalars.
+            module: The module in training.
+            optimizer: The optimizer that is about to step.
+            norms: L2 norm of the gradients of each parameter group, scalars, by the group's name.
 
         Raises:
             KoffError: A gradient is not finite, and such steps are not skipped.
@@ -66,13 +68,13 @@ class Guard:
         if getattr(module.trainer.precision_plugin, "scaler", None):
             return  # 16-bit training finds its loss scale by overflowing, and skips such a step itself
         step = module.global_step
-        odd = [group for group, norm in norms.items() if not torch.isfinite(norm)]
-        if odd and not self._fault:
+        faulty_groups = [group for group, norm in norms.items() if not torch.isfinite(norm)]
+        if faulty_groups and not self._fault:
             grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
             faulty = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
             domains = ", ".join(sorted({found[1] for name in faulty if (found := _DOMAIN.search(name))}))
             whose = f" of domain {domains}" if domains else ""
-            self._found(f"the gradients{whose} ({', '.join(odd)}) are not finite at step {step}")
+            self._found(f"the gradients{whose} ({', '.join(faulty_groups)}) are not finite at step {step}")
         if self._fault:
             rank_zero_warn(f"step {step} is left out: {self._fault}")
             self._fault = ""

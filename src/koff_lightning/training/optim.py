@@ -83,7 +83,7 @@ def rate_lambdas(groups: list[dict[str, Any]], spec: OptimSpec, steps: int) -> l
     return [course if group["name"] in ("lora", "kv") else lambda _: 1.0 for group in groups]
 
 
-class Course(LambdaLR):
+class ResumableLambdaLR(LambdaLR):
     """Torch's LambdaLR which, in a run that goes on, keeps the rates that this run's options ask for.
 
     Torch would take the rates from the checkpoint: other options would be recorded but not acted on. Lightning restores

@@ -29,13 +29,13 @@ def refuse_other_make(there: Mapping[str, Any], here: Mapping[str, Any]) -> None
 
     Args:
         there: What the checkpoint says about its model, by the names of options.
-        here: The same of this run. What the checkpoint does not say is not compared.
+        here: What this run's model is, by the same names. What the checkpoint does not say is not compared.
 
     Raises:
         KoffError: They differ; each difference is shown.
     """
-    if odd := difference(there, {key: value for key, value in here.items() if key in there}):
-        raise KoffError(f"the checkpoint is of another make: {odd}. Use the model and data options of that run")
+    if differences := difference(there, {key: value for key, value in here.items() if key in there}):
+        raise KoffError(f"the checkpoint is of another make: {differences}. Use the model and data options of that run")
 
 
 def refuse_other_mask(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -43,16 +43,16 @@ def refuse_other_mask(there: Mapping[str, Any], here: Mapping[str, Any]) -> None
 
     Args:
         there: `sparsity` options of the run that fixed it. What they do not say is not compared.
-        here: Those of this run.
+        here: The same options of this run.
 
     Raises:
         KoffError: They differ in what decides how it is fixed; each difference is shown.
     """
     there, here = _YOUNGER | dict(there), _YOUNGER | dict(here)
-    if odd := difference(*({key: spec[key] for key in _HARDENING if key in there} for spec in (there, here))):
+    if differences := difference(*({key: spec[key] for key in _HARDENING if key in there} for spec in (there, here))):
         raise KoffError(
-            f"the checkpoint's mask is fixed already, and its {odd}: use the model.sparsity options of that run, or an "
-            "earlier checkpoint of it"
+            f"the checkpoint's mask is fixed already, and its {differences}: use the model.sparsity options of that "
+            "run, or an earlier checkpoint of it"
         )
 
 
@@ -61,15 +61,15 @@ def refuse_other_course(there: Mapping[str, Any], here: Mapping[str, Any]) -> No
 
     Args:
         there: Options of `model` of the run that saved the checkpoint.
-        here: Those of this run.
+        here: The same options of this run.
 
     Raises:
         KoffError: They differ in what decides that; each difference is shown.
     """
-    if odd := difference(_course(there), _course(here)):
+    if differences := difference(_course(there), _course(here)):
         raise KoffError(
-            f"a run that goes on keeps its course, but {odd}: use the model options of that run, or start a new one "
-            "from the checkpoint with --model.warm_start"
+            f"a run that goes on keeps its course, but {differences}: use the model options of that run, or start a "
+            "new one from the checkpoint with --model.warm_start"
         )
 
 

@@ -60,7 +60,7 @@ class ShardedStrategy(_Averaging, ModelParallelStrategy):
     Embeddings and final norm are whole everywhere: the loss reads the output embedding directly.
 
     Args:
-        process_group_backend: Of torch.distributed; by default that of the device.
+        process_group_backend: Backend of torch.distributed, such as nccl or gloo; by default that of the device.
         timeout: How long a rank waits for another.
     """
 

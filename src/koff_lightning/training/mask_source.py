@@ -16,15 +16,16 @@ from koff_lightning.support.errors import KoffError
 
 
 @dataclass(frozen=True)
-class GivenMask:
-    """What the checkpoint holds.
+class MaskSource:
+    """A checkpoint that a run takes its mask from, or the order of its mask's logits.
 
     Args:
-        path: Of the checkpoint.
-        fixed: Whether the mask is to be taken as it is; else its logits order those of a new mask.
-        about: Which backbone it belongs to.
-        sparsity: Options of the run that made it.
-        tensors: Of its gates, by name.
+        path: File of the checkpoint.
+        fixed: Whether the mask is taken as it is (`model.mask`); else its logits order those of a new one
+            (`model.prior`).
+        about: What the checkpoint says about its model: name and hash of the backbone, and so on.
+        sparsity: The `model.sparsity` options of the run that saved it.
+        tensors: State of its gates, by name; `logits` and `kept` are [U], one entry for each prunable unit.
     """
 
     path: str
@@ -34,9 +35,9 @@ class GivenMask:
     tensors: dict[str, Tensor]
 
 
-def given_mask(
+def read_mask_source(
     mask: str | None, prior: str | None, spec: SparsitySpec, others: Mapping[str, str | None]
-) -> GivenMask | None:
+) -> MaskSource | None:
     """Read the checkpoint of `model.mask` or `model.prior`; None if there is neither.
 
     Args:
@@ -67,30 +68,30 @@ def given_mask(
         raise KoffError(f"the mask in {path} is not fixed yet: give a later checkpoint of that run as model.mask")
     if prior is not None and not spec.target:
         raise KoffError("model.prior is the start of a mask, but model.sparsity.target is 0, which learns none")
-    return GivenMask(path, mask is not None, checkpoint["koff"], found, tensors)
+    return MaskSource(path, mask is not None, checkpoint["koff"], found, tensors)
 
 
-def take(model: Decomposition, given: GivenMask) -> None:
+def load_mask(model: Decomposition, source: MaskSource) -> None:
     """Put a given mask, or its order, into a model that was just built.
 
     Raises:
         KoffError: It belongs to another backbone or to other units.
     """
-    gates, logits = model.gates, given.tensors["logits"]
-    if given.about["backbone_hash"] != model.backbone_hash:
+    gates, logits = model.gates, source.tensors["logits"]
+    if source.about["backbone_hash"] != model.backbone_hash:
         raise KoffError(
-            f"the mask in {given.path} belongs to backbone {given.about['backbone']!r} (hash "
-            f"{given.about['backbone_hash'][:12]}), but {model.source!r} has hash {model.backbone_hash[:12]}"
+            f"the mask in {source.path} belongs to backbone {source.about['backbone']!r} (hash "
+            f"{source.about['backbone_hash'][:12]}), but {model.source!r} has hash {model.backbone_hash[:12]}"
         )
-    if sorted(given.sparsity.units) != sorted(model.sparsity.units) or logits.shape != gates.logits.shape:
+    if sorted(source.sparsity.units) != sorted(model.sparsity.units) or logits.shape != gates.logits.shape:
         raise KoffError(
-            f"the mask in {given.path} is over {len(logits)} units ({', '.join(given.sparsity.units)}), this run's is "
-            f"over {gates.logits.numel()} ({', '.join(model.sparsity.units)}): use the same model.sparsity.units"
+            f"the mask in {source.path} is over {len(logits)} units ({', '.join(source.sparsity.units)}), this run's "
+            f"is over {gates.logits.numel()} ({', '.join(model.sparsity.units)}): use the same model.sparsity.units"
         )
-    refuse_other_tensors(given.tensors, here := gates.state_dict(), here)
-    if not given.fixed:
+    refuse_other_tensors(source.tensors, here := gates.state_dict(), here)
+    if not source.fixed:
         gates.order = logits.to(gates.logits.device)
         return
-    gates.load_state_dict(given.tensors)
+    gates.load_state_dict(source.tensors)
     gates.logits.requires_grad_(False)
     model.target = model.sparsity.target

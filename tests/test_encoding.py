@@ -1,6 +1,8 @@
 """Text -> tokens: one rule for the start and the end of prompts and documents, and bytes that nobody predicts."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -151,6 +153,44 @@ def test_an_end_token_that_there_is_not_is_refused(tmp_path, plain):
     data = DomainDataModule({"a": str(path)}, tokenizer=str(tmp_path / "no_end"), append_eos=True)
     with pytest.raises(KoffError, match="data.append_eos: the tokenizer has no end token"):
         data.setup()
+
+
+# ------------------------------------------------------------------------------------------------- long documents
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_long_document_is_one_document_whose_parts_lose_nothing(tmp_path, monkeypatch, bos):
+    tokenizer = load_tokenizer(toy_tokenizer(tmp_path, bos=bos))
+    texts = ["\n".join(toy_documents(40)), "one two", " ".join(toy_documents(20, seed=1)), "x" * 900]
+    whole = tokenize(texts, tokenizer)
+    monkeypatch.setattr("koff_lightning.data.encoding.LONGEST_PART", 300)
+    monkeypatch.setattr("koff_lightning.data.encoding.CHARACTERS_PER_CALL", 700)
+    parts = tokenize(texts, tokenizer)
+    assert parts.lengths.sum() == len(parts.tokens)
+    for part, stream in ((parts.num_bytes, whole.num_bytes), (parts.lengths[:3], whole.lengths[:3])):
+        np.testing.assert_array_equal(part, stream)
+    np.testing.assert_array_equal(parts.tokens[: parts.lengths[:3].sum()], whole.tokens[: whole.lengths[:3].sum()])
+
+
+MEASURE = """
+import resource, sys
+from koff_lightning.data.encoding import tokenize
+from koff_lightning.loading import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
+text = "während der schnelle Fuchs schläft\\n" * (int(sys.argv[2]) // 36)
+tokenize(["warm up"], tokenizer)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tokenize([text], tokenizer)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_the_memory_for_tokenising_a_document_is_bounded(plain):
+    """16 MB of text in one document: a few hundred MB, where all at once would take 2.5 GB."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, plain, str(16 * 2**20)], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert int(done.stdout) < 1_000_000  # KiB
 
 
 # ------------------------------------------------------------------------------------------- bytes not predicted

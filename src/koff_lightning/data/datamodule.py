@@ -17,7 +17,7 @@ from koff_lightning.data.loader import HeldoutLoader, TrainLoader
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import PackedRows
 from koff_lightning.data.sample import sampled_chunks
-from koff_lightning.data.sources import DomainSource, as_shares, as_sources, domain_shards
+from koff_lightning.data.sources import DomainSource, as_shares, as_sources, domain_shards, refuse_missing_files
 from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
@@ -126,6 +126,7 @@ class DomainDataModule(LightningDataModule):
         """
         if self._heldout.keys() == self.sources.keys():
             return
+        refuse_missing_files(self.sources)
         self.tokenizer = self._load_tokenizer()
         self._check_end()
         for name, source in self.sources.items():
@@ -139,6 +140,7 @@ class DomainDataModule(LightningDataModule):
             KoffError: As `setup`; or the text is streamed.
         """
         _require(not self.streaming, "data.streaming tokenises while training: there is nothing to prepare")
+        refuse_missing_files(self.sources)
         self.tokenizer = tokenizer
         self._check_end()
         return {

@@ -7,7 +7,7 @@ on after the end, and a start token that is there in training must be there afte
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from koff_lightning.loading import tokenizer_hash
 
 TEXTS_PER_CALL = 1024  # large enough to keep all cores of a fast tokenizer busy, small enough for its Python lists
+# Characters that are tokenised at once, and those of one document: tokenizers take some 160 bytes of memory for each.
+CHARACTERS_PER_CALL, LONGEST_PART = 2**20, 2**19
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
     Text is text: what looks like a special token (`</s>` in HTML) does not become one. A document of one token alone
     predicts nothing and is left out. Bytes that nothing predicts do not count: without a start token those of the first
     token, also where it is a part of a character. Nor do bytes in whose place the unknown token stands; what it costs
-    to predict that token does, so that text that cannot be read never looks well predicted.
+    to predict that token does, so that text that cannot be read never looks well predicted. Documents of more than
+    `LONGEST_PART` characters are tokenised in parts, which bounds the memory that it takes.
 
     Args:
         texts: The documents.
@@ -71,36 +74,70 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
     """
     start = start_tokens(tokenizer)
     end = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
-    pieces: list[NDArray[np.int32]] = []
-    num_bytes: list[int] = []
-    unknown_bytes: list[int] = []
-    for first in range(0, len(texts), TEXTS_PER_CALL):
-        chunk = list(texts[first : first + TEXTS_PER_CALL])
+    pieces: list[list[NDArray[np.int32]]] = [[] for _ in texts]  # the tokens of each document, in parts
+    num_bytes, unknown_bytes = np.zeros((2, len(texts)), np.int64)
+    for call in _calls(texts):
         encoded = tokenizer(
-            chunk, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+            [part for _, part in call],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
         )
-        for number, (text, ids) in enumerate(zip(chunk, encoded["input_ids"], strict=True)):
-            if len(start) + len(ids) >= 2:
-                pieces.append(np.array(start + ids + end, dtype=np.int32))
-                given = 0 if start else _first_bytes(text, ids, encoded, number, tokenizer)
-                unknown = _unknown_bytes(text, ids, encoded, number, tokenizer)
-                unknown_bytes.append(sum(unknown))
-                first_is_unknown = not start and ids[0] == tokenizer.unk_token_id  # then its bytes stand in both
-                num_bytes.append(len(text.encode()) - given - sum(unknown[first_is_unknown:]))
+        for number, ((document, part), ids) in enumerate(zip(call, encoded["input_ids"], strict=True)):
+            is_first = not (start or pieces[document])  # of the document, and nothing predicts its first token
+            given = _first_bytes(part, ids, encoded, number, tokenizer) if is_first and ids else 0
+            unknown = _unknown_bytes(part, ids, encoded, number, tokenizer)
+            unknown_bytes[document] += sum(unknown)
+            in_both = is_first and bool(ids) and ids[0] == tokenizer.unk_token_id
+            num_bytes[document] += len(part.encode()) - given - sum(unknown[in_both:])
+            pieces[document].append(np.array(ids, dtype=np.int32))
+    lengths = np.array([len(start) + sum(map(len, parts)) for parts in pieces], dtype=np.int64)
+    kept = np.flatnonzero(lengths >= 2)
+    around = np.array(start, np.int32), np.array(end, np.int32)
+    tokens = [piece for document in kept for piece in (around[0], *pieces[document], around[1])]
     return TokenStream(
-        tokens=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
-        lengths=np.array([len(piece) for piece in pieces], dtype=np.int64),
-        num_bytes=np.array(num_bytes, dtype=np.int64),
-        unknown_bytes=np.array(unknown_bytes, dtype=np.int64),
+        tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+        lengths=lengths[kept] + len(end),
+        num_bytes=num_bytes[kept],
+        unknown_bytes=unknown_bytes[kept],
     )
+
+
+def _calls(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """Yield (number of the document, text) in the groups that are tokenised at once; long documents in parts."""
+    call: list[tuple[int, str]] = []
+    size = 0
+    for document, text in enumerate(texts):
+        for part in _parts(text):
+            if call and (len(call) == TEXTS_PER_CALL or size + len(part) > CHARACTERS_PER_CALL):
+                yield call
+                call, size = [], 0
+            call.append((document, part))
+            size += len(part)
+    if call:
+        yield call
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts of at most `LONGEST_PART` characters, cut where a line begins, else where a word ends."""
+    first = 0
+    while len(text) - first > LONGEST_PART:
+        limit = first + LONGEST_PART
+        line, word = text.rfind("\n", first + 1, limit) + 1, text.rfind(" ", first + 1, limit)
+        cut = line if line > first else word if word > first else limit
+        yield text[first:cut]
+        first = cut
+    yield text[first:] if first else text
 
 
 def _first_bytes(
     text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase
 ) -> int:
     """UTF-8 bytes of the text that its first token stands for, without the space that some tokenizers put first."""
-    piece = tokenizer.convert_ids_to_tokens(ids[0])
-    raw = _raw(piece)
+    if len(ids) == 1:
+        return len(text.encode())
+    raw = _raw(tokenizer.convert_ids_to_tokens(ids[0]))
     if not tokenizer.is_fast:
         whole = text.encode()
         return next((len(part) for part in (raw, raw.lstrip()) if whole.startswith(part)), len(raw.lstrip()))

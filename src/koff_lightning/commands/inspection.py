@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.mask_words import KIND_NAMES, nominal_and_physical
+from koff_lightning.support.mask_words import KIND_NAMES, by_type_and_physical
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,12 +79,11 @@ def _sizes(path: Path, manifest: "Manifest") -> list[str]:
 
 
 def _shares(manifest: "Manifest") -> list[str]:
-    share = {name: f"{100 * manifest.sparsity[name]:.2f} %" for name in ("body", "total", "units", "ffn", "attention")}
+    share = {name: f"{100 * manifest.sparsity[name]:.2f} %" for name in ("body", "total", "units")}
     return [
         f"sparsity    {share['body']} of body, {share['total']} of total, {share['units']} of prunable units "
         f"(target: {100 * manifest.sparsity['target']:g} % of {manifest.sparsity['denominator']})",
-        f"            by type: {share['ffn']} of FFN neurons, {share['attention']} of kv groups, in parameters",
-        *nominal_and_physical(manifest.sparsity),
+        *by_type_and_physical(manifest.sparsity),
     ]
 
 

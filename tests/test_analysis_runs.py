@@ -263,9 +263,9 @@ def test_a_mask_that_is_not_fixed_is_refused(tmp_path):
     for read in (read_mask, open_run):
         with pytest.raises(KoffError, match="its mask is not fixed yet"):
             read(tmp_path / "early" / "step=3.ckpt")
-    module.gates.hardened.fill_(False)
+    module.model.gates.hardened.fill_(False)
     with pytest.raises(KoffError, match="its mask is not fixed yet"):
-        mask_of(module)
+        mask_of(module.model)
 
 
 def test_masks_without_neurons_and_no_text(tmp_path, opened):
@@ -274,8 +274,8 @@ def test_masks_without_neurons_and_no_text(tmp_path, opened):
     spec = SparsitySpec(target=0.02, units=["kv_group"])
     module = tiny_module(tmp_path, sparsity=spec, lora=LoraSpec(rank=1))
     module.configure_model()
-    module.harden()
+    module.model.harden()
     with pytest.raises(KoffError, match="removes no FFN neurons .*there is nothing to compare"):
-        mask_of(module)
+        mask_of(module.model)
     with pytest.raises(KoffError, match="no held-out text to score"):
         transfer(opened, [])

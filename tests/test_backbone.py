@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, tiny_model
 from transformers import AutoConfig, BertConfig, BertModel, MixtralConfig
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from koff_lightning import KoffError, load_backbone, load_tokenizer, loading_bar
+from koff_lightning import KoffError, load_backbone, load_tokenizer, loading
 from koff_lightning.backbone import (
     attention_modules,
     decoder_layers,
@@ -28,7 +28,7 @@ IDS = torch.arange(3, 23).view(2, 10)
 
 @pytest.mark.parametrize(("large", "shown"), [(2**31, False), (0, True)])
 def test_only_loading_that_takes_long_shows_a_bar(monkeypatch, capfd, large, shown):
-    monkeypatch.setattr(loading_bar, "LARGE", large)
+    monkeypatch.setattr(loading, "LARGE", large)
     enable_progress_bar()
     load_backbone("koff-tiny")
     assert ("Loading weights" in capfd.readouterr().err) is shown

@@ -11,7 +11,8 @@ from tiny_run import RandomText, tiny_module, tiny_trainer
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.backbone import parameter_counts, prunable_groups
 from koff_lightning.data.calibration import CalibrationText
-from koff_lightning.data.packing import TokenStream, pack
+from koff_lightning.data.encoding import TokenStream
+from koff_lightning.data.packing import pack
 from koff_lightning.evaluation.baselines import Moments, compensation, input_moments, scores
 from koff_lightning.sparsity import Budget
 
@@ -149,10 +150,10 @@ def test_fisher_is_what_the_warm_up_of_a_run_collects(tmp_path):
     """Two steps of a row per domain, each half of the loss; no memory has moved the model from the dense one."""
     module, data = tiny_module(tmp_path, lora=None, kv=None), RandomText()
     tiny_trainer(tmp_path, []).fit(module, data)
-    collected = module.gates.importance / module.budget.costs
+    collected = module.model.gates.importance / module.model.budget.costs
     assert collected.min() > 0
-    with module.gates.off():
-        found = scores(module.backbone, list(data.train_dataloader())[:2], "fisher", module.gates.groups)
+    with module.model.gates.off():
+        found = scores(module.model.backbone, list(data.train_dataloader())[:2], "fisher", module.model.gates.groups)
     torch.testing.assert_close(found, collected * 2**2 / 4, rtol=1e-3, atol=1e-12)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import CartridgeConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tiny_cases import plain_batch
 from tiny_memories import empty_bank, fill_, read
 from tiny_models import FAMILIES, YARN_ROPE, tiny_model
@@ -94,6 +95,17 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(KoffError, match="is not empty"):
         to_cartridge(KVMemory([(2, 16)], P).tensors(), torch.ones(8), tmp_path)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(tensors, path, *_):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("koff_lightning.artifact.cartridge.save_file", full)
+    with pytest.raises(KoffError, match=r"cannot write .*de: .*No space left on device"):
+        to_cartridge(KVMemory([(2, 16)], P).tensors(), torch.ones(8), tmp_path / "de")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_cartridge_is_refused(tmp_path):

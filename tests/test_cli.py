@@ -273,7 +273,7 @@ def test_a_run_is_interrupted_resumed_and_scored(run_tiny, monkeypatch, capsys):
     said = capsys.readouterr()
     checkpoint = "runs/mine/version_0/checkpoints/last.ckpt"
     assert f"--ckpt_path {checkpoint}" in said.out
-    assert said.err.splitlines()[-1] == "koff: interrupted"
+    assert said.err.splitlines()[-1] == "koff: ended by SIGINT; go on with --ckpt_path last"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
 
     assert run_tiny("fit", "--ckpt_path", checkpoint) == 0

@@ -75,7 +75,7 @@ def test_each_experiment_builds(name, built, stand_in):
 def test_add_domain_builds_on_an_artifact(built, tmp_path):
     folder = tiny_artifact(tmp_path).folder
     cli = built("--config", "add_domain.yaml", f"--model.artifact={folder}", "--data.domains.en=bundled:en", *ON_CPU)
-    assert (cli.model.domains, cli.model.learns_mask, cli.model.arms[0]) == (["en"], False, "koff")
+    assert (cli.model.domains, cli.model.learns_mask, cli.model.modes[0]) == (["en"], False, "koff")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

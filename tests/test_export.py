@@ -402,6 +402,89 @@ def test_an_unfinished_mask_is_refused(tmp_path):
         export(module, tmp_path / "out")
 
 
+# What no value of the right kind replaces: name of a part -> how it is spoilt, and what is said of it.
+LORA = "layers.0.self_attn.q_proj.lora_A.koff_law.weight"
+NOT_NUMBERS = {
+    "lora_nan": (lambda m: m.memories.lora_parameters("law")[0], math.nan, LORA),
+    "lora_inf": (lambda m: m.memories.lora_parameters("law")[-1], math.inf, "down_proj.lora_B.koff_law.weight"),
+    "kv_nan": (lambda m: m.memories.slots("law").value[1], math.nan, "memories.kv.koff_law.value.1"),
+    "sink_nan": (lambda m: m.memories.slots("law").sink_key[0], -math.inf, "memories.kv.koff_law.sink_key.0"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_NUMBERS)
+def test_memories_that_hold_no_numbers_are_refused(tmp_path, kind):
+    part, value, name = NOT_NUMBERS[kind]
+    module = tiny_decomposition(tmp_path)
+    with torch.no_grad():
+        part(module).view(-1)[1] = value
+    with pytest.raises(KoffError, match=f"{re.escape(name)} holds nan or inf"):
+        export(module, tmp_path / "out", prove=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("arm", [None, "law"], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gated_model_that_gives_no_numbers_proves_nothing(tmp_path, here, monkeypatch, arm, value):
+    """For whatever reason, also where the artifact gives the same: `nan` differs from nothing by less than allowed."""
+    gated, written = proof._gated, proof._written
+
+    def broken(compute):
+        def logits(model, ids, mask, rows):
+            found = compute(model, ids, mask, rows)
+            found[[row == arm for row in rows], -1, 7] = value
+            return found
+
+        return logits
+
+    monkeypatch.setattr(proof, "_gated", broken(gated))
+    module = tiny_decomposition(tmp_path)
+    for both in (False, True):
+        if both:
+            monkeypatch.setattr(proof, "_written", broken(written))
+        with pytest.raises(KoffError, match=f"the model itself computes nan or inf .memory {arm}.: there is nothing"):
+            export(module, tmp_path / "out")
+    report = json.loads((tmp_path / "out.failed" / "export_report.json").read_text(), parse_constant=pytest.fail)
+    assert [case["finite"] for case in report["memories"]] == [case["memory"] != arm for case in report["memories"]]
+
+
+@pytest.mark.parametrize("arm", [None, "de", "law"], ids=str)
+def test_an_artifact_that_gives_no_numbers_for_one_memory(tmp_path, here, monkeypatch, arm):
+    written = proof._written
+
+    def broken(model, ids, mask, rows):
+        found = written(model, ids, mask, rows)
+        found[[row == arm for row in rows], -1, 7] = math.nan
+        return found
+
+    monkeypatch.setattr(proof, "_written", broken)
+    with pytest.raises(KoffError, match="a fresh process computes other logits"):
+        export(tiny_decomposition(tmp_path), tmp_path / "out")
+
+
+def test_numbers_that_run_out_on_the_way_are_noticed(tmp_path, here, monkeypatch):
+    """Only the continuation shows it: the logits that are compared are those of the first step."""
+    gated, calls = proof._gated, []
+
+    def later(module, ids, mask, rows):
+        calls.append(len(rows))
+        found = gated(module, ids, mask, rows)
+        if len(calls) > 4 + 3:  # after the arms, and three steps
+            found[1, -1] = math.nan
+        return found
+
+    monkeypatch.setattr(proof, "_gated", later)
+    with pytest.raises(KoffError, match="the model itself computes nan or inf .memory de."):
+        export(tiny_decomposition(tmp_path), tmp_path / "out")
+
+
+def test_a_fixed_mask_that_removes_nothing_is_refused(tmp_path, here):
+    module = tiny_decomposition(tmp_path)
+    module.gates.harden(torch.ones_like(module.gates.kept))
+    with pytest.raises(KoffError, match=r"the mask is fixed but removes nothing, and the run's target is 0\.3"):
+        export(module, tmp_path / "out")
+
+
 # --------------------------------------------------------------------------------------- checkpoints, whole runs
 
 
@@ -512,6 +595,34 @@ def test_checkpoints_that_are_refused(run, tmp_path, monkeypatch):
         from_checkpoint(tmp_path)
 
 
+OTHER_KINDS = {
+    "kv_bool": ("memories.kv.koff_law.value.1", torch.bool),
+    "kv_int64": ("memories.kv.koff_law.value.0", torch.int64),
+    "kv_complex": ("memories.kv.koff_law.key.1", torch.complex64),
+    "sink_half": ("memories.kv.koff_law.sink_key.0", torch.float16),
+    "lora_int8": ("backbone.model.layers.0.mlp.down_proj.lora_A.koff_law.weight", torch.int8),
+    "lora_bf16": ("backbone.model.layers.1.mlp.up_proj.lora_B.koff_en.weight", torch.bfloat16),
+    "mask_uint8": ("gates.kept", torch.uint8),
+    "mask_float": ("gates.hardened", torch.float32),
+    "logits_double": ("gates.logits", torch.float64),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_tensors_of_another_kind_are_refused(run, tmp_path, capsys, kind):
+    """torch would cast them without a word."""
+    name, dtype = OTHER_KINDS[kind]
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state = content["state_dict"]
+    due = state[f"model.{name}"].dtype
+    state[f"model.{name}"] = state[f"model.{name}"].to(dtype)
+    torch.save(content, tmp_path / "some.ckpt")
+    assert main(["export", "--ckpt", str(tmp_path / "some.ckpt"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{name} is {dtype} there and {due} here" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_checkpoint_cannot_ask_for_code_to_be_run(run, tmp_path):
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     content["hyper_parameters"]["trust_remote_code"] = True
@@ -523,7 +634,7 @@ def test_a_run_leaves_a_proven_artifact(tmp_path, here, capsys):
     module = train(tmp_path, ExportArtifact())
     assert "wrote " in capsys.readouterr().out
     assert json.loads((tmp_path / "artifact" / "export_report.json").read_text())["passed"]
-    assert torch.equal(read_manifest(tmp_path / "artifact").mask(), module.gates.kept)
+    assert torch.equal(read_manifest(tmp_path / "artifact").mask(), module.model.gates.kept)
     assert load_decomposed(tmp_path / "artifact").domains == ["en", "law"]
     train(tmp_path, ExportArtifact(layout="masked", prove=False))
     assert read_manifest(tmp_path / "artifact").layout == "masked", "a second run of the folder replaces it"

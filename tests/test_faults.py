@@ -279,7 +279,7 @@ def test_a_signal_to_all_processes_of_a_run_ends_it_as_one_to_the_first(run_in, 
     os.killpg(run.pid, signal.SIGTERM)
     said = run.communicate(timeout=120)[1]
     assert run.returncode == 128 + signal.SIGTERM, said
-    assert said.splitlines()[-1] == "koff: asked to end; go on with --ckpt_path last"
+    assert said.splitlines()[-1] == "koff: ended by SIGTERM; go on with --ckpt_path last"
     assert "Traceback" not in said
     assert read_checkpoint(newest_checkpoint(["run"]))["global_step"] == 1
     with pytest.raises(ProcessLookupError):

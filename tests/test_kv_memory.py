@@ -1,6 +1,7 @@
 """A memory made from a text stands for that text; rows read only their own; bad input is named."""
 
 import hashlib
+import math
 
 import pytest
 import torch
@@ -161,6 +162,16 @@ def test_rotating_is_the_models_own_embedding_at_another_position(shift):
     moved = rotate_keys(embedded(start), rotary.inv_freq, shift)
     tolerance = 1e-6 * max(10, abs(shift))  # the model itself computes its angles in fp32
     torch.testing.assert_close(moved, embedded(start + shift), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shift", [-8191, 1_000_003])
+def test_angles_are_as_exact_as_the_numbers_that_they_turn(shift):
+    """An angle of 8191 radians in fp32 is off by 5e-4; by formula in double precision it is not."""
+    inv_freq = torch.tensor([1.0, 0.3, 0.01, 1e-4])
+    found = rotate_keys(torch.cat([torch.ones(1, 4), torch.zeros(1, 4)], dim=1), inv_freq, shift)[0]
+    angles = [shift * value for value in inv_freq.double().tolist()]
+    wanted = [math.cos(angle) for angle in angles] + [math.sin(angle) for angle in angles]
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=0, atol=2e-7)
 
 
 def test_rotations_add_up_keep_the_norm_and_are_undone():

@@ -114,7 +114,7 @@ def test_micro_batches_that_are_accumulated_are_one_batch(tmp_path):
         torch.manual_seed(0)
         module = tiny_module(tmp_path)
         tiny_trainer(tmp_path, [], steps=8, accumulate_grad_batches=parts).fit(module, data)
-        return {name: value for name, value in module.state_dict().items() if name in module._owned()}
+        return {name: value for name, value in module.state_dict().items() if name in module.owned()}
 
     parts = fit(RandomText(16), 2)
     with patch.object(BackboneGates, "draw", draw_as_two):

@@ -269,11 +269,10 @@ def test_looking_at_a_module_leaves_no_trace_even_when_it_fails(tmp_path):
     module.train()
     module.model.gates.set(torch.rand(2, len(module.model.gates.logits)))
     module.model.memories.activate(["en", None])
-    routes = module.model.memories.routes
 
     def state():
         modes = [part.training for part in module.modules()]
-        return modes, id(module.model.gates._columns), routes.names, routes.order, id(routes.rows), routes.groups
+        return modes, id(module.model.gates._columns), id(module.model.memories.routes)
 
     before = state()
     draws = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]

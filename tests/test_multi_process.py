@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import failing_ranks
@@ -9,7 +15,7 @@ import pytest
 import several_ranks
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from several_ranks import ABSENT, DOMAINS, SAVED, SCORED, SMALL, STEPS
+from several_ranks import ABSENT, DOMAINS, ON_CPUS, SAVED, SCORED, SMALL, STEPS
 
 from koff_lightning import KoffError
 from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
@@ -81,7 +87,7 @@ def assert_alike(recorded, first=0):
     for other in recorded[1:]:
         assert list(recorded[0]) == list(other) == list(range(first, STEPS))
         assert_same(recorded[0], other)
-    assert bool(recorded[0][STEPS - 1]["values"]["gates.hardened"])
+    assert bool(recorded[0][STEPS - 1]["values"]["model.gates.hardened"])
 
 
 @pytest.mark.parametrize("run", PLAIN)
@@ -143,7 +149,7 @@ def test_a_sharded_checkpoint_holds_what_was_trained_only(folder):
         torch.load(folder / run / f"step={SAVED}.ckpt", weights_only=True) for run in ("sharded", "replicated")
     )
     assert one["state_dict"].keys() == other["state_dict"].keys()
-    assert not [name for name in one["state_dict"] if name.startswith("backbone.") and "lora_" not in name]
+    assert not [name for name in one["state_dict"] if name.startswith("model.backbone.") and "lora_" not in name]
     assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
@@ -230,7 +236,7 @@ def test_an_evaluation_that_fails_on_all_ranks_is_a_warning_and_on_one_of_them_t
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
 def test_a_signal_to_one_rank_ends_all_between_two_steps_and_they_go_on(commands, overlay):
-    assert "asked to end; go on with --ckpt_path last" in (commands / "commands0.log").read_text()
+    assert "ended by SIGTERM; go on with --ckpt_path last" in (commands / "commands0.log").read_text()
     straight, cut = (read_checkpoint(newest_checkpoint([commands / name])) for name in (overlay, f"{overlay}_cut"))
     assert straight["global_step"] == cut["global_step"] == 3
     assert all(torch.equal(value, cut["state_dict"][name]) for name, value in straight["state_dict"].items())
@@ -248,6 +254,30 @@ def test_ranks_stream_rows_of_their_own_and_go_on_where_they_were(folder):
     straight, resumed = (read_checkpoint(newest_checkpoint([folder / run])) for run in ("whole", "cut"))
     assert straight["global_step"] == resumed["global_step"] == 6
     assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in straight["state_dict"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for the second process in /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_is_named_in_one_line_by_the_others_which_end(tmp_path, victim):
+    words = ["fit", "--config", "tiny_12pct.yaml", "--config", "hardware/ddp.yaml", *SMALL, *ON_CPUS]
+    words += ["--trainer.max_steps=9999", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    command, said = [sys.executable, "-m", "koff_lightning", *words], tmp_path / "said"
+    with said.open("w") as errors:
+        pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True, "start_new_session": True}
+        run = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    try:
+        assert any(line.startswith("step ") for line in run.stdout), said.read_text()
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        before = len(said.read_text())
+        os.kill([run.pid, int(children[0])][victim], signal.SIGKILL)
+        run.communicate(timeout=20)  # until both have closed it
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    named = "rank 1 was killed by SIGKILL" if victim else "rank 0 is gone"
+    assert said.read_text()[before:] == f"koff: {named}, so the run ends; go on with --ckpt_path last\n"
+    assert run.returncode == (1 if victim else -signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

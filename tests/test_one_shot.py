@@ -220,6 +220,10 @@ def test_compensation_puts_the_mean_in_the_place_of_what_is_removed(tmp_path):
 def test_compensation_adds_to_a_bias_that_is_there(tmp_path):
     toy_tokenizer(tmp_path / "dense")
     model = tiny_model("llama", vocab_size=320, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
+    with torch.no_grad():
+        for name, bias in model.named_parameters():
+            if name.endswith(".bias"):
+                bias.normal_(std=0.5)  # they start as zeros, to which anything can be added
     model.save_pretrained(tmp_path / "dense")
     made, _ = compensated(tmp_path, "llama")
     export(made.module, tmp_path / "out", prove=False)
@@ -300,7 +304,7 @@ def test_a_given_mask_stays_and_only_the_memories_train(made, tmp_path):
     assert torch.equal(module.model.gates.kept, from_checkpoint(made / "learned.ckpt").gates.kept)
     memories = {n for n, p in module.named_parameters() if p.requires_grad}
     assert trained.moved == memories
-    assert all(".lora_" in name or name.startswith("memories.kv.") for name in memories)
+    assert all(".lora_" in name or name.startswith("model.memories.kv.") for name in memories)
     assert trained.optimised == {
         id(p) for p in module.model.memories.lora_parameters() + module.model.memories.kv_parameters()
     }

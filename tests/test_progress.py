@@ -1,6 +1,8 @@
 import io
 import math
+import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,12 +30,38 @@ def fit(folder, steps=8, **options):
 
 def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
     progress, _ = fit(tmp_path)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line.startswith("step")]
     assert progress.plain and len(lines) == 2  # first and last: the run took less than the time between lines
-    assert lines[0].startswith("step 1/8   12%  warmup") and lines[1].startswith("step 8/8  100%  consolidate")
-    for word in ("loss ", "sparsity ", "tokens/s ", "peak ", "GiB", "left"):
+    assert lines[0].startswith("step 1/8  warmup  loss ") and lines[1].startswith("step 8/8  consolidate  loss ")
+    for word in ("loss ", "sparsity ", "tok/s", "left"):
         assert word in lines[1]
     assert not any(ord(sign) < 32 for sign in "".join(lines))
+    summary = next(line for line in said if line.startswith("trained to step 8 in 0:"))
+    assert " tokens/s, peak memory " in summary and summary.endswith(" GiB")
+    assert said[0] == f"loading {tmp_path / 'backbone'}"
+
+
+@pytest.mark.parametrize("total", [8, 2_400, 99_999, 10_000_000, math.inf])
+def test_a_plain_line_fits_80_columns_and_says_the_most_important(tmp_path, total):
+    """Whatever its figures; step, phase and loss always fit, sparsity and the time left in runs of a usual length."""
+    progress, trainer = fit(tmp_path, steps=2)
+    progress._total, progress._began = total, time.perf_counter() - 360_000
+    progress._figures |= {"loss": 12.345, "sparsity": 0.123, "target": 0.456, "rate": 1_234_567.0}
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = (
+        1_000 if math.isinf(total) else total // 2
+    )
+    for phase in ("warmup", "ramp", "hold", "consolidate"):
+        line = progress._line(trainer, SimpleNamespace(phase=phase, learns_mask=True, mask_is_fixed=phase[0] == "c"))
+        assert len(line) <= 80
+        assert f"  {phase}  loss 12.345" in line
+        assert "sparsity" in line and (total > 99_999 or "left" in line)
+
+
+def test_a_validation_says_what_came_out(tmp_path, capsys):
+    fit(tmp_path, val_check_interval=2, check_val_every_n_epoch=None, limit_val_batches=2)
+    said = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
+    assert len(said) == 4 and all(re.fullmatch(r"step \d/8  held-out text: \d\.\d{4} bits per byte", s) for s in said)
 
 
 def test_accumulated_batches_count_as_one_step(tmp_path, capsys):

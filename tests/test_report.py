@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import BYTES, DOMAINS, Batches, RandomText, tiny_module, tiny_trainer
 
 from koff_lightning import KoffError, SparsitySpec
@@ -296,6 +299,21 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     trainer = tiny_trainer(tmp_path, [RunReport()], fast_dev_run=True)
     trainer.fit(tiny_module(tmp_path), RandomText())
     assert not (tmp_path / "results.json").exists()
+
+
+def test_final_scores_reach_every_logger(tmp_path):
+    loggers = [CSVLogger(tmp_path, name="", version="csv"), TensorBoardLogger(tmp_path, name="", version="board")]
+    report = RunReport()
+    tiny_trainer(tmp_path, [report], logger=loggers).fit(tiny_module(tmp_path), RandomText())
+    expected = {"test/dense_bpb": report.results["mean"]["dense_bpb"]}
+    expected |= {f"test/koff_bpb/{name}": row["koff_bpb"] for name, row in report.results["domains"].items()}
+    with (tmp_path / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as lines:
+        last = [row for row in csv.DictReader(lines) if row["test/dense_bpb"]][-1]
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    for name, value in expected.items():
+        assert float(last[name]) == pytest.approx(value)
+        assert [scalar.step for scalar in board.Scalars(name)] == [7], "of the last step, which counts from 0"
+        assert board.Scalars(name)[0].value == pytest.approx(value)
 
 
 def test_an_interrupted_run_names_its_checkpoint(tmp_path, capsys):

@@ -6,8 +6,10 @@ import itertools
 import os
 import re
 import signal
+import time
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from zipfile import ZipFile
 
@@ -27,6 +29,7 @@ from koff_lightning.callbacks import Checkpoints, ContinuedLog
 from koff_lightning.cli import main
 from koff_lightning.data import patience, stream
 from koff_lightning.data.shards import FileShard
+from koff_lightning.support import files
 from koff_lightning.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from koff_lightning.training.run_folder import alone_in, new_version
 
@@ -108,7 +111,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, straight, monkeypa
     with monkeypatch.context() as patch:
         at(patch, "training_step", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run_in("cut") == 128 + signal.SIGTERM
-    assert "koff: asked to end; go on with --ckpt_path last" in capsys.readouterr().err
+    assert "koff: ended by SIGTERM; go on with --ckpt_path last" in capsys.readouterr().err
     assert read_checkpoint(newest_checkpoint(["cut"]))["global_step"] == 5, "of this very step"
     assert run_in("cut", "--ckpt_path", "last") == 0
     check_same_end("cut", straight)
@@ -472,6 +475,37 @@ def test_two_runs_in_one_folder(tmp_path):
             pass
     with alone_in(tmp_path / "run"):
         assert [new_version(tmp_path / "run") for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_run_that_has_ended_leaves_no_lock_and_clears_away_what_a_killed_one_left(tmp_path):
+    parts = [tmp_path / ".results.json.7.part", tmp_path / "version_0/checkpoints/.last.ckpt.part"]
+    for part in parts:
+        broken(part)
+    (tmp_path / ".artifact.7.part").mkdir()
+    with alone_in(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".running", "version_0"}
+        assert not parts[1].exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["version_0"]
+
+
+def test_a_lock_that_is_removed_by_whoever_held_it_is_held_by_one_of_those_that_wait(tmp_path):
+    """Both have the file open that is removed; one may come in and lock a new one while the other wakes up."""
+    inside, most, path = [0], [0], tmp_path / "lock"
+
+    def take_it():
+        for _ in range(200):
+            with files.lock(path, wait=True):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0)
+                inside[0] -= 1
+
+    threads = [Thread(target=take_it) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and not path.exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

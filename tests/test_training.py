@@ -27,8 +27,9 @@ from koff_lightning import (
 )
 from koff_lightning.backbone import parameter_counts
 from koff_lightning.callbacks import AnnealSparsity
+from koff_lightning.decomposition import Decomposition
 from koff_lightning.gates import BackboneGates
-from koff_lightning.sparsity import LagrangianPenalty
+from koff_lightning.penalties import LagrangianPenalty
 from koff_lightning.support import ranks
 from koff_lightning.training.nonfinite import Guard
 
@@ -44,13 +45,15 @@ class Recorder(Callback):
     def __init__(self):
         self.steps = []
 
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._phase = pl_module.phase
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         values = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         expected, target = float(pl_module.model.expected_sparsity().detach()), pl_module.model.target
-        self.steps.append(
-            {"phase": pl_module.phase, "values": values, "logged": logged, "expected": expected, "target": target}
-        )
+        now = {"phase": self._phase, "hardened": bool(pl_module.model.gates.hardened)}
+        self.steps.append(now | {"values": values, "logged": logged, "expected": expected, "target": target})
 
     def moved(self, name_part, steps):
         """Whether any tensor of that name moved in any of `steps` (the first step cannot tell)."""
@@ -128,14 +131,15 @@ def fit(folder, tmp_path, *callbacks, data=None, **options):
 @pytest.mark.parametrize("gate", ["hc", "ddp"])
 def test_phases_come_in_order_and_the_mask_is_fixed_once(folder, tmp_path, monkeypatch, gate):
     hardened, ordered = [], []
-    harden = KOFFModule.harden
-    monkeypatch.setattr(KOFFModule, "harden", lambda self: (hardened.append(self.global_step), harden(self)))
+    harden = Decomposition.harden
+    monkeypatch.setattr(Decomposition, "harden", lambda self: (hardened.append(1), harden(self)))
     order = BackboneGates.order_by_prior
     monkeypatch.setattr(BackboneGates, "order_by_prior", lambda *args: (ordered.append(1), order(*args)))
     model, run = fit(folder, tmp_path, sparsity={"gate": gate})
     assert ordered == [1]
     assert [s["phase"] for s in run.steps] == ["warmup"] * 4 + ["ramp"] * 6 + ["hold"] * 2 + ["consolidate"] * 8
-    assert hardened == [12]
+    assert hardened == [1]
+    assert [s["hardened"] for s in run.steps] == [False] * 11 + [True] * 9, "after the twelfth step"
     assert not run.moved("gates.logits", range(1, 4))
     assert not run.moved("penalty.", range(1, 4))
     assert all(run.moved("gates.logits", [step]) for step in range(4, 12))
@@ -143,20 +147,17 @@ def test_phases_come_in_order_and_the_mask_is_fixed_once(folder, tmp_path, monke
     assert not run.moved("gates.logits", range(12, STEPS)), "after hardening neither momentum nor gradient moves it"
     assert not run.moved("penalty.", range(12, STEPS))
     assert all(run.moved(part, [step]) for step in range(1, STEPS) for part in ("lora_B", "memories.kv"))
-    assert (
-        0
-        <= 0.2 - model.model.budget.report(model.model.gates.kept)["body"]
-        < 3 * 32 / model.model.budget.denominators["body"]
-    )
+    budget = model.model.budget
+    assert 0 <= 0.2 - budget.report(model.model.gates.kept)["body"] < 3 * 32 / budget.denominators["body"]
 
 
 def test_what_is_trained_is_the_mask_the_multipliers_and_the_memories(folder, tmp_path):
     model, run = fit(folder, tmp_path, steps=1)
-    kinds = ("gates.logits", "penalty.linear", "penalty.quadratic")
+    kinds = ("model.gates.logits", "penalty.linear", "penalty.quadratic")
     layers = {f"{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")}
     names = set(run.steps[0]["values"])
     lora = {n for n in names if ".lora_A.koff_" in n or ".lora_B.koff_" in n}
-    kv = {n for n in names if n.startswith("memories.kv.koff_")}
+    kv = {n for n in names if n.startswith("model.memories.kv.koff_")}
     assert names == {*kinds, *lora, *kv}
     assert len(lora) == 2 * 2 * 7 * 2  # layers, domains, linears, A and B
     assert len(kv) == 2 * 2 * 2  # layers, domains, key and value
@@ -184,6 +185,9 @@ class Scheduled(RandomText):
 class AdamStates(Callback):
     def __init__(self):
         self.steps = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._phase = pl_module.phase
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         state = trainer.optimizers[0].state
@@ -231,12 +235,12 @@ def test_no_memory_runs_and_hardens_at_the_end(folder, tmp_path, prior, hold):
     model, run = fit(
         folder, tmp_path, saver(tmp_path, STEPS), lora=None, kv=None, anneal=anneal, sparsity={"prior": prior}
     )
-    assert set(run.steps[0]["values"]) == {"gates.logits", "penalty.linear", "penalty.quadratic"}
+    assert set(run.steps[0]["values"]) == {"model.gates.logits", "penalty.linear", "penalty.quadratic"}
     assert model.model.gates.hardened
     assert 0 <= 0.2 - model.model.budget.report(model.model.gates.kept)["body"] < 0.01
     saved = torch.load(tmp_path / f"step={STEPS}.ckpt", weights_only=True)["state_dict"]
-    assert bool(saved["gates.hardened"]), "what is left on disk is the finished model"
-    assert torch.equal(saved["gates.kept"], model.model.gates.kept)
+    assert bool(saved["model.gates.hardened"]), "what is left on disk is the finished model"
+    assert torch.equal(saved["model.gates.kept"], model.model.gates.kept)
 
 
 def test_accumulated_batches_make_one_step(folder, tmp_path):
@@ -277,7 +281,7 @@ def test_the_loss_is_the_equation(folder, tmp_path):
 
 
 def test_without_kl_there_is_no_teacher(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(KOFFModule, "dense_hidden", lambda *_: pytest.fail("a teacher pass that nobody needs"))
+    monkeypatch.setattr(Decomposition, "dense_hidden", lambda *_: pytest.fail("a teacher pass that nobody needs"))
     _, run = fit(folder, tmp_path, loss=LossSpec(kl=0.0), steps=6)
     assert run.steps[-1]["logged"]["train/kl"] == 0
 
@@ -373,9 +377,9 @@ def test_a_checkpoint_holds_what_was_trained_and_little_else(finished):
     checkpoint = torch.load(finished[0], weights_only=True)
     model, state = finished[2], checkpoint["state_dict"]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    buffers = {n for n, _ in model.named_buffers() if n.startswith(("gates.", "memories."))}
+    buffers = {n for n, _ in model.named_buffers() if n.startswith(("model.gates.", "model.memories."))}
     assert set(state) == trained | buffers
-    assert not any(name.startswith("backbone.") and "lora_" not in name for name in state)
+    assert not any(name.startswith("model.backbone.") and "lora_" not in name for name in state)
     assert checkpoint["koff"]["backbone_hash"] == model.model.backbone_hash
     backbone = parameter_counts(tiny_model("llama", **SIZES))
     assert sum(v.numel() for k, v in state.items() if k not in trained) < backbone["total"] / 10
@@ -627,8 +631,8 @@ def test_a_warm_start_leaves_random_state_and_what_the_old_run_observed(finished
     torch.manual_seed(77)
     fresh.configure_model()
     assert int(fresh.model.gates.seed) == 77
-    assert torch.equal(fresh.model.gates.logits, old["gates.logits"])
-    assert old["gates.importance"].any()
+    assert torch.equal(fresh.model.gates.logits, old["model.gates.logits"])
+    assert old["model.gates.importance"].any()
     assert bool(fresh.model.gates.importance.any()) == fresh.model.gates.hardened, "of a fixed mask it says why"
     assert fresh.penalty.quadratic.item() == LagrangianPenalty().quadratic.item() != float(old["penalty.quadratic"])
 

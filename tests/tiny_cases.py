@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from koff_lightning.artifact.layouts import backbone_for
 from koff_lightning.attention import LayerMemory
-from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
+from koff_lightning.backbone import KINDS, PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.gates import BackboneGates
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.surgery import cut_kv, cut_state
@@ -34,12 +34,20 @@ class Case:
         return self.bank.lora_parameters(domain) + self.bank.kv_parameters(domain)
 
 
-def make_case(family: str, *, lora: bool = True, kv: bool = True, domains: Sequence[str] = DOMAINS, **config) -> Case:
+def make_case(
+    family: str,
+    *,
+    lora: bool = True,
+    kv: bool = True,
+    domains: Sequence[str] = DOMAINS,
+    kinds: Sequence[str] = KINDS,
+    **config,
+) -> Case:
     """Hang memories (LoRA with B not zero, KV full of noise) and gates on a random model of a family."""
     model = tiny_model(family, **config).requires_grad_(False)
     model.config.use_cache = False
     plain = copy.deepcopy(model)
-    groups = prunable_groups(model)
+    groups = prunable_groups(model, kinds)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         spec = LoraSpec(RANK, ALPHA) if lora else None

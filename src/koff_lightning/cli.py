@@ -1,9 +1,13 @@
 """The `koff` command: a table of verbs. A verb imports what is heavy only when it runs, so help is immediate."""
 
+import os
+import select
+import signal
 import sys
 from importlib import import_module
 
 from koff_lightning import __version__
+from koff_lightning.support.ending import SIGNALS, Ended, ended_by
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import switch_off
 from koff_lightning.support.secrets import without_secrets
@@ -60,22 +64,47 @@ TAKE_CONFIGS = (*TRAINING, "plan", "claims")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `koff` and return the exit status: 0 done, 2 bad input, 130 interrupted.
+    """Run `koff` and return the exit status: 0 done, 2 bad input, 128 plus the signal's number where one has ended it.
 
     Args:
         argv: The words after `koff`; by default those of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return _run(argv)
+        with ended_by(tuple(number for number in SIGNALS if number != signal.SIGINT)):  # Python has that one
+            status = _run(argv)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:
+        if not hasattr(select, "poll") or not _nobody_reads():
+            raise
+        return 141  # as where SIGPIPE ends a process
     except KoffError as error:
         print(f"koff: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"koff: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except Ended as stop:
+        print(f"koff: {stop}", file=sys.stderr)
+        return stop.code
     except SystemExit as stop:  # a parser that has printed its help
         return int(stop.code or 0)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust, which is no Exception
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"koff: a tokenizer cannot be used, it failed in the middle of a text ({reason})", file=sys.stderr)
+        return 2
+
+
+def _nobody_reads() -> bool:
+    """Whether whoever read what we print has gone, as `head` does; what is left to print then goes nowhere."""
+    look = select.poll()
+    look.register(sys.stdout, 0)
+    if gone := any(event & select.POLLERR for _, event in look.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def usage() -> str:

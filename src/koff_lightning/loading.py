@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
+from traceback import walk_tb
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,8 +23,19 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from koff_lightning.backbone import FAMILIES
+from koff_lightning.backbone import FAMILIES, head_size
+from koff_lightning.gguf_files import check_head, expected_tensors, read_head, rope_parameters
+from koff_lightning.model_files import (
+    adapter_beside,
+    check_config,
+    check_folder,
+    check_tokenizer,
+    check_weights,
+    not_finite,
+    refuse_leftovers,
+)
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.json_files import read_json_object
 
 TINY = "koff-tiny"
 LARGE = 2 * 2**30  # bytes of weights; fewer are loaded in a few seconds, before anybody reads a progress bar
@@ -52,11 +66,15 @@ def load_backbone(
     if "gguf_file" in where:
         from transformers import GgufConfig
 
-        where = where | {
-            "quantization_config": GgufConfig(dequantize=True)
-        }  # packed weights can be neither cut nor adapted
+        # packed weights can be neither cut nor adapted
+        where = where | {"quantization_config": GgufConfig(dequantize=True)}
+    else:
+        _refuse_adapter(source, where)
+    if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
+        check_folder(folder, source)
+        check_weights(folder, getattr(config, "num_hidden_layers", None), source)
     where = where | {"config": config, "dtype": torch_dtype(dtype), "output_loading_info": True}
-    with _bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")):
+    with _bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")), _no_report():
         model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         missing = sorted(info["missing_keys"])
@@ -64,6 +82,18 @@ def load_backbone(
             f"backbone {source!r}: its files lack {len(missing)} tensors that its config asks for, first {missing[0]}: "
             "the download is incomplete, or config and weights belong to different models"
         )
+    left = set(info["unexpected_keys"])
+    if "gguf_file" in where:  # transformers does not tell which it has left out
+        head = read_head(folder / where["gguf_file"])
+        left |= head.tensors.keys() - expected_tensors([*model.state_dict()], config.num_hidden_layers, head.family)
+    refuse_leftovers(source, left, info["mismatched_keys"])
+    if config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        raise KoffError(
+            f"backbone {source!r}: its config ties the output to the input embeddings, and its files hold an output "
+            "that differs: set tie_word_embeddings to false in config.json, or remove lm_head.weight from the files"
+        )
+    if odd := not_finite(model.state_dict()):
+        raise KoffError(f"backbone {source!r}: {odd} holds numbers that are not finite: get its weights again")
     model.config.use_cache = False  # a cache makes packed documents see each other, silently
     return model.requires_grad_(False).eval()
 
@@ -72,15 +102,50 @@ def load_config(source: str, *, revision: str | None = None, trust_remote_code: 
     """The config of a backbone, which is given as to `load_backbone`.
 
     Raises:
-        KoffError: Nothing there, no access, no network, or a family that is not supported.
+        KoffError: Nothing there, no access, no network, a family that is not supported, or entries that ask for more
+            than weights.
     """
-    config = _loading(source, AutoConfig.from_pretrained, _resolve(source, revision, trust_remote_code))
+    where = _resolve(source, revision, trust_remote_code)
+    head = None
+    if "gguf_file" in where:
+        head = read_head(Path(where["pretrained_model_name_or_path"]) / where["gguf_file"])
+        check_head(head, source)
+    else:
+        entries = _entries(source, where)
+        check_config(entries, source)
+    config = _loading(source, AutoConfig.from_pretrained, where)
     if config.model_type.removeprefix("koff_") not in FAMILIES:  # koff_*: what an artifact holds
         raise KoffError(
             f"backbone {source!r} is a {config.model_type!r} model; supported families are {', '.join(FAMILIES)}. "
             "To add one, see the head of koff_lightning/backbone.py"
         )
+    if head is not None:
+        if (size := head.own("attention.key_length")) is not None:  # transformers takes its default
+            config.head_dim = int(size)
+        size = head_size(config)
+        config.rope_parameters = rope_parameters(head, config.rope_parameters["rope_theta"], size, source)
     return config
+
+
+def _entries(source: str, where: dict[str, object]) -> dict[str, Any]:
+    """What config.json says, before any class makes something of it."""
+    file = Path(where["pretrained_model_name_or_path"]) / "config.json"
+    if file.parent.is_dir():
+        return read_json_object(file)
+    return _loading(source, PreTrainedConfig.get_config_dict, where)[0]
+
+
+def _refuse_adapter(source: str, where: dict[str, object]) -> None:
+    """Transformers would apply an adapter that lies among the files, by classes that the adapter names."""
+    place = where["pretrained_model_name_or_path"]
+    if not Path(place).is_dir() and _loading(source, _adapter_file, {"place": place, "revision": where["revision"]}):
+        raise adapter_beside(source)
+
+
+def _adapter_file(place: str, revision: str | None) -> str | None:
+    from transformers.utils import find_adapter_config_file
+
+    return find_adapter_config_file(place, revision=revision)
 
 
 def load_tokenizer(
@@ -97,6 +162,8 @@ def load_tokenizer(
     where = _resolve(
         source, revision, trust_remote_code, wanted=("tokenizer_config.json", "tokenizer.json", "config.json")
     )
+    if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
+        check_tokenizer(folder)
     return _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
 
 
@@ -154,13 +221,28 @@ def _resolve(
     return where | {"pretrained_model_name_or_path": source}
 
 
+# Packages that read what comes from outside: whatever they raise at it is the fault of the file.
+_READERS = ("transformers", "tokenizers", "huggingface_hub", "safetensors", "torch", "gguf", "numpy", "accelerate")
+_READERS += ("sentencepiece", "tiktoken", "google", "httpx", "jinja2", "koff_lightning.artifact.modeling_koff")
+
+
+def _by_a_reader(error: BaseException) -> bool:
+    """Whether an error was raised by code of others that reads files, not by a mistake of ours."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    name = frame.f_globals.get("__name__", "")
+    return name in _READERS or name.partition(".")[0] in {*_READERS, *sys.stdlib_module_names}
+
+
 def _loading(source: str, load: object, where: dict[str, object]) -> object:
     """Call `load`, turning the hub's many exceptions into one line that says what to do."""
     import koff_lightning.artifact.modeling_koff  # noqa: F401  makes the types koff_* known; costs seconds, so not at the top
 
     try:
         return load(**where)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of tokenizers, whose base is not Exception
+        if not panic and not (isinstance(error, Exception) and _by_a_reader(error)):
+            raise
         text = str(error)
         if isinstance(error, UnpicklingError):
             hint = "its weights are damaged, or hold more than tensors, which is never run: save them as safetensors"
@@ -172,11 +254,33 @@ def _loading(source: str, load: object, where: dict[str, object]) -> object:
             sign in text.lower() for sign in ("offline", "connect", "couldn't reach", "resolve host", "timed out")
         ):
             hint = f"no copy is cached and the hub cannot be reached: fetch it where it can be, or use {TINY!r}"
+        elif "ignore_mismatched_sizes" in text:
+            hint = "its weights have other shapes than its config asks for: they belong to different models"
         elif "not a valid model identifier" in text or "404" in text:
             hint = "no such model on the hub: check the spelling, or give a local folder"
         else:
-            hint = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+            hint = _reason(error)
         raise KoffError(f"cannot load backbone {source!r}: {hint}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something, short; with the kind of error where that does not explain itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[-1] if type(error).__name__.startswith("StrictDataclass") and lines else (lines or [""])[0]
+    said = said if len(said) <= 200 else f"{said[:200]} ..."
+    return said if isinstance(error, OSError | ValueError | RuntimeError) and said else f"{type(error).__name__} {said}"
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers' table of what files and model do not share off the terminal: we say it in a line."""
+    log = logging.getLogger("transformers.modeling_utils")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 @contextmanager

@@ -8,8 +8,7 @@ Shapes: B rows, T tokens, r rank, M distinct memories present in the batch.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,59 +16,66 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.in_force import InForce
 
 Made = TypeVar("Made")
 _NOTHING = None, (), (-1,)  # kept where nothing is: its versions are those of no tensors
 
 
-class Routes:
-    """Which memory each row of the current batch reads. Shared by all adapters and attention layers of one bank."""
+class Mark:
+    """Stands for a memory in the routes that read it; `gone` once it is taken away."""
 
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()  # memories present, in the order `rows` counts them
-        self.order: list[int] | None = []  # of each row, an index into names, -1 = none; None = a memory was taken away
+    gone = False
+
+
+class Routes:
+    """Which memory each row of a batch reads, and what was stacked for these rows. The rows never change.
+
+    Args:
+        names: Memories present.
+        marks: Of each of them.
+        order: Of each row, an index into `names`, -1 = none.
+        device: Where the adapters are.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...] = (),
+        marks: Sequence[Mark] = (),
+        order: Sequence[int] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self.names, self.marks, self.order = names, marks, order
         self.rows: Tensor | None = None  # [B] the same where the adapters are; None = every row reads names[0]
         self.groups = 0  # blocks of consecutive rows that share a memory, when all blocks are equally long; else 0
         self._kept: dict[Hashable, tuple[object, Sequence[Tensor], Sequence[int]]] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """A copy of a model has tensors of its own: nothing that was kept holds for them."""
-        return self.__dict__ | {"_kept": {}}
-
-    def set(self, names: tuple[str, ...], order: list[int], device: torch.device) -> None:
-        """Put other rows in force and let go of what was stacked for the last ones."""
-        self._kept.clear()
-        self.names, self.order, self.rows, self.groups = names, order, None, 0
         if names and (len(names) > 1 or -1 in order):
             self.rows = torch.tensor(order, device=device)
             if order == [m for m in range(len(names)) for _ in range(len(order) // len(names))]:
                 self.groups = len(names)
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Whatever rows are put in force inside the block, those of now are in force after it."""
-        before = self.names, self.order, self.rows, self.groups
-        try:
-            yield
-        finally:
-            self._kept.clear()
-            self.names, self.order, self.rows, self.groups = before
+    def __getstate__(self) -> dict[str, object]:
+        """A copy of a model has tensors of its own: nothing that was kept holds for them."""
+        return self.__dict__ | {"_kept": {}}
 
-    def drop(self, name: str) -> None:
-        """A memory is gone: forget what was stacked from it; rows that read it must be told anew what to read."""
+    @property
+    def hold(self) -> bool:
+        """Whether all memories that rows read are still there."""
+        return not any(mark.gone for mark in self.marks)
+
+    def forget(self) -> None:
+        """Let go of what was stacked."""
         self._kept.clear()
-        if name in self.names:
-            self.order = None
 
     def keep(self, place: Hashable, make: Callable[[], tuple[Made, Sequence[Tensor]]], rows: int | None = None) -> Made:
         """What `make` returns first; without gradients it is made once and kept, as decoding asks for every token.
 
-        Made anew after `set`, and when one of the tensors that `make` returns second was changed in place.
+        Made anew when one of the tensors that `make` returns second was changed in place.
 
         Raises:
             KoffError: The routes do not hold any longer, or not for that many rows.
         """
-        if self.order is None:
+        if not self.hold:
             raise KoffError("a memory that is active was removed: activate the rows' memories anew")
         if rows not in (None, len(self.order)):
             raise KoffError(f"memories are active for {len(self.order)} rows, the batch has {rows}: one is due per row")
@@ -96,10 +102,10 @@ class RoutedLinear(nn.Module):
 
     Args:
         base_layer: The frozen linear.
-        routes: Which memory each row reads.
+        routes: In force for the bank that the adapters belong to.
     """
 
-    def __init__(self, base_layer: nn.Linear, routes: Routes) -> None:
+    def __init__(self, base_layer: nn.Linear, routes: InForce[Routes]) -> None:
         super().__init__()
         self.base_layer, self.routes = base_layer, routes
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -129,10 +135,10 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x [B, T, in]. Returns [B, T, out]; exactly the base layer's output while no memory is active."""
-        base, routes = self.base_layer(x), self.routes
+        base, routes = self.base_layer(x), self.routes.value
         if not routes.names:
             return base
-        matrices = routes.keep((self, x.dtype), lambda: self._matrices(x.dtype), len(x))
+        matrices = routes.keep((self, x.dtype), lambda: self._matrices(routes, x.dtype), len(x))
         if matrices is None:
             return base
         down, up, scale = matrices
@@ -145,13 +151,14 @@ class RoutedLinear(nn.Module):
         base.view(len(down), -1, base.shape[-1]).baddbmm_(low, up.mT)  # decoding waits for every call
         return base
 
-    def _matrices(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, float] | None, Sequence[Tensor]]:
-        """A, B and a factor of the current rows, and what they come from that they do not show.
+    def _matrices(
+        self, routes: Routes, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor, float] | None, Sequence[Tensor]]:
+        """A, B and a factor of the rows, and what they come from that they do not show.
 
         [r, in] and [out, r] when all rows read the same; else one of each per block [M, ...] or per row [B, ...], B
         scaled and the factor 1. The first is None when no memory has any here.
         """
-        routes = self.routes
         present = {
             name: (self.lora_A[name].weight, self.lora_B[name].weight) for name in routes.names if name in self.scaling
         }
@@ -202,6 +209,8 @@ def check_fit(linears: Mapping[str, nn.Module], rank: int, weights: Mapping[str,
                 f"the adapter does not fit the backbone: {name} is {got.dtype} {list(got.shape)}, due is torch.float32 "
                 f"{size}"
             )
+        if not got.isfinite().all():
+            raise KoffError(f"the adapter holds nan or inf: {name}; get it again")
 
 
 def _raised(weight: Tensor, dim: int, rank: int) -> Tensor:

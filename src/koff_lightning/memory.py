@@ -5,8 +5,8 @@ and one can be added or removed without touching the others.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import LORA_TARGETS, attention_modules, kv_shapes
 from koff_lightning.kv_memory import KVMemory, read_memories
-from koff_lightning.lora import RoutedLinear, Routes, check_fit
+from koff_lightning.lora import Mark, RoutedLinear, Routes, check_fit
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.in_force import InForce
 from koff_lightning.support.names import check_name
 
 SHARED = "shared"
@@ -89,11 +90,13 @@ class MemoryBank(nn.Module):
         shared: bool = False,
     ) -> None:
         super().__init__()
-        self.shared, self.routes = shared, Routes()
+        self.shared = shared
+        self._in_force = InForce(Routes())
         self.domains: list[str] = []
         self.names: dict[str, str] = {}  # domain -> memory
         self.kv = nn.ModuleDict()
         self._lora: dict[str, LoraSpec | None] = {}  # memory -> its adapter
+        self._marks: dict[str, Mark] = {}  # key of a memory -> what routes know it by
         self.__dict__["model"] = model  # not a submodule: the backbone's weights are not the bank's
         linears = {path: m for path, m in model.named_modules() if path.rpartition(".")[2] in LORA_TARGETS}
         if any(isinstance(module, RoutedLinear) for module in linears.values()):
@@ -143,7 +146,7 @@ class MemoryBank(nn.Module):
             for path in paths:
                 pair = None if weights is None else (weights[f"{path}.lora_A.weight"], weights[f"{path}.lora_B.weight"])
                 self._linear(path).add(self.key(name), lora.rank, lora.alpha / lora.rank, pair)
-            self._lora[name] = lora
+            self._lora[name], self._marks[self.key(name)] = lora, Mark()
         self.domains.append(domain)
         self.names[domain] = name
 
@@ -163,13 +166,14 @@ class MemoryBank(nn.Module):
             linear.remove(self.key(name))
         if self.key(name) in self.kv:
             del self.kv[self.key(name)]
-        self.routes.drop(self.key(name))
+        self._marks.pop(self.key(name)).gone = True
+        self.routes.forget()
 
     def _linear(self, path: str) -> RoutedLinear:
         """The linear at `path`, made able to carry adapters."""
         if path not in self._linears:
             parent, _, child = path.rpartition(".")
-            self._linears[path] = RoutedLinear(self.model.get_submodule(path), self.routes).eval()
+            self._linears[path] = RoutedLinear(self.model.get_submodule(path), self._in_force).eval()
             setattr(self.model.get_submodule(parent), child, self._linears[path])
         return self._linears[path]
 
@@ -186,21 +190,40 @@ class MemoryBank(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- read
 
+    @property
+    def routes(self) -> Routes:
+        """What the rows of a forward read that this thread would start now."""
+        return self._in_force.value
+
     def activate(self, domains: Sequence[str | None]) -> None:
         """Let row b of the following forwards read the memory of domains[b]; None = no memory.
 
-        In force until the next call, since a checkpointed layer reads the routes again in the backward. Without
-        gradients the rows' matrices and slots are stacked once, in the first forward, and kept until the next call:
-        call it again after a memory was moved or its tensors were replaced (changes in place are noticed).
+        Outside of `scope` it holds for all threads until the next call, as training needs it: a checkpointed layer
+        reads the routes again in the backward, which may run in another thread. Without gradients the rows' matrices
+        and slots are stacked once, in the first forward, and kept until the next call: call it again after a memory was
+        moved or its tensors were replaced (changes in place are noticed).
 
         Raises:
             KoffError: A domain that has no memory here.
         """
+        self._in_force.set(self.routes_of(domains))
+
+    def routes_of(self, domains: Sequence[str | None]) -> Routes:
+        """What `activate` puts in force, for `scope`."""
         self._check_known([domain for domain in domains if domain is not None])
         keys = [None if d is None else self.key(self.names[d]) for d in domains]
         present = tuple(dict.fromkeys(key for key in keys if key is not None))  # in order of appearance
         places = {key: place for place, key in enumerate(present)} | {None: -1}
-        self.routes.set(present, [places[key] for key in keys], self.model.device)
+        marks = [self._marks[key] for key in present]
+        return Routes(present, marks, [places[key] for key in keys], self.model.device)
+
+    def scope(self, routes: Routes) -> AbstractContextManager[None]:
+        """Rows read by `routes` inside the block, in this thread alone; what was in force comes back after it."""
+        return self._in_force.scope(routes)
+
+    def off(self) -> AbstractContextManager[None]:
+        """No memory for any row inside the block, in this thread; the routes come back after it."""
+        return self.scope(Routes())
 
     def _check_known(self, domains: Sequence[str]) -> None:
         unknown = sorted({str(d) for d in domains if d not in self.names})
@@ -208,27 +231,17 @@ class MemoryBank(nn.Module):
             known = f"domains with one: {', '.join(self.domains)}" if self.domains else "there is none at all"
             raise KoffError(f"no memory for domain {', '.join(unknown)}; {known}")
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """No memory for any row inside the block; the routes come back after it."""
-        before, self.routes.names = self.routes.names, ()
-        try:
-            yield
-        finally:
-            self.routes.names = before
-
     def read(self, layer: int) -> LayerMemory | None:
         """The KV memories of the current rows at one layer."""
-        if not self.routes.names:
-            return None
-        return self.routes.keep(layer, lambda: self._slots(layer))
+        routes = self.routes
+        return routes.keep(layer, lambda: self._slots(routes, layer)) if routes.names else None
 
-    def _slots(self, layer: int) -> tuple[LayerMemory | None, list[Tensor]]:
+    def _slots(self, routes: Routes, layer: int) -> tuple[LayerMemory | None, list[Tensor]]:
         """What `read` gives, and the tensors that it comes from."""
-        names = [name for name in self.routes.names if name in self.kv]
-        places = [names.index(name) if name in names else -1 for name in self.routes.names] + [-1]  # the last for -1
+        names = [name for name in routes.names if name in self.kv]
+        places = [names.index(name) if name in names else -1 for name in routes.names] + [-1]  # the last for -1
         memories = [self.kv[name] for name in names]
-        slots = read_memories(memories, [places[row] for row in self.routes.order], layer)
+        slots = read_memories(memories, [places[row] for row in routes.order], layer)
         parts = [part for m in memories for part in (m.sink_key, m.sink_value, m.key, m.value)]
         return slots, [part[layer] for part in parts]
 

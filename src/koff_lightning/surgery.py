@@ -42,8 +42,47 @@ def masks(groups: Sequence[PrunableGroup], kept: Tensor) -> list[tuple[PrunableG
     return list(zip(groups, kept.split(sizes), strict=True))
 
 
+def whole_units(groups: Sequence[PrunableGroup], kept: Tensor) -> tuple[list[PrunableGroup], Tensor]:
+    """What of a mask leaves smaller linears: its whole units, and the neurons that a closed channel has killed.
+
+    Channels whose place stays in every shape that we can write, a row that nothing but zeros fills, are not among them
+    (`close_rows`).
+
+    Args:
+        groups: The units, as listed from the model that is cut.
+        kept: Hard mask, bool [U].
+
+    Returns:
+        Groups of whole units and the hard mask over them; both as given where all are whole.
+    """
+    found: dict[tuple[int, str], tuple[PrunableGroup, Tensor]] = {}
+    for group, mask in masks(groups, kept):
+        whole = group if group.consumer else group.whole
+        if whole is not None:
+            place = (whole.layer, whole.kind)
+            before = found[place][1] if place in found else True
+            found[place] = whole, mask & before
+    parts = [mask for _, mask in found.values()]
+    return [group for group, _ in found.values()], torch.cat(parts) if parts else kept[:0]
+
+
+def physical(groups: Sequence[PrunableGroup], kept: Tensor) -> int:
+    """Parameters by which the cut model is smaller, to the parameter: unlike the price of a mask, this is what goes.
+
+    A neuron goes with all its weights if its gate or its up channel is closed. Closed channels of other linears stay in
+    their place as zeros and do not count.
+    """
+    return sum(int((~mask).sum()) * group.params_per_unit for group, mask in masks(*whole_units(groups, kept)))
+
+
+def close_rows(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
+    """Weights, biases and adapters with zeros in the rows of closed channels; every shape stays."""
+    plan = {group.producers[0][0]: (0, mask) for group, mask in masks(groups, kept) if not group.consumer}
+    return _edit(state, plan, _zero)
+
+
 def cut_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
-    """Weights or adapters without the removed units.
+    """Weights or adapters without the removed units, and with zeros in closed channels that have to stay.
 
     Args:
         state: Name -> tensor of the uncut model; a part of it will do.
@@ -53,12 +92,12 @@ def cut_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept
     Raises:
         KoffError: A tensor has another size than its units: it is cut already, or of another model.
     """
-    return _edit(state, _linears(groups, kept), _cut)
+    return _edit(close_rows(state, groups, kept), _linears(groups, kept), _cut)
 
 
 def zero_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
     """The same with zeros where `cut_state` cuts; every shape stays."""
-    return _edit(state, _linears(groups, kept), _zero)
+    return _edit(close_rows(state, groups, kept), _linears(groups, kept), _zero)
 
 
 def with_bias(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], bias: Tensor) -> State:
@@ -115,7 +154,7 @@ def merge_lora(state: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scali
 
 def _linears(groups: Sequence[PrunableGroup], kept: Tensor) -> _Plan:
     plan: _Plan = {}
-    for group, mask in masks(groups, kept):
+    for group, mask in masks(*whole_units(groups, kept)):
         plan |= {path: (0, mask.repeat_interleave(rows)) for path, rows in group.producers}
         plan[group.consumer] = (1, mask.repeat_interleave(group.width))
     return plan

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from koff_lightning.kv_memory import rotate_keys
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import new_folder
 
 CONFIG, WEIGHTS, NAME = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
@@ -35,7 +36,7 @@ def to_cartridge(tensors: Mapping[str, Tensor], inv_freq: Tensor, folder: Path, 
         base: Id of the model, as peft notes it.
 
     Raises:
-        KoffError: Layers differ in key-value heads, or the folder holds something.
+        KoffError: Layers differ in key-value heads, the folder holds something, or the disk did not take it.
     """
     shapes = sorted({(part.shape[0], part.shape[2]) for part in tensors.values()})
     if len(shapes) != 1:
@@ -49,11 +50,11 @@ def to_cartridge(tensors: Mapping[str, Tensor], inv_freq: Tensor, folder: Path, 
         key = rotate_keys(tensors[f"layers.{index}.key"].float(), inv_freq, slots)
         parts += [key, tensors[f"layers.{index}.value"].float()]
     flat = torch.stack(parts).permute(2, 0, 1, 3).reshape(slots, -1)  # [2L, K, P, dh] -> [P, 2L * K * dh]
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise KoffError(f"{folder} is not empty: remove what is in it, or give another folder")
-    save_file({NAME: flat.cpu().contiguous()}, folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(_config(slots, layers, heads, size, base), encoding="utf-8")
+    with new_folder(folder, overwrite=True) as work:
+        save_file({NAME: flat.cpu().contiguous()}, work / WEIGHTS, {"format": "pt"})
+        (work / CONFIG).write_text(_config(slots, layers, heads, size, base), encoding="utf-8")
 
 
 def _config(slots: int, layers: int, heads: int, size: int, base: str | None) -> str:

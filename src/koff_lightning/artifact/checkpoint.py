@@ -8,8 +8,9 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor
 
+from koff_lightning.artifact.checkpoint_schema import fault_of
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 
@@ -26,7 +27,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         mmap: Leave tensors on the disk until they are used.
 
     Raises:
-        KoffError: No such file, damaged, not of `koff fit`, or holding more than tensors and plain values.
+        KoffError: No such file, damaged, not of `koff fit`, or holding other values than a checkpoint of it.
     """
     path = Path(path).expanduser()
     try:
@@ -60,11 +61,26 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         raise KoffError(f"{path} is not a checkpoint of `koff fit`: it does not say what was trained on which backbone")
     if named := {"_instantiator", "_class_path"} & checkpoint["hyper_parameters"].keys():
         raise KoffError(f"{path} names code to be run ({', '.join(sorted(named))}): `koff fit` writes no such thing")
-    rename_keys(checkpoint)
+    check_content(checkpoint, str(path))
     return checkpoint
 
 
-def rename_keys(checkpoint: dict[str, Any]) -> None:
+def check_content(checkpoint: dict[str, Any], where: str = "the checkpoint") -> None:
+    """Refuse other values than a checkpoint of `koff fit` has; tensors get the names that they have now, in place.
+
+    Args:
+        checkpoint: As read.
+        where: Its file, for the message.
+
+    Raises:
+        KoffError: A value is of another kind; the first is named.
+    """
+    _rename_keys(checkpoint)
+    if fault := fault_of(checkpoint):
+        raise KoffError(f"{where} is not as `koff fit` writes one: {fault}. It is damaged: take another one")
+
+
+def _rename_keys(checkpoint: dict[str, Any]) -> None:
     """Give the tensors of a checkpoint of an earlier release the names that they have now, in place."""
     state = checkpoint.get("state_dict") or {}
     if any(str(name).startswith(_FIRST_VERSION) for name in state):
@@ -146,8 +162,16 @@ def refuse_other_backbone(about: Mapping[str, Any], model: Decomposition) -> Non
         )
 
 
-def refuse_other_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor], needed: Iterable[str]) -> None:
-    """Refuse a checkpoint that lacks something `needed`, or holds it in another shape.
+def refuse_other_tensors(
+    there: Mapping[str, Tensor], here: Mapping[str, Tensor], needed: Iterable[str], others: Iterable[str] = ()
+) -> None:
+    """Refuse a checkpoint that lacks something `needed`, or holds it in another shape or dtype, or holds more.
+
+    Args:
+        there: Tensors of the checkpoint.
+        here: Those of the model.
+        needed: Names of those that the checkpoint must have.
+        others: Domains that the checkpoint has and the model does not, whose memories may be left out.
 
     Raises:
         KoffError: So it is; the first such tensor is named.
@@ -163,6 +187,23 @@ def refuse_other_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor]
             f"the checkpoint does not fit this run: {odd[0]} has shape {list(there[odd[0]].shape)} there and "
             f"{list(here[odd[0]].shape)} here ({len(odd)} tensors in all): use the model options of that run"
         )
+    if odd := [name for name in needed if here[name].dtype != there[name].dtype]:
+        raise KoffError(
+            f"the checkpoint does not fit this run: {odd[0]} is {there[odd[0]].dtype} there, {here[odd[0]].dtype} here"
+        )
+    keys = {MemoryBank.key(domain) for domain in others}
+    left = [name for name in sorted(set(there) - set(needed)) if not _may_stay(name, keys)]
+    if left:
+        raise KoffError(
+            f"the checkpoint holds {len(left)} tensors that this run has no place for, first {left[0]}: use the model "
+            "and data options of its own run"
+        )
+
+
+def _may_stay(name: str, others: set[str]) -> bool:
+    """Whether a tensor may be left out: of another domain's memory, a penalty, or made when it is loaded."""
+    name = name.removeprefix(PREFIX)
+    return name in ("gates.bias", "bias") or name.startswith("penalty.") or not others.isdisjoint(name.split("."))
 
 
 def reason_of(error: BaseException) -> str:

@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, P memory slots.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_ma
 from koff_lightning.artifact.folder import verify as verify_files
 from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.artifact.memory_files import load_memory
-from koff_lightning.backbone import refuse_masked_packing
+from koff_lightning.backbone import ask_nothing_, is_recomputed, refuse_masked_packing
 from koff_lightning.loading import fingerprint, load_backbone, load_config, load_tokenizer
+from koff_lightning.lora import Routes
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
 
@@ -91,9 +92,13 @@ def backbone_config(folder: Path, manifest: Manifest) -> PreTrainedConfig:
 class DecomposedModel(nn.Module):
     """A pruned backbone whose rows read the memories of their domains. Made by :func:`load_decomposed`.
 
+    What a row reads belongs to the call: threads may call one model at the same time, each for domains of its own.
+
     Attributes:
-        backbone: The transformers model; called by itself it reads the memories of the last batch.
+        backbone: The transformers model; called by itself it reads what `memories.activate` was told, else nothing.
         memories: The memories loaded.
+        own_settings: What the backbone's generation_config.json says of sampling, penalties and the like. `generate`
+            uses none of it but the token ids, unless it is given as `generation_config`.
         manifest: What `koff.json` says.
         folder: Where the artifact lies.
     """
@@ -102,12 +107,19 @@ class DecomposedModel(nn.Module):
         super().__init__()
         self._own_parameters = sum(p.numel() for p in backbone.parameters())  # tied embeddings once
         backbone.set_attn_implementation("koff")
-        backbone.generation_config.use_cache = True  # the config's own False is for packed rows, not for `generate`
-        backbone.generation_config.disable_compile = True  # correct, but every change of rows would compile anew
+        self.own_settings = ask_nothing_(backbone)
+        for settings in (self.own_settings, backbone.generation_config):
+            settings.use_cache = True  # the config's own False is for packed rows, not for `generate`
+            settings.disable_compile = True  # correct, but every change of rows would compile anew
         self.backbone, self.manifest, self.folder = backbone, manifest, folder
         self.memories = MemoryBank(backbone)
-        self._reading: tuple[list[str | None], object] = [], None  # rows last activated, and the bank's word for them
+        self._last: tuple[list[str | None], Routes | None] = [], None  # with what decoding has stacked for these rows
         self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self.backbone.device
 
     @property
     def domains(self) -> list[str]:
@@ -148,8 +160,13 @@ class DecomposedModel(nn.Module):
             inputs["position_ids"] = _positions(attention_mask, input_ids, cache)
         else:
             _check_packing(attention_mask, inputs["position_ids"], inputs["use_cache"])
-        self._activate(domains, len(input_ids))
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        if torch.is_grad_enabled() and is_recomputed(self.backbone):
+            raise KoffError(
+                "activation checkpointing would compute layers again after this call, without its memories: activate "
+                "the rows' memories with model.memories.activate, and call model.backbone"
+            )
+        with self.memories.scope(self._routes(domains, len(input_ids))):
+            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
 
     @torch.no_grad()
     def generate(
@@ -162,6 +179,7 @@ class DecomposedModel(nn.Module):
             attention_mask: [B, T], 0 for padding.
             domains: As for `forward`. With beams or several returned sequences, still one per prompt.
             options: Arguments of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, `streamer` ...
+                What is not given is not done, whatever the model's own settings say: greedy is greedy.
 
         Returns:
             What transformers' `generate` returns: by default long [B, T + new].
@@ -179,8 +197,8 @@ class DecomposedModel(nn.Module):
                 f"{', '.join(map(str, CACHES[1:]))} have not been checked with memories: leave them out"
             )
         copies = max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
-        self._activate(domains, len(input_ids), copies)
-        return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        with self.memories.scope(self._routes(domains, len(input_ids), copies)):
+            return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def add_memory(self, path: str | Path, name: str | None = None) -> str:
         """Load one more memory from its folder, for this process only; `koff memory add` changes the artifact.
@@ -201,6 +219,7 @@ class DecomposedModel(nn.Module):
         """Drop a memory from the loaded ones and free its room."""
         self._check_loaded([name])
         self.memories.remove(name)
+        self._last = [], None
 
     def active_parameters(self, domain: str | None = None) -> int:
         """Parameters in use for a row of this domain: the backbone's, tied embeddings once, and its memory's."""
@@ -209,23 +228,51 @@ class DecomposedModel(nn.Module):
         self._check_loaded([domain])
         return self._own_parameters + self.memories.size(domain)
 
-    def _activate(self, domains: Domains, rows: int, copies: int = 1) -> None:
+    def _routes(self, domains: Domains, rows: int, copies: int = 1) -> Routes:
+        """What a call reads. Those of the last call where it was for the same rows: they hold what decoding stacks."""
         chosen = [domains] * rows if domains is None or isinstance(domains, str) else list(domains)
         if len(chosen) != rows:
             raise KoffError(f"{len(chosen)} domains for {rows} rows: give one per row, None for no memory")
         self._check_loaded(chosen)
-        rows, routes = [domain for domain in chosen for _ in range(copies)], self.memories.routes
-        if self._reading[0] != rows or self._reading[1] is not routes.order:
-            self.memories.activate(rows)  # not for the same rows again: it would let go of what decoding has stacked
-            self._reading = rows, routes.order
+        copied = [domain for domain in chosen for _ in range(copies)]
+        last, routes = self._last
+        if last != copied or routes is None or not routes.hold:
+            routes = self.memories.routes_of(copied)
+            self._last = copied, routes
+        return routes
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "DecomposedModel":
-        self._reading = [], None  # what was stacked stays behind when the model moves
-        return super()._apply(*args, **kwargs)
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an artifact of what is loaded: the backbone as it was read, and the memories that are here now.
+
+        Args:
+            folder: A new one.
+
+        Raises:
+            KoffError: The folder is taken, or what would be written is not what its manifest says: the backbone was
+                changed or has another dtype than in the artifact, or the artifact is no longer the one that was loaded.
+        """
+        from koff_lightning.artifact.saving import save_artifact  # what is only used is loaded faster without
+
+        save_artifact(self.backbone, self.memories, self.manifest, self.folder, Path(folder).expanduser())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DecomposedModel":
+        """Of `to`, `half`, `cuda` and the like: all moves, and of a dtype only the backbone's weights take notice.
+
+        As after loading in that dtype: memories stay fp32, and so do the frequencies of the rotary embedding.
+        """
+        self._last = [], None  # what was stacked stays behind when the model moves
+        memories = [*self.memories.lora_parameters(), *self.memories.kv_parameters()]
+        exact = {id(tensor) for tensor in (*self.buffers(), *memories, *(p.grad for p in memories))}
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in exact and new.dtype != tensor.dtype else new
+
+        return super()._apply(moved, *args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; with `assign=True` tensors are replaced, and what was stacked is of the old ones."""
-        self._reading = [], None
+        self._last = [], None
         return super().load_state_dict(*args, **kwargs)
 
     def _check_loaded(self, domains: Sequence[str | None]) -> None:
@@ -297,8 +344,10 @@ def dense_of(model: DecomposedModel) -> PreTrainedModel:
     if fingerprint(dense) != base["hash"]:
         raise KoffError(f"{base['id']!r} is no longer the model that {model.folder} was cut from: its weights differ")
     dense.set_attn_implementation("koff")
-    dense.generation_config.use_cache = True
-    return dense.to(model.backbone.device, model.backbone.dtype)
+    ask_nothing_(dense)
+    for parameter in dense.parameters():  # the weights alone: rotary frequencies stay as exact as they are
+        parameter.data = parameter.data.to(model.backbone.dtype)
+    return dense.to(model.device)
 
 
 def default_device(name: str | None) -> str:

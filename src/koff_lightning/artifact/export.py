@@ -1,8 +1,11 @@
 """Turn a decomposition into an artifact: check that it can be done, write it in full, prove it, or leave nothing."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from koff_lightning.artifact import proof
 from koff_lightning.artifact.layouts import memory_shapes
@@ -85,6 +88,16 @@ def _check(module: Decomposition, layout: str, domain: str | None, with_code: bo
             "the mask of this run is not fixed yet, so nothing can be cut: export a later checkpoint of it "
             "(the mask is fixed after the shares anneal.warmup, ramp and hold of its steps)"
         )
+    if module.learns_mask and module.gates.kept.all() and not module.budget.harden(module.gates.logits).all():
+        raise KoffError(
+            f"the mask is fixed but removes nothing, and the run's target is {module.sparsity.target}: the whole "
+            "backbone would be exported; take a checkpoint whose mask is as its run left it"
+        )
+    if odd := [name for name, tensor in _to_write(module) if not tensor.isfinite().all()]:
+        raise KoffError(
+            f"{odd[0]} holds nan or inf, so an artifact would answer nonsense ({len(odd)} tensors in all): export an "
+            "earlier checkpoint of the run"
+        )
     if any(hasattr(p, "to_local") for p in module.parameters()):
         raise KoffError("this model is spread over several processes: export its checkpoint (koff export --ckpt)")
     if (layout == "merged") != (domain is not None):
@@ -93,6 +106,12 @@ def _check(module: Decomposition, layout: str, domain: str | None, with_code: bo
         raise KoffError(f"there is no domain {domain!r} to merge; the run has {', '.join(module.domains)}")
     if with_code and layout not in ("ragged", "merged", "deci"):
         raise KoffError(f"layout {layout!r} needs no code of ours: leave --with-code out")
+
+
+def _to_write(module: Decomposition) -> Iterator[tuple[str, Tensor]]:
+    """What training has made of the artifact: memories and compensation, by their names in the state dict."""
+    parts = ("memories.", "gates.bias")
+    return ((n, t) for n, t in module.state_dict().items() if n.startswith(parts) or ".lora_A." in n or ".lora_B." in n)
 
 
 def _memories(module: Decomposition, merged: str | None) -> dict[str, str]:
@@ -111,6 +130,8 @@ def _fault(report: proof.Report) -> str:
     """Why a proof failed."""
     if report["error"]:
         return f"a fresh process could not use it ({report['error']})"
+    if odd := [str(case["memory"]) for case in report["memories"] if not case["finite"]]:
+        return f"the model itself computes nan or inf (memory {', '.join(odd)}): there is nothing to compare with"
     if report["relative_diff"] > report["tolerance"]:
         return (
             f"a fresh process computes other logits from it (off by {report['relative_diff']:.1e} of the largest one, "

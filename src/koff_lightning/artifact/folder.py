@@ -21,8 +21,10 @@ from torch import Tensor
 
 from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.artifact.mask_description import hash_description, unpack
+from koff_lightning.model_files import check_links
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
+from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import check_name
 
 FORMAT = 1
@@ -92,7 +94,7 @@ class Manifest:
         manifest = cls(**content)
         try:
             manifest._check()
-        except (KoffError, TypeError, KeyError, ValueError, AttributeError) as error:
+        except (KoffError, TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise KoffError(f"{where} cannot be used ({reason}): it is damaged; export it again") from error
         return manifest
@@ -158,15 +160,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that states its format version.
 
     Raises:
-        KoffError: It is missing, is not JSON, or has another format version than this release writes.
+        KoffError: It is missing, is no object in JSON, or has another format version than this release writes.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise KoffError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # not JSON, or not text
-        raise KoffError(f"{path} is not valid JSON ({error}): it is damaged; write it again") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
+    content = read_json_object(path)
+    version = content.get("format_version")
     if version != FORMAT:
         raise KoffError(
             f"{path} has format version {version!r}, this koff-lightning reads {FORMAT}: "
@@ -188,6 +185,7 @@ def verify(folder: str | Path, backbone: bool = True) -> Manifest:
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
+    check_links(folder)
     _refuse_extra(folder, (path.name for path in folder.iterdir()), _AT_ROOT)
     check_files(folder, manifest.files, BACKBONE, hashes=backbone)
     _check_dtype(folder / BACKBONE, manifest.dtype)
@@ -212,8 +210,9 @@ def check_files(folder: Path, files: Files, below: str = ".", hashes: bool = Tru
         hashes: Whether to compare hashes; sizes always are.
 
     Raises:
-        KoffError: A file is missing, extra, truncated or changed.
+        KoffError: A file is missing, extra, truncated, changed, or a link out of the folder, hidden or not.
     """
+    check_links(folder / below)
     _refuse_extra(folder, _relative_paths(folder, below), files)
     for name, expected in sorted(files.items()):
         path = folder / name

@@ -20,14 +20,16 @@ from koff_lightning.artifact.folder import MANIFEST, MEMORIES, Manifest, read_ma
 from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.artifact.memory_files import (
     CARD,
-    MemoryCard,
     card_of,
+    listed,
     load_memory,
     lora_state,
     read_card,
+    unlisted,
     write_memory,
 )
 from koff_lightning.memory import MemoryBank
+from koff_lightning.model_files import check_links
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, new_folder
 from koff_lightning.support.names import check_name
@@ -86,7 +88,7 @@ def _add(folder: Path, sources: Mapping[str, Path]) -> None:
             for file in card.files:
                 shutil.copyfile(source / file, home / file)
             _write(home / CARD, json.dumps(asdict(card), indent=2) + "\n")
-            manifest = _with(manifest, card, hash_file(home / CARD))
+            manifest = listed(manifest, card, hash_file(home / CARD))
         _write(work / MANIFEST, manifest.to_json())
 
 
@@ -106,7 +108,7 @@ def remove_memory(folder: str | Path, domain: str) -> None:
             raise KoffError(f"{folder} is {domain!r} merged into its backbone: there is no model without it in it")
         if (work / MEMORIES / domain).is_dir():
             shutil.rmtree(work / MEMORIES / domain)
-        _write(work / MANIFEST, _without(manifest, domain).to_json())
+        _write(work / MANIFEST, unlisted(manifest, domain).to_json())
 
 
 def check_free_name(manifest: Manifest, folder: Path, domain: str) -> None:
@@ -129,6 +131,7 @@ def _revised(folder: Path) -> Iterator[Path]:
 
     Its files are links to the old ones where the disk has links: replace them, never write into them.
     """
+    check_links(folder)  # what lies outside is not copied into it
     with new_folder(folder, overwrite=True) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True, copy_function=_link)
         yield work
@@ -136,7 +139,7 @@ def _revised(folder: Path) -> Iterator[Path]:
 
 def _link(source: str, target: str) -> None:
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
 
@@ -150,24 +153,3 @@ def _skeleton(folder: Path, manifest: Manifest) -> torch.nn.Module:
     """The artifact's backbone without numbers, to try on whether a memory fits."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(backbone_config(folder, manifest))
-
-
-def _with(manifest: Manifest, card: MemoryCard, card_hash: str) -> Manifest:
-    counts = manifest.parameters
-    active = counts["active"] | {card.domain: counts["backbone"] + card.parameters}
-    return replace(
-        manifest,
-        domains=manifest.domains | {card.domain: card.summary(card_hash)},
-        parameters=counts | {"active": active, "stored": counts["stored"] + card.parameters},
-    )
-
-
-def _without(manifest: Manifest, domain: str) -> Manifest:
-    counts = manifest.parameters
-    active = {name: count for name, count in counts["active"].items() if name != domain}
-    stored = counts["stored"] - manifest.domains[domain]["parameters"]
-    return replace(
-        manifest,
-        domains={name: about for name, about in manifest.domains.items() if name != domain},
-        parameters=counts | {"active": active, "stored": stored},
-    )

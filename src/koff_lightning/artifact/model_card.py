@@ -7,6 +7,9 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from koff_lightning.artifact.folder import Manifest
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.mask_words import KIND_NAMES
+from koff_lightning.support.yaml_files import load_yaml
 
 _LICENCE_FILES = re.compile(r"(licen[cs]e|notice|copying)\b.*", re.IGNORECASE)
 
@@ -52,7 +55,9 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
         "memories, which lie in `../memories/`. By itself it is worse than the model it was cut from.",
         "",
         f"- removed: {percent['body']} of the body (linears of all layers), {percent['total']} of all parameters, "
-        f"{percent['units']} of the prunable units",
+        f"{percent['units']} of the prunable units (nominal: closed gates at their price)",
+        f"- physically gone from these files: {rates['physical']['parameters']:,} parameters, "
+        f"{100 * rates['physical']['body']:.2f} % of the body",
         f"- parameters: {size['backbone']:,} of {size['dense_total']:,}, {manifest.dtype}",
         f"- layout `{manifest.layout}`: {_LAYOUTS[manifest.layout].format(domain=manifest.domain)}",
         f"- domains when it was exported: {', '.join(manifest.domains) or 'none'}",
@@ -106,13 +111,12 @@ def _base(base: dict[str, str | None]) -> str:
 
 
 def _widths(manifest: Manifest) -> list[str]:
-    names = {"channel": "FFN neurons", "kv_group": "kv groups"}
     kinds = list(dict.fromkeys(group["kind"] for group in manifest.kept))
     rows: dict[int, dict[str, str]] = {}
     for group in manifest.kept:
         rows.setdefault(group["layer"], {})[group["kind"]] = f"{group['kept']} of {group['of']}"
     return [
-        f"| layer | {' | '.join(names[kind] for kind in kinds)} |",
+        f"| layer | {' | '.join(KIND_NAMES[kind] for kind in kinds)} |",
         "|---" * (1 + len(kinds)) + "|",
         *(f"| {layer} | {' | '.join(row.get(kind, 'all') for kind in kinds)} |" for layer, row in rows.items()),
     ]
@@ -146,11 +150,11 @@ def licence_of(folder: Path | None) -> str | None:
     if card and card.is_file():
         head = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         try:
-            named = yaml.safe_load(head[1]).get("license") if head else None
-        except (yaml.YAMLError, AttributeError):  # somebody else's card; nothing of ours depends on it
+            named = load_yaml(head[1], str(card)).get("license") if head else None
+        except (KoffError, AttributeError):  # somebody else's card; nothing of ours depends on it
             named = None
         if named:
-            return ", ".join(named) if isinstance(named, list) else str(named)
+            return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     for file in licence_files(folder):
         if text := file.read_text(encoding="utf-8", errors="replace").strip():
             return text.splitlines()[0].strip()

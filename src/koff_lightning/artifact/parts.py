@@ -36,7 +36,7 @@ from koff_lightning.loading import tokenizer_hash
 from koff_lightning.support.files import hash_file
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.support.versions import versions
-from koff_lightning.surgery import merge_lora
+from koff_lightning.surgery import close_rows, merge_lora, whole_units
 
 SHARD = "5GB"  # largest weight file, as transformers splits
 _CODE = Path(modeling_koff.__file__)
@@ -129,7 +129,9 @@ def _write_weights(order: Order, folder: Path) -> PreTrainedConfig | dict[str, A
         adapter = {name: tensor.cpu() for name, tensor in lora_state(bank, order.merged).items()}
         state = merge_lora(state, adapter, spec.alpha / spec.rank)
     gates = order.module.gates
-    config, state = backbone_for(order.layout, model.config, state, gates.groups, order.kept, gates.bias)
+    state = close_rows(state, gates.groups, order.kept)
+    groups, kept = whole_units(gates.groups, order.kept)
+    config, state = backbone_for(order.layout, model.config, state, groups, kept, gates.bias)
     folder.mkdir()
     split = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
@@ -144,13 +146,12 @@ def _write_weights(order: Order, folder: Path) -> PreTrainedConfig | dict[str, A
 
 def _write_companions(order: Order, folder: Path, config: PreTrainedConfig | dict[str, Any]) -> None:
     """What makes a folder of weights a model: config, generation config, tokenizer with chat template, licence."""
-    model = order.module.backbone
     values = dict(config) if isinstance(config, dict) else config.to_diff_dict()  # as save_pretrained writes it
     if order.with_code and (kinds := _classes(values["model_type"])):
         values |= {"auto_map": {auto: f"{_CODE.stem}.{kind.__name__}" for auto, kind in kinds.items()}}
         shutil.copyfile(_CODE, folder / _CODE.name)
     _write_json(folder / "config.json", values)
-    model.generation_config.to_json_file(folder / "generation_config.json")  # save_pretrained refuses odd ones
+    order.module.own_settings.to_json_file(folder / "generation_config.json")  # save_pretrained refuses odd ones
     order.tokenizer.save_pretrained(folder)
     for file in licence_files(order.base_folder):
         shutil.copyfile(file, folder / file.name)
@@ -177,7 +178,8 @@ def _write_memory(order: Order, name: str, folder: Path) -> MemoryCard:
     )
     lora = None if order.merged else _on_cpu(lora_state(module.memories, domain))
     kv = _on_cpu(slots and slots.tensors())
-    lora, kv = memory_for(order.layout, lora, kv, groups, order.kept)
+    lora = lora and close_rows(lora, groups, order.kept)
+    lora, kv = memory_for(order.layout, lora, kv, *whole_units(groups, order.kept))
     return write_memory(folder, replace(card, domain=name, lora=card.lora if lora else None), lora, kv)
 
 
@@ -193,7 +195,8 @@ def _manifest(order: Order, domains: dict[str, dict[str, Any]], backbone: int) -
         mask_hash=hash_description(mask),
         kept=mask,
         sparsity={"target": module.sparsity.target, "denominator": module.sparsity.denominator}
-        | module.budget.report(kept),
+        | module.budget.report(kept)
+        | {"by_kind": module.budget.by_kind(kept), "physical": _physical(module, backbone)},
         parameters={
             "dense_total": module.budget.denominators["total"],
             "backbone": backbone,
@@ -207,6 +210,13 @@ def _manifest(order: Order, domains: dict[str, dict[str, Any]], backbone: int) -
         licence=licence_of(order.base_folder),
         created_by=f"koff-lightning {__version__}",
     )
+
+
+def _physical(module: Decomposition, backbone: int) -> dict[str, float]:
+    """What this export really lacks against the dense model, where the rest of `sparsity` is nominal."""
+    sizes = module.budget.denominators
+    gone = sizes["total"] - backbone
+    return {"parameters": gone, "body": gone / sizes["body"], "total": gone / sizes["total"]}
 
 
 def _on_cpu(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

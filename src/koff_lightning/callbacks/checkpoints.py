@@ -9,31 +9,38 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from koff_lightning.training.strategies import in_mid_step
+from koff_lightning.training.ending import in_mid_step
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, between steps alone; it also saves when asked to end (SIGTERM), keeps one file more.
+    """Lightning's ModelCheckpoint, between steps alone; it also saves when asked to end, and keeps one file more.
 
-    Other exceptions may come from the middle of a step, from where no run could go on exactly. (Lightning keeps several
-    only of those it can compare by a monitored figure, and then may skip the one of the last step.)
+    What may take long, and so be stopped, has a checkpoint before it: validation, and scoring at the end. Other
+    exceptions than a request to end may come from the middle of a step, from where no run could go on exactly.
+    (Lightning keeps several files only of those it can compare by a monitored figure, and then may skip the one of the
+    last step.)
     """
 
     _aside = ""  # would be gone
+    _trains = False  # the run has begun to
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the step that a run goes on from as saved, which Lightning forgets, and leave a sign that it trains."""
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step
+        self._last_global_step_saved, self._trains = trainer.global_step, True
         if trainer.is_global_zero and self.dirpath:
             Path(self.dirpath).mkdir(parents=True, exist_ok=True)  # a run killed before its first save is known by it
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Save if due; in mid-step not even the clock of `train_time_interval` is looked at, which would start anew."""
-        if not in_mid_step(trainer):
-            super().on_train_batch_end(trainer, *args)
+        if in_mid_step(trainer):
+            return
+        super().on_train_batch_end(trainer, *args)
+        if validation_comes_next(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            before = self._last_global_step_saved
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._last_global_step_saved = before  # what is saved by the figures of the validation is still to come
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if due; validation may come in mid-step."""
@@ -48,17 +55,32 @@ class Checkpoints(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save between two steps; what is validating goes on from the last checkpoint."""
-        ended = isinstance(exception, SIGTERMException) and not trainer.validating
-        self.save_on_exception = self.save_on_exception or ended
-        if not in_mid_step(trainer):
+        """Save between two steps if asked to end; what is validating has been saved before."""
+        if in_mid_step(trainer):
+            return
+        if not isinstance(exception, SystemExit):
             super().on_exception(trainer, pl_module, exception)
+        elif self._trains and not trainer.validating and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_checkpoint(trainer, self.format_checkpoint_name(metrics=candidates))
+            self._save_last_checkpoint(trainer, candidates)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Remove what was to go the time before, so that a damaged newest file has a predecessor."""
         filepath, self._aside = self._aside, filepath
         if filepath:
             super()._remove_checkpoint(trainer, filepath)
+
+
+def validation_comes_next(trainer: Trainer) -> bool:
+    """Whether the run validates after the batch at hand."""
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
+def save_the_end(trainer: Trainer) -> None:
+    """Save a run that has trained to its end, before it is scored, which may take long and be stopped."""
+    for callback in trainer.checkpoint_callbacks:
+        callback.on_train_end(trainer, trainer.lightning_module)
 
 
 class ContinuedLog(Callback):
@@ -82,7 +104,7 @@ class ContinuedLog(Callback):
             "file": files[0] if files else None,
             "row": row | {"epoch": trainer.current_epoch} if due else {},
             "last": trainer.global_step - 1,
-            "validate": trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher),
+            "validate": validation_comes_next(trainer),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

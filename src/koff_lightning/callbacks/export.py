@@ -62,6 +62,8 @@ class ExportArtifact(Callback):
         if any(hasattr(p, "to_local") for p in pl_module.parameters()):
             print(f"no {out}: the weights are spread over several processes; `koff export --ckpt` makes it", flush=True)
             return
+        proof = ", and loading it in a fresh process to compare its answers" if self.prove else ""
+        print(f"writing {out}{proof}", flush=True)
         report = export(
             pl_module.model,
             out,

@@ -4,7 +4,7 @@ import io
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,15 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.callbacks.score_monitors import monitors, refuse_early_looks, refuse_unscored, score_names
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.evaluation.lm_scores import Scores, show
 from koff_lightning.support import ranks
+from koff_lightning.support.ending import Ended
 from koff_lightning.support.errors import KoffError
+from koff_lightning.training.ending import may_be_left
 from koff_lightning.training.module import KOFFModule
 from koff_lightning.training.strategies import ShardedStrategy
 
@@ -145,9 +148,11 @@ class LMEval(Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Show monitors the scores of a resumed run, and nan where there is none yet."""
+        """Show monitors the scores of a resumed run, and nan where there is none yet; make up for what was stopped."""
         refuse_early_looks(trainer, self.every_n_steps)
         self._publish(trainer)
+        if trainer.global_step and self._is_due(trainer):
+            self._evaluate(trainer, pl_module)
 
     def _parts_of(self, spec: LMEvalTask, trainer: Trainer, module: KOFFModule) -> list[_Part]:
         from koff_lightning.evaluation.lm_tasks import quiet
@@ -171,13 +176,20 @@ class LMEval(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: KOFFModule, *_: object) -> None:
         """Evaluate where it is due, before a checkpoint of this step is saved."""
+        if self._is_due(trainer):
+            with suppress(Ended):  # after this batch; a resumed run makes up for it
+                self._evaluate(trainer, pl_module)
+
+    def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
-        last = step == trainer.estimated_stepping_batches
-        if last or (self.every_n_steps and step and step % self.every_n_steps == 0):
-            self._evaluate(trainer, pl_module)
+        return step == trainer.estimated_stepping_batches or bool(
+            self.every_n_steps and step and step % self.every_n_steps == 0
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Evaluate if the run has ended early; show the scores."""
+        if self._parts and self._seen != trainer.global_step:
+            save_the_end(trainer)
         self._evaluate(trainer, pl_module)
         if self.scores and trainer.is_global_zero:
             show(self.scores)
@@ -214,7 +226,9 @@ class LMEval(Callback):
     def _score(self, part: _Part, trainer: Trainer, module: KOFFModule) -> Scores:
         from koff_lightning.evaluation.harness import score
 
-        with eval_mode(module), trainer.precision_plugin.forward_context(), _silence():
+        # Several ranks share the work: one that left would let the others wait.
+        leaving = may_be_left(trainer) if trainer.world_size == 1 else nullcontext()
+        with leaving, eval_mode(module), trainer.precision_plugin.forward_context(), _silence():
             return score(self._reader(part, trainer, module), part.tasks, part.spec.num_fewshot, part.spec.limit)
 
     def _reader(self, part: _Part, trainer: Trainer, module: KOFFModule) -> "KoffLM":

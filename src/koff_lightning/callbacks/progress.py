@@ -22,13 +22,14 @@ except ImportError:  # Windows
     resource = None
 
 REFRESH = 0.5  # seconds between looks at the figures: each look waits for the device
+COLUMNS, BAR = 80, 52  # of a plain line; those of the bar before its figures
 LINE_SHARE, LINE_SECONDS = 0.05, 10.0  # a plain line comes after both this share of the run and this time
 
 
 class KoffProgress(RichProgressBar):
-    """Step and total, time left, tokens per second, peak memory, expected sparsity and its target, loss.
+    """Step and total, phase, loss, sparsity and its target, time left, tokens per second: in one line of 80 columns.
 
-    Throughput (over all devices) and peak memory also go to the loggers.
+    Throughput (over all devices) and peak memory also go to the loggers, with all else that is measured.
     """
 
     def __init__(self) -> None:
@@ -43,13 +44,15 @@ class KoffProgress(RichProgressBar):
     # ---------------------------------------------------------------------------------------------- training
 
     def setup(self, trainer: Trainer, pl_module: KOFFModule, stage: str) -> None:
-        """Choose between bar and lines."""
+        """Choose between bar and lines. The text has been read; loading the model comes next."""
         super().setup(trainer, pl_module, stage)
         console = get_console()
         live = console.is_jupyter or (sys.stdout.isatty() and not console.is_dumb_terminal)
         self.plain, self._lines = trainer.is_global_zero and not live, Pace()
         if self.plain:
             self.disable()
+        if trainer.is_global_zero and pl_module.model is None:
+            _say(f"loading {pl_module.source}")
 
     def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """One bar for the whole run, however many epochs it has."""
@@ -87,12 +90,11 @@ class KoffProgress(RichProgressBar):
         pl_module.log_dict(logged, rank_zero_only=True)
 
     def _line(self, trainer: Trainer, module: KOFFModule) -> str:
-        step = trainer.global_step
-        share = f"{step / self._total:4.0%}" if math.isfinite(self._total) else ""
-        words = [f"{name} {text}" for name, text in self.get_metrics(trainer, module).items()]
-        return "  ".join(
-            [f"step {_of(step, self._total)}", share, f"{module.phase:<11}", *words, self._time_left(step)]
-        )
+        """As much as fits, the most important first."""
+        step, words = trainer.global_step, self._words(module)
+        rate = f"{words.pop('tokens/s')} tok/s"
+        named = [f"{name} {text}" for name, text in words.items()]
+        return _fitting([f"step {_of(step, self._total)}", module.phase, *named, self._time_left(step), rate], COLUMNS)
 
     @torch.no_grad()
     def _look(self, trainer: Trainer, module: KOFFModule, outputs: Any) -> dict[str, float]:
@@ -108,38 +110,50 @@ class KoffProgress(RichProgressBar):
         }
 
     def get_metrics(self, trainer: Trainer, pl_module: KOFFModule) -> dict[str, str]:
-        """What the bar or the line says after the step count."""
+        """What the bar says after the step count: as much as fits, the most important first."""
         if not self._figures:
             return {}
-        now = self._figures
-        words = {"loss": f"{now['loss']:.3f}"}
-        if pl_module.learns_mask:
-            words["sparsity"] = f"{100 * now['sparsity']:.1f}/{100 * now['target']:.1f} %"
-        if pl_module.learns_now:
-            price = [p.item() for p in pl_module.penalty.parameters()] or [getattr(pl_module.penalty, "weight", 0.0)]
-            words["penalty"] = "/".join(f"{p:.2f}" for p in price)
-            words["temperature"] = f"{pl_module.model.gates.gate.temperature:.2f}"
+        words = self._words(pl_module)
+        if (held_out := trainer.progress_bar_metrics.get("val/koff_bpb")) is not None:
+            words["held-out"] = f"{float(held_out):.4f} bits/byte"
+        if math.isfinite(self._figures["peak"]):
+            words["peak"] = f"{self._figures['peak']:.2f} GiB"
+        names = list(words)
+        while len(names) > 1 and sum(len(name) + len(words[name]) + 3 for name in names) > get_console().width - BAR:
+            names.pop()
+        return {name: words[name] for name in names}
+
+    def _words(self, module: KOFFModule) -> dict[str, str]:
+        now, words = self._figures, {}
+        words["loss"] = f"{now['loss']:.3f}"
+        if module.learns_mask:
+            target = "" if module.mask_is_fixed else f"/{100 * now['target']:.1f}"
+            words["sparsity"] = f"{100 * now['sparsity']:.1f}{target}%"
         words["tokens/s"] = f"{now['rate']:,.0f}"
-        if math.isfinite(now["peak"]):
-            words["peak"] = f"{now['peak']:.2f} GiB"
-        held_out = trainer.progress_bar_metrics.get("val/koff_bpb")
-        return words | ({"held-out": f"{float(held_out):.4f} bits/byte"} if held_out is not None else {})
+        return words
 
     def _time_left(self, step: int) -> str:
         done = step - self._first_step
         if not done or not math.isfinite(self._total):
             return ""
-        left = round((time.perf_counter() - self._began) / done * (self._total - step))
-        return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        return f"{_duration((time.perf_counter() - self._began) / done * (self._total - step))} left"
 
     def on_validation_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Time spent on validation is not training time."""
+        """Say what came out; time spent on validation is not training time."""
         super().on_validation_end(trainer, pl_module)
         self._throughput.restart()
+        held_out = trainer.callback_metrics.get("val/koff_bpb")
+        if self.plain and held_out is not None and not trainer.sanity_checking:
+            step = f"step {_of(trainer.global_step, self._total)}  " if trainer.state.fn == "fit" else ""
+            _say(f"{step}held-out text: {float(held_out):.4f} bits per byte")
 
     def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Leave the bar before the report is printed."""
+        """Leave the bar before the report is printed; sum up."""
         self._stop_progress()
+        if trainer.is_global_zero and self._figures:
+            peak = f", peak memory {self._figures['peak']:.2f} GiB" if math.isfinite(self._figures["peak"]) else ""
+            took = _duration(time.perf_counter() - self._began)
+            _say(f"trained to step {trainer.global_step} in {took}, {self._figures['rate']:,.0f} tokens/s{peak}")
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """Lightning's columns without batches per second, which tokens per second say better."""
@@ -221,6 +235,21 @@ def peak_memory(device: torch.device) -> float:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _fitting(words: Sequence[str], columns: int) -> str:
+    """The words in one line, as far as it goes."""
+    line = ""
+    for word in filter(None, words):
+        longer = f"{line}  {word}" if line else word
+        line = longer if len(longer) <= columns else line
+    return line
+
+
+def _duration(seconds: float) -> str:
+    seconds = round(seconds)
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours}:{minutes:02} h" if hours else f"{minutes}:{seconds % 60:02}"
 
 
 def _of(done: int, total: float) -> str:

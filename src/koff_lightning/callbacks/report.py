@@ -13,19 +13,20 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich import get_console
 from rich.console import Console
 
+from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.callbacks.history import MaskHistory
 from koff_lightning.callbacks.lm_eval import LMEval
-from koff_lightning.callbacks.progress import predicted_tokens
+from koff_lightning.callbacks.progress import LINE_SECONDS, predicted_tokens
 from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.reports import plots, results
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
+from koff_lightning.training.ending import may_be_left
 from koff_lightning.training.module import KOFFModule
 
 
@@ -66,11 +67,15 @@ class RunReport(Callback):
             self.history.record(trainer.global_step, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Score and print. Every rank takes part: metrics and sharded weights need them all."""
+        """Save, score and print. Every rank takes part: metrics and sharded weights need them all."""
+        if trainer.fast_dev_run:  # two steps are worth no score
+            return
+        save_the_end(trainer)
         self._seconds, self._since = self._elapsed(), 0.0
         since = time.perf_counter()
         _say(trainer, f"scoring held-out text: {', '.join(pl_module.modes)}")
-        score(trainer, pl_module)
+        with may_be_left(trainer):
+            score(trainer, pl_module)
         tokens = trainer.strategy.reduce(self._tokens.to(pl_module.device), reduce_op="sum")
         self.documents = pl_module.documents.compute()
         self.results = _figures(trainer, pl_module) | {
@@ -83,6 +88,7 @@ class RunReport(Callback):
             "versions": versions(),
         }
         print_figures(trainer, self.results)
+        _log(trainer, self.results)
 
     def on_fit_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Write, after everything else is done and printed.
@@ -90,12 +96,14 @@ class RunReport(Callback):
         Raises:
             KoffError: The disk did not take it.
         """
-        if not self.results and trainer.global_step:  # killed between its last checkpoint and its report, and resumed
-            self.on_train_end(trainer, pl_module)
+        scored = [callback for callback in trainer.callbacks if isinstance(callback, LMEval)]
+        if not self.results and trainer.global_step:  # stopped between its last checkpoint and its report, and resumed
+            for callback in (*scored, self):
+                callback.on_train_end(trainer, pl_module)
         if not trainer.is_global_zero or trainer.fast_dev_run or not self.results:
             return
-        for callback in trainer.callbacks:
-            if isinstance(callback, LMEval) and callback.scores:
+        for callback in scored:
+            if callback.scores:
                 self.results["lm_eval"] = callback.scores
         root = Path(trainer.default_root_dir)
         results.write_documents(root, self.documents, self.results)
@@ -105,7 +113,7 @@ class RunReport(Callback):
                 plots.save(figure, root / "plots", name)
         except OSError as error:
             raise KoffError(f"cannot write plots to {root / 'plots'}: {error.strerror or error}") from error
-        _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}")
+        _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}: look at these first")
 
     def _figures(self, module: KOFFModule) -> dict[str, plots.Figure]:
         figures = {"bits_per_byte": plots.domain_bars(self.results["domains"])}
@@ -121,7 +129,7 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: KOFFModule, exception: BaseException) -> None:
         """Say what is left of a run that was cut short."""
-        if trainer.state.fn == "fit" and trainer.global_step and not isinstance(exception, SIGTERMException):
+        if trainer.state.fn == "fit" and trainer.global_step and not isinstance(exception, SystemExit):
             _say(trainer, what_was_saved(trainer))
 
     # ---------------------------------------------------------------------------------------- test, predict
@@ -170,10 +178,28 @@ def score(trainer: Trainer, module: KOFFModule) -> None:
     loader = trainer.datamodule.test_dataloader()
     limit = trainer.limit_test_batches
     batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
+    said = time.perf_counter()
     with eval_mode(module), trainer.precision_plugin.forward_context():
         module.on_test_epoch_start()
         for index, batch in enumerate(islice(loader, batches)):
             module.test_step(trainer.strategy.batch_to_device(batch), index)
+            if time.perf_counter() - said > LINE_SECONDS:
+                said = time.perf_counter()
+                _say(trainer, f"scored {index + 1} of {batches} batches")
+
+
+def _log(trainer: Trainer, figures: results.Figures) -> None:
+    """Held-out scores to all loggers, by the names that `koff test` gives them."""
+    rows = {"": figures["mean"]} | {f"/{domain}": row for domain, row in figures["domains"].items()}
+    scores = {
+        f"test/{name}{domain}": value
+        for domain, row in rows.items()
+        for name, value in row.items()
+        if value is not None
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(scores, trainer.global_step - 1)  # counts from 0
+        logger.save()
 
 
 def _figures(trainer: Trainer, module: KOFFModule) -> results.Figures:

@@ -145,7 +145,7 @@ def harden_by(
             values = baselines.scores(backbone, text, method, gates.groups, seed)
     gates.logits.copy_(values)
     module.model.target = module.sparsity.target
-    module.model.harden()
+    gates.harden(module.model.budget.harden(values))  # scores are no logits: there is no threshold in them
     if compensate and method == "flap":
         gates.bias = baselines.compensation(backbone, read, gates.groups, gates.kept).to(gates.logits.device)
     return 0 if text is None else text.num_tokens

@@ -5,7 +5,7 @@ Every option is a typed, documented argument of a class; nothing is decided here
 
 import json
 import signal
-import sys
+import time
 from contextlib import nullcontext, redirect_stdout, suppress
 from io import StringIO
 from typing import Any
@@ -15,8 +15,8 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from koff_lightning.callbacks import (
     AnnealSparsity,
@@ -29,6 +29,7 @@ from koff_lightning.callbacks import (
     Preview,
     RunReport,
 )
+from koff_lightning.callbacks.report import what_was_saved
 from koff_lightning.commands.baseline import resolve
 from koff_lightning.commands.needs import needs_of, refuse_missing
 from koff_lightning.commands.parsing.class_names import (
@@ -37,7 +38,7 @@ from koff_lightning.commands.parsing.class_names import (
     refuse_remote_code,
     refuse_task_files,
 )
-from koff_lightning.commands.parsing.config_files import find_configs
+from koff_lightning.commands.parsing.config_files import find_configs, take_paths_as_paths, utf8_files
 from koff_lightning.commands.parsing.foreign_errors import (
     is_bad_input,
     is_lightnings,
@@ -58,11 +59,13 @@ from koff_lightning.commands.parsing.trainer_options import (
 from koff_lightning.commands.prepare import VerbTrainer, prepare
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
+from koff_lightning.support.ending import Ended, ended_by
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.support.wording import one_line
 from koff_lightning.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from koff_lightning.training.ending import GRACE, is_loss_of_a_rank
 from koff_lightning.training.module import KOFFModule
 from koff_lightning.training.run_folder import alone_in, new_version
 from koff_lightning.training.strategies import check
@@ -103,6 +106,7 @@ class KoffCLI(LightningCLI):
             parser.add_lightning_class_args(callback, section)
         parser.set_defaults({"checkpoint.every_n_train_steps": 100, "checkpoint.save_last": True})
         parser.link_arguments("data.domains", "model.domains", compute_fn=_names)
+        take_paths_as_paths(parser, "data.domains")
 
     def subcommands(self) -> dict[str, set[str]]:
         """The verb at hand, with the arguments that are no options; parsers of the others would take half a second."""
@@ -184,21 +188,33 @@ class KoffCLI(LightningCLI):
         try:
             writes = subcommand == "fit" and not self.trainer.fast_dev_run
             with (
+                ended_by(),
                 alone_in(self.trainer.default_root_dir) if writes else nullcontext(),
                 lack_of_memory_told(LESS_MEMORY),
             ):
                 super()._run_subcommand(subcommand)
-        except SIGTERMException:
-            print("koff: asked to end; go on with --ckpt_path last", file=sys.stderr, flush=True)
-            raise SystemExit(128 + signal.SIGTERM) from None
-        except SystemExit as stop:  # Lightning's answer to Ctrl-C
-            raise KeyboardInterrupt from stop
+        except SystemExit as stop:
+            if rank_zero_only.rank:  # rank 0 speaks for all
+                raise SystemExit(stop.code) from None
+            status = stop.code if stop.code != 1 else 128 + signal.SIGINT  # 1 is Lightning's answer to Ctrl-C
+            raise Ended(status, getattr(stop, "advice", "") or self._how_to_go_on(writes)) from None
+        except BrokenPipeError:  # nobody reads what is printed any more
+            raise
         except OSError as error:  # a full disk, say
             raise KoffError(systems_words(error, self.trainer)) from error
         except Exception as error:
+            if is_loss_of_a_rank(error):
+                time.sleep(GRACE + 1)  # whoever knows which rank is gone says so meanwhile, and ends this one
+                said = f"rank {rank_zero_only.rank} has lost another rank: {' '.join(str(error).split())}"
+                raise KoffError(f"{said}; {what_was_saved(self.trainer)}") from error
             if not is_lightnings(error):
                 raise
             raise KoffError(lightnings_words(error)) from error
+
+    def _how_to_go_on(self, writes: bool) -> str:
+        """What a run that was asked to end leaves behind."""
+        saved = what_was_saved(self.trainer)
+        return "" if not writes else "go on with --ckpt_path last" if "--ckpt_path" in saved else saved
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
         """Let `--ckpt_path last` stand for the newest intact checkpoint of all runs in the folder."""
@@ -232,7 +248,7 @@ def run(argv: list[str]) -> None:
     for config in configs:
         refuse_duplicate_keys(config)
     try:
-        with only_known_classes(allow_custom):
+        with only_known_classes(allow_custom), utf8_files():
             KoffCLI(
                 KOFFModule,
                 DomainDataModule,

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -54,7 +55,8 @@ def write_atomically(path: Path, text: str) -> None:
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold the lock of a file, which is made if need be; yields whether it is held.
 
-    Where the file system has no locks the block runs all the same, as if it were held.
+    Where the file system has no locks the block runs all the same, as if it were held. Whoever holds it removes the
+    file at the end.
 
     Args:
         path: The file.
@@ -63,17 +65,42 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     Raises:
         OSError: The file cannot be made.
     """
-    with path.open("a") as handle:
-        os.register_at_fork(after_in_child=handle.close)  # a loader's worker may outlive a run that is killed
-        held = True
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                held = False
-            except OSError:  # a file system without locks
-                pass
+    handle, held = _locked(path, wait)
+    try:
         yield held
+    finally:
+        with handle:
+            if held and fcntl is not None:
+                path.unlink(missing_ok=True)  # while it is still locked: see below
+
+
+def _locked(path: Path, wait: bool) -> tuple[TextIO, bool]:
+    """The open file, and whether it is locked."""
+    while True:
+        handle = path.open("a", encoding="utf-8")
+        os.register_at_fork(after_in_child=handle.close)  # a loader's worker may outlive a run that is killed
+        if fcntl is None:
+            return handle, True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                return handle, True
+            handle.close()  # whoever held it has removed it after we opened it: the next one locks another file
+        except BlockingIOError:
+            return handle, False
+        except FileNotFoundError:  # the same, between two looks
+            handle.close()
+        except OSError:  # a file system without locks
+            return handle, True
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder: `.*.part`, unless a writer holds it."""
+    for part in folder.glob(".*.part"):
+        if not part.is_dir():
+            part.unlink(missing_ok=True)
+        elif fcntl is not None and not _is_locked(part):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager
@@ -124,6 +151,11 @@ def _only_writer(work: Path, target: Path) -> Iterator[None]:
             if _is_locked(other):
                 raise KoffError(f"another process is writing {target}: try again when it is done")
             shutil.rmtree(other, ignore_errors=True)
+        aside = _aside(target)
+        if aside.exists() and target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        elif aside.exists():
+            aside.rename(target)
         yield
     finally:
         os.close(own)
@@ -157,7 +189,7 @@ def _swap(new: Path, target: Path) -> None:
     if not target.exists():
         new.rename(target)
     elif not _exchange(new, target):
-        aside = target.with_name(f".{target.name}.previous")
+        aside = _aside(target)
         target.rename(aside)
         try:
             new.rename(target)
@@ -165,6 +197,11 @@ def _swap(new: Path, target: Path) -> None:
             aside.rename(target)
             raise
         aside.rename(new)
+
+
+def _aside(target: Path) -> Path:
+    """Where a folder lies between two renames, on systems that cannot exchange two."""
+    return target.with_name(f".{target.name}.previous")
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -47,9 +47,13 @@ def agree(text: str) -> bool:
     return len(set(gather(text))) == 1
 
 
-def any_of(asked: bool, device: torch.device) -> bool:
-    """Whether it is so on any rank."""
-    return asked if count() == 1 else bool(total(torch.tensor(int(asked), device=device)))
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the ranks' values, on every rank."""
+    if count() == 1:
+        return value
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
 
 
 def side_group() -> dist.ProcessGroup:

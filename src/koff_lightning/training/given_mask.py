@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from koff_lightning.artifact.checkpoint import decomposition_state, read_checkpoint
+from koff_lightning.artifact.checkpoint import decomposition_state, read_checkpoint, refuse_other_tensors
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
@@ -87,6 +87,7 @@ def take(model: Decomposition, given: GivenMask) -> None:
             f"the mask in {given.path} is over {len(logits)} units ({', '.join(given.sparsity.units)}), this run's is "
             f"over {gates.logits.numel()} ({', '.join(model.sparsity.units)}): use the same model.sparsity.units"
         )
+    refuse_other_tensors(given.tensors, here := gates.state_dict(), here)
     if not given.fixed:
         gates.order = logits.to(gates.logits.device)
         return

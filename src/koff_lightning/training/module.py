@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from koff_lightning.artifact.checkpoint import PREFIX, read_checkpoint, refuse_other_tensors, rename_keys, target_of
+from koff_lightning.artifact.checkpoint import PREFIX, check_content, read_checkpoint, refuse_other_tensors, target_of
 from koff_lightning.artifact.extend import artifact_to_extend, backbone_of
 from koff_lightning.backbone import compile_layers, recomputed
 from koff_lightning.data import check_vocabulary
@@ -26,12 +26,14 @@ from koff_lightning.loading import load_config
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
-from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, Phase, SparsitySchedule, SparsitySpec
+from koff_lightning.penalties import make_penalty
+from koff_lightning.sparsity import Phase, SparsitySchedule, SparsitySpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_names
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training import strategies
+from koff_lightning.training.ending import EndsBetweenSteps
 from koff_lightning.training.given_mask import given_mask, take
 from koff_lightning.training.nonfinite import Guard
 from koff_lightning.training.optim import Course, OptimSpec, clip_by_group, parameter_groups, rate_lambdas
@@ -137,8 +139,8 @@ class KOFFModule(LightningModule):
         self.model.chunk = self.loss.chunk
         if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
-        lagrangian = self.sparsity.penalty == "lagrangian"
-        self.penalty = LagrangianPenalty() if lagrangian else FixedPenalty(self.sparsity.weight)
+        spec, kinds = self.sparsity, len(self.model.budget.kinds) if self.sparsity.scope == "local" else None
+        self.penalty = make_penalty(spec.penalty, spec.weight, spec.autoscale, kinds)
         if self.given is not None:
             take(self.model, self.given)
             self.penalty.requires_grad_(not self.given.fixed)
@@ -155,7 +157,7 @@ class KOFFModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What every trainer needs to end a run where it can go on."""
-        return [strategies.EndsBetweenSteps()]
+        return [EndsBetweenSteps()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch; the equation at the head of this file."""
@@ -172,11 +174,11 @@ class KOFFModule(LightningModule):
         weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
         data, ce, kl = fused_head_loss(student, teacher, model.head, labels, weights, self.loss)
         all_data, all_ce, all_kl = ranks.total(torch.stack([data.detach(), weights @ ce, weights @ kl])) / ranks.count()
-        penalty = self.sparsity_penalty()
+        penalty = self.sparsity_penalty(all_data)
         loss = data + (all_data - data.detach()) + penalty  # value: of all ranks' rows; gradient: this rank's part
         self.guard.check_loss(loss, ce + kl, predicted, batch["domains"], self.global_step)
-        parts = {"train/loss": loss, "train/ce": all_ce, "train/kl": all_kl, "train/penalty": penalty}
-        self.log_dict(parts, batch_size=len(predicted))
+        parts = {"train/loss": loss, "train/kl": all_kl, "train/penalty": penalty}
+        self.log_dict(parts if self.loss.top_k_alone else parts | {"train/ce": all_ce}, batch_size=len(predicted))
         return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
 
     @property
@@ -216,12 +218,12 @@ class KOFFModule(LightningModule):
         observes = self.sparsity.prior == "fisher" and self.given is None and self.training
         return gates.probe(rows) if observes else None
 
-    def sparsity_penalty(self) -> Tensor:
-        """lam1 (s - t) + lam2 (s - t)^2 while the mask is learned, scalar in nats."""
+    def sparsity_penalty(self, data: Tensor | None = None) -> Tensor:
+        """The price of what is kept while the mask is learned, scalar in nats; `data` is the loss on data, a scalar."""
         if not self.learns_now:
             return torch.zeros((), device=self.device)
         gates = self.model.gates
-        return self.penalty(self.model.budget.tracked(gates.gate.keep(gates.logits)), self.model.target)
+        return self.penalty(self.model.budget.measured(gates.gate.keep(gates.logits)), self.model.target, data)
 
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly without a word; then fill fresh KV memories and start all ranks alike."""
@@ -374,12 +376,14 @@ class KOFFModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit, and to train on from what holds no run or one of another course."""
-        rename_keys(checkpoint)
         goes_on = self._trainer is not None and self.trainer.training
+        if "koff" in checkpoint:  # else `refuse_unfit` says whose it is not
+            check_content(checkpoint)
         refuse_unfit(checkpoint, self.model, some_domains=self._trainer is not None and not goes_on)
         if goes_on:
             refuse_other_course(checkpoint["hyper_parameters"], self.hparams)
-        refuse_other_tensors(checkpoint["state_dict"], self.state_dict(), self.owned())
+        others = set(checkpoint["koff"].get("domains", ())) - set(self.model.domains)
+        refuse_other_tensors(checkpoint["state_dict"], self.state_dict(), self.owned(), others)
         if goes_on:
             refuse_without_run(checkpoint)
         self.resumed_at = checkpoint.get("global_step")

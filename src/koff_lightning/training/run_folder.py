@@ -2,19 +2,15 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from koff_lightning.support.errors import KoffError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from koff_lightning.support.files import clear_leftovers, lock
+from koff_lightning.support.yaml_files import read_yaml
 
 LOCK = ".running"
 
@@ -23,7 +19,8 @@ LOCK = ".running"
 def alone_in(root: str | Path, option: str = "--trainer.default_root_dir") -> Iterator[None]:
     """Hold a run's folder: at its end the run replaces `results.json`, `plots/` and `artifact/` there.
 
-    The kernel lets go when the process ends, in whatever way.
+    The kernel lets go when the process ends, in whatever way. What a run that was killed has left half written is
+    cleared away.
 
     Args:
         root: The folder.
@@ -32,23 +29,18 @@ def alone_in(root: str | Path, option: str = "--trainer.default_root_dir") -> It
     Raises:
         KoffError: Another run holds it, or it cannot be written.
     """
-    if fcntl is None or rank_zero_only.rank:
+    if rank_zero_only.rank:
         yield
         return
     root = Path(root)
-    with _writing(root, option):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / LOCK).open("a")
-    with lock:
-        os.register_at_fork(after_in_child=lock.close)  # a loader's worker may outlive a run that is killed
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise KoffError(
-                f"another run is going on in {root}: wait for it, or give {option} another folder"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+    with ExitStack() as stack:
+        with _writing(root, option):
+            root.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(lock(root / LOCK))
+        if not held:
+            raise KoffError(f"another run is going on in {root}: wait for it, or give {option} another folder")
+        for place in (root, *root.glob("version_*/checkpoints")):
+            clear_leftovers(place)
         yield
 
 
@@ -76,10 +68,7 @@ def run_config(ckpt: Path) -> dict[str, Any] | None:
     paths = ckpt.expanduser().resolve(), ckpt.expanduser().absolute()  # its folder may be a link
     for folder in [folder for path in paths for folder in list(path.parents)[:2]]:
         if (folder / "config.yaml").is_file():
-            try:
-                config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise KoffError(f"cannot read {folder / 'config.yaml'}, the options of the run: {error}") from error
+            config = read_yaml(folder / "config.yaml")
             if isinstance(config, dict) and {"model", "data"} <= config.keys():
                 return config
     return None

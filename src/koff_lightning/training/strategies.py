@@ -7,20 +7,14 @@ Lightning's own strategies do not fit. Torch's DDP wrapper stops at parameters t
 absent domains, or (told to look for them) falls out of step where the rows of one rank use none at all. FSDP1 cannot
 mix trained and frozen weights in a layer. FSDP2 alone does not reduce the gradients of what it leaves whole, and under
 Lightning gathers the backbone for each checkpoint.
-
-Nor does Lightning's handling of SIGTERM: its handler broadcasts in whatever a rank is doing when the signal comes,
-which another rank takes for a part of something else, and on one device it ends the run after any micro-batch, where
-the gradients of a step that has begun would be lost. Here the signal is noted, and after an optimizer step the ranks
-agree whether any of them was asked to end.
 """
 
-import signal
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -37,33 +31,6 @@ from transformers import PreTrainedModel
 from koff_lightning.backbone import decoder_layers
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
-
-
-class EndsBetweenSteps(Callback):
-    """Lets a run that is asked to end (SIGTERM) do so after an optimizer step, and one that validates alone at once."""
-
-    _asked = False  # this rank, to end
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note SIGTERM from here on, in place of Lightning's handler, which it puts back itself at the end."""
-        signals = trainer._signal_connector
-        self._asked, signals.received_sigterm = signals.received_sigterm, False
-
-        def note(*_: object) -> None:
-            self._asked = True
-            signals.received_sigterm |= trainer.validating and trainer.world_size == 1
-
-        signals._register_signal(signal.SIGTERM, note)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Have Lightning end the run after this batch, if it is the last of its step."""
-        if not in_mid_step(trainer) and ranks.any_of(self._asked, pl_module.device):
-            trainer._signal_connector.received_sigterm = True
-
-
-def in_mid_step(trainer: Trainer) -> bool:
-    """Whether gradients are being accumulated: a step has begun, which no checkpoint would hold."""
-    return trainer.fit_loop._should_accumulate()
 
 
 class _Averaging(Strategy):

@@ -1,9 +1,16 @@
-"""The experiments that ship with the package: list them, and find one by its bare name from any folder."""
+"""Config files: those that ship with the package, how files are found by name, and how they are read."""
 
+import builtins
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 SHIPPED = Path(__file__).parents[2] / "configs"
 
@@ -88,3 +95,30 @@ def find_configs(argv: list[str]) -> tuple[list[str], list[Path]]:
         else:
             found.append(word)
     return found, paths
+
+
+@contextmanager
+def utf8_files() -> Iterator[None]:
+    """Configs are read and written in UTF-8 inside the block, whatever the encoding of the locale is."""
+    from jsonargparse import _core, _paths  # they open files in the locale's; here, as listing configs needs no parser
+
+    def utf8(file: Any, mode: str = "r", **options: Any) -> Any:
+        return builtins.open(file, mode, **({} if "b" in mode else {"encoding": "utf-8"}) | options)
+
+    for module in (_core, _paths):
+        module.open = utf8  # stands before the builtin of that name
+    try:
+        yield
+    finally:
+        for module in (_core, _paths):
+            del module.open
+
+
+def take_paths_as_paths(parser: "ArgumentParser", option: str) -> None:
+    """Never open a file that a value of this option names.
+
+    Where an option takes a class or a list, the parser reads a string that is the name of a file as a config with the
+    value in it, so the text of a corpus could choose what else is read.
+    """
+    action = next(action for action in parser._actions if action.dest == option)
+    action._enable_path = False

@@ -22,7 +22,7 @@ from koff_lightning.kv_memory import KVMemory
 from koff_lightning.memory import LoraSpec
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
-from koff_lightning.surgery import masks, zero_state
+from koff_lightning.surgery import masks, whole_units, zero_state
 
 Memory = tuple[LoraSpec | None, dict[str, Tensor], dict[str, Tensor] | None]  # adapter, its matrices, slots
 
@@ -92,7 +92,7 @@ def _memories(folder: Path) -> dict[str, Memory]:
 
 def _hang(module: Decomposition, memories: Mapping[str, Memory], manifest: Manifest) -> None:
     """Put the stored memories in place of the fresh ones."""
-    groups, kept = module.gates.groups, module.gates.kept
+    groups, kept = whole_units(module.gates.groups, module.gates.kept)
     shapes = memory_shapes(manifest.layout)
     everything = torch.ones_like(kept)
     neurons = {"cut": kept, "full": everything, "deci": deci_mask(groups, kept) if shapes == "deci" else kept}[shapes]

@@ -1,0 +1,209 @@
+"""What a checkpoint of `koff fit` holds, entry by entry: kinds, sizes and names, looked at before anything uses them.
+
+torch's reader with `weights_only` makes sure that nothing runs. It does not say what the values are: a list may hold
+itself, a tensor may claim a million times the numbers that it has, `global_step` may be a dictionary.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.sparsity import SparsitySpec
+
+_DEEPEST = 40  # of values in one another; the loops of a run take 8
+_MOST = 5_000_000  # values, each as often as it is reached; the optimizer of a large run has 100,000
+
+# A form is a kind, several kinds, a list of one form, the forms of names (`name?` may be missing; others are free), or
+# the form of everything under any name, `{str: form}`.
+_COUNT = {"ready": int, "completed": int}
+_STEPS = {"total": _COUNT, "current": _COUNT}
+_FIT = {
+    "state_dict": dict,
+    "epoch_loop.state_dict": dict,
+    "epoch_loop.batch_progress": _STEPS | {"is_last_batch": bool},
+    "epoch_loop.scheduler_progress": _STEPS,
+    "epoch_loop.automatic_optimization.state_dict": dict,
+    "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": _STEPS, "zero_grad": _STEPS}},
+    "epoch_loop.manual_optimization.state_dict": dict,
+    "epoch_loop.manual_optimization.optim_step_progress": _STEPS,
+    "epoch_loop.val_loop.state_dict": dict,
+    "epoch_loop.val_loop.batch_progress": _STEPS | {"is_last_batch": bool},
+    "epoch_progress": _STEPS,
+}
+_POINT = {"step": int, "removed": [float], "target": float, "expected": float, "realised": float}
+_HISTORY = {"points": [_POINT], "every": int}
+_FORM = {
+    "global_step": int,
+    "epoch": int,
+    "pytorch-lightning_version?": str,
+    "state_dict": {str: Tensor},
+    "loops?": {"fit_loop": _FIT},
+    "callbacks?": {
+        str: dict,
+        "RunReport?": {"history": _HISTORY, "tokens": int, "seconds": float},
+        "AnnealSparsity?": {"steps": int, "course": dict},
+        "LMEval?": {"asked": list, "scores": dict, "step": int, "seconds": float},
+    },
+    "optimizer_states?": [{"state": dict, "param_groups": [{"params": [int], "lr": float}]}],
+    "lr_schedulers?": [{"base_lrs": [float], "last_epoch": int, "_step_count": int, "_last_lr": [float]}],
+    "log?": {"file": (str, None), "row": dict, "last": int, "validate": bool},
+    "koff": {
+        "backbone": str,
+        "backbone_hash": str,
+        "target": float,
+        "domains?": [str],
+        "units?": [str],
+        "gate?": str,
+        "shared_memory?": bool,
+        "lora?": (LoraSpec, None),
+        "kv?": (KVSpec, None),
+    },
+    "hyper_parameters": {
+        "backbone?": str,
+        "domains?": [str],
+        "sparsity?": SparsitySpec,
+        "lora?": (LoraSpec, None),
+        "kv?": (KVSpec, None),
+        "loss?": dict,
+        "optim?": dict,
+        "shared_memory?": bool,
+        "joint?": bool,
+        "dtype?": str,
+        "revision?": (str, None),
+        "artifact?": (str, None),
+        "mask?": (str, None),
+        "prior?": (str, None),
+    },
+}
+
+
+def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
+    """What is wrong with the content of a checkpoint, in a clause; None if it is as `koff fit` writes it."""
+    try:
+        _count(checkpoint, {}, 0)
+    except ValueError as error:
+        return str(error)
+    form = _fault(checkpoint, _FORM, "it")
+    return form or _fault_of_numbers(checkpoint["state_dict"]) or _contradiction(checkpoint)
+
+
+def _count(value: Any, known: dict[int, int], depth: int) -> int:
+    """How many values a value holds, shared ones each time; raises ValueError for what is no plain data."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta or value.is_nested:
+            raise ValueError(f"it holds a tensor of a kind that `koff fit` does not save ({value.layout})")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"it holds a tensor of shape {list(value.shape)} without as many numbers")
+        return 1
+    if not isinstance(value, Mapping | list | tuple | set):
+        return 1
+    if depth > _DEEPEST or known.get(id(value)) == 0:
+        raise ValueError(f"its values lie more than {_DEEPEST} deep in one another")
+    if id(value) not in known:
+        known[id(value)] = 0  # on the way
+        inner = [*value, *value.values()] if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_count(part, known, depth + 1) for part in inner)
+    if known[id(value)] > _MOST:
+        raise ValueError(f"it holds more than {_MOST} values")
+    return known[id(value)]
+
+
+def _fault(value: Any, form: Any, name: str) -> str | None:
+    if isinstance(form, tuple):
+        if value is None and None in form:
+            return None
+        found = [_fault(value, part, name) for part in form if part is not None]
+        return None if None in found else found[0]
+    if isinstance(form, list):
+        if not isinstance(value, list | tuple):
+            return _other(name, "a list", value)
+        return next(filter(None, (_fault(part, form[0], f"an entry of {name}") for part in value)), None)
+    if isinstance(form, dict):
+        return _fault_of_names(value, form, name)
+    if form in (SparsitySpec, LoraSpec, KVSpec):
+        return _fault_of_spec(value, form, name)
+    return _fault_of_kind(value, form, name)
+
+
+def _fault_of_kind(value: Any, kind: type, name: str) -> str | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float:
+        return None if number and math.isfinite(value) and abs(value) < 1e18 else _other(name, "a finite number", value)
+    if kind is int:
+        sound = number and isinstance(value, int) and -1 <= value < 2**62
+        return None if sound else _other(name, "a count", value)
+    return None if isinstance(value, Mapping if kind is dict else kind) else _other(name, kind.__name__, value)
+
+
+def _fault_of_names(value: Any, form: dict[Any, Any], name: str) -> str | None:
+    if not isinstance(value, Mapping):
+        return _other(name, "a dictionary", value)
+    if odd := [key for key in value if not isinstance(key, str)]:
+        return f"{name} has the name {odd[0]!r:.60}, where text is due"
+    own = {key.removesuffix("?"): (part, key.endswith("?")) for key, part in form.items() if isinstance(key, str)}
+    if missing := [key for key, (_, optional) in own.items() if key not in value and not optional]:
+        return f"{name} lacks {missing[0]}"
+    for key, part in value.items():
+        due = own[key][0] if key in own else form.get(str)
+        if due is not None and (fault := _fault(part, due, key)):
+            return fault
+    return None
+
+
+def _fault_of_spec(value: Any, spec: type, name: str) -> str | None:
+    """Options of a dataclass, by its own type hints; what it does not know is told by whoever makes one of them."""
+    if not isinstance(value, Mapping):
+        return _other(name, "a dictionary", value)
+    hints, known = get_type_hints(spec), {entry.name for entry in fields(spec)}
+    for key, part in value.items():
+        if not isinstance(key, str):
+            return f"{name} has the name {key!r:.60}, where text is due"
+        if key not in known:
+            continue
+        hint = hints[key]
+        if get_origin(hint) is Literal:
+            if not isinstance(part, str) or part not in get_args(hint):
+                return _other(f"{name}.{key}", " or ".join(get_args(hint)), part)
+        elif fault := _fault(part, [str] if get_origin(hint) is list else hint, f"{name}.{key}"):
+            return fault
+    return None
+
+
+def _fault_of_numbers(state: Mapping[str, Tensor]) -> str | None:
+    """Trained tensors hold numbers, and the switch of the mask is one."""
+    if (fixed := state.get("model.gates.hardened")) is not None and (fixed.dtype != torch.bool or fixed.ndim):
+        return f"model.gates.hardened is {fixed.dtype} {list(fixed.shape)}, not one bool"
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"{name} holds numbers that are not finite"
+    return None
+
+
+def _contradiction(checkpoint: Mapping[str, Any]) -> str | None:
+    """What a checkpoint says of its model it says twice, with the options of its run and with its tensors."""
+    options, about = checkpoint["hyper_parameters"], checkpoint["koff"]
+    sparsity = options.get("sparsity", {})
+    for name, there in {name: options.get(name) for name in ("domains", "shared_memory", "lora", "kv")}.items():
+        if name in about and name in options and _sorted(about[name]) != _sorted(there):
+            return f"hyper_parameters.{name} and koff.{name} differ"
+    for name in ("gate", "units"):
+        if name in about and name in sparsity and _sorted(about[name], True) != _sorted(sparsity[name], True):
+            return f"hyper_parameters.sparsity.{name} and koff.{name} differ"
+    return None
+
+
+def _sorted(value: Any, whole: bool = False) -> Any:
+    """A value with the order of `targets` taken out; of the whole with `whole`."""
+    if isinstance(value, Mapping):
+        return {name: sorted(part, key=repr) if name == "targets" else part for name, part in value.items()}
+    return sorted(value, key=repr) if whole and isinstance(value, list | tuple) else value
+
+
+def _other(name: str, wanted: str, value: object) -> str:
+    shown = f"{type(value).__name__} {value!r:.40}" if isinstance(value, str | int | float) else type(value).__name__
+    return f"{name} must be {wanted}, and is {'nothing' if value is None else ' '.join(shown.split())}"

@@ -1,0 +1,169 @@
+"""Runs that get a real signal, or reach their time limit: what is saved, what they say, their exit status."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from koff_lightning.artifact.checkpoint import read_checkpoint
+from koff_lightning.cli import main
+from koff_lightning.support.ending import TIME_LIMIT, Ended, SignalHandler, ended_by
+from koff_lightning.training.checkpoints import newest_checkpoint
+
+# `koff`, which says "begun" and takes its time when KOFFModule comes to a method in a step.
+SLOWED = """
+import sys, time
+from koff_lightning import KOFFModule
+from koff_lightning.cli import main
+hook, step = sys.argv[1], int(sys.argv[2])
+original = getattr(KOFFModule, hook)
+def slow(module, *args):
+    if module.trainer.state.fn == "fit" and not module.trainer.sanity_checking and module.global_step == step:
+        print("begun", flush=True)
+        time.sleep(2.5)
+    return original(module, *args)
+setattr(KOFFModule, hook, slow)
+sys.exit(main(sys.argv[3:]))
+"""
+SMALL = {
+    "data": {
+        "domains": {"de": "bundled:de", "python": "bundled:python"},
+        **{"seq_len": 64, "batch_size": 4, "max_train_bytes": 20_000, "max_heldout_bytes": 1_500},
+    },
+    "trainer": {
+        **{"accelerator": "cpu", "max_steps": 6, "num_sanity_val_steps": 0, "enable_progress_bar": False},
+        **{"check_val_every_n_epoch": None, "val_check_interval": 4, "log_every_n_steps": 1},
+    },
+    "checkpoint": {"every_n_train_steps": 100},
+    "export": {"enabled": False},
+}
+FIT = ["fit", "--config", "mine.yaml", "--trainer.default_root_dir=run"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+
+
+def signalled(hook, step, *numbers, words=(), pause=0.0):
+    """Exit status and last line of a run that gets signals in one of its methods."""
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOWED, hook, str(step), *FIT, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any(line == "begun\n" for line in run.stdout), run.stderr.read()
+    for number in numbers:
+        run.send_signal(number)
+        time.sleep(pause)
+    since = time.monotonic()
+    said = run.communicate(timeout=120)[1]
+    assert "Traceback" not in said
+    return run.returncode, said.splitlines()[-1] if said else "", time.monotonic() - since
+
+
+@pytest.mark.parametrize(
+    ("number", "hook", "step", "saved"),
+    [
+        (signal.SIGINT, "training_step", 2, 3),
+        pytest.param(signal.SIGTERM, "training_step", 2, 3, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, "training_step", 5, 6, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "on_validation_epoch_start", 4, 4, marks=pytest.mark.slow),
+        (signal.SIGTERM, "on_test_epoch_start", 6, 6),
+    ],
+)
+def test_a_signal_ends_a_run_within_a_step_and_nothing_is_lost(number, hook, step, saved):
+    """Though no checkpoint was due; a run that only scores ends at once, and goes on with the scoring."""
+    status, said, _ = signalled(hook, step, number)
+    assert (status, said) == (128 + number, f"koff: ended by {number.name}; go on with --ckpt_path last")
+    assert read_checkpoint(newest_checkpoint(["run"]))["global_step"] == saved
+    assert not Path("run/results.json").exists()
+    assert main([*FIT, "--ckpt_path", "last"]) == 0
+    assert read_checkpoint(newest_checkpoint(["run"]))["global_step"] == 6
+    assert Path("run/results.json").is_file()
+
+
+def test_a_second_signal_leaves_at_once():
+    status, _, seconds = signalled("training_step", 2, signal.SIGINT, signal.SIGTERM, pause=1.2)
+    assert status == 128 + signal.SIGTERM and seconds < 1
+    assert newest_checkpoint(["run"]) is None
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_says_that_nothing_was_saved():
+    status, said, _ = signalled("fill_memories", 0, signal.SIGTERM)
+    assert (status, said) == (143, "koff: ended by SIGTERM; no checkpoint had been saved yet")
+    assert not list(Path("run").rglob("*.ckpt"))
+
+
+def test_a_time_limit_ends_a_run_as_a_signal_does(capsys):
+    """It counts the steps of all parts of a run; the accumulated batches of a step are trained to their end."""
+    words = ["--trainer.max_steps=9999", "--trainer.accumulate_grad_batches=2", "--trainer.max_time=00:00:00:01"]
+    assert main([*FIT, *words]) == TIME_LIMIT
+    assert capsys.readouterr().err.splitlines()[-1] == "koff: ended by the time limit; go on with --ckpt_path last"
+    checkpoint = read_checkpoint(newest_checkpoint(["run"]))
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+    assert batches == 2 * checkpoint["global_step"] > 0
+    assert not Path("run/results.json").exists()
+    assert main([*FIT, *words, "--ckpt_path", "last"]) == TIME_LIMIT
+    assert capsys.readouterr().err.splitlines()[-1].startswith("koff: ended by the time limit; give it more")
+
+
+def test_what_comes_twice_in_a_moment_is_one_request(monkeypatch):
+    """`timeout` signals its command and then its group."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    handler = SignalHandler(may_leave=lambda: False)
+    handler(signal.SIGTERM)
+    handler(signal.SIGTERM)
+    assert handler.asked == 143 and not left
+    later = time.monotonic() + 2
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    handler(signal.SIGINT)
+    assert left == [130]
+
+
+def test_ignored_signals_stay_ignored():
+    """As `nohup` and a shell's background jobs have it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(Ended, match="ended by SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "words", [["configs"], pytest.param(["plan", "--config", "demo.yaml"], marks=pytest.mark.slow)]
+)
+def test_nobody_reads_what_is_printed(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "koff_lightning", *words],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_no_quiet_end(monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr("koff_lightning.cli._run", broken)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        main(["configs"])

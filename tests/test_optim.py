@@ -1,0 +1,83 @@
+"""The optimizer: which parameters move at which rate, step by step, and that nothing else pulls at them."""
+
+import math
+
+import pytest
+import torch
+from tiny_run import tiny_module
+
+from koff_lightning import LoraSpec, OptimSpec
+from koff_lightning.penalties import LagrangianPenalty
+from koff_lightning.training.optim import parameter_groups, rate_lambdas
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    made = tiny_module(tmp_path_factory.mktemp("optim"), lora=LoraSpec(rank=2))
+    made.configure_model()
+    return made
+
+
+def groups_of(module, **options):
+    return parameter_groups(module.model.gates, module.penalty, module.model.memories, OptimSpec(**options))
+
+
+def test_everything_that_is_trained_is_in_one_group_and_nothing_else(module):
+    grouped = [id(p) for group in groups_of(module) for p in group["params"]]
+    trained = [id(p) for p in module.parameters() if p.requires_grad]
+    assert sorted(grouped) == sorted(trained)
+    assert len(set(grouped)) == len(grouped)
+
+
+def test_rates_rise_from_the_first_step_and_fall_to_the_final_share(module):
+    """Warm-up over w of n steps: step s trains at (s + 1) / (w n), never at 0; then a cosine to `final`."""
+    spec, steps = OptimSpec(warmup=0.25, final=0.1), 40
+    groups = groups_of(module)
+    factors = {g["name"]: f for g, f in zip(groups, rate_lambdas(groups, spec, steps), strict=True)}
+    assert [factors["lora"](step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors["kv"](0) == pytest.approx(0.1)
+    middle = 10 + (40 - 10) // 2
+    assert factors["lora"](middle) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
+    assert factors["lora"](steps) == pytest.approx(0.1)
+    assert [factors["mask"](step) for step in (0, 20, 40)] == [factors["multipliers"](3)] * 3 == [1.0] * 3
+    alone = rate_lambdas(groups, OptimSpec(warmup=0.0), steps)[-1]
+    assert alone(0) == pytest.approx(1.0), "without a warm-up the first step has the whole rate"
+
+
+def test_what_has_no_gradient_stays_where_it_is(module):
+    """No weight decay: the logits of a mask, a multiplier or a memory are not pulled to zero."""
+    optimizer = module_optimizer(module)
+    before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == 0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, before[name]), name
+
+
+def module_optimizer(module):
+    module._number_of_steps = lambda: 40
+    return module.configure_optimizers()["optimizer"]
+
+
+def test_the_penalty_is_on_the_mean_of_both_counts(tmp_path):
+    """Not on the soft one, behind which the hard one lags, nor on the hard one, which has no gradient."""
+    from koff_lightning.sparsity import SparsitySchedule
+
+    made = tiny_module(tmp_path)
+    made.configure_model()
+    made.schedule = SparsitySchedule(target=0.2, steps=2, warmup=0, ramp=0, hold=1)  # gates are drawn at step 0
+    gates, budget = made.model.gates, made.model.budget
+    with torch.no_grad():
+        gates.logits.copy_(torch.linspace(-4, 4, len(gates.logits)))
+    made.model.target = 0.2
+    keep = gates.gate.keep(gates.logits)
+    soft, hard = (count.item() for count in budget.counts(keep.detach()))
+    assert abs(soft - hard) > 0.01, "the counts must differ for this to say anything"
+    found = made.sparsity_penalty()
+    assert isinstance(made.penalty, LagrangianPenalty)
+    assert found.item() == pytest.approx(20 * ((soft + hard) / 2 - 0.2) ** 2, rel=1e-4)
+    assert torch.autograd.grad(found, gates.logits)[0].abs().max() > 0

@@ -1,0 +1,618 @@
+"""Files of strangers: what differs from what it should be is said in one line, and nothing else comes of it."""
+
+import json
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_artifact import tiny_artifact
+from tiny_models import FAMILIES, tiny_model
+from tiny_run import RandomText, tiny_module, tiny_trainer
+from tiny_tasks import toy_tasks
+
+from koff_lightning import KoffError, load_backbone, load_decomposed, load_tokenizer
+from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
+from koff_lightning.artifact.folder import describe_file
+from koff_lightning.callbacks import RunReport
+from koff_lightning.cli import main
+from koff_lightning.data.yaml_keys import refuse_duplicate_keys
+from koff_lightning.loading import load_config
+from koff_lightning.model_files import heads
+from koff_lightning.support.yaml_files import read_yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "reliability"))
+from strangers import Bench
+from strangers import run as run_fuzz
+
+IDS = torch.arange(3, 23).view(2, 10)
+
+
+def saved(folder, family="llama", **options):
+    tiny_model(family, **options).save_pretrained(folder)
+    return folder
+
+
+def refused(folder, message, load=load_backbone):
+    with pytest.raises(KoffError, match=message) as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def edit(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def add(folder, **tensors):
+    file = folder / "model.safetensors"
+    save_file(
+        load_file(file) | {name.replace("__", "."): value for name, value in tensors.items()}, file, {"format": "pt"}
+    )
+
+
+# --------------------------------------------------------------------- tensors that the model has no place for
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.mlp.down_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight",
+        "model.layers.0.self_attn.sinks",
+        "whatever",
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_tensor_without_a_place(tmp_path, family, name):
+    saved(tmp_path, family)
+    add(tmp_path, **{name: torch.zeros(3)})
+    refused(tmp_path, "hold 1 tensors that the model of its config has no place for, first .*" + name.split(".")[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_buffers_are_harmless(tmp_path, family):
+    model = tiny_model(family)
+    saved(tmp_path, family)
+    add(tmp_path, **{"model.rotary_emb.inv_freq": torch.zeros(8)})
+    add(tmp_path, **{f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(8) for i in range(2)})
+    assert torch.equal(load_backbone(str(tmp_path))(IDS).logits, model(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_output_under_a_tied_config(tmp_path, family):
+    saved(tmp_path, family, tie_word_embeddings=True)
+    embeddings = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    add(tmp_path, lm_head__weight=embeddings.clone())
+    loaded = load_backbone(str(tmp_path))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    add(tmp_path, lm_head__weight=embeddings + 1e-3)
+    refused(tmp_path, "ties the output to the input embeddings, and its files hold an output that differs")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_weights_that_are_no_floats(tmp_path, dtype):
+    saved(tmp_path)
+    add(tmp_path, model__norm__weight=torch.ones(64).to(dtype))
+    refused(tmp_path, "hold model.norm.weight as .*unquantised")
+
+
+# --------------------------------------------------------------------------------------- which file, and where
+
+
+def sharded(folder):
+    tiny_model("llama").save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder / "model.safetensors.index.json"
+
+
+def test_shards_are_read(tmp_path):
+    sharded(tmp_path)
+    assert torch.equal(load_backbone(str(tmp_path))(IDS).logits, tiny_model("llama")(IDS, use_cache=False).logits)
+
+
+def test_a_single_file_beside_an_index(tmp_path):
+    sharded(tmp_path)
+    save_file(tiny_model("llama", seed=1).state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, "model.safetensors lies beside model.safetensors.index.json, and they may hold different weights")
+
+
+@pytest.mark.parametrize("name", ["../other/x.safetensors", "/{}/other/x.safetensors", "..", "sub/x.safetensors", 3])
+def test_an_index_that_leads_outside(tmp_path, name):
+    index = sharded(tmp_path / "m")
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"]))
+    for place in (tmp_path / "other", tmp_path / "m" / "sub"):
+        place.mkdir()
+        shutil.copy(tmp_path / "m" / content["weight_map"][first], place / "x.safetensors")
+    name = name.format(tmp_path) if isinstance(name, str) else name
+    same = content["weight_map"][first]
+    content["weight_map"] = {k: name if v == same else v for k, v in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    refused(tmp_path / "m", "which is no file beside it")
+
+
+def test_an_index_and_its_files_that_differ(tmp_path):
+    index = sharded(tmp_path)
+    content = json.loads(index.read_text())
+    content["weight_map"].pop("model.norm.weight")
+    index.write_text(json.dumps(content))
+    refused(tmp_path, "against its index, model.norm.weight")
+    content["weight_map"]["x"] = "nowhere.safetensors"
+    index.write_text(json.dumps(content))
+    refused(tmp_path, "names nowhere.safetensors, which is missing")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}, "metadata": {}}', "null", "{"]
+)
+def test_an_index_of_another_kind(tmp_path, content):
+    sharded(tmp_path).write_text(content)
+    refused(tmp_path, "weight_map|object|valid JSON")
+
+
+def test_links_out_of_the_folder(tmp_path):
+    saved(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    os.symlink("../elsewhere.safetensors", tmp_path / "m" / "model.safetensors")
+    refused(tmp_path / "m", "is a link to ../elsewhere.safetensors, outside the folder")
+    hub = tmp_path / "hub" / "models--a--b"
+    (hub / "blobs").mkdir(parents=True)
+    (tmp_path / "elsewhere.safetensors").rename(hub / "blobs" / "abc")
+    snapshot = hub / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "m" / "config.json").rename(snapshot / "config.json")
+    os.symlink("../../blobs/abc", snapshot / "model.safetensors")
+    assert load_backbone(str(snapshot)), "the hub's cache is made of links"
+
+
+def test_a_shard_of_a_distributed_checkpoint(tmp_path):
+    saved(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "shard-00001-model-00001-of-00001.safetensors")
+    refused(tmp_path, "is of a sharded checkpoint")
+
+
+# ----------------------------------------------------------------------------- what config.json may not ask for
+
+
+def test_an_adapter_beside_the_weights(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("import os\nos.mkdir('executed')\n")
+    saved(tmp_path / "m")
+    about = {"peft_type": "LORA", "megatron_core": "mine", "auto_mapping": {"parent_library": "mine"}}
+    (tmp_path / "m" / "adapter_config.json").write_text(json.dumps(about))
+    refused(tmp_path / "m", "adapter_config.json lies among its files")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"attn_implementation": "someone/kernel"}, "asks for the attention 'someone/kernel'"),
+        ({"attn_implementation": "flash_attention_2"}, "asks for the attention 'flash_attention_2'"),
+        ({"_attn_implementation": "someone/kernel@main:f"}, "asks for the attention"),
+        ({"experts_implementation": "x/y"}, "asks for a kernel"),
+        ({"fusion_config": {"a": True}}, "asks for other modules"),
+        ({"transformers_weights": "other.safetensors"}, "names another weight file"),
+        ({"return_dict": False}, "sets return_dict to False, which no run can use"),
+        ({"output_attentions": True}, "sets output_attentions to True"),
+    ],
+)
+def test_what_a_config_may_not_ask_for(tmp_path, entries, message):
+    edit(saved(tmp_path) / "config.json", **entries)
+    refused(tmp_path, message)
+    refused(tmp_path, message, load_config)
+
+
+QUANTISED = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_folders(tmp_path, method):
+    edit(saved(tmp_path) / "config.json", quantization_config=QUANTISED[method])
+    for load in (load_backbone, load_config):
+        refused(tmp_path, rf"is of a quantised model \({method}\).*get the unquantised weights", load)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, outside 1 to"),
+        ({"num_hidden_layers": 2000}, "speaks of 2000 layers, its files lack them"),
+        ({"hidden_size": "64"}, "hidden_size is text"),
+        ({"hidden_size": True}, "hidden_size is true or false"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, outside"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_key_value_heads": 3}, "cannot load backbone"),
+        ({"head_dim": -16}, "head_dim is -16"),
+        ({"vocab_size": 1e9}, "vocab_size is a number|vocab_size is 1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"hidden_act": "nothing"}, "cannot load backbone"),
+        ({"hidden_act": 3}, "hidden_act is a number"),
+        ({"rope_parameters": []}, "rope_parameters is a list"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "cannot load backbone"),
+        ({"rope_parameters": {"rope_type": ["default"]}}, "rope_type is a list"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 1e4}}, "factor is 0, outside"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta is text"),
+        ({"pad_token_id": 97}, "pad_token_id 97 is beyond the 97 rows of the embeddings: set it to null"),
+        ({"pad_token_id": "<pad>"}, "pad_token_id is text"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id is a list"),
+        ({"model_type": ["llama"]}, "model_type is a list"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is text"),
+        ({"auto_map": "x"}, "auto_map is text"),
+        ({"layer_types": ["spiral"] * 2}, "cannot load backbone"),
+    ],
+)
+def test_entries_of_another_kind_or_size(tmp_path, entries, message):
+    edit(saved(tmp_path) / "config.json", **entries)
+    refused(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        "3",
+        '"x"',
+        "{",
+        "",
+        "\xff",
+        "[" * 100_000,
+        '{"a":' * 5000 + "1" + "}" * 5000,
+        '{"a": ' + "9" * 9000 + "}",
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_files_of_another_kind(tmp_path, name, text):
+    (saved(tmp_path) / name).write_text(text, encoding="latin-1")
+    refused(tmp_path, "JSON|object|deep|cannot load")
+
+
+# ------------------------------------------------------------------------------------ checkpoints of `koff fit`
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with its checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = tiny_trainer(folder, [RunReport()])
+    trainer.fit(tiny_module(folder), RandomText(8))
+    trainer.save_checkpoint(folder / "run.ckpt")
+    return folder
+
+
+def spoilt(run, folder, change):
+    """A copy of the checkpoint with `change` done to it."""
+    content = torch.load(run / "run.ckpt", weights_only=True)
+    change(content)
+    torch.save(content, folder / "bad.ckpt")
+    return str(folder / "bad.ckpt")
+
+
+def put(*path):
+    """What writes the last of `path` to the place that the others name."""
+
+    def change(content):
+        *names, last, value = path
+        for name in names:
+            content = content[name]
+        content[last] = value(content[last]) if callable(value) else value
+
+    return change
+
+
+def knot(_):
+    values = {}
+    values["again"] = [values]
+    return values
+
+
+def many(_):
+    values = [1]
+    for _ in range(35):
+        values = [values, values]
+    return values
+
+
+LORA = "model.backbone.model.layers.0.self_attn.q_proj.lora_A.koff_en.weight"
+BAD = {
+    "a tensor that is none": put("state_dict", LORA, "text"),
+    "a tensor that is a list": put("state_dict", LORA, [1.0]),
+    "sparse": put("state_dict", LORA, lambda x: x.to_sparse()),
+    "complex": put("state_dict", LORA, lambda x: x + 0j),
+    "int8": put("state_dict", LORA, lambda x: x.to(torch.int8)),
+    "half": put("state_dict", LORA, lambda x: x.half()),
+    "another shape": put("state_dict", LORA, lambda x: x[:1]),
+    "nan": put("state_dict", LORA, lambda x: x * float("nan")),
+    "many numbers that are one": put("state_dict", LORA, torch.zeros(1).expand(10**12)),
+    "a name that is a number": put("state_dict", 3, torch.zeros(1)),
+    "a tensor without a place": put("state_dict", "model.memories.kv.koff_en.more", torch.zeros(1)),
+    "an adapter for a domain that is not there": put("state_dict", LORA.replace("_en", "_xx"), torch.zeros(2, 32)),
+    "hardened is several": put("state_dict", "model.gates.hardened", torch.ones(3, dtype=torch.bool)),
+    "hardened is a number": put("state_dict", "model.gates.hardened", torch.tensor(1.0)),
+    "kept is numbers": put("state_dict", "model.gates.kept", lambda x: x.float()),
+    "no gates": lambda content: [content["state_dict"].pop(k) for k in list(content["state_dict"]) if "gates" in k],
+    "a step that is a dictionary": put("global_step", {}),
+    "a step that is true": put("global_step", True),
+    "a step below": put("global_step", -7),
+    "a history that is a number": put("callbacks", "RunReport", "history", 3),
+    "a history without points": put("callbacks", "RunReport", "history", {"every": 1}),
+    "points of nothing": put("callbacks", "RunReport", "history", "points", [None]),
+    "schedulers that are text": put("lr_schedulers", "x"),
+    "schedulers of nothing": put("lr_schedulers", [None]),
+    "optimizers that are numbers": put("optimizer_states", 3),
+    "optimizers of nothing": put("optimizer_states", [{}]),
+    "loops without a fit": put("loops", {}),
+    "loops of nothing": put("loops", "fit_loop", None),
+    "no place in the data": put("loops", "fit_loop", "epoch_progress", {}),
+    "units of nothing": put("hyper_parameters", "sparsity", "units", None),
+    "units that are numbers": put("hyper_parameters", "sparsity", "units", [1, 2]),
+    "a target that is text": put("hyper_parameters", "sparsity", "target", "0.2"),
+    "another gate": put("hyper_parameters", "sparsity", "gate", "x"),
+    "a rank that is a list": put("hyper_parameters", "lora", "rank", [2]),
+    "a rank that is true": put("hyper_parameters", "lora", "rank", True),
+    "targets of nothing": put("hyper_parameters", "lora", "targets", None),
+    "slots that are text": put("hyper_parameters", "kv", "slots", "4"),
+    "domains that are text": put("hyper_parameters", "domains", "en"),
+    "domains that lead outside": put("hyper_parameters", "domains", ["../..", "law"]),
+    "sparsity that is a list": put("hyper_parameters", "sparsity", []),
+    "a backbone that is a number": put("hyper_parameters", "backbone", 3),
+    "a dtype that is a number": put("hyper_parameters", "dtype", 3),
+    "targets of an adapter said twice": put("koff", "lora", "targets", 1, []),
+    "an adapter that is said to be another": put("koff", "lora", "rank", 3),
+    "a hash that is a number": put("koff", "backbone_hash", 3),
+    "no hash": lambda content: content["koff"].pop("backbone_hash"),
+    "a target of the mask that is a list": put("koff", "target", []),
+    "a target that is not finite": put("koff", "target", float("nan")),
+    "values in themselves": put("callbacks", "RunReport", knot),
+    "values that multiply": put("callbacks", "RunReport", "tokens", many),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_checkpoint_of_another_kind(run, tmp_path, case):
+    path = spoilt(run, tmp_path, BAD[case])
+    with pytest.raises(KoffError) as caught:
+        from_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "case", ["sparse", "units of nothing", "no gates", "kept is numbers", "a hash that is a number"]
+)
+def test_a_mask_of_it(run, tmp_path, case):
+    path = spoilt(run, tmp_path, BAD[case])
+    with pytest.raises(KoffError, match="not as `koff fit` writes|does not fit|lacks|written by another release"):
+        tiny_trainer(tmp_path, []).fit(tiny_module(run, mask=path), RandomText(2))
+
+
+@pytest.mark.parametrize(
+    "case", ["sparse", "a step that is a dictionary", "points of nothing", "optimizers of nothing"]
+)
+def test_a_run_does_not_go_on_from_it(run, tmp_path, case):
+    path = spoilt(run, tmp_path, BAD[case])
+    with pytest.raises(KoffError, match="not as `koff fit` writes one"):
+        tiny_trainer(tmp_path, [RunReport()]).fit(tiny_module(run), RandomText(8), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize("case", ["sparse", "units of nothing", "values in themselves"])
+def test_an_export_of_it_is_one_line(run, tmp_path, capsys, case):
+    path = spoilt(run, tmp_path, BAD[case])
+    assert main(["export", "--ckpt", path, "--out", str(tmp_path / "out")]) == 2
+    assert "is not as `koff fit` writes one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_sound_is_taken(run, tmp_path):
+    assert read_checkpoint(run / "run.ckpt")["global_step"] == 8
+    module = from_checkpoint(run / "run.ckpt")
+    assert module.realised_sparsity() > 0
+
+
+# --------------------------------------------------------------------------------------------------- configs
+
+
+YAMLS = {
+    "itself": "data: &a\n  domains: *a\n",
+    "a list of itself": "&a [*a]\n",
+    "multiplying": "a0: &a0 [1, 1]\n"
+    + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+    "merging": "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 30)),
+    "deep": "a: " + "[" * 20_000 + "]" * 20_000,
+    "fairly deep": "a: " + "[" * 70 + "]" * 70,
+    "deep mappings": "".join(f"{' ' * i}a:\n" for i in range(3000)),
+    "digits": "a: " + "9" * 20_000,
+    "large": "a: " + "x" * (5 * 2**20),
+    "bytes": b"a: \xff\xfe",
+    "a date that is none": "a: 2026-13-77",
+    "a key that is a list": "[1, 2]: 3",
+}
+
+
+@pytest.mark.parametrize("case", YAMLS)
+def test_a_config_that_is_endless_or_huge(tmp_path, capsys, case):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text := YAMLS[case], bytes) else text.encode())
+    with pytest.raises(KoffError, match=r"c\.yaml") as caught:
+        read_yaml(path)
+    assert "\n" not in str(caught.value)
+    if case not in ("a date that is none", "a key that is a list"):  # jsonargparse reads by its own rules
+        with pytest.raises(KoffError, match=r"c\.yaml"):
+            refuse_duplicate_keys(path)
+
+
+def test_aliases_that_a_config_may_have(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: 2}\n")
+    refuse_duplicate_keys(tmp_path / "c.yaml")
+    assert read_yaml(tmp_path / "c.yaml")["c"] == {"x": [1, 2], "y": 2}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"include_path": "tasks"}, "task files may run Python of their own"),
+        ({"tasks": ["tasks/mine.yaml"]}, "task files may run Python of their own"),
+        ({"tasks": "koff_cloze, tasks/mine.yaml"}, "task files may run Python of their own"),
+        ({"confirm_run_unsafe_code": True}, "says confirm_run_unsafe_code, which lets code of others run"),
+        ({"trust_remote_code": True}, "says trust_remote_code, which lets code of others run"),
+    ],
+)
+def test_a_config_of_lm_eval_runs_nothing(tmp_path, monkeypatch, capsys, entries, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.py").write_text("import os\nos.mkdir('executed')\ndef f(x):\n    return x\n")
+    task = "task: mine\ndataset_path: json\noutput_type: loglikelihood\ndoc_to_text: !function mine.f\n"
+    (tmp_path / "tasks" / "mine.yaml").write_text(task)
+    (tmp_path / "c.yaml").write_text(json.dumps(entries))
+    assert main(["lm-eval", "--model", "koff-tiny", "--tasks", "mine", "--config", "c.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_config_of_lm_eval_with_the_switch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    toy_tasks(tmp_path / "tasks")
+    (tmp_path / "c.yaml").write_text("include_path: tasks\nlimit: -1\n")
+    words = ["lm-eval", "--model", "koff-tiny", "--tasks", "toy_choose", "--config", "c.yaml"]
+    assert main([*words, "--allow-custom-classes"]) == 2
+    assert "limit must be a number of samples" in capsys.readouterr().err, "the tasks of the folder were read"
+    assert main(words) == 2
+    assert "task files may run Python" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- artifacts and memories
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An artifact with the memories of three domains."""
+    return tiny_artifact(tmp_path_factory.mktemp("made")).folder
+
+
+@pytest.fixture
+def artifact(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "artifact"))
+
+
+LINKS = {
+    "hidden folder": ".cache",
+    "hidden folder in the backbone": "backbone/.cache",
+    "folder in a memory": "memories/de/.more",
+    "file": "backbone/LICENSE.md",
+}
+
+
+@pytest.mark.parametrize("place", LINKS)
+def test_links_in_an_artifact(artifact, tmp_path, capsys, place):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("mine")
+    os.symlink(secret / "key" if place == "file" else secret, artifact / LINKS[place])
+    assert main(["memory", "remove", str(artifact), "fr"]) == 2
+    assert "outside the folder" in capsys.readouterr().err
+    assert (secret / "key").stat().st_nlink == 1
+    assert (artifact / "memories" / "fr").is_dir(), "nothing was changed"
+    with pytest.raises(KoffError, match="outside the folder"):
+        load_decomposed(artifact)
+
+
+def test_an_adapter_in_the_backbone_of_an_artifact(artifact):
+    """Hidden by a manifest that lists it: the hashes are the stranger's own."""
+    (artifact / "backbone" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    content = json.loads((artifact / "koff.json").read_text())
+    content["files"]["backbone/adapter_config.json"] = describe_file(artifact / "backbone" / "adapter_config.json")
+    (artifact / "koff.json").write_text(json.dumps(content))
+    with pytest.raises(KoffError, match="adapter_config.json lies among its files"):
+        load_decomposed(artifact)
+
+
+@pytest.mark.parametrize("name", [".hidden.safetensors", "../../dense/model.safetensors"])
+def test_an_index_in_the_backbone_of_an_artifact(artifact, name):
+    """What the manifest does not list is not read."""
+    place = artifact / "backbone"
+    (place / "model.safetensors").rename(place / ".hidden.safetensors")
+    names = dict.fromkeys(heads(place / ".hidden.safetensors"), name)
+    (place / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    for verify in (True, False):
+        with pytest.raises(KoffError):
+            load_decomposed(artifact, verify=verify)
+
+
+@pytest.mark.parametrize("file", ["koff.json", "memories/de/memory.json", "backbone/tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "[" * 50_000, '{"a": ' + "9" * 9000 + "}", ""])
+def test_json_files_of_an_artifact(artifact, file, text):
+    (artifact / file).write_text(text)
+    with pytest.raises(KoffError) as caught:
+        load_decomposed(artifact, verify=False).tokenizer  # noqa: B018
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"model": {"type": "BPE"}}', '{"version": "1.0", "model": null}', "\x00", "{" * 3000]
+)
+def test_a_tokenizer_of_another_kind(artifact, text):
+    (artifact / "backbone" / "tokenizer.json").write_text(text)
+    with pytest.raises(KoffError, match="cannot load") as caught:
+        load_tokenizer(str(artifact / "backbone"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("file", ["memories/de/adapter_model.safetensors", "backbone/model.safetensors"])
+def test_numbers_that_are_not_finite(artifact, file, kind):
+    tensors = load_file(artifact / file)
+    first = sorted(tensors)[0]
+    tensors[first].view(-1)[0] = float(kind)
+    save_file(tensors, artifact / file, {"format": "pt"})
+    Bench._hash_anew(artifact)
+    with pytest.raises(KoffError, match="not finite"):
+        load_decomposed(artifact)
+
+
+def test_a_pattern_that_never_ends(artifact, capfd):
+    place = artifact / "backbone" / "tokenizer.json"
+    content = json.loads(place.read_text())
+    content["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a|aa)+$b"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    place.write_text(json.dumps(content))
+    Bench._hash_anew(artifact)
+    assert main(["generate", "--model", str(artifact), "--prompt", "a" * 60, "--max_new_tokens", "2"]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert "a tokenizer cannot be used, it failed in the middle of a text" in said[-1]
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it can be read")
+def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
+    (saved(tmp_path) / "tokenizer.model").write_bytes(b"x" * 100)
+    refused(tmp_path, "takes the packages sentencepiece and protobuf", load_tokenizer)
+
+
+def test_a_handful_of_the_fuzz():
+    """recipes/reliability/strangers.py runs hundreds."""
+    found = run_fuzz(8, seed=7)
+    assert sum(found.values()) == 16
+    assert not [key for key in found if key[1] == "fault"], found

@@ -21,16 +21,21 @@ from koff_lightning.artifact.folder import (
     MEMORIES,
     Manifest,
     describe_files,
+    describe_mask,
+    hash_description,
     read_manifest,
     verify,
 )
-from koff_lightning.artifact.mask_description import describe_mask, hash_description, mask_hash
 from koff_lightning.backbone import prunable_groups
 from koff_lightning.loading import tokenizer_hash
 from koff_lightning.support import files as new_folder
 from koff_lightning.support.files import hash_file
 
 SUM = {"sha256": "", "size": 0}
+
+
+def mask_hash(*mask):
+    return hash_description(describe_mask(*mask))
 
 
 @pytest.fixture(scope="module")

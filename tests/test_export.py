@@ -21,11 +21,12 @@ from toy_text import toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, LoraSpec, load_decomposed
-from koff_lightning.artifact import parts as artifact_parts
-from koff_lightning.artifact import proof
+from koff_lightning.artifact import export as exporting
+from koff_lightning.artifact import modeling_koff, proof
 from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.folder import read_manifest, verify
+from koff_lightning.artifact.layouts import Ragged
 from koff_lightning.artifact.model_card import base_folder, licence_of
 from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
@@ -177,7 +178,7 @@ def test_the_files_are_plain_and_complete(made, tmp_path):
 
 
 def test_big_models_are_sharded(made, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(artifact_parts, "SHARD", "40KB")
+    monkeypatch.setattr(exporting, "SHARD", "40KB")
     assert export(made.module, tmp_path / "out")["passed"]
     backbone = tmp_path / "out" / "backbone"
     index = json.loads((backbone / "model.safetensors.index.json").read_text())["weight_map"]
@@ -205,7 +206,7 @@ def test_plain_transformers_loads_the_uniform_layout_and_its_code_the_ragged_one
         "AutoConfig": "modeling_koff.KoffLlamaConfig",
         "AutoModelForCausalLM": "modeling_koff.KoffLlamaForCausalLM",
     }
-    source = Path(artifact_parts.modeling_koff.__file__)
+    source = Path(modeling_koff.__file__)
     assert (backbone / "modeling_koff.py").read_bytes() == source.read_bytes()
     verify(tmp_path / "code")
 
@@ -258,7 +259,7 @@ def test_the_card_says_what_it_is(made, tmp_path):
 
 def spoil(monkeypatch, part):
     """Let the export write something wrong: half a weight, half a memory, nothing loadable, or no numbers."""
-    backbone_for, memory_for = artifact_parts.backbone_for, artifact_parts.memory_for
+    backbone_for, memory_for = Ragged.backbone, Ragged.memory
 
     def backbone(*arguments):
         config, state = backbone_for(*arguments)
@@ -275,8 +276,8 @@ def spoil(monkeypatch, part):
         lora, kv = memory_for(layout, lora, kv, *rest)
         return lora, {k: v.flip(1) * 2 for k, v in kv.items()} if part == "memory" else kv
 
-    monkeypatch.setattr(artifact_parts, "backbone_for", backbone)
-    monkeypatch.setattr(artifact_parts, "memory_for", memory)
+    monkeypatch.setattr(Ragged, "backbone", backbone)
+    monkeypatch.setattr(Ragged, "memory", memory)
 
 
 @pytest.mark.parametrize(
@@ -352,9 +353,9 @@ def test_greedy_tokens_may_differ_only_at_a_tie(made, tmp_path, here, monkeypatc
 def test_another_tokenizer_is_noticed(made, tmp_path, here, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(made.folder / "dense")
     tokenizer.add_tokens(["the"])
-    write = artifact_parts._write_companions
+    write = exporting._write_companions
     spoiled = lambda order, *rest: write(replace(order, tokenizer=tokenizer), *rest)  # noqa: E731
-    monkeypatch.setattr(artifact_parts, "_write_companions", spoiled)
+    monkeypatch.setattr(exporting, "_write_companions", spoiled)
     with pytest.raises(KoffError, match="other token ids from its tokenizer"):
         export(made.module, tmp_path / "out")
 
@@ -364,7 +365,7 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch, writer):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact_parts, writer, full)
+    monkeypatch.setattr(exporting, writer, full)
     with pytest.raises(KoffError, match=r"^cannot write .*out: No space left on device$"):
         export(made.module, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

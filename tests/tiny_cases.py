@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from koff_lightning.artifact.layouts import backbone_for
+from koff_lightning.artifact.layouts import LAYOUTS
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import KINDS, PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.gates import BackboneGates
@@ -78,7 +78,7 @@ def random_mask(groups: list[PrunableGroup], seed: int = 0, keep: float = 0.6) -
 
 def cut_model(model: PreTrainedModel, groups: list[PrunableGroup], kept: Tensor) -> PreTrainedModel:
     """The ragged model that surgery makes of a plain one."""
-    config, state = backbone_for("ragged", model.config, model.state_dict(), groups, kept)
+    config, state = LAYOUTS["ragged"].backbone(model.config, model.state_dict(), groups, kept)
     cut = AutoModelForCausalLM.from_config(config, attn_implementation="koff")
     cut.load_state_dict(state)
     cut.config.use_cache = False

@@ -50,9 +50,8 @@ def price(model: PreTrainedModel, sparsity: SparsitySpec) -> Budget:
 
 
 def check_layout(config: PreTrainedConfig, sparsity: SparsitySpec) -> None:
-    """Refuse, before any weights are read, a uniform layout that the family's config cannot say."""
-    if sparsity.layout == "uniform":
-        price(without_weights(config), sparsity)
+    """Refuse, before any weights are read, a layout that the family's config cannot say."""
+    price(without_weights(config), sparsity)
 
 
 def _refuse_other_dtypes(model: "Decomposition", state: dict[str, Tensor], prefix: str, *_: Any) -> None:

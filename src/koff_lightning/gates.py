@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup
@@ -162,18 +163,24 @@ class BackboneGates(nn.Module):
         self._probe: Tensor | None = None
         self._in_force: InForce[list[Tensor] | None] = InForce(None)
 
-    def attach(self, model: PreTrainedModel) -> None:
-        """Hang the hooks. After LoRA injection: a hook on an inner `base_layer` would leave the adapter ungated."""
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Hang the hooks. After LoRA injection: a hook on an inner `base_layer` would leave the adapter ungated.
+
+        Returns:
+            Their handles, for gates that do not stay.
+        """
+        handles: list[RemovableHandle] = []
         for index, group in enumerate(self.groups):
             module = model.get_submodule(group.gated)
             inner = getattr(module, "base_layer", None)
             if inner is not None and (inner._forward_pre_hooks or inner._forward_hooks):
                 raise RuntimeError(f"{group.gated}: a gate sits inside the adapter; attach gates after injection")
             if not group.consumer:
-                module.register_forward_hook(self._output_hook(index))
+                handles.append(module.register_forward_hook(self._output_hook(index)))
                 continue
-            module.register_forward_pre_hook(self._hook(index))
-            module.register_forward_hook(self._compensation(index))
+            handles.append(module.register_forward_pre_hook(self._hook(index)))
+            handles.append(module.register_forward_hook(self._compensation(index)))
+        return handles
 
     def _hook(self, index: int) -> object:
         def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

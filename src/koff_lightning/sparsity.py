@@ -136,6 +136,11 @@ class SparsitySpec:
         of_hc = {"beta": self.beta, "beta_end": self.beta_end} if self.gate == "hc" else {}
         return {"initial": self.initial} | of_hc
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are to get the same widths."""
+        return self.layout == "uniform"
+
 
 class Budget:
     """Parameter accounting of one backbone's units: what each costs, and what a mask therefore removes."""
@@ -188,7 +193,7 @@ class Budget:
     def _check_uniform(self, steps: Tensor, costs: Tensor) -> None:
         """Refuse kv groups in a uniform layout of which not even one step fits the target: the user would wonder."""
         kv = steps[~self.is_channel].unique()
-        if self.spec.layout != "uniform" or not self.spec.target or not len(kv):
+        if not self.spec.uniform or not self.spec.target or not len(kv):
             return
         share = int(costs[kv].min()) / self.denominators[self.spec.denominator]
         if share > self.spec.target:
@@ -305,13 +310,13 @@ class Budget:
 
         The list says of each step whether it can only be taken after the one before it.
         """
-        if self.spec.layout == "ragged" and self.spec.multiple_of == 1:
+        if not self.spec.uniform and self.spec.multiple_of == 1:
             return torch.arange(len(scores)), self.costs, scores, [False] * len(scores)
         first: dict[tuple[object, ...], int] = {}  # of a layer (of all layers, if uniform) and a kind: its first step
         steps, follows = [], []
         for group, part in zip(self.groups, scores.split([g.size for g in self.groups]), strict=True):
             blocks = self._blocks(group)  # of the lowest score first
-            name = (None if self.spec.layout == "uniform" else group.layer, group.kind)
+            name = (None if self.spec.uniform else group.layer, group.kind)
             if name not in first:
                 first[name] = len(follows)
                 follows += [place > 0 for place in range(int(blocks[-1]) + 1)]
@@ -326,7 +331,7 @@ class Budget:
         ranks = torch.arange(group.size)
         if group.kind == "channel":  # the first step is smaller if the width is no multiple to begin with
             return (ranks + -group.size % self.spec.multiple_of) // self.spec.multiple_of
-        allowed = range(group.size) if self.spec.layout == "ragged" or self._kv_groups is None else self._kv_groups
+        allowed = range(group.size) if not self.spec.uniform or self._kv_groups is None else self._kv_groups
         stops = torch.tensor([group.size - n for n in allowed if n < group.size]).sort().values  # removed after a step
         return torch.searchsorted(stops, ranks, right=True)
 

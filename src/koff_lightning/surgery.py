@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.support.errors import KoffError
@@ -125,6 +126,30 @@ def zero_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept
     return _edit(tensors, _heads(groups, kept), _zero)
 
 
+def grow_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], held: Tensor) -> State:
+    """The reverse of `cut_state`: weights or adapters in the uncut model's shapes, zeros for units that are not held.
+
+    Raises:
+        KoffError: A tensor has another size than the units that are held.
+    """
+    return _edit(state, _linears(groups, held), _grow, lambda mask: int(mask.sum()))
+
+
+def grow_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], held: Tensor) -> State:
+    """The reverse of `cut_kv`: zeros for the kv heads that are not held."""
+    return _edit(tensors, _heads(groups, held), _grow, lambda mask: int(mask.sum()))
+
+
+def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights under the plain model's names, on the CPU: without adapters, tied ones once."""
+    tied = model.all_tied_weights_keys
+    return {
+        name.replace(".base_layer.", "."): tensor.detach().cpu()
+        for name, tensor in model.state_dict().items()
+        if name not in tied and ".lora_A." not in name and ".lora_B." not in name
+    }
+
+
 def merge_lora(state: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scaling: float) -> State:
     """Weights with one adapter folded in: W + scaling * B A, summed in fp32 or better and rounded once.
 
@@ -164,8 +189,13 @@ def _heads(groups: Sequence[PrunableGroup], kept: Tensor) -> _Plan:
     return {f"layers.{group.layer}": (0, mask) for group, mask in masks(groups, kept) if group.kind == "kv_group"}
 
 
-def _edit(state: Mapping[str, Tensor], plan: _Plan, change: Callable[[Tensor, int, Tensor], Tensor]) -> State:
-    """Apply `change` to every tensor that a planned path owns and that has the side in question."""
+def _edit(
+    state: Mapping[str, Tensor],
+    plan: _Plan,
+    change: Callable[[Tensor, int, Tensor], Tensor],
+    size: Callable[[Tensor], int] = len,
+) -> State:
+    """Apply `change` to every tensor that a planned path owns and that has the side in question, `size(mask)` long."""
     edited = {}
     for name, tensor in state.items():
         path, part = _owner(name, plan)
@@ -177,10 +207,10 @@ def _edit(state: Mapping[str, Tensor], plan: _Plan, change: Callable[[Tensor, in
         lacks = (part[0] == "lora_B" or part[-1] == "bias") if dim else part[0] == "lora_A"
         if lacks or mask.all():
             continue
-        if tensor.shape[dim] != len(mask):
+        if tensor.shape[dim] != size(mask):
             raise KoffError(
-                f"{name} has {tensor.shape[dim]} {'columns' if dim else 'rows'}, its units have {len(mask)}: it is cut "
-                "already, or mask and weights belong to different models"
+                f"{name} has {tensor.shape[dim]} {'columns' if dim else 'rows'}, its units have {size(mask)}: it is "
+                "cut already, or mask and weights belong to different models"
             )
         edited[name] = change(tensor, dim, mask.to(tensor.device))
     return edited
@@ -200,3 +230,9 @@ def _cut(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
 
 def _zero(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
     return tensor.detach().index_fill(dim, (~mask).nonzero()[:, 0], 0)
+
+
+def _grow(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = len(mask)
+    return tensor.new_zeros(shape).index_copy_(dim, mask.nonzero()[:, 0], tensor.detach())

@@ -7,7 +7,6 @@
 Shapes: B rows, T tokens, P memory slots.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from koff_lightning.artifact.deci import ragged_config
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_manifest
 from koff_lightning.artifact.folder import verify as verify_files
-from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.artifact.memory_files import load_memory
 from koff_lightning.backbone import ask_nothing_, is_recomputed, refuse_masked_packing
-from koff_lightning.loading import fingerprint, load_backbone, load_config, load_tokenizer
+from koff_lightning.loading import fingerprint, load_backbone, load_tokenizer
 from koff_lightning.lora import Routes
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
@@ -66,7 +63,8 @@ def load_decomposed(
     if verify:
         verify_files(folder, backbone=True)
     name = manifest.dtype if dtype is None else str(dtype).removeprefix("torch.")
-    backbone = load_backbone(str(folder / BACKBONE), dtype=name, config=backbone_config(folder, manifest))
+    config = manifest.form.read_config(folder / BACKBONE, manifest.base["family"])
+    backbone = load_backbone(str(folder / BACKBONE), dtype=name, config=config)
     model = DecomposedModel(backbone.to(where), manifest, folder)
     for domain in dict.fromkeys(chosen):
         if (held := model.add_memory(folder / MEMORIES / domain)) != domain:
@@ -74,19 +72,6 @@ def load_decomposed(
                 f"{folder / MEMORIES / domain} holds the memory {held!r}: its folder was renamed; rename it back"
             )
     return model
-
-
-def backbone_config(folder: Path, manifest: Manifest) -> PreTrainedConfig:
-    """The config under which transformers runs the backbone of an artifact.
-
-    Raises:
-        KoffError: It is of a kind that is not known here.
-    """
-    memory_shapes(manifest.layout)  # refuses an unknown layout
-    if manifest.layout != "deci":
-        return load_config(str(folder / BACKBONE))
-    text = (folder / BACKBONE / "config.json").read_text(encoding="utf-8")
-    return ragged_config(json.loads(text), manifest.base["family"])  # a koff_* model holds the same tensors
 
 
 class DecomposedModel(nn.Module):

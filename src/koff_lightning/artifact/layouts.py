@@ -102,7 +102,7 @@ class Layout:
             state = with_bias(state, groups, bias)
             biases = sorted({group.consumer.partition(f"layers.{group.layer}.")[2] for group in groups})
         dtype = next((str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()), None)
-        widths = _layer_widths(config, groups, self.held(groups, kept))
+        widths = layer_widths(config, groups, self.held(groups, kept))
         return self.config(config, dtype, widths, biases), self._fit(state, groups, kept, zero_state, cut_state)
 
     def memory(
@@ -150,6 +150,7 @@ class Ragged(Layout):
     about = "every layer has its own widths"
 
     def config(self, config: PreTrainedConfig, dtype: str | None, widths: Widths, biases: list[str]) -> Config:
+        """Of the koff_* model type of its family, or of the family itself where nothing was removed."""
         family = _family(config)
         if biases:
             return _copied(f"koff_{family}", config, dtype, koff_layers=widths, koff_biases=biases)
@@ -168,6 +169,7 @@ class Masked(Ragged):
     has_code = False
 
     def held(self, groups: Groups, kept: Tensor) -> Tensor:
+        """All of them."""
         return torch.ones_like(kept)
 
 
@@ -182,6 +184,7 @@ class Merged(Ragged):
     def memory(
         self, lora: Mapping[str, Tensor] | None, kv: Mapping[str, Tensor] | None, groups: Groups, kept: Tensor
     ) -> Memory:
+        """As of `Layout`, without the adapter, which is in the weights."""
         return super().memory(None, kv, groups, kept)
 
 
@@ -194,6 +197,7 @@ class Uniform(Layout):
     has_code = False
 
     def config(self, config: PreTrainedConfig, dtype: str | None, widths: Widths, biases: list[str]) -> Config:
+        """Of its family, with the widths that all layers have in common."""
         for name in WIDTHS:
             found = sorted({layer[name] for layer in widths})
             if len(found) > 1:
@@ -236,6 +240,7 @@ class Deci(Layout):
     _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers")
 
     def held(self, groups: Groups, kept: Tensor) -> Tensor:
+        """All kv groups, the kept neurons, and as many removed ones as fill up the granularity."""
         parts = []
         for group, mask in masks(groups, kept):
             if group.kind != "channel":
@@ -247,6 +252,7 @@ class Deci(Layout):
         return torch.cat(parts)
 
     def config(self, config: PreTrainedConfig, dtype: str | None, widths: Widths, biases: list[str]) -> Config:
+        """The dictionary to write as config.json."""
         self._check(config)
         values = _copied(config.model_type, config, dtype).to_dict()
         rope = dict(values.pop("rope_parameters"))
@@ -337,7 +343,7 @@ def layout_named(name: object) -> Layout:
     return LAYOUTS[name]
 
 
-def _layer_widths(config: PreTrainedConfig, groups: Groups, held: Tensor) -> Widths:
+def layer_widths(config: PreTrainedConfig, groups: Groups, held: Tensor) -> Widths:
     """The widths of every layer once the other units are gone, under the config's own names for them.
 
     Raises:

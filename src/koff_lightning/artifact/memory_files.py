@@ -21,7 +21,6 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from koff_lightning.artifact.folder import CARD, FORMAT, Manifest, check_files, describe_files, read_json
-from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.kv_memory import MAX_SLOTS, KVMemory
 from koff_lightning.memory import LoraSpec, MemoryBank
 from koff_lightning.model_files import not_finite
@@ -43,7 +42,7 @@ class MemoryCard:
         base: The dense model: `id`, `revision`, `hash` of its weights.
         mask_hash: Of the mask that it was trained under.
         tokenizer_hash: Of the tokenizer that it was trained with.
-        shapes: What its tensors are shaped for, as `layouts.memory_shapes` says.
+        shapes: What its tensors are shaped for, as `Layout.shapes` says.
         lora: `rank`, `alpha`, `targets`; None without an adapter.
         kv: `slots`, `positions` (first and last of the window they lie in), `source_text_hash`; None without slots.
         parameters: Numbers stored, counted from the tensors when they are written.
@@ -237,7 +236,7 @@ def _check_home(card: MemoryCard, folder: Path, expect: Manifest) -> None:
             f"memory {folder} was trained with another tokenizer (hash {card.tokenizer_hash[:12]}, this backbone's is "
             f"{expect.tokenizer_hash[:12]}): use the tokenizer and backbone of its own run"
         )
-    if card.shapes != (due := memory_shapes(expect.layout)):
+    if card.shapes != (due := expect.form.shapes):
         raise KoffError(
             f"memory {folder} has {card.shapes!r} shapes, a backbone of layout {expect.layout!r} takes {due!r} ones: "
             f"export its run again with --layout {expect.layout}"

@@ -24,13 +24,6 @@ print(*model.tokenizer.batch_decode(ids, skip_special_tokens=True))
 _LOAD_PLAIN = """{importing}from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("DIR/backbone"{trust})
 """
-_LAYOUTS = {
-    "ragged": "every layer has its own widths",
-    "uniform": "all layers have the same widths, so that it is a plain model of its family",
-    "deci": "block configs of DeciLM and Nemotron-NAS; removed kv groups are zeros",
-    "masked": "removed units are zeros in the original shapes: nothing is saved by it",
-    "merged": "every layer has its own widths; the LoRA of {domain} is part of the weights",
-}
 
 
 def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
@@ -59,7 +52,7 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
         f"- physically gone from these files: {rates['physical']['parameters']:,} parameters, "
         f"{100 * rates['physical']['body']:.2f} % of the body",
         f"- parameters: {size['backbone']:,} of {size['dense_total']:,}, {manifest.dtype}",
-        f"- layout `{manifest.layout}`: {_LAYOUTS[manifest.layout].format(domain=manifest.domain)}",
+        f"- layout `{manifest.layout}`: {manifest.form.about.format(domain=manifest.domain)}",
         f"- domains when it was exported: {', '.join(manifest.domains) or 'none'}",
         "",
         "## Loading",
@@ -94,7 +87,7 @@ def _front_matter(manifest: Manifest) -> dict[str, object]:
 
 
 def _plain(manifest: Manifest, own_type: bool, with_code: bool) -> list[str]:
-    if manifest.layout == "deci":
+    if not manifest.form.in_transformers:
         return [
             "The backbone alone is for engines that read this form; it has not been run in them by this project.",
             "",

@@ -84,6 +84,23 @@ def write_report(folder: Path, report: Report) -> Report:
     return report
 
 
+def fault(report: Report) -> str:
+    """Why a proof failed, from its report, in the words of an error message."""
+    if report["error"]:
+        return f"a fresh process could not use it ({report['error']})"
+    if odd := [str(case["memory"]) for case in report["memories"] if not case["finite"]]:
+        return f"the model itself computes nan or inf (memory {', '.join(odd)}): there is nothing to compare with"
+    if report["relative_diff"] > report["tolerance"]:
+        return (
+            f"a fresh process computes other logits from it (off by {report['relative_diff']:.1e} of the largest one, "
+            f"allowed are {report['tolerance']:.0e})"
+        )
+    if not report["tokenizer_equal"]:
+        return "a fresh process gets other token ids from its tokenizer"
+    wrong = [str(case["memory"]) for case in report["memories"] if case["greedy"] == "different"]
+    return f"a fresh process generates other tokens from it (memory {', '.join(wrong)})"
+
+
 # ---------------------------------------------------------------------------------------------- the gated model
 
 

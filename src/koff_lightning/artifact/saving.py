@@ -8,12 +8,11 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from koff_lightning.artifact.folder import BACKBONE, MANIFEST, MEMORIES, REPORT, Manifest, read_manifest, verify
-from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.artifact.memory_files import CARD, card_of, listed, lora_state, unlisted, write_memory
-from koff_lightning.artifact.parts import plain_state
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_free, hash_file, new_folder
+from koff_lightning.surgery import plain_state
 
 
 @torch.no_grad()
@@ -48,7 +47,7 @@ def save_artifact(backbone: PreTrainedModel, bank: MemoryBank, manifest: Manifes
         for domain in manifest.domains:
             manifest = unlisted(manifest, domain)
         for domain in bank.domains:
-            card, slots = card_of(bank, domain, **about, shapes=memory_shapes(manifest.layout)), bank.slots(domain)
+            card, slots = card_of(bank, domain, **about, shapes=manifest.form.shapes), bank.slots(domain)
             home = work / MEMORIES / domain
             card = write_memory(home, card, lora_state(bank, domain), None if slots is None else slots.tensors())
             manifest = listed(manifest, card, hash_file(home / CARD))

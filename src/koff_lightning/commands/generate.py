@@ -173,7 +173,7 @@ def _side_by_side(
     from rich.text import Text
 
     columns = {"dense": _continue(dense.generate, model.tokenizer, prompts, options)}
-    if model.manifest.layout != "merged":  # there the memory is part of the backbone
+    if not model.manifest.form.folds:  # there the memory is part of the backbone
         bare = options | {"domains": None}
         columns["pruned, no memory"] = _continue(model.generate, model.tokenizer, prompts, bare)
     with_memory = options | {"domains": domains}

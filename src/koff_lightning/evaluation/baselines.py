@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.data.packing import IGNORED
+from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import LossSpec, fused_head_loss
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
@@ -240,31 +241,22 @@ def _gate_slopes(
     names = ("input_ids", "position_ids", "attention_mask")
     inputs = {name: batch[name].to(model.device) for name in names if batch.get(name) is not None}
     labels = batch["labels"][:, 1:].to(model.device)  # [B, T - 1]
-    gates = [torch.ones(len(labels), group.size, device=model.device, requires_grad=True) for group in groups]
-
-    def gated(gate: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        return lambda _, given: (given[0] * gate.repeat_interleave(width, 1)[:, None].to(given[0].dtype), *given[1:])
-
-    def closed(gate: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        return lambda _, __, output: output * gate[:, None].to(output.dtype)
-
-    hooks = [
-        model.get_submodule(group.gated).register_forward_pre_hook(gated(gate, group.width))
-        if group.consumer
-        else model.get_submodule(group.gated).register_forward_hook(closed(gate))
-        for group, gate in zip(groups, gates, strict=True)
-    ]
+    gates = BackboneGates(list(groups)).to(model.device)
+    handles = gates.attach(model)
     try:
         with torch.enable_grad():
+            probe = gates.probe(len(labels))  # [B, U]
+            gates.set(probe)
             hidden = hidden_states(model, **inputs)[:, :-1]  # [B, T - 1, d]
             predicted = labels != IGNORED
             weights = (predicted / predicted.sum(1, keepdim=True).clamp(min=1))[predicted]  # [N]
             head, spec = model.get_output_embeddings().weight.detach(), LossSpec(kl=0)
             loss, _, _ = fused_head_loss(hidden[predicted], None, head, labels[predicted], weights, spec)
-            return torch.autograd.grad(loss, gates)
+            (slopes,) = torch.autograd.grad(loss, probe)
+            return slopes.split(gates.sizes, dim=1)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 _SCORES = {"magnitude": _magnitude, "wanda_sp": _wanda_sp, "flap": _flap}

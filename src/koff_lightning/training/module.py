@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import PREFIX, check_content, read_checkpoint, refuse_other_tensors, target_of
-from koff_lightning.artifact.extend import artifact_to_extend, backbone_of
+from koff_lightning.artifact.memories import artifact_to_extend, backbone_of
 from koff_lightning.backbone import compile_layers, recomputed
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import MODES, Batch, Decomposition, check_layout
@@ -125,7 +125,7 @@ class KOFFModule(LightningModule):
         specs = {name: spec and asdict(spec) for name, spec in specs.items()}
         self.save_hyperparameters(specs | {"domains": self.domains} | without_secrets(plain))
 
-        if sparsity.layout == "uniform":  # what the family's configs cannot say is refused now
+        if sparsity.uniform:  # what the family's configs cannot say is refused now
             check_layout(load_config(source, revision=revision, trust_remote_code=trust_remote_code), sparsity)
 
     def configure_model(self) -> None:

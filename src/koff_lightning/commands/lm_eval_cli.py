@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files

@@ -42,7 +42,7 @@ audit: .venv/installed ## look for known-bad releases: installed, pinned, allowe
 	$(BIN)/python recipes/supply_chain/audit.py
 
 options: .venv/installed ## write docs/options.md and the table behind --help anew from the classes
-	$(BIN)/python -m koff_lightning.commands.parsing.option_reference
+	$(BIN)/python recipes/options.py
 
 versions: .venv/installed ## run some tests at the lowest allowed versions and at the newest, each in an environment of its own
 	$(BIN)/python recipes/supply_chain/versions.py lowest .venv-lowest

@@ -270,7 +270,7 @@ def test_each_kind_is_held_to_its_own_target(beta):
         ({"units": ["kv_group", "o_channel"]}, "kv_group owns the weights of o_channel"),
         (
             {"units": ["channel", "down_channel", "gate_channel"]},
-            "weights of down_channel and gate_channel",
+            "channel owns the weights of down_channel and gate_channel",
         ),
         ({"units": ["gate"]}, "must be some of channel, kv_group, gate_channel"),
         ({"penalty": "hinge", "target": 0.0}, "hinge with sparsity.target 0 would press on nothing"),

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from koff_lightning.cli import TOOLS, TRAINING, main
-from koff_lightning.commands.parsing import option_reference, option_table
+from koff_lightning.commands.parsing import option_table
 from koff_lightning.commands.parsing.config_files import SHIPPED, shipped_configs
 from koff_lightning.support.errors import KoffError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import options as option_reference
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 

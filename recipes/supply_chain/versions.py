@@ -7,13 +7,16 @@ Makes a virtual environment in the folder named (kept: delete it to begin anew),
 pytest there. A dependency of a dependency is whatever pip takes. constraints.txt is what the whole suite runs on.
 """
 
+import configparser
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from audit import ROOT, requirements
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
 
 # What meets the libraries: loading, attention, adapters, the trainer, the command line, export and lm-eval.
 TESTS = [
@@ -34,7 +37,10 @@ TESTS = [
 
 def lowest() -> list[str]:
     """The floor of each direct dependency, as a line of a constraints file."""
-    floors = {name: re.search(r">=\s*([\w.]+)", str(asked.specifier)) for name, asked in requirements().items()}
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = [line for line in config["options"]["install_requires"].splitlines() if line and line[0] != "#"]
+    floors = {Requirement(line).name: re.search(r">=\s*([\w.]+)", line) for line in lines}
     return [f"{name}=={floor[1]}" for name, floor in floors.items() if floor]
 
 

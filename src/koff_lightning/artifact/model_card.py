@@ -17,7 +17,9 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 _LOAD = """from koff_lightning import load_decomposed
 model = load_decomposed("DIR")                     # the folder above this one, with its memories
-model.generate(input_ids, domains={domains}, max_new_tokens=64)
+batch = model.tokenizer(["Some text"], return_tensors="pt")
+ids = model.generate(**batch, domains={domains}, max_new_tokens=64)
+print(*model.tokenizer.batch_decode(ids, skip_special_tokens=True))
 """
 _LOAD_PLAIN = """{importing}from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("DIR/backbone"{trust})

@@ -1,8 +1,11 @@
 """`koff lm-eval`: lm-eval's own options and files, over a model and the domains that it is read with."""
 
 import argparse
+import hashlib
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -117,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     from lm_eval._cli.run import Run
 
     made = Run.create(argparse.ArgumentParser().add_subparsers())._parser
+    made.allow_abbrev = False
     made.prog, made.usage, made.epilog = "koff lm-eval", "koff lm-eval --model MODEL --tasks TASKS [options]", None
     made.description = (
         "Score an artifact, a checkpoint or a dense model on lm-eval's tasks, under each domain asked for."
@@ -194,7 +198,6 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    from koff_lightning.commands.lm_eval_cache import cache_of, refuse_cached_nan
     from koff_lightning.evaluation.lm_scores import plain
     from koff_lightning.evaluation.lm_tasks import bundled_index, quiet
 
@@ -205,7 +208,7 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
         settings.use_cache, column.name, options.model, options.backbone, options.dtype
     )
     about = {"path": options.model, "domain": column.domain, "dense": column.dense}
-    with quiet():
+    with quiet(), _few_questions(bool(where)):
         found = simple_evaluate(
             lm,
             model_args=about,
@@ -243,8 +246,74 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
     return plain(found["results"])
 
 
+@contextmanager
+def _few_questions(written: bool) -> Iterator[None]:
+    """Keep lm-eval from asking git, and from asking pip and the compiler, for seconds, what no file will hold.
+
+    Args:
+        written: Whether results are written, which then say on what machine they were made.
+    """
+    from lm_eval import evaluator
+
+    asked = evaluator.get_git_commit_hash, evaluator.add_env_info
+    evaluator.get_git_commit_hash = lambda: None  # of the folder that the user stands in
+    if not written:
+        evaluator.add_env_info = lambda results: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash, evaluator.add_env_info = asked
+
+
 def roots(tasks: "Loaded") -> list[Any]:
     """Tasks and groups that stand in no other group, as `simple_evaluate` takes them."""
     groups: Mapping[str, Any] = tasks.get("groups", {})
     inner = {child for group in groups.values() for child in group.child_names}
     return [made for part in (groups, tasks["tasks"]) for name, made in part.items() if name not in inner]
+
+
+def cache_of(path: str, column: str, model: str, *options: str | None) -> str:
+    """Beginning of a cache file's name; lm-eval adds `_rank0.db`.
+
+    Args:
+        path: What the user gave.
+        column: Way of reading.
+        model: Artifact, checkpoint or dense model.
+        options: What else the answers depend on, as the dtype.
+    """
+    told = repr((*_state(Path(model).expanduser()), *options))
+    return f"{path}_{column}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
+def _state(place: Path) -> tuple[object, ...]:
+    """Where a model is, and what changes with its weights; the id alone if it is on a hub."""
+    from koff_lightning.artifact.folder import MANIFEST
+
+    if (manifest := place / MANIFEST).is_file():  # holds the hashes of all weights
+        return str(place.resolve()), hashlib.sha256(manifest.read_bytes()).hexdigest()
+    files = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
+    if not files:
+        return (str(place),)
+    return str(place.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def refuse_cached_nan(samples: Iterable[dict[str, Any]], cache: str) -> None:
+    """Raise KoffError when an answer is no finite number: lm-eval keeps answers before they can be checked.
+
+    Args:
+        samples: Of all tasks, as lm-eval logs them.
+        cache: As from `cache_of`.
+    """
+    if broken := sum(not math.isfinite(value) for row in samples for value in _numbers(row["resps"])):
+        raise KoffError(
+            f"{broken} log-likelihoods in the cache {cache}_rank0.db are not finite, so the scores mean nothing: "
+            "remove it; the weights hold nan or inf, or their dtype overflows (try --dtype float32)"
+        )
+
+
+def _numbers(value: object) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)

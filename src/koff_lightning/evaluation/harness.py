@@ -12,6 +12,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,6 +139,7 @@ class KoffLM(HFLM):
             super().__init__(reading(model, domain, dense), tokenizer=tokenizer, **options)
         self._rank = dist.get_rank() if ranks.count() > 1 else 0
         self._world_size = ranks.count()
+        self._rolled_rows: int | None = None  # rows at a time while all windows of `loglikelihood_rolling` are scored
         self.broken = 0  # requests whose log-likelihood is no number
 
     def __repr__(self) -> str:
@@ -183,15 +185,27 @@ class KoffLM(HFLM):
         return batch["input_ids"], batch["attention_mask"]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """HFLM's own, which puts the start token before the text itself: the text is encoded without one."""
+        """HFLM's own, which puts the start token before the text itself: the text is encoded without one.
+
+        HFLM scores the windows of a few requests at a time, each with a progress bar of its own. In one process all
+        windows are handed over at once: sorted by length, so that rows of a batch hold little padding, under one bar.
+        """
         before, self.add_bos_token = self.add_bos_token, False
+        at_once = self.world_size == 1 and isinstance(self.batch_size_per_gpu, int)
+        self._rolled_rows = self.batch_size_per_gpu if at_once else None
+        if at_once:
+            self.batch_size_per_gpu = sys.maxsize
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm)
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or at_once)
         finally:
             self.add_bos_token = before
+            if at_once:
+                self.batch_size_per_gpu, self._rolled_rows = self._rolled_rows, None
 
-    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        scores = super()._loglikelihood_tokens(*args, **kwargs)
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        scores = super()._loglikelihood_tokens(requests, disable_tqdm, self._rolled_rows or override_bs)
         self.broken += sum(not math.isfinite(value) for value, _ in scores)  # told later, by all ranks at once
         return scores
 

@@ -1,6 +1,6 @@
 """Every option of every verb, from a table that ships with the package: help and wrong options need no imports.
 
-`options.json` is written by `make options` (option_reference.py) from the parsers themselves, and a test compares the
+`options.json` is written by `make options` (recipes/options.py) from the parsers themselves, and a test compares the
 two. The words of a command are looked at here before torch and Lightning are imported, which takes seconds. Only what
 is certainly wrong is refused; everything else is left to the parser, which knows more.
 """

@@ -18,7 +18,7 @@ from koff_lightning.cli import TOOLS, TRAINING
 from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing.option_table import FILE, LIGHTNINGS, Row
 
-PAGE = Path(__file__).parents[4] / "docs" / "options.md"
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 SECTIONS = ("model", "data", "anneal", "export", "lm_eval", "checkpoint", "trainer")  # ours first
 WORDS = {  # without a value; training_cli turns them into options
     "fit": {"dry-run": "Show the parameter budget and the text, take two steps, write nothing."},

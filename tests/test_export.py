@@ -286,7 +286,7 @@ def spoil(monkeypatch, part):
         ("weight", "computes other logits"),
         ("slightly", "computes other logits"),
         ("memory", "computes other logits"),
-        ("nan", "computes other logits"),
+        ("nan", "could not use it"),  # loading it refuses numbers that are not finite
         ("shape", "could not use it"),
     ],
 )
@@ -620,7 +620,7 @@ def test_tensors_of_another_kind_are_refused(run, tmp_path, capsys, kind):
     torch.save(content, tmp_path / "some.ckpt")
     assert main(["export", "--ckpt", str(tmp_path / "some.ckpt"), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{name} is {dtype} there and {due} here" in said
+    assert f"{name} is {dtype}" in said and str(due).removeprefix("torch.") in said
     assert not (tmp_path / "out").exists()
 
 

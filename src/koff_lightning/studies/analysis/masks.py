@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from koff_lightning.artifact.checkpoint import read_checkpoint
+from koff_lightning.artifact.checkpoint import decomposition_state, read_checkpoint
 from koff_lightning.artifact.folder import MANIFEST, read_manifest
 from koff_lightning.backbone import prunable_groups, without_weights
 from koff_lightning.decomposition import Decomposition
@@ -103,7 +103,7 @@ def read_mask(source: str | Path, backbone: str | None = None) -> Mask:
         groups = [(group["layer"], group["kind"], group["of"]) for group in manifest.kept]
         return _mask(str(source), manifest.base["hash"], list(manifest.domains), groups, manifest.mask())
     checkpoint = read_checkpoint(path, mmap=True)
-    options, state, about = (checkpoint[key] for key in ("hyper_parameters", "state_dict", "koff"))
+    options, about, state = checkpoint["hyper_parameters"], checkpoint["koff"], decomposition_state(checkpoint)
     _check_fixed(str(source), bool(state["gates.hardened"]), options["sparsity"]["target"])
     where = backbone or options["backbone"]
     config = load_config(where, revision=None if backbone else options["revision"])

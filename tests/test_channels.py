@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny_cases import ALPHA, RANK, Case, left_padded_batch, make_case, plain_batch, random_mask, real, run
+from tiny_cases import ALPHA, RANK, Case, cut_model, left_padded_batch, make_case, plain_batch, random_mask, real, run
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
 from koff_lightning import KoffError, SparsitySpec
-from koff_lightning.artifact.layouts import backbone_for
-from koff_lightning.attention import LayerMemory  # noqa: F401  registers the attention function
 from koff_lightning.backbone import CHANNELS, KINDS, parameter_counts, prunable_groups
 from koff_lightning.evaluation.baselines import compensation, scores
 from koff_lightning.gates import BackboneGates
@@ -43,17 +41,9 @@ def outputs(case: Case, batch, kept=None, domains=ORDER):
 
 def cut(case: Case, kept) -> nn.Module:
     """The plain model as the ragged layout has it."""
-    state = close_rows(case.plain.state_dict(), case.groups, kept)
-    config, state = backbone_for("ragged", case.plain.config, state, *whole_units(case.groups, kept))
-    model = type(case.plain)._from_config(config) if config.model_type == case.plain.config.model_type else None
-    if model is None:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="koff")
-    model.set_attn_implementation("koff")
-    model.load_state_dict(state)
-    model.config.use_cache = False
-    return model.requires_grad_(False).eval()
+    closed = copy.deepcopy(case.plain)
+    closed.load_state_dict(close_rows(closed.state_dict(), case.groups, kept))
+    return cut_model(closed, *whole_units(case.groups, kept))
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_architecture import FLOORS
 
 from koff_lightning import __version__
 from koff_lightning.cli import TOOLS, TRAINING
@@ -85,27 +84,15 @@ def test_commands_of_the_readme_are_commands():
 # ---------------------------------------------------------------------------------------------------------- the house
 
 
-def house() -> str:
-    return CONTRIBUTING[CONTRIBUTING.index("## The house") :]
-
-
-def test_the_house_shows_every_floor_in_order():
-    shown = re.findall(r"^    ([\w ]+?)(?: {2,}.*)?$", house(), re.MULTILINE)
-    order = [name for line in shown for name in line.split()]
-    wanted = [name for line in FLOORS.split("\n") for name in line.split()]
-    assert [name for name in order if name in wanted] == wanted
-
-
-def test_the_house_shows_every_file_and_folder_of_the_root():
-    """So nobody adds a room without saying what it is for."""
-    package = ROOT / "src" / "koff_lightning"
-    inside = [path.stem for path in package.iterdir() if not path.name.startswith("__") and path.suffix in (".py", "")]
+def test_contributing_shows_every_file_and_folder_of_the_repository():
+    """So nobody adds one without saying what it is for; test_architecture.py looks at those of the package."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
         "\n"
     )
-    at_root = {line.split("/")[0] for line in listed if line}
-    absent = [name for name in {*inside, *at_root} if not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", house())]
-    assert not absent
+    names = {line.split("/")[0] for line in listed if line}
+    house = CONTRIBUTING[CONTRIBUTING.index("At the root of the repository") : CONTRIBUTING.index("## Four ways")]
+    assert names
+    assert not [name for name in names if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", house)]
 
 
 def test_the_citation_and_the_changelog_name_this_version():

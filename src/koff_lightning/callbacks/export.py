@@ -78,6 +78,22 @@ class ExportArtifact(Callback):
         return self.enabled and trainer.is_global_zero and not trainer.fast_dev_run
 
 
+def next_steps(out: Path, domain: str) -> list[str]:
+    """What to do with a run that has ended: a line each.
+
+    Args:
+        out: The artifact.
+        domain: One of its domains.
+    """
+    return [
+        "next:",
+        f"  koff inspect {out}",
+        f"  koff generate --model {out} --domain {domain} --prompt 'How it begins' --compare dense",
+        f"  koff analyze --model {out}     # which neurons left, as a page",
+        f"  look at the pictures in {out.parent / 'plots'}",
+    ]
+
+
 def _folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / FOLDER
 

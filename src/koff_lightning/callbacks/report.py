@@ -115,7 +115,7 @@ class RunReport(Callback):
                 plots.save(figure, root / "plots", name)
         except OSError as error:
             raise KoffError(f"cannot write plots to {root / 'plots'}: {error.strerror or error}") from error
-        _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}: look at these first")
+        _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}")
 
     def _figures(self, module: KOFFModule) -> dict[str, plots.Figure]:
         figures = {"bits_per_byte": plots.domain_bars(self.results["domains"])}

@@ -139,7 +139,7 @@ class KoffLM(HFLM):
             super().__init__(reading(model, domain, dense), tokenizer=tokenizer, **options)
         self._rank = dist.get_rank() if ranks.count() > 1 else 0
         self._world_size = ranks.count()
-        self._rolled_rows: int | None = None  # rows at a time while all windows of `loglikelihood_rolling` are scored
+        self._rows: int | None = None  # of a batch, while `loglikelihood_rolling` collects its windows
         self.broken = 0  # requests whose log-likelihood is no number
 
     def __repr__(self) -> str:
@@ -191,21 +191,22 @@ class KoffLM(HFLM):
         windows are handed over at once: sorted by length, so that rows of a batch hold little padding, under one bar.
         """
         before, self.add_bos_token = self.add_bos_token, False
-        at_once = self.world_size == 1 and isinstance(self.batch_size_per_gpu, int)
-        self._rolled_rows = self.batch_size_per_gpu if at_once else None
-        if at_once:
-            self.batch_size_per_gpu = sys.maxsize
+        if self.world_size == 1 and isinstance(self.batch_size_per_gpu, int):
+            self._rows, self.batch_size_per_gpu = self.batch_size_per_gpu, sys.maxsize
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or at_once)
+            return super().loglikelihood_rolling(requests, disable_tqdm or self._rows is not None)
         finally:
             self.add_bos_token = before
-            if at_once:
-                self.batch_size_per_gpu, self._rolled_rows = self._rolled_rows, None
+            self._rows_again()
 
-    def _loglikelihood_tokens(
-        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        scores = super()._loglikelihood_tokens(requests, disable_tqdm, self._rolled_rows or override_bs)
+    def _rows_again(self) -> None:
+        """Let batches have as many rows again as were asked for."""
+        if self._rows is not None:
+            self.batch_size_per_gpu, self._rows = self._rows, None
+
+    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        self._rows_again()
+        scores = super()._loglikelihood_tokens(*args, **kwargs)
         self.broken += sum(not math.isfinite(value) for value, _ in scores)  # told later, by all ranks at once
         return scores
 

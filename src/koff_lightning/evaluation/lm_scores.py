@@ -54,7 +54,11 @@ def show(columns: Mapping[str, Scores]) -> None:
     """Print the table; where it is wider than the terminal, or than 100 characters of a file, its long form."""
     console = get_console() if get_console().is_terminal else Console(width=100, force_jupyter=False)
     wide = table(columns)
-    console.print(wide if console.measure(wide).maximum <= console.width else long_table(columns))
+    console.print(
+        wide
+        if console.measure(wide, options=console.options.update_width(10_000)).maximum <= console.width
+        else long_table(columns)
+    )
 
 
 def long_table(columns: Mapping[str, Scores]) -> Table:

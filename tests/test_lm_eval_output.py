@@ -1,0 +1,66 @@
+"""What `koff lm-eval` shows: a table that fits, one bar, and nothing asked of git and pip."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from koff_lightning.commands.lm_eval_cli import _few_questions, lm_eval
+from koff_lightning.evaluation import harness, lm_scores
+from koff_lightning.support.errors import KoffError
+
+SEVEN = {name: {"koff_bpb_en": {"bits_per_byte": 1.25, "bits_per_byte_stderr": 0.01}} for name in "abcdefg"}
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_table_fits_whatever_the_number_of_domains(width, monkeypatch, capsys):
+    monkeypatch.setattr(lm_scores, "Console", lambda **options: Console(**(options | {"width": width})))
+    lm_scores.show(SEVEN)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= width
+    assert said.count("1.2500 ± 0.0100") == 7
+    assert all(f" {name} " in said for name in SEVEN)
+
+
+def test_few_columns_stand_side_by_side(capsys):
+    lm_scores.show({name: SEVEN[name] for name in "ab"})
+    assert "1.2500 ± 0.0100   1.2500 ± 0.0100" in capsys.readouterr().out
+
+
+def rolled(lm, texts):
+    from lm_eval.api.instance import Instance
+
+    return lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts])
+
+
+def test_long_and_short_texts_are_scored_in_batches_of_like_length(monkeypatch, capsys):
+    texts = ["a b c d e f g h " * 9, "a", "b c", "c d e f g h a b " * 7, "d"]
+    lm = harness.KoffLM("koff-tiny", device="cpu", batch_size=2, max_length=16)
+    asked, call = [], lm._model_call
+    monkeypatch.setattr(
+        lm, "_model_call", lambda ids, *rest, **more: asked.append(ids.shape) or call(ids, *rest, **more)
+    )
+    together = rolled(lm, texts)
+    assert capsys.readouterr().err.count("100%") == 1, "one bar"
+    assert all(rows <= 2 for rows, _ in asked)
+    lengths = [length for _, length in asked]
+    assert lengths == sorted(lengths, reverse=True), "batches hold windows of like length"
+    assert len(asked) == -(-sum(rows for rows, _ in asked) // 2), "only the last may be short"
+    assert lm.batch_size == 2
+    alone = [rolled(lm, [text])[0] for text in texts]
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-5, atol=1e-4)
+
+
+def test_git_and_pip_are_asked_nothing_without_a_file_to_say_it_in():
+    from lm_eval import evaluator
+
+    before = evaluator.get_git_commit_hash, evaluator.add_env_info
+    for written in (False, True):
+        with _few_questions(written):
+            assert evaluator.get_git_commit_hash() is None
+            assert (evaluator.add_env_info is before[1]) == written
+        assert (evaluator.get_git_commit_hash, evaluator.add_env_info) == before
+
+
+def test_abbreviations_are_refused():
+    with pytest.raises(KoffError, match="lm-eval: no option 'dom'. Did you mean 'domain"):
+        lm_eval(["--model", "koff-tiny", "--tasks", "koff_cloze_en", "--dom", "en"])

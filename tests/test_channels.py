@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
 from koff_lightning import KoffError, SparsitySpec
-from koff_lightning.artifact.layouts import backbone_for
+from koff_lightning.artifact.layouts import LAYOUTS
 from koff_lightning.attention import LayerMemory  # noqa: F401  registers the attention function
 from koff_lightning.backbone import CHANNELS, KINDS, parameter_counts, prunable_groups
 from koff_lightning.evaluation.baselines import compensation, scores
@@ -44,7 +44,7 @@ def outputs(case: Case, batch, kept=None, domains=ORDER):
 def cut(case: Case, kept) -> nn.Module:
     """The plain model as the ragged layout has it."""
     state = close_rows(case.plain.state_dict(), case.groups, kept)
-    config, state = backbone_for("ragged", case.plain.config, state, *whole_units(case.groups, kept))
+    config, state = LAYOUTS["ragged"].backbone(case.plain.config, state, *whole_units(case.groups, kept))
     model = type(case.plain)._from_config(config) if config.model_type == case.plain.config.model_type else None
     if model is None:
         from transformers import AutoModelForCausalLM

@@ -259,10 +259,10 @@ def test_the_card_says_what_it_is(made, tmp_path):
 
 def spoil(monkeypatch, part):
     """Let the export write something wrong: half a weight, half a memory, nothing loadable, or no numbers."""
-    backbone_for, memory_for = Ragged.backbone, Ragged.memory
+    whole_backbone, whole_memory = Ragged.backbone, Ragged.memory
 
     def backbone(*arguments):
-        config, state = backbone_for(*arguments)
+        config, state = whole_backbone(*arguments)
         name = next(name for name in state if name.endswith("layers.1.mlp.up_proj.weight"))
         wrong = {
             "weight": state[name] * 1.5,
@@ -273,7 +273,7 @@ def spoil(monkeypatch, part):
         return config, state | {name: wrong.get(part, state[name]).contiguous()}
 
     def memory(layout, lora, kv, *rest):
-        lora, kv = memory_for(layout, lora, kv, *rest)
+        lora, kv = whole_memory(layout, lora, kv, *rest)
         return lora, {k: v.flip(1) * 2 for k, v in kv.items()} if part == "memory" else kv
 
     monkeypatch.setattr(Ragged, "backbone", backbone)

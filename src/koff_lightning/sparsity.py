@@ -122,13 +122,13 @@ class SparsitySpec:
                 f"units; got {self.denominator}"
             )
         halves = [kind for kind in self.units if kind not in ("channel", "kv_group")]
-        if halves and (self.layout == "uniform" or self.multiple_of > 1):
-            option = "layout uniform" if self.layout == "uniform" else f"multiple_of {self.multiple_of}"
+        if halves and (self.uniform or self.multiple_of > 1):
+            option = "layout uniform" if self.uniform else f"multiple_of {self.multiple_of}"
             raise KoffError(
                 f"sparsity.{option} is of whole units; channels of single linears ({', '.join(halves)}) leave other "
                 "widths: set sparsity.layout to ragged and sparsity.multiple_of to 1"
             )
-        if self.harden == "threshold" and (self.layout == "uniform" or self.multiple_of > 1):
+        if self.harden == "threshold" and (self.uniform or self.multiple_of > 1):
             raise KoffError("sparsity.harden threshold leaves any widths: layout uniform and multiple_of want budget")
 
     def gate_options(self) -> dict[str, float | None]:

@@ -32,7 +32,7 @@ def save_artifact(backbone: PreTrainedModel, bank: MemoryBank, manifest: Manifes
     check_free(out)
     if read_manifest(source) != manifest:
         raise KoffError(f"{source} is no longer the artifact that was loaded: load it again, then save")
-    if manifest.layout == "merged" and bank.domains != [manifest.domain]:
+    if manifest.form.folds and bank.domains != [manifest.domain]:
         raise KoffError(
             f"{manifest.domain!r} is merged into this backbone, so an artifact of it holds that memory and no other; "
             f"loaded is {', '.join(bank.domains) or 'none'}"

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint audit hashes bench notebooks clean
+.PHONY: help install demo test test-all lint audit options versions hashes bench notebooks clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -41,6 +41,13 @@ lint: .venv/installed ## check style, sizes and the one-way imports
 audit: .venv/installed ## look for known-bad releases: installed, pinned, allowed
 	$(BIN)/python recipes/supply_chain/audit.py
 
+options: .venv/installed ## write docs/options.md and the table behind --help anew from the classes
+	$(BIN)/python recipes/options.py
+
+versions: .venv/installed ## run some tests at the lowest allowed versions and at the newest, each in an environment of its own
+	$(BIN)/python recipes/supply_chain/versions.py lowest .venv-lowest
+	$(BIN)/python recipes/supply_chain/versions.py newest .venv-newest
+
 hashes: ## write both files of hashes anew from constraints.txt (needs uv)
 	uv pip compile --no-config --generate-hashes --no-deps --no-annotate --no-header --quiet \
 		--python-version 3.11 constraints.txt -o constraints-hashed.txt
@@ -59,5 +66,5 @@ notebooks: .venv/notebooks-installed ## run every notebook from top to bottom
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --durations=0 notebooks
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-lowest .venv-newest build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ support
 backbone
 gguf_files model_files
 loading
-tracking merged_attention attention losses metrics surgery lora
+tracking merged_attention attention losses metrics surgery lora penalties
 gates sparsity kv_memory
 memory
 decomposition
@@ -77,6 +77,25 @@ def test_a_file_imports_from_its_own_floor_and_those_below():
     graph = {name: others - {"koff_lightning"} for name, others in import_graph().items() if name != "koff_lightning"}
     up = {(name, other) for name, others in graph.items() for other in others if floor_of(other) > floor_of(name)}
     assert up == LAZY_DOORS, f"imports upwards: {sorted(up - LAZY_DOORS)}; doors that nobody uses: {LAZY_DOORS - up}"
+
+
+def test_contributing_shows_the_house_that_stands():
+    """Every file and folder of the root has its place in CONTRIBUTING, in the order of the floors."""
+    text = (SOURCE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    house = text[text.index("## The house") : text.index("## Four ways")]
+    here = {path.name for path in (SOURCE / "koff_lightning").iterdir()} - {"__pycache__"}
+    rooms = {name for name in here if not name.startswith("__") and name != "notebook.py"}
+    shown = re.findall(r"(?<![\w/])(\w+)(?:\.py|/)(?=\s)", house)
+    assert {name.removesuffix(".py") for name in rooms} <= set(shown)
+    floors = [floor_of(f"koff_lightning.{name}") for name in shown if name in FLOORS.split()]
+    assert floors == sorted(floors)
+    named = re.findall(r"\b([a-z_]+/[a-z_]+\.py)\b", text)
+    assert named
+    assert [
+        name
+        for name in named
+        if not any((base / name).is_file() for base in (SOURCE / "koff_lightning", SOURCE.parent))
+    ] == []
 
 
 def test_lazy_doors_are_inside_functions():

@@ -11,7 +11,8 @@ from tiny_run import RandomText, tiny_module, tiny_trainer
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.backbone import parameter_counts, prunable_groups
 from koff_lightning.data.calibration import CalibrationText
-from koff_lightning.data.packing import TokenStream, pack
+from koff_lightning.data.encoding import TokenStream
+from koff_lightning.data.packing import pack
 from koff_lightning.evaluation.baselines import Moments, compensation, input_moments, scores
 from koff_lightning.sparsity import Budget
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from koff_lightning import KoffError, KVSpec
 from koff_lightning.artifact.cartridge import from_cartridge, to_cartridge
-from koff_lightning.artifact.layouts import backbone_for
+from koff_lightning.artifact.layouts import LAYOUTS
 from koff_lightning.backbone import prunable_groups, rotary_inv_freq
 from koff_lightning.kv_memory import KVMemory
 
@@ -28,7 +28,7 @@ def backbone(variant):
         model = tiny_model("qwen3")
         groups = prunable_groups(model)
         kept = torch.cat([torch.arange(group.size) % 2 == 1 for group in groups])
-        config, state = backbone_for("uniform", model.config, model.state_dict(), groups, kept)
+        config, state = LAYOUTS["uniform"].backbone(model.config, model.state_dict(), groups, kept)
         cut = AutoModelForCausalLM.from_config(config, attn_implementation="koff")
         cut.load_state_dict(state)
         return cut.eval()

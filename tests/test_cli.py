@@ -78,7 +78,7 @@ def test_each_tool_has_its_own_help(verb, capsys):
         (["--config", "demo.yaml", "fit"], "koff: the verb comes first: koff fit --config demo.yaml"),
         (["fetch"], "koff: fetch: the following arguments are required: name"),
         (["fetch", "smollm2", "--otu", "x"], "koff: fetch: no option 'otu'. Did you mean 'out'?"),
-        (["configs", "demo.yaml"], "koff: configs: no option 'demo.yaml'."),
+        (["configs", "--out", "demo.yaml"], "koff: configs: no option 'out'."),
         (
             ["fit", "--config", "lama_12pct.yaml"],
             "koff: config 'lama_12pct.yaml' is neither a file here nor one that ships with the package. "

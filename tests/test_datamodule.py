@@ -257,6 +257,28 @@ def test_a_short_sample_comes_from_one_document(text):
     ]
 
 
+@pytest.mark.parametrize("folder", ["tokenizer", "no_bos"])
+def test_a_domain_that_is_one_long_document_gives_places_from_all_over_it(text, tmp_path, folder):
+    words = [f"{number:05d}" for number in range(12_000)]  # every place can be told
+    write_jsonl(tmp_path / "train.jsonl", [" ".join(words)])
+    write_jsonl(tmp_path / "heldout.jsonl", toy_documents(3))
+    source = {"files": str(tmp_path / "train.jsonl"), "heldout_files": str(tmp_path / "heldout.jsonl")}
+    data = DomainDataModule({"book": source}, tokenizer=str(text / folder), seq_len=32)
+    data.setup()
+    tokens, bos = data._documents["book"].tokens.tolist(), data.tokenizer.bos_token_id
+    ids = data.sample_ids("book", 512).tolist()
+    chunks = [ids[n : n + 64] for n in range(0, 512, 64)]
+    if bos is not None:
+        assert ids.count(bos) == ids[0:1].count(bos) == 1
+        chunks[0] = chunks[0][1:]
+    string = " " + " ".join(map(str, tokens)) + " "
+    places = [string.index(" " + " ".join(map(str, chunk)) + " ") / len(string) for chunk in chunks]
+    assert len(set(places)) == 8
+    assert min(places) < 0.4 < 0.6 < max(places)
+    assert data.sample_ids("book", 32).tolist()[2:] != tokens[2:32], "a single chunk is not the title page"
+    assert len(data.sample_ids("book", len(tokens) // 2)) == len(tokens) // 2
+
+
 def test_a_memory_larger_than_the_text_is_refused(text):
     with pytest.raises(KoffError, match="training text of domain 'c' is too short for a memory of 100000 slots"):
         ready(text).sample_ids("c", 100_000)

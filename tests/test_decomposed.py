@@ -340,6 +340,104 @@ def test_memories_come_and_go(made):
         model.remove_memory("de")
 
 
+# ------------------------------------------------------------------------------------------------- move, cast, save
+
+
+def test_where_a_model_is(model):
+    assert model.device == torch.device("cpu") == model.backbone.device
+    assert model.to("cpu") is model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_model_that_is_cast_is_the_one_loaded_in_that_dtype(made, dtype):
+    """To the bit: memories and the frequencies of the rotary embedding stay as exact as they are."""
+    ids, mask = left_padded()
+    cast, loaded = load_decomposed(made.folder).to(dtype), load_decomposed(made.folder, dtype=dtype)
+    assert cast.backbone.dtype == dtype
+    for (name, one), (_, other) in zip(cast.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+    buffers = zip(cast.named_buffers(), loaded.named_buffers(), strict=True)
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for (_, one), (_, other) in buffers)
+    assert torch.equal(cast(ids, mask, domains=ROWS).logits, loaded(ids, mask, domains=ROWS).logits)
+    back = cast.to(torch.float32)
+    assert torch.equal(
+        back.memories.weights("de")[name := next(iter(back.memories.weights("de")))],
+        load_decomposed(made.folder).memories.weights("de")[name],
+    )
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("layout", ["ragged", "uniform", "deci", "masked", "merged"])
+def test_what_is_loaded_and_saved_is_the_same_folder(tmp_path, layout):
+    made = tiny_artifact(tmp_path, layout=layout, uniform=layout == "uniform")
+    load_decomposed(made.folder).save_pretrained(str(tmp_path / "again"))
+    assert contents(tmp_path / "again") == contents(made.folder)
+
+
+@pytest.mark.parametrize("options", [{"kv": None}, {"lora": None}, {"tie": True}], ids=str)
+def test_so_it_is_without_a_part(tmp_path, options):
+    made = tiny_artifact(tmp_path, **options)
+    load_decomposed(made.folder).save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(made.folder)
+
+
+@torch.no_grad()
+def test_memories_that_came_and_went_are_saved_so(made, tmp_path):
+    ids, mask = left_padded()
+    model = load_decomposed(made.folder, domains=["de"])
+    model.add_memory(made.folder / "memories" / "law", name="jura")
+    model.remove_memory("de")
+    model.add_memory(made.folder / "memories" / "fr")
+    model.save_pretrained(tmp_path / "new")
+    again = load_decomposed(tmp_path / "new")
+    assert again.domains == ["jura", "fr"] == list(again.manifest.domains)
+    rows = ["jura", None, "fr", "jura"]
+    assert torch.equal(again(ids, mask, domains=rows).logits, model(ids, mask, domains=rows).logits)
+    assert again.manifest.parameters["stored"] == sum(
+        map(numbers, [tmp_path / "new/backbone", *(tmp_path / "new/memories").iterdir()])
+    )
+    assert contents(tmp_path / "new" / "memories/fr") == contents(made.folder / "memories/fr")
+
+
+def test_what_cannot_be_saved_as_an_artifact(made, tmp_path):
+    def refused(line, change=lambda model: None, out=tmp_path / "out", **options):
+        model = load_decomposed(made.folder, **options)
+        with torch.no_grad():
+            change(model)
+        with pytest.raises(KoffError, match=line) as caught:
+            model.save_pretrained(out)
+        assert "\n" not in str(caught.value)
+
+    refused("exists already", out=tmp_path)
+    refused("the backbone is torch.bfloat16 here and torch.float32 in its artifact", dtype="bfloat16")
+    refused("the backbone is torch.float64 here", lambda model: model.double())
+    weight = "model.layers.1.mlp.up_proj.weight"
+    refused(
+        rf"changed after it was loaded \(first: {weight}\)",
+        lambda model: model.backbone.model.layers[1].mlp.up_proj.base_layer.weight[0].add_(1),
+    )
+    assert list(tmp_path.iterdir()) == []
+    moved = shutil.copytree(made.folder, tmp_path / "moved")
+    model = load_decomposed(moved)
+    edit(moved / "koff.json", licence="other")
+    with pytest.raises(KoffError, match="is no longer the artifact that was loaded"):
+        model.save_pretrained(tmp_path / "out")
+    shutil.rmtree(moved)
+    with pytest.raises(KoffError, match="no such folder"):
+        model.save_pretrained(tmp_path / "out")
+
+
+def test_a_merged_artifact_is_saved_with_its_memory_alone(tmp_path):
+    made = tiny_artifact(tmp_path, layout="merged")
+    model = load_decomposed(made.folder, domains=[])
+    with pytest.raises(KoffError, match="'de' is merged into this backbone, .* loaded is none"):
+        model.save_pretrained(tmp_path / "out")
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_parameters_are_counted_from_what_is_there(tmp_path, tie):
     made = tiny_artifact(tmp_path, tie=tie)

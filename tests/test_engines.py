@@ -1,4 +1,4 @@
-"""What other engines can take: the promises about transformers and PEFT are tried, and the README says the same."""
+"""What other engines can take: promises about transformers and PEFT are tried, and docs/engines.md says the same."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from koff_lightning.artifact.layouts import LAYOUTS
 
 # peft asks a model under the name of an older transformers
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
 
 
 def made(folder, layout, **options):
@@ -118,10 +118,10 @@ def test_names_of_engines():
         engines.names("vlm")
 
 
-def test_the_readme_has_this_table():
-    found = re.search(r"<!-- engines -->\n(.*?)\n<!-- /engines -->", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_page_has_this_table():
+    found = re.search(r"<!-- engines -->\n(.*?)\n<!-- /engines -->", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert found[1] == engines.markdown(), (
-        "paste what `python -c 'from koff_lightning import engines as e; print(e.markdown())'` says"
+        "paste what `python -c 'from koff_lightning.artifact import engines as e; print(e.markdown())'` says"
     )
     every = " ".join(engines.FORMS.values())
     assert all(f"`{layout}`" in every for layout in LAYOUTS)

@@ -21,11 +21,12 @@ from toy_text import toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, LoraSpec, load_decomposed
-from koff_lightning.artifact import parts as artifact_parts
-from koff_lightning.artifact import proof
+from koff_lightning.artifact import export as exporting
+from koff_lightning.artifact import modeling_koff, proof
 from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.folder import read_manifest, verify
+from koff_lightning.artifact.layouts import Ragged
 from koff_lightning.artifact.model_card import base_folder, licence_of
 from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
@@ -177,7 +178,7 @@ def test_the_files_are_plain_and_complete(made, tmp_path):
 
 
 def test_big_models_are_sharded(made, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(artifact_parts, "SHARD", "40KB")
+    monkeypatch.setattr(exporting, "SHARD", "40KB")
     assert export(made.module, tmp_path / "out")["passed"]
     backbone = tmp_path / "out" / "backbone"
     index = json.loads((backbone / "model.safetensors.index.json").read_text())["weight_map"]
@@ -205,7 +206,7 @@ def test_plain_transformers_loads_the_uniform_layout_and_its_code_the_ragged_one
         "AutoConfig": "modeling_koff.KoffLlamaConfig",
         "AutoModelForCausalLM": "modeling_koff.KoffLlamaForCausalLM",
     }
-    source = Path(artifact_parts.modeling_koff.__file__)
+    source = Path(modeling_koff.__file__)
     assert (backbone / "modeling_koff.py").read_bytes() == source.read_bytes()
     verify(tmp_path / "code")
 
@@ -258,7 +259,7 @@ def test_the_card_says_what_it_is(made, tmp_path):
 
 def spoil(monkeypatch, part):
     """Let the export write something wrong: half a weight, half a memory, nothing loadable, or no numbers."""
-    backbone_for, memory_for = artifact_parts.backbone_for, artifact_parts.memory_for
+    backbone_for, memory_for = Ragged.backbone, Ragged.memory
 
     def backbone(*arguments):
         config, state = backbone_for(*arguments)
@@ -275,8 +276,8 @@ def spoil(monkeypatch, part):
         lora, kv = memory_for(layout, lora, kv, *rest)
         return lora, {k: v.flip(1) * 2 for k, v in kv.items()} if part == "memory" else kv
 
-    monkeypatch.setattr(artifact_parts, "backbone_for", backbone)
-    monkeypatch.setattr(artifact_parts, "memory_for", memory)
+    monkeypatch.setattr(Ragged, "backbone", backbone)
+    monkeypatch.setattr(Ragged, "memory", memory)
 
 
 @pytest.mark.parametrize(
@@ -352,9 +353,9 @@ def test_greedy_tokens_may_differ_only_at_a_tie(made, tmp_path, here, monkeypatc
 def test_another_tokenizer_is_noticed(made, tmp_path, here, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(made.folder / "dense")
     tokenizer.add_tokens(["the"])
-    write = artifact_parts._write_companions
+    write = exporting._write_companions
     spoiled = lambda order, *rest: write(replace(order, tokenizer=tokenizer), *rest)  # noqa: E731
-    monkeypatch.setattr(artifact_parts, "_write_companions", spoiled)
+    monkeypatch.setattr(exporting, "_write_companions", spoiled)
     with pytest.raises(KoffError, match="other token ids from its tokenizer"):
         export(made.module, tmp_path / "out")
 
@@ -364,7 +365,7 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch, writer):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact_parts, writer, full)
+    monkeypatch.setattr(exporting, writer, full)
     with pytest.raises(KoffError, match=r"^cannot write .*out: No space left on device$"):
         export(made.module, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -399,6 +400,89 @@ def test_an_unfinished_mask_is_refused(tmp_path):
     module = tiny_decomposition(tmp_path)
     module.gates.hardened.fill_(False)
     with pytest.raises(KoffError, match="the mask of this run is not fixed yet"):
+        export(module, tmp_path / "out")
+
+
+# What no value of the right kind replaces: name of a part -> how it is spoilt, and what is said of it.
+LORA = "layers.0.self_attn.q_proj.lora_A.koff_law.weight"
+NOT_NUMBERS = {
+    "lora_nan": (lambda m: m.memories.lora_parameters("law")[0], math.nan, LORA),
+    "lora_inf": (lambda m: m.memories.lora_parameters("law")[-1], math.inf, "down_proj.lora_B.koff_law.weight"),
+    "kv_nan": (lambda m: m.memories.slots("law").value[1], math.nan, "memories.kv.koff_law.value.1"),
+    "sink_nan": (lambda m: m.memories.slots("law").sink_key[0], -math.inf, "memories.kv.koff_law.sink_key.0"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_NUMBERS)
+def test_memories_that_hold_no_numbers_are_refused(tmp_path, kind):
+    part, value, name = NOT_NUMBERS[kind]
+    module = tiny_decomposition(tmp_path)
+    with torch.no_grad():
+        part(module).view(-1)[1] = value
+    with pytest.raises(KoffError, match=f"{re.escape(name)} holds nan or inf"):
+        export(module, tmp_path / "out", prove=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("arm", [None, "law"], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gated_model_that_gives_no_numbers_proves_nothing(tmp_path, here, monkeypatch, arm, value):
+    """For whatever reason, also where the artifact gives the same: `nan` differs from nothing by less than allowed."""
+    gated, written = proof._gated, proof._written
+
+    def broken(compute):
+        def logits(model, ids, mask, rows):
+            found = compute(model, ids, mask, rows)
+            found[[row == arm for row in rows], -1, 7] = value
+            return found
+
+        return logits
+
+    monkeypatch.setattr(proof, "_gated", broken(gated))
+    module = tiny_decomposition(tmp_path)
+    for both in (False, True):
+        if both:
+            monkeypatch.setattr(proof, "_written", broken(written))
+        with pytest.raises(KoffError, match=f"the model itself computes nan or inf .memory {arm}.: there is nothing"):
+            export(module, tmp_path / "out")
+    report = json.loads((tmp_path / "out.failed" / "export_report.json").read_text(), parse_constant=pytest.fail)
+    assert [case["finite"] for case in report["memories"]] == [case["memory"] != arm for case in report["memories"]]
+
+
+@pytest.mark.parametrize("arm", [None, "de", "law"], ids=str)
+def test_an_artifact_that_gives_no_numbers_for_one_memory(tmp_path, here, monkeypatch, arm):
+    written = proof._written
+
+    def broken(model, ids, mask, rows):
+        found = written(model, ids, mask, rows)
+        found[[row == arm for row in rows], -1, 7] = math.nan
+        return found
+
+    monkeypatch.setattr(proof, "_written", broken)
+    with pytest.raises(KoffError, match="a fresh process computes other logits"):
+        export(tiny_decomposition(tmp_path), tmp_path / "out")
+
+
+def test_numbers_that_run_out_on_the_way_are_noticed(tmp_path, here, monkeypatch):
+    """Only the continuation shows it: the logits that are compared are those of the first step."""
+    gated, calls = proof._gated, []
+
+    def later(module, ids, mask, rows):
+        calls.append(len(rows))
+        found = gated(module, ids, mask, rows)
+        if len(calls) > 4 + 3:  # after the arms, and three steps
+            found[1, -1] = math.nan
+        return found
+
+    monkeypatch.setattr(proof, "_gated", later)
+    with pytest.raises(KoffError, match="the model itself computes nan or inf .memory de."):
+        export(tiny_decomposition(tmp_path), tmp_path / "out")
+
+
+def test_a_fixed_mask_that_removes_nothing_is_refused(tmp_path, here):
+    module = tiny_decomposition(tmp_path)
+    module.gates.harden(torch.ones_like(module.gates.kept))
+    with pytest.raises(KoffError, match=r"the mask is fixed but removes nothing, and the run's target is 0\.3"):
         export(module, tmp_path / "out")
 
 
@@ -510,6 +594,34 @@ def test_checkpoints_that_are_refused(run, tmp_path, monkeypatch):
         from_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(KoffError, match="is a folder, as sharded runs save"):
         from_checkpoint(tmp_path)
+
+
+OTHER_KINDS = {
+    "kv_bool": ("memories.kv.koff_law.value.1", torch.bool),
+    "kv_int64": ("memories.kv.koff_law.value.0", torch.int64),
+    "kv_complex": ("memories.kv.koff_law.key.1", torch.complex64),
+    "sink_half": ("memories.kv.koff_law.sink_key.0", torch.float16),
+    "lora_int8": ("backbone.model.layers.0.mlp.down_proj.lora_A.koff_law.weight", torch.int8),
+    "lora_bf16": ("backbone.model.layers.1.mlp.up_proj.lora_B.koff_en.weight", torch.bfloat16),
+    "mask_uint8": ("gates.kept", torch.uint8),
+    "mask_float": ("gates.hardened", torch.float32),
+    "logits_double": ("gates.logits", torch.float64),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_tensors_of_another_kind_are_refused(run, tmp_path, capsys, kind):
+    """torch would cast them without a word."""
+    name, dtype = OTHER_KINDS[kind]
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state = content["state_dict"]
+    due = state[f"model.{name}"].dtype
+    state[f"model.{name}"] = state[f"model.{name}"].to(dtype)
+    torch.save(content, tmp_path / "some.ckpt")
+    assert main(["export", "--ckpt", str(tmp_path / "some.ckpt"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{name} is {dtype} there and {due} here" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_cannot_ask_for_code_to_be_run(run, tmp_path):

@@ -6,11 +6,14 @@ import shutil
 
 import pytest
 import torch
-from tiny_artifact import tiny_artifact
+from tiny_artifact import tiny_artifact, tiny_decomposition
 from tiny_models import tiny_model
 
 from koff_lightning import load_backbone, load_decomposed
+from koff_lightning.artifact.export import export
+from koff_lightning.artifact.folder import describe_files
 from koff_lightning.cli import main
+from koff_lightning.evaluation.harness import Reader, load_model
 
 PROMPTS = ["the quick brown", "größere Füchse", "null"]
 NEW = ["--max_new_tokens", "6", "--device", "cpu"]
@@ -72,20 +75,84 @@ def test_sampling_follows_the_seed(made, capsys):
     assert first == again != other
 
 
-def test_the_models_own_settings_do_not_change_greedy_continuations(made, model, capsys, tmp_path):
-    folder = shutil.copytree(made.folder, tmp_path / "copy")
-    file = folder / "backbone/generation_config.json"
-    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}
-    content = json.dumps((json.loads(file.read_text()) if file.exists() else {}) | own)
-    file.write_text(content)
-    manifest = json.loads((folder / "koff.json").read_text())
-    manifest["files"].pop("backbone/generation_config.json", None)
-    from koff_lightning.artifact.folder import describe_files
+# What a generation_config.json may ask for, each of which changes what is generated here.
+SETTINGS = {
+    "sampling": {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 200},
+    "repetition": {"repetition_penalty": 0.01},
+    "forced": {"forced_eos_token_id": 7},
+    "suppressed": {"suppress_tokens": list(range(2, 200))},
+    "bad_words": {"bad_words_ids": [[token] for token in range(2, 200)]},
+    "lengths": {"max_new_tokens": 1, "min_length": 30},
+    "beams": {"num_beams": 3, "length_penalty": 5.0},
+}
 
+
+def with_settings(made, folder, settings):
+    """A copy of an artifact whose backbone has these settings of its own."""
+    folder = shutil.copytree(made.folder, folder)
+    file = folder / "backbone/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    manifest = json.loads((folder / "koff.json").read_text())
     manifest["files"] = describe_files(folder, "backbone")
     (folder / "koff.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_greedy_is_greedy_whatever_the_models_own_settings_say(made, model, capsys, tmp_path, kind):
+    folder = with_settings(made, tmp_path / "copy", SETTINGS[kind])
+    due = greedy(model, PROMPTS[0], domains="law")
+    assert greedy(load_decomposed(folder), PROMPTS[0], domains="law") == due
     out = koff(capsys, "generate", "--model", folder, "--domain", "law", "--prompt", PROMPTS[0], *NEW)
-    assert out.strip() == (PROMPTS[0] + greedy(model, PROMPTS[0], domains="law")).strip()
+    assert out.strip() == (PROMPTS[0] + due).strip()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SETTINGS if kind not in ("sampling", "lengths", "beams")])
+def test_the_models_own_settings_can_be_asked_for(made, model, capsys, tmp_path, kind):
+    folder = with_settings(made, tmp_path / "copy", SETTINGS[kind])
+    command = ["generate", "--model", folder, "--domain", "law", "--prompt", PROMPTS[0], *NEW]
+    out = koff(capsys, *command, "--generation-config", "model")
+    assert out.strip() == (PROMPTS[0] + greedy(model, PROMPTS[0], domains="law", **SETTINGS[kind])).strip()
+    assert out != koff(capsys, *command)
+
+
+def test_the_models_own_sampling_can_be_asked_for(made, model, capsys, tmp_path):
+    folder = with_settings(made, tmp_path / "copy", SETTINGS["sampling"])
+    command = ["generate", "--model", folder, "--prompt", PROMPTS[0], *NEW, "--generation-config", "model"]
+    first, again, other = (koff(capsys, *command, "--seed", seed) for seed in (1, 1, 2))
+    assert first == again != other
+    due = koff(capsys, "generate", "--model", made.folder, "--prompt", PROMPTS[0], *NEW)
+    assert koff(capsys, *command, "--temperature", "0") == due, "what is given goes before it"
+
+
+def test_the_tokens_that_end_a_text_are_the_models_own(made, model, tmp_path):
+    ids = model.tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    options = {"domains": "law", "max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    new = model.generate(ids, **options)[0, ids.shape[1] :].tolist()
+    ends = load_decomposed(with_settings(made, tmp_path / "copy", {"eos_token_id": [1, new[2]]}))
+    assert ends.generate(ids, **options)[0, ids.shape[1] :].tolist() == new[: new.index(new[2]) + 1]
+
+
+def test_dense_models_and_checkpoints_are_read_greedily_too(made, tmp_path):
+    """By the tasks of lm-eval and beside the decomposed model."""
+    dense, settings = made.folder.parent / "dense", SETTINGS["repetition"]
+    ids = load_decomposed(made.folder).tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    before, backup = (dense / "generation_config.json").read_text(), load_backbone(str(dense))
+    due = {
+        None: backup.generate(ids, **options),
+        "law": load_decomposed(made.folder).generate(ids, domains="law", **options),
+    }
+    (dense / "generation_config.json").write_text(json.dumps(json.loads(before) | settings))
+    try:
+        module = tiny_decomposition(dense.parent, chat=True)
+        assert torch.equal(Reader(module, "law").generate(ids, **options), due["law"])
+        assert torch.equal(Reader(module, None, dense=True).generate(ids, **options), due[None])
+        assert torch.equal(load_model(str(dense)).generate(ids, **options), due[None])
+        export(module, tmp_path / "out", prove=False)
+        assert settings.items() <= json.loads((tmp_path / "out/backbone/generation_config.json").read_text()).items()
+    finally:
+        (dense / "generation_config.json").write_text(before)
 
 
 def test_comparison_shows_dense_pruned_and_koff_side_by_side(made, model, capsys, monkeypatch):
@@ -132,6 +199,7 @@ def test_comparison_with_another_dense_model_is_refused(tmp_path, capsys):
         (["--prompt", "a", "--prompt", "b", "--domain", "de", "--domain", "fr", "--domain", "de"], "3 domains for 2"),
         (["--prompt", "a", "--domain", "it"], "has no memory for 'it'; it has de, fr, law"),
         (["--prompt", "a", "--compare", "dense"], "--compare shows what a memory changes: give its --domain"),
+        (["--prompt", "a", "--generation-config", "file"], "generation_config must be 'none', 'model'; got 'file'."),
         (["--prompt", "a", "--compare", "dens"], "generate: compare must be 'dense' or null; got 'dens'."),
         (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens must be at least 1; got 0"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 (most likely token) or a positive number"),
@@ -186,7 +254,9 @@ def test_a_talk_goes_on_and_domains_change(made, model, monkeypatch, capsys):
     assert answers[1].startswith(first)
     assert answers[3].startswith(second)
     assert answers[6].startswith(fresh)
-    assert out.count("not understood") == 2
+    assert out.count("not understood") == 1
+    assert out.count("/help says this") == 3, "at the start, by /help, and after what is not understood"
+    assert answers[8].startswith("domains: de, fr, law. /domain NAME changes the memory")
     assert out.count("> ") == 10, "nothing is asked after /exit"
 
 
@@ -213,3 +283,13 @@ def test_the_seed_of_a_talk(made, monkeypatch, capsys):
 
     assert sampled(1) == sampled(1) != sampled(2)
     assert torch.initial_seed() == 2
+
+
+def test_a_talk_is_greedy_unless_something_is_asked_for(made, monkeypatch, capsys, tmp_path):
+    def said(folder, *argv):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the fox\n"))
+        return koff(capsys, "chat", "--model", folder, *NEW, *argv)
+
+    folder = with_settings(made, tmp_path / "copy", SETTINGS["sampling"] | SETTINGS["repetition"])
+    assert said(folder) == said(made.folder) == said(folder, "--temperature", "0")
+    assert said(folder, "--generation-config", "model") != said(folder)

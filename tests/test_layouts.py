@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import inspect
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -13,13 +15,13 @@ from tiny_models import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from koff_lightning import KoffError
-from koff_lightning.artifact.deci import ragged_config
-from koff_lightning.artifact.layouts import LAYOUTS, backbone_for, layer_widths, memory_for, memory_shapes
+from koff_lightning.artifact.layouts import LAYOUTS, layer_widths, layout_named
 from koff_lightning.artifact.modeling_koff import MODELS, KoffDeciConfig
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import hidden_states, prunable_groups
+from koff_lightning.commands.export_cli import export_checkpoint
 from koff_lightning.kv_memory import KVMemory
-from koff_lightning.surgery import masks, merge_lora
+from koff_lightning.surgery import masks, merge_lora, zero_kv, zero_state
 
 CUT = ("ragged", "uniform", "merged")
 
@@ -56,7 +58,7 @@ def peft_state(case, domain):
 def test_written_backbones_are_the_gated_model(family, layout, tmp_path):
     case, batch = make_case(family), plain_batch()
     kept = mask_for(layout, case.groups)
-    config, state = backbone_for(layout, case.plain.config, case.plain.state_dict(), case.groups, kept)
+    config, state = LAYOUTS[layout].backbone(case.plain.config, case.plain.state_dict(), case.groups, kept)
     model = written(config, state, tmp_path)
     expected = run(case, batch, kept=kept)
     torch.testing.assert_close(hidden_states(model, **batch), expected, atol=1e-5, rtol=0)
@@ -74,8 +76,8 @@ def test_a_merged_backbone_with_its_memory_beside_it(family, tmp_path):
     case, batch = make_case(family), plain_batch()
     kept, tensors = random_mask(case.groups), case.bank.kv["koff_fr"].tensors()
     state = merge_lora(case.plain.state_dict(), peft_state(case, "fr"), ALPHA / RANK)
-    model = written(*backbone_for("merged", case.plain.config, state, case.groups, kept), tmp_path)
-    lora, kv = memory_for("merged", None, tensors, case.groups, kept)
+    model = written(*LAYOUTS["merged"].backbone(case.plain.config, state, case.groups, kept), tmp_path)
+    lora, kv = LAYOUTS["merged"].memory(None, tensors, case.groups, kept)
     assert lora is None
     expected = run(case, batch, ["fr"] * 3, kept)
     hang(model, kv)
@@ -95,12 +97,49 @@ def hang(model, kv):
 def test_a_memory_fits_the_backbone_of_its_layout(family, layout, tmp_path):
     case, batch = make_case(family), plain_batch()
     kept = mask_for(layout, case.groups)
-    config, state = backbone_for(layout, case.plain.config, case.plain.state_dict(), case.groups, kept)
-    lora, kv = memory_for(layout, peft_state(case, "de"), case.bank.kv["koff_de"].tensors(), case.groups, kept)
+    config, state = LAYOUTS[layout].backbone(case.plain.config, case.plain.state_dict(), case.groups, kept)
+    lora, kv = LAYOUTS[layout].memory(peft_state(case, "de"), case.bank.kv["koff_de"].tensors(), case.groups, kept)
     model = written(config, merge_lora(state, lora, ALPHA / RANK), tmp_path)
     hang(model, kv)
     torch.testing.assert_close(hidden_states(model, **batch), run(case, batch, ["de"] * 3, kept), atol=1e-5, rtol=0)
-    assert memory_shapes(layout) == ("full" if layout == "masked" else "cut")
+    assert LAYOUTS[layout].shapes == ("full" if layout == "masked" else "cut")
+
+
+@pytest.mark.parametrize("width", [96, 768])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stored_memory_has_the_dense_shapes_again(layout, width):
+    """Every number that the mask keeps is where it was, every other one is zero."""
+    case = make_case("qwen2", intermediate_size=width)
+    kept = random_mask(case.groups)
+    lora, kv = peft_state(case, "de"), case.bank.kv["koff_de"].tensors()
+    stored = LAYOUTS[layout].memory(lora, kv, case.groups, kept)
+    shapes = [part and {name: tensor.shape for name, tensor in part.items()} for part in stored]
+    back = LAYOUTS[layout].dense_memory(*stored, case.groups, kept)
+    expected = (None if layout == "merged" else zero_state(lora, case.groups, kept), zero_kv(kv, case.groups, kept))
+    for found, due in zip(back, expected, strict=True):
+        assert (found is None) == (due is None)
+        assert found is None or found.keys() == due.keys()
+        assert all(torch.equal(tensor, due[name]) for name, tensor in (found or {}).items())
+    assert (shapes[1] == {name: tensor.shape for name, tensor in kv.items()}) == (layout in ("masked", "deci"))
+    if layout not in ("masked", "merged"):
+        with pytest.raises(KoffError, match="rows, its units have"):
+            LAYOUTS[layout].dense_memory(lora, kv, case.groups, kept)
+
+
+def test_every_layout_says_what_can_be_done_with_it():
+    def those(trait):
+        return [name for name, layout in LAYOUTS.items() if getattr(layout, trait)]
+
+    assert all(layout is layout_named(name) and layout.name == name for name, layout in LAYOUTS.items())
+    assert those("folds") == ["merged"]
+    assert those("takes_domains") == ["ragged", "uniform"]
+    assert those("takes_biases") == ["ragged", "masked", "merged"]
+    assert those("has_code") == ["ragged", "deci", "merged"]
+    assert those("in_transformers") == ["ragged", "uniform", "masked", "merged"]
+    assert set(get_args(inspect.signature(export_checkpoint).parameters["layout"].annotation)[0].__args__) == {*LAYOUTS}
+    for name in (None, ["ragged"], "Ragged"):
+        with pytest.raises(KoffError, match="layout must be one of ragged, uniform, deci, masked, merged; got"):
+            layout_named(name)
 
 
 @pytest.mark.parametrize("layout", CUT)
@@ -108,10 +147,10 @@ def test_what_removes_nothing_stays_a_plain_model(layout):
     model = tiny_model("qwen3")
     groups = prunable_groups(model)
     everything = torch.ones(sum(g.size for g in groups), dtype=torch.bool)
-    config, state = backbone_for(layout, model.config, model.state_dict(), groups, everything)
+    config, state = LAYOUTS[layout].backbone(model.config, model.state_dict(), groups, everything)
     assert config.model_type == "qwen3"
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    assert memory_for(layout, None, None, groups, everything) == (None, None)
+    assert LAYOUTS[layout].memory(None, None, groups, everything) == (None, None)
 
 
 def test_what_travels_in_the_config():
@@ -122,7 +161,7 @@ def test_what_travels_in_the_config():
     model.config.quantization_config = {"quant_method": "gguf"}
     groups, before = prunable_groups(model), copy.deepcopy(model.config.to_dict())
     for layout in ("ragged", "masked"):
-        config, _ = backbone_for(layout, model.config, model.state_dict(), groups, random_mask(groups))
+        config, _ = LAYOUTS[layout].backbone(model.config, model.state_dict(), groups, random_mask(groups))
         values = config.to_dict()
         for name in ("eos_token_id", "tie_word_embeddings", "rope_parameters", "rms_norm_eps", "vocab_size"):
             assert values[name] == before[name], name
@@ -135,19 +174,19 @@ def test_a_ragged_model_is_written_again_as_it_is():
     """As when a domain is added to an artifact: nothing more is removed, the widths stay."""
     model = tiny_model("llama")
     groups = prunable_groups(model)
-    config, state = backbone_for("ragged", model.config, model.state_dict(), groups, random_mask(groups))
+    config, state = LAYOUTS["ragged"].backbone(model.config, model.state_dict(), groups, random_mask(groups))
     cut = AutoModelForCausalLM.from_config(config)
     cut.load_state_dict(state)
     left = prunable_groups(cut)
     everything = torch.ones(sum(g.size for g in left), dtype=torch.bool)
     for layout in ("ragged", "masked"):
-        again, weights = backbone_for(layout, cut.config, cut.state_dict(), left, everything)
+        again, weights = LAYOUTS[layout].backbone(cut.config, cut.state_dict(), left, everything)
         assert again.to_dict() == config.to_dict()
         assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
     with pytest.raises(KoffError, match="'uniform' wants one intermediate_size for all layers, the mask leaves"):
-        backbone_for("uniform", cut.config, cut.state_dict(), left, everything)
+        LAYOUTS["uniform"].backbone(cut.config, cut.state_dict(), left, everything)
     with pytest.raises(KoffError, match="'deci' has one number of query heads for all layers, the model has 2 to 4"):
-        backbone_for("deci", cut.config, cut.state_dict(), left, everything)
+        LAYOUTS["deci"].backbone(cut.config, cut.state_dict(), left, everything)
 
 
 def test_a_uniform_llama_with_heads_that_its_config_refuses():
@@ -155,8 +194,8 @@ def test_a_uniform_llama_with_heads_that_its_config_refuses():
     groups = prunable_groups(model)
     three = uniform_mask(groups, 96, 3)
     with pytest.raises(KoffError, match=r"a plain llama config cannot say what is left \(ValueError: The hidden size"):
-        backbone_for("uniform", model.config, model.state_dict(), groups, three)
-    assert backbone_for("ragged", model.config, model.state_dict(), groups, three)[0].model_type == "koff_llama"
+        LAYOUTS["uniform"].backbone(model.config, model.state_dict(), groups, three)
+    assert LAYOUTS["ragged"].backbone(model.config, model.state_dict(), groups, three)[0].model_type == "koff_llama"
 
 
 def test_masks_that_no_layout_can_write():
@@ -164,19 +203,19 @@ def test_masks_that_no_layout_can_write():
     groups = prunable_groups(model)
     kept = random_mask(groups)
     with pytest.raises(KoffError, match="layout must be one of ragged, uniform, deci, masked, merged; got 'onnx'"):
-        backbone_for("onnx", model.config, model.state_dict(), groups, kept)
+        layout_named("onnx")
     with pytest.raises(KoffError, match="'uniform' wants one intermediate_size .* sparsity.layout: uniform"):
-        backbone_for("uniform", model.config, model.state_dict(), groups, kept)
+        LAYOUTS["uniform"].backbone(model.config, model.state_dict(), groups, kept)
     empty = torch.cat([part & (group.layer != 1) for group, part in masks(groups, kept)])
     with pytest.raises(KoffError, match="layer 1 keeps no channel at all: raise sparsity.min_channels"):
-        backbone_for("ragged", model.config, model.state_dict(), groups, empty)
+        LAYOUTS["ragged"].backbone(model.config, model.state_dict(), groups, empty)
 
 
 # ------------------------------------------------------------------------------------------------------ deci
 
 
 def deci_folder(case, kept, folder):
-    config, state = backbone_for("deci", case.plain.config, case.plain.state_dict(), case.groups, kept)
+    config, state = LAYOUTS["deci"].backbone(case.plain.config, case.plain.state_dict(), case.groups, kept)
     (folder / "config.json").write_text(json.dumps(config))
     save_file({n: t.clone() for n, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
     return config, state
@@ -208,7 +247,7 @@ def test_an_independent_reader_computes_the_gated_model(form, width, tmp_path):
     assert {tuple(sorted(block["ffn"])) for block in config["block_configs"]} == {
         ("intermediate_size" if width == 96 else "ffn_mult", "no_op", "replace_with_linear")
     }
-    cut = written(ragged_config(config, case.plain.config.model_type), state, tmp_path / "ragged")
+    cut = written(LAYOUTS["deci"].ragged_config(config, case.plain.config.model_type), state, tmp_path / "ragged")
     torch.testing.assert_close(hidden_states(cut, **batch), hidden, atol=1e-5, rtol=0, msg="our own reading of it")
     assert sum(t.numel() for t in state.values()) < sum(t.numel() for t in case.plain.state_dict().values())
 
@@ -217,7 +256,7 @@ def test_an_independent_reader_computes_the_gated_model(form, width, tmp_path):
 def test_a_memory_fits_the_deci_backbone(width, tmp_path):
     case, batch = make_case("llama", intermediate_size=width), plain_batch()
     kept = random_mask(case.groups)
-    lora, kv = memory_for("deci", peft_state(case, "law"), case.bank.kv["koff_law"].tensors(), case.groups, kept)
+    lora, kv = LAYOUTS["deci"].memory(peft_state(case, "law"), case.bank.kv["koff_law"].tensors(), case.groups, kept)
     _, state = deci_folder(case, kept, tmp_path)
     save_file(merge_lora(state, lora, ALPHA / RANK), tmp_path / "model.safetensors")
     with case.bank.off():
@@ -228,7 +267,7 @@ def test_a_memory_fits_the_deci_backbone(width, tmp_path):
     case.gates.set(kept.float()[None])
     expected = case.model.lm_head(hidden_states(case.model, **batch))
     torch.testing.assert_close(deci_logits(tmp_path, batch["input_ids"]), expected, atol=1e-4, rtol=0)
-    assert memory_shapes("deci") == "deci"
+    assert LAYOUTS["deci"].shapes == "deci"
     gone = [part for group, part in masks(case.groups, kept) if group.kind == "kv_group"]
     for index, part in enumerate(gone):
         assert kv[f"layers.{index}.key"].shape[0] == 2
@@ -268,13 +307,13 @@ def test_models_that_deci_cannot_express(family, config, message):
     model = tiny_model(family, **config)
     groups = prunable_groups(model)
     with pytest.raises(KoffError, match=message):
-        backbone_for("deci", model.config, model.state_dict(), groups, random_mask(groups))
+        LAYOUTS["deci"].backbone(model.config, model.state_dict(), groups, random_mask(groups))
 
 
 def test_scaled_rotary_embeddings_in_the_spelling_of_deci():
     model = tiny_model("llama3_rope")
     groups = prunable_groups(model)
-    config, _ = backbone_for("deci", model.config, model.state_dict(), groups, random_mask(groups))
+    config, _ = LAYOUTS["deci"].backbone(model.config, model.state_dict(), groups, random_mask(groups))
     assert config["rope_theta"] == 10_000.0 and "rope_parameters" not in config
     assert config["rope_scaling"]["rope_type"] == "llama3" and config["rope_scaling"]["factor"] == 8.0
     assert "rope_theta" not in config["rope_scaling"]

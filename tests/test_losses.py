@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from koff_lightning import KoffError, LossSpec
-from koff_lightning.losses import domain_weights, fused_head_loss, head_nats
+from koff_lightning.losses import domain_weights, fused_head_loss, head_nats, top_k_of
 
 N, D, V = 23, 8, 31
 
@@ -46,6 +46,64 @@ def test_value_and_gradient_are_those_of_the_plain_loss(ce, kl, chunk, with_teac
     (slope,) = torch.autograd.grad(3 * fused_head_loss(student, teacher, head, labels, weights, spec)[0], student)
     (want,) = torch.autograd.grad(3 * naive(student, teacher, head, labels, weights, spec)[0], student)
     torch.testing.assert_close(slope, want, atol=2e-6, rtol=1e-5)
+
+
+def among(student, teacher, head, labels, weights, spec):
+    """The equation with the teacher's k likeliest tokens, by autograd, with all logits at once."""
+    logits, log_q = student @ head.T, (teacher @ head.T).log_softmax(-1)
+    log_q, index = log_q.topk(spec.top_k)
+    log_p = logits.log_softmax(-1)
+    ce, log_p = -log_p.gather(1, labels[:, None]).squeeze(1), log_p.gather(1, index)
+    if spec.tail == "drop":
+        log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
+    else:
+        log_q, log_p = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (log_q, log_p))
+    kl = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    return (weights * (spec.ce * ce + spec.kl * kl)).sum(), ce, kl
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("tail", ["drop", "bucket"])
+@pytest.mark.parametrize(("ce", "chunk"), [(0.0, 8), (0.0, 1000), (0.5, 5)])
+def test_the_likeliest_tokens_alone_value_and_gradient(ce, chunk, tail, stored):
+    student, teacher, head, labels, weights = inputs()
+    spec = LossSpec(ce, 0.7, top_k=6, tail=tail, chunk=chunk)
+    said = top_k_of(teacher, head, 6) if stored else teacher
+    got, want = (
+        fused_head_loss(student, said, head, labels, weights, spec),
+        among(student, teacher, head, labels, weights, spec),
+    )
+    torch.testing.assert_close(got[0].double(), want[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[2].double(), want[2], atol=1e-5, rtol=1e-5)
+    if spec.top_k_alone:
+        assert not got[1].any(), "cross-entropy is not looked at"
+    else:
+        torch.testing.assert_close(got[1].double(), want[1], atol=1e-5, rtol=1e-5)
+    slopes = [torch.autograd.grad(3 * loss[0], student)[0] for loss in (got, want)]
+    torch.testing.assert_close(*slopes, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["drop", "bucket"])
+def test_all_tokens_are_the_likeliest_of_a_vocabulary(tail):
+    """With k = V nothing is left out, so that the divergence is the whole one."""
+    student, teacher, head, labels, weights = inputs()
+    whole = fused_head_loss(student, teacher, head, labels, weights, LossSpec(0.0, 1.0))
+    found = fused_head_loss(student, teacher, head, labels, weights, LossSpec(0.0, 1.0, top_k=V, tail=tail))
+    torch.testing.assert_close(found[0], whole[0], atol=1e-5, rtol=1e-5)
+    slopes = [torch.autograd.grad(loss[0], student)[0] for loss in (found, whole)]
+    torch.testing.assert_close(*slopes, atol=2e-6, rtol=1e-5)
+
+
+def test_a_bucket_sees_what_dropping_does_not():
+    """A student that moves mass out of the k tokens, keeping their proportions, is punished by the bucket alone."""
+    head, labels, weights = torch.eye(4), torch.zeros(1, dtype=torch.long), torch.ones(1)
+    teacher, student = torch.tensor([[2.0, 1.0, -3.0, -3.0]]), torch.tensor([[2.0, 1.0, 4.0, -3.0]])
+    kl = {
+        tail: fused_head_loss(student, teacher, head, labels, weights, LossSpec(0, 1, top_k=2, tail=tail))[2].item()
+        for tail in ("drop", "bucket")
+    }
+    assert kl["drop"] == pytest.approx(0, abs=1e-6)
+    assert kl["bucket"] > 1
 
 
 def test_gradient_agrees_with_finite_differences():
@@ -128,6 +186,12 @@ def test_head_nats_is_cross_entropy(chunk):
     assert head_nats(student[:0], head, labels[:0], chunk).shape == (0,)
 
 
+def test_more_tokens_than_the_vocabulary_has_are_refused():
+    student, teacher, head, labels, weights = inputs()
+    with pytest.raises(KoffError, match=f"loss.top_k is {V + 1}, but the vocabulary has {V} tokens"):
+        fused_head_loss(student, teacher, head, labels, weights, LossSpec(0, 1, top_k=V + 1))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -137,6 +201,8 @@ def test_head_nats_is_cross_entropy(chunk):
         ({"ce": float("nan")}, "loss.ce and loss.kl"),
         ({"kl": float("inf")}, "loss.ce and loss.kl"),
         ({"chunk": 0}, "at least 1 token; got 0"),
+        ({"top_k": 1}, r"loss.top_k must be at least 2 \(100 in the paper\), or null for all; got 1"),
+        ({"top_k": 5, "tail": "cut"}, "loss.tail must be drop or bucket; got 'cut'"),
     ],
 )
 def test_bad_weights_are_refused(options, message):

@@ -7,7 +7,7 @@ import torch
 from tiny_run import tiny_module
 
 from koff_lightning import LoraSpec, OptimSpec
-from koff_lightning.sparsity import LagrangianPenalty
+from koff_lightning.penalties import LagrangianPenalty
 from koff_lightning.training.optim import parameter_groups, rate_lambdas
 
 

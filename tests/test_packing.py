@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_text import toy_documents, toy_tokenizer
 
-from koff_lightning.data.packing import IGNORED, TokenStream, collate, pack, tokenize
+from koff_lightning.data.encoding import TokenStream, tokenize
+from koff_lightning.data.packing import IGNORED, collate, pack
 from koff_lightning.loading import load_tokenizer
 
 SEQ_LENS = st.integers(8, 20)
@@ -167,5 +168,5 @@ def test_text_that_looks_like_a_special_token_is_text(tmp_path):
 def test_tokenize_does_the_same_in_many_calls(tmp_path, monkeypatch):
     tokenizer, texts = load_tokenizer(toy_tokenizer(tmp_path)), toy_documents(20)
     whole = tokenize(texts, tokenizer)
-    monkeypatch.setattr("koff_lightning.data.packing.TEXTS_PER_CALL", 3)
+    monkeypatch.setattr("koff_lightning.data.encoding.TEXTS_PER_CALL", 3)
     np.testing.assert_array_equal(tokenize(texts, tokenizer).tokens, whole.tokens)

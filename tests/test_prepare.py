@@ -27,7 +27,8 @@ from koff_lightning.commands import needs
 from koff_lightning.data import DomainDataModule, DomainSource, cache, hub_copy, shards
 from koff_lightning.data import datamodule as module
 from koff_lightning.data.cache import DomainRows, TokenCache
-from koff_lightning.data.packing import TokenStream, pack
+from koff_lightning.data.encoding import TokenStream
+from koff_lightning.data.packing import pack
 from koff_lightning.support import offline
 from koff_lightning.support.errors import KoffError
 from koff_lightning.training.checkpoints import newest_checkpoint

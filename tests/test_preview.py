@@ -12,7 +12,8 @@ from toy_text import toy_tokenizer
 from koff_lightning import LoraSpec, SparsitySpec
 from koff_lightning.callbacks.preview import budget, rows
 from koff_lightning.cli import main
-from koff_lightning.data.packing import TokenStream, pack
+from koff_lightning.data.encoding import TokenStream
+from koff_lightning.data.packing import pack
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.training.module import KOFFModule
 

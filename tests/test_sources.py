@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import warnings
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -426,6 +427,66 @@ def test_sides_without_text_say_what_to_do(tmp_path):
         read(many, max_train_bytes=1)
     with pytest.raises(KoffError, match="none of its .* held-out document.* fits in data.max_heldout_bytes=1"):
         read(many, max_heldout_bytes=1)
+
+
+def test_a_corpus_too_small_for_the_hash_holds_out_one_document(tmp_path):
+    texts = toy_documents(3)
+    source = DomainSource(str(write_jsonl(tmp_path / "few.jsonl", texts)))
+    split = read(source, heldout_fraction=1e-9)
+    assert len(split.heldout) == 1
+    assert sorted(split.train + split.heldout) == sorted(texts)
+    again = DomainSource(str(write_jsonl(tmp_path / "few.jsonl", texts[::-1])))  # ids are numbers of lines
+    assert read(again, heldout_fraction=1e-9).heldout == [texts[2 - texts.index(split.heldout[0])]]
+    copies = DomainSource(str(write_jsonl(tmp_path / "copies.jsonl", texts[:1] * 3)))
+    with pytest.raises(KoffError, match="has no held-out text"):
+        read(copies, heldout_fraction=1e-9)
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_ids_that_do_not_tell_documents_apart_are_said(tmp_path, fraction):
+    lines = [json.dumps({"id": "v1", "text": text}) for text in toy_documents(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(KoffError, match=r"Its 30 documents have only 1 different id\(s\).*set id_field"):
+        read(DomainSource(str(tmp_path / "a.jsonl")), heldout_fraction=fraction)
+    split = read(DomainSource(str(tmp_path / "a.jsonl"), id_field="none"), heldout_fraction=0.2)
+    assert len(split.train) + len(split.heldout) == 30
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_utf_16_without_a_mark_is_told(tmp_path, name, encoding):
+    content = ('{"text": "one two"}\n' if "jsonl" in name else "text,id\none two,1\n").encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(KoffError, match=rf"cannot read .*{name}: it is not UTF-8 but, as it seems, UTF-16"):
+        texts_of(tmp_path / name)
+
+
+def test_what_may_not_be_read_is_told(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+
+    def forbid(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", forbid)
+    with pytest.raises(KoffError, match=r"you may not look at '.*a.jsonl'"):
+        expand_files([str(path)])
+    monkeypatch.setattr(Path, "open", forbid)
+    with pytest.raises(KoffError, match=r"cannot read .*a\.jsonl: you may not"):
+        texts_of(path)
+
+
+def test_all_that_is_missing_is_told_at_once(tmp_path):
+    domains = {
+        "a": [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")],
+        "b": str(write_jsonl(tmp_path / "there.jsonl", toy_documents(30))),
+        "c": "bundled:klingon",
+    }
+    with pytest.raises(KoffError) as error:
+        DomainDataModule(domains, tokenizer="koff-tiny").setup()
+    said = str(error.value)
+    for part in ("2 domains lack text", "domain 'a': ", "one.jsonl", "two.jsonl", "domain 'c': unknown bundled"):
+        assert part in said
+    assert "domain 'b'" not in said
 
 
 def test_bundled_text_is_split_as_shipped_and_entries_can_be_joined():

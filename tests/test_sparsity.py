@@ -16,7 +16,8 @@ from koff_lightning import KoffError, OptimSpec, SparsitySpec
 from koff_lightning.backbone import PrunableGroup, parameter_counts, prunable_groups
 from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.gates import BackboneGates
-from koff_lightning.sparsity import Budget, FixedPenalty, LagrangianPenalty, SparsitySchedule
+from koff_lightning.penalties import FixedPenalty, LagrangianPenalty
+from koff_lightning.sparsity import Budget, SparsitySchedule
 from koff_lightning.training.optim import parameter_groups, rate_lambdas
 
 DENOMINATORS = ("body", "total", "units")

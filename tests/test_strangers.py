@@ -3,18 +3,31 @@
 import json
 import os
 import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_artifact import tiny_artifact
 from tiny_models import FAMILIES, tiny_model
 from tiny_run import RandomText, tiny_module, tiny_trainer
+from tiny_tasks import toy_tasks
 
-from koff_lightning import KoffError, load_backbone
+from koff_lightning import KoffError, load_backbone, load_decomposed, load_tokenizer
 from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
+from koff_lightning.artifact.folder import describe_file
 from koff_lightning.callbacks import RunReport
 from koff_lightning.cli import main
+from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.loading import load_config
+from koff_lightning.model_files import heads
+from koff_lightning.support.yaml_files import read_yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "reliability"))
+from strangers import Bench
+from strangers import run as run_fuzz
 
 IDS = torch.arange(3, 23).view(2, 10)
 
@@ -346,6 +359,9 @@ BAD = {
     "schedulers of nothing": put("lr_schedulers", [None]),
     "optimizers that are numbers": put("optimizer_states", 3),
     "optimizers of nothing": put("optimizer_states", [{}]),
+    "an optimizer that lost an average": lambda content: content["optimizer_states"][0]["state"][0].pop("exp_avg"),
+    "an optimizer of another shape": put("optimizer_states", 0, "state", 0, "exp_avg", torch.zeros(1, 1)),
+    "an optimizer that keeps nothing": put("optimizer_states", 0, "state", 0, []),
     "loops without a fit": put("loops", {}),
     "loops of nothing": put("loops", "fit_loop", None),
     "no place in the data": put("loops", "fit_loop", "epoch_progress", {}),
@@ -362,6 +378,8 @@ BAD = {
     "sparsity that is a list": put("hyper_parameters", "sparsity", []),
     "a backbone that is a number": put("hyper_parameters", "backbone", 3),
     "a dtype that is a number": put("hyper_parameters", "dtype", 3),
+    "targets of an adapter said twice": put("koff", "lora", "targets", 1, []),
+    "an adapter that is said to be another": put("koff", "lora", "rank", 3),
     "a hash that is a number": put("koff", "backbone_hash", 3),
     "no hash": lambda content: content["koff"].pop("backbone_hash"),
     "a target of the mask that is a list": put("koff", "target", []),
@@ -410,3 +428,200 @@ def test_what_is_sound_is_taken(run, tmp_path):
     assert read_checkpoint(run / "run.ckpt")["global_step"] == 8
     module = from_checkpoint(run / "run.ckpt")
     assert module.realised_sparsity() > 0
+
+
+# --------------------------------------------------------------------------------------------------- configs
+
+
+YAMLS = {
+    "itself": "data: &a\n  domains: *a\n",
+    "a list of itself": "&a [*a]\n",
+    "multiplying": "a0: &a0 [1, 1]\n"
+    + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+    "merging": "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 30)),
+    "deep": "a: " + "[" * 20_000 + "]" * 20_000,
+    "fairly deep": "a: " + "[" * 70 + "]" * 70,
+    "deep mappings": "".join(f"{' ' * i}a:\n" for i in range(3000)),
+    "digits": "a: " + "9" * 20_000,
+    "large": "a: " + "x" * (5 * 2**20),
+    "bytes": b"a: \xff\xfe",
+    "a date that is none": "a: 2026-13-77",
+    "a key that is a list": "[1, 2]: 3",
+}
+
+
+@pytest.mark.parametrize("case", YAMLS)
+def test_a_config_that_is_endless_or_huge(tmp_path, capsys, case):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text := YAMLS[case], bytes) else text.encode())
+    with pytest.raises(KoffError, match=r"c\.yaml") as caught:
+        read_yaml(path)
+    assert "\n" not in str(caught.value)
+    if case not in ("a date that is none", "a key that is a list"):  # jsonargparse reads by its own rules
+        with pytest.raises(KoffError, match=r"c\.yaml"):
+            refuse_duplicate_keys(path)
+
+
+def test_aliases_that_a_config_may_have(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: 2}\n")
+    refuse_duplicate_keys(tmp_path / "c.yaml")
+    assert read_yaml(tmp_path / "c.yaml")["c"] == {"x": [1, 2], "y": 2}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"include_path": "tasks"}, "task files may run Python of their own"),
+        ({"tasks": ["tasks/mine.yaml"]}, "task files may run Python of their own"),
+        ({"tasks": "koff_cloze, tasks/mine.yaml"}, "task files may run Python of their own"),
+        ({"confirm_run_unsafe_code": True}, "says confirm_run_unsafe_code, which lets code of others run"),
+        ({"trust_remote_code": True}, "says trust_remote_code, which lets code of others run"),
+    ],
+)
+def test_a_config_of_lm_eval_runs_nothing(tmp_path, monkeypatch, capsys, entries, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.py").write_text("import os\nos.mkdir('executed')\ndef f(x):\n    return x\n")
+    task = "task: mine\ndataset_path: json\noutput_type: loglikelihood\ndoc_to_text: !function mine.f\n"
+    (tmp_path / "tasks" / "mine.yaml").write_text(task)
+    (tmp_path / "c.yaml").write_text(json.dumps(entries))
+    assert main(["lm-eval", "--model", "koff-tiny", "--tasks", "mine", "--config", "c.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_config_of_lm_eval_with_the_switch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    toy_tasks(tmp_path / "tasks")
+    (tmp_path / "c.yaml").write_text("include_path: tasks\nlimit: -1\n")
+    words = ["lm-eval", "--model", "koff-tiny", "--tasks", "toy_choose", "--config", "c.yaml"]
+    assert main([*words, "--allow-custom-classes"]) == 2
+    assert "limit must be a number of samples" in capsys.readouterr().err, "the tasks of the folder were read"
+    assert main(words) == 2
+    assert "task files may run Python" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- artifacts and memories
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An artifact with the memories of three domains."""
+    return tiny_artifact(tmp_path_factory.mktemp("made")).folder
+
+
+@pytest.fixture
+def artifact(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "artifact"))
+
+
+LINKS = {
+    "hidden folder": ".cache",
+    "hidden folder in the backbone": "backbone/.cache",
+    "folder in a memory": "memories/de/.more",
+    "file": "backbone/LICENSE.md",
+}
+
+
+@pytest.mark.parametrize("place", LINKS)
+def test_links_in_an_artifact(artifact, tmp_path, capsys, place):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("mine")
+    os.symlink(secret / "key" if place == "file" else secret, artifact / LINKS[place])
+    assert main(["memory", "remove", str(artifact), "fr"]) == 2
+    assert "outside the folder" in capsys.readouterr().err
+    assert (secret / "key").stat().st_nlink == 1
+    assert (artifact / "memories" / "fr").is_dir(), "nothing was changed"
+    with pytest.raises(KoffError, match="outside the folder"):
+        load_decomposed(artifact)
+
+
+def test_an_adapter_in_the_backbone_of_an_artifact(artifact):
+    """Hidden by a manifest that lists it: the hashes are the stranger's own."""
+    (artifact / "backbone" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    content = json.loads((artifact / "koff.json").read_text())
+    content["files"]["backbone/adapter_config.json"] = describe_file(artifact / "backbone" / "adapter_config.json")
+    (artifact / "koff.json").write_text(json.dumps(content))
+    with pytest.raises(KoffError, match="adapter_config.json lies among its files"):
+        load_decomposed(artifact)
+
+
+@pytest.mark.parametrize("name", [".hidden.safetensors", "../../dense/model.safetensors"])
+def test_an_index_in_the_backbone_of_an_artifact(artifact, name):
+    """What the manifest does not list is not read."""
+    place = artifact / "backbone"
+    (place / "model.safetensors").rename(place / ".hidden.safetensors")
+    names = dict.fromkeys(heads(place / ".hidden.safetensors"), name)
+    (place / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    for verify in (True, False):
+        with pytest.raises(KoffError):
+            load_decomposed(artifact, verify=verify)
+
+
+@pytest.mark.parametrize("file", ["koff.json", "memories/de/memory.json", "backbone/tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "[" * 50_000, '{"a": ' + "9" * 9000 + "}", ""])
+def test_json_files_of_an_artifact(artifact, file, text):
+    (artifact / file).write_text(text)
+    with pytest.raises(KoffError) as caught:
+        load_decomposed(artifact, verify=False).tokenizer  # noqa: B018
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"model": {"type": "BPE"}}', '{"version": "1.0", "model": null}', "\x00", "{" * 3000]
+)
+def test_a_tokenizer_of_another_kind(artifact, text):
+    (artifact / "backbone" / "tokenizer.json").write_text(text)
+    with pytest.raises(KoffError, match="cannot load") as caught:
+        load_tokenizer(str(artifact / "backbone"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entries", [{"model_max_length": {}}, {"chat_template": 3}, {"padding_side": ["left"]}])
+def test_options_of_a_tokenizer_of_another_kind(artifact, entries):
+    edit(artifact / "backbone" / "tokenizer_config.json", **entries)
+    refused(artifact / "backbone", f"{next(iter(entries))} is a", load_tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("file", ["memories/de/adapter_model.safetensors", "backbone/model.safetensors"])
+def test_numbers_that_are_not_finite(artifact, file, kind):
+    tensors = load_file(artifact / file)
+    first = sorted(tensors)[0]
+    tensors[first].view(-1)[0] = float(kind)
+    save_file(tensors, artifact / file, {"format": "pt"})
+    Bench._hash_anew(artifact)
+    with pytest.raises(KoffError, match="not finite"):
+        load_decomposed(artifact)
+
+
+def test_a_pattern_that_never_ends(artifact, capfd):
+    place = artifact / "backbone" / "tokenizer.json"
+    content = json.loads(place.read_text())
+    content["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a|aa)+$b"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    place.write_text(json.dumps(content))
+    Bench._hash_anew(artifact)
+    assert main(["generate", "--model", str(artifact), "--prompt", "a" * 60, "--max_new_tokens", "2"]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert "a tokenizer cannot be used, it failed in the middle of a text" in said[-1]
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it can be read")
+def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
+    (saved(tmp_path) / "tokenizer.model").write_bytes(b"x" * 100)
+    refused(tmp_path, "takes the packages sentencepiece and protobuf", load_tokenizer)
+
+
+def test_a_handful_of_the_fuzz():
+    """recipes/reliability/strangers.py runs hundreds."""
+    found = run_fuzz(8, seed=7)
+    assert sum(found.values()) == 16
+    assert not [key for key in found if key[1] == "fault"], found

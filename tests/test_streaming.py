@@ -24,7 +24,8 @@ from test_datamodule import Recorder, trainer_in
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.data import DomainDataModule, DomainSource, is_heldout, patience, shards, stream
-from koff_lightning.data.packing import IGNORED, tokenize
+from koff_lightning.data.encoding import tokenize
+from koff_lightning.data.packing import IGNORED
 from koff_lightning.data.readers import Document, Part
 from koff_lightning.data.shards import FileShard, HubShard, deal
 from koff_lightning.data.stream import Place, RowStream, Text

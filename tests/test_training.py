@@ -29,7 +29,7 @@ from koff_lightning.backbone import parameter_counts
 from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.gates import BackboneGates
-from koff_lightning.sparsity import LagrangianPenalty
+from koff_lightning.penalties import LagrangianPenalty
 from koff_lightning.support import ranks
 from koff_lightning.training.nonfinite import NonFiniteGuard
 

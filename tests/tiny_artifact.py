@@ -67,11 +67,12 @@ def tiny_decomposition(
 
 
 def _tokenizer(folder: Path, chat: bool, bos: bool) -> None:
-    """The toy tokenizer, able to decode; with `bos` a first token is put before every text."""
+    """The toy tokenizer, able to decode; with `bos` it has a start token and puts it before every text."""
     toy_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     if not bos:
+        tokenizer.bos_token = None
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     if chat:
         tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

@@ -9,9 +9,9 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from koff_lightning.artifact.layouts import backbone_for
+from koff_lightning.artifact.layouts import LAYOUTS
 from koff_lightning.attention import LayerMemory
-from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
+from koff_lightning.backbone import KINDS, PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.gates import BackboneGates
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.surgery import cut_kv, cut_state
@@ -34,12 +34,20 @@ class Case:
         return self.bank.lora_parameters(domain) + self.bank.kv_parameters(domain)
 
 
-def make_case(family: str, *, lora: bool = True, kv: bool = True, domains: Sequence[str] = DOMAINS, **config) -> Case:
+def make_case(
+    family: str,
+    *,
+    lora: bool = True,
+    kv: bool = True,
+    domains: Sequence[str] = DOMAINS,
+    kinds: Sequence[str] = KINDS,
+    **config,
+) -> Case:
     """Hang memories (LoRA with B not zero, KV full of noise) and gates on a random model of a family."""
     model = tiny_model(family, **config).requires_grad_(False)
     model.config.use_cache = False
     plain = copy.deepcopy(model)
-    groups = prunable_groups(model)
+    groups = prunable_groups(model, kinds)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         spec = LoraSpec(RANK, ALPHA) if lora else None
@@ -70,7 +78,7 @@ def random_mask(groups: list[PrunableGroup], seed: int = 0, keep: float = 0.6) -
 
 def cut_model(model: PreTrainedModel, groups: list[PrunableGroup], kept: Tensor) -> PreTrainedModel:
     """The ragged model that surgery makes of a plain one."""
-    config, state = backbone_for("ragged", model.config, model.state_dict(), groups, kept)
+    config, state = LAYOUTS["ragged"].backbone(model.config, model.state_dict(), groups, kept)
     cut = AutoModelForCausalLM.from_config(config, attn_implementation="koff")
     cut.load_state_dict(state)
     cut.config.use_cache = False

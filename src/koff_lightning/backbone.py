@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from koff_lightning.support.errors import KoffError
 
@@ -22,23 +22,40 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 _FFN = ("mlp", ("gate_proj", "up_proj"), "down_proj")
 _ATTENTION = ("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj")
+# A kind of channel -> the block and the linear whose output channels are gated one by one: gate_channel, k_channel ...
+_CHANNELS = {f"{name[:-5]}_channel": (block, name) for block in (_FFN, _ATTENTION) for name in (*block[1], block[2])}
+CHANNELS = tuple(_CHANNELS)
+_HALVES = ("gate_channel", "up_channel")  # a neuron is the product of the two, so either closes it
 
 
 @dataclass(frozen=True)
 class PrunableGroup:
-    """The units of one kind in one layer: FFN neurons (`channel`) or whole kv heads with their queries (`kv_group`).
+    """The units of one kind in one layer: whole ones (`KINDS`), or output channels of one linear (`CHANNELS`).
 
-    A unit owns `rows` rows of every producer and `width` columns of the consumer, so removing it leaves smaller but
-    otherwise ordinary linears (method: structured pruning in the units of Sheared-LLaMA, with GQA groups kept whole).
+    A whole unit, an FFN neuron (`channel`) or a kv head with its queries (`kv_group`), owns `rows` rows of every
+    producer and `width` columns of the consumer, so removing it leaves smaller but otherwise ordinary linears (method:
+    structured pruning in the units of Sheared-LLaMA, with GQA groups kept whole). A channel owns a row of its one
+    producer and its bias; what else goes with it is said by `whole`.
     """
 
     layer: int
     kind: str
     size: int  # units
     producers: tuple[tuple[str, int], ...]  # (module path, output rows per unit)
-    consumer: str  # module path; its INPUT is what a gate multiplies
+    consumer: str  # module path; its INPUT is what a gate multiplies. Empty: the gate multiplies the producer's OUTPUT
     width: int  # input columns of the consumer per unit
     params_per_unit: int
+    whole: "PrunableGroup | None" = None  # units of which each is dead, and goes, once its channel here is closed
+
+    @property
+    def gated(self) -> str:
+        """Path of the module at which the gates act."""
+        return self.consumer or self.producers[0][0]
+
+    @property
+    def in_ffn(self) -> bool:
+        """Whether the units are of the FFN; else they are of attention."""
+        return f".{_FFN[0]}." in f".{self.gated}." or self.kind == KINDS[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -94,11 +111,12 @@ def prunable_groups(model: PreTrainedModel, kinds: tuple[str, ...] | list[str] =
 
     Args:
         model: A backbone from `load_backbone`.
-        kinds: Which of `channel` (FFN neurons) and `kv_group` to list.
+        kinds: Which of `KINDS` and `CHANNELS` to list.
+
+    Raises:
+        KoffError: No such kind, or two that own the same weights.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise KoffError(f"prunable units must be some of {', '.join(KINDS)}; got {', '.join(unknown) or 'none'}")
+    check_kinds(kinds)
     groups = []
     for index, layer in enumerate(decoder_layers(model)):
         for kind, (block, producers, consumer) in zip(KINDS, (_FFN, _ATTENTION), strict=True):
@@ -108,7 +126,32 @@ def prunable_groups(model: PreTrainedModel, kinds: tuple[str, ...] | list[str] =
                         index, kind, layer.get_submodule(block), f"model.layers.{index}.{block}", producers, consumer
                     )
                 )
+        groups += [_channels(index, kind, layer) for kind in CHANNELS if kind in kinds]
     return groups
+
+
+def check_kinds(kinds: tuple[str, ...] | list[str]) -> None:
+    """Raise KoffError for a kind of unit that does not exist, for none, and for two that own the same weights."""
+    known = (*KINDS, *CHANNELS)
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown or not kinds:
+        raise KoffError(f"prunable units must be some of {', '.join(known)}; got {', '.join(unknown) or 'none'}")
+    for whole, block in zip(KINDS, (_FFN, _ATTENTION), strict=True):
+        inside = [kind for kind in kinds if kind in CHANNELS and _CHANNELS[kind][0] is block]
+        if whole in kinds and inside:
+            raise KoffError(
+                f"sparsity.units: {whole} owns the weights of {' and '.join(inside)}, which would be counted twice: "
+                f"give {whole} or the channels"
+            )
+
+
+def _channels(index: int, kind: str, layer: nn.Module) -> PrunableGroup:
+    (block, producers, consumer), name = _CHANNELS[kind]
+    inside, path = layer.get_submodule(block), f"model.layers.{index}.{block}"
+    linear = getattr(inside, name)
+    whole = _group(index, KINDS[0], inside, path, producers, consumer) if kind in _HALVES else None
+    cost = linear.in_features + (linear.bias is not None)
+    return PrunableGroup(index, kind, linear.out_features, ((f"{path}.{name}", 1),), "", 1, cost, whole)
 
 
 def _group(
@@ -169,6 +212,17 @@ def compile_layers(model: PreTrainedModel, backend: str) -> None:
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), GRAPHS * len(layers)))
     for layer in layers:
         layer.compile(backend=backend)
+
+
+def ask_nothing_(model: PreTrainedModel) -> GenerationConfig:
+    """Let `generate` do only what a call asks for. Returns what the model's generation_config.json says.
+
+    Of that the token ids stay: without those that end a text, generation would go on behind the end.
+    """
+    own = model.generation_config
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    return own
 
 
 def is_recomputed(model: PreTrainedModel) -> bool:

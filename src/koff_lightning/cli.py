@@ -60,6 +60,7 @@ TOOLS = {
     "configs": ("commands.parsing.config_files:list_configs", "list the configs that ship with the package"),
     "fetch": ("commands.fetch:fetch", "download a small real model: koff fetch smollm2"),
 }
+TAKE_CONFIGS = (*TRAINING, "plan", "claims")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,6 +90,12 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code
     except SystemExit as stop:  # a parser that has printed its help
         return int(stop.code or 0)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust, which is no Exception
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"koff: a tokenizer cannot be used, it failed in the middle of a text ({reason})", file=sys.stderr)
+        return 2
 
 
 def _nobody_reads() -> bool:
@@ -114,7 +121,7 @@ def usage() -> str:
             *lines,
             "",
             "--offline with any of them: no network; what a run needs and is not here is listed at once",
-            "start with: koff fit --config demo.yaml",
+            "start with: koff fit demo.yaml",
         ]
     )
 
@@ -130,21 +137,47 @@ def _run(argv: list[str]) -> int:
     verb = two if two in TOOLS else argv[0]
     if verb == "--version":
         print(f"koff-lightning {__version__}")
-    elif verb in TRAINING:
-        from koff_lightning.commands.training_cli import run  # 5 s of imports
-
-        run(argv)
-    elif verb in TOOLS:
-        _run_tool(verb, argv[len(verb.split()) :])
+    elif verb in TRAINING or verb in TOOLS:
+        _run_verb(verb, argv[len(verb.split()) :])
     elif kin := [tool for tool in TOOLS if tool.startswith(f"{verb} ")]:
-        if argv[1:] not in (["-h"], ["--help"]):
+        if argv[1:] not in ([], ["-h"], ["--help"]):
             raise KoffError(f"no verb {two!r}.{nearest(two, kin)} There are: koff {', koff '.join(kin)}")
         print("\n".join(f"koff {tool:<20}{TOOLS[tool][1]}" for tool in kin))
+        return 0 if argv[1:] else 2
     elif later := [word for word in argv if word in TRAINING or word in TOOLS]:
         raise KoffError(f"the verb comes first: koff {later[0]} {' '.join(w for w in argv if w != later[0])}")
     else:
         raise KoffError(f"no verb {verb!r}.{nearest(verb, [*TRAINING, *TOOLS])} `koff --help` lists them")
     return 0
+
+
+def _run_verb(verb: str, words: list[str]) -> None:
+    """Look at the words, which is quick; then import what the verb needs, which may take seconds, and run it."""
+    from koff_lightning.commands.parsing import option_table
+
+    words = _with_names(verb, words)
+    if option_table.knows(verb):
+        if option_table.wants_help(words):
+            print(option_table.help_text(verb))
+            return
+        option_table.look(verb, words)
+    if verb in TOOLS:
+        _run_tool(verb, words)
+        return
+    from koff_lightning.commands.training_cli import run  # 5 s of imports
+
+    run([verb, *words])
+
+
+def _with_names(verb: str, words: list[str]) -> list[str]:
+    """Give the words that stand for an option of one name that name: `koff fit demo.yaml`, `koff configs demo.yaml`."""
+    if verb == "configs" and words and not words[0].startswith("-"):
+        return ["--name", *words]
+    named: list[str] = []
+    while verb in TAKE_CONFIGS and words and words[0].endswith((".yaml", ".yml")):
+        named += ["--config", words[0]]
+        words = words[1:]
+    return [*named, *words]
 
 
 def _run_tool(verb: str, argv: list[str]) -> None:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from koff_lightning.backbone import hidden_states, parameter_counts, prunable_groups, uniform_kv_groups, without_weights
+from koff_lightning.backbone import (
+    ask_nothing_,
+    hidden_states,
+    parameter_counts,
+    prunable_groups,
+    uniform_kv_groups,
+    without_weights,
+)
 from koff_lightning.gates import BackboneGates
 from koff_lightning.loading import fingerprint, load_backbone
 from koff_lightning.losses import head_nats
@@ -43,9 +50,20 @@ def price(model: PreTrainedModel, sparsity: SparsitySpec) -> Budget:
 
 
 def check_layout(config: PreTrainedConfig, sparsity: SparsitySpec) -> None:
-    """Refuse, before any weights are read, a uniform layout that the family's config cannot say."""
-    if sparsity.layout == "uniform":
-        price(without_weights(config), sparsity)
+    """Refuse, before any weights are read, a layout that the family's config cannot say."""
+    price(without_weights(config), sparsity)
+
+
+def _refuse_other_dtypes(model: "Decomposition", state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse tensors of another dtype, which torch would cast without a word: a bool or complex value to a float."""
+    here = model.state_dict()
+    for name in sorted(model.owned()):
+        given = state.get(f"{prefix}{name}")
+        if isinstance(given, Tensor) and given.dtype != here[name].dtype:
+            raise KoffError(
+                f"the checkpoint does not fit this run: {name} is {given.dtype} there and {here[name].dtype} here; "
+                "take one that `koff fit` wrote"
+            )
 
 
 class Decomposition(nn.Module):
@@ -81,12 +99,14 @@ class Decomposition(nn.Module):
         self.target = 0.0  # sparsity at which a mask that is not fixed yet is cut, see `hard_mask`
         self.chunk = 1024  # tokens whose logits exist at one time
         self.backbone = load_backbone(source, **loading)
+        self.own_settings = ask_nothing_(self.backbone)  # generation_config.json, for the export
         self.budget = price(self.backbone, sparsity)
         self.backbone_hash = fingerprint(self.backbone)
         # In this order: gates go outside the adapters.
         self.memories = MemoryBank(self.backbone, self.domains, lora, kv, shared_memory)
-        self.gates = BackboneGates(self.budget.groups, sparsity.gate)
+        self.gates = BackboneGates(self.budget.groups, sparsity.gate, **sparsity.gate_options())
         self.gates.attach(self.backbone)
+        self.register_load_state_dict_pre_hook(_refuse_other_dtypes)
 
     @property
     def device(self) -> torch.device:
@@ -114,23 +134,34 @@ class Decomposition(nn.Module):
         """Sparsity in the target's denominator, scalar: the soft count, exact once hardened."""
         return self.budget.expected(self._keep())
 
+    def hold_near(self, target: float, band: float) -> None:
+        """Move the logits by the least that brings soft and hard sparsity to the target +- band; see tracking.py."""
+        for units, counts in self.budget.scopes():
+            self.gates.hold_near(target, band, counts, units)
+
     def realised_sparsity(self) -> float:
         """Sparsity in the target's denominator by gates more often closed than open; exact once hardened."""
         return float(self.budget.counts(self._keep())[1])
 
     def hard_mask(self) -> Tensor:
-        """The mask if training stopped now, bool [U]: hardened, or without the lowest logits up to `target`."""
+        """The mask if training stopped now, bool [U]: hardened, or as `harden` would choose it at `target`."""
         if self.gates.hardened:
             return self.gates.kept
-        return self.budget.harden(self.gates.logits, self.target).to(self.gates.kept.device)
+        return self._chosen(self.target).to(self.gates.kept.device)
+
+    def _chosen(self, target: float) -> Tensor:
+        """The mask by the present logits, bool [U]: without the lowest up to the target, or by the threshold."""
+        if self.sparsity.harden == "threshold" and target > 0:
+            return self.budget.threshold(self._keep())
+        return self.budget.harden(self.gates.logits, target)
 
     def hard_gates(self) -> Tensor | None:
         """Gate values of that mask, [1, U]; None where nothing is pruned."""
         return self.hard_mask().float().unsqueeze(0) if self.learns_mask else None
 
     def harden(self) -> None:
-        """Fix the mask at the exact final budget, by the logits of rank 0."""
-        self.gates.harden(self.budget.harden(self.gates.logits))
+        """Fix the mask by the logits of rank 0: at the exact final budget, or by the threshold."""
+        self.gates.harden(self._chosen(self.sparsity.target))
         ranks.copy_from_first([self.gates.kept])
 
     def added_parameters(self) -> int:

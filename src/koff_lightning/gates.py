@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup
@@ -24,15 +25,29 @@ class HardConcrete:
     """Stochastic gate in [0, 1] with mass at both ends (Louizos et al. 2018, eq. 10-12).
 
     `logits` are the paper's log alpha. Constants as in CoFi and Sheared-LLaMA.
+
+    Args:
+        beta: Temperature of the sigmoid that makes a sample. Below 1 a gate is mostly 0 or 1; at 2, as in the KOFF
+            paper, mostly between.
+        beta_end: Temperature at the end of the mask phase, to which it falls linearly; None keeps it.
+        initial: First logit of every unit; None for the default.
     """
 
-    initial, rate, bound = 3.0, 1.0, 8.0  # P(m > 0) = 0.99 at the start
-    gamma, zeta, beta, eps = -0.1, 1.1, 2 / 3, 1e-6
-    offset = beta * math.log(-gamma / zeta)  # -1.5986: where a gate is as often zero as not
+    rate, bound = 1.0, 8.0
+    gamma, zeta, eps = -0.1, 1.1, 1e-6
+
+    def __init__(self, beta: float = 2 / 3, beta_end: float | None = None, initial: float | None = None) -> None:
+        self.beta, self._course = beta, (beta, beta if beta_end is None else beta_end)
+        self.initial = 3.0 if initial is None else initial  # P(m > 0) = 0.99 at the start
+
+    @property
+    def offset(self) -> float:
+        """Where a gate is as often zero as not: -1.5986 at beta 2/3."""
+        return self.beta * math.log(-self.gamma / self.zeta)
 
     @property
     def temperature(self) -> float:
-        """Of the sigmoid that makes a sample; constant."""
+        """Of the sigmoid that makes a sample."""
         return self.beta
 
     def sample(self, logits: Tensor, rows: int = 1, random: torch.Generator | None = None) -> Tensor:
@@ -58,7 +73,9 @@ class HardConcrete:
         return self.initial + order
 
     def anneal(self, progress: float) -> None:
-        """Nothing to anneal: the noise is what probes the loss away from the dense point."""
+        """Set beta for a share `progress` in [0, 1] of the mask phase."""
+        start, end = self._course
+        self.beta = start if start == end else start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
 class ShrinkingReLU:
@@ -68,10 +85,11 @@ class ShrinkingReLU:
     either side of it, is where the soft count is neither 0 nor 1: mu at the start of a step, less after `sharpen`.
     """
 
-    initial, rate, bound = 1.0, 0.1, 4.0  # z moves in a range a tenth of the logits'
+    rate, bound = 0.1, 4.0  # z moves in a range a tenth of the logits'
     start, end, slope, stretch = 0.5, 0.1, 2.4, (-0.1, 1.1)
 
-    def __init__(self) -> None:
+    def __init__(self, initial: float | None = None) -> None:
+        self.initial = 1.0 if initial is None else initial
         self.anneal(0.0)
 
     @property
@@ -119,8 +137,9 @@ KINDS = {"hc": HardConcrete, "ddp": ShrinkingReLU}
 class BackboneGates(nn.Module):
     """The mask: logits of all units, and the hooks by which they act on the backbone.
 
-    A gate multiplies the INPUT of the outermost (LoRA-wrapped) consumer, so the base path and LoRA see the same gated
-    activation and a zero gate equals a removed column (checked by the tests of surgery).
+    A gate of a whole unit multiplies the INPUT of the outermost (LoRA-wrapped) consumer, so the base path and LoRA see
+    the same gated activation and a zero gate equals a removed column (checked by the tests of surgery). A gate of a
+    channel multiplies the OUTPUT of the outermost linear, y = z (W x + b + s B A x): no adapter brings it back.
     """
 
     kept: Tensor  # bool [U], the hardened mask
@@ -128,9 +147,10 @@ class BackboneGates(nn.Module):
     hardened: Tensor  # bool [], whether `kept` is in force
     bias: Tensor | None  # [groups, d], what the removed units leave behind at each consumer's output
 
-    def __init__(self, groups: list[PrunableGroup], kind: str = "hc") -> None:
+    def __init__(self, groups: list[PrunableGroup], kind: str = "hc", **options: float | None) -> None:
+        """Args: units of all layers; kind of gate, `hc` or `ddp`; and its options."""
         super().__init__()
-        self.groups, self.gate = groups, KINDS[kind]()
+        self.groups, self.gate = groups, KINDS[kind](**options)
         self.sizes = [group.size for group in groups]
         units = sum(self.sizes)
         self.logits = nn.Parameter(torch.full((units,), self.gate.initial))  # [U] fp32
@@ -143,15 +163,24 @@ class BackboneGates(nn.Module):
         self._probe: Tensor | None = None
         self._in_force: InForce[list[Tensor] | None] = InForce(None)
 
-    def attach(self, model: PreTrainedModel) -> None:
-        """Hang the hooks. After LoRA injection: a hook on an inner `base_layer` would leave the adapter ungated."""
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Hang the hooks. After LoRA injection: a hook on an inner `base_layer` would leave the adapter ungated.
+
+        Returns:
+            Their handles, for gates that do not stay.
+        """
+        handles: list[RemovableHandle] = []
         for index, group in enumerate(self.groups):
-            consumer = model.get_submodule(group.consumer)
-            inner = getattr(consumer, "base_layer", None)
-            if inner is not None and inner._forward_pre_hooks:
-                raise RuntimeError(f"{group.consumer}: a gate sits inside the adapter; attach gates after injection")
-            consumer.register_forward_pre_hook(self._hook(index))
-            consumer.register_forward_hook(self._compensation(index))
+            module = model.get_submodule(group.gated)
+            inner = getattr(module, "base_layer", None)
+            if inner is not None and (inner._forward_pre_hooks or inner._forward_hooks):
+                raise RuntimeError(f"{group.gated}: a gate sits inside the adapter; attach gates after injection")
+            if not group.consumer:
+                handles.append(module.register_forward_hook(self._output_hook(index)))
+                continue
+            handles.append(module.register_forward_pre_hook(self._hook(index)))
+            handles.append(module.register_forward_hook(self._compensation(index)))
+        return handles
 
     def _hook(self, index: int) -> object:
         def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -159,6 +188,14 @@ class BackboneGates(nn.Module):
             if columns is None:
                 return None
             return (inputs[0] * columns[index].to(inputs[0].dtype), *inputs[1:])  # [B, T, C_g]
+
+        return multiply
+
+    def _output_hook(self, index: int) -> object:
+        def multiply(_: nn.Module, __: object, output: Tensor) -> Tensor | None:
+            if self._columns is None:
+                return None
+            return output * self._columns[index].to(output.dtype)  # [B, T, U_g]
 
         return multiply
 
@@ -225,9 +262,25 @@ class BackboneGates(nn.Module):
         quantile = (rank + 0.5) / len(rank)
         self.logits.copy_(self.gate.prior(spread * torch.special.ndtri(quantile)))
 
-    def hold_near(self, target: float, band: float, counts: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        """Move the logits by the least that brings both `counts` to the target; see tracking.py."""
-        hold_near(self.gate, self.logits, target, band, counts)
+    @torch.no_grad()
+    def hold_near(
+        self,
+        target: float,
+        band: float,
+        counts: Callable[[Tensor], tuple[Tensor, Tensor]],
+        units: Tensor | None = None,
+    ) -> None:
+        """Move the logits, or those of `units` (indices), by the least that brings both `counts` to the target.
+
+        See tracking.py; `counts` takes the keep probabilities of the units that move.
+        """
+        if units is None:
+            hold_near(self.gate, self.logits, target, band, counts)
+            return
+        units = units.to(self.logits.device)
+        part = self.logits[units]
+        hold_near(self.gate, part, target, band, counts)
+        self.logits[units] = part
 
     def draw(self, rows: int = 1, place: tuple[int, ...] = ()) -> Tensor:
         """Gate values for one micro-batch, [R, U]: hardened mask, or a sample while training.

@@ -236,6 +236,8 @@ def _pairs(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
                 "keys and values of a KV memory are torch.float32 [heads, slots, head size], alike within a layer and "
                 f"of equally many slots in all: {name} is {part.dtype} {list(part.shape)}"
             )
+        if not part.isfinite().all():
+            raise KoffError(f"the KV memory holds nan or inf: {name}; get it again")
     return [(tensors[f"layers.{index}.key"], tensors[f"layers.{index}.value"]) for index in layers]
 
 

@@ -29,7 +29,9 @@ from koff_lightning.model_files import (
     adapter_beside,
     check_config,
     check_folder,
+    check_tokenizer,
     check_weights,
+    not_finite,
     refuse_leftovers,
 )
 from koff_lightning.support.errors import KoffError
@@ -90,6 +92,8 @@ def load_backbone(
             f"backbone {source!r}: its config ties the output to the input embeddings, and its files hold an output "
             "that differs: set tie_word_embeddings to false in config.json, or remove lm_head.weight from the files"
         )
+    if odd := not_finite(model.state_dict()):
+        raise KoffError(f"backbone {source!r}: {odd} holds numbers that are not finite: get its weights again")
     model.config.use_cache = False  # a cache makes packed documents see each other, silently
     return model.requires_grad_(False).eval()
 
@@ -158,7 +162,11 @@ def load_tokenizer(
     where = _resolve(
         source, revision, trust_remote_code, wanted=("tokenizer_config.json", "tokenizer.json", "config.json")
     )
-    return _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
+    if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
+        check_tokenizer(folder)
+    tokenizer = _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
+    _loading(source, tokenizer, {"text": "A text."})  # some options are looked at only here
+    return tokenizer
 
 
 def fingerprint(model: PreTrainedModel) -> str:

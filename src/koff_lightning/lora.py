@@ -209,6 +209,8 @@ def check_fit(linears: Mapping[str, nn.Module], rank: int, weights: Mapping[str,
                 f"the adapter does not fit the backbone: {name} is {got.dtype} {list(got.shape)}, due is torch.float32 "
                 f"{size}"
             )
+        if not got.isfinite().all():
+            raise KoffError(f"the adapter holds nan or inf: {name}; get it again")
 
 
 def _raised(weight: Tensor, dim: int, rank: int) -> Tensor:

@@ -9,12 +9,15 @@ Shapes: N predicted tokens, d hidden, V vocabulary, C tokens per chunk.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
+
+SPARSE = 8  # a chunk is this much shorter where each token takes k rows of the head
 
 
 @dataclass
@@ -25,17 +28,107 @@ class LossSpec:
         ce: Weight of next-token cross-entropy on the text.
         kl: Weight of the divergence from the dense model; 0 saves the teacher's forward pass.
         chunk: Tokens whose logits exist at one time.
+        top_k: Tokens of the vocabulary that the divergence looks at: those which the dense model finds likeliest, 100
+            in the paper (appendix D). null for all.
+        tail: With `top_k`, what becomes of the others: `drop` leaves them out of both distributions, which are
+            normalised over the k alone (the paper); `bucket` counts them as one outcome more.
     """
 
     ce: float = 1.0
     kl: float = 2.0  # CE + 2 KL as in DDP (arXiv 2603.08065)
     chunk: int = 1024
+    top_k: int | None = None
+    tail: Literal["drop", "bucket"] = "drop"
 
     def __post_init__(self) -> None:
         if not (self.ce >= 0 and self.kl >= 0 and 0 < self.ce + self.kl < math.inf):
             raise KoffError(f"loss.ce and loss.kl must be >= 0, finite and not both 0; got {self.ce} and {self.kl}")
         if self.chunk < 1:
             raise KoffError(f"loss.chunk must be at least 1 token; got {self.chunk}")
+        if self.top_k is not None and self.top_k < 2:
+            raise KoffError(
+                f"loss.top_k must be at least 2 tokens (100 in the paper), or null for all; got {self.top_k}"
+            )
+        if self.tail not in ("drop", "bucket"):
+            raise KoffError(f"loss.tail must be drop or bucket; got {self.tail!r}")
+
+    @property
+    def top_k_alone(self) -> bool:
+        """Whether the loss looks at the teacher's k tokens and at nothing else, so that no other logit is made."""
+        return not self.ce and self.top_k is not None and self.tail == "drop"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What the dense model says of the tokens that it finds likeliest.
+
+    Attributes:
+        index: The k tokens, long [N, k].
+        log_q: Their log-probabilities among all tokens, fp32 [N, k].
+    """
+
+    index: Tensor
+    log_q: Tensor
+
+    def __getitem__(self, part: slice) -> "TopK":
+        return TopK(self.index[part], self.log_q[part])
+
+
+def top_k_of(hidden: Tensor, head: Tensor, k: int) -> TopK:
+    """The dense model's k likeliest next tokens, from its hidden states [n, d] and the head [V, d].
+
+    Raises:
+        KoffError: The vocabulary is smaller.
+    """
+    if k > len(head):
+        raise KoffError(f"loss.top_k is {k}, but the vocabulary has {len(head)} tokens: give at most that, or null")
+    logits = (hidden @ head.T).float()  # [n, V]
+    values, index = logits.topk(k)
+    return TopK(index, values - logits.logsumexp(-1, keepdim=True))
+
+
+def _among(student: Tensor, seen: TopK, head: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """KL over the teacher's k tokens alone, from their rows of the head: no other logit is made.
+
+    Args:
+        student: Hidden states [C, d].
+        seen: Of the teacher, k tokens each.
+        head: [V, d].
+        weights: Of each token's KL in the loss, [C].
+
+    Returns:
+        KL [C], and the gradient of the weighted sum by `student`, [C, d].
+    """
+    rows = head[seen.index]  # [C, k, d]
+    log_p = (rows @ student.unsqueeze(-1)).squeeze(-1).float().log_softmax(-1)  # [C, k]
+    log_q = seen.log_q.log_softmax(-1)  # over the k alone
+    p, q = log_p.exp(), log_q.exp()
+    slope = ((p - q) * weights.unsqueeze(1)).to(head.dtype)  # [C, k]
+    return (q * (log_q - log_p)).sum(-1), (slope.unsqueeze(1) @ rows).squeeze(1)
+
+
+def _among_all(log_p: Tensor, p: Tensor, seen: TopK, tail: str) -> tuple[Tensor, Tensor]:
+    """KL over the teacher's k tokens where the logits of all are there: [C], and its gradient by these, [C, V].
+
+    Args:
+        log_p: The student's log-probabilities, [C, V].
+        p: Their exponentials.
+        seen: Of the teacher.
+        tail: See `LossSpec`.
+    """
+    log_among = log_p.gather(1, seen.index)  # [C, k]
+    if tail == "drop":
+        log_among, log_q = log_among.log_softmax(-1), seen.log_q.log_softmax(-1)
+        q = log_q.exp()
+        slope = torch.zeros_like(p).scatter_(1, seen.index, log_among.exp() - q)
+        return (q * (log_q - log_among)).sum(-1), slope
+    q = seen.log_q.exp()  # [C, k]
+    q_rest = (1 - q.sum(-1, keepdim=True)).clamp(min=0)  # [C, 1]
+    others = p.scatter(1, seen.index, 0.0)  # [C, V]
+    p_rest = others.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    kl = (q * (seen.log_q - log_among)).sum(-1) + (torch.xlogy(q_rest, q_rest / p_rest)).squeeze(1)
+    # d/d logits of -sum q log p - q_rest log p_rest: p - q for the k, p (1 - q_rest / p_rest) for the others.
+    return kl, (p - others * (q_rest / p_rest)).scatter_add_(1, seen.index, -q)
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -46,18 +139,29 @@ class _FusedHeadLoss(torch.autograd.Function):
             student.new_zeros(len(labels), dtype=torch.float32),
         )
         grad = torch.empty_like(student)
-        for start in range(0, len(labels), spec.chunk):
-            part = slice(start, start + spec.chunk)
+        alone = teacher is not None and spec.top_k_alone
+        step = max(1, spec.chunk // SPARSE) if alone else spec.chunk
+        for start in range(0, len(labels), step):
+            part = slice(start, start + step)
+            seen = None if teacher is None else teacher[part]
+            if isinstance(seen, Tensor) and spec.top_k is not None:
+                seen = top_k_of(seen, head, spec.top_k)
+            if alone:
+                kl[part], grad[part] = _among(student[part], seen, head, spec.kl * weights[part])
+                continue
             target = labels[part].unsqueeze(1)
             log_p = (student[part] @ head.T).float().log_softmax(-1)  # [C, V]
             ce[part] = -log_p.gather(1, target).squeeze(1)
             p = log_p.exp()
-            slope = (spec.ce + (spec.kl if teacher is not None else 0)) * p  # d/d logits of ce + kl, [C, V]
-            if teacher is not None:
-                log_q = (teacher[part] @ head.T).float().log_softmax(-1)  # [C, V]
+            slope = (spec.ce + (spec.kl if isinstance(seen, Tensor) else 0)) * p  # d/d logits of ce + kl, [C, V]
+            if isinstance(seen, Tensor):
+                log_q = (seen @ head.T).float().log_softmax(-1)  # [C, V]
                 q = log_q.exp()
                 kl[part] = (q * log_q.sub_(log_p)).sum(-1)
                 slope.sub_(q, alpha=spec.kl)
+            elif seen is not None:
+                kl[part], further = _among_all(log_p, p, seen, spec.tail)
+                slope.add_(further, alpha=spec.kl)
             slope.scatter_add_(1, target, torch.full_like(target, -spec.ce, dtype=slope.dtype))
             grad[part] = (slope * weights[part].unsqueeze(1)).to(head.dtype) @ head
         ctx.save_for_backward(grad)
@@ -70,20 +174,21 @@ class _FusedHeadLoss(torch.autograd.Function):
 
 
 def fused_head_loss(
-    student: Tensor, teacher: Tensor | None, head: Tensor, labels: Tensor, weights: Tensor, spec: LossSpec
+    student: Tensor, teacher: Tensor | TopK | None, head: Tensor, labels: Tensor, weights: Tensor, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum over tokens of ce * CE + kl * KL(dense || student), with both per token.
 
     Args:
         student: Hidden states of the gated model at predicting positions, [N, d].
-        teacher: Those of the dense model, [N, d]; None leaves KL out.
+        teacher: Those of the dense model, [N, d], or its likeliest tokens as they were stored; None leaves KL out.
         head: Frozen output embedding, [V, d].
         labels: Next tokens, [N].
         weights: Weight of each token, [N] fp32.
         spec: Loss weights and chunk size.
 
     Returns:
-        Scalar loss in nats (differentiable in `student`), cross-entropy [N] and KL [N] (for logging).
+        Scalar loss in nats (differentiable in `student`), cross-entropy [N] (zeros where `spec.top_k_alone`)
+        and KL [N] (for logging).
     """
     return _FusedHeadLoss.apply(student, teacher, head, labels, weights, spec)
 

@@ -5,12 +5,16 @@ that config.json names, follows a weight index out of the folder, and leaves out
 the folder's files are held to what they are for: names stay inside, nothing but weights is loaded, sizes are sizes.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import kind, read_json_object, wrong_value
@@ -61,6 +65,16 @@ _KINDS = {
     "block_configs": (list,),
     "quantization_config": (dict,),
     "auto_map": (dict,),
+}
+_OF_TOKENIZERS = {  # in tokenizer_config.json
+    "model_max_length": (int, float),
+    "padding_side": (str,),
+    "truncation_side": (str,),
+    "tokenizer_class": (str,),
+    "chat_template": (str, list),
+    "added_tokens_decoder": (dict,),
+    "add_bos_token": (bool,),
+    "add_eos_token": (bool,),
 }
 _TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
 
@@ -134,10 +148,14 @@ def _wrong_rope(rope: Mapping[str, Any], name: str) -> str | None:
 
 
 def check_links(folder: Path) -> None:
-    """Raise KoffError if a file in a folder is a link out of it; the hub's own cache of files is no way out."""
+    """Raise KoffError if anything below a folder, hidden or not, is a link out of it.
+
+    The hub's own cache keeps a model as links to `blobs` beside its snapshots, which is no way out.
+    """
     home = folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    for path in sorted(folder.iterdir()):
+    snapshot = next((place for place in (home, *home.parents) if place.parent.name == "snapshots"), None)
+    blobs = snapshot.parent.parent / "blobs" if snapshot else home
+    for path in sorted(folder.rglob("*")):
         target = Path(os.path.realpath(path))
         if path.is_symlink() and not (target.is_relative_to(home) or target.is_relative_to(blobs)):
             raise KoffError(f"{path} is a link to {os.readlink(path)}, outside the folder: put the file itself there")
@@ -169,6 +187,31 @@ def check_folder(folder: Path, source: str) -> None:
             break
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of a tensor that holds NaN or infinity, None if there is none; by its sum, which takes one reading."""
+    wide = {name: torch.float64 if tensor.dtype == torch.float64 else torch.float32 for name, tensor in tensors.items()}
+    found = (name for name, part in tensors.items() if part.is_floating_point() and part.numel() and not part.is_meta)
+    return next((name for name in found if not tensors[name].sum(dtype=wide[name]).isfinite()), None)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise KoffError if a file of a tokenizer's folder is a link out of it, or one with options holds no names."""
+    check_links(folder)
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json"):
+        content = read_json_object(folder / name) if (folder / name).exists() else {}
+        if name == "tokenizer_config.json":
+            faults = [wrong_value(content, entry, kinds, 0, math.inf) for entry, kinds in _OF_TOKENIZERS.items()]
+            if fault := next(filter(None, faults), None):
+                raise KoffError(f"{folder / name} cannot be used: {fault}")
+    vocabularies = ("tokenizer.json", "vocab.json", "tekken.json")
+    alone = (folder / "tokenizer.model").exists() and not any((folder / name).exists() for name in vocabularies)
+    if alone and find_spec("sentencepiece") is None:  # transformers would ask for another package
+        raise KoffError(
+            f"{folder} holds its tokenizer as tokenizer.model alone, which takes the packages sentencepiece and "
+            "protobuf to read: install them, or save it once with them, which writes tokenizer.json"
+        )
+
+
 def adapter_beside(source: str) -> KoffError:
     """What to say of an adapter among the weights of a model, which transformers would apply without a word."""
     return KoffError(
@@ -184,7 +227,7 @@ def _check_index(index: Path) -> None:
     if not isinstance(names, dict) or not names or not isinstance(content.setdefault("metadata", {}), dict):
         raise KoffError(f"{index} has no weight_map of tensors to files: get it again")
     for file in names.values():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in (".", ".."):
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or file.startswith("."):
             raise KoffError(f"{index} names {file!r}, which is no file beside it: get it again")
         if not (index.parent / file).is_file():
             raise KoffError(f"{index} names {file}, which is missing: the download is incomplete; get it again")

@@ -1,19 +1,20 @@
-"""How much is removed: exact accounting in parameters, the target over time, the penalty, and hardening to a budget.
+"""How much is removed: exact accounting in parameters, the target over time, and hardening to a budget.
 
 Sparsity is always removed parameters over a named denominator: Sheared-LLaMA counts the body, "model X minus 12 %" the
 total; both and the share of prunable units are reported. Shapes: U units over all groups.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from koff_lightning.backbone import PrunableGroup
+from koff_lightning.backbone import PrunableGroup, check_kinds
 from koff_lightning.support.errors import KoffError
+from koff_lightning.surgery import physical
 
 Phase = Literal["warmup", "ramp", "hold", "consolidate"]
 
@@ -26,14 +27,26 @@ class SparsitySpec:
         target: Share of the denominator's parameters to remove; 0 learns no mask.
         denominator: What the target is a share of: `body` (linears of all layers), `total` (all parameters) or `units`
             (parameters of the prunable units).
-        units: Kinds of prunable units: FFN neurons (`channel`) and kv heads with their queries (`kv_group`).
+        units: Kinds of prunable units: FFN neurons (`channel`) and kv heads with their queries (`kv_group`); or output
+            channels of single linears (`gate_channel`, `up_channel`, `down_channel`, `k_channel`, `v_channel`,
+            `q_channel`, `o_channel`), whose price is their row. No weight may belong to two kinds.
         gate: `hc` (hard concrete) or `ddp` (deterministic shrinking ReLU).
-        penalty: `lagrangian` tracks the target with learned multipliers; `fixed` adds weight * expected sparsity.
-        weight: Penalty weight for `fixed`, in nats per unit of sparsity.
+        beta: Temperature of `hc`; the KOFF paper has 2.
+        beta_end: Temperature of `hc` at the end of the mask phase, to which it falls linearly; null keeps `beta`.
+        initial: First logit of every unit; null for the gate's own (3 for `hc`, 1 for `ddp`).
+        penalty: `lagrangian` tracks the target with learned multipliers; `fixed` adds weight * expected sparsity;
+            `hinge` adds weight * what is active beyond 1 - target; `plain_lagrangian` has multipliers that start at 0
+            and no tracking (an ablation).
+        weight: Penalty weight for `fixed` and `hinge`, in nats per unit of sparsity.
+        autoscale: Multiply the `hinge` by the loss on data, so that `weight` is relative to it.
+        scope: Whether the target is one of all units together (`global`) or of each kind by itself (`local`, with
+            denominator `units`).
+        harden: How the mask is fixed: to the exact budget (`budget`), or by closing every gate that is more often
+            closed than open, whatever that comes to (`threshold`).
         band: Widest gap allowed between tracked sparsity and the ramp (`lagrangian` only), in absolute sparsity.
         prior: Order the logits after warm-up by each gate's squared gradient (`fisher`), or start them equal (`none`).
         spread: Standard deviation of the logits that the prior sets.
-        min_channels: FFN neurons that every layer keeps.
+        min_channels: FFN neurons that every layer keeps; of channels, how many each linear of the FFN keeps.
         min_kv_groups: kv groups that every layer keeps.
         layout: At hardening each layer gets its own widths (`ragged`), or all get the same (`uniform`: a plain Llama or
             Qwen config then describes the cut model).
@@ -45,8 +58,14 @@ class SparsitySpec:
     denominator: Literal["body", "total", "units"] = "body"
     units: list[str] = field(default_factory=lambda: ["channel", "kv_group"])
     gate: Literal["hc", "ddp"] = "hc"
-    penalty: Literal["lagrangian", "fixed"] = "lagrangian"
+    beta: float = 2 / 3
+    beta_end: float | None = None
+    initial: float | None = None
+    penalty: Literal["lagrangian", "fixed", "hinge", "plain_lagrangian"] = "lagrangian"
     weight: float = 1.0
+    autoscale: bool = False
+    scope: Literal["global", "local"] = "global"
+    harden: Literal["budget", "threshold"] = "budget"
     band: float = 0.004
     prior: Literal["fisher", "none"] = "fisher"
     spread: float = 4.0
@@ -74,6 +93,53 @@ class SparsitySpec:
         for name, kinds in get_type_hints(SparsitySpec).items():  # the command line checks these, Python does not
             if get_origin(kinds) is Literal and getattr(self, name) not in get_args(kinds):
                 raise KoffError(f"sparsity.{name} must be {' or '.join(get_args(kinds))}; got {getattr(self, name)}")
+        check_kinds(self.units)
+        self._check_gate()
+        self._check_together()
+
+    def _check_gate(self) -> None:
+        betas = {"beta": self.beta, "beta_end": self.beta_end}
+        for name, value in betas.items():
+            if value is not None and not 0 < value < math.inf:
+                raise KoffError(f"sparsity.{name} must be > 0 and finite; got {value}")
+        if self.gate == "ddp" and (self.beta, self.beta_end) != (SparsitySpec.beta, None):
+            raise KoffError("sparsity.beta and sparsity.beta_end are of gate hc: with gate ddp leave them out")
+        if self.initial is not None and not math.isfinite(self.initial):
+            raise KoffError(f"sparsity.initial must be finite; got {self.initial}")
+
+    def _check_together(self) -> None:
+        """Refuse options that are sound alone and say nothing, or two things, together."""
+        if self.penalty == "hinge" and not self.target:
+            raise KoffError(
+                "sparsity.penalty hinge with sparsity.target 0 would press on nothing: give a target, or leave the "
+                "penalty out to learn no mask"
+            )
+        if self.autoscale and self.penalty != "hinge":
+            raise KoffError(f"sparsity.autoscale scales penalty hinge; got penalty {self.penalty}")
+        if self.scope == "local" and self.denominator != "units":
+            raise KoffError(
+                "sparsity.scope local takes the target of each kind of unit by itself: set sparsity.denominator to "
+                f"units; got {self.denominator}"
+            )
+        halves = [kind for kind in self.units if kind not in ("channel", "kv_group")]
+        if halves and (self.layout == "uniform" or self.multiple_of > 1):
+            option = "layout uniform" if self.layout == "uniform" else f"multiple_of {self.multiple_of}"
+            raise KoffError(
+                f"sparsity.{option} is of whole units; channels of single linears ({', '.join(halves)}) leave other "
+                "widths: set sparsity.layout to ragged and sparsity.multiple_of to 1"
+            )
+        if self.harden == "threshold" and (self.layout == "uniform" or self.multiple_of > 1):
+            raise KoffError("sparsity.harden threshold leaves any widths: layout uniform and multiple_of want budget")
+
+    def gate_options(self) -> dict[str, float | None]:
+        """Arguments of the gate beside its kind."""
+        of_hc = {"beta": self.beta, "beta_end": self.beta_end} if self.gate == "hc" else {}
+        return {"initial": self.initial} | of_hc
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are to get the same widths."""
+        return self.layout == "uniform"
 
 
 class Budget:
@@ -100,14 +166,26 @@ class Budget:
         self.groups, self.spec, self._kv_groups = groups, spec, kv_groups
         self.costs = torch.cat([torch.full((g.size,), g.params_per_unit, dtype=torch.int64) for g in groups])  # [U]
         self.is_channel = torch.cat([torch.full((g.size,), g.kind == "channel") for g in groups])  # [U]
+        self.in_ffn = torch.cat([torch.full((g.size,), g.in_ffn) for g in groups])  # [U]
+        names = list(dict.fromkeys(group.kind for group in groups))
+        kind = torch.cat([torch.full((g.size,), names.index(g.kind)) for g in groups])  # [U]
+        self.kinds = {name: (kind == place).nonzero()[:, 0] for place, name in enumerate(names)}  # -> its units, long
         self.denominators = {**counts, "units": int(self.costs.sum())}
         self._shares: Tensor | None = None
+        self._check_reach()
+
+    def _check_reach(self) -> None:
+        """Refuse a target that the units which every layer keeps put out of reach, and a layout that cannot say it."""
+        spec = self.spec
         steps, costs, scores, _ = self._steps(self._protected(torch.zeros(len(self.costs))))
         removable = costs[scores < math.inf]
-        most = int(removable.sum()) / self.denominators[spec.denominator]
+        most, share = int(removable.sum()) / self.denominators[spec.denominator], spec.denominator
+        if spec.scope == "local":
+            free = self._protected(torch.zeros(len(self.costs))) < math.inf  # bool [U]
+            most, share = min((float(free[units].double().mean()), name) for name, units in self.kinds.items())
         if spec.target > most:
             raise KoffError(
-                f"sparsity.target {spec.target} of {spec.denominator} cannot be reached: with {spec.min_channels} "
+                f"sparsity.target {spec.target} of {share} cannot be reached: with {spec.min_channels} "
                 f"neurons and {spec.min_kv_groups} kv groups kept per layer, at most {most:.4f} can be removed"
             )
         self._check_uniform(steps, costs)
@@ -115,7 +193,7 @@ class Budget:
     def _check_uniform(self, steps: Tensor, costs: Tensor) -> None:
         """Refuse kv groups in a uniform layout of which not even one step fits the target: the user would wonder."""
         kv = steps[~self.is_channel].unique()
-        if self.spec.layout != "uniform" or not self.spec.target or not len(kv):
+        if not self.spec.uniform or not self.spec.target or not len(kv):
             return
         share = int(costs[kv].min()) / self.denominators[self.spec.denominator]
         if share > self.spec.target:
@@ -126,7 +204,7 @@ class Budget:
             )
 
     def _minimum(self, group: PrunableGroup) -> int:
-        return self.spec.min_channels if group.kind == "channel" else self.spec.min_kv_groups
+        return self.spec.min_channels if group.in_ffn else self.spec.min_kv_groups
 
     def expected(self, keep: Tensor) -> Tensor:
         """Differentiable sparsity in the chosen denominator for keep probabilities or gates [U]."""
@@ -146,17 +224,46 @@ class Budget:
         soft, hard = self.counts(keep)
         return soft + ((hard - soft) / 2).detach()
 
+    def scopes(self) -> list[tuple[Tensor | None, Callable[[Tensor], tuple[Tensor, Tensor]]]]:
+        """Units that have the target for themselves (indices, None for all), each with its soft and hard counts."""
+        if self.spec.scope == "global":
+            return [(None, self.counts)]
+        return [(units, _counts_of_kind) for units in self.kinds.values()]
+
+    def measured(self, keep: Tensor) -> Tensor:
+        """The sparsity that the penalty sees: scalar, or [S] of each kind with scope `local`.
+
+        The published penalties see the soft count alone.
+        """
+        tracked = self.spec.penalty in ("lagrangian", "fixed")
+        if self.spec.scope == "global":
+            return self.tracked(keep) if tracked else self.expected(keep)
+        counts = [_counts_of_kind(keep[units.to(keep.device)]) for units in self.kinds.values()]
+        return torch.stack([soft + ((hard - soft) / 2).detach() if tracked else soft for soft, hard in counts])
+
     def report(self, kept: Tensor) -> dict[str, float]:
-        """Hard counts of a mask (bool [U]): sparsity in all three denominators, and per type of unit."""
+        """Nominal counts of a mask (bool [U]): sparsity in all three denominators, and per type of unit.
+
+        Nominal is what the closed gates are priced at, a channel at its row; `physical` is what an export removes.
+        """
         gone, kept = self.costs.double() * ~kept.cpu(), kept.cpu()
         rates = {name: gone.sum().item() / size for name, size in self.denominators.items()}
-        for name, chosen in (("ffn", self.is_channel), ("attention", ~self.is_channel)):
+        for name, chosen in (("ffn", self.in_ffn), ("attention", ~self.in_ffn)):
             rates[name] = gone[chosen].sum().item() / max(self.costs[chosen].sum().item(), 1)
         return rates
 
+    def by_kind(self, kept: Tensor) -> dict[str, float]:
+        """Nominal too: the share that a mask (bool [U]) removes of each kind of unit, the paper's local sparsity."""
+        return {name: (~kept.cpu()[units]).double().mean().item() for name, units in self.kinds.items()}
+
+    def physical(self, kept: Tensor) -> dict[str, float]:
+        """What a cut export lacks under a mask (bool [U]): parameters, and their share of body and of total."""
+        gone = physical(self.groups, kept.cpu())
+        return {"parameters": gone} | {name: gone / self.denominators[name] for name in ("body", "total")}
+
     def kept_parameters(self, kept: Tensor) -> int:
-        """Parameters of the backbone that remain under a mask (bool [U])."""
-        return self.denominators["total"] - int(self.costs[~kept.cpu()].sum())
+        """Parameters of the cut backbone under a mask (bool [U]): a physical count."""
+        return self.denominators["total"] - physical(self.groups, kept.cpu())
 
     def harden(self, scores: Tensor, target: float | None = None) -> Tensor:
         """Remove the lowest-scored units until no further one fits into the budget; bool [U], True = kept.
@@ -167,9 +274,27 @@ class Budget:
         the target by less than the cheapest step.
         """
         scores = self._protected(scores.detach().float().cpu())
+        target = self.spec.target if target is None else target
+        if self.spec.scope == "global":
+            return self._within(scores, target * self.denominators[self.spec.denominator])
+        kept = torch.ones(len(scores), dtype=torch.bool)
+        for units in self.kinds.values():
+            own = torch.full_like(scores, math.inf).index_copy(0, units, scores[units])
+            kept &= self._within(own, target * int(self.costs[units].sum()))
+        return kept
+
+    def threshold(self, keep: Tensor) -> Tensor:
+        """Remove the units that are more often closed than open by their keep probabilities [U]; bool [U], True = kept.
+
+        Each layer keeps its minimum; what is removed comes to whatever it comes to.
+        """
+        keep = keep.detach().float().cpu()
+        return (keep > 0.5) | (self._protected(keep) == math.inf)
+
+    def _within(self, scores: Tensor, size: float) -> Tensor:
+        """The greedy choice of `harden` for scores [U], infinite for units that stay, and so many parameters."""
         steps, costs, scores, follows = self._steps(scores)
-        size = self.denominators[self.spec.denominator]
-        left = math.floor((self.spec.target if target is None else target) * size + 1e-4)  # parameters; 0.3 * 10 is 3
+        left = math.floor(size + 1e-4)  # parameters; 0.3 * 10 is 3
         order, price, least = torch.argsort(scores, stable=True), costs.tolist(), int(costs.min())
         gone = [False] * len(price)
         for step in order[scores[order] < math.inf].tolist():
@@ -185,13 +310,13 @@ class Budget:
 
         The list says of each step whether it can only be taken after the one before it.
         """
-        if self.spec.layout == "ragged" and self.spec.multiple_of == 1:
+        if not self.spec.uniform and self.spec.multiple_of == 1:
             return torch.arange(len(scores)), self.costs, scores, [False] * len(scores)
         first: dict[tuple[object, ...], int] = {}  # of a layer (of all layers, if uniform) and a kind: its first step
         steps, follows = [], []
         for group, part in zip(self.groups, scores.split([g.size for g in self.groups]), strict=True):
             blocks = self._blocks(group)  # of the lowest score first
-            name = (None if self.spec.layout == "uniform" else group.layer, group.kind)
+            name = (None if self.spec.uniform else group.layer, group.kind)
             if name not in first:
                 first[name] = len(follows)
                 follows += [place > 0 for place in range(int(blocks[-1]) + 1)]
@@ -206,7 +331,7 @@ class Budget:
         ranks = torch.arange(group.size)
         if group.kind == "channel":  # the first step is smaller if the width is no multiple to begin with
             return (ranks + -group.size % self.spec.multiple_of) // self.spec.multiple_of
-        allowed = range(group.size) if self.spec.layout == "ragged" or self._kv_groups is None else self._kv_groups
+        allowed = range(group.size) if not self.spec.uniform or self._kv_groups is None else self._kv_groups
         stops = torch.tensor([group.size - n for n in allowed if n < group.size]).sort().values  # removed after a step
         return torch.searchsorted(stops, ranks, right=True)
 
@@ -217,6 +342,11 @@ class Budget:
             best = part.topk(min(self._minimum(group), group.size)).indices
             parts.append(part.index_fill(0, best, math.inf))
         return torch.cat(parts)
+
+
+def _counts_of_kind(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft and hard sparsity of units of one price by their keep probabilities [U_k]."""
+    return (1 - keep).mean(), (keep <= 0.5).float().mean()
 
 
 @dataclass(frozen=True)
@@ -259,33 +389,3 @@ class SparsitySchedule:
     def progress(self, step: int) -> float:
         """Share of the mask phase (ramp and hold) that is over, in [0, 1]."""
         return min(max((step - self.ramp_step) / max(self.harden_step - self.ramp_step, 1), 0.0), 1.0)
-
-
-class LagrangianPenalty(nn.Module):
-    """lam1 (s - t) + lam2 (s - t)^2, minimised over the mask and maximised over the multipliers (CoFi; Sheared-LLaMA).
-
-    Our choice: lam2 starts stiff instead of at 0. A price that must first be found by ascent lags the ramp, overshoots,
-    and short runs have no time to come back (docs/log.md).
-    """
-
-    def __init__(self, stiffness: float = 20.0) -> None:
-        super().__init__()
-        self.linear = nn.Parameter(torch.tensor(0.0))
-        self.quadratic = nn.Parameter(torch.tensor(stiffness))
-
-    def forward(self, sparsity: Tensor, target: float) -> Tensor:
-        """Args: tracked sparsity (scalar) and its target. Returns nats."""
-        gap = sparsity - target
-        return self.linear * gap + self.quadratic.clamp(min=0) * gap.square()
-
-
-class FixedPenalty(nn.Module):
-    """A constant price on what is kept; the sparsity that results is whatever the price buys (the ablation)."""
-
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, sparsity: Tensor, target: float) -> Tensor:
-        """Args: tracked sparsity (scalar); the target only switches the price on. Returns nats."""
-        return -self.weight * sparsity if target > 0 else 0 * sparsity

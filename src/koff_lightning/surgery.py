@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.support.errors import KoffError
@@ -42,8 +43,47 @@ def masks(groups: Sequence[PrunableGroup], kept: Tensor) -> list[tuple[PrunableG
     return list(zip(groups, kept.split(sizes), strict=True))
 
 
+def whole_units(groups: Sequence[PrunableGroup], kept: Tensor) -> tuple[list[PrunableGroup], Tensor]:
+    """What of a mask leaves smaller linears: its whole units, and the neurons that a closed channel has killed.
+
+    Channels whose place stays in every shape that we can write, a row that nothing but zeros fills, are not among them
+    (`close_rows`).
+
+    Args:
+        groups: The units, as listed from the model that is cut.
+        kept: Hard mask, bool [U].
+
+    Returns:
+        Groups of whole units and the hard mask over them; both as given where all are whole.
+    """
+    found: dict[tuple[int, str], tuple[PrunableGroup, Tensor]] = {}
+    for group, mask in masks(groups, kept):
+        whole = group if group.consumer else group.whole
+        if whole is not None:
+            place = (whole.layer, whole.kind)
+            before = found[place][1] if place in found else True
+            found[place] = whole, mask & before
+    parts = [mask for _, mask in found.values()]
+    return [group for group, _ in found.values()], torch.cat(parts) if parts else kept[:0]
+
+
+def physical(groups: Sequence[PrunableGroup], kept: Tensor) -> int:
+    """Parameters by which the cut model is smaller, to the parameter: unlike the price of a mask, this is what goes.
+
+    A neuron goes with all its weights if its gate or its up channel is closed. Closed channels of other linears stay in
+    their place as zeros and do not count.
+    """
+    return sum(int((~mask).sum()) * group.params_per_unit for group, mask in masks(*whole_units(groups, kept)))
+
+
+def close_rows(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
+    """Weights, biases and adapters with zeros in the rows of closed channels; every shape stays."""
+    plan = {group.producers[0][0]: (0, mask) for group, mask in masks(groups, kept) if not group.consumer}
+    return _edit(state, plan, _zero)
+
+
 def cut_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
-    """Weights or adapters without the removed units.
+    """Weights or adapters without the removed units, and with zeros in closed channels that have to stay.
 
     Args:
         state: Name -> tensor of the uncut model; a part of it will do.
@@ -53,12 +93,12 @@ def cut_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept
     Raises:
         KoffError: A tensor has another size than its units: it is cut already, or of another model.
     """
-    return _edit(state, _linears(groups, kept), _cut)
+    return _edit(close_rows(state, groups, kept), _linears(groups, kept), _cut)
 
 
 def zero_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
     """The same with zeros where `cut_state` cuts; every shape stays."""
-    return _edit(state, _linears(groups, kept), _zero)
+    return _edit(close_rows(state, groups, kept), _linears(groups, kept), _zero)
 
 
 def with_bias(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], bias: Tensor) -> State:
@@ -84,6 +124,30 @@ def cut_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept:
 def zero_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
     """The same with zeros in place of the removed kv heads."""
     return _edit(tensors, _heads(groups, kept), _zero)
+
+
+def grow_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], held: Tensor) -> State:
+    """The reverse of `cut_state`: weights or adapters in the uncut model's shapes, zeros for units that are not held.
+
+    Raises:
+        KoffError: A tensor has another size than the units that are held.
+    """
+    return _edit(state, _linears(groups, held), _grow, lambda mask: int(mask.sum()))
+
+
+def grow_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], held: Tensor) -> State:
+    """The reverse of `cut_kv`: zeros for the kv heads that are not held."""
+    return _edit(tensors, _heads(groups, held), _grow, lambda mask: int(mask.sum()))
+
+
+def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights under the plain model's names, on the CPU: without adapters, tied ones once."""
+    tied = model.all_tied_weights_keys
+    return {
+        name.replace(".base_layer.", "."): tensor.detach().cpu()
+        for name, tensor in model.state_dict().items()
+        if name not in tied and ".lora_A." not in name and ".lora_B." not in name
+    }
 
 
 def merge_lora(state: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scaling: float) -> State:
@@ -115,7 +179,7 @@ def merge_lora(state: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scali
 
 def _linears(groups: Sequence[PrunableGroup], kept: Tensor) -> _Plan:
     plan: _Plan = {}
-    for group, mask in masks(groups, kept):
+    for group, mask in masks(*whole_units(groups, kept)):
         plan |= {path: (0, mask.repeat_interleave(rows)) for path, rows in group.producers}
         plan[group.consumer] = (1, mask.repeat_interleave(group.width))
     return plan
@@ -125,8 +189,13 @@ def _heads(groups: Sequence[PrunableGroup], kept: Tensor) -> _Plan:
     return {f"layers.{group.layer}": (0, mask) for group, mask in masks(groups, kept) if group.kind == "kv_group"}
 
 
-def _edit(state: Mapping[str, Tensor], plan: _Plan, change: Callable[[Tensor, int, Tensor], Tensor]) -> State:
-    """Apply `change` to every tensor that a planned path owns and that has the side in question."""
+def _edit(
+    state: Mapping[str, Tensor],
+    plan: _Plan,
+    change: Callable[[Tensor, int, Tensor], Tensor],
+    size: Callable[[Tensor], int] = len,
+) -> State:
+    """Apply `change` to every tensor that a planned path owns and that has the side in question, `size(mask)` long."""
     edited = {}
     for name, tensor in state.items():
         path, part = _owner(name, plan)
@@ -138,10 +207,10 @@ def _edit(state: Mapping[str, Tensor], plan: _Plan, change: Callable[[Tensor, in
         lacks = (part[0] == "lora_B" or part[-1] == "bias") if dim else part[0] == "lora_A"
         if lacks or mask.all():
             continue
-        if tensor.shape[dim] != len(mask):
+        if tensor.shape[dim] != size(mask):
             raise KoffError(
-                f"{name} has {tensor.shape[dim]} {'columns' if dim else 'rows'}, its units have {len(mask)}: it is cut "
-                "already, or mask and weights belong to different models"
+                f"{name} has {tensor.shape[dim]} {'columns' if dim else 'rows'}, its units have {size(mask)}: it is "
+                "cut already, or mask and weights belong to different models"
             )
         edited[name] = change(tensor, dim, mask.to(tensor.device))
     return edited
@@ -161,3 +230,9 @@ def _cut(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
 
 def _zero(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
     return tensor.detach().index_fill(dim, (~mask).nonzero()[:, 0], 0)
+
+
+def _grow(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = len(mask)
+    return tensor.new_zeros(shape).index_copy_(dim, mask.nonzero()[:, 0], tensor.detach())

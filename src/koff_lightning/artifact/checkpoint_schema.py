@@ -5,7 +5,7 @@ itself, a tensor may claim a million times the numbers that it has, `global_step
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -60,8 +60,8 @@ _FORM = {
         "units?": [str],
         "gate?": str,
         "shared_memory?": bool,
-        "lora?": (dict, None),
-        "kv?": (dict, None),
+        "lora?": (LoraSpec, None),
+        "kv?": (KVSpec, None),
     },
     "hyper_parameters": {
         "backbone?": str,
@@ -88,7 +88,8 @@ def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
         _count(checkpoint, {}, 0)
     except ValueError as error:
         return str(error)
-    return _fault(checkpoint, _FORM, "it") or _fault_of_numbers(checkpoint["state_dict"])
+    form = _fault(checkpoint, _FORM, "it") or _fault_of_numbers(checkpoint["state_dict"])
+    return form or _fault_of_optimizers(checkpoint.get("optimizer_states", ())) or _contradiction(checkpoint)
 
 
 def _count(value: Any, known: dict[int, int], depth: int) -> int:
@@ -181,6 +182,41 @@ def _fault_of_numbers(state: Mapping[str, Tensor]) -> str | None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"{name} holds numbers that are not finite"
     return None
+
+
+def _fault_of_optimizers(states: Sequence[Mapping[str, Any]]) -> str | None:
+    """What an optimizer keeps of one parameter it keeps of all, in the parameter's shape, but for counts."""
+    for state in states:
+        entries = list(state["state"].values())
+        if odd := [entry for entry in entries if not isinstance(entry, Mapping)]:
+            return _other("an entry of optimizer_states", "a dictionary", odd[0])
+        if any(entry.keys() != entries[0].keys() for entry in entries):
+            return "optimizer_states keep other things of one parameter than of another"
+        for entry in entries:
+            shapes = {part.shape for part in entry.values() if isinstance(part, Tensor) and part.ndim}
+            if len(shapes) > 1 or not all(isinstance(part, Tensor | int | float) for part in entry.values()):
+                return "optimizer_states keep of a parameter what is no tensor, or tensors of several shapes"
+    return None
+
+
+def _contradiction(checkpoint: Mapping[str, Any]) -> str | None:
+    """What a checkpoint says of its model it says twice, with the options of its run and with its tensors."""
+    options, about = checkpoint["hyper_parameters"], checkpoint["koff"]
+    sparsity = options.get("sparsity", {})
+    for name, there in {name: options.get(name) for name in ("domains", "shared_memory", "lora", "kv")}.items():
+        if name in about and name in options and _sorted(about[name]) != _sorted(there):
+            return f"hyper_parameters.{name} and koff.{name} differ"
+    for name in ("gate", "units"):
+        if name in about and name in sparsity and _sorted(about[name], True) != _sorted(sparsity[name], True):
+            return f"hyper_parameters.sparsity.{name} and koff.{name} differ"
+    return None
+
+
+def _sorted(value: Any, whole: bool = False) -> Any:
+    """A value with the order of `targets` taken out; of the whole with `whole`."""
+    if isinstance(value, Mapping):
+        return {name: sorted(part, key=repr) if name == "targets" else part for name, part in value.items()}
+    return sorted(value, key=repr) if whole and isinstance(value, list | tuple) else value
 
 
 def _other(name: str, wanted: str, value: object) -> str:

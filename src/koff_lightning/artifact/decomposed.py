@@ -7,23 +7,20 @@
 Shapes: B rows, T tokens, P memory slots.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from koff_lightning.artifact.deci import ragged_config
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_manifest
 from koff_lightning.artifact.folder import verify as verify_files
-from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.artifact.memory_files import load_memory
-from koff_lightning.backbone import is_recomputed, refuse_masked_packing
-from koff_lightning.loading import fingerprint, load_backbone, load_config, load_tokenizer
+from koff_lightning.backbone import ask_nothing_, is_recomputed, refuse_masked_packing
+from koff_lightning.loading import fingerprint, load_backbone, load_tokenizer
 from koff_lightning.lora import Routes
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
@@ -66,7 +63,8 @@ def load_decomposed(
     if verify:
         verify_files(folder, backbone=True)
     name = manifest.dtype if dtype is None else str(dtype).removeprefix("torch.")
-    backbone = load_backbone(str(folder / BACKBONE), dtype=name, config=backbone_config(folder, manifest))
+    config = manifest.form.read_config(folder / BACKBONE, manifest.base["family"])
+    backbone = load_backbone(str(folder / BACKBONE), dtype=name, config=config)
     model = DecomposedModel(backbone.to(where), manifest, folder)
     for domain in dict.fromkeys(chosen):
         if (held := model.add_memory(folder / MEMORIES / domain)) != domain:
@@ -74,19 +72,6 @@ def load_decomposed(
                 f"{folder / MEMORIES / domain} holds the memory {held!r}: its folder was renamed; rename it back"
             )
     return model
-
-
-def backbone_config(folder: Path, manifest: Manifest) -> PreTrainedConfig:
-    """The config under which transformers runs the backbone of an artifact.
-
-    Raises:
-        KoffError: It is of a kind that is not known here.
-    """
-    memory_shapes(manifest.layout)  # refuses an unknown layout
-    if manifest.layout != "deci":
-        return load_config(str(folder / BACKBONE))
-    text = (folder / BACKBONE / "config.json").read_text(encoding="utf-8")
-    return ragged_config(json.loads(text), manifest.base["family"])  # a koff_* model holds the same tensors
 
 
 class DecomposedModel(nn.Module):
@@ -97,6 +82,8 @@ class DecomposedModel(nn.Module):
     Attributes:
         backbone: The transformers model; called by itself it reads what `memories.activate` was told, else nothing.
         memories: The memories loaded.
+        own_settings: What the backbone's generation_config.json says of sampling, penalties and the like. `generate`
+            uses none of it but the token ids, unless it is given as `generation_config`.
         manifest: What `koff.json` says.
         folder: Where the artifact lies.
     """
@@ -105,12 +92,19 @@ class DecomposedModel(nn.Module):
         super().__init__()
         self._own_parameters = sum(p.numel() for p in backbone.parameters())  # tied embeddings once
         backbone.set_attn_implementation("koff")
-        backbone.generation_config.use_cache = True  # the config's own False is for packed rows, not for `generate`
-        backbone.generation_config.disable_compile = True  # correct, but every change of rows would compile anew
+        self.own_settings = ask_nothing_(backbone)
+        for settings in (self.own_settings, backbone.generation_config):
+            settings.use_cache = True  # the config's own False is for packed rows, not for `generate`
+            settings.disable_compile = True  # correct, but every change of rows would compile anew
         self.backbone, self.manifest, self.folder = backbone, manifest, folder
         self.memories = MemoryBank(backbone)
         self._last: tuple[list[str | None], Routes | None] = [], None  # with what decoding has stacked for these rows
         self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self.backbone.device
 
     @property
     def domains(self) -> list[str]:
@@ -170,6 +164,7 @@ class DecomposedModel(nn.Module):
             attention_mask: [B, T], 0 for padding.
             domains: As for `forward`. With beams or several returned sequences, still one per prompt.
             options: Arguments of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, `streamer` ...
+                What is not given is not done, whatever the model's own settings say: greedy is greedy.
 
         Returns:
             What transformers' `generate` returns: by default long [B, T + new].
@@ -231,9 +226,34 @@ class DecomposedModel(nn.Module):
             self._last = copied, routes
         return routes
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "DecomposedModel":
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an artifact of what is loaded: the backbone as it was read, and the memories that are here now.
+
+        Args:
+            folder: A new one.
+
+        Raises:
+            KoffError: The folder is taken, or what would be written is not what its manifest says: the backbone was
+                changed or has another dtype than in the artifact, or the artifact is no longer the one that was loaded.
+        """
+        from koff_lightning.artifact.saving import save_artifact  # what is only used is loaded faster without
+
+        save_artifact(self.backbone, self.memories, self.manifest, self.folder, Path(folder).expanduser())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DecomposedModel":
+        """Of `to`, `half`, `cuda` and the like: all moves, and of a dtype only the backbone's weights take notice.
+
+        As after loading in that dtype: memories stay fp32, and so do the frequencies of the rotary embedding.
+        """
         self._last = [], None  # what was stacked stays behind when the model moves
-        return super()._apply(*args, **kwargs)
+        memories = [*self.memories.lora_parameters(), *self.memories.kv_parameters()]
+        exact = {id(tensor) for tensor in (*self.buffers(), *memories, *(p.grad for p in memories))}
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in exact and new.dtype != tensor.dtype else new
+
+        return super()._apply(moved, *args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; with `assign=True` tensors are replaced, and what was stacked is of the old ones."""
@@ -309,8 +329,10 @@ def dense_of(model: DecomposedModel) -> PreTrainedModel:
     if fingerprint(dense) != base["hash"]:
         raise KoffError(f"{base['id']!r} is no longer the model that {model.folder} was cut from: its weights differ")
     dense.set_attn_implementation("koff")
-    dense.generation_config.use_cache = True
-    return dense.to(model.backbone.device, model.backbone.dtype)
+    ask_nothing_(dense)
+    for parameter in dense.parameters():  # the weights alone: rotary frequencies stay as exact as they are
+        parameter.data = parameter.data.to(model.backbone.dtype)
+    return dense.to(model.device)
 
 
 def default_device(name: str | None) -> str:

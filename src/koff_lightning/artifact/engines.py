@@ -166,7 +166,9 @@ def _answer(engine: str, part: str, folder: Path, manifest: Manifest) -> Answer:
 
 def _form(manifest: Manifest, config: dict[str, Any]) -> str:
     """How the backbone's config looks: a ragged layout that lost nothing is plain."""
-    return "deci" if manifest.layout == "deci" else "ragged" if config["model_type"].startswith("koff_") else "plain"
+    if not manifest.form.in_transformers:
+        return "deci"
+    return "ragged" if config["model_type"].startswith("koff_") else "plain"
 
 
 # ---------------------------------------------------------------------------------------------------- trials

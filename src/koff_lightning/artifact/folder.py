@@ -8,9 +8,10 @@
 Nothing here loads a model.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from koff_lightning.artifact.layouts import memory_shapes
-from koff_lightning.artifact.mask_description import hash_description, unpack
+from koff_lightning.artifact.layouts import Layout, layout_named
+from koff_lightning.backbone import PrunableGroup
+from koff_lightning.model_files import check_links
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
+from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import check_name
 
 FORMAT = 1
@@ -92,14 +95,15 @@ class Manifest:
         manifest = cls(**content)
         try:
             manifest._check()
-        except (KoffError, TypeError, KeyError, ValueError, AttributeError) as error:
+        except (KoffError, TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise KoffError(f"{where} cannot be used ({reason}): it is damaged; export it again") from error
         return manifest
 
     def _check(self) -> None:
         """Raise if an entry lacks a part or has one of a wrong kind, or if entries contradict each other."""
-        memory_shapes(self.layout)
+        if layout_named(self.layout).folds != (self.domain is not None):
+            raise KoffError(f"layout {self.layout!r} does not go with the merged domain {self.domain!r}")
         for name in self.domains:
             check_name(name)  # it is part of a path
         wanted = [
@@ -123,8 +127,13 @@ class Manifest:
         if hash_description(self.kept) != self.mask_hash:
             raise KoffError("its mask does not fit its mask_hash")
         for group in self.kept:
-            if (len(bits := unpack(group)), int(bits.sum())) != (group["of"], group["kept"]):
+            if (len(bits := _unpack(group)), int(bits.sum())) != (group["of"], group["kept"]):
                 raise KoffError(f"the bits of layer {group['layer']} are not {group['kept']} of {group['of']}")
+
+    @property
+    def form(self) -> Layout:
+        """How the backbone and its memories are stored."""
+        return layout_named(self.layout)
 
     @property
     def tokenizer_hash(self) -> str:
@@ -133,7 +142,56 @@ class Manifest:
 
     def mask(self) -> Tensor:
         """The mask, bool [U], over the groups in the order of `kept`."""
-        return torch.cat([unpack(group) for group in self.kept])
+        return torch.cat([_unpack(group) for group in self.kept])
+
+
+# ------------------------------------------------------------------------------------------------------ the mask
+
+
+def describe_mask(groups: Sequence[PrunableGroup], kept: Tensor, bias: Tensor | None = None) -> list[dict[str, Any]]:
+    """The mask as the manifest has it.
+
+    Args:
+        groups: The units.
+        kept: The mask, bool [U].
+        bias: What the removed units leave behind at each group's consumer, [groups, d]; None without compensation.
+
+    Returns:
+        An entry per group, its bits packed (first unit highest) in hex; with compensation also the SHA-256 of its bias.
+    """
+    parts = kept.cpu().split([group.size for group in groups])
+    mask = [
+        {"layer": g.layer, "kind": g.kind, "of": g.size, "kept": int(part.sum()), "bits": _pack(part)}
+        for g, part in zip(groups, parts, strict=True)
+    ]
+    if bias is None:
+        return mask
+    rows = bias.cpu().float().numpy().astype("<f4")  # the same on every machine
+    return [group | {"bias": hashlib.sha256(row.tobytes()).hexdigest()} for group, row in zip(mask, rows, strict=True)]
+
+
+def hash_description(mask: list[dict[str, Any]]) -> str:
+    """SHA-256 over what `describe_mask` writes, by which a memory knows the mask that it was made for."""
+    lines = [" ".join(map(str, (g["layer"], g["kind"], g["of"], g["bits"], *_bias(g)))) + "\n" for g in mask]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _bias(group: dict[str, Any]) -> list[str]:
+    return [group["bias"]] if "bias" in group else []  # without one the hash is that of artifacts before there were any
+
+
+def _pack(bits: Tensor) -> str:
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)  # [bytes, 8]
+    return bytes((padded << torch.arange(7, -1, -1)).sum(1).tolist()).hex()
+
+
+def _unpack(group: dict[str, Any]) -> Tensor:
+    """The mask of one described group, bool [units of the group]."""
+    packed = torch.tensor(list(bytes.fromhex(group["bits"])), dtype=torch.uint8)  # [bytes]
+    return (packed[:, None] >> torch.arange(7, -1, -1) & 1).flatten()[: group["of"]].bool()  # [units of the group]
+
+
+# ------------------------------------------------------------------------------------------------------ the files
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -158,15 +216,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that states its format version.
 
     Raises:
-        KoffError: It is missing, is not JSON, or has another format version than this release writes.
+        KoffError: It is missing, is no object in JSON, or has another format version than this release writes.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise KoffError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # not JSON, or not text
-        raise KoffError(f"{path} is not valid JSON ({error}): it is damaged; write it again") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
+    content = read_json_object(path)
+    version = content.get("format_version")
     if version != FORMAT:
         raise KoffError(
             f"{path} has format version {version!r}, this koff-lightning reads {FORMAT}: "
@@ -188,6 +241,7 @@ def verify(folder: str | Path, backbone: bool = True) -> Manifest:
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
+    check_links(folder)
     _refuse_extra(folder, (path.name for path in folder.iterdir()), _AT_ROOT)
     check_files(folder, manifest.files, BACKBONE, hashes=backbone)
     _check_dtype(folder / BACKBONE, manifest.dtype)
@@ -212,8 +266,9 @@ def check_files(folder: Path, files: Files, below: str = ".", hashes: bool = Tru
         hashes: Whether to compare hashes; sizes always are.
 
     Raises:
-        KoffError: A file is missing, extra, truncated or changed.
+        KoffError: A file is missing, extra, truncated, changed, or a link out of the folder, hidden or not.
     """
+    check_links(folder / below)
     _refuse_extra(folder, _relative_paths(folder, below), files)
     for name, expected in sorted(files.items()):
         path = folder / name

@@ -1,13 +1,14 @@
-"""Put a memory into an artifact on disk, or take one out. The folder is replaced as a whole, so no crash leaves half.
+"""The memories of an artifact on disk: put one in, take one out, train one more for its mask and backbone.
 
-The backbone and the other memories are not written: the new folder links to their files.
+The folder is replaced as a whole, so no crash leaves half. The backbone and the other memories are not written: the new
+folder links to their files.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,19 +16,22 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from koff_lightning.artifact.decomposed import backbone_config
-from koff_lightning.artifact.folder import MANIFEST, MEMORIES, Manifest, read_manifest, verify
-from koff_lightning.artifact.layouts import memory_shapes
+from koff_lightning.artifact.folder import BACKBONE, MANIFEST, MEMORIES, Manifest, read_manifest, verify
+from koff_lightning.artifact.layouts import LAYOUTS
 from koff_lightning.artifact.memory_files import (
     CARD,
-    MemoryCard,
     card_of,
+    listed,
     load_memory,
     lora_state,
     read_card,
+    unlisted,
     write_memory,
 )
+from koff_lightning.losses import LossSpec
 from koff_lightning.memory import MemoryBank
+from koff_lightning.model_files import check_links
+from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, new_folder
 from koff_lightning.support.names import check_name
@@ -67,7 +71,7 @@ def add_from_bank(folder: str | Path, bank: MemoryBank, domains: Sequence[str]) 
     with tempfile.TemporaryDirectory() as work:
         sources = {domain: Path(work) / domain for domain in domains}
         for domain, source in sources.items():
-            card, slots = card_of(bank, domain, **about, shapes=memory_shapes(manifest.layout)), bank.slots(domain)
+            card, slots = card_of(bank, domain, **about, shapes=manifest.form.shapes), bank.slots(domain)
             write_memory(source, card, lora_state(bank, domain), None if slots is None else slots.tensors())
         _add(folder, sources)
 
@@ -86,7 +90,7 @@ def _add(folder: Path, sources: Mapping[str, Path]) -> None:
             for file in card.files:
                 shutil.copyfile(source / file, home / file)
             _write(home / CARD, json.dumps(asdict(card), indent=2) + "\n")
-            manifest = _with(manifest, card, hash_file(home / CARD))
+            manifest = listed(manifest, card, hash_file(home / CARD))
         _write(work / MANIFEST, manifest.to_json())
 
 
@@ -102,17 +106,17 @@ def remove_memory(folder: str | Path, domain: str) -> None:
         manifest = read_manifest(work)
         if domain not in manifest.domains:
             raise KoffError(f"{folder} has no memory for {domain!r}; it has {', '.join(manifest.domains) or 'none'}")
-        if manifest.layout == "merged":
+        if manifest.form.folds:
             raise KoffError(f"{folder} is {domain!r} merged into its backbone: there is no model without it in it")
         if (work / MEMORIES / domain).is_dir():
             shutil.rmtree(work / MEMORIES / domain)
-        _write(work / MANIFEST, _without(manifest, domain).to_json())
+        _write(work / MANIFEST, unlisted(manifest, domain).to_json())
 
 
 def check_free_name(manifest: Manifest, folder: Path, domain: str) -> None:
     """Raise KoffError unless an artifact can take a memory of this name."""
     check_name(domain)
-    if manifest.layout == "merged":
+    if manifest.form.folds:
         raise KoffError(
             f"the memory of {manifest.domain!r} is merged into the backbone of {folder}, so it takes no further one: "
             "export the run with --layout ragged"
@@ -123,12 +127,56 @@ def check_free_name(manifest: Manifest, folder: Path, domain: str) -> None:
         )
 
 
+# ----------------------------------------------------------------------------------------- domains trained later
+
+
+def artifact_to_extend(folder: str, sparsity: SparsitySpec, loss: LossSpec) -> Manifest:
+    """Check that an artifact can take memories that are trained under these options.
+
+    Raises:
+        KoffError: No sound artifact, one in whose layout a memory would not fit, or options that need the dense model.
+    """
+    manifest = verify(folder)
+    if not manifest.form.takes_domains:
+        wanted = " and ".join(repr(name) for name, layout in LAYOUTS.items() if layout.takes_domains)
+        raise KoffError(
+            f"artifact {folder} has layout {manifest.layout!r}; domains are added to {wanted} ones: "
+            "export the run again with --layout ragged"
+        )
+    if sparsity.target:
+        raise KoffError(
+            f"the mask of an artifact is fixed: set model.sparsity.target to 0, as add_domain.yaml does; got "
+            f"{sparsity.target}"
+        )
+    if loss.kl:
+        raise KoffError(
+            "an artifact holds no dense model to learn from: set model.loss.kl to 0, as add_domain.yaml does; got "
+            f"{loss.kl}"
+        )
+    return manifest
+
+
+def check_new(manifest: Manifest, folder: str, domains: Iterable[str]) -> None:
+    """Raise KoffError if an artifact has a memory for one of these domains already."""
+    for domain in domains:
+        check_free_name(manifest, Path(folder), domain)
+
+
+def backbone_of(folder: str) -> str:
+    """Where the backbone of an artifact is."""
+    return str(Path(folder).expanduser() / BACKBONE)
+
+
+# -------------------------------------------------------------------------------------------------- the folder
+
+
 @contextmanager
 def _revised(folder: Path) -> Iterator[Path]:
     """A copy of an artifact that takes its place when the block ends well.
 
     Its files are links to the old ones where the disk has links: replace them, never write into them.
     """
+    check_links(folder)  # what lies outside is not copied into it
     with new_folder(folder, overwrite=True) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True, copy_function=_link)
         yield work
@@ -136,7 +184,7 @@ def _revised(folder: Path) -> Iterator[Path]:
 
 def _link(source: str, target: str) -> None:
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
 
@@ -149,25 +197,4 @@ def _write(file: Path, text: str) -> None:
 def _skeleton(folder: Path, manifest: Manifest) -> torch.nn.Module:
     """The artifact's backbone without numbers, to try on whether a memory fits."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(backbone_config(folder, manifest))
-
-
-def _with(manifest: Manifest, card: MemoryCard, card_hash: str) -> Manifest:
-    counts = manifest.parameters
-    active = counts["active"] | {card.domain: counts["backbone"] + card.parameters}
-    return replace(
-        manifest,
-        domains=manifest.domains | {card.domain: card.summary(card_hash)},
-        parameters=counts | {"active": active, "stored": counts["stored"] + card.parameters},
-    )
-
-
-def _without(manifest: Manifest, domain: str) -> Manifest:
-    counts = manifest.parameters
-    active = {name: count for name, count in counts["active"].items() if name != domain}
-    stored = counts["stored"] - manifest.domains[domain]["parameters"]
-    return replace(
-        manifest,
-        domains={name: about for name, about in manifest.domains.items() if name != domain},
-        parameters=counts | {"active": active, "stored": stored},
-    )
+        return AutoModelForCausalLM.from_config(manifest.form.read_config(folder / BACKBONE, manifest.base["family"]))

@@ -21,9 +21,9 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from koff_lightning.artifact.folder import CARD, FORMAT, Manifest, check_files, describe_files, read_json
-from koff_lightning.artifact.layouts import memory_shapes
 from koff_lightning.kv_memory import MAX_SLOTS, KVMemory
 from koff_lightning.memory import LoraSpec, MemoryBank
+from koff_lightning.model_files import not_finite
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_name
 from koff_lightning.surgery import PEFT_PREFIX
@@ -42,7 +42,7 @@ class MemoryCard:
         base: The dense model: `id`, `revision`, `hash` of its weights.
         mask_hash: Of the mask that it was trained under.
         tokenizer_hash: Of the tokenizer that it was trained with.
-        shapes: What its tensors are shaped for, as `layouts.memory_shapes` says.
+        shapes: What its tensors are shaped for, as `Layout.shapes` says.
         lora: `rank`, `alpha`, `targets`; None without an adapter.
         kv: `slots`, `positions` (first and last of the window they lie in), `source_text_hash`; None without slots.
         parameters: Numbers stored, counted from the tensors when they are written.
@@ -236,7 +236,7 @@ def _check_home(card: MemoryCard, folder: Path, expect: Manifest) -> None:
             f"memory {folder} was trained with another tokenizer (hash {card.tokenizer_hash[:12]}, this backbone's is "
             f"{expect.tokenizer_hash[:12]}): use the tokenizer and backbone of its own run"
         )
-    if card.shapes != (due := memory_shapes(expect.layout)):
+    if card.shapes != (due := expect.form.shapes):
         raise KoffError(
             f"memory {folder} has {card.shapes!r} shapes, a backbone of layout {expect.layout!r} takes {due!r} ones: "
             f"export its run again with --layout {expect.layout}"
@@ -254,9 +254,12 @@ def _adapter(folder: Path, card: MemoryCard, spec: LoraSpec) -> dict[str, Tensor
 
 def _tensors(folder: Path, name: str, card: MemoryCard) -> dict[str, Tensor]:
     try:
-        return load(_content(folder, name, card))
-    except SafetensorError as error:
+        tensors = load(_content(folder, name, card))
+    except (SafetensorError, KeyError, ValueError) as error:  # a dtype that torch does not have is a KeyError
         raise KoffError(f"{name} is not a sound safetensors file ({error}): get it again") from error
+    if odd := not_finite(tensors):
+        raise KoffError(f"{name} holds numbers that are not finite, in {odd}: get it again")
+    return tensors
 
 
 def _content(folder: Path, name: str, card: MemoryCard) -> bytes:
@@ -265,3 +268,26 @@ def _content(folder: Path, name: str, card: MemoryCard) -> bytes:
     if hashlib.sha256(content).hexdigest() != card.files[name]["sha256"]:
         raise KoffError(f"{name} was changed after it was written (its sha256 is another): get it again")
     return content
+
+
+def listed(manifest: Manifest, card: MemoryCard, card_sha256: str) -> Manifest:
+    """The manifest of an artifact that has one memory more; the hash is that of its card's file."""
+    counts = manifest.parameters
+    active = counts["active"] | {card.domain: counts["backbone"] + card.parameters}
+    return replace(
+        manifest,
+        domains=manifest.domains | {card.domain: card.summary(card_sha256)},
+        parameters=counts | {"active": active, "stored": counts["stored"] + card.parameters},
+    )
+
+
+def unlisted(manifest: Manifest, domain: str) -> Manifest:
+    """The manifest of an artifact that has one memory less."""
+    counts = manifest.parameters
+    active = {name: count for name, count in counts["active"].items() if name != domain}
+    stored = counts["stored"] - manifest.domains[domain]["parameters"]
+    return replace(
+        manifest,
+        domains={name: about for name, about in manifest.domains.items() if name != domain},
+        parameters=counts | {"active": active, "stored": stored},
+    )

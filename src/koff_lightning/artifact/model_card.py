@@ -7,6 +7,9 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from koff_lightning.artifact.folder import Manifest
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.mask_words import KIND_NAMES
+from koff_lightning.support.yaml_files import load_yaml
 
 _LICENCE_FILES = re.compile(r"(licen[cs]e|notice|copying)\b.*", re.IGNORECASE)
 
@@ -14,18 +17,13 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 _LOAD = """from koff_lightning import load_decomposed
 model = load_decomposed("DIR")                     # the folder above this one, with its memories
-model.generate(input_ids, domains={domains}, max_new_tokens=64)
+batch = model.tokenizer(["Some text"], return_tensors="pt")
+ids = model.generate(**batch, domains={domains}, max_new_tokens=64)
+print(*model.tokenizer.batch_decode(ids, skip_special_tokens=True))
 """
 _LOAD_PLAIN = """{importing}from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("DIR/backbone"{trust})
 """
-_LAYOUTS = {
-    "ragged": "every layer has its own widths",
-    "uniform": "all layers have the same widths, so that it is a plain model of its family",
-    "deci": "block configs of DeciLM and Nemotron-NAS; removed kv groups are zeros",
-    "masked": "removed units are zeros in the original shapes: nothing is saved by it",
-    "merged": "every layer has its own widths; the LoRA of {domain} is part of the weights",
-}
 
 
 def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
@@ -50,9 +48,11 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
         "memories, which lie in `../memories/`. By itself it is worse than the model it was cut from.",
         "",
         f"- removed: {percent['body']} of the body (linears of all layers), {percent['total']} of all parameters, "
-        f"{percent['units']} of the prunable units",
+        f"{percent['units']} of the prunable units (nominal: closed gates at their price)",
+        f"- physically gone from these files: {rates['physical']['parameters']:,} parameters, "
+        f"{100 * rates['physical']['body']:.2f} % of the body",
         f"- parameters: {size['backbone']:,} of {size['dense_total']:,}, {manifest.dtype}",
-        f"- layout `{manifest.layout}`: {_LAYOUTS[manifest.layout].format(domain=manifest.domain)}",
+        f"- layout `{manifest.layout}`: {manifest.form.about.format(domain=manifest.domain)}",
         f"- domains when it was exported: {', '.join(manifest.domains) or 'none'}",
         "",
         "## Loading",
@@ -87,7 +87,7 @@ def _front_matter(manifest: Manifest) -> dict[str, object]:
 
 
 def _plain(manifest: Manifest, own_type: bool, with_code: bool) -> list[str]:
-    if manifest.layout == "deci":
+    if not manifest.form.in_transformers:
         return [
             "The backbone alone is for engines that read this form; it has not been run in them by this project.",
             "",
@@ -104,13 +104,12 @@ def _base(base: dict[str, str | None]) -> str:
 
 
 def _widths(manifest: Manifest) -> list[str]:
-    names = {"channel": "FFN neurons", "kv_group": "kv groups"}
     kinds = list(dict.fromkeys(group["kind"] for group in manifest.kept))
     rows: dict[int, dict[str, str]] = {}
     for group in manifest.kept:
         rows.setdefault(group["layer"], {})[group["kind"]] = f"{group['kept']} of {group['of']}"
     return [
-        f"| layer | {' | '.join(names[kind] for kind in kinds)} |",
+        f"| layer | {' | '.join(KIND_NAMES[kind] for kind in kinds)} |",
         "|---" * (1 + len(kinds)) + "|",
         *(f"| {layer} | {' | '.join(row.get(kind, 'all') for kind in kinds)} |" for layer, row in rows.items()),
     ]
@@ -144,11 +143,11 @@ def licence_of(folder: Path | None) -> str | None:
     if card and card.is_file():
         head = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         try:
-            named = yaml.safe_load(head[1]).get("license") if head else None
-        except (yaml.YAMLError, AttributeError):  # somebody else's card; nothing of ours depends on it
+            named = load_yaml(head[1], str(card)).get("license") if head else None
+        except (KoffError, AttributeError):  # somebody else's card; nothing of ours depends on it
             named = None
         if named:
-            return ", ".join(named) if isinstance(named, list) else str(named)
+            return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     for file in licence_files(folder):
         if text := file.read_text(encoding="utf-8", errors="replace").strip():
             return text.splitlines()[0].strip()

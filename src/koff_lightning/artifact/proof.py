@@ -84,6 +84,23 @@ def write_report(folder: Path, report: Report) -> Report:
     return report
 
 
+def fault(report: Report) -> str:
+    """Why a proof failed, from its report, in the words of an error message."""
+    if report["error"]:
+        return f"a fresh process could not use it ({report['error']})"
+    if odd := [str(case["memory"]) for case in report["memories"] if not case["finite"]]:
+        return f"the model itself computes nan or inf (memory {', '.join(odd)}): there is nothing to compare with"
+    if report["relative_diff"] > report["tolerance"]:
+        return (
+            f"a fresh process computes other logits from it (off by {report['relative_diff']:.1e} of the largest one, "
+            f"allowed are {report['tolerance']:.0e})"
+        )
+    if not report["tokenizer_equal"]:
+        return "a fresh process gets other token ids from its tokenizer"
+    wrong = [str(case["memory"]) for case in report["memories"] if case["greedy"] == "different"]
+    return f"a fresh process generates other tokens from it (memory {', '.join(wrong)})"
+
+
 # ---------------------------------------------------------------------------------------------- the gated model
 
 
@@ -152,27 +169,37 @@ def _gated(module: "Decomposition", ids: Tensor, mask: Tensor, rows: Sequence[st
 def compare(folder: Path, reference: Path) -> Report:
     """Load an artifact and compare it with what `write_reference` wrote.
 
-    Passed: the tokenizer gives the same ids, every logit is within `TOLERANCE`, and greedy decoding with a token cache
-    gives the tokens of whole forwards (`equal`), or parts from them only where the reference was so close to a tie that
-    a difference within the tolerance decides (`tie`).
+    Passed: the tokenizer gives the same ids, every logit of both is finite (`finite` says it of the reference) and
+    within `TOLERANCE`, and greedy decoding with a token cache gives the tokens of whole forwards (`equal`), or parts
+    from them only where the reference was so close to a tie that a difference within the tolerance decides (`tie`).
     """
     with safe_open(reference, "pt") as file:
         about = json.loads(file.metadata()["about"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     model = _load(folder, about["device"])
-    cases = []
-    for index, arm in enumerate(about["arms"]):
+    cases, names = [], about["arms"]
+    for index, arm in enumerate(names):
         logits = _written(model, tensors["ids"], tensors["mask"], [arm] * len(tensors["ids"]))
         cases.append({"memory": arm} | _difference(logits, tensors[f"logits.{index}"]))
     rows, allowed = about["rows"], TOLERANCE[about["dtype"]]
     mixed = _difference(_written(model, tensors["mixed.ids"], tensors["mixed.mask"], rows), tensors["mixed.logits"])
+    counted = tensors["mixed.logits"].flatten(1).isfinite().all(1) & tensors["mixed.margin"].isfinite().all(1)  # [M]
     worst = max([*cases, mixed], key=lambda case: case["relative_diff"])
     greedy = _greedy(model, tensors, rows, 2 * allowed * worst["largest_logit"])
     for case in cases:
-        case["greedy"] = _worst(found for found, row in zip(greedy, rows, strict=True) if row == case["memory"])
+        own = [place for place, row in enumerate(rows) if row == case["memory"]]
+        case["greedy"] = _worst(greedy[place] for place in own)
+        case["finite"] = bool(tensors[f"logits.{names.index(case['memory'])}"].isfinite().all() and counted[own].all())
     tokenised = [model.tokenizer(text)["input_ids"] for text in SENTENCES] == about["texts"]
     return {
-        "passed": worst["relative_diff"] <= allowed and "different" not in greedy and tokenised,
+        "passed": all(
+            [
+                all(case["finite"] for case in cases),
+                worst["relative_diff"] <= allowed,
+                "different" not in greedy,
+                tokenised,
+            ]
+        ),
         "error": None,
         "dtype": about["dtype"],
         "device": str(model.backbone.device),
@@ -206,12 +233,16 @@ def _written(model: DecomposedModel, ids: Tensor, mask: Tensor, rows: Sequence[s
 
 
 def _difference(logits: Tensor, expected: Tensor) -> Report:
-    """How far apart two sets of logits are; what is no number counts as the largest one."""
-    logits = logits.nan_to_num(nan=torch.finfo(logits.dtype).max)
+    """How far apart two sets of logits are: as far as can be where one of them holds what is no finite number."""
+    most = torch.finfo(torch.float32).max  # not inf, which JSON cannot say
     gap, scale = (logits - expected).abs().max(), expected.abs().max()
+    relative = gap / scale.clamp(min=torch.finfo(scale.dtype).tiny)
     agreement = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
-    figures = {"max_abs_diff": gap, "largest_logit": scale, "relative_diff": gap / scale, "argmax_agreement": agreement}
-    return {name: float(value) for name, value in figures.items()}
+    figures = {"max_abs_diff": gap, "largest_logit": scale, "relative_diff": relative}
+    sound = bool(logits.isfinite().all() and expected.isfinite().all())  # nan is neither more nor less than allowed
+    return {name: min(float(value), most) if sound else most for name, value in figures.items()} | {
+        "argmax_agreement": float(agreement) if sound else 0.0
+    }
 
 
 def _greedy(model: DecomposedModel, tensors: dict[str, Tensor], rows: Sequence[str | None], tie: float) -> list[str]:
@@ -220,7 +251,7 @@ def _greedy(model: DecomposedModel, tensors: dict[str, Tensor], rows: Sequence[s
     new = model.generate(ids, mask, rows, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :]  # [M, NEW]
     wrong = (new != expected).cpu()
     first = wrong.int().argmax(1, keepdim=True)  # [M, 1] where the continuations part
-    close = tensors["mixed.margin"].gather(1, first)[:, 0] <= tie  # [M]
+    close = tensors["mixed.margin"].gather(1, first)[:, 0] <= tie  # [M]; a margin that is nan is no tie
     return [
         "equal" if not parts else "tie" if at_tie else "different"
         for parts, at_tie in zip(wrong.any(1).tolist(), close.tolist(), strict=True)

@@ -78,7 +78,7 @@ class AnnealSparsity(Callback):
             if step == schedule.ramp_step:
                 model.gates.order_by_prior(model.budget.costs, pl_module.sparsity.spread)
             if pl_module.sparsity.penalty == "lagrangian":
-                model.gates.hold_near(model.target, pl_module.sparsity.band, model.budget.counts)
+                model.hold_near(model.target, pl_module.sparsity.band)
         self._used = self.state_of_mask(pl_module)
 
     def on_train_batch_end(
@@ -105,7 +105,7 @@ class AnnealSparsity(Callback):
             "sparsity/expected": expected,
             "sparsity/realised": realised,
             "sparsity/temperature": model.gates.gate.temperature,
-            **{f"penalty/{name}": float(p) for name, p in module.penalty.named_parameters()},
+            **{f"penalty/{name}": float(p.mean()) for name, p in module.penalty.named_parameters()},
         }
 
     def state_dict(self) -> dict[str, Any]:

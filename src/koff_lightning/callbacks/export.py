@@ -5,10 +5,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 
 from koff_lightning.artifact.export import export, summary
-from koff_lightning.artifact.extend import check_new
-from koff_lightning.artifact.folder import read_manifest
-from koff_lightning.artifact.layouts import memory_shapes
-from koff_lightning.artifact.memories import add_from_bank
+from koff_lightning.artifact.layouts import layout_named
+from koff_lightning.artifact.memories import add_from_bank, check_new
 from koff_lightning.callbacks.report import resolved_config
 from koff_lightning.support.files import check_free
 from koff_lightning.training.module import KOFFModule
@@ -33,7 +31,8 @@ class ExportArtifact(Callback):
     def __init__(
         self, enabled: bool = True, layout: str | None = None, with_code: bool = False, prove: bool = True
     ) -> None:
-        memory_shapes(layout or "ragged")  # refuses an unknown one
+        if layout is not None:
+            layout_named(layout)  # refuses an unknown one
         self.enabled, self.layout, self.with_code, self.prove = enabled, layout, with_code, prove
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
@@ -73,7 +72,7 @@ class ExportArtifact(Callback):
             prove=self.prove,
             config=resolved_config(trainer, pl_module),
         )
-        print(summary(out, read_manifest(out).parameters, report), flush=True)
+        print(summary(out, report), flush=True)
 
     def _writes(self, trainer: Trainer) -> bool:
         return self.enabled and trainer.is_global_zero and not trainer.fast_dev_run

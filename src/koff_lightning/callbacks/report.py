@@ -70,6 +70,8 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Save, score and print. Every rank takes part: metrics and sharded weights need them all."""
+        if trainer.fast_dev_run:  # two steps are worth no score
+            return
         save_the_end(trainer)
         self._seconds, self._since = self._elapsed(), 0.0
         since = time.perf_counter()
@@ -113,7 +115,7 @@ class RunReport(Callback):
                 plots.save(figure, root / "plots", name)
         except OSError as error:
             raise KoffError(f"cannot write plots to {root / 'plots'}: {error.strerror or error}") from error
-        _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}")
+        _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}: look at these first")
 
     def _figures(self, module: KOFFModule) -> dict[str, plots.Figure]:
         figures = {"bits_per_byte": plots.domain_bars(self.results["domains"])}

@@ -122,14 +122,14 @@ def _text(
 
 
 def _section(config: str) -> dict[str, Any]:
-    import yaml
 
     from koff_lightning.commands.parsing.config_files import find_config
     from koff_lightning.data.yaml_keys import refuse_duplicate_keys
+    from koff_lightning.support.yaml_files import read_yaml
 
     path = find_config(config)
     refuse_duplicate_keys(path)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     if not isinstance(content, dict) or not (content.get("data") or {}).get("domains"):
         raise KoffError(f"{path} names no text (data.domains): give a config that does, or --data NAME=TEXT")
     return dict(content["data"])

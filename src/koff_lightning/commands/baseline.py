@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from koff_lightning.artifact.layouts import layout_named
 from koff_lightning.callbacks.report import RunReport, resolved_config
 from koff_lightning.data import check_vocabulary
 from koff_lightning.evaluation import baselines
@@ -101,10 +102,10 @@ def resolve(options: Namespace) -> None:
     for name in ("artifact", "warm_start", "mask", "prior"):
         if model[name] is not None:
             raise KoffError(f"koff baseline makes a mask of its own from the dense model: leave model.{name} out")
-    if options.method == "flap" and options.compensate and model.sparsity.layout == "uniform":
+    if options.method == "flap" and options.compensate and not layout_named(model.sparsity.layout).takes_biases:
         raise KoffError(
-            "sparsity.layout uniform asks for a plain config, which has no place for the biases by which flap makes up "
-            "for what it removes: give --compensate false, or another layout"
+            f"sparsity.layout {model.sparsity.layout} asks for a plain config, which has no place for the biases by "
+            "which flap makes up for what it removes: give --compensate false, or another layout"
         )
     model.lora = model.kv = None
     if options.backbone is not None:
@@ -145,7 +146,7 @@ def harden_by(
             values = baselines.scores(backbone, text, method, gates.groups, seed)
     gates.logits.copy_(values)
     module.model.target = module.sparsity.target
-    module.model.harden()
+    gates.harden(module.model.budget.harden(values))  # scores are no logits: there is no threshold in them
     if compensate and method == "flap":
         gates.bias = baselines.compensation(backbone, read, gates.groups, gates.kept).to(gates.logits.device)
     return 0 if text is None else text.num_tokens

@@ -1,14 +1,14 @@
 """`koff chat`: talk to an exported chat model; a memory is changed between two questions at no cost."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from koff_lightning.commands.generate import sampling
+from koff_lightning.commands.generate import asked, sampling
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
     from koff_lightning.artifact.decomposed import DecomposedModel
 
-HELP = "/domain NAME changes the memory, /domain alone uses none, /clear forgets the talk, /exit ends it"
+HELP = "/domain NAME changes the memory, /domain alone uses none, /clear forgets the talk, /help says this, /exit ends"
 
 
 def chat(
@@ -19,6 +19,7 @@ def chat(
     max_new_tokens: int = 512,
     temperature: float | None = None,
     top_p: float = 1.0,
+    generation_config: Literal["none", "model"] = "none",
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
@@ -30,8 +31,10 @@ def chat(
         domain: Whose memory to begin with; without it the bare pruned backbone.
         system: Instruction that stands before the talk.
         max_new_tokens: Most tokens of an answer.
-        temperature: Of sampling, 0 for the most likely token each time; by default as the model's own settings say.
+        temperature: Of sampling; 0, or nothing asked for, takes the most likely token each time.
         top_p: Sample from the likeliest tokens that together have this probability; used with --temperature.
+        generation_config: `model` starts from what the model's generation_config.json says (temperature, penalties and
+            so on); options given here go before it.
         seed: Of sampling.
         device: Torch device; by default a GPU if there is one.
         dtype: Of the backbone; by default as exported.
@@ -49,12 +52,14 @@ def chat(
         )
     if domain is not None and domain not in decomposed.domains:
         raise KoffError(f"{model} has no memory for {domain!r}; it has {', '.join(decomposed.domains) or 'none'}")
+    options = asked(decomposed, options, generation_config)
     torch.manual_seed(seed)
     _talk(decomposed, domain, [{"role": "system", "content": system}] if system else [], options)
 
 
 def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, str]], options: dict[str, Any]) -> None:
-    print(f"domains: {', '.join(model.domains) or 'none'}. {HELP}")
+    about = f"domains: {', '.join(model.domains) or 'none'}. {HELP}"
+    print(about)
     messages = list(opening)
     while True:
         try:
@@ -66,10 +71,12 @@ def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, 
             return
         if word == "/clear":
             messages = list(opening)
+        elif word == "/help":
+            print(about)
         elif word == "/domain" and rest.strip() in ("", *model.domains):
             domain = rest.strip() or None
         elif line.startswith("/"):
-            print(f"not understood: {line}; domains: {', '.join(model.domains)}. {HELP}")
+            print(f"not understood: {line}; {about}")
         elif line:
             messages.append({"role": "user", "content": line})
             messages.append({"role": "assistant", "content": _answer(model, domain, messages, options)})
@@ -89,7 +96,6 @@ def _answer(
         attention_mask=batch["attention_mask"],
         domains=domain,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=tokenizer.pad_token_id,
         **options,
     )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -36,7 +36,6 @@ def export_checkpoint(
     from koff_lightning.artifact import engines
     from koff_lightning.artifact.checkpoint import from_checkpoint
     from koff_lightning.artifact.export import export, summary
-    from koff_lightning.artifact.folder import read_manifest
     from koff_lightning.training.run_folder import run_config
 
     asked = engines.names(check) if check is not None else []  # refuses unknown ones before the work
@@ -47,6 +46,6 @@ def export_checkpoint(
         raise KoffError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     config = run_config(Path(ckpt))
     report = export(module, out, layout, domain, with_code=with_code, overwrite=overwrite, config=config)
-    print(summary(Path(out), read_manifest(out).parameters, report))
+    print(summary(Path(out), report))
     if asked:
         print(engines.text(engines.check(out, asked)))

@@ -1,5 +1,6 @@
 """`koff generate`: continue prompts with a domain's memory, in the terminal or beside the dense model."""
 
+import copy
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,8 +23,9 @@ def generate(
     domain: list[str] | None = None,
     compare: Literal["dense"] | None = None,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_p: float = 1.0,
+    generation_config: Literal["none", "model"] = "none",
     seed: int = 0,
     batch_size: int = 8,
     device: str | None = None,
@@ -38,15 +40,17 @@ def generate(
         domain: Whose memory to use: once for all prompts or once for each; without it the bare pruned backbone.
         compare: `dense` shows the dense model, the pruned one without memory and the one with it side by side.
         max_new_tokens: Most tokens to add.
-        temperature: Of sampling; 0 takes the most likely token each time.
-        top_p: Sample from the likeliest tokens that together have this probability.
+        temperature: Of sampling; 0, or nothing asked for, takes the most likely token each time.
+        top_p: Sample from the likeliest tokens that together have this probability; used with --temperature.
+        generation_config: `model` starts from what the model's generation_config.json says (temperature, penalties and
+            so on); options given here go before it.
         seed: Of sampling.
         batch_size: Prompts that are continued at a time.
         device: Torch device; by default a GPU if there is one.
         dtype: Of the backbone; by default as exported.
     """
     prompts = _prompts(prompt, file)
-    options = sampling(max_new_tokens, temperature, top_p) | {"seed": seed}
+    options = sampling(max_new_tokens, temperature, top_p)
     domains = _per_prompt(domain, len(prompts))
     if batch_size < 1:
         raise KoffError(f"batch_size must be at least 1; got {batch_size}")
@@ -56,6 +60,7 @@ def generate(
 
     names = [name for name in dict.fromkeys(domains) if name]
     decomposed = load_decomposed(model, default_device(device), dtype, domains=names)
+    options = asked(decomposed, options, generation_config) | {"seed": seed}
     dense = dense_of(decomposed) if compare else None
     for start in range(0, len(prompts), batch_size):
         part, rows = prompts[start : start + batch_size], domains[start : start + batch_size]
@@ -70,7 +75,7 @@ def generate(
 
 
 def sampling(max_new_tokens: int, temperature: float | None, top_p: float) -> dict[str, Any]:
-    """Checked options of transformers' `generate`; temperature None leaves sampling to the model's own settings."""
+    """Checked options of transformers' `generate`; temperature None leaves it to the settings that they go before."""
     if max_new_tokens < 1:
         raise KoffError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if temperature is not None and not 0 <= temperature < math.inf:
@@ -82,6 +87,18 @@ def sampling(max_new_tokens: int, temperature: float | None, top_p: float) -> di
     if temperature == 0:
         return {"max_new_tokens": max_new_tokens, "do_sample": False}
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def asked(model: "DecomposedModel", options: dict[str, Any], start: str) -> dict[str, Any]:
+    """Options of `generate` alone, or (`start` is "model") put over what the model's own settings say."""
+    options = options | {"pad_token_id": model.tokenizer.pad_token_id}
+    if start == "none":
+        return options
+    settings = copy.deepcopy(model.own_settings)
+    if options.get("do_sample") is False:  # else transformers warns of what has no effect then
+        settings.update(temperature=None, top_p=None, top_k=None)
+    settings.update(**options)
+    return {"generation_config": settings}
 
 
 def _prompts(prompt: list[str] | None, file: str | None) -> list[str]:
@@ -114,21 +131,25 @@ def _continue(
     ids, mask = encode(tokenizer, prompts)
     torch.manual_seed(options["seed"])
     given = {name: value for name, value in options.items() if name != "seed"}
-    out = run(ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **given)  # [B, T + new]
+    out = run(ids, attention_mask=mask, **given)  # [B, T + new]
     before = tokenizer.batch_decode(ids, skip_special_tokens=True)
     whole = tokenizer.batch_decode(out, skip_special_tokens=True)  # a tokenizer may drop a space that stands first
     return [text[len(start) :] for text, start in zip(whole, before, strict=True)]
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> tuple[Any, Any]:
-    """Token ids and mask, each [B, T], padded on the left.
+    """Token ids and mask, each [B, T], padded on the left; see `encode_prompt`.
 
     Raises:
         KoffError: A prompt of no tokens.
     """
-    rows = tokenizer(prompts)["input_ids"]
+    from koff_lightning.data.encoding import encode_prompt
+
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if empty := [number for number, row in enumerate(rows, 1) if not row]:
-        raise KoffError(f"prompt {empty[0]} is empty, and this tokenizer puts no token before it: give some text")
+        raise KoffError(
+            f"prompt {empty[0]} is empty, and this tokenizer has no start token to put before it: give some text"
+        )
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
 
@@ -152,7 +173,7 @@ def _side_by_side(
     from rich.text import Text
 
     columns = {"dense": _continue(dense.generate, model.tokenizer, prompts, options)}
-    if model.manifest.layout != "merged":  # there the memory is part of the backbone
+    if not model.manifest.form.folds:  # there the memory is part of the backbone
         bare = options | {"domains": None}
         columns["pruned, no memory"] = _continue(model.generate, model.tokenizer, prompts, bare)
     with_memory = options | {"domains": domains}

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.mask_words import KIND_NAMES, by_type_and_physical
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from koff_lightning.artifact.folder import Manifest
 
-KIND = {"channel": "FFN neurons", "kv_group": "kv groups"}
 BAR = 24  # characters
 
 
@@ -79,11 +79,11 @@ def _sizes(path: Path, manifest: "Manifest") -> list[str]:
 
 
 def _shares(manifest: "Manifest") -> list[str]:
-    share = {name: f"{100 * manifest.sparsity[name]:.2f} %" for name in ("body", "total", "units", "ffn", "attention")}
+    share = {name: f"{100 * manifest.sparsity[name]:.2f} %" for name in ("body", "total", "units")}
     return [
         f"sparsity    {share['body']} of body, {share['total']} of total, {share['units']} of prunable units "
         f"(target: {100 * manifest.sparsity['target']:g} % of {manifest.sparsity['denominator']})",
-        f"            by type: {share['ffn']} of FFN neurons, {share['attention']} of kv groups, in parameters",
+        *by_type_and_physical(manifest.sparsity),
     ]
 
 
@@ -106,14 +106,14 @@ def _parameters(manifest: "Manifest") -> list[str]:
 def _layers(console: "Console", manifest: "Manifest") -> None:
     """A bar for each layer and kind of unit: how much of it is kept."""
     full, empty = ("#", ".") if console.options.ascii_only else ("█", "░")
-    kinds = [kind for kind in KIND if any(entry["kind"] == kind for entry in manifest.kept)]
+    kinds = [kind for kind in KIND_NAMES if any(entry["kind"] == kind for entry in manifest.kept)]
     table: dict[int, dict[str, str]] = {}
     for entry in manifest.kept:
         filled = round(BAR * entry["kept"] / entry["of"])
         share = f"{100 * entry['kept'] / entry['of']:3.0f} %  {entry['kept']} of {entry['of']}"
         table.setdefault(entry["layer"], {})[entry["kind"]] = f"{full * filled}{empty * (BAR - filled)} {share}"
     width = 2 + max((len(text) for row in table.values() for text in row.values()), default=0)
-    lines = {"kept        layer": KIND} | {f"{layer:>17}": row for layer, row in table.items()}
+    lines = {"kept        layer": KIND_NAMES} | {f"{layer:>17}": row for layer, row in table.items()}
     for start, row in lines.items():
         cells = "".join(f"{row.get(kind, ''):<{width}}" for kind in kinds)
         console.print(f"{start} {cells}".rstrip(), markup=False)

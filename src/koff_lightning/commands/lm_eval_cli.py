@@ -1,15 +1,21 @@
 """`koff lm-eval`: lm-eval's own options and files, over a model and the domains that it is read with."""
 
 import argparse
+import hashlib
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import one_line
+from koff_lightning.support.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from koff_lightning.evaluation.harness import KoffLM
@@ -19,6 +25,8 @@ if TYPE_CHECKING:
 # lm-eval's options that are ours here, or that send results elsewhere: the files of --output_path hold all of them.
 TAKEN = ("model", "model_args", "device", "verbosity", "show_config", "check_integrity", "trust_remote_code")
 ELSEWHERE = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
+_RUNS_CODE = ("trust_remote_code", "confirm_run_unsafe_code")
+_BY_WORD = f"If you trust it, say so on the command line, or add {SWITCH}"
 ROWS = "8"  # at a time, unless --batch_size says otherwise
 
 
@@ -46,6 +54,8 @@ def lm_eval(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if not options.model or not options.tasks:
         raise KoffError("lm-eval: give --model (artifact, checkpoint or dense model) and --tasks")
+    if options.config and not options.allow_custom_classes:
+        _refuse_code(Path(options.config).expanduser())
     settings = _settings(options)
     if (settings.output_path or "").endswith(".json"):
         raise KoffError(
@@ -83,6 +93,18 @@ def lm_eval(argv: list[str]) -> None:
     show(scores)
 
 
+def _refuse_code(path: Path) -> None:
+    """Raise KoffError if a config says what runs code: whoever asks says that on the command line."""
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise KoffError(f"lm-eval: --config {path} must hold names and values")
+    tasks = content.get("tasks") or []
+    named = tasks.split(",") if isinstance(tasks, str) else tasks if isinstance(tasks, list) else [tasks]
+    refuse_task_files(content.get("include_path"), [str(task).strip() for task in named])
+    if odd := [name for name in _RUNS_CODE if content.get(name) not in (None, False)]:
+        raise KoffError(f"lm-eval: --config {path} says {odd[0]}, which lets code of others run. {_BY_WORD}")
+
+
 def _check_chat_template(lm: "KoffLM", asked: bool | str, model: str) -> None:
     """Refuse a template that the tokenizer does not have."""
     try:
@@ -98,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     from lm_eval._cli.run import Run
 
     made = Run.create(argparse.ArgumentParser().add_subparsers())._parser
+    made.allow_abbrev = False
     made.prog, made.usage, made.epilog = "koff lm-eval", "koff lm-eval --model MODEL --tasks TASKS [options]", None
     made.description = (
         "Score an artifact, a checkpoint or a dense model on lm-eval's tasks, under each domain asked for."
@@ -121,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument("--memory_off", "--memory-off", action="store_true", help="a column `none`: without memory")
     ours.add_argument("--dense", action="store_true", help="a column `dense`: the model that was decomposed")
     ours.add_argument("--backbone", help="where the backbone of a checkpoint is, if it has moved")
+    ours.add_argument(SWITCH, action="store_true", help="let --config name task files, whose Python is run")
     ours.add_argument("--device", help="torch device; by default a GPU if there is one")
     ours.add_argument("--dtype", help="of the backbone; by default as it is stored")
 
@@ -136,7 +160,7 @@ def _settings(options: argparse.Namespace) -> Any:
     """lm-eval's own check of its options."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    own = ("model", "domain", "memory_off", "dense", "backbone", "device", "dtype")
+    own = ("model", "domain", "memory_off", "dense", "backbone", "device", "dtype", "allow_custom_classes")
     given = {name: value for name, value in vars(options).items() if name not in own}
     if not options.config:
         given.setdefault("batch_size", ROWS)
@@ -174,7 +198,6 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    from koff_lightning.commands.lm_eval_cache import cache_of, refuse_cached_nan
     from koff_lightning.evaluation.lm_scores import plain
     from koff_lightning.evaluation.lm_tasks import bundled_index, quiet
 
@@ -185,7 +208,7 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
         settings.use_cache, column.name, options.model, options.backbone, options.dtype
     )
     about = {"path": options.model, "domain": column.domain, "dense": column.dense}
-    with quiet():
+    with quiet(), _few_questions(bool(where)):
         found = simple_evaluate(
             lm,
             model_args=about,
@@ -223,8 +246,74 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
     return plain(found["results"])
 
 
+@contextmanager
+def _few_questions(written: bool) -> Iterator[None]:
+    """Keep lm-eval from asking git, and from asking pip and the compiler, for seconds, what no file will hold.
+
+    Args:
+        written: Whether results are written, which then say on what machine they were made.
+    """
+    from lm_eval import evaluator
+
+    asked = evaluator.get_git_commit_hash, evaluator.add_env_info
+    evaluator.get_git_commit_hash = lambda: None  # of the folder that the user stands in
+    if not written:
+        evaluator.add_env_info = lambda results: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash, evaluator.add_env_info = asked
+
+
 def roots(tasks: "Loaded") -> list[Any]:
     """Tasks and groups that stand in no other group, as `simple_evaluate` takes them."""
     groups: Mapping[str, Any] = tasks.get("groups", {})
     inner = {child for group in groups.values() for child in group.child_names}
     return [made for part in (groups, tasks["tasks"]) for name, made in part.items() if name not in inner]
+
+
+def cache_of(path: str, column: str, model: str, *options: str | None) -> str:
+    """Beginning of a cache file's name; lm-eval adds `_rank0.db`.
+
+    Args:
+        path: What the user gave.
+        column: Way of reading.
+        model: Artifact, checkpoint or dense model.
+        options: What else the answers depend on, as the dtype.
+    """
+    told = repr((*_state(Path(model).expanduser()), *options))
+    return f"{path}_{column}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
+def _state(place: Path) -> tuple[object, ...]:
+    """Where a model is, and what changes with its weights; the id alone if it is on a hub."""
+    from koff_lightning.artifact.folder import MANIFEST
+
+    if (manifest := place / MANIFEST).is_file():  # holds the hashes of all weights
+        return str(place.resolve()), hashlib.sha256(manifest.read_bytes()).hexdigest()
+    files = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
+    if not files:
+        return (str(place),)
+    return str(place.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def refuse_cached_nan(samples: Iterable[dict[str, Any]], cache: str) -> None:
+    """Raise KoffError when an answer is no finite number: lm-eval keeps answers before they can be checked.
+
+    Args:
+        samples: Of all tasks, as lm-eval logs them.
+        cache: As from `cache_of`.
+    """
+    if broken := sum(not math.isfinite(value) for row in samples for value in _numbers(row["resps"])):
+        raise KoffError(
+            f"{broken} log-likelihoods in the cache {cache}_rank0.db are not finite, so the scores mean nothing: "
+            "remove it; the weights hold nan or inf, or their dtype overflows (try --dtype float32)"
+        )
+
+
+def _numbers(value: object) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _numbers(part)

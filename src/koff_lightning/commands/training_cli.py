@@ -38,7 +38,7 @@ from koff_lightning.commands.parsing.class_names import (
     refuse_remote_code,
     refuse_task_files,
 )
-from koff_lightning.commands.parsing.config_files import find_configs
+from koff_lightning.commands.parsing.config_files import find_configs, take_paths_as_paths, utf8_files
 from koff_lightning.commands.parsing.foreign_errors import (
     is_bad_input,
     is_lightnings,
@@ -47,6 +47,7 @@ from koff_lightning.commands.parsing.foreign_errors import (
     systems_words,
 )
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
+from koff_lightning.commands.parsing.option_table import NO_DOMAINS
 from koff_lightning.commands.parsing.option_values import refuse_meaningless
 from koff_lightning.commands.parsing.quiet_terminal import keep_the_terminal_quiet
 from koff_lightning.commands.parsing.trainer_options import (
@@ -105,6 +106,7 @@ class KoffCLI(LightningCLI):
             parser.add_lightning_class_args(callback, section)
         parser.set_defaults({"checkpoint.every_n_train_steps": 100, "checkpoint.save_last": True})
         parser.link_arguments("data.domains", "model.domains", compute_fn=_names)
+        take_paths_as_paths(parser, "data.domains")
 
     def subcommands(self) -> dict[str, set[str]]:
         """The verb at hand, with the arguments that are no options; parsers of the others would take half a second."""
@@ -246,7 +248,7 @@ def run(argv: list[str]) -> None:
     for config in configs:
         refuse_duplicate_keys(config)
     try:
-        with only_known_classes(allow_custom):
+        with only_known_classes(allow_custom), utf8_files():
             KoffCLI(
                 KOFFModule,
                 DomainDataModule,
@@ -294,9 +296,7 @@ def _with_text(argv: list[str]) -> list[str]:
 
 def _names(domains: dict[str, object] | None) -> list[str]:
     if not domains:
-        raise KoffError(
-            "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
-        )
+        raise KoffError(NO_DOMAINS)
     return list(domains)
 
 

@@ -17,11 +17,13 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from koff_lightning import __version__
-from koff_lightning.data.packing import PackedRows, TokenStream, pack, tokenize
+from koff_lightning.data.encoding import TokenStream, tokenize
+from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.readers import format_of
 from koff_lightning.data.sources import DomainSource, bundled_file, expand_files
 from koff_lightning.data.split import Texts
@@ -30,6 +32,7 @@ from koff_lightning.support.files import hash_file, lock, new_folder
 
 MANIFEST = "entry.json"  # of an entry: its files with size and SHA-256
 ARRAYS = ("tokens", "starts", "first_segment", "documents", "shares")  # of PackedRows
+NOTABLE, MOSTLY = 0.01, 0.5  # shares of a text that a tokenizer does not know: said, refused
 DIGESTS = "digests.json"  # of files whose size and time of change are still the same
 
 
@@ -42,19 +45,43 @@ class DomainRows:
     documents: TokenStream  # the training text: the same tokens as in `train`
 
 
-def domain_rows(name: str, texts: Texts, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> DomainRows:
-    """Tokenise and pack a domain's texts.
+def domain_rows(
+    name: str, texts: Texts, tokenizer: PreTrainedTokenizerBase, seq_len: int, append_eos: bool = False
+) -> DomainRows:
+    """Tokenise and pack a domain's texts; the end token, if it is wanted, goes into training text only.
 
     Raises:
-        KoffError: A side has no document that is two tokens or longer.
+        KoffError: A side has no document that is two tokens or longer, or the tokenizer cannot read most of it.
     """
-    train, heldout = tokenize(texts.train, tokenizer), tokenize(texts.heldout, tokenizer)
+    train, heldout = tokenize(texts.train, tokenizer, append_eos), tokenize(texts.heldout, tokenizer)
     for split, stream in (("training", train), ("held-out", heldout)):
         if not len(stream.tokens):
             raise KoffError(f"domain '{name}': no {split} document is two tokens or longer; give it longer text")
+        _check_known(name, split, stream)
     pad_id = tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
     rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, pad_id=pad_id) for s in (train, heldout))
     return DomainRows(rows, heldout_rows, _unpacked(rows, train.lengths, train.num_bytes))
+
+
+def _check_known(name: str, split: str, stream: TokenStream) -> None:
+    """Say it where a tokenizer without byte fallback cannot read a part of a text; refuse where it cannot most of it.
+
+    Raises:
+        KoffError: More than `MOSTLY` of the bytes are in place of unknown tokens.
+    """
+    unknown = int(stream.unknown_bytes.sum())
+    share = unknown / max(1, unknown + int(stream.num_bytes.sum()))
+    if share > MOSTLY:
+        raise KoffError(
+            f"domain '{name}': the tokenizer does not know {share:.0%} of the {split} text (by bytes), so there is "
+            "little to learn and less to score: take a backbone whose tokenizer reads this text, or leave the domain "
+            "out"
+        )
+    if share > NOTABLE:
+        rank_zero_warn(
+            f"domain '{name}': the tokenizer does not know {share:.1%} of the {split} text (by bytes) and puts its "
+            "unknown token there. Bits per byte do not count these bytes, but count what the tokens cost"
+        )
 
 
 def _unpacked(rows: PackedRows, lengths: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> TokenStream:

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
 from koff_lightning.data.calibration import CalibrationText, most_tokens
+from koff_lightning.data.encoding import TokenStream, fingerprint, start_tokens
 from koff_lightning.data.head import IsTraining, read_head
 from koff_lightning.data.loader import HeldoutLoader, TrainLoader
 from koff_lightning.data.mixture import DomainBatches
-from koff_lightning.data.packing import PackedRows, TokenStream, fingerprint
-from koff_lightning.data.sample import beginnings
-from koff_lightning.data.sources import DomainSource, as_shares, as_sources, domain_shards
+from koff_lightning.data.packing import PackedRows
+from koff_lightning.data.sample import sampled_chunks
+from koff_lightning.data.sources import DomainSource, as_shares, as_sources, domain_shards, refuse_missing_files
 from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
@@ -61,6 +62,8 @@ class DomainDataModule(LightningDataModule):
         streaming: Read training text while training, for corpora that do not fit in memory. Held-out text is taken
             from the head of each corpus and kept in memory, hence max_heldout_bytes.
         temperature: Shares of the domains are weight ** (1 / temperature): above 1 they come closer to each other.
+        append_eos: Put the tokenizer's end token behind each training document and train it, so that what is generated
+            ends where a document would. Held-out text has none: bits per byte are of the text alone.
         cache: Folder with tokenised text; what `koff prepare` has made there is used. By default $KOFF_CACHE/tokens or
             ~/.cache/koff/tokens.
     """
@@ -79,6 +82,7 @@ class DomainDataModule(LightningDataModule):
         seed: int = 0,
         streaming: bool = False,
         temperature: float = 1.0,
+        append_eos: bool = False,
         cache: str | None = None,
     ) -> None:
         super().__init__()
@@ -98,7 +102,7 @@ class DomainDataModule(LightningDataModule):
         )
         self.sources = as_sources(domains)
         self.streaming, self.shares = streaming, as_shares(self.sources, temperature)
-        self.tokenizer_source = tokenizer
+        self.tokenizer_source, self.append_eos = tokenizer, append_eos
         self.seq_len, self.batch_size, self.num_workers, self.seed = seq_len, batch_size, num_workers, seed
         self.heldout_fraction, self.on_bad_line = heldout_fraction, on_bad_line
         self.max_heldout_bytes, self.max_train_bytes = max_heldout_bytes, max_train_bytes
@@ -122,7 +126,9 @@ class DomainDataModule(LightningDataModule):
         """
         if self._heldout.keys() == self.sources.keys():
             return
+        refuse_missing_files(self.sources)
         self.tokenizer = self._load_tokenizer()
+        self._check_end()
         for name, source in self.sources.items():
             rows = self.stored(source) or self._make(name, source)
             self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
@@ -134,11 +140,17 @@ class DomainDataModule(LightningDataModule):
             KoffError: As `setup`; or the text is streamed.
         """
         _require(not self.streaming, "data.streaming tokenises while training: there is nothing to prepare")
+        refuse_missing_files(self.sources)
         self.tokenizer = tokenizer
+        self._check_end()
         return {
             name: self.cache.build(self._key(source), partial(self._make, name, source))
             for name, source in self.sources.items()
         }
+
+    def _check_end(self) -> None:
+        has_end = self.tokenizer.eos_token_id is not None
+        _require(has_end or not self.append_eos, "data.append_eos: the tokenizer has no end token: leave it out")
 
     def _key(self, source: DomainSource) -> str:
         return self.cache.key(
@@ -149,6 +161,7 @@ class DomainDataModule(LightningDataModule):
             max_train_bytes=self.max_train_bytes,
             max_heldout_bytes=self.max_heldout_bytes,
             on_bad_line=self.on_bad_line,
+            append_eos=self.append_eos,
         )
 
     def stored(self, source: DomainSource) -> DomainRows | None:
@@ -158,7 +171,7 @@ class DomainDataModule(LightningDataModule):
 
     def _make(self, name: str, source: DomainSource) -> DomainRows:
         texts = self._read_head(name, source) if self.streaming else self._read_all(name, source)
-        return domain_rows(name, texts, self.tokenizer, self.seq_len)
+        return domain_rows(name, texts, self.tokenizer, self.seq_len, self.append_eos)
 
     def _read_all(self, name: str, source: DomainSource) -> Texts:
         return read_domain(
@@ -185,7 +198,7 @@ class DomainDataModule(LightningDataModule):
         streamed = [(shard, side) for shard, side in shards if side != "held out"]
         wanted = IsTraining([side for _, side in streamed], self.heldout_fraction, frozenset(texts.heldout))
         on_bad = BadLines(name, self.on_bad_line, endless=True)
-        self._texts[name] = Text(name, [shard for shard, _ in streamed], wanted, on_bad)
+        self._texts[name] = Text(name, [shard for shard, _ in streamed], wanted, on_bad, self.append_eos)
         return texts
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -229,7 +242,7 @@ class DomainDataModule(LightningDataModule):
 
     def _reading(self) -> Reading:
         """What is streamed; its identity names what the place in a stream depends on."""
-        split = [self.heldout_fraction, self.max_heldout_bytes, self.on_bad_line]
+        split = [self.heldout_fraction, self.max_heldout_bytes, self.on_bad_line] + ["append_eos"] * self.append_eos
         identity: dict[str, object] = {"tokenizer": fingerprint(self.tokenizer), "seq_len": self.seq_len}
         for name, text in self._texts.items():
             fields = self.sources[name].text_field, self.sources[name].id_field
@@ -274,9 +287,9 @@ class DomainDataModule(LightningDataModule):
         return place["rank"], place["num_replicas"]
 
     def sample_ids(self, domain: str, num_tokens: int) -> torch.Tensor:
-        """Tokens of training text from which to initialise a memory of `domain`, [num_tokens]: see `beginnings`."""
-        has_bos = self.tokenizer is not None and self.tokenizer.bos_token_id is not None
-        return beginnings(domain, self._documents[domain], num_tokens, seed=self.seed, has_bos=has_bos)
+        """Tokens of training text from which to initialise a memory of `domain`, [num_tokens]: see `sampled_chunks`."""
+        has_bos = self.tokenizer is not None and bool(start_tokens(self.tokenizer))
+        return sampled_chunks(domain, self._documents[domain], num_tokens, seed=self.seed, has_bos=has_bos)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:

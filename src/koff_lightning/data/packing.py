@@ -1,4 +1,4 @@
-"""Documents -> token rows of one length, with document boundaries kept. Pure functions on numpy arrays.
+"""Tokenised documents -> token rows of one length, with document boundaries kept. Pure functions on numpy arrays.
 
 Letters: N tokens of all documents, D documents, R rows, T = seq_len.
 
@@ -15,26 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.loading import tokenizer_hash
+from koff_lightning.data.encoding import TokenStream
 
 IGNORED = -100  # label of a token that is not predicted (the value torch's cross-entropy leaves out)
-TEXTS_PER_CALL = 1024  # large enough to keep all cores of a fast tokenizer busy, small enough for its Python lists
-
-
-@dataclass(frozen=True)
-class TokenStream:
-    """Tokenised documents, end to end."""
-
-    tokens: NDArray[np.int32]  # [N]
-    lengths: NDArray[np.int64]  # [D] tokens of each document, 2 or more
-    num_bytes: NDArray[np.int64]  # [D] UTF-8 bytes of each document's text that is predicted
-
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """Index of each document's first token, [D]."""
-        return np.cumsum(self.lengths) - self.lengths
 
 
 @dataclass(frozen=True)
@@ -66,39 +50,6 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides which tokens a text becomes, and what is put before and after them."""
-    what = f"{tokenizer.bos_token_id} {tokenizer.pad_token_id} {tokenizer_hash(tokenizer)}"
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
-
-
-def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """Tokenise documents; each begins with BOS when the tokenizer has one.
-
-    Text is text: what looks like a special token (`</s>` in HTML) does not become one. A document of one token alone
-    predicts nothing and is left out. Without BOS nothing predicts a document's first token, and the bytes that it
-    stands for do not count.
-    """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    pieces: list[NDArray[np.int32]] = []
-    num_bytes: list[int] = []
-    for first in range(0, len(texts), TEXTS_PER_CALL):
-        chunk = list(texts[first : first + TEXTS_PER_CALL])
-        encoded = tokenizer(
-            chunk, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-        )
-        for number, (text, ids) in enumerate(zip(chunk, encoded["input_ids"], strict=True)):
-            if len(bos) + len(ids) >= 2:
-                pieces.append(np.array(bos + ids, dtype=np.int32))
-                begin = 0 if bos or not tokenizer.is_fast else encoded.token_to_chars(number, 1).start
-                num_bytes.append(len(text[begin:].encode()))
-    return TokenStream(
-        tokens=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
-        lengths=np.array([len(piece) for piece in pieces], dtype=np.int64),
-        num_bytes=np.array(num_bytes, dtype=np.int64),
-    )
 
 
 def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -> PackedRows:

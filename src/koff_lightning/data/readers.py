@@ -74,6 +74,8 @@ def read_records(
                     yield number, document
             else:
                 on_bad(f"{path}:{line}: {problem or document}")
+    except PermissionError as error:
+        raise KoffError(f"cannot read {path}: you may not (its rights or those of its folder forbid it)") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise KoffError(f"cannot read {path}: {reason}. It is missing, damaged or not what its name says") from error
@@ -194,16 +196,29 @@ def _require_column(path: Path, columns: list[str], text_field: str) -> None:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open for reading bytes: lines are decoded one by one so that a bad one has a number."""
+    """Open for reading bytes: lines are decoded one by one so that a bad one has a number.
+
+    Raises:
+        KoffError: Text in UTF-16 or UTF-32, much of whose bytes are zeros.
+    """
+    file = _open_any(path)
+    head = file.peek(1024)[:1024]
+    if head.count(0) * 4 > len(head):
+        file.close()
+        raise KoffError(f"cannot read {path}: it is not UTF-8 but, as it seems, UTF-16 or UTF-32: save it as UTF-8")
+    return file
+
+
+def _open_any(path: Path) -> Any:
     match path.suffix:
         case ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
+            return gzip.open(path, "rb")
         case ".xz":
-            return lzma.open(path, "rb")  # type: ignore[return-value]
+            return lzma.open(path, "rb")
         case ".zst":
             import pyarrow  # it brings a decoder; the standard library has none before Python 3.14
 
-            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
+            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
 

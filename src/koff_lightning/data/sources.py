@@ -192,19 +192,49 @@ def expand_files(patterns: list[str]) -> list[Path]:
     """Expand files and globs, each pattern in sorted order, a file that matches twice only once.
 
     Raises:
-        KoffError: A pattern that matches nothing, a folder, or a file of unknown kind.
+        KoffError: Patterns that match nothing, a folder, or a file of unknown kind; all of them are told.
     """
     found: dict[Path, Path] = {}
+    problems: list[str] = []
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            raise KoffError(f"'{pattern}' is a folder: name the files in it, for example '{path / '*.jsonl'}'")
-        matches = (
-            [path] if path.is_file() else list(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))))
-        )
-        if not matches:
-            raise KoffError(f"no file matches '{pattern}' (looked in {Path.cwd()}): correct the path or glob")
-        for match in sorted(matches):
-            format_of(match)  # refuse an unknown kind before hours of reading, not after
-            found.setdefault(match.resolve(), match)  # however it is named, a file is read once
+        try:
+            for match in _matches(pattern):
+                format_of(match)  # refuse an unknown kind before hours of reading, not after
+                found.setdefault(match.resolve(), match)  # however it is named, a file is read once
+        except PermissionError as error:
+            problems.append(f"you may not look at '{error.filename}': correct the rights of its folder")
+        except KoffError as error:
+            problems.append(str(error))
+    if problems:
+        raise KoffError("; ".join(problems))
     return list(found.values())
+
+
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        raise KoffError(f"'{pattern}' is a folder: name the files in it, for example '{path / '*.jsonl'}'")
+    matches = [path] if path.is_file() else list(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))))
+    if not matches:
+        raise KoffError(f"no file matches '{pattern}' (looked in {Path.cwd()}): correct the path or glob")
+    return sorted(matches)
+
+
+def refuse_missing_files(sources: Mapping[str, DomainSource]) -> None:
+    """Look for the files and the bundled text of all domains, before any is read.
+
+    Raises:
+        KoffError: What is not there, of every domain.
+    """
+    problems: list[str] = []
+    for name, source in sources.items():
+        try:
+            expand_files(source.file_entries + source.heldout_entries)
+            for bundled in source.bundled_entries:
+                bundled_file(bundled, "train")
+        except KoffError as error:
+            problems.append(f"domain '{name}': {error}")
+    if problems:
+        raise KoffError(
+            f"{len(problems)} domains lack text:\n  " + "\n  ".join(problems) if problems[1:] else problems[0]
+        )

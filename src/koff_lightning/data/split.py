@@ -80,7 +80,8 @@ def read_domain(
 
     A training document whose text is also held out is dropped. Limits count UTF-8 bytes and take whole documents:
     training text in file order up to the first document that no longer fits (reading stops there); held-out text in
-    the order of the id's hash, leaving out documents that do not fit.
+    the order of the id's hash, leaving out documents that do not fit. Where the hash holds out none of two documents or
+    more, the one that comes first by its hash is held out.
 
     Raises:
         KoffError: Bad files or lines (see `readers`), or a side of the split that is left without text.
@@ -88,6 +89,8 @@ def read_domain(
     on_bad = BadLines(name, on_bad_line)
     train, heldout = _split(_labelled(source, heldout_fraction, on_bad), max_train_bytes)
     on_bad.report()
+    if not (heldout or source.heldout_entries):
+        train, heldout = _hold_one(train)
     held_texts = {document.text for document in heldout}
     texts = Texts([d.text for d in train if d.text not in held_texts], fill(heldout, max_heldout_bytes))
     if not (train or heldout or max_train_bytes):
@@ -100,14 +103,15 @@ def read_domain(
         limit = f", or exceed data.max_train_bytes={max_train_bytes}" if max_train_bytes else ""
         raise KoffError(
             f"domain '{name}' has no training text: its documents are held out or repeat one that is{limit}. Add "
-            f"documents, or change heldout_fraction={heldout_fraction:.3g}"
+            f"documents, or change heldout_fraction={heldout_fraction:.3g}{_about_ids(train + heldout)}"
         )
     if not heldout and source.heldout_entries:
         raise KoffError(f"domain '{name}' has no held-out text: its heldout_files hold no document with text")
     if not heldout:
         raise KoffError(
             f"domain '{name}' has no held-out text: none of the {len(train)} document(s) read falls in the "
-            f"{heldout_fraction:.3g} chosen by hash. Add documents, or raise data.heldout_fraction"
+            f"{heldout_fraction:.3g} chosen by hash. Add documents, or raise "
+            f"data.heldout_fraction{_about_ids(train)}"
         )
     if not texts.heldout:
         raise KoffError(
@@ -144,6 +148,26 @@ def _split(
             break
         train.append(document)
     return train, heldout
+
+
+def _hold_one(train: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Of a corpus so small that the hash holds out no document, hold out the one that comes first by its hash."""
+    ids, texts = {document.id for document in train}, {document.text for document in train}
+    if min(len(ids), len(texts)) < 2:
+        return train, []
+    held = min(ids, key=lambda doc_id: (_hash(doc_id), doc_id))
+    return [d for d in train if d.id != held], [d for d in train if d.id == held]
+
+
+def _about_ids(documents: list[Document]) -> str:
+    """What to do about documents that share their ids, in words that end a sentence; nothing where none do."""
+    ids = len({document.id for document in documents})
+    if ids == len({document.text for document in documents}):
+        return ""
+    return (
+        f". Its {len(documents)} documents have only {ids} different id(s), and those of one id stay together: set "
+        "id_field to a field that tells documents apart, or to one that none has (then the text decides)"
+    )
 
 
 def fill(documents: list[Document], max_bytes: int | None) -> list[str]:

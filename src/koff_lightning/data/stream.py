@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.packing import PackedRows, pack, tokenize
+from koff_lightning.data.encoding import tokenize
+from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.patience import read_patiently
 from koff_lightning.data.readers import Document, OnBad, Part
 from koff_lightning.data.shards import HubShard, Shard
@@ -49,6 +50,7 @@ class Text:
     shards: Sequence[Shard]
     wanted: Callable[[int, Document], bool]  # (number of the shard, document) -> is it training text?
     on_bad: OnBad
+    append_eos: bool = False  # the end token behind each document
 
     def identity(self, *how: object) -> dict[str, Any]:
         """What a place in this text depends on, in plain values by name: the shards, and `how` they are read."""
@@ -141,7 +143,7 @@ class RowStream:
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)  # packs of about equal size
         pad_id = self.tokenizer.pad_token_id or 0
         for documents in np.split(order, cuts)[self.place.pack :]:
-            stream = tokenize([texts[i] for i in documents], self.tokenizer)
+            stream = tokenize([texts[i] for i in documents], self.tokenizer, self.text.append_eos)
             if len(stream.tokens):
                 packed = pack(stream, self.seq_len, overlap=False, pad_id=pad_id)
                 seed = self.place.passes, self.place.buffer, self.place.pack

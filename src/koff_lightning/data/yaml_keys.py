@@ -5,23 +5,24 @@ from pathlib import Path
 import yaml
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.yaml_files import compose_file
 
 
 def refuse_duplicate_keys(path: Path) -> None:
     """Check a config file, for example for two domains of one name.
 
     Raises:
-        KoffError: A mapping in the file has the same key twice (names file and line), or the file is no YAML in UTF-8.
+        KoffError: A mapping in the file has the same key twice (names file and line), or the file is not read at all
+            (`support.yaml_files`).
     """
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:  # Windows PowerShell writes what `>` redirects in UTF-16
-        raise KoffError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}): save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise KoffError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    root = compose_file(path)
+    seen: set[int] = set()
     pending = [root] if root else []
     while pending:
         node = pending.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
             _check_mapping(path, node)
             pending += [value for _, value in node.value]

@@ -9,7 +9,9 @@ where we differ from them):
     flap       mean over the unit's columns j of Var(X_j) * ||W_:j||_2^2, standardised by layer and kind (the same)
     fisher     squared gradient of the loss by the unit's gate, per parameter: the prior of a learned mask by itself
 
-X is the input of the unit's consumer, W its weight. Memories play no part: they are off, and the gates open.
+X is the input of the unit's consumer, W its weight. Of an output channel, which has no consumer, it is the input of its
+own linear, and what the formulas say of columns is summed over the channel's row. Memories play no part: they are off,
+and the gates open.
 
 Shapes: U units in all, U_g of group g, C_g = U_g * width input columns of its consumer, N tokens, d hidden, B rows.
 """
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.data.packing import IGNORED
+from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import LossSpec, fused_head_loss
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
@@ -73,7 +76,7 @@ def scores_from(
     model: PreTrainedModel, read: Mapping[str, "Moments"], method: Method, groups: Sequence[PrunableGroup]
 ) -> Tensor:
     """The same from what `input_moments` found, fp32 [U]."""
-    return _finite([_SCORES[method](model, group, read.get(group.consumer)) for group in groups], method, groups)
+    return _finite([_SCORES[method](model, group, read.get(group.gated)) for group in groups], method, groups)
 
 
 def _finite(parts: Sequence[Tensor], method: Method, groups: Sequence[PrunableGroup]) -> Tensor:
@@ -82,7 +85,7 @@ def _finite(parts: Sequence[Tensor], method: Method, groups: Sequence[PrunableGr
     if not values.isfinite().all():
         where = next(g for g, part in zip(groups, parts, strict=True) if not part.isfinite().all())
         raise KoffError(
-            f"{method}: the scores of {where.consumer} are not finite: its weights or its inputs overflow; use "
+            f"{method}: the scores of {where.gated} are not finite: its weights or its inputs overflow; use "
             "--model.dtype float32"
         )
     return values
@@ -127,15 +130,15 @@ class Moments:
 def input_moments(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], groups: Sequence[PrunableGroup]
 ) -> dict[str, Moments]:
-    """Read text with the dense model and note what reaches each consumer; tokens under a padding mask do not count.
+    """Read text with the dense model and note what reaches each gated linear; tokens under a padding mask do not count.
 
     Returns:
-        Module path of the consumer -> moments of its input columns.
+        Module path of the linear -> moments of its input columns.
 
     Raises:
         KoffError: There is no text, or not a second token.
     """
-    moments = {group.consumer: Moments() for group in groups}
+    moments = {group.gated: Moments() for group in groups}
     real: Tensor | None = None  # bool [B, T] of the batch being read
 
     def note(place: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -170,7 +173,15 @@ def compensation(
 
     Returns:
         fp32 [groups, d] on the CPU.
+
+    Raises:
+        KoffError: Some units are output channels, which nothing reads columns of.
     """
+    if channels := sorted({group.kind for group in groups if not group.consumer}):
+        raise KoffError(
+            f"--compensate makes up for removed columns; sparsity.units has output channels ({', '.join(channels)}): "
+            "give --compensate false"
+        )
     biases = []
     for group, part in zip(groups, kept.cpu().split([group.size for group in groups]), strict=True):
         gone = ~part.repeat_interleave(group.width)  # [C_g]
@@ -183,7 +194,7 @@ def compensation(
 
 def _magnitude(model: PreTrainedModel, group: PrunableGroup, read: None) -> Tensor:
     """L2 norm of all parameters of each unit, as places within the layer, [U_g]."""
-    squares = _by_unit(group, _weight(model, group.consumer).square().sum(0))
+    squares = _by_unit(group, _weight(model, group.consumer).square().sum(0)) if group.consumer else 0
     for path, _ in group.producers:
         for parameter in (_weight(model, path), _linear(model, path).bias):
             if parameter is not None:
@@ -193,12 +204,15 @@ def _magnitude(model: PreTrainedModel, group: PrunableGroup, read: None) -> Tens
 
 def _wanda_sp(model: PreTrainedModel, group: PrunableGroup, read: Moments) -> Tensor:
     """Sum of |W_ij| * ||X_j||_2 over a unit's columns, as places within the layer, [U_g]."""
+    if not group.consumer:
+        return _places(_weight(model, group.gated).abs() @ read.norm)
     return _places(_by_unit(group, read.norm * _weight(model, group.consumer).abs().sum(0)))
 
 
 def _flap(model: PreTrainedModel, group: PrunableGroup, read: Moments) -> Tensor:
     """Var(X_j) * ||W_:j||_2^2, standardised over the layer's columns of this kind, mean over a unit's, [U_g]."""
-    fluctuation = read.variance * _weight(model, group.consumer).square().sum(0)  # [C_g]
+    squares = _weight(model, group.gated).square()
+    fluctuation = read.variance * squares.sum(0) if group.consumer else squares @ read.variance  # [C_g]
     deviation = fluctuation.std(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
     return _by_unit(group, (fluctuation - fluctuation.mean()) / deviation) / group.width
 
@@ -227,26 +241,22 @@ def _gate_slopes(
     names = ("input_ids", "position_ids", "attention_mask")
     inputs = {name: batch[name].to(model.device) for name in names if batch.get(name) is not None}
     labels = batch["labels"][:, 1:].to(model.device)  # [B, T - 1]
-    gates = [torch.ones(len(labels), group.size, device=model.device, requires_grad=True) for group in groups]
-
-    def gated(gate: Tensor, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        return lambda _, given: (given[0] * gate.repeat_interleave(width, 1)[:, None].to(given[0].dtype), *given[1:])
-
-    hooks = [
-        model.get_submodule(group.consumer).register_forward_pre_hook(gated(gate, group.width))
-        for group, gate in zip(groups, gates, strict=True)
-    ]
+    gates = BackboneGates(list(groups)).to(model.device)
+    handles = gates.attach(model)
     try:
         with torch.enable_grad():
+            probe = gates.probe(len(labels))  # [B, U]
+            gates.set(probe)
             hidden = hidden_states(model, **inputs)[:, :-1]  # [B, T - 1, d]
             predicted = labels != IGNORED
             weights = (predicted / predicted.sum(1, keepdim=True).clamp(min=1))[predicted]  # [N]
             head, spec = model.get_output_embeddings().weight.detach(), LossSpec(kl=0)
             loss, _, _ = fused_head_loss(hidden[predicted], None, head, labels[predicted], weights, spec)
-            return torch.autograd.grad(loss, gates)
+            (slopes,) = torch.autograd.grad(loss, probe)
+            return slopes.split(gates.sizes, dim=1)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 _SCORES = {"magnitude": _magnitude, "wanda_sp": _wanda_sp, "flap": _flap}

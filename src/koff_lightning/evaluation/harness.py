@@ -3,14 +3,16 @@
     import koff_lightning.evaluation.harness                                     # registers the name "koff"
     lm_eval.simple_evaluate("koff", {"path": "runs/demo/artifact", "domain": "de"}, tasks=["koff_cloze_de"])
 
-What HFLM does (requests, windows, padding, stopping) stays lm-eval's own, so scores compare with everybody's. The slots
-of a KV memory stand at positions -P..-1 and take nothing from the model's context.
+What HFLM does (requests, windows, padding, stopping) stays lm-eval's own, so scores compare with everybody's; only
+prompts are encoded as everywhere in this package (`data.encoding`). The slots of a KV memory stand at positions -P..-1
+and take nothing from the model's context.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.decomposed import DecomposedModel, default_device, dense_of, load_decomposed
 from koff_lightning.artifact.folder import MANIFEST
+from koff_lightning.backbone import ask_nothing_
+from koff_lightning.data.encoding import encode_prompt
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
@@ -135,13 +139,73 @@ class KoffLM(HFLM):
             super().__init__(reading(model, domain, dense), tokenizer=tokenizer, **options)
         self._rank = dist.get_rank() if ranks.count() > 1 else 0
         self._world_size = ranks.count()
+        self._rolled_rows: int | None = None  # rows at a time while all windows of `loglikelihood_rolling` are scored
         self.broken = 0  # requests whose log-likelihood is no number
 
     def __repr__(self) -> str:
         return f"KoffLM({getattr(self.model, 'domain', None) or 'no memory'})"
 
-    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        scores = super()._loglikelihood_tokens(*args, **kwargs)
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before text without a context: the start token, else the end token.
+
+        Raises:
+            KoffError: The tokenizer has neither.
+        """
+        if (found := super().prefix_token_id) is None:
+            raise KoffError(
+                "this tokenizer has neither a start nor an end token to predict a first token from: give "
+                "prefix_token_id=ID in the options of lm-eval's model"
+            )
+        return found
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
+    ) -> list[int]:
+        """Ids of a prompt, by `encode_prompt`; where special tokens are declined the text's alone."""
+        asked = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if asked is False:
+            ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        else:
+            ids = encode_prompt(self.tokenizer, string)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, T] of prompts, each encoded by `tok_encode`."""
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        if truncation:
+            rows = [row[: self.tokenizer.model_max_length] for row in rows]
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """HFLM's own, which puts the start token before the text itself: the text is encoded without one.
+
+        HFLM scores the windows of a few requests at a time, each with a progress bar of its own. In one process all
+        windows are handed over at once: sorted by length, so that rows of a batch hold little padding, under one bar.
+        """
+        before, self.add_bos_token = self.add_bos_token, False
+        at_once = self.world_size == 1 and isinstance(self.batch_size_per_gpu, int)
+        self._rolled_rows = self.batch_size_per_gpu if at_once else None
+        if at_once:
+            self.batch_size_per_gpu = sys.maxsize
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or at_once)
+        finally:
+            self.add_bos_token = before
+            if at_once:
+                self.batch_size_per_gpu, self._rolled_rows = self._rolled_rows, None
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        scores = super()._loglikelihood_tokens(requests, disable_tqdm, self._rolled_rows or override_bs)
         self.broken += sum(not math.isfinite(value) for value, _ in scores)  # told later, by all ranks at once
         return scores
 
@@ -192,7 +256,9 @@ def load_model(path: str, backbone: str | None = None, device: str | None = None
             raise KoffError(f"{path} is read in the dtype of its run: leave dtype out")
         return from_checkpoint(place, backbone).to(where).eval()
     stored = str(load_config(path).dtype or "float32").removeprefix("torch.")
-    return load_backbone(path, dtype=dtype or stored).to(where)
+    model = load_backbone(path, dtype=dtype or stored).to(where)
+    ask_nothing_(model)  # a task says how it is answered
+    return model
 
 
 def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:

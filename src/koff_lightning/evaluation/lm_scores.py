@@ -5,7 +5,7 @@ from typing import Any
 
 from rich import box, get_console
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 Scores = dict[str, dict[str, float]]  # task or group -> metric -> value
 # What stands in the table, of what a task has. Of two normalisations the one by bytes or characters, never by tokens.
@@ -51,9 +51,24 @@ def table(columns: Mapping[str, Scores]) -> Table:
 
 
 def show(columns: Mapping[str, Scores]) -> None:
-    """Print the table, in full where no terminal limits its width."""
-    console = get_console() if get_console().is_terminal else Console(width=60 + 20 * len(columns), force_jupyter=False)
-    console.print(table(columns))
+    """Print the table; where it is wider than the terminal, or than 100 characters of a file, its long form."""
+    console = get_console() if get_console().is_terminal else Console(width=100, force_jupyter=False)
+    wide = table(columns)
+    console.print(wide if console.measure(wide).maximum <= console.width else long_table(columns))
+
+
+def long_table(columns: Mapping[str, Scores]) -> Table:
+    """A row for each task and each way of reading the text.
+
+    Args:
+        columns: As for `table`.
+    """
+    made = Table("task", "metric", "read with", Column("score", justify="right"), box=box.SIMPLE_HEAD)
+    for task in dict.fromkeys(task for scores in columns.values() for task in scores):
+        for name, scores in columns.items():
+            if (metric := main_metric(scores.get(task, {}))) is not None:
+                made.add_row(task, metric, name, _cell(scores[task], metric))
+    return made
 
 
 def _cell(row: Mapping[str, float], metric: str) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from koff_lightning.support.mask_words import KIND_NAMES
+
 # Okabe and Ito's palette, which tells apart under the common kinds of colour blindness
 BLACK, GREY, BLUE, ORANGE, PURPLE = "#000000", "#999999", "#0072B2", "#E69F00", "#CC79A7"
 MANY = ("#009E73", "#56B4E9", "#D55E00", "#F0E442", GREY, BLACK)
@@ -21,7 +23,6 @@ ARM_STYLE = {
     "memory_off": ("memory off", ORANGE),
     "swapped": ("swapped", PURPLE),
 }
-KIND_TITLE = {"channel": "FFN neurons", "kv_group": "kv groups"}
 Point = Mapping[str, Any]
 Bpb = Mapping[str, Mapping[str, float | None]]
 
@@ -54,7 +55,7 @@ def sparsity_by_layer(points: Sequence[Point], groups: Sequence[tuple[int, str]]
         points: As recorded by `MaskHistory`.
         groups: (layer, kind) of each entry of a point's `removed`.
     """
-    kinds = [kind for kind in KIND_TITLE if any(k == kind for _, k in groups)]
+    kinds = [kind for kind in KIND_NAMES if any(k == kind for _, k in groups)]
     removed = 100 * np.array([point["removed"] for point in points])  # [points, groups]
     edges = _edges([point["step"] for point in points])
     figure = Figure(figsize=(1.5 + 4.2 * len(kinds), 4), layout="constrained")
@@ -68,7 +69,7 @@ def sparsity_by_layer(points: Sequence[Point], groups: Sequence[tuple[int, str]]
         )
         every = -(-len(layers) // 12)
         axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
-        axes.set(title=KIND_TITLE[kind], xlabel="optimizer step", ylabel="layer" if place == 0 else "")
+        axes.set(title=KIND_NAMES[kind], xlabel="optimizer step", ylabel="layer" if place == 0 else "")
         figure.colorbar(mesh, ax=axes, label="removed, % of the layer's units" if place == len(kinds) - 1 else "")
     return figure
 
@@ -79,13 +80,13 @@ def kept_by_layer(kept: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         kept: {"layer", "kind", "of", "kept"} of every group.
     """
-    kinds = [kind for kind in KIND_TITLE if any(entry["kind"] == kind for entry in kept)]
+    kinds = [kind for kind in KIND_NAMES if any(entry["kind"] == kind for entry in kept)]
     figure = Figure(figsize=(1.5 + 4.2 * max(len(kinds), 1), 4), layout="constrained")
     for place, kind in enumerate(kinds):
         rows = [entry for entry in kept if entry["kind"] == kind]
         axes = figure.add_subplot(1, len(kinds), place + 1)
         axes.bar([row["layer"] for row in rows], [100 * row["kept"] / row["of"] for row in rows], color=BLUE)
-        axes.set(title=KIND_TITLE[kind], xlabel="layer", ylabel="units kept, %" if place == 0 else "", ylim=(0, 100))
+        axes.set(title=KIND_NAMES[kind], xlabel="layer", ylabel="units kept, %" if place == 0 else "", ylim=(0, 100))
         axes.xaxis.get_major_locator().set_params(integer=True)
         _plain(axes)
     return figure

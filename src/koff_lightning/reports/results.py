@@ -12,6 +12,8 @@ from rich.table import Table
 from koff_lightning.artifact.folder import Manifest
 from koff_lightning.decomposition import MODES, Decomposition
 from koff_lightning.support.files import write_atomically
+from koff_lightning.support.mask_words import by_type_and_physical
+from koff_lightning.surgery import masks, whole_units
 
 Figures = dict[str, Any]
 Documents = dict[str, dict[str, dict[str, list[float]]]]  # domain -> arm -> "nats" and "bytes" by document
@@ -36,7 +38,7 @@ def _stored_size(model: Decomposition, domain: str) -> int:
     """Parameters of one memory as it is stored: without those that only removed units would use."""
     bank = model.memories
     size, weights, slots = bank.size(domain), bank.weights(domain), bank.slots(domain)
-    for group, kept in model.gates.per_group(model.hard_mask()):
+    for group, kept in masks(*whole_units(model.gates.groups, model.hard_mask())):
         parts = [(path, "lora_B", 1, rows) for path, rows in group.producers]
         parts.append((group.consumer, "lora_A", 0, group.width))
         sides = [(weights.get(f"{path}.{half}.weight"), rank, width) for path, half, rank, width in parts]
@@ -56,6 +58,8 @@ def _mask(model: Decomposition) -> Figures:
             "denominator": spec.denominator,
             "hardened": bool(model.gates.hardened),
             **model.budget.report(kept),
+            "by_kind": model.budget.by_kind(kept),
+            "physical": model.budget.physical(kept),
         },
         "kept_units": [
             {"layer": group.layer, "kind": group.kind, "kept": int(part.sum()), "of": group.size}
@@ -118,11 +122,11 @@ def sentences(results: Figures) -> list[str]:
     """Sparsity and parameters, a line each."""
     rates, size = results["sparsity"], results["parameters"]
     dense, active, stored = size["dense_total"], size["active"], size["stored"]
-    percent = {key: f"{100 * rates[key]:.2f} %" for key in ("body", "total", "units", "ffn", "attention")}
+    percent = {key: f"{100 * rates[key]:.2f} %" for key in ("body", "total", "units")}
     lines = [
         f"sparsity    {percent['body']} of body, {percent['total']} of total, {percent['units']} of prunable units "
         f"(target: {100 * rates['target']:g} % of {rates['denominator']})",
-        f"            by type: {percent['ffn']} of FFN neurons, {percent['attention']} of kv groups, in parameters",
+        *by_type_and_physical(rates),
         f"parameters  dense {_count(dense)}, backbone kept {_count(size['backbone_kept'])}",
         f"            active (with one memory) {_count(active)}: {_change(active, dense)}",
         f"            stored (with all) {_count(stored)}: {_change(stored, dense)}",

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import PREFIX, check_content, read_checkpoint, refuse_other_tensors, target_of
-from koff_lightning.artifact.extend import artifact_to_extend, backbone_of
+from koff_lightning.artifact.memories import artifact_to_extend, backbone_of
 from koff_lightning.backbone import compile_layers, recomputed
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import MODES, Batch, Decomposition, check_layout
@@ -26,7 +26,8 @@ from koff_lightning.loading import load_config
 from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
-from koff_lightning.sparsity import FixedPenalty, LagrangianPenalty, Phase, SparsitySchedule, SparsitySpec
+from koff_lightning.penalties import make_penalty
+from koff_lightning.sparsity import Phase, SparsitySchedule, SparsitySpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_names
@@ -124,7 +125,7 @@ class KOFFModule(LightningModule):
         specs = {name: spec and asdict(spec) for name, spec in specs.items()}
         self.save_hyperparameters(specs | {"domains": self.domains} | without_secrets(plain))
 
-        if sparsity.layout == "uniform":  # what the family's configs cannot say is refused now
+        if sparsity.uniform:  # what the family's configs cannot say is refused now
             check_layout(load_config(source, revision=revision, trust_remote_code=trust_remote_code), sparsity)
 
     def configure_model(self) -> None:
@@ -138,8 +139,8 @@ class KOFFModule(LightningModule):
         self.model.chunk = self.loss.chunk
         if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
-        lagrangian = self.sparsity.penalty == "lagrangian"
-        self.penalty = LagrangianPenalty() if lagrangian else FixedPenalty(self.sparsity.weight)
+        spec, kinds = self.sparsity, len(self.model.budget.kinds) if self.sparsity.scope == "local" else None
+        self.penalty = make_penalty(spec.penalty, spec.weight, spec.autoscale, kinds)
         if self.mask_source is not None:
             load_mask(self.model, self.mask_source)
             self.penalty.requires_grad_(not self.mask_source.fixed)
@@ -173,11 +174,11 @@ class KOFFModule(LightningModule):
         weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
         data, ce, kl = fused_head_loss(student, teacher, model.head, labels, weights, self.loss)
         all_data, all_ce, all_kl = ranks.total(torch.stack([data.detach(), weights @ ce, weights @ kl])) / ranks.count()
-        penalty = self.sparsity_penalty()
+        penalty = self.sparsity_penalty(all_data)
         loss = data + (all_data - data.detach()) + penalty  # value: of all ranks' rows; gradient: this rank's part
         self.guard.check_loss(loss, ce + kl, predicted, batch["domains"], self.global_step)
-        parts = {"train/loss": loss, "train/ce": all_ce, "train/kl": all_kl, "train/penalty": penalty}
-        self.log_dict(parts, batch_size=len(predicted))
+        parts = {"train/loss": loss, "train/kl": all_kl, "train/penalty": penalty}
+        self.log_dict(parts if self.loss.top_k_alone else parts | {"train/ce": all_ce}, batch_size=len(predicted))
         return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
 
     @property
@@ -217,12 +218,12 @@ class KOFFModule(LightningModule):
         observes = self.sparsity.prior == "fisher" and self.mask_source is None and self.training
         return gates.probe(rows) if observes else None
 
-    def sparsity_penalty(self) -> Tensor:
-        """lam1 (s - t) + lam2 (s - t)^2 while the mask is learned, scalar in nats."""
+    def sparsity_penalty(self, data: Tensor | None = None) -> Tensor:
+        """The price of what is kept while the mask is learned, scalar in nats; `data` is the loss on data, a scalar."""
         if not self.learns_now:
             return torch.zeros((), device=self.device)
         gates = self.model.gates
-        return self.penalty(self.model.budget.tracked(gates.gate.keep(gates.logits)), self.model.target)
+        return self.penalty(self.model.budget.measured(gates.gate.keep(gates.logits)), self.model.target, data)
 
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly without a word; then fill fresh KV memories and start all ranks alike."""

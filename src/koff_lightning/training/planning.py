@@ -164,7 +164,7 @@ def _count(step: Step, layers: int) -> dict[str, Any]:
         model = _outline(step.config, layers, step.dtype)
         groups = prunable_groups(model, step.sparsity.units)
         memories = MemoryBank(model, step.domains, step.lora, step.kv, step.shared)
-        gates = BackboneGates(groups, step.sparsity.gate)
+        gates = BackboneGates(groups, step.sparsity.gate, **step.sparsity.gate_options())
         gates.attach(model)
         if step.checkpointing:
             model.activation_checkpointing_enable()

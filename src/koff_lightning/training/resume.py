@@ -13,10 +13,15 @@ from koff_lightning.artifact.checkpoint import (
     refuse_other_tensors,
 )
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import difference
 
-_HARDENING = ("target", "denominator", "layout", "multiple_of", "min_channels", "min_kv_groups")  # what fixes a mask
+# What fixes a mask; and options that are younger than some checkpoints, which then had these values.
+_HARDENING = ("target", "denominator", "layout", "multiple_of", "min_channels", "min_kv_groups", "scope", "harden")
+_YOUNGER = {
+    name: getattr(SparsitySpec, name) for name in ("scope", "harden", "beta", "beta_end", "initial", "autoscale")
+}
 
 
 def refuse_other_make(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -43,6 +48,7 @@ def refuse_other_mask(there: Mapping[str, Any], here: Mapping[str, Any]) -> None
     Raises:
         KoffError: They differ in what decides how it is fixed; each difference is shown.
     """
+    there, here = _YOUNGER | dict(there), _YOUNGER | dict(here)
     if differences := difference(*({key: spec[key] for key in _HARDENING if key in there} for spec in (there, here))):
         raise KoffError(
             f"the checkpoint's mask is fixed already, and its {differences}: use the model.sparsity options of that "
@@ -68,14 +74,14 @@ def refuse_other_course(there: Mapping[str, Any], here: Mapping[str, Any]) -> No
 
 
 def _course(options: Mapping[str, Any]) -> dict[str, Any]:
-    sparsity = options.get("sparsity") or {}
+    sparsity = _YOUNGER | (options.get("sparsity") or {})
     learned = "learned" if sparsity.get("target") else "none (sparsity.target 0)"
     return {
         "joint": options.get("joint"),
         "mask": "given (model.mask)" if options.get("mask") else learned,
         "prior": "given (model.prior)" if options.get("prior") else sparsity.get("prior"),
         "sparsity.penalty": sparsity.get("penalty"),
-    }
+    } | {f"sparsity.{name}": sparsity[name] for name in _YOUNGER if name != "harden"}
 
 
 def refuse_other_steps(steps: Sequence[int | None]) -> None:

@@ -6,11 +6,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import clear_leftovers, lock
+from koff_lightning.support.yaml_files import read_yaml
 
 LOCK = ".running"
 
@@ -68,10 +68,7 @@ def run_config(ckpt: Path) -> dict[str, Any] | None:
     paths = ckpt.expanduser().resolve(), ckpt.expanduser().absolute()  # its folder may be a link
     for folder in [folder for path in paths for folder in list(path.parents)[:2]]:
         if (folder / "config.yaml").is_file():
-            try:
-                config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise KoffError(f"cannot read {folder / 'config.yaml'}, the options of the run: {error}") from error
+            config = read_yaml(folder / "config.yaml")
             if isinstance(config, dict) and {"model", "data"} <= config.keys():
                 return config
     return None

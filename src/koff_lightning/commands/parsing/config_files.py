@@ -1,9 +1,16 @@
-"""The experiments that ship with the package: list them, and find one by its bare name from any folder."""
+"""Config files: those that ship with the package, how files are found by name, and how they are read."""
 
+import builtins
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 SHIPPED = Path(__file__).parents[2] / "configs"
 
@@ -17,12 +24,41 @@ def shipped_configs() -> dict[str, str]:
     }
 
 
-def list_configs() -> None:
-    """Print the configs that ship with the package, a line each."""
+def list_configs(*, name: str | None = None, copy: bool | str = False) -> None:
+    """Print the configs that ship with the package, a line each; or print or copy one of them.
+
+    Args:
+        name: Which, as listed; the word after the verb stands for it too: `koff configs demo.yaml`.
+        copy: Write that config to a file of your own, by default of the same name in this folder, instead of printing.
+
+    Raises:
+        KoffError: No such config, or a file that is there already or cannot be written.
+    """
+    if name is not None:
+        _show_or_copy(name, copy)
+        return
+    if copy is not False:
+        raise KoffError("configs: which config? koff configs demo.yaml --copy")
     configs = shipped_configs()
     width = max(map(len, configs))
     for name, description in configs.items():
         print(f"{name:<{width}}  {description}")
+
+
+def _show_or_copy(name: str, copy: str | bool) -> None:
+    if name not in shipped_configs():
+        raise KoffError(f"no config {name!r} ships with the package.{nearest(name, shipped_configs())}")
+    text = (SHIPPED / name).read_text(encoding="utf-8")
+    if copy is False:
+        print(text, end="")
+        return
+    path = Path(Path(name).name if copy is True else copy).expanduser()
+    try:
+        with path.open("x", encoding="utf-8") as file:  # never over a file that is there
+            file.write(text)
+    except OSError as error:
+        raise KoffError(f"cannot write {path}: {error.strerror}") from error
+    print(f"wrote {path}: koff fit {path}")
 
 
 def find_config(name: str) -> Path:
@@ -59,3 +95,30 @@ def find_configs(argv: list[str]) -> tuple[list[str], list[Path]]:
         else:
             found.append(word)
     return found, paths
+
+
+@contextmanager
+def utf8_files() -> Iterator[None]:
+    """Configs are read and written in UTF-8 inside the block, whatever the encoding of the locale is."""
+    from jsonargparse import _core, _paths  # they open files in the locale's; here, as listing configs needs no parser
+
+    def utf8(file: Any, mode: str = "r", **options: Any) -> Any:
+        return builtins.open(file, mode, **({} if "b" in mode else {"encoding": "utf-8"}) | options)
+
+    for module in (_core, _paths):
+        module.open = utf8  # stands before the builtin of that name
+    try:
+        yield
+    finally:
+        for module in (_core, _paths):
+            del module.open
+
+
+def take_paths_as_paths(parser: "ArgumentParser", option: str) -> None:
+    """Never open a file that a value of this option names.
+
+    Where an option takes a class or a list, the parser reads a string that is the name of a file as a config with the
+    value in it, so the text of a corpus could choose what else is read.
+    """
+    action = next(action for action in parser._actions if action.dest == option)
+    action._enable_path = False

@@ -1,8 +1,9 @@
 """A verb's options, read from its function: what stands before `*` in the signature by place, the rest by name.
 
 A parameter with a default is always an option. One of type `list[str]` may be given several times, each time with one
-value that is taken as it stands: a prompt is text, not YAML. One of type `bool` needs no value. Dashes in a name are as
-good as underscores; a trailing underscore, which Python wants where a name is a word of its own, is not part of it.
+value that is taken as it stands: a prompt is text, not YAML. One of type `bool` needs no value, and one of type
+`bool | str` may do without. Dashes in a name are as good as underscores; a trailing underscore, which Python wants
+where a name is a word of its own, is not part of it.
 A function whose one parameter is `argv` parses its words itself.
 What follows a lone `--` goes as it stands to the parameter `further`, for verbs that pass options on.
 """
@@ -57,11 +58,18 @@ def _split(argv: list[str], types: dict[str, object]) -> tuple[list[str], dict[s
             rest.append(word)
         elif list[str] in (types[name], *get_args(types[name])) and (equals or words):
             lists.setdefault(name, []).append(value if equals else words.pop(0))
-        elif types[name] is bool and not equals and words[:1] not in (["true"], ["false"]):
+        elif not equals and _stands_alone(types[name], words):
             rest.append(f"--{name}=true")
         else:
             rest.append(f"--{name}{equals}{value}")
     return rest, lists
+
+
+def _stands_alone(kind: object, words: list[str]) -> bool:
+    """Whether an option has no value among the words that follow it."""
+    if bool in get_args(kind):
+        return not words or words[0].startswith("--")
+    return kind is bool and words[:1] not in (["true"], ["false"])
 
 
 def _drop_underscores(parser: Any) -> None:

@@ -147,7 +147,8 @@ def _mask(
         raise KoffError(f"{name} has a mask of {len(kept)} units, the dense model has {len(kinds)}: give its own")
     neuron, removed = kinds == "channel", ~kept.cpu().numpy()
     values: dict[str, Any] = {key: value.cpu().double().numpy()[neuron] for key, value in (learned or {}).items()}
-    mask = Mask(name, base_hash, domains, layers[neuron], removed[neuron], layers[~neuron], removed[~neuron], **values)
+    heads = kinds == "kv_group"
+    mask = Mask(name, base_hash, domains, layers[neuron], removed[neuron], layers[heads], removed[heads], **values)
     if not neuron.any():
         raise NothingRemoved(
             f"{name} removes no FFN neurons (sparsity.units has no channel): there is nothing to compare"

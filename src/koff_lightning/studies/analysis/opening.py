@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import from_checkpoint
-from koff_lightning.artifact.deci import deci_mask
 from koff_lightning.artifact.decomposed import load_decomposed
-from koff_lightning.artifact.folder import Manifest, read_manifest
-from koff_lightning.artifact.layouts import memory_shapes
-from koff_lightning.backbone import PrunableGroup
+from koff_lightning.artifact.folder import read_manifest
+from koff_lightning.artifact.layouts import Layout
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.kv_memory import KVMemory
 from koff_lightning.memory import LoraSpec
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
-from koff_lightning.surgery import masks, zero_state
+from koff_lightning.surgery import whole_units, zero_state
 
 Memory = tuple[LoraSpec | None, dict[str, Tensor], dict[str, Tensor] | None]  # adapter, its matrices, slots
 
@@ -53,7 +51,7 @@ def open_run(source: str | Path, dense: str | None = None) -> Decomposition:
 
 def _from_artifact(folder: Path, dense: str | None) -> Decomposition:
     manifest = read_manifest(folder)
-    if manifest.layout == "merged":
+    if manifest.form.folds:
         raise KoffError(f"{folder} has its memory merged into the backbone: analyse the run's ragged export")
     memories = _memories(folder)  # before the dense model: a cut backbone is loaded and let go of on the way
     base = manifest.base
@@ -79,7 +77,7 @@ def _from_artifact(folder: Path, dense: str | None) -> Decomposition:
             f"{module.backbone_hash[:12]}: give its own dense model"
         )
     module.gates.harden(manifest.mask())
-    _hang(module, memories, manifest)
+    _hang(module, memories, manifest.form)
     return module
 
 
@@ -90,48 +88,12 @@ def _memories(folder: Path) -> dict[str, Memory]:
     return {d: (bank.lora(d), bank.weights(d), slots[d] and slots[d].tensors()) for d in bank.domains}
 
 
-def _hang(module: Decomposition, memories: Mapping[str, Memory], manifest: Manifest) -> None:
+def _hang(module: Decomposition, memories: Mapping[str, Memory], layout: Layout) -> None:
     """Put the stored memories in place of the fresh ones."""
-    groups, kept = module.gates.groups, module.gates.kept
-    shapes = memory_shapes(manifest.layout)
-    everything = torch.ones_like(kept)
-    neurons = {"cut": kept, "full": everything, "deci": deci_mask(groups, kept) if shapes == "deci" else kept}[shapes]
-    heads = kept if shapes == "cut" else everything
+    groups, kept = whole_units(module.gates.groups, module.gates.kept)
     for domain in list(module.memories.domains):
         module.memories.remove(domain)
     for domain, (lora, weights, slots) in memories.items():
-        full = _grown_adapter(weights, groups, neurons, heads)
-        kv = slots and KVMemory.from_tensors(_grown_slots(slots, groups, heads))
-        module.memories.add(domain, lora, kv, full if lora else None)
+        matrices, tensors = layout.dense_memory(weights if lora else None, slots, groups, kept)
+        module.memories.add(domain, lora, tensors and KVMemory.from_tensors(tensors), matrices)
     module.domains = list(memories)
-
-
-def _grown_adapter(
-    weights: Mapping[str, Tensor], groups: list[PrunableGroup], neurons: Tensor, heads: Tensor
-) -> dict[str, Tensor]:
-    """Adapter matrices [r, in] and [out, r] in the dense model's shapes; zeros for what is not stored."""
-    grown = dict(weights)
-    for (group, of_neurons), (_, of_heads) in zip(masks(groups, neurons), masks(groups, heads), strict=True):
-        present = of_neurons if group.kind == "channel" else of_heads
-        sides = [(f"{path}.lora_B.weight", 0, rows) for path, rows in group.producers]
-        for name, dim, width in [*sides, (f"{group.consumer}.lora_A.weight", 1, group.width)]:
-            if name in grown:
-                grown[name] = _grown(grown[name], dim, present.repeat_interleave(width))
-    return grown
-
-
-def _grown_slots(slots: Mapping[str, Tensor], groups: list[PrunableGroup], heads: Tensor) -> dict[str, Tensor]:
-    """Keys and values, each [K, P, dh], of all kv heads of the dense model."""
-    grown = dict(slots)
-    for group, present in masks(groups, heads):
-        if group.kind == "kv_group":
-            for name in (f"layers.{group.layer}.key", f"layers.{group.layer}.value"):
-                grown[name] = _grown(grown[name], 0, present)
-    return grown
-
-
-def _grown(tensor: Tensor, dim: int, present: Tensor) -> Tensor:
-    """A tensor spread over a longer side, of which `present` (bool) tells the places it fills."""
-    shape = list(tensor.shape)
-    shape[dim] = len(present)
-    return tensor.new_zeros(shape).index_copy_(dim, present.nonzero()[:, 0], tensor)

@@ -1,0 +1,73 @@
+"""Run some of the tests at the lowest versions of our direct dependencies that setup.cfg allows, or at the newest.
+
+    python recipes/supply_chain/versions.py lowest .venv-lowest
+    python recipes/supply_chain/versions.py newest .venv-newest tests/test_backbone.py     # other tests than TESTS
+
+Makes a virtual environment in the folder named (kept: delete it to begin anew), installs this tree into it and runs
+pytest there. A dependency of a dependency is whatever pip takes. constraints.txt is what the whole suite runs on.
+"""
+
+import configparser
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+
+# What meets the libraries: loading, attention, adapters, the trainer, the command line, export and lm-eval.
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in (
+        "backbone",
+        "attention",
+        "kv_memory",
+        "memory",
+        "training",
+        "cli",
+        "artifact",
+        "modeling_koff",
+        "lm_eval",
+    )
+]
+
+
+def lowest() -> list[str]:
+    """The floor of each direct dependency, as a line of a constraints file."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = [line for line in config["options"]["install_requires"].splitlines() if line and line[0] != "#"]
+    floors = {Requirement(line).name: re.search(r">=\s*([\w.]+)", line) for line in lines}
+    return [f"{name}=={floor[1]}" for name, floor in floors.items() if floor]
+
+
+def main(which: str, folder: str, *tests: str) -> int:
+    """Install and test; returns pytest's exit status.
+
+    Args:
+        which: lowest or newest.
+        folder: Of the virtual environment.
+        tests: For pytest, in place of TESTS.
+    """
+    if which not in ("lowest", "newest"):
+        raise SystemExit(f"which versions? lowest or newest; got {which!r}")
+    home = Path(folder).absolute()
+    python = home / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    pins = home / "pins.txt"
+    pins.write_text("".join(f"{line}\n" for line in lowest()) if which == "lowest" else "", encoding="utf-8")
+    pip = [python, "-m", "pip", "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager"]
+    subprocess.run([*pip, "-e", f"{ROOT}[dev]", "-c", pins], check=True)
+    subprocess.run([python, "-m", "pip", "list", "--format=freeze"], check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [python, "-m", "pytest", "-q", *(tests or TESTS)], cwd=ROOT, env=environment, check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

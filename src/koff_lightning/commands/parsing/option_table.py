@@ -1,0 +1,262 @@
+"""Every option of every verb, from a table that ships with the package: help and wrong options need no imports.
+
+`options.json` is written by `make options` (recipes/options.py) from the parsers themselves, and a test compares the
+two. The words of a command are looked at here before torch and Lightning are imported, which takes seconds. Only what
+is certainly wrong is refused; everything else is left to the parser, which knows more.
+"""
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from koff_lightning.commands.parsing.config_files import find_config
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest
+
+FILE = Path(__file__).with_name("options.json")
+LIGHTNINGS = ("trainer", "checkpoint")  # sections whose options another release of Lightning may change
+LARGEST_CONFIG = 100_000  # bytes of a config that is looked through here
+HELD_BY_PARSER = ("print-config", "config", "allow-custom-classes")  # of every training verb
+# Options that name what an earlier command has left.
+CHECKPOINTS = ("ckpt_path", "model.mask", "model.prior", "model.warm_start")
+ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model"} | dict.fromkeys(
+    ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
+)
+
+NAMED = ("plan", "claims")  # take a config by its name too
+NO_DOMAINS = "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
+NO_CHECKPOINT = "no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
+
+Row = dict[str, Any]
+
+
+@cache
+def table() -> dict[str, Any]:
+    """`shared`: options of all training verbs; `verbs`: what each is for, and its own; `versions` it was made with."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def knows(verb: str) -> bool:
+    """Whether the table has the verb: `lm-eval` has the parser of lm-eval itself."""
+    return verb in table()["verbs"]
+
+
+def options_of(verb: str) -> list[Row]:
+    """A verb's options, its own first and Lightning's last: `name`, `type`, `default`, `meaning`."""
+    about = table()["verbs"][verb]
+    return [*about["options"], *(table()["shared"] if about["trains"] else [])]
+
+
+def look(verb: str, words: Sequence[str]) -> None:
+    """Refuse what is certainly wrong among the words after `koff VERB`.
+
+    Raises:
+        KoffError: No such option, a value of the wrong type, or a checkpoint or artifact that is not there.
+    """
+    rows = {row["name"]: row for row in options_of(verb)}
+    trains = table()["verbs"][verb]["trains"]
+    given = list(_given(words, rows, trains))
+    try:
+        for name, value in given:
+            _check(name, value, rows, trains)
+    except KoffError as error:
+        raise error if trains else KoffError(f"{verb}: {error}") from None
+    values = dict(given)
+    configs = [find_config(value) for name, value in given if value and name == "config" and (trains or verb in NAMED)]
+    if trains:
+        if verb != "baseline" and not configs and not any(name.startswith("data") for name, _ in given):
+            raise KoffError(NO_DOMAINS)
+        for config in configs:
+            look_into(verb, config)
+    if (ckpt := values.get("ckpt")) is not None and not Path(ckpt).expanduser().exists():
+        raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
+    if folder := ARTIFACTS.get(verb):
+        _refuse_no_artifact(values.get(folder))
+
+
+def look_into(verb: str, config: Path) -> None:
+    """Refuse unknown options of a config file, and values of a wrong type.
+
+    Raises:
+        KoffError: As `look`.
+    """
+    import yaml
+
+    if config.stat().st_size > LARGEST_CONFIG:
+        return
+    try:
+        text = config.read_text(encoding="utf-8")
+        options = None if "&" in text else yaml.safe_load(text)  # anchors may stand for far more than they take
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
+        return
+    rows = {row["name"]: row for row in options_of(verb)}
+    for name, value in _leaves(options, rows):
+        _check(name, value, rows, table()["verbs"][verb]["trains"])
+
+
+def help_text(verb: str) -> str:
+    """What `koff VERB --help` prints."""
+    about = table()["verbs"][verb]
+    width = min(shutil.get_terminal_size().columns, 120)
+    named = [row for row in options_of(verb) if not row.get("by_place")]
+    placed = [row for row in options_of(verb) if row.get("by_place")]
+    places = "".join(f" {row['name']}" if row["default"] == "" else f" [{row['name']}]" for row in placed)
+    lines = [f"usage: koff {verb}{places}{' [CONFIG.yaml]' * about['trains']} [options]", ""]
+    lines += [*textwrap.wrap(about["about"], width), ""]
+    section = None
+    for row in [*placed, *named]:
+        here = row["name"].split(".")[0] if "." in row["name"] else ""
+        if here != section and section is not None:
+            lines += ["", f"{here}:"]
+        section = here
+        lines += _told(row, width)
+    if about["trains"] and not _is_as_recorded("lightning"):
+        lines += [
+            "",
+            f"The options of trainer and checkpoint are those of Lightning {table()['versions']['lightning']}.",
+        ]
+    return "\n".join(lines)
+
+
+def _told(row: Row, width: int) -> list[str]:
+    """The lines on one option."""
+    value = "" if row["type"] in ("", "bool") and row["default"] in ("", "false") else f" ({row['type']})"
+    name = row["name"] if row.get("by_place") else f"--{row['name']}"
+    default = f" Default: {row['default']}." if row["default"] else ""
+    first = textwrap.wrap(f"{name}{value}", width, initial_indent="  ", subsequent_indent=" " * 8)
+    text = f"{row['meaning']}{default}".strip()
+    return [*first, *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+
+
+def _given(words: Sequence[str], rows: dict[str, Row], trains: bool) -> Iterator[tuple[str, str | None]]:
+    """Names and values among words; a value that is not there is None."""
+    places = [row["name"] for row in rows.values() if row.get("by_place")]
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":  # what follows is for another verb
+            return
+        if trains and word == "-c" and rest:
+            yield "config", rest.pop(0)
+            continue
+        if not word.startswith("--"):
+            if places and not word.startswith("-"):
+                yield places.pop(0), word
+            elif not trains and not places:
+                yield word, None
+            continue
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--") if trains else flag.removeprefix("--").replace("-", "_")
+        yield name, value if equals else rest.pop(0) if rest and _takes(rows.get(name), rest[0], trains) else None
+
+
+def _takes(row: Row | None, word: str, trains: bool) -> bool:
+    """Whether an option's value is the next word; a value of type `list of str` is taken as it stands."""
+    kind = row["type"] if row else ""
+    if kind == "bool" and not trains:
+        return word in ("true", "false")
+    return not word.startswith("--") or ("list of str" in kind and not trains)
+
+
+def _leaves(options: object, rows: dict[str, Row], before: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted names and values of a config, down to the options that the table has."""
+    if not isinstance(options, dict):
+        return
+    for key, value in options.items():
+        name = f"{before}{key}"
+        has_more = any(other.startswith(f"{name}.") for other in rows)
+        if isinstance(value, dict) and has_more and not {"class_path", "init_args"} & set(value):
+            yield from _leaves(value, rows, f"{name}.")
+        else:
+            yield name, value
+
+
+def _check(name: str, value: object, rows: dict[str, Row], trains: bool) -> None:
+    name = name.removesuffix("+")
+    if name.endswith(".help") or (trains and name.replace("_", "-") in HELD_BY_PARSER):
+        return
+    row = rows.get(name) or rows.get(name.replace("_", "-")) or rows.get(name.replace("-", "_"))
+    if row is None:
+        _refuse_unknown(name, rows, trains)
+    elif isinstance(value, str | bool | int | float):
+        _refuse_wrong_type(name, value, row["type"])
+        if name in CHECKPOINTS and isinstance(value, str):
+            _refuse_no_checkpoint(name, value)
+
+
+def _refuse_unknown(name: str, rows: dict[str, Row], trains: bool) -> None:
+    parts = name.split(".")
+    above = [".".join(parts[:n]) for n in range(1, len(parts))]
+    if any(other.startswith(f"{name}.") for other in rows):  # a section as a whole
+        return
+    if any(part in rows and not _is_simple(rows[part]["type"]) for part in above):  # of a class that is named there
+        known = [other for other in rows if other.startswith(f"{above[-1]}.")]
+        if not known:
+            return
+    if trains and parts[0] in LIGHTNINGS and not _is_as_recorded("lightning"):
+        return
+    names = [row["name"] for row in rows.values() if trains or not row.get("by_place") or row["default"]]
+    raise KoffError(f"no option {name!r}.{nearest(name, names)}")
+
+
+def _is_simple(kind: str) -> bool:
+    return all(part in ("int", "float", "bool", "str", "null") or part[:1] == "'" for part in _parts(kind))
+
+
+def _parts(kind: str) -> list[str]:
+    return kind.replace(", ", " or ").split(" or ") if kind else []
+
+
+def _refuse_wrong_type(name: str, value: object, kind: str) -> None:
+    """Refuse what is no number where only a number will do, and no word of a closed list."""
+    parts = _parts(kind)
+    text = str(value)
+    if not parts or not set(parts) <= {"int", "float", "null"} | {part for part in parts if part[0] == "'"}:
+        return
+    choices = [part.strip("'") for part in parts if part[0] == "'"]
+    if text.lower() in ("null", "none", "~", "") or text.strip("'\"") in choices:
+        return
+    with_number = {"int", "float"} & set(parts)
+    if with_number and (isinstance(value, str) is False or _is_number(text)):
+        return
+    raise KoffError(f"{name} must be {kind}; got {text!r}.{nearest(text, choices)}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace("_", ""))
+    except ValueError:
+        return text[:2].lower() in ("0x", "0o", "0b")
+    return True
+
+
+def _refuse_no_checkpoint(name: str, value: str) -> None:
+    if value in ("last", "best", "hpc", "null", "") or "://" in value or Path(value).expanduser().exists():
+        return
+    raise KoffError(f"{name} {value}: {NO_CHECKPOINT}")
+
+
+def _refuse_no_artifact(folder: str | None) -> None:
+    if folder is not None and not Path(folder).expanduser().exists():
+        raise KoffError(
+            f"artifact {str(Path(folder).expanduser())!r}: no such folder. `koff export --ckpt CHECKPOINT --out DIR` "
+            "makes one"
+        )
+
+
+def _is_as_recorded(package: str) -> bool:
+    try:
+        return version(package) == table()["versions"][package]
+    except PackageNotFoundError:
+        return False
+
+
+def wants_help(words: Iterable[str]) -> bool:
+    """Whether the words ask for the verb's help: `--help` before a lone `--`."""
+    words = list(words)
+    return any(word in ("-h", "--help") for word in words[: words.index("--") if "--" in words else None])

@@ -1,0 +1,186 @@
+"""Text -> token ids: of documents, which a model is trained and scored on, and of prompts, which it continues.
+
+One rule for all of them: the tokenizer's start token stands first, once, wherever the tokenizer has one, and no end
+token follows. What a tokenizer puts around text by itself is not asked: an end token behind a prompt makes a model go
+on after the end, and a start token that is there in training must be there afterwards.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from koff_lightning.loading import tokenizer_hash
+
+TEXTS_PER_CALL = 1024  # large enough to keep all cores of a fast tokenizer busy, small enough for its Python lists
+# Characters that are tokenised at once, and those of one document: tokenizers take some 160 bytes of memory for each.
+CHARACTERS_PER_CALL, LONGEST_PART = 2**20, 2**19
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Tokenised documents, end to end."""
+
+    tokens: NDArray[np.int32]  # [N]
+    lengths: NDArray[np.int64]  # [D] tokens of each document, 2 or more
+    num_bytes: NDArray[np.int64]  # [D] UTF-8 bytes of each document's text that is predicted and known
+    # [D] UTF-8 bytes of each document's text in whose place the unknown token stands; empty where nobody counted
+    unknown_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Index of each document's first token, [D]."""
+        return np.cumsum(self.lengths) - self.lengths
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides which tokens a text becomes, and what is put before and after them."""
+    what = f"{tokenizer.bos_token_id} {tokenizer.pad_token_id} {tokenizer_hash(tokenizer)}"
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before every document and every prompt: the start token, if there is one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text that a model is to continue: the start token once, the text, no end token.
+
+    What is written like a special token becomes one, as the text of a chat template needs it; so where the text begins
+    with the start token, no second one is put before it.
+    """
+    ids, start = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], start_tokens(tokenizer)
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eos: bool = False) -> TokenStream:
+    """Tokenise documents; each begins with the start token when the tokenizer has one.
+
+    Text is text: what looks like a special token (`</s>` in HTML) does not become one. A document of one token alone
+    predicts nothing and is left out. Bytes that nothing predicts do not count: without a start token those of the first
+    token, also where it is a part of a character. Nor do bytes in whose place the unknown token stands; what it costs
+    to predict that token does, so that text that cannot be read never looks well predicted. Documents of more than
+    `LONGEST_PART` characters are tokenised in parts, which bounds the memory that it takes.
+
+    Args:
+        texts: The documents.
+        tokenizer: Of the backbone.
+        append_eos: Put the end token behind each document, if there is one; it stands for no bytes.
+    """
+    start = start_tokens(tokenizer)
+    end = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
+    pieces: list[list[NDArray[np.int32]]] = [[] for _ in texts]  # the tokens of each document, in parts
+    num_bytes, unknown_bytes = np.zeros((2, len(texts)), np.int64)
+    for call in _calls(texts):
+        encoded = tokenizer(
+            [part for _, part in call],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for number, ((document, part), ids) in enumerate(zip(call, encoded["input_ids"], strict=True)):
+            is_first = not (start or pieces[document])  # of the document, and nothing predicts its first token
+            given = _first_bytes(part, ids, encoded, number, tokenizer) if is_first and ids else 0
+            unknown = _unknown_bytes(part, ids, encoded, number, tokenizer)
+            unknown_bytes[document] += sum(unknown)
+            in_both = is_first and bool(ids) and ids[0] == tokenizer.unk_token_id
+            num_bytes[document] += len(part.encode()) - given - sum(unknown[in_both:])
+            pieces[document].append(np.array(ids, dtype=np.int32))
+    lengths = np.array([len(start) + sum(map(len, parts)) for parts in pieces], dtype=np.int64)
+    kept = np.flatnonzero(lengths >= 2)
+    around = np.array(start, np.int32), np.array(end, np.int32)
+    tokens = [piece for document in kept for piece in (around[0], *pieces[document], around[1])]
+    return TokenStream(
+        tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+        lengths=lengths[kept] + len(end),
+        num_bytes=num_bytes[kept],
+        unknown_bytes=unknown_bytes[kept],
+    )
+
+
+def _calls(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """Yield (number of the document, text) in the groups that are tokenised at once; long documents in parts."""
+    call: list[tuple[int, str]] = []
+    size = 0
+    for document, text in enumerate(texts):
+        for part in _parts(text):
+            if call and (len(call) == TEXTS_PER_CALL or size + len(part) > CHARACTERS_PER_CALL):
+                yield call
+                call, size = [], 0
+            call.append((document, part))
+            size += len(part)
+    if call:
+        yield call
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts of at most `LONGEST_PART` characters, cut where a line begins, else where a word ends."""
+    first = 0
+    while len(text) - first > LONGEST_PART:
+        limit = first + LONGEST_PART
+        line, word = text.rfind("\n", first + 1, limit) + 1, text.rfind(" ", first + 1, limit)
+        cut = line if line > first else word if word > first else limit
+        yield text[first:cut]
+        first = cut
+    yield text[first:] if first else text
+
+
+def _first_bytes(
+    text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """UTF-8 bytes of the text that its first token stands for, without the space that some tokenizers put first."""
+    if len(ids) == 1:
+        return len(text.encode())
+    raw = _raw(tokenizer.convert_ids_to_tokens(ids[0]))
+    if not tokenizer.is_fast:
+        whole = text.encode()
+        return next((len(part) for part in (raw, raw.lstrip()) if whole.startswith(part)), len(raw.lstrip()))
+    one, two = encoded.token_to_chars(number, 0), encoded.token_to_chars(number, 1)
+    before = len(text[: two.start].encode())
+    if two.start >= one.end:
+        return before
+    shared = text[two.start].encode()  # the character that both tokens have a part in
+    part = next((n for n in range(len(shared) - 1, 0, -1) if raw.endswith(shared[:n])), 0)
+    if part == 0 and raw.strip():  # a tokenizer that rewrites characters: no byte of this one is surely predicted
+        part = len(shared)
+    return before + part
+
+
+def _unknown_bytes(
+    text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """UTF-8 bytes of the text in place of each unknown token, in their order."""
+    unknown = tokenizer.unk_token_id
+    places = [] if unknown is None else [place for place, token in enumerate(ids) if token == unknown]
+    if not places:
+        return []
+    if not tokenizer.is_fast:  # it does not say where a token lies: what the known ones do not account for
+        known = sum(len(_raw(piece)) for piece in tokenizer.convert_ids_to_tokens([i for i in ids if i != unknown]))
+        return [max(0, len(text.encode()) - known)] + [0] * (len(places) - 1)
+    spans = [encoded.token_to_chars(number, place) for place in places]
+    return [len(text[span.start : span.end].encode()) for span in spans]
+
+
+def _raw(piece: str) -> bytes:
+    """The bytes that a piece of a vocabulary stands for, in the three ways in which vocabularies write bytes."""
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(byte[1])
+    if all(sign in BYTE_LEVEL for sign in piece):
+        return bytes(BYTE_LEVEL[sign] for sign in piece)
+    return piece.replace("▁", " ").encode()
+
+
+def _byte_level() -> dict[str, int]:
+    """The signs by which byte-level vocabularies write bytes: printable ones as they are, the others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level()

@@ -1,0 +1,30 @@
+"""What the kinds of unit are called, and how the two counts of a mask are told apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+KIND_NAMES = {"channel": "FFN neurons", "kv_group": "kv groups"} | {
+    f"{linear}_channel": f"{linear} channels" for linear in ("gate", "up", "down", "q", "k", "v", "o")
+}
+
+
+def by_type_and_physical(sparsity: Mapping[str, Any]) -> list[str]:
+    """Lines that go on after the nominal sparsity: by type or kind of unit, and the physical count, told apart.
+
+    The physical count is left out for an artifact that is older than it.
+
+    Args:
+        sparsity: As `results.json` and `koff.json` have it.
+    """
+    ffn, attention = (f"{100 * sparsity[name]:.2f} %" for name in ("ffn", "attention"))
+    parts = f"by type: {ffn} of FFN neurons, {attention} of kv groups, in parameters"
+    kinds = sparsity.get("by_kind", {})
+    if any(kind.endswith("_channel") for kind in kinds):
+        parts = "by kind: " + ", ".join(f"{100 * share:.2f} % of {KIND_NAMES[kind]}" for kind, share in kinds.items())
+    lines = [f"            {parts}"]
+    if (gone := sparsity.get("physical")) is not None:
+        lines.append(
+            f"            nominal, closed gates at their price; physically gone: {100 * gone['body']:.2f} % of body, "
+            f"{100 * gone['total']:.2f} % of total ({gone['parameters']:,} parameters)"
+        )
+    return lines

@@ -1,0 +1,96 @@
+"""YAML that may come from anyone: read with limits, and one line on whatever is wrong with it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from koff_lightning.support.errors import KoffError
+
+LARGEST = 4 * 2**20  # characters; the longest config of ours has 3,000
+DEEPEST = 64  # of values in one another
+MOST = 100_000  # values, each as often as an alias names it
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file in UTF-8.
+
+    Raises:
+        KoffError: It cannot be read, is no YAML, or is too large, too deep, or names itself.
+    """
+    return load_yaml(_text(path), str(path))
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """What a YAML text holds.
+
+    Args:
+        text: The YAML.
+        where: Where it is from, for messages.
+
+    Raises:
+        KoffError: It is no YAML, or is too large, too deep, or names itself.
+    """
+    compose(text, where)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # a date that is none, a key that is a list
+        raise KoffError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+
+
+def compose_file(path: Path) -> yaml.Node | None:
+    """The nodes of a YAML file in UTF-8, as `compose` gives them."""
+    return compose(_text(path), str(path))
+
+
+def compose(text: str, where: str) -> yaml.Node | None:
+    """The nodes of a YAML text, None of an empty one.
+
+    Raises:
+        KoffError: It is no YAML, or is too large, too deep, or names itself.
+    """
+    if len(text) > LARGEST:
+        raise KoffError(f"{where} is {len(text)} characters long; a YAML of more than {LARGEST} is not read")
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            _count(root, {}, 0)
+    except yaml.YAMLError as error:
+        raise KoffError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    except (RecursionError, _TooMuchError) as error:
+        reason = str(error) if isinstance(error, _TooMuchError) else "its values lie thousands deep in one another"
+        raise KoffError(f"{where} is not read: {reason}") from error
+    return root
+
+
+class _TooMuchError(ValueError):
+    """More than whoever walks over it would survive."""
+
+
+def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many values a node stands for, aliases each time."""
+    if isinstance(node, yaml.ScalarNode):
+        if len(node.value) > 4000 and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+            raise _TooMuchError(f"it holds a number of {len(node.value)} digits")
+        return 1
+    if known.get(id(node)) == 0:
+        raise _TooMuchError(f"line {node.start_mark.line + 1} holds an alias that names what it stands in")
+    if depth > DEEPEST:
+        raise _TooMuchError(f"its values lie more than {DEEPEST} deep in one another")
+    if id(node) not in known:
+        known[id(node)] = 0  # on the way
+        mapping = isinstance(node, yaml.MappingNode)
+        inner = [part for pair in node.value for part in pair] if mapping else node.value
+        known[id(node)] = 1 + sum(_count(part, known, depth + 1) for part in inner)
+    if known[id(node)] > MOST:
+        raise _TooMuchError(f"its aliases multiply to more than {MOST} values")
+    return known[id(node)]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:  # Windows PowerShell writes what `>` redirects in UTF-16
+        raise KoffError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}): save it as UTF-8") from error
+    except OSError as error:
+        raise KoffError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,0 +1,285 @@
+"""Text -> tokens: one rule for the start and the end of prompts and documents, and bytes that nobody predicts."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_artifact import tiny_artifact
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from toy_text import toy_documents, toy_tokenizer, write_jsonl
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from koff_lightning.artifact.decomposed import load_decomposed
+from koff_lightning.cli import main
+from koff_lightning.commands.generate import encode
+from koff_lightning.data import DomainDataModule
+from koff_lightning.data.encoding import encode_prompt, tokenize
+from koff_lightning.data.packing import IGNORED
+from koff_lightning.evaluation.harness import KoffLM
+from koff_lightning.loading import load_tokenizer
+from koff_lightning.metrics import BitsPerByte
+from koff_lightning.support.errors import KoffError
+
+PROMPT = "the quick fox"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Folder of a byte-level tokenizer that puts its start token before text."""
+    return toy_tokenizer(tmp_path_factory.mktemp("plain"))
+
+
+def putting(tokenizer, template):
+    """The tokenizer with another rule of what it puts around text by itself."""
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>") if name in template]
+    processor = processors.TemplateProcessing(single=template, special_tokens=special) if special else None
+    tokenizer.backend_tokenizer.post_processor = processor or processors.ByteLevel()
+    return tokenizer
+
+
+TEMPLATES = ("<bos> $A", "$A <eos>", "<bos> $A <eos>", "$A")
+
+# ------------------------------------------------------------------------------------------------- start and end
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_prompt_has_the_start_token_once_and_no_end_token_whatever_the_tokenizer_puts(plain, template):
+    tokenizer = putting(load_tokenizer(plain), template)
+    text = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, PROMPT) == [0, *text]
+    assert encode_prompt(tokenizer, "<bos>" + PROMPT) == [0, *text]
+    tokenizer.pad_token = "<eos>"
+    assert encode(tokenizer, [PROMPT])[0].tolist() == [[0, *text]]
+    assert tokenize([PROMPT], tokenizer).tokens.tolist() == [0, *text]
+    tokenizer.bos_token = None
+    assert encode_prompt(tokenizer, PROMPT) == text
+
+
+@pytest.fixture(scope="module")
+def appending(tmp_path_factory):
+    """An artifact whose tokenizer puts the end token behind text, and the same one whose tokenizer does not."""
+    folders = []
+    for template in ("<bos> $A", "<bos> $A <eos>"):
+        made = tiny_artifact(tmp_path_factory.mktemp("made"), chat=True)
+        tokenizer = putting(AutoTokenizer.from_pretrained(made.folder / "backbone"), template)
+        model = load_decomposed(made.folder)
+        model.tokenizer = tokenizer
+        folders.append((made.folder, model))
+    return folders
+
+
+def scores(model):
+    """Log-likelihoods of a continuation and of a text, and what is generated, by the adapter of lm-eval."""
+    lm = KoffLM(model, batch_size=2)
+    request = lambda *args: type("Request", (), {"args": args})  # noqa: E731
+    pair, rolling = lm.loglikelihood([request(PROMPT, " jumps")]), lm.loglikelihood_rolling([request(PROMPT)])
+    answer = lm.generate_until([request(PROMPT, {"max_gen_toks": 4, "until": ["\n"]})])
+    return pair, rolling, answer
+
+
+def test_lm_eval_scores_before_the_end_token_not_behind_it(appending):
+    (_, one), (_, other) = appending
+    assert scores(one) == scores(other)
+
+
+def test_a_rolling_likelihood_is_of_the_text_behind_one_start_token(appending):
+    for _, model in appending:
+        ids = torch.tensor([encode_prompt(model.tokenizer, PROMPT)])
+        with torch.no_grad():
+            logits = model(ids, domains=None).logits[0, :-1].double()
+        expected = -torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        assert scores(model)[1] == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_a_tokenizer_without_start_and_end_token_says_what_is_missing(appending):
+    _, model = appending[0]
+    lm = KoffLM(model)
+    lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
+    with pytest.raises(KoffError, match="neither a start nor an end token"):
+        lm.loglikelihood([type("Request", (), {"args": ("", "fox")})])
+
+
+def test_generate_and_chat_go_on_before_the_end_token(tmp_path, capsys, monkeypatch):
+    said = []
+    made = tiny_artifact(tmp_path, chat=True)
+    for template in ("<bos> $A", "<bos> $A <eos>"):
+        path = made.folder / "backbone"
+        putting(AutoTokenizer.from_pretrained(path), template).save_pretrained(path)
+        model = load_decomposed(made.folder, verify=False)
+        monkeypatch.setattr("koff_lightning.artifact.decomposed.load_decomposed", lambda *_, m=model, **__: m)
+        lines = iter(["hello", "/exit"])
+        monkeypatch.setattr("builtins.input", lambda _, lines=lines: next(lines))
+        options = ["--model", str(made.folder), "--domain", "de", "--max-new-tokens", "5", "--temperature", "0"]
+        assert main(["generate", *options, "--prompt", PROMPT]) == 0
+        assert main(["chat", *options]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_the_end_token_is_trained_behind_documents_only_if_asked_for_and_never_scored(tmp_path, plain):
+    texts = toy_documents(60)
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+
+    def rows(**options):
+        data = DomainDataModule({"a": str(path)}, tokenizer=plain, seq_len=32, heldout_fraction=0.2, **options)
+        data.setup()
+        return data
+
+    bare, ended = rows(), rows(append_eos=True)
+    eos = ended.tokenizer.eos_token_id
+    assert not (bare._train["a"].tokens == eos).any()
+    lengths = ended._documents["a"].lengths
+    assert (lengths == bare._documents["a"].lengths + 1).all()
+    ends = np.cumsum(lengths) - 1
+    assert (ended._documents["a"].tokens[ends] == eos).all()
+    for batches, count in ((ended.train_dataloader(), len(lengths)), (ended.val_dataloader(), 0)):
+        trained = sum(int((batch["labels"][:, 1:] == eos).sum()) for batch in batches)
+        assert count * 0.9 <= trained <= count  # at the head of a row nothing predicts it
+    np.testing.assert_array_equal(ended._heldout["a"].tokens, bare._heldout["a"].tokens)
+    np.testing.assert_array_equal(ended._documents["a"].num_bytes, bare._documents["a"].num_bytes)
+
+
+def test_an_end_token_that_there_is_not_is_refused(tmp_path, plain):
+    tokenizer = load_tokenizer(plain)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "no_end")
+    (tmp_path / "no_end" / "config.json").write_text('{"model_type": "llama"}')
+    path = write_jsonl(tmp_path / "a.jsonl", toy_documents(60))
+    data = DomainDataModule({"a": str(path)}, tokenizer=str(tmp_path / "no_end"), append_eos=True)
+    with pytest.raises(KoffError, match="data.append_eos: the tokenizer has no end token"):
+        data.setup()
+
+
+# ------------------------------------------------------------------------------------------------- long documents
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_long_document_is_one_document_whose_parts_lose_nothing(tmp_path, monkeypatch, bos):
+    tokenizer = load_tokenizer(toy_tokenizer(tmp_path, bos=bos))
+    texts = ["\n".join(toy_documents(40)), "one two", " ".join(toy_documents(20, seed=1)), "x" * 900]
+    whole = tokenize(texts, tokenizer)
+    monkeypatch.setattr("koff_lightning.data.encoding.LONGEST_PART", 300)
+    monkeypatch.setattr("koff_lightning.data.encoding.CHARACTERS_PER_CALL", 700)
+    parts = tokenize(texts, tokenizer)
+    assert parts.lengths.sum() == len(parts.tokens)
+    for part, stream in ((parts.num_bytes, whole.num_bytes), (parts.lengths[:3], whole.lengths[:3])):
+        np.testing.assert_array_equal(part, stream)
+    np.testing.assert_array_equal(parts.tokens[: parts.lengths[:3].sum()], whole.tokens[: whole.lengths[:3].sum()])
+
+
+MEASURE = """
+import resource, sys
+from koff_lightning.data.encoding import tokenize
+from koff_lightning.loading import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
+text = "während der schnelle Fuchs schläft\\n" * (int(sys.argv[2]) // 36)
+tokenize(["warm up"], tokenizer)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tokenize([text], tokenizer)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_the_memory_for_tokenising_a_document_is_bounded(plain):
+    """16 MB of text in one document: a few hundred MB, where all at once would take 2.5 GB."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, plain, str(16 * 2**20)], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert int(done.stdout) < 1_000_000  # KiB
+
+
+# ------------------------------------------------------------------------------------------- bytes not predicted
+
+
+def byte_level(prefix_space=False):
+    """A vocabulary of single bytes, without a start token."""
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={sign: n for n, sign in enumerate(signs)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def byte_fallback(falls_back=True):
+    """Pieces for a few letters; others become their bytes, or one unknown token."""
+    vocab = {piece: n for n, piece in enumerate(["<unk>", "▁", "a", "b", "▁a"])}
+    vocab |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
+    model = models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=falls_back)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@settings(deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), min_size=2, max_size=6))
+def test_of_single_bytes_every_one_but_the_first_is_predicted(text):
+    size = len(text.encode())
+    assert tokenize([text], byte_level()).num_bytes.tolist() == [size - 1]
+    spaced = tokenize([text], byte_level(prefix_space=True)).num_bytes.tolist()  # a space of its own comes first
+    assert spaced == [size - (text[0] == " ")]
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [("日本", 0), ("ab日", 1), ("日", 0), ("a日", 1), ("b", 0)],  # the space that is put first is no byte of the text
+)
+def test_byte_fallback_counts_what_its_first_token_stands_for(text, first):
+    assert tokenize([text], byte_fallback()).num_bytes.tolist() == [len(text.encode()) - first]
+
+
+def test_uniform_predictions_of_bytes_are_eight_bits_per_byte_however_short_the_text():
+    """A model that knows nothing of 256 bytes pays 8 bits for each, also where texts begin with long characters."""
+    metric = BitsPerByte()
+    stream = tokenize(["狐狸", "да", "é!"], byte_level())
+    predicted = len(stream.tokens) - len(stream.lengths)
+    metric.update(torch.tensor(predicted * math.log(256), dtype=torch.float64), torch.tensor(stream.num_bytes))
+    assert metric.compute().item() == pytest.approx(8.0, rel=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------- unknown tokens
+
+
+def test_bytes_of_unknown_tokens_are_not_counted_though_the_tokens_are_predicted():
+    stream = tokenize(["ab日本ba", "日a", "aab"], byte_fallback(falls_back=False))
+    assert stream.unknown_bytes.tolist() == [6, 3, 0]
+    assert stream.num_bytes.tolist() == [3, 1, 2]  # less the first token's, "a" and "", "" and "a"
+    assert (stream.tokens == 0).sum() == 2
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory):
+    """Folder of a tokenizer that knows a, b and space only."""
+    folder = tmp_path_factory.mktemp("limited")
+    byte_fallback(falls_back=False).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return str(folder)
+
+
+def domain(folder, tokenizer, share):
+    """A domain of which about this share of the bytes is unknown."""
+    texts = [("ab" * 90 + " ") + "狐" * round(60 * share / (1 - share)) + "a" * number for number in range(40)]
+    path = write_jsonl(folder / "x.jsonl", texts)
+    data = DomainDataModule({"x": str(path)}, tokenizer=tokenizer, seq_len=32, heldout_fraction=0.3)
+    data.setup()
+    return data
+
+
+def test_unknown_text_is_said_and_a_domain_that_is_mostly_unknown_is_refused(tmp_path, limited, recwarn):
+    domain(tmp_path, limited, 0.0)
+    assert not [w for w in recwarn if "does not know" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"domain 'x': the tokenizer does not know \d+\.\d% of the training text"):
+        domain(tmp_path, limited, 0.1)
+    with pytest.raises(KoffError, match=r"domain 'x': the tokenizer does not know \d\d% of the training text"):
+        domain(tmp_path, limited, 0.8)
+
+
+def test_the_labels_of_unknown_tokens_stay(tmp_path, limited):
+    with pytest.warns(UserWarning, match="does not know"):
+        data = domain(tmp_path, limited, 0.1)
+    labels = torch.cat([batch["labels"].reshape(-1) for batch in data.val_dataloader()])
+    assert (labels == 0).any()
+    assert (labels != IGNORED).any()

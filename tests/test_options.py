@@ -1,0 +1,223 @@
+"""The table of options that help and the first look at a command are made of, against the parsers themselves."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from koff_lightning.cli import TOOLS, TRAINING, main
+from koff_lightning.commands.parsing import option_table
+from koff_lightning.commands.parsing.config_files import SHIPPED, shipped_configs
+from koff_lightning.support.errors import KoffError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import options as option_reference
+
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+
+
+@pytest.fixture(scope="module")
+def collected():
+    return option_reference.collect()
+
+
+def test_the_table_and_its_page_are_up_to_date(collected):
+    """`make options` writes both anew."""
+    assert option_reference.ours(collected) == option_reference.ours(option_table.table())
+    if collected["versions"] == option_table.table()["versions"]:
+        assert collected == option_table.table()
+    assert PAGE.read_text(encoding="utf-8") == option_reference.page(option_table.table())
+
+
+def test_every_verb_but_that_of_lm_eval_is_in_the_table():
+    assert {verb for verb in [*TRAINING, *TOOLS] if not option_table.knows(verb)} == {"lm-eval"}
+
+
+def test_every_option_of_ours_says_what_it_means():
+    rows = [row for verb in [*TRAINING, *TOOLS] if option_table.knows(verb) for row in option_table.options_of(verb)]
+    assert not {row["name"] for row in rows if not row["meaning"]}
+    assert "`--model.sparsity.target` | float | 0.12 | " in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("verb", TRAINING)
+def test_the_help_of_training_tells_our_own_options_first(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([verb, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: koff {verb} ")
+    places = [said.index(f"\n{section}:\n") for section in option_reference.SECTIONS]
+    assert places == sorted(places)
+    assert not [line for line in said.splitlines() if len(line) > 80 and " " in line.strip()]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["fit", "--help"],
+        ["claims", "--help"],
+        ["bench", "serve", "--help"],
+        ["fit", "nope.yaml"],
+        ["fit", "demo.yaml", "--model.sparcity.target", "1"],
+        ["fit", "demo.yaml", "--ckpt_path", "nope.ckpt"],
+        ["fit", "--config", "typo.yaml"],
+        ["inspect", "nope"],
+        ["generate", "--model", "nope", "--prompt", "x"],
+        ["export", "--ckpt", "nope.ckpt", "--out", "x"],
+        ["memory", "list", "nope"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_what_is_certainly_wrong_take_no_imports(argv, tmp_path):
+    (tmp_path / "typo.yaml").write_text("data: {domains: {de: bundled:de}}\nmodel: {sparsity: {traget: 0.1}}\n")
+    program = f"""if True:
+        import sys
+        sys.argv = ['koff', *{argv}]
+        from koff_lightning.cli import main
+        status = main()
+        sys.exit(99 if {{'torch', 'lightning', 'transformers', 'jsonargparse'}} & set(sys.modules) else status)"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == (0 if "--help" in argv else 2), done.stderr
+    assert len(done.stderr.splitlines()) == (0 if "--help" in argv else 1)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # s of the processor
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--model.lora", "null"],
+        ["--model.lora.rank=4", "--model.kv.slots", "8"],
+        ["--model.sparsity.target", "1e-1", "--trainer.max_steps", "-1"],
+        ["--model.sparsity.units+", "channel"],
+        ["--trainer.callbacks+=koff_lightning.callbacks.Preview"],
+        ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "x"],
+        ["--trainer.callbacks.init_args.anything", "x"],
+        ["--data.domains.law", "corpora/*.jsonl", "--data.domains.law.weight", "2"],
+        ["--print_config=skip_null", "--allow-custom-classes", "--dry-run", "--dry_run"],
+        ["--seed_everything", "true", "--ckpt_path", "last", "--ckpt_path", "s3://bucket/last.ckpt"],
+        ["--model.lora.help", "--trainer.logger.help", "CSVLogger"],
+        ["--model", "model.yaml", "--anneal.hold", "null"],
+        ["-c", "demo.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_what_may_be_right_is_left_to_the_parser(argv):
+    option_table.look("fit", ["--config", "demo.yaml", *argv])
+
+
+@pytest.mark.parametrize(
+    ("verb", "argv", "line"),
+    [
+        ("fit", ["demo.yaml", "--model.lora.rank", "4x"], "model.lora.rank must be int; got '4x'"),
+        ("fit", ["demo.yaml", "--model.spars.target", "1"], "no option 'model.spars.target'. Did you mean"),
+        (
+            "fit",
+            ["demo.yaml", "--trainer.max_stepz=1"],
+            "no option 'trainer.max_stepz'. Did you mean 'trainer.max_steps'",
+        ),
+        ("fit", ["demo.yaml", "--model.lora.rnk=1"], "no option 'model.lora.rnk'. Did you mean 'model.lora.rank'"),
+        ("fit", ["demo.yaml", "--model.mask", "nope.ckpt"], "model.mask nope.ckpt: no such file"),
+        ("fit", ["demo.yaml", "--seed", "1"], "no option 'seed'"),
+        ("inspect", ["folder", "--ver"], "inspect: no option 'ver'. Did you mean 'verify'"),
+        ("generate", ["--mod", "x"], "generate: no option 'mod'. Did you mean 'model'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(verb, argv, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert main([verb, *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"koff: {line}")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_prompt_is_text_even_where_it_looks_like_an_option(tmp_path):
+    option_table.look("generate", ["--model", str(tmp_path), "--prompt", "--no-such-thing"])
+    with pytest.raises(KoffError, match="no option 'no_such_thing'"):
+        option_table.look("generate", ["--model", str(tmp_path), "--no-such-thing"])
+
+
+def test_what_follows_a_lone_dash_pair_is_for_another_verb():
+    option_table.look("plan", ["--config", "demo.yaml", "--", "--help", "--no-such-thing"])
+    assert not option_table.wants_help(["--config", "demo.yaml", "--", "--help"])
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_config_that_ships_passes_the_first_look(name):
+    option_table.look_into("fit", SHIPPED / name)
+
+
+def test_a_config_of_another_release_of_lightning_is_left_to_the_parser(monkeypatch):
+    monkeypatch.setattr(option_table, "version", lambda name: "0")
+    option_table.look("fit", ["--config", "demo.yaml", "--trainer.new_in_2_9", "1"])
+    assert "those of Lightning" in option_table.help_text("fit")
+
+
+def test_a_config_that_no_parser_should_read_is_left_to_the_one_that_refuses_it(tmp_path):
+    for text in ("a: &a [1]\nb: [*a, *a]\n", "{" * 5000, "\x00", "- 1", ""):
+        (tmp_path / "bad.yaml").write_text(text)
+        option_table.look_into("fit", tmp_path / "bad.yaml")
+
+
+# ------------------------------------------------------------------------------------------------- configs by name
+
+
+def test_a_config_is_shown_and_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    demo = (SHIPPED / "demo.yaml").read_text(encoding="utf-8")
+    assert main(["configs", "demo.yaml"]) == 0
+    assert capsys.readouterr().out == demo
+    assert main(["configs", "demo.yaml", "--copy"]) == 0
+    assert capsys.readouterr().out == "wrote demo.yaml: koff fit demo.yaml\n"
+    assert main(["configs", "demo.yaml", "--copy", "mine.yaml"]) == 0
+    assert (tmp_path / "demo.yaml").read_text(encoding="utf-8") == demo == (tmp_path / "mine.yaml").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["demo.yml"], "no config 'demo.yml' ships with the package. Did you mean 'demo.yaml'?"),
+        (["--copy"], "configs: which config? koff configs demo.yaml --copy"),
+        (["demo.yaml", "--copy"], "cannot write demo.yaml: File exists"),
+        (["demo.yaml", "--copy", "no/such/folder.yaml"], "cannot write no/such/folder.yaml: No such file or directory"),
+    ],
+)
+def test_a_config_that_cannot_be_copied(tmp_path, monkeypatch, capsys, argv, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo.yaml").write_text("mine")
+    assert main(["configs", *argv]) == 2
+    assert capsys.readouterr().err == f"koff: {line}\n"
+    assert (tmp_path / "demo.yaml").read_text() == "mine"
+
+
+def test_a_config_needs_no_option(capsys):
+    assert main(["fit", "demo.yaml", "ablations/no_memory.yaml", "--model.lora.rank=4", "--print_config"]) == 0
+    with_option = capsys.readouterr().out
+    argv = ["--config", "demo.yaml", "--config", "ablations/no_memory.yaml", "--model.lora.rank=4"]
+    assert main(["fit", *argv, "--print_config"]) == 0
+    assert capsys.readouterr().out == with_option
+
+
+def test_a_verb_of_two_words_lists_its_kin(capsys):
+    assert main(["memory"]) == 2
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == [
+        *("list", "add", "remove", "compose", "cartridge")
+    ]
+
+
+# ------------------------------------------------------------------------------------------ terminals and homes
+
+
+@pytest.mark.parametrize("where", ["no home", "a terminal of ASCII"])
+@pytest.mark.parametrize("argv", [["--help"], ["configs"], ["fit", "--help"], ["doctor"]], ids=" ".join)
+def test_verbs_run_anywhere(where, argv, tmp_path):
+    plain = {name: value for name, value in os.environ.items() if name not in ("HOME", "PYTHONUTF8", "LC_ALL", "LANG")}
+    elsewhere = {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii", "LC_ALL": "C"} if where != "no home" else {}
+    command = [sys.executable, "-m", "koff_lightning", *argv]
+    done = subprocess.run(command, env=plain | elsewhere, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"Traceback" not in done.stderr

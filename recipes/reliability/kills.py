@@ -106,7 +106,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signal", default="SIGKILL", help="SIGKILL or SIGTERM")
+    parser.add_argument("--signal", default="SIGKILL", help="SIGKILL, SIGTERM, SIGINT or SIGHUP")
     options = parser.parse_args()
     rng, what = random.Random(options.seed), signal.Signals[options.signal]
     torch.set_num_threads(1)
@@ -133,7 +133,7 @@ def main() -> int:
                     done = os.waitpid(child, 0)
                     kills, here = kills + 1, here + 1
                 status = done[1]
-                if os.WIFEXITED(status) and os.WEXITSTATUS(status) not in (0, 128 + signal.SIGTERM):
+                if os.WIFEXITED(status) and os.WEXITSTATUS(status) not in (0, 128 + what):
                     print((folder / "said.txt").read_text()[-4000:])
                     return 1
             end = end_of(folder)

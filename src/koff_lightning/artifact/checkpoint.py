@@ -189,7 +189,8 @@ def refuse_other_tensors(
         )
     if odd := [name for name in needed if here[name].dtype != there[name].dtype]:
         raise KoffError(
-            f"the checkpoint does not fit this run: {odd[0]} is {there[odd[0]].dtype} there and {here[odd[0]].dtype} here"
+            f"the checkpoint does not fit this run: {odd[0]} is {there[odd[0]].dtype} there and "
+            f"{here[odd[0]].dtype} here"
         )
     keys = {MemoryBank.key(domain) for domain in others}
     left = [name for name in sorted(set(there) - set(needed)) if not _may_stay(name, keys)]

@@ -4,22 +4,20 @@ One writer at a time holds a folder; its lock goes with its process, however tha
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
+from filelock import FileLock, Timeout, lock_descriptor
 from safetensors import SafetensorError
 
 from koff_lightning.support.errors import KoffError
 
-try:
-    import fcntl
-except ImportError:  # Windows: writers are not kept apart there
-    fcntl = None
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without them
 
 
 def own_cache() -> Path:
@@ -65,33 +63,24 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     Raises:
         OSError: The file cannot be made.
     """
-    handle, held = _locked(path, wait)
+    own = FileLock(path, blocking=wait, fallback_to_soft=False)
+    try:
+        own.acquire()
+    except Timeout:
+        held = False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        held = True
+    else:
+        held = True
     try:
         yield held
     finally:
-        with handle:
-            if held and fcntl is not None:
-                path.unlink(missing_ok=True)  # while it is still locked: see below
-
-
-def _locked(path: Path, wait: bool) -> tuple[TextIO, bool]:
-    """The open file, and whether it is locked."""
-    while True:
-        handle = path.open("a", encoding="utf-8")
-        os.register_at_fork(after_in_child=handle.close)  # a loader's worker may outlive a run that is killed
-        if fcntl is None:
-            return handle, True
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                return handle, True
-            handle.close()  # whoever held it has removed it after we opened it: the next one locks another file
-        except BlockingIOError:
-            return handle, False
-        except FileNotFoundError:  # the same, between two looks
-            handle.close()
-        except OSError:  # a file system without locks
-            return handle, True
+        if own.is_locked:
+            if os.name == "posix":  # Windows does not remove open files
+                path.unlink(missing_ok=True)  # while it is locked: who opened it meanwhile sees that it is gone
+            own.release()
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -99,7 +88,7 @@ def clear_leftovers(folder: Path) -> None:
     for part in folder.glob(".*.part"):
         if not part.is_dir():
             part.unlink(missing_ok=True)
-        elif fcntl is not None and not _is_locked(part):
+        elif _is_locked(part) is False:
             shutil.rmtree(part, ignore_errors=True)
 
 
@@ -141,16 +130,17 @@ def _only_writer(work: Path, target: Path) -> Iterator[None]:
 
     The lock on the work folder goes with its process, however that ends.
     """
-    if fcntl is None:
+    if os.name != "posix":  # Windows does not open folders
         yield
         return
     own = os.open(work, os.O_RDONLY)
     try:
-        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(own)
         for other in set(target.parent.glob(f".{target.name}.*.part")) - {work}:
-            if _is_locked(other):
+            if locked := _is_locked(other):
                 raise KoffError(f"another process is writing {target}: try again when it is done")
-            shutil.rmtree(other, ignore_errors=True)
+            if locked is False:
+                shutil.rmtree(other, ignore_errors=True)
         aside = _aside(target)
         if aside.exists() and target.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -161,15 +151,26 @@ def _only_writer(work: Path, target: Path) -> Iterator[None]:
         os.close(own)
 
 
-def _is_locked(folder: Path) -> bool:
+def _is_locked(folder: Path) -> bool | None:
+    """Whether a writer holds a folder; None where nobody can say."""
+    if os.name != "posix":
+        return None
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        taken = _take(handle)
+        return taken if taken is None else not taken
     finally:
         os.close(handle)
-    return False
+
+
+def _take(handle: int) -> bool | None:
+    """Lock an open folder; returns whether that was possible, None where there are no locks."""
+    try:
+        return lock_descriptor(handle, blocking=False)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
 
 
 def check_free(target: Path, overwrite: bool = False, marker: str = "koff.json") -> None:

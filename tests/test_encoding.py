@@ -18,10 +18,10 @@ from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.cli import main
 from koff_lightning.commands.generate import encode
 from koff_lightning.data import DomainDataModule
-from koff_lightning.data.encoding import encode_prompt, tokenize
+from koff_lightning.data.encoding import encode_prompt, fingerprint, tokenize
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.evaluation.harness import KoffLM
-from koff_lightning.loading import load_tokenizer
+from koff_lightning.loading import load_tokenizer, tokenizer_hash
 from koff_lightning.metrics import BitsPerByte
 from koff_lightning.support.errors import KoffError
 
@@ -175,7 +175,7 @@ def test_a_long_document_is_one_document_whose_parts_lose_nothing(tmp_path, monk
 MEASURE = """
 import resource, sys
 from koff_lightning.data.encoding import tokenize
-from koff_lightning.loading import load_tokenizer
+from koff_lightning.loading import load_tokenizer, tokenizer_hash
 tokenizer = load_tokenizer(sys.argv[1])
 text = "während der schnelle Fuchs schläft\\n" * (int(sys.argv[2]) // 36)
 tokenize(["warm up"], tokenizer)
@@ -283,3 +283,20 @@ def test_the_labels_of_unknown_tokens_stay(tmp_path, limited):
     labels = torch.cat([batch["labels"].reshape(-1) for batch in data.val_dataloader()])
     assert (labels == 0).any()
     assert (labels != IGNORED).any()
+
+
+def test_a_call_does_not_change_the_hash_of_a_tokenizer(tmp_path):
+    """Padding and truncation are states of the last call, also where tokenizer.json has kept them."""
+    toy_tokenizer(tmp_path)
+    padded = AutoTokenizer.from_pretrained(tmp_path)
+    bare = tokenizer_hash(padded)
+    padded.backend_tokenizer.enable_padding(length=7, pad_id=1, pad_token="<eos>")
+    padded.backend_tokenizer.enable_truncation(5)
+    padded.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    stored = AutoTokenizer.from_pretrained(tmp_path)
+    assert stored.backend_tokenizer.padding is not None, "as it was stored"
+    before = fingerprint(stored), tokenizer_hash(stored)
+    stored("some text")
+    assert stored.backend_tokenizer.padding is None, "a call without padding puts it off"
+    assert (fingerprint(stored), tokenizer_hash(stored)) == before
+    assert tokenizer_hash(stored) == bare

@@ -231,7 +231,7 @@ def test_exit_status(monkeypatch, capsys, raised, status, line):
         raise raised
 
     monkeypatch.setattr(training_cli, "run", fail)
-    assert main(["fit"]) == status
+    assert main(["fit", "demo.yaml"]) == status
     assert capsys.readouterr().err == (f"koff: {line}\n" if line else "")
 
 

@@ -372,7 +372,7 @@ def test_a_prior_orders_the_logits_when_the_ramp_begins(made, tmp_path, monkeypa
         (["--method=flap", "--sparsity=0"], "a one-shot mask removes something: give --sparsity"),
         (["--method=flap", "--sparsity=1.5"], r"sparsity.target must lie in \[0, 1\)"),
         (["--method=flap", "--calibration_tokens=90000"], "domain 'en' has .* give --calibration_tokens"),
-        (["--method=flap", "--model.mask=x.ckpt"], "makes a mask of its own .*: leave model.mask out"),
+        (["--method=flap", f"--model.mask={__file__}"], "makes a mask of its own .*: leave model.mask out"),
         (["--method=flap", "--model.sparsity.layout=uniform"], "sparsity.layout uniform .* give --compensate false"),
         (["--method=flap", "--trainer.devices=2"], "runs in one process"),
         ([], "method"),

@@ -46,9 +46,7 @@ class LossSpec:
         if self.chunk < 1:
             raise KoffError(f"loss.chunk must be at least 1 token; got {self.chunk}")
         if self.top_k is not None and self.top_k < 2:
-            raise KoffError(
-                f"loss.top_k must be at least 2 tokens (100 in the paper), or null for all; got {self.top_k}"
-            )
+            raise KoffError(f"loss.top_k must be at least 2 (100 in the paper), or null for all; got {self.top_k}")
         if self.tail not in ("drop", "bucket"):
             raise KoffError(f"loss.tail must be drop or bucket; got {self.tail!r}")
 

@@ -39,14 +39,14 @@ _POINT = {"step": int, "removed": [float], "target": float, "expected": float, "
 _HISTORY = {"points": [_POINT], "every": int}
 _FORM = {
     "global_step": int,
-    "epoch": int,
+    "epoch?": int,
     "pytorch-lightning_version?": str,
     "state_dict": {str: Tensor},
     "loops?": {"fit_loop": _FIT},
     "callbacks?": {
         str: dict,
         "RunReport?": {"history": _HISTORY, "tokens": int, "seconds": float},
-        "AnnealSparsity?": {"steps": int, "course": dict},
+        "AnnealSparsity?": {"steps": int, "course?": dict},
         "LMEval?": {"asked": list, "scores": dict, "step": int, "seconds": float},
     },
     "optimizer_states?": [{"state": dict, "param_groups": [{"params": [int], "lr": float}]}],

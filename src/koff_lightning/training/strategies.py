@@ -81,7 +81,7 @@ class ShardedStrategy(_Averaging, ModelParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Split the backbone, which the module has built by now; one device keeps it whole."""
-        backbone = self.lightning_module.backbone
+        backbone = self.lightning_module.model.backbone
         if self.world_size > 1 and not isinstance(backbone.base_model, FSDPModule):
             shard_frozen(backbone, self.device_mesh["data_parallel"])
         super().setup(trainer)

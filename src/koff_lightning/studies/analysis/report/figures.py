@@ -7,10 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from koff_lightning.reports.plots import BLACK, BLUE, GREY, KIND_TITLE, MARKERS, ORANGE, sparsity_by_layer
+from koff_lightning.reports.plots import BLACK, BLUE, GREY, MARKERS, ORANGE, sparsity_by_layer
 from koff_lightning.studies.analysis.report import memory_figures
 from koff_lightning.studies.analysis.report.drawing import GREEN, WIDE, heat, plain
 from koff_lightning.studies.analysis.study import Study
+from koff_lightning.support.mask_words import KIND_NAMES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,13 +152,13 @@ def _sparsity(found: Study) -> Figure:
     parts = [pd.DataFrame(run["kept"]) for run in found.about["runs"].values()]
     table = pd.concat(parts).groupby(["kind", "layer"], sort=False)[["kept", "of"]].sum()
     share = 100 * (1 - table["kept"] / table["of"])
-    kinds = [kind for kind in KIND_TITLE if kind in share.index.get_level_values(0)]
+    kinds = [kind for kind in KIND_NAMES if kind in share.index.get_level_values(0)]
     figure = Figure(figsize=(WIDE, 2.8), layout="constrained")
     for place, kind in enumerate(kinds):
         axes = figure.add_subplot(1, len(kinds), place + 1)
-        axes.bar(share[kind].index, share[kind], color=(BLUE, ORANGE)[place])
+        axes.bar(share[kind].index, share[kind], color=(BLUE, ORANGE)[place % 2])
         axes.set(
-            title=KIND_TITLE[kind],
+            title=KIND_NAMES[kind],
             xlabel="layer",
             ylabel="removed, %" if place == 0 else "",
             ylim=(0, max(share.max() * 1.1, 5)),

@@ -83,12 +83,12 @@ def test_a_checkpoint_opens_as_its_own_export(tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     opened = open_run(tmp_path / "last.ckpt")
     mask = read_mask(tmp_path / "last.ckpt")
-    assert mask.removed.tolist() == mask_of(module).removed.tolist() == mask_of(opened).removed.tolist()
+    assert mask.removed.tolist() == mask_of(module.model).removed.tolist() == mask_of(opened).removed.tolist()
     assert mask.removed.any()
     assert mask.importance is not None
     table = mask.table()
-    assert len(table) == len(module.gates.kept)
-    assert table["removed"].sum() == (~module.gates.kept).sum()
+    assert len(table) == len(module.model.gates.kept)
+    assert table["removed"].sum() == (~module.model.gates.kept).sum()
     removed = ~opened.gates.kept
     for name, weight in opened.memories.weights("en").items():  # what belongs to removed neurons is cleared
         group = next((g for g in opened.gates.groups if name.startswith(f"{g.consumer}.") and "lora_A" in name), None)

@@ -102,12 +102,15 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.steps: dict[int, dict[str, Any]] = {}
 
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._phase = pl_module.phase  # of the step under way; afterwards it is that of the next
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx % 2:
             state = pl_module.state_dict()
             values = {name: state[name].clone() for name in sorted(pl_module.owned())}
             logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self.steps[trainer.global_step - 1] = {"phase": pl_module.phase, "values": values, "logged": logged}
+            self.steps[trainer.global_step - 1] = {"phase": self._phase, "values": values, "logged": logged}
 
 
 def fit(

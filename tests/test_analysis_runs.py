@@ -96,7 +96,7 @@ def test_a_checkpoint_opens_as_its_own_export(tmp_path):
             part = removed.split(opened.gates.sizes)[opened.gates.groups.index(group)]
             assert not weight[:, part].any()
     batches = [RandomText.batch([d] * 2, 5) for d in ("en", "law")]
-    was = score(batches, {"koff": lambda batch: module.eval().row_nats(batch, "koff")})
+    was = score(batches, {"koff": lambda batch: module.model.eval().row_nats(batch, "koff")})
     now = score(batches, {"koff": own_memory(opened)})
     assert now.to_numpy() == pytest.approx(was.to_numpy(), rel=1e-5)
 

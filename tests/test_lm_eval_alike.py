@@ -247,7 +247,8 @@ def test_a_cache_gives_no_nan_and_is_of_one_model(place, tmp_path, capsys, monke
     for name in ("other", "broken"):
         other.save_pretrained(place.folder / name)
         place.tokenizer.save_pretrained(place.folder / name)
-        other.lm_head.weight.data.fill_(3e38)  # finite as it is stored; no logit is
+        for weight in (other.lm_head.weight, other.model.norm.weight):  # finite as they are stored; no logit is
+            weight.data.fill_(3e19)
     second = lm_eval(place, "other", "toy_choose", tmp_path / "b", cache)
     assert likelihoods(second["dense"][1]) != pytest.approx(likelihoods(first["dense"][1]), abs=1e-2)
     assert "12 log-likelihoods are not finite" in refused(place, capsys, cache, model="broken")

@@ -1,6 +1,7 @@
 """The command as a user meets it: speed of help, one-line errors, names looked up, what a run's options become."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -56,6 +57,19 @@ def test_help_is_fast_and_imports_nothing_heavy():
     assert not [name for name in ("torch", "lightning", "transformers", "jsonargparse") if f"'{name}'" in done.stdout]
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # of the processor: tests share it
     assert seconds < 0.5
+
+
+@pytest.mark.parametrize("given, asked", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_asleep_unless_told_otherwise(given, asked):
+    """Said before torch is loaded: OpenMP reads it then. Spinning threads bring a busy machine to a halt."""
+    program = "import os, sys; from koff_lightning.cli import main; main(['--version']); "
+    program += "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    # As the command, which leaves the models alone until a verb wants them.
+    words = [sys.executable, "-c", "import sys; sys.argv[0] = 'koff'; " + program]
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == f"False {asked}"
 
 
 def test_help_lists_every_verb(capsys):

@@ -65,5 +65,5 @@ def test_casting_the_module_it_belongs_to_keeps_fp64():
 
 def test_states_are_summed_over_ranks():
     metric = BitsPerByte()
-    assert set(metric._reductions) == {"nats", "num_bytes"}
+    assert set(metric._reductions) == {"nats", "num_bytes", "num_tokens"}
     assert all(reduce(torch.tensor([1.0, 2.0])) == 3 for reduce in metric._reductions.values())

@@ -20,7 +20,7 @@ from koff_lightning.decomposition import Decomposition
 from koff_lightning.support.files import write_atomically
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the backbone lies in it
-ARMS = {"dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb"}
+ARMS = {f"{arm}_{unit}" for arm in ("dense", "koff", "memory_off", "swapped") for unit in ("bpb", "ppl")}
 
 
 def fit(folder, *callbacks, data=None, steps=8, **options):
@@ -67,6 +67,18 @@ def test_results_hold_what_the_docs_promise(run):
     assert figures["seconds"] > 0
     assert figures["config"]["model"]["sparsity"]["target"] == 0.2
     assert {"python", "torch", "lightning", "transformers", "peft", "koff_lightning"} == set(figures["versions"])
+
+
+def test_perplexity_is_that_of_a_token(run):
+    """exp of the mean nats of all predicted tokens, here counted from the losses themselves."""
+    figures, module = read(run[0]), run[1]
+    batches = RandomText().test_dataloader()
+    for domain in DOMAINS:
+        nats = torch.cat([module.model.token_nats(b, "koff").flatten() for b in batches if b["domains"][0] == domain])
+        assert figures["heldout_tokens"][domain] == len(nats) == 4 * 11
+        assert figures["domains"][domain]["koff_ppl"] == pytest.approx(float(nats.double().mean().exp()), rel=1e-6)
+    mean = sum(figures["domains"][domain]["koff_ppl"] for domain in DOMAINS) / len(DOMAINS)
+    assert figures["mean"]["koff_ppl"] == pytest.approx(mean)
 
 
 def test_figures_are_those_of_the_hardened_mask(run):

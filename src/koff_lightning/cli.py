@@ -11,6 +11,7 @@ from koff_lightning.support.ending import SIGNALS, Ended, ended_by
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import switch_off
 from koff_lightning.support.secrets import without_secrets
+from koff_lightning.support.threads import wait_asleep
 from koff_lightning.support.wording import nearest
 
 TRAINING = {
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: The words after `koff`; by default those of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
+    wait_asleep()
     try:
         with ended_by(tuple(number for number in SIGNALS if number != signal.SIGINT)):  # Python has that one
             status = _run(argv)

@@ -28,21 +28,26 @@ class BitsPerByte(Metric):
     is_differentiable = False
     nats: Tensor
     num_bytes: Tensor
+    num_tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_bytes", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, num_bytes: Tensor) -> None:
+    def update(self, nats: Tensor, num_bytes: Tensor, num_tokens: Tensor | None = None) -> None:
         """Add text.
 
         Args:
             nats: Negative log-likelihoods in nats, any shape (per token, per row or summed).
             num_bytes: UTF-8 bytes of the text that these predict, any shape.
+            num_tokens: How many tokens these predict, any shape; what has none counts for no perplexity.
         """
         self.nats += nats.sum(dtype=self.nats.dtype)
         self.num_bytes += num_bytes.sum(dtype=self.num_bytes.dtype)
+        if num_tokens is not None:
+            self.num_tokens += num_tokens.sum(dtype=self.num_tokens.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
         """Follow the module to its device but not to its dtype: bf16-true training would turn the sums to bf16."""

@@ -207,11 +207,17 @@ def _log(trainer: Trainer, figures: results.Figures) -> None:
 def _figures(trainer: Trainer, module: KOFFModule) -> results.Figures:
     """Figures of the evaluation that just ran, from all ranks."""
     held_out = module.held_out(module.modes)
-    counts = torch.stack([module.bpb[f"koff/{domain}"].num_bytes for domain in module.domains])
-    counts = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-    num_bytes = dict(zip(module.domains, map(round, counts), strict=True))
+    num_bytes, num_tokens = (_all_of(trainer, module, name) for name in ("num_bytes", "num_tokens"))
     memories = len(set(module.model.memories.names.values())) if module.lora or module.kv else 0
-    return results.held_out_figures(held_out, num_bytes, memories) | results.mask_and_size(module.model, module.extends)
+    figures = results.held_out_figures(held_out, num_bytes, num_tokens, memories)
+    return figures | results.mask_and_size(module.model, module.extends)
+
+
+def _all_of(trainer: Trainer, module: KOFFModule, name: str) -> dict[str, int]:
+    """A count of the held-out text by domain, over all ranks."""
+    counts = torch.stack([getattr(module.bpb[f"koff/{domain}"], name) for domain in module.domains])
+    counts = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+    return dict(zip(module.domains, map(round, counts), strict=True))
 
 
 def resolved_config(trainer: Trainer, module: KOFFModule) -> dict[str, Any]:

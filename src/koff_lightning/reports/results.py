@@ -86,21 +86,29 @@ def _mask_of_artifact(manifest: Manifest) -> Figures:
     }
 
 
-def held_out_figures(held_out: dict[str, dict[str, float]], num_bytes: dict[str, int], memories: int) -> Figures:
-    """Bits per byte by domain and their mean over domains.
+def held_out_figures(
+    held_out: dict[str, dict[str, float]], num_bytes: dict[str, int], num_tokens: dict[str, int], memories: int
+) -> Figures:
+    """Bits per byte and perplexity per token by domain, and their means over domains.
 
     Args:
         held_out: {domain: {arm: bits per byte}}; not-a-number where a domain had no text.
         num_bytes: Bytes of held-out text behind them.
+        num_tokens: Tokens of it that were predicted: perplexity is exp(nats / tokens), so it depends on the tokenizer.
         memories: How many different memories there are; with fewer than two none can be swapped.
     """
     arms = [arm for arm in MODES if arm != "swapped" or memories > 1]
-    domains = {
-        domain: {f"{arm}_bpb": _number(row[arm]) if arm in arms and arm in row else None for arm in MODES}
-        for domain, row in held_out.items()
-    }
-    mean = {key: _mean([row[key] for row in domains.values()]) for key in (f"{arm}_bpb" for arm in MODES)}
-    return {"domains": domains, "mean": mean, "heldout_bytes": num_bytes}
+    domains = {}
+    for domain, row in held_out.items():
+        bits = {arm: _number(row[arm]) if arm in arms and arm in row else None for arm in MODES}
+        bytes_per_token = num_bytes[domain] / max(num_tokens[domain], 1)
+        domains[domain] = {f"{arm}_bpb": value for arm, value in bits.items()} | {
+            f"{arm}_ppl": None if value is None else _number(2.0 ** min(value * bytes_per_token, 1000.0))
+            for arm, value in bits.items()
+        }
+    keys = [f"{arm}_{unit}" for unit in ("bpb", "ppl") for arm in MODES]
+    mean = {key: _mean([row[key] for row in domains.values()]) for key in keys}
+    return {"domains": domains, "mean": mean, "heldout_bytes": num_bytes, "heldout_tokens": num_tokens}
 
 
 def table(results: Figures) -> Table:

@@ -297,13 +297,14 @@ class KOFFModule(LightningModule):
 
     def _evaluate(self, batch: Batch, modes: Sequence[str]) -> None:
         found: dict[str, Tensor] = {}  # mode -> nats [B, T-1]
+        tokens = self.model.targets(batch)[1].sum(1)  # [B]
         for mode in modes:
             same = self.model.same_as(mode)
             found[mode] = nats = found[same] if same in found else self.model.token_nats(batch, mode)
             self.documents.update(mode, batch, nats)
             for domain in dict.fromkeys(d for d in batch["domains"] if d is not None):
                 chosen = [i for i, d in enumerate(batch["domains"]) if d == domain]
-                self.bpb[f"{mode}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen])
+                self.bpb[f"{mode}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen], tokens[chosen])
 
     def held_out(self, modes: Sequence[str]) -> dict[str, dict[str, float]]:
         """Bits per byte of the evaluation that just ran: {domain: {mode: bits per byte}}."""

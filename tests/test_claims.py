@@ -10,7 +10,7 @@ from tiny_run import tiny_module
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.cli import main
-from koff_lightning.commands.claims import _resolved
+from koff_lightning.commands.claims import resolved_config
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.studies.claims import runs as arm_runs
 from koff_lightning.studies.claims.arms import ARMS, Run, chosen, equal_memories
@@ -383,5 +383,5 @@ def test_a_config_of_its_own_is_no_cause_for_a_warning(runs, capsys, options):
 
 
 def test_options_after_a_lone_dash_reach_the_runs():
-    assert _resolved("tiny_12pct.yaml", None, ["--data.seq_len=64"])["data"]["seq_len"] == 64
-    assert _resolved("tiny_12pct.yaml", "some/model", [])["model"]["backbone"] == "some/model"
+    assert resolved_config("tiny_12pct.yaml", None, ["--data.seq_len=64"])["data"]["seq_len"] == 64
+    assert resolved_config("tiny_12pct.yaml", "some/model", [])["model"]["backbone"] == "some/model"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from koff_lightning.cli import TOOLS, TRAINING, main
+from koff_lightning.cli import TOOLS, TRAINING, _with_names, main
 from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing import config_files
 from koff_lightning.support.errors import KoffError
@@ -187,6 +187,12 @@ def test_explicit_options_win_over_the_checkpoint(tmp_path, config):
     torch.save({"hyper_parameters": {"sparsity": {"target": 0.5}}, "state_dict": {}}, tmp_path / "old.ckpt")
     options = config("validate", "--config", "demo.yaml", "--ckpt_path", str(tmp_path / "old.ckpt"))
     assert options.model.sparsity.target == 0.12
+
+
+@pytest.mark.parametrize("words", [["demo.yaml"], ["--config", "demo.yaml"], ["--config=demo.yaml"]])
+def test_a_config_is_named_in_any_of_three_ways(words):
+    """The last one was once taken for a file of that name."""
+    assert training_cli.resolved(["fit", *_with_names("fit", words)])["trainer"]["max_steps"] == 200
 
 
 def test_a_file_here_goes_before_a_shipped_config(tmp_path, monkeypatch, config):

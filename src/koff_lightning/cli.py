@@ -48,6 +48,10 @@ TOOLS = {
         "time pruned models and memories against the dense",
     ),
     "claims": ("commands.claims:claims", "run KOFF and its controls, and judge the paper's claims"),
+    "reproduce": (
+        "commands.reproduce:reproduce",
+        "run the rows of the paper's tables, and set ours beside the paper's",
+    ),
     "analyze": (
         "commands.analyze:analyze",
         "study which neurons left, whom they served, and what the memories hold",
@@ -61,7 +65,7 @@ TOOLS = {
     "configs": ("commands.parsing.config_files:list_configs", "list the configs that ship with the package"),
     "fetch": ("commands.fetch:fetch", "download a small real model: koff fetch smollm2"),
 }
-TAKE_CONFIGS = (*TRAINING, "plan", "claims")
+TAKE_CONFIGS = (*TRAINING, "plan", "claims", "reproduce")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,7 +180,7 @@ def _with_names(verb: str, words: list[str]) -> list[str]:
     if verb == "configs" and words and not words[0].startswith("-"):
         return ["--name", *words]
     named: list[str] = []
-    while verb in TAKE_CONFIGS and words and words[0].endswith((".yaml", ".yml")):
+    while verb in TAKE_CONFIGS and words and words[0].endswith((".yaml", ".yml")) and words[0][0] != "-":
         named += ["--config", words[0]]
         words = words[1:]
     return [*named, *words]

@@ -74,7 +74,7 @@ def claims(
         raise KoffError("curve: dense_memory removes nothing, whatever the sparsity: name other arms")
     if curve and len(shares or ()) < 2:
         raise KoffError("curve names the arms of the further sparsities: give --sparsity more than one, as 0.12,0.25")
-    resolved = _resolved(config, backbone, further or [])
+    resolved = resolved_config(config, backbone, further or [])
     as_sources(resolved["data"]["domains"])  # names and weights that no arm would take
     shares = shares or _shares(str(resolved["model"]["sparsity"]["target"]))
     equal = all_arms.equal_memories(resolved["model"]) if set(EQUAL) & {*chosen, *(on_curve or ())} else {}
@@ -82,11 +82,11 @@ def claims(
     folder = Path(out).expanduser()
     given = {"config": config, "backbone": backbone, "seeds": seeds, "sparsity": sparsity, "arms": arms, "tasks": tasks}
     given |= {"curve": curve}
-    about = {"command": _command(given, further), "equal_memories": equal}
+    about = {"command": the_command("claims", given, further), "equal_memories": equal}
     if config == TINYS:
         _warn_of_settings(backbone, resolved)
     with alone_in(folder, "--out"):
-        _keep(folder / "config.yaml", resolved)
+        keep_config(folder / "config.yaml", resolved)
         _measure(folder, chosen, on_curve, shares, seeds, jobs, suites, about)
 
 
@@ -110,7 +110,7 @@ def _measure(
         words = {run: all_arms.command(run, folder, about["equal_memories"]) + trust for run in runs}
         return arm_runs.run_all(words, folder, jobs)
 
-    trust = _trust(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    trust = trust_words(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     main = [Run(arm, shares[0], seed) for seed in range(seeds) for arm in _masks_first(chosen)]
     failures = make(main)
     done = claims_report.read(folder, main, failures)
@@ -148,10 +148,10 @@ def _answers(folder: Path, runs: Sequence[Run], suites: Suites) -> tuple[list[An
     return answers, failures
 
 
-def _command(options: dict[str, Any], further: list[str] | None) -> str:
+def the_command(verb: str, options: dict[str, Any], further: list[str] | None) -> str:
     """The command that gives the same report, whatever its folder and its jobs."""
     words = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return without_secrets(shlex.join(["koff", "claims", *words, *(["--", *further] if further else [])]))
+    return without_secrets(shlex.join(["koff", verb, *words, *(["--", *further] if further else [])]))
 
 
 def _masks_first(chosen: list[str]) -> list[str]:
@@ -176,7 +176,7 @@ def _shares(text: str) -> list[float]:
     return shares
 
 
-def _resolved(config: str, backbone: str | None, further: list[str]) -> dict[str, Any]:
+def resolved_config(config: str, backbone: str | None, further: list[str]) -> dict[str, Any]:
     """All options of the runs, as `koff fit --print_config` tells them; without those that each run sets itself."""
     from koff_lightning.commands import training_cli
 
@@ -205,12 +205,12 @@ def _warn_of_settings(backbone: str | None, resolved: dict[str, Any]) -> None:
     )
 
 
-def _trust(resolved: dict[str, Any]) -> list[str]:
+def trust_words(resolved: dict[str, Any]) -> list[str]:
     """The word without which a config may not let remote code run; whoever asked for these runs has said it."""
     return ["--model.trust_remote_code=true"] if resolved["model"]["trust_remote_code"] else []
 
 
-def _keep(path: Path, resolved: dict[str, Any]) -> None:
+def keep_config(path: Path, resolved: dict[str, Any]) -> None:
     """Write the resolved config, or make sure that it is the one that is there.
 
     What is there is resolved anew: an option that has come since then stands at its default, as those runs had it.
@@ -223,7 +223,7 @@ def _keep(path: Path, resolved: dict[str, Any]) -> None:
         write_atomically(path, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         return
     try:
-        there, here = _flat(_resolved(str(path), None, _trust(resolved))), _flat(resolved)
+        there, here = _flat(resolved_config(str(path), None, trust_words(resolved))), _flat(resolved)
     except KoffError as error:
         raise KoffError(
             f"{path} was written by another release of koff-lightning ({error}): give another --out"

@@ -134,16 +134,21 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 class PairedDraws:
-    """Resampled bits per byte of all runs at one sparsity, on the same drawn documents.
+    """Resampled bits per byte of runs, on the same drawn documents.
+
+    Args:
+        done: Their results.
+        arms: Shown arm -> the arms whose runs hold it, and as what.
+        resamples: Draws.
 
     Raises:
         KoffError: Two runs were scored on different documents.
     """
 
-    def __init__(self, done: Done, share: float, resamples: int = bootstrap.RESAMPLES) -> None:
-        scored = {run: result["documents"] for run, result in done.items() if run.sparsity == share}
-        scored = {run: documents for run, documents in scored.items() if documents}
-        arms = {arm: source(arm) for arm in SHOWN}
+    def __init__(
+        self, done: Done, arms: Mapping[str, tuple[tuple[str, ...], str]], resamples: int = bootstrap.RESAMPLES
+    ) -> None:
+        scored = {run: result["documents"] for run, result in done.items() if result["documents"]}
         self._place: dict[tuple[str, int], int] = {}
         tables: list[dict[str, Any]] = []
         sizes: dict[str, Any] | None = None
@@ -204,7 +209,8 @@ def write(folder: Path, done: Done, failures: Sequence[Failure], about: Mapping[
     if not done:
         raise KoffError(f"every run failed, first {failures[0].run.name}: {failures[0].last} (log: {failures[0].log})")
     shares = list(dict.fromkeys(run.sparsity for run in done))
-    paired = PairedDraws(done, shares[0])
+    first = {run: result for run, result in done.items() if run.sparsity == shares[0]}
+    paired = PairedDraws(first, {arm: source(arm) for arm in SHOWN})
     rows = [row for share in shares for arm in SHOWN if (row := figures(done, arm, share))]
     one = next(iter(done.values()))
     domains = {

@@ -1,0 +1,73 @@
+"""`koff reproduce`: run the rows of the paper's tables, and set ours beside the paper's (docs/reproduce.md)."""
+
+from pathlib import Path
+
+from koff_lightning.commands.claims import keep_config, resolved_config, the_command, trust_words
+from koff_lightning.data.sources import as_sources
+from koff_lightning.studies.claims.arms import Run
+from koff_lightning.support.errors import KoffError
+from koff_lightning.training.run_folder import alone_in
+
+
+def reproduce(
+    *,
+    config: str = "paper/tiny_languages.yaml",
+    backbone: str | None = None,
+    tables: str | None = None,
+    seeds: int = 3,
+    out: str = "runs/reproduce",
+    jobs: int = 1,
+    further: list[str] | None = None,
+) -> None:
+    """Run the rows of the paper's tables, and write them with the paper's figures beside ours (docs/reproduce.md).
+
+    Runs that are done already are not repeated. `reproduce.md` and `reproduce.json` lie in the folder `out`.
+
+    Args:
+        config: Config of `koff fit` that all rows share: one of `configs/paper/`, or one of yours.
+        backbone: Another backbone than the config's.
+        tables: Which, with commas: `2,10,fig 2`; by default all.
+        seeds: Runs of each row: with seeds 0, 1, ...
+        out: Folder of all runs and of the report.
+        jobs: Runs at one time, each with its share of the cores.
+        further: Options of `koff fit` for all rows, as they stand after a lone `--`.
+    """
+    from koff_lightning.studies.claims import protocol, runs
+    from koff_lightning.studies.claims import report as claims_report
+
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise KoffError(f"{name} must be 1 or more, got {value}")
+    paper = protocol.paper()
+    chosen = paper.chosen(tables)
+    resolved = resolved_config(config, backbone, further or [])
+    as_sources(resolved["data"]["domains"])  # names and weights that no row would take
+    steps = resolved["trainer"]["max_steps"]
+    if not steps or steps < 1:
+        raise KoffError(f"koff reproduce needs trainer.max_steps, of which rows take a share; got {steps}")
+    folder, share = Path(out).expanduser(), resolved["model"]["sparsity"]["target"]
+    given = {"config": config, "backbone": backbone, "tables": tables, "seeds": seeds}
+    with alone_in(folder, "--out"):
+        keep_config(folder / "config.yaml", resolved)
+        wanted = [Run(arm, share, seed) for seed in range(seeds) for arm in protocol.needed(chosen.values())]
+        words = {run: protocol.command(run, paper.arms[run.arm], folder, steps) for run in wanted}
+        trust = trust_words(resolved)
+        failures = runs.run_all({run: line + trust for run, line in words.items()}, folder, jobs)
+        done = claims_report.read(folder, wanted, failures)
+        if not done:
+            raise KoffError(
+                f"every run failed, first {failures[0].run.name}: {failures[0].last} (log: {failures[0].log})"
+            )
+        about = protocol.report(paper, chosen, done) | {
+            "command": the_command("reproduce", given, further),
+            "backbone": resolved["model"]["backbone"],
+            "failures": [{"run": failure.run.name, "tail": failure.tail} for failure in failures],
+        }
+        protocol.write(folder, about)
+    print(protocol.markdown(about))
+    print(f"wrote {folder / 'reproduce.md'} and {folder / 'reproduce.json'}")
+    if failures:
+        raise KoffError(
+            f"{len(failures)} of {len(wanted)} runs failed, first {failures[0].run.name}: {failures[0].last} "
+            f"(log: {failures[0].log}). The same command repeats only what is missing"
+        )

@@ -1,0 +1,249 @@
+"""The paper's tables as rows of runs (paper.yaml): what makes each arm, and the tables with the paper's figures beside.
+
+An arm is a plain `koff fit` over one resolved config, as in arms.py; its runs are made by the same machine (runs.py).
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from koff_lightning.reports import results
+from koff_lightning.studies.bootstrap import interval
+from koff_lightning.studies.claims.arms import Run
+from koff_lightning.studies.claims.report import Done, PairedDraws
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import write_atomically
+from koff_lightning.support.versions import versions
+from koff_lightning.support.wording import nearest
+
+Figure = tuple[str, str]  # an arm, and how its model is read: koff, dense, memory_off, swapped
+COLUMNS = ("mmlu", "bbl", "ppl", "sparsity")  # that the paper's tables have
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a run adds to the config.
+
+    Args:
+        overlays: Configs that ship with the package, laid over it in this order.
+        options: Of `koff fit`.
+        steps: Share of the config's steps.
+    """
+
+    overlays: Sequence[str] = ()
+    options: Sequence[str] = ()
+    steps: float = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table."""
+
+    label: str
+    arm: str
+    paper: Mapping[str, float]
+    figure: str = "koff"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper, and the model and data that it is of there."""
+
+    title: str
+    setting: str
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """Something the paper says: that one figure has fewer bits per byte than another."""
+
+    says: str
+    source: str
+    fewer: Figure
+    than: Figure
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All tables, the arms that fill them, and the paper's statements on them."""
+
+    arms: Mapping[str, Arm]
+    tables: Mapping[str, Table]
+    statements: Sequence[Statement] = field(default_factory=list)
+
+    def chosen(self, names: str | None) -> dict[str, Table]:
+        """The tables of these names with commas between; None for all.
+
+        Raises:
+            KoffError: No such table.
+        """
+        wanted = [name.strip() for name in names.split(",")] if names is not None else list(self.tables)
+        for name in wanted:
+            if name not in self.tables:
+                raise KoffError(f"no table {name!r}.{nearest(name, self.tables)} There are {', '.join(self.tables)}")
+        return {name: self.tables[name] for name in wanted}
+
+
+def paper() -> Protocol:
+    """The paper's (arXiv 2605.29075v1)."""
+    given = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
+    arms = {name: Arm(**arm) for name, arm in given["arms"].items()}
+    tables = {
+        name: Table(table["title"], table["setting"], [Row(**row) for row in table["rows"]])
+        for name, table in given["tables"].items()
+    }
+    statements = [
+        Statement(one["says"], one["source"], tuple(one["fewer"]), tuple(one["than"])) for one in given["statements"]
+    ]
+    return Protocol(arms, tables, statements)
+
+
+def needed(tables: Iterable[Table]) -> list[str]:
+    """Their arms, each once."""
+    return list(dict.fromkeys(row.arm for table in tables for row in table.rows))
+
+
+def command(run: Run, arm: Arm, out: Path, max_steps: int) -> list[str]:
+    """The words after `koff` that make a run.
+
+    Args:
+        run: Which one.
+        arm: Its arm.
+        out: Folder of all runs; `config.yaml` there is the resolved config.
+        max_steps: Of the config.
+    """
+    overlays = [word for name in arm.overlays for word in ("--config", name)]
+    seeds = [f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]
+    here = [f"--trainer.default_root_dir={out / run.name}", "--export.enabled=false"]
+    steps = [] if arm.steps == 1 else [f"--trainer.max_steps={max(1, round(arm.steps * max_steps))}"]
+    return ["fit", "--config", str(out / "config.yaml"), *overlays, *arm.options, *steps, *seeds, *here]
+
+
+def report(protocol: Protocol, tables: Mapping[str, Table], done: Done) -> dict[str, Any]:
+    """The tables' figures and the verdicts on the statements that the runs can judge.
+
+    Args:
+        protocol: Whose statements are judged.
+        tables: Those to fill.
+        done: Results of the runs that there are, with `documents`.
+    """
+    arms = {run.arm for run in done}
+    of = {f"{arm} {figure}": ((arm,), figure) for arm in arms for figure in ("koff", "dense", "memory_off", "swapped")}
+    paired = PairedDraws(done, of)
+    return {
+        "tables": {
+            name: {"title": table.title, "setting": table.setting, "rows": [_row(row, done) for row in table.rows]}
+            for name, table in tables.items()
+        },
+        "statements": [_verdict(one, paired) for one in protocol.statements if {one.fewer[0], one.than[0]} <= arms],
+        "seeds": sorted({run.seed for run in done}),
+        "versions": versions(),
+    }
+
+
+def _row(row: Row, done: Done) -> dict[str, Any]:
+    found = [result for run, result in sorted(done.items(), key=lambda item: item[0].seed) if run.arm == row.arm]
+    ours = {unit: _spread([one["mean"][f"{row.figure}_{unit}"] for one in found]) for unit in ("ppl", "bpb")}
+    for name in ("body", "units"):
+        ours[name] = _spread([0.0 if row.figure == "dense" else one["sparsity"][name] for one in found])
+    ours["physical"] = _spread(
+        [0.0 if row.figure == "dense" else one["sparsity"].get("physical", {}).get("body") for one in found]
+    )
+    return asdict(row) | {"ours": ours, "seeds": len(found)}
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return {"mean": statistics.fmean(known), "sd": statistics.stdev(known) if len(known) > 1 else None}
+
+
+def _verdict(statement: Statement, paired: PairedDraws) -> dict[str, Any]:
+    """Whether the interval of the difference lies on one side of zero."""
+    one, other = (f"{arm} {figure}" for arm, figure in (statement.fewer, statement.than))
+    sample = paired.of((one, other))
+    found = None
+    if sample.seeds:
+        draws = sample.draws[one] - sample.draws[other]
+        found = interval(sample.measured[one] - sample.measured[other], draws)
+    word = "not decided"
+    if found is not None and found.high < 0:
+        word = "supported"
+    elif found is not None and found.low > 0:
+        word = "contradicted"
+    return asdict(statement) | {"difference": found and asdict(found), "verdict": word, "seeds": len(sample.seeds)}
+
+
+def write(out: Path, about: Mapping[str, Any]) -> None:
+    """Write reproduce.json and reproduce.md.
+
+    Args:
+        out: Folder.
+        about: A report, with `command`, `backbone` and `failures`.
+
+    Raises:
+        KoffError: The disk did not take it.
+    """
+    write_atomically(out / "reproduce.json", results.as_json(dict(about)))
+    write_atomically(out / "reproduce.md", markdown(about))
+
+
+def markdown(about: Mapping[str, Any]) -> str:
+    """A report as text: the paper's figures beside ours, then the statements."""
+    parts = [
+        "# The paper's tables, and ours\n",
+        f"`{about['command']}`, {about['backbone']}, seeds {', '.join(map(str, about['seeds']))}.\n",
+        "Columns P are the paper's (arXiv 2605.29075), of the models it names. The others are of this run: held-out "
+        "text under the domain's own memory unless the row says otherwise, mean and standard deviation over seeds. PPL "
+        'is per token, bpb bits per byte; both are means over domains. "Removed" is the nominal share of linears of '
+        'all layers, "physical" the share that a cut export really lacks.\n',
+    ]
+    for name, table in about["tables"].items():
+        parts.append(f"## {'Table ' if name[0].isdigit() else ''}{name}: {table['title']}\n")
+        parts.append(f"The paper: {table['setting']}.\n")
+        parts.append(_markdown_table(table["rows"]))
+    parts.append("## What the paper says, at this scale\n")
+    parts.append(
+        "Supported: the 95 % interval of the difference in bits per byte (documents and seeds resampled, paired) lies "
+        "below zero; contradicted: above. Rules fixed before the runs.\n"
+    )
+    lines = ["| statement | paper | bits per byte, difference | verdict |", "|---|---|---|---|"]
+    for one in about["statements"]:
+        found = one["difference"]
+        words = f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]" if found else "-"
+        lines.append(f"| {one['says']} | {one['source']} | {words} | {one['verdict']} |")
+    parts.append("\n".join(lines) + "\n")
+    if about["failures"]:
+        parts.append("## Runs that came to nothing\n")
+        parts += [f"- {failure['run']}: {failure['tail'].splitlines()[-1]}\n" for failure in about["failures"]]
+    return "\n".join(parts)
+
+
+def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    theirs = [column for column in COLUMNS if any(column in row["paper"] for row in rows)]
+    lines = [f"| row | {''.join(f'P {column} | ' for column in theirs)}PPL | bpb | removed | physical | seeds |"]
+    lines.append("|---|" + "---|" * (len(theirs) + 5))
+    for row in rows:
+        paper = "".join(f"{row['paper'].get(column, '-')} | " for column in theirs)
+        ours = row["ours"]
+        cells = [_cell(ours["ppl"], 2), _cell(ours["bpb"], 4), *(_percent(ours[key]) for key in ("body", "physical"))]
+        lines.append(f"| {row['label']} | {paper}{' | '.join(cells)} | {row['seeds']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(spread: Mapping[str, float | None] | None, digits: int) -> str:
+    if spread is None:
+        return "-"
+    sd = "" if spread["sd"] is None else f" ± {spread['sd']:.{digits}f}"
+    return f"{spread['mean']:.{digits}f}{sd}"
+
+
+def _percent(spread: Mapping[str, float | None] | None) -> str:
+    return "-" if spread is None or math.isnan(spread["mean"] or 0.0) else f"{100 * (spread['mean'] or 0.0):.2f} %"

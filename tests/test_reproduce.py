@@ -1,0 +1,121 @@
+"""`koff reproduce`: the runs it makes of the paper's tables, what it writes, how it judges. A stub stands for fit."""
+
+import json
+import sys
+
+import pytest
+
+from koff_lightning.cli import main
+from koff_lightning.commands import training_cli
+from koff_lightning.commands.parsing.config_files import shipped_configs
+from koff_lightning.studies.claims import protocol
+from koff_lightning.studies.claims import runs as arm_runs
+
+# Writes what a run leaves; bits per byte tell the arm, and fewer with every seed.
+STUB = """
+import json, math, os, pathlib, sys
+words = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
+folder = pathlib.Path(words["trainer.default_root_dir"])
+with open(folder.parent / "calls.txt", "a") as calls:
+    calls.write(json.dumps([folder.name, words.get("trainer.max_steps"), sys.argv[1:]]) + "\\n")
+if os.environ.get("FAIL", "nothing") in folder.name:
+    sys.exit("Traceback\\nkoff: the disk is full")
+arm, sparsity, seed = folder.name.rsplit("-", 2)
+own = {"koff": 1.0, "no_memory": 1.1, "lora_only": 1.05, "kv_only": 1.02}.get(arm, 1.04) - 1e-4 * int(seed)
+bpb = {"dense": 0.98, "koff": own, "memory_off": 1.12, "swapped": 1.2}
+documents = {"bytes": [10, 20, 30], "nats": {a: [b * math.log(2) * n for n in (10, 20, 30)] for a, b in bpb.items()}}
+row = {f"{name}_bpb": value for name, value in bpb.items()} | {f"{name}_ppl": 8 * value for name, value in bpb.items()}
+figures = {"mean": row, "domains": {"x": row}, "sparsity": {"body": 0.11, "units": 0.14, "physical": {"body": 0.2}}}
+folder.mkdir()
+(folder / "documents.json").write_text(json.dumps({"x": documents}))
+(folder / "results.json").write_text(json.dumps(figures))
+"""
+
+
+@pytest.fixture
+def go(tmp_path, monkeypatch):
+    """Run the command on the stub; the status and the calls it made."""
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB, encoding="utf-8")
+    monkeypatch.setattr(arm_runs, "PROGRAM", [sys.executable, "-S", str(stub)])
+
+    def run(*options):
+        status = main(["reproduce", "--config=tiny_12pct.yaml", f"--out={tmp_path / 'out'}", *options])
+        calls = tmp_path / "out" / "calls.txt"
+        made = [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+        calls.unlink(missing_ok=True)
+        return status, made
+
+    return run
+
+
+def test_a_table_has_a_run_for_each_arm_and_seed_and_none_twice(go, tmp_path, capsys):
+    status, made = go("--tables=2,8", "--seeds=2")
+    assert status == 0, capsys.readouterr()
+    arms = {"no_memory", "lora_only", "kv_only", "koff", "prune_recover", "all_blocks", "no_retention"}
+    assert sorted(name for name, *_ in made) == sorted(
+        f"{arm}-0.12-{seed}" for arm in arms | {"quarter", "half"} for seed in (0, 1)
+    )
+    steps = {name.split("-")[0]: steps for name, steps, _ in made}
+    assert (steps["quarter"], steps["half"], steps["koff"]) == ("75", "150", None)
+    words = next(words for name, _, words in made if name.startswith("no_memory"))
+    assert words[words.index("ablations/no_memory.yaml") - 1] == "--config"
+    assert go("--tables=2,8", "--seeds=2") == (0, []), "what is done is not repeated"
+
+    found = json.loads((tmp_path / "out" / "reproduce.json").read_text(encoding="utf-8"))
+    rows = {row["label"]: row for row in found["tables"]["2"]["rows"]}
+    assert rows["with both"]["ours"]["bpb"]["mean"] == pytest.approx(1.0 - 0.5e-4)
+    assert rows["with both"]["paper"] == {"mmlu": 0.52, "bbl": 0.47, "ppl": 8.8}
+    assert rows["with both, memories off"]["ours"]["bpb"]["mean"] == pytest.approx(1.12)
+    verdicts = {one["says"]: one["verdict"] for one in found["statements"]}
+    assert verdicts["both memories do better than LoRA alone"] == "supported"
+    assert verdicts["LoRA alone does better than KV alone"] == "contradicted"
+    assert "half and half diverges" not in verdicts, "nothing is said of runs that there are not"
+    text = (tmp_path / "out" / "reproduce.md").read_text(encoding="utf-8")
+    assert "| with LoRA | 0.49 | 0.45 | 9.0 | 8.40 ± 0.00 | 1.0" in text
+    assert " ± 0.0001 | 11.00 % | 20.00 % | 2 |" in text
+
+
+def test_one_seed_and_equal_figures_decide_nothing(go, tmp_path):
+    assert go("--tables=9", "--seeds=1")[0] == 0
+    found = json.loads((tmp_path / "out" / "reproduce.json").read_text(encoding="utf-8"))
+    (cost,) = [one for one in found["statements"] if "retention" in one["says"]]
+    assert cost["difference"]["value"] == pytest.approx(0.04) and cost["verdict"] == "contradicted"
+
+
+def test_a_failing_row_leaves_the_others_and_is_said(go, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FAIL", "blended")
+    status, _ = go("--tables=10", "--seeds=1")
+    assert status == 2 and "1 of 3 runs failed, first blended-0.12-0: the disk is full" in capsys.readouterr().err
+    text = (tmp_path / "out" / "reproduce.md").read_text(encoding="utf-8")
+    assert "- blended-0.12-0: koff: the disk is full" in text and "| blended, half and half | 0.304" in text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tables=3"], "no table '3'. "),
+        (["--seeds=0"], "seeds must be 1 or more, got 0"),
+        (["--", "--trainer.max_steps=-1"], "koff reproduce needs trainer.max_steps"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_run(go, capsys, options, message):
+    assert go(*options) == (2, [])
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_every_arm_is_used_and_every_row_has_one():
+    paper = protocol.paper()
+    used = set(protocol.needed(paper.tables.values()))
+    assert used == set(paper.arms)
+    assert {arm for one in paper.statements for arm, _ in (one.fewer, one.than)} <= used
+
+
+@pytest.mark.parametrize("name", list(protocol.paper().arms))
+def test_every_arm_is_a_config_that_parses(name):
+    arm = protocol.paper().arms[name]
+    assert set(arm.overlays) <= set(shipped_configs())
+    overlays = [word for overlay in arm.overlays for word in ("--config", overlay)]
+    resolved = training_cli.resolved(["fit", "--config", "paper/tiny_languages.yaml", *overlays, *arm.options])
+    assert resolved["trainer"]["max_steps"] > 0

@@ -63,6 +63,8 @@ TOOLS = {
     "plan": ("commands.plan:plan", "estimate memory per GPU and hours of a run, from its config alone"),
     "doctor": ("commands.doctor:doctor", "look at versions, devices, processes, caches and switches"),
     "configs": ("commands.parsing.config_files:list_configs", "list the configs that ship with the package"),
+    "push": ("commands.hub_cli:push", "upload an exported model to the hub, or some of its memories"),
+    "pull": ("commands.hub_cli:pull", "download an exported model from the hub, whole or in part"),
     "fetch": ("commands.fetch:fetch", "download a small real model: koff fetch smollm2"),
 }
 TAKE_CONFIGS = (*TRAINING, "plan", "claims", "reproduce")

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_manifest
 from koff_lightning.artifact.folder import verify as verify_files
+from koff_lightning.artifact.hub import local_folder
 from koff_lightning.artifact.memory_files import load_memory
 from koff_lightning.backbone import ask_nothing_, is_recomputed, refuse_masked_packing
 from koff_lightning.loading import fingerprint, load_backbone, load_tokenizer
@@ -42,7 +43,7 @@ def load_decomposed(
     """Load what `koff export` wrote.
 
     Args:
-        path: The artifact's folder.
+        path: The artifact's folder, or `org/name` of one on the hub.
         device: Where the model goes.
         dtype: Of the backbone, a name or a torch dtype; by default the one it was exported in. Memories stay fp32 and
             are cast where they are used.
@@ -54,7 +55,7 @@ def load_decomposed(
         KoffError: No artifact, one of another format version, missing, extra or damaged files, a domain that it does
             not have, or a device or dtype that does not exist here.
     """
-    folder = Path(path).expanduser()
+    folder = local_folder(path)
     manifest = read_manifest(folder)
     chosen = list(manifest.domains) if domains is None else [domains] if isinstance(domains, str) else list(domains)
     if unknown := [name for name in chosen if name not in manifest.domains]:

@@ -11,6 +11,7 @@ from koff_lightning.studies.analysis.causal import reinsertion
 from koff_lightning.studies.analysis.knockout import knockout
 from koff_lightning.studies.analysis.lape import Specialists
 from koff_lightning.studies.analysis.memory_use import adapter_norms, promoted_tokens
+from koff_lightning.studies.analysis.similarity import similarity
 from koff_lightning.studies.analysis.transfer import transfer
 from koff_lightning.support.errors import KoffError
 
@@ -61,6 +62,7 @@ def questions(
         return asked
 
     return {
+        "similarity": lambda: told(similarity=similarity(module, heldout)),
         "transfer": with_memory(lambda: told(transfer=transfer(module, heldout).bpb.reset_index())),
         "knockout": with_memory(lambda: told(knockout=knockout(module, heldout).reset_index())),
         "causal": causal,

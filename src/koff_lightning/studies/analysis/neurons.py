@@ -12,6 +12,7 @@ from koff_lightning.studies.analysis.enrichment import enrichment_table
 from koff_lightning.studies.analysis.lape import Specialists, identify, identify_weighted
 from koff_lightning.studies.analysis.masks import Mask
 from koff_lightning.studies.analysis.overlap import overlap_table
+from koff_lightning.studies.analysis.ranking import ranking
 from koff_lightning.studies.analysis.regression import logistic
 from koff_lightning.studies.analysis.stability import stability
 from koff_lightning.studies.analysis.tables import Bools, Ints, layer_table, strata
@@ -60,6 +61,18 @@ def mask_table(masks: Masks) -> "pd.DataFrame":
     import pandas as pd
 
     return pd.concat([_named(mask.table(), *key) for key, mask in masks.items()], ignore_index=True)
+
+
+def ranking_table(seen: Activations, masks: Masks) -> "pd.DataFrame":
+    """The paper's Table 3 for every mask: kind, run, then the columns of `ranking`."""
+    import pandas as pd
+
+    tables = []
+    for (kind, run), mask in masks.items():
+        halves = {name.removesuffix("_channel"): half["removed"] for name, half in mask.halves.items()}
+        gone = halves | {"either": mask.removed} if halves else {"neuron": mask.removed}
+        tables.append(_named(ranking(seen.rates(), gone), kind, run))
+    return pd.concat(tables, ignore_index=True)
 
 
 def removal_tables(

@@ -56,14 +56,15 @@ def own_memory(module: Decomposition) -> Condition:
 
 
 def _nats(module: Decomposition, batch: Batch, memories: list[str | None]) -> Tensor:
-    return module.row_nats(_moved(batch, module) | {"domains": memories}, "koff")
+    return module.row_nats(moved(batch, module) | {"domains": memories}, "koff")
 
 
 def dense(module: Decomposition) -> Condition:
     """The condition of the dense model."""
-    return lambda batch: module.row_nats(_moved(batch, module), "dense")
+    return lambda batch: module.row_nats(moved(batch, module), "dense")
 
 
-def _moved(batch: Batch, module: Decomposition) -> Batch:
+def moved(batch: Batch, module: Decomposition) -> Batch:
+    """The batch on the device of the model."""
     device = module.backbone.device
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

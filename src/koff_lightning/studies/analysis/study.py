@@ -27,7 +27,18 @@ from koff_lightning.support.errors import KoffError
 if TYPE_CHECKING:
     import pandas as pd
 
-QUESTIONS = ("removal", "overlap", "transfer", "knockout", "causal", "attention", "adapters", "tokens")
+QUESTIONS = (
+    "removal",
+    "ranking",
+    "overlap",
+    "similarity",
+    "transfer",
+    "knockout",
+    "causal",
+    "attention",
+    "adapters",
+    "tokens",
+)
 Tables = Mapping[str, "pd.DataFrame"]
 Say = Callable[[str], None]
 
@@ -186,6 +197,7 @@ def _about_neurons(found: Study, seen: Activations, masks: neurons.Masks) -> Spe
     settings = found.settings
     if masks:
         found.add({"masks": neurons.mask_table(masks)})
+        found.ask("ranking", lambda: {"ranking": neurons.ranking_table(seen, masks)})
     found.ask("overlap", lambda: {"overlap": neurons.overlaps(masks)})
     try:
         specialists = neurons.specialists_of(seen, settings.rate, settings.bar)

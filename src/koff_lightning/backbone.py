@@ -63,6 +63,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(model.model.layers)
 
 
+def layer_of(path: str) -> int:
+    """Number of the layer that a module belongs to, from its path in the model."""
+    return next(int(word) for word in path.split(".") if word.isdigit())
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The self-attention module of each layer, in order."""
     return [getattr(layer, _ATTENTION[0]) for layer in decoder_layers(model)]

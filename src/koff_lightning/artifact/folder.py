@@ -23,6 +23,7 @@ from torch import Tensor
 from koff_lightning.artifact.layouts import Layout, layout_named
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.model_files import check_links
+from koff_lightning.placement import check_words
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
 from koff_lightning.support.json_files import read_json_object
@@ -52,7 +53,8 @@ class Manifest:
         kept: The mask as `describe_mask` writes it.
         sparsity: Target, denominator, and what was removed by all three denominators and by type of unit.
         parameters: Counted from the written files: `dense_total`, `backbone`, `active` by domain, `stored`.
-        domains: The memories: `rank`, `alpha`, `slots`, `parameters` of each, `card_sha256` of its memory.json.
+        domains: The memories: `rank`, `alpha`, `slots`, `parameters` of each, `card_sha256` of its memory.json, and
+            `lora_layers`, `kv_layers` where these are not all.
         config: Resolved options of the run, if they were found.
         versions: Of the libraries that wrote it.
         files: Hash and size of every file below `backbone/`, by path.
@@ -116,6 +118,10 @@ class Manifest:
         wanted += [(self.parameters, "active", dict), (self.parameters["active"], " ".join(self.domains), int)]
         for about in self.domains.values():
             wanted += [(about, "parameters", int), (about, "rank slots", int | None), (about, "card_sha256", str)]
+            for name in ("lora_layers", "kv_layers"):
+                if not isinstance(about.get(name, [0]), list):
+                    raise KoffError(f"{name!r} cannot be {about[name]!r}")
+                check_words(about.get(name, [0]), name)
         for about in self.files.values():
             wanted += [(about, "sha256", str), (about, "size", int)]
         for entry, names, kind in wanted:

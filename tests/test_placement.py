@@ -30,9 +30,13 @@ from koff_lightning.placement import placed, shown
 from koff_lightning.studies.analysis import adapter_norms, attention_mass, open_run
 from koff_lightning.training.checkpoints import newest_checkpoint
 
+# peft asks transformers for something by its former name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 PAPER = ["k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 TOP = {"lora": LoraSpec(3, 6.0, PAPER, layers="top:1"), "kv": KVSpec(5, layers="top:50%")}
 UNLIKE = {"lora": LoraSpec(3, 6.0, layers=[0]), "kv": KVSpec(5, layers=[1])}
+WORDS = ["", "top", "top:", "top:0", "top:-1", "top:0%", "top:101%", "top:1.5", "top:x", "bottom:2"]
 LAYOUTS = ("ragged", "uniform", "deci", "masked", "merged")
 
 
@@ -83,25 +87,7 @@ def test_words_stand_for_layers(words, depth, layers):
 
 
 @pytest.mark.parametrize("kind", [LoraSpec, KVSpec])
-@pytest.mark.parametrize(
-    "words",
-    [
-        "",
-        "top",
-        "top:",
-        "top:0",
-        "top:-1",
-        "top:0%",
-        "top:101%",
-        "top:1.5",
-        "top:x",
-        "bottom:2",
-        [],
-        [-1],
-        [1, 1],
-        ["1"],
-    ],
-)
+@pytest.mark.parametrize("words", [*WORDS, [], [-1], [1, 1], ["1"]])
 def test_other_words_are_refused(words, kind):
     option = "lora.layers" if kind is LoraSpec else "kv.layers"
     with pytest.raises(KoffError, match=rf"{option} must be all, top:18 .*; got {re.escape(repr(words))}"):
@@ -138,11 +124,8 @@ def test_a_list_of_all_layers_is_the_default_bit_for_bit(tmp_path):
     assert len({tuple(bank.state_dict()) for bank in banks}) == 1
     assert len({str(read(bank, ["de", None]).tolist()) for bank in banks}) == 1
     for file in (tmp_path / "default").iterdir():
-        assert (
-            file.read_bytes()
-            == (tmp_path / "list" / file.name).read_bytes()
-            == (tmp_path / "top" / file.name).read_bytes()
-        )
+        for other in ("list", "top"):
+            assert file.read_bytes() == (tmp_path / other / file.name).read_bytes()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,8 +199,8 @@ def test_slots_of_noise_need_no_text_and_may_all_be_trained():
     assert memory.initialised and memory.source_hash is None
     assert [tuple(p.shape) for p in bank.kv_parameters("de")] == [(2, 200, 16)] * 4
     for parameter in bank.kv_parameters("de"):
-        assert float(parameter.std()) == pytest.approx(0.5, rel=0.05)
-        assert abs(float(parameter.mean())) < 0.05
+        assert float(parameter.detach().std()) == pytest.approx(0.5, rel=0.05)
+        assert abs(float(parameter.detach().mean())) < 0.05
     read(bank, ["de"]).square().mean().backward()
     assert all(p.grad[:, 0].any() for p in bank.kv_parameters("de")), "slot 0 learns"
     assert KVSpec(1, frozen_first=False).slots == 1
@@ -424,12 +407,9 @@ def test_a_run_trains_and_exports_what_is_placed(run):
     state = torch.load(run.checkpoint, weights_only=True)["state_dict"]
     adapted = {layer_of(name) for name in state if ".lora_A." in name}
     assert adapted == {4, 5}
-    slots = {
-        name.rpartition("koff_de.")[2]: v.shape[1] for name, v in state.items() if "kv.koff_de." in name and v.ndim == 3
-    }
-    assert slots == {f"{p}.{i}": 4 for p in ("key", "value") for i in (1, 5)} | {
-        f"sink_{p}.{i}": 0 for p in ("key", "value") for i in (1, 5)
-    }
+    slots = {n.rpartition("koff_de.")[2]: v.shape[1] for n, v in state.items() if "kv.koff_de." in n and v.ndim == 3}
+    kinds = [f"{kind}.{layer}" for kind in ("key", "value") for layer in (1, 5)]
+    assert slots == dict.fromkeys(kinds, 4) | dict.fromkeys([f"sink_{kind}" for kind in kinds], 0)
     folder = next((run.folder / "run").rglob("koff.json"), None).parent
     assert json.loads((folder / "export_report.json").read_text())["passed"]
     about = read_manifest(folder).domains["de"]

@@ -24,7 +24,9 @@ from koff_lightning.artifact.export import export
 from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.memory_files import ADAPTER_CONFIG, CARD, load_memory
 from koff_lightning.backbone import attention_modules, layer_of
+from koff_lightning.callbacks import PlaceMemories
 from koff_lightning.cli import main
+from koff_lightning.loading import load_backbone
 from koff_lightning.memory import MemoryBank
 from koff_lightning.placement import placed, shown
 from koff_lightning.studies.analysis import adapter_norms, attention_mass, open_run
@@ -467,3 +469,107 @@ def test_checkpoints_from_before_there_was_a_choice_load(tmp_path, monkeypatch):
         old, new = from_checkpoint(tmp_path / "old.ckpt").state_dict(), from_checkpoint(now).state_dict()
         assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
         assert fit(tmp_path / "on", f"--ckpt_path={tmp_path / 'old.ckpt'}", "--trainer.max_steps=3") == 0
+
+
+# ------------------------------------------------------------------------------------- layers that a run chooses
+
+
+def placing(folder, monkeypatch, **placement):
+    """Small runs on koff-tiny that choose; 8 steps, rounds after steps 2 and 5."""
+    model = {"sparsity": {"target": 0.1}, "lora": {"rank": 2}, "kv": {"slots": 4}}
+    options = {"trainer": {"max_steps": 8}, "model": model}
+    chosen = {"keep": 0.4, "first": 0.25, "last": 0.6, "rounds": 2, "window": 2} | placement
+    return small_fits(folder, monkeypatch, **options, placement=chosen)
+
+
+def test_a_run_drops_layers_until_the_budget_is_met_and_goes_on_as_if_they_had_never_been(tmp_path, monkeypatch):
+    """The checkpoint, its optimizer and the artifact are those of an explicit list; the proof passes."""
+    with placing(tmp_path, monkeypatch) as fit:
+        assert fit(tmp_path / "run") == 0
+        last = newest_checkpoint([tmp_path / "run"])
+        checkpoint = torch.load(last, weights_only=True)
+        placement = checkpoint["koff"]["placement"]
+        about = read_manifest(tmp_path / "run" / "artifact").domains["de"]
+        assert (about.get("lora_layers", [*range(6)]), about.get("kv_layers", [*range(6)])) == tuple(placement.values())
+        assert json.loads((tmp_path / "run" / "artifact" / "export_report.json").read_text())["passed"]
+        whole = MemoryBank(load_backbone("koff-tiny"), ["de"], LoraSpec(2), KVSpec(4))
+        module = from_checkpoint(last)
+        size = module.memories.size("de")
+        assert size <= 0.4 * whole.size("de") < size + max(whole.sizes("de").values())
+        sizes = module.memories.sizes("de")
+        assert {part: sorted(layer for own, layer in sizes if own == part) for part in placement} == placement
+        trained = [p for p in module.parameters() if p.requires_grad]
+        state = checkpoint["optimizer_states"][0]
+        tracked = sum(len(group["params"]) for group in state["param_groups"])
+        assert tracked == len(trained) + 2  # the multipliers
+        explicit = [f"--model.{part}.layers={layers}" for part, layers in placement.items()]
+        assert fit(tmp_path / "on", f"--model.warm_start={last}", "--placement.keep=null", *explicit) == 0
+
+
+def test_a_run_that_was_stopped_chooses_as_the_one_that_was_not(tmp_path, monkeypatch):
+    with placing(tmp_path, monkeypatch, keep=0.5) as fit:
+        quick = ["--checkpoint.save_top_k=-1", "--export.enabled=false"]
+        assert fit(tmp_path / "whole", *quick) == 0
+        straight = torch.load(newest_checkpoint([tmp_path / "whole"]), weights_only=True)
+        early = next((tmp_path / "whole").rglob("*step=4.ckpt"))
+        assert torch.load(early, weights_only=True)["koff"]["placement"].keys() == {"lora", "kv"}
+        assert fit(tmp_path / "again", f"--ckpt_path={early}", *quick) == 0
+        resumed = torch.load(newest_checkpoint([tmp_path / "again"]), weights_only=True)
+    assert resumed["koff"]["placement"] == straight["koff"]["placement"]
+    assert resumed["state_dict"].keys() == straight["state_dict"].keys()
+    for name, value in straight["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+
+
+def test_a_gate_that_is_closed_is_a_layer_that_is_not_there():
+    bank, small = (filled(LoraSpec(3, 6.0), KVSpec(5)) for _ in range(2))
+    before = read(bank, ["de", None])
+    for part, layer in (("lora", 1), ("kv", 3)):
+        small.keep_layers(part, [each for each in range(4) if each != layer])
+    with bank.closed("lora", 1), bank.closed("kv", 3):
+        closed = read(bank, ["de", None])
+    assert torch.equal(closed, read(small, ["de", None]))
+    assert (closed - before).abs().max() > 0.01
+    assert torch.equal(read(bank, ["de", None]), before), "it opens again"
+    listed = filled(LoraSpec(3, 6.0, layers=[0, 2, 3]), KVSpec(5, layers=[0, 1, 2]))
+    assert small.state_dict().keys() == listed.state_dict().keys() and small.sizes("de") == listed.sizes("de")
+    assert sum(small.sizes("de").values()) == small.size("de") and small.lora("de") == listed.lora("de")
+
+
+def test_the_least_worth_per_parameter_goes_first():
+    sizes = {("lora", 0): 10, ("lora", 1): 10, ("kv", 0): 2, ("kv", 1): 2}
+    worth = {("lora", 0): 5.0, ("lora", 1): 20.0, ("kv", 0): 0.1, ("kv", 1): 3.0}
+    choose = PlaceMemories(keep=0.5)
+    choose._whole = 24
+    assert choose.chosen(sizes, worth, 1.0) == {"lora": [0, 1], "kv": [0, 1]}
+    assert choose.chosen(sizes, worth, 0.95) == {"lora": [0, 1], "kv": [1]}
+    assert choose.chosen(sizes, worth, 0.5) == {"lora": [1], "kv": [1]}
+    assert choose.chosen(sizes, worth, 0.01) == {"lora": [1], "kv": [1]}, "a part keeps a layer"
+    assert [choose.round_at(step, 100) for step in (29, 30, 40, 50, 60, 61)] == [0, 1, 2, 3, 4, 0]
+    assert PlaceMemories(keep=0.5, rounds=9).round_at(1, 2) == 9, "several rounds on one step are the last of them"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--placement.keep=1"], "placement.keep must lie between 0 and 1 .*; got 1"),
+        (["--placement.keep=0"], "placement.keep must lie between 0 and 1 .*; got 0"),
+        (["--placement.first=0.7", "--placement.last=0.6"], "0 < first <= last < 1 is wanted; got first 0.7 and last"),
+        (["--placement.rounds=0"], "must be at least 1; got 0"),
+        (["--model.lora=null", "--model.kv=null"], "model.lora and model.kv are null: there is nothing to place"),
+    ],
+)
+def test_a_budget_that_means_nothing_is_refused(tmp_path, monkeypatch, capsys, options, message):
+    with placing(tmp_path, monkeypatch) as fit:
+        assert fit(tmp_path / "run", *options) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("koff: ")]
+    assert len(lines) == 1 and re.search(message, lines[0])
+
+
+@pytest.mark.parametrize("placement", [{"lora": []}, {"lora": [0, 9]}, {"kv": [-1]}, {"lora": ["1"]}, {"q": [0]}, 3])
+def test_a_checkpoint_cannot_name_what_is_not_there(run, tmp_path, placement):
+    checkpoint = torch.load(run.checkpoint, weights_only=True)
+    checkpoint["koff"]["placement"] = placement
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    with pytest.raises(KoffError, match=r"can be kept in layers|placement|is not as `koff fit` writes one"):
+        from_checkpoint(tmp_path / "odd.ckpt")

@@ -143,6 +143,13 @@ class KVMemory(nn.Module):
                 part[index].normal_(0.0, std)
         self.initialised.fill_(True)
 
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """Let go of the slots of all other layers."""
+        for part in (self.sink_key, self.sink_value, self.key, self.value):
+            for index in set(self.layers) - set(layers):
+                delattr(part, str(index))
+        self.layers = [index for index in self.layers if index in layers]
+
     def numel(self) -> int:
         """Numbers stored, the frozen slot included."""
         parts = (self.sink_key, self.sink_value, self.key, self.value)

@@ -5,8 +5,8 @@ and one can be added or removed without touching the others.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -24,6 +24,7 @@ from koff_lightning.support.in_force import InForce
 from koff_lightning.support.names import check_name
 
 SHARED = "shared"
+Part = Literal["lora", "kv"]  # of a memory
 
 
 @dataclass
@@ -224,6 +225,41 @@ class MemoryBank(nn.Module):
             memory.fill_normal_(kv.std)
         return memory
 
+    # ---------------------------------------------------------------------------------------------- placement
+
+    @contextmanager
+    def closed(self, part: Part, layer: int) -> Iterator[None]:
+        """Inside the block no row reads one part of its memory in one layer; rows are to be activated inside it."""
+        linears = [linear for path, linear in self._linears.items() if layer_of(path) == layer and part == "lora"]
+        scalings, attention = [linear.scaling for linear in linears], attention_modules(self.model)[layer]
+        read = vars(attention).pop("koff_memory", None) if part == "kv" else None
+        for linear in linears:
+            linear.scaling = {}
+        try:
+            yield
+        finally:
+            for linear, scaling in zip(linears, scalings, strict=True):
+                linear.scaling = scaling
+            if read is not None:
+                attention.koff_memory = read
+
+    def keep_layers(self, part: Part, layers: Sequence[int]) -> None:
+        """Let go of one part of all memories in all other layers."""
+        if part == "lora":
+            for path, linear in self._linears.items():
+                for name in self._lora if layer_of(path) not in layers else ():
+                    linear.remove(self.key(name))
+            for name, spec in self._lora.items():
+                here = [layer for layer in placed(spec.layers, self.depth) if layer in layers] if spec else []
+                self._lora[name] = spec and replace(spec, layers=shortest(here, self.depth))
+        else:
+            for memory in self.kv.values():
+                memory.keep_layers(layers)
+            for layer, attention in enumerate(attention_modules(self.model)):
+                if layer not in layers:
+                    vars(attention).pop("koff_memory", None)
+        self.routes.forget()
+
     # ------------------------------------------------------------------------------------------------- read
 
     @property
@@ -316,6 +352,17 @@ class MemoryBank(nn.Module):
         """KV parameters of one domain, or of all; the frozen slots are buffers."""
         names = dict.fromkeys(self.key(self.names[d]) for d in ([domain] if domain else self.domains))
         return [p for name in names if name in self.kv for p in self.kv[name].parameters()]
+
+    def sizes(self, domain: str) -> dict[tuple[Part, int], int]:
+        """What `size` counts, by part and layer."""
+        found: dict[tuple[Part, int], int] = {}
+        for name, weight in self.weights(domain).items():
+            place: tuple[Part, int] = "lora", layer_of(name)
+            found[place] = found.get(place, 0) + weight.numel()
+        slots = self.slots(domain)
+        for layer in slots.layers if slots else ():
+            found["kv", layer] = sum(part.numel() for part in slots.layer(layer))
+        return found
 
     def size(self, domain: str) -> int:
         """Parameters that one domain's memory adds to the model; the frozen KV slot counts, since it is stored too."""

@@ -48,6 +48,7 @@ _FORM = {
         str: dict,
         "RunReport?": {"history": _HISTORY, "tokens": int, "seconds": float},
         "AnnealSparsity?": {"steps": int, "course?": dict},
+        "PlaceMemories?": {"whole": (int, None), "worth": {str: float}},
         "LMEval?": {"asked": list, "scores": dict, "step": int, "seconds": float},
     },
     "optimizer_states?": [{"state": dict, "param_groups": [{"params": [int], "lr": float}]}],
@@ -63,6 +64,7 @@ _FORM = {
         "shared_memory?": bool,
         "lora?": (LoraSpec, None),
         "kv?": (KVSpec, None),
+        "placement?": {"lora?": [int], "kv?": [int]},
     },
     "hyper_parameters": {
         "backbone?": str,

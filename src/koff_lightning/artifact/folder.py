@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from koff_lightning.artifact.layouts import Layout, layout_named
-from koff_lightning.backbone import PrunableGroup
+from koff_lightning.backbone import PrunableGroup, channel_linear
 from koff_lightning.model_files import check_links
 from koff_lightning.placement import check_words
 from koff_lightning.support.errors import KoffError
@@ -145,6 +145,11 @@ class Manifest:
     def tokenizer_hash(self) -> str:
         """Of the tokenizer that the memories were trained with."""
         return self.base["tokenizer_hash"]
+
+    def closed(self) -> dict[str, Tensor]:
+        """Path of a linear -> which of its channels stay in their place as zeros, bool [out]; where there are any."""
+        rows = {channel_linear(group["layer"], group["kind"]): ~_unpack(group) for group in self.kept}
+        return {path: closed for path, closed in rows.items() if path is not None and closed.any()}
 
     def mask(self) -> Tensor:
         """The mask, bool [U], over the groups in the order of `kept`."""

@@ -225,6 +225,12 @@ def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect:
     try:
         weights = _adapter(folder, card, spec) if spec else None
         memory = _slots(folder, card, bank.depth) if slots else None
+        for path, closed in (expect.closed() if expect and weights else {}).items():
+            if (up := weights.get(f"{path}.lora_B.weight")) is not None and up[closed].any():
+                raise KoffError(
+                    f"its adapter writes to channels of {path} that the mask has closed: train it for this artifact "
+                    "with this release (koff fit --config add_domain.yaml)"
+                )
         bank.add(domain, spec, memory, weights)
     except (KoffError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise KoffError(f"memory {folder}: {error}") from error

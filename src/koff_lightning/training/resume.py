@@ -139,6 +139,7 @@ def make_of(model: Decomposition) -> dict[str, Any]:
         "units": sorted(model.sparsity.units),
         "lora": model.lora and asdict(model.lora) | {"targets": sorted(model.lora.targets)},
         "kv": model.kv and asdict(model.kv),
+        "placement": model.placement,
     }
 
 
@@ -160,9 +161,15 @@ def refuse_unfit(checkpoint: Mapping[str, Any], model: Decomposition, some_domai
         )
     refuse_other_backbone(about, model)
     here, depth = make_of(model), model.memories.depth
+    here.pop("placement")  # taken over below
     if some_domains:
         here.pop("domains")
-    refuse_other_make(_made(about, depth), _made(here, depth))
+    there, here = _made(about, depth), _made(here, depth)
+    for part, layers in about.get("placement", {}).items():
+        if here.get(part) and here[part]["layers"] == shortest(layers, depth):
+            there[part] = (there[part] or {}) | {"layers": here[part]["layers"]}  # this run names what that one chose
+    refuse_other_make(there, here)
+    model.place(about.get("placement", {}))
     if bool(decomposition_state(checkpoint).get("gates.hardened", False)):
         refuse_other_mask((checkpoint.get("hyper_parameters") or {}).get("sparsity") or {}, asdict(model.sparsity))
 

@@ -19,7 +19,7 @@ from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing.option_table import FILE, LIGHTNINGS, Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
-SECTIONS = ("model", "data", "anneal", "export", "lm_eval", "checkpoint", "trainer")  # ours first
+SECTIONS = ("model", "data", "anneal", "placement", "export", "lm_eval", "checkpoint", "trainer")  # ours first
 WORDS = {  # without a value; training_cli turns them into options
     "fit": {"dry-run": "Show the parameter budget and the text, take two steps, write nothing."},
     "prepare": {"prefetch-only": "Fetch what a run needs, for a machine without network; tokenise nothing."},

@@ -240,6 +240,37 @@ def test_the_dense_model_is_read_whatever_is_in_force(opened, home):
     assert found == enrichment(read_mask(home / "ragged").removed, inside.rates()[:, 0] > 0.5, inside.layer.numpy())
 
 
+@pytest.mark.parametrize("units", [["gate_channel", "up_channel", "v_channel"], ["up_channel", "down_channel"]])
+def test_neurons_are_read_from_channels_of_gate_and_up(tmp_path, units):
+    """A neuron is removed if either half is; each half is told too, and what is put back is the whole neuron."""
+    from koff_lightning.sparsity import SparsitySpec
+
+    module = tiny_decomposition(tmp_path, sparsity=SparsitySpec(target=0.2, units=units, min_channels=4))
+    export(module, tmp_path / "out", prove=False)
+    closed = {kind: [] for kind in units}
+    for group, kept in module.gates.per_group(module.gates.kept):
+        closed[group.kind] += (~kept).tolist()
+    halves = {kind: np.array(closed[kind]) for kind in units if kind in ("gate_channel", "up_channel")}
+    either = np.any(list(halves.values()), axis=0)
+    assert either.any() and not either.all()
+    for mask in (read_mask(tmp_path / "out"), mask_of(module)):
+        assert (mask.removed == either).all() and len(mask.removed) == 2 * 96 and mask.logits is None
+        assert {kind: half["removed"].tolist() for kind, half in mask.halves.items()} == {
+            kind: half.tolist() for kind, half in halves.items()
+        }
+        table = mask.table()
+        for kind, half in {"channel": either, **halves}.items():
+            assert table[table["kind"] == kind]["removed"].tolist() == half.tolist()
+            assert table[table["kind"] == kind]["unit"].tolist() == [*range(96)] * 2
+    opened = open_run(tmp_path / "out")
+    before = opened.gates.kept.clone()
+    with reinserted(opened, either):
+        for group, kept in opened.gates.per_group(opened.gates.kept):
+            assert group.kind not in halves or kept.all()
+    assert torch.equal(opened.gates.kept, before)
+    assert transfer(opened, held_out()).bpb.notna().all(axis=None)
+
+
 def test_the_wrong_dense_model_is_refused(home, opened, tmp_path):
     tiny_model("llama", seed=7, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1).save_pretrained(tmp_path / "x")
     with pytest.raises(KoffError, match=r"was cut from .* \(hash .*\), but .* has hash .*give its own dense model"):

@@ -15,7 +15,7 @@ MODEL_INTERNALS = re.compile(r"\b[qkvo]_proj\b|\b(gate|up|down)_proj\b|\bself_at
 # by side. CONTRIBUTING.md tells what each is for.
 FLOORS = """
 support
-backbone
+backbone placement
 gguf_files model_files
 loading
 tracking merged_attention attention losses metrics surgery lora penalties

@@ -48,7 +48,7 @@ def memory_of(model, seed=0):
 def test_pefts_model_gives_our_logits(tmp_path, variant):
     memories = memory_of(backbone(variant))
     inv_freq = rotary_inv_freq(memories.model)
-    to_cartridge(memories.slots("de").tensors(), inv_freq, tmp_path / "de", "tiny/model")
+    to_cartridge(memories.slots("de"), inv_freq, tmp_path / "de", "tiny/model")
     theirs = PeftModel.from_pretrained(backbone(variant), tmp_path / "de")
     batch = plain_batch(2)
     expected = read(memories, ["de"] * 2, batch)
@@ -73,8 +73,9 @@ def test_an_adapter_that_peft_made_gives_its_logits_here(tmp_path):
 
 def test_there_and_back_again(tmp_path):
     model = tiny_model("llama3_rope")
-    tensors = memory_of(model).slots("de").tensors()
-    to_cartridge(tensors, rotary_inv_freq(model), tmp_path / "de")
+    memory = memory_of(model).slots("de")
+    tensors = memory.tensors()
+    to_cartridge(memory, rotary_inv_freq(model), tmp_path / "de")
     back = from_cartridge(tmp_path / "de", rotary_inv_freq(model))
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -85,16 +86,16 @@ def test_there_and_back_again(tmp_path):
 
 
 def test_layers_of_unequal_heads_are_refused(tmp_path):
-    tensors = KVMemory([(2, 16), (1, 16)], P).tensors()
+    memory = KVMemory([(2, 16), (1, 16)], P)
     with pytest.raises(KoffError, match="equally many key-value heads; these have 1 to 2: export with --lay"):
-        to_cartridge(tensors, torch.ones(8), tmp_path / "de")
+        to_cartridge(memory, torch.ones(8), tmp_path / "de")
     assert not (tmp_path / "de").exists()
 
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(KoffError, match="is not empty"):
-        to_cartridge(KVMemory([(2, 16)], P).tensors(), torch.ones(8), tmp_path)
+        to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), tmp_path)
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -104,7 +105,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr("koff_lightning.artifact.cartridge.save_file", full)
     with pytest.raises(KoffError, match=r"cannot write .*de: .*No space left on device"):
-        to_cartridge(KVMemory([(2, 16)], P).tensors(), torch.ones(8), tmp_path / "de")
+        to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), tmp_path / "de")
     assert not list(tmp_path.iterdir())
 
 
@@ -112,7 +113,7 @@ def test_what_is_no_cartridge_is_refused(tmp_path):
     with pytest.raises(KoffError, match="is not a CARTRIDGE adapter that can be read"):
         from_cartridge(tmp_path / "none", torch.ones(8))
     folder = tmp_path / "de"
-    to_cartridge(KVMemory([(2, 16)], P).tensors(), torch.ones(8), folder)
+    to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), folder)
     with pytest.raises(KoffError, match=r"\[7, 64\], which is not 7 slots of 1 layers with whole heads of size 24"):
         from_cartridge(folder, torch.ones(12))
     config = json.loads((folder / "adapter_config.json").read_text())

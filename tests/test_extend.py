@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_artifact import DOMAINS, tiny_artifact
 from toy_text import toy_documents, write_jsonl
 
-from koff_lightning import load_decomposed
+from koff_lightning import KoffError, SparsitySpec, load_decomposed
+from koff_lightning.artifact.folder import describe_file, read_manifest
 from koff_lightning.cli import main
 from koff_lightning.support.files import hash_file
 
@@ -71,6 +73,44 @@ def test_the_memory_in_the_artifact_is_the_one_that_was_trained(text, tmp_path):
     assert trained
     for name, value in trained.items():
         assert torch.equal(loaded[name.removeprefix("model.")], value), name
+
+
+CHANNELS = ["q_channel", "k_channel", "v_channel", "o_channel", "gate_channel", "up_channel", "down_channel"]
+
+
+def test_a_later_memory_does_not_speak_in_closed_channels(text, tmp_path):
+    """As for memories trained with the mask: y = z (W x + dW x), so a closed channel stays zero."""
+    made = tiny_artifact(tmp_path, sparsity=SparsitySpec(target=0.3, units=CHANNELS, min_channels=4))
+    closed = read_manifest(made.folder).closed()
+    assert {path.rpartition(".")[2] for path in closed} == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
+    more = ["--model.optim.lora_lr=0.1", "--model.lora.rank=2"]
+    assert fit(tmp_path, made.folder, "--data.domains.art", str(text / "art.jsonl"), *more) == 0
+    model = load_decomposed(made.folder)
+    weights, said = model.memories.weights("art"), {}
+    for path, rows in closed.items():
+        up = weights[f"{path}.lora_B.weight"]
+        assert not up[rows].any() and up[~rows].any()
+        linear = model.backbone.get_submodule(path)
+        linear.register_forward_hook(lambda _, __, out, path=path: said.update({path: out}))
+    with torch.no_grad():
+        model(torch.randint(3, 300, (2, 9)), domains=["art", "de"])
+    for path, rows in closed.items():
+        assert not said[path][..., rows].any() and said[path][..., ~rows].any()
+
+
+def test_an_adapter_that_writes_to_closed_channels_is_refused(tmp_path):
+    made = tiny_artifact(tmp_path, sparsity=SparsitySpec(target=0.3, units=["v_channel"], min_kv_groups=4))
+    home = made.folder / "memories" / "de"
+    path, rows = next(iter(read_manifest(made.folder).closed().items()))
+    tensors = load_file(home / "adapter_model.safetensors")
+    tensors[f"base_model.model.{path}.lora_B.weight"][rows.nonzero()[0, 0], 0] = 1e-3
+    card = json.loads((home / "memory.json").read_text())
+    save_file(tensors, home / "adapter_model.safetensors", {"format": "pt"})
+    card["files"]["adapter_model.safetensors"] = describe_file(home / "adapter_model.safetensors")
+    (home / "memory.json").write_text(json.dumps(card))
+    model = load_decomposed(made.folder, domains=["fr"], verify=False)
+    with pytest.raises(KoffError, match="its adapter writes to channels of .*v_proj that the mask has closed"):
+        model.add_memory(home)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,20 @@ def test_layers_that_are_not_counted_are_as_those_that_are(step, checkpointing):
         assert getattr(counts, field.name) == whole[field.name], field.name
 
 
+@pytest.mark.parametrize("lora", ["top:2", [0, 3]])
+@pytest.mark.parametrize("kv", ["top:40%", [1]])
+def test_layers_without_memories_are_counted_as_such(step, lora, kv):
+    step = replace(step, lora=LoraSpec(rank=2, layers=lora), kv=KVSpec(slots=4, layers=kv))
+    counts, whole = count(step), _count(step, step.config.num_hidden_layers)
+    for field in fields(counts):
+        if field.name != "peaks":
+            assert getattr(counts, field.name) == whole[field.name], field.name
+    assert counts.peaks == pytest.approx(whole["peaks"], rel=0.05)
+    everywhere = count(replace(step, lora=LoraSpec(rank=2), kv=KVSpec(slots=4)))
+    assert counts.trained < everywhere.trained
+    assert counts.flops < everywhere.flops
+
+
 def test_weights_and_memories_are_counted_exactly(step):
     counts, model = count(step), tiny_model("qwen3", num_hidden_layers=5)
     assert counts.layers + counts.rest == 4 * parameter_counts(model)["total"]

@@ -56,7 +56,8 @@ def tiny_decomposition(
         config = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": tie}
         tiny_model(family, vocab_size=VOCABULARY, **config).save_pretrained(dense)
     defaults = {"lora": LoraSpec(rank=3, alpha=6.0), "kv": KVSpec(slots=5), "domains": DOMAINS}
-    module = Decomposition(str(dense), sparsity=SparsitySpec(target=0.3, min_channels=4), **defaults | options)
+    defaults["sparsity"] = SparsitySpec(target=0.3, min_channels=4)
+    module = Decomposition(str(dense), **defaults | options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module.gates.harden(_mask(module, uniform))

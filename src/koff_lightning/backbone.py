@@ -26,6 +26,7 @@ _ATTENTION = ("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj")
 _CHANNELS = {f"{name[:-5]}_channel": (block, name) for block in (_FFN, _ATTENTION) for name in (*block[1], block[2])}
 CHANNELS = tuple(_CHANNELS)
 _HALVES = ("gate_channel", "up_channel")  # a neuron is the product of the two, so either closes it
+NEURONS = (KINDS[0], *_HALVES)  # kinds of which each layer has as many units as neurons, in their order
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class PrunableGroup:
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer blocks in order."""
     return list(model.model.layers)
+
+
+def layer_of(path: str) -> int:
+    """Number of the layer that a module belongs to, from its path in the model."""
+    return next(int(word) for word in path.split(".") if word.isdigit())
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -143,6 +149,14 @@ def check_kinds(kinds: tuple[str, ...] | list[str]) -> None:
                 f"sparsity.units: {whole} owns the weights of {' and '.join(inside)}, which would be counted twice: "
                 f"give {whole} or the channels"
             )
+
+
+def channel_linear(layer: int, kind: str) -> str | None:
+    """Path of the linear whose output channels a kind is; None for kinds that leave nothing of a unit behind."""
+    if kind in (*KINDS, *_HALVES):
+        return None
+    (block, *_), name = _CHANNELS[kind]
+    return f"model.layers.{layer}.{block}.{name}"
 
 
 def _channels(index: int, kind: str, layer: nn.Module) -> PrunableGroup:

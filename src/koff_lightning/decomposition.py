@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, N predicted tokens, d hidden, U prunable units.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,8 @@ from koff_lightning.backbone import (
 from koff_lightning.gates import BackboneGates
 from koff_lightning.loading import fingerprint, load_backbone
 from koff_lightning.losses import head_nats
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank, Part
+from koff_lightning.placement import placed, shown
 from koff_lightning.sparsity import Budget, SparsitySpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
@@ -96,6 +97,7 @@ class Decomposition(nn.Module):
         check_names(domains)
         self.source, self.domains, self.loading = source, list(domains), loading
         self.sparsity, self.lora, self.kv, self.shared_memory = sparsity, lora, kv, shared_memory
+        self.placement: dict[Part, list[int]] = {}  # layers that a run has chosen for a part, see `place`
         self.target = 0.0  # sparsity at which a mask that is not fixed yet is cut, see `hard_mask`
         self.chunk = 1024  # tokens whose logits exist at one time
         self.backbone = load_backbone(source, **loading)
@@ -171,6 +173,23 @@ class Decomposition(nn.Module):
         consumers = [self.backbone.get_submodule(group.consumer) for group in self.gates.groups]
         plain = [getattr(linear, "base_layer", linear) for linear in consumers]  # without adapters
         return sum(linear.out_features for linear in plain if linear.bias is None)
+
+    def place(self, placement: Mapping[Part, Sequence[int]]) -> None:
+        """Keep parts of the memories in some of the layers where they are, and let go of the rest.
+
+        Raises:
+            KoffError: No layer of a part, or one without that part.
+        """
+        for part, layers in placement.items():
+            spec = {"lora": self.lora, "kv": self.kv}.get(part)
+            held = self.placement.get(part) or (placed(spec.layers, self.memories.depth) if spec else [])
+            if not layers or not set(layers) <= set(held):
+                raise KoffError(
+                    f"no {part} can be kept in layers {shown(sorted(layers)) or 'none'}: the memories of this run have "
+                    f"theirs in {shown(held) or 'none'}"
+                )
+            self.memories.keep_layers(part, layers)
+            self.placement[part] = sorted(set(layers))
 
     # ---------------------------------------------------------------------------------------------- forward
 

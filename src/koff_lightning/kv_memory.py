@@ -1,4 +1,4 @@
-"""A domain's learned memory: for each layer, the keys and values of P slots that every token of the domain can see.
+"""A domain's learned memory: for each layer that has one, the keys and values of P slots that every token can see.
 
 The slots live at the positions -P..-1, before the first token. Tokens keep the positions that they have without a
 memory, so domains of unequal P share a batch, and a row without a memory gives what the plain model gives.
@@ -33,8 +33,9 @@ class KVMemory(nn.Module):
     (Cartridges, section 3). The others are parameters.
 
     Args:
-        shapes: Key-value heads K and head size dh of each layer, in order.
+        shapes: Key-value heads K and head size dh of each layer, in order; None for a layer without slots.
         slots: P, at least 1 and at most 8192.
+        frozen_first: Whether slot 0 is frozen; else all are parameters.
 
     Raises:
         KoffError: `slots` is out of range.
@@ -43,33 +44,41 @@ class KVMemory(nn.Module):
     initialised: Tensor
     source: Tensor  # uint8 [32]: SHA-256 of the token ids it was filled from; zeros when they are not known
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], slots: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int] | None], slots: int, frozen_first: bool = True) -> None:
         super().__init__()
         if not 1 <= slots <= MAX_SLOTS:
             raise KoffError(f"a memory needs 1 to {MAX_SLOTS} slots, got {slots}: set kv.slots in that range")
-        self.slots = slots
-        self.sink_key = _Buffers([torch.zeros(heads, 1, size) for heads, size in shapes])
-        self.sink_value = _Buffers([torch.zeros(heads, 1, size) for heads, size in shapes])
-        self.key = nn.ParameterList(torch.zeros(heads, slots - 1, size) for heads, size in shapes)
-        self.value = nn.ParameterList(torch.zeros(heads, slots - 1, size) for heads, size in shapes)
+        self.slots, self.depth, self._frozen = slots, len(shapes), int(frozen_first)
+        own = {layer: shape for layer, shape in enumerate(shapes) if shape is not None}
+        self.layers = list(own)  # those that have slots
+
+        def zeros(count: int) -> dict[int, Tensor]:
+            return {layer: torch.zeros(heads, count, size) for layer, (heads, size) in own.items()}
+
+        self.sink_key, self.sink_value = (_Parts(zeros(self._frozen), False) for _ in range(2))
+        self.key, self.value = (_Parts(zeros(slots - self._frozen), True) for _ in range(2))
         self.register_buffer("initialised", torch.tensor(False))
         self.register_buffer("source", torch.zeros(32, dtype=torch.uint8))
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], source: str | None = None) -> "KVMemory":
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], source: str | None = None, depth: int | None = None
+    ) -> "KVMemory":
         """The frozen memory that `tensors` gave.
 
         Args:
-            tensors: `layers.{i}.key` and `layers.{i}.value`, each fp32 [K_i, P, dh], for i from 0 without gaps.
+            tensors: `layers.{i}.key` and `layers.{i}.value`, each fp32 [K_i, P, dh], of the layers that have slots.
             source: Hex digits of the SHA-256 of the token ids that it was filled from.
+            depth: Layers of the model, of which some may have no slots; None if all have, from 0 without gaps.
 
         Raises:
             KoffError: A tensor is missing, left over, of another shape than its fellows or not fp32.
         """
-        pairs = _pairs(tensors)
-        shapes = [(key.shape[0], key.shape[2]) for key, _ in pairs]
-        memory = cls(shapes, pairs[0][0].shape[1]).requires_grad_(False)
-        for index, (key, value) in enumerate(pairs):
+        pairs = _pairs(tensors, depth)
+        count = len(pairs) if depth is None else depth
+        shapes = [(pairs[i][0].shape[0], pairs[i][0].shape[2]) if i in pairs else None for i in range(count)]
+        memory = cls(shapes, next(iter(pairs.values()))[0].shape[1]).requires_grad_(False)
+        for index, (key, value) in pairs.items():
             memory._write_(index, key, value)
         memory.initialised.fill_(True)
         if source is not None:
@@ -77,8 +86,8 @@ class KVMemory(nn.Module):
         return memory
 
     def tensors(self) -> dict[str, Tensor]:
-        """A copy of all slots: `layers.{i}.key` and `layers.{i}.value`, each [K_i, P, dh]."""
-        pairs = {f"layers.{index}": self.layer(index) for index in range(len(self.key))}
+        """A copy of all slots: `layers.{i}.key` and `layers.{i}.value`, each [K, P, dh]."""
+        pairs = {f"layers.{index}": self.layer(index) for index in self.layers}
         return {f"{at}.{kind}": part.detach() for at, p in pairs.items() for kind, part in zip(_KINDS, p, strict=True)}
 
     @property
@@ -96,8 +105,8 @@ class KVMemory(nn.Module):
     def initialise_(self, model: PreTrainedModel, input_ids: Tensor) -> None:
         """Fill the memory with what `model` remembers of a text, moved to the positions -P..-1.
 
-        The model then continues any tokens as if it had read the text before them (exactly, as long as no layer's
-        sliding window ends inside the text).
+        The model then continues any tokens as if it had read the text before them (exactly, as long as all layers have
+        slots and no layer's sliding window ends inside the text).
 
         Args:
             model: The frozen model, in eval mode, with memories, adapters and gates off.
@@ -119,44 +128,64 @@ class KVMemory(nn.Module):
         )
         pairs = [(layer.keys[0].float(), layer.values[0].float()) for layer in cache.layers]  # each [K, P, dh]
         self.check_shapes([(key.shape[0], key.shape[2]) for key, _ in pairs])
-        for index, (key, value) in enumerate(pairs):
+        for index in self.layers:
+            key, value = pairs[index]
             self._write_(index, rotate_keys(key, inv_freq, -self.slots), value)
         self.initialised.fill_(True)
         text = input_ids[: self.slots].cpu().numpy().astype("<i8").tobytes()  # the same on every machine
         self.source.copy_(torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8))
 
+    @torch.no_grad()
+    def fill_normal_(self, std: float) -> None:
+        """Fill all slots, a frozen one too, with normal noise; no rotation changes its distribution."""
+        for part in (self.sink_key, self.sink_value, self.key, self.value):
+            for index in self.layers:
+                part[index].normal_(0.0, std)
+        self.initialised.fill_(True)
+
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """Let go of the slots of all other layers."""
+        for part in (self.sink_key, self.sink_value, self.key, self.value):
+            for index in set(self.layers) - set(layers):
+                delattr(part, str(index))
+        self.layers = [index for index in self.layers if index in layers]
+
     def numel(self) -> int:
         """Numbers stored, the frozen slot included."""
-        tensors = [*self.key, *self.value, *self.sink_key.buffers(), *self.sink_value.buffers()]
-        return sum(tensor.numel() for tensor in tensors)
+        parts = (self.sink_key, self.sink_value, self.key, self.value)
+        return sum(part[index].numel() for part in parts for index in self.layers)
 
     def _write_(self, index: int, key: Tensor, value: Tensor) -> None:
         """Copy keys and values, each [K, P, dh], into one layer."""
-        self.sink_key[index].copy_(key[:, :1])
-        self.sink_value[index].copy_(value[:, :1])
-        self.key[index].copy_(key[:, 1:])
-        self.value[index].copy_(value[:, 1:])
+        first = self._frozen
+        self.sink_key[index].copy_(key[:, :first])
+        self.sink_value[index].copy_(value[:, :first])
+        self.key[index].copy_(key[:, first:])
+        self.value[index].copy_(value[:, first:])
 
     def check_shapes(self, wanted: Sequence[tuple[int, int]]) -> None:
-        """Raise KoffError unless the memory has these (kv heads K, head size dh), layer by layer."""
-        own = [(key.shape[0], key.shape[2]) for key in self.key]
-        if own != list(wanted):
+        """Raise KoffError unless the memory fits layers of these (kv heads K, head size dh)."""
+        own = [(self.key[i].shape[0], self.key[i].shape[2]) if i in self.layers else None for i in range(self.depth)]
+        if len(own) != len(wanted) or any(mine not in (None, its) for mine, its in zip(own, wanted, strict=True)):
             raise KoffError(
                 f"the memory was made for layers with (key-value heads, head size) {own} but the model has "
                 f"{list(wanted)}: make the memory from this model"
             )
 
 
-class _Buffers(nn.Module):
-    """A list of buffers; torch has lists of parameters only."""
+class _Parts(nn.Module):
+    """Parameters or buffers by number of layer; torch has lists, without gaps, and of parameters only."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Mapping[int, Tensor], trained: bool) -> None:
         super().__init__()
-        for index, tensor in enumerate(tensors):
-            self.register_buffer(str(index), tensor)
+        for index, tensor in tensors.items():
+            if trained:
+                self.register_parameter(str(index), nn.Parameter(tensor))
+            else:
+                self.register_buffer(str(index), tensor)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.get_buffer(str(index))
+        return getattr(self, str(index))
 
 
 def rotate_keys(key: Tensor, inv_freq: Tensor, shift: int) -> Tensor:
@@ -219,15 +248,17 @@ def read_memories(memories: Sequence[KVMemory], rows: Sequence[int], layer: int)
     return LayerMemory(key, value, _visible([memories[n].slots if n != -1 else 0 for n in names], slots, key.device))
 
 
-def _pairs(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(key, value) of each layer from named tensors, checked."""
-    layers = range(max(1, (len(tensors) + 1) // 2))
+def _pairs(tensors: Mapping[str, Tensor], depth: int | None) -> dict[int, tuple[Tensor, Tensor]]:
+    """Layer -> (key, value) from named tensors, checked; arguments as of `KVMemory.from_tensors`."""
+    if depth is None:
+        layers = list(range(max(1, (len(tensors) + 1) // 2)))
+    else:
+        layers = [i for i in range(depth) if any(f"layers.{i}.{kind}" in tensors for kind in _KINDS)] or [depth - 1]
     wanted = [f"layers.{index}.{kind}" for index in layers for kind in _KINDS]
     if odd := sorted(set(wanted) ^ set(tensors)):
-        raise KoffError(
-            f"a KV memory holds layers.0.key, layers.0.value, layers.1.key and so on, without gaps: {odd[0]} is "
-            f"{'left over' if odd[0] in tensors else 'missing'}"
-        )
+        due = "layers.0.key, layers.0.value, layers.1.key and so on, without gaps"
+        due = due if depth is None else f"layers.I.key and layers.I.value of some layers I from 0 to {depth - 1}"
+        raise KoffError(f"a KV memory holds {due}: {odd[0]} is {'left over' if odd[0] in tensors else 'missing'}")
     first = tensors[wanted[0]]
     for name in wanted:
         part, key = tensors[name], tensors[name.replace("value", "key")]
@@ -238,7 +269,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
             )
         if not part.isfinite().all():
             raise KoffError(f"the KV memory holds nan or inf: {name}; get it again")
-    return [(tensors[f"layers.{index}.key"], tensors[f"layers.{index}.value"]) for index in layers]
+    return {index: (tensors[f"layers.{index}.key"], tensors[f"layers.{index}.value"]) for index in layers}
 
 
 def _pad_slots(part: Tensor, slots: int) -> Tensor:

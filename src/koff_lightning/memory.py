@@ -5,23 +5,26 @@ and one can be added or removed without touching the others.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
-from koff_lightning.backbone import LORA_TARGETS, attention_modules, kv_shapes
+from koff_lightning.backbone import LORA_TARGETS, attention_modules, kv_shapes, layer_of
 from koff_lightning.kv_memory import KVMemory, read_memories
 from koff_lightning.lora import Mark, RoutedLinear, Routes, check_fit
+from koff_lightning.placement import ALL, check_words, placed, shortest
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.in_force import InForce
 from koff_lightning.support.names import check_name
 
 SHARED = "shared"
+Part = Literal["lora", "kv"]  # of a memory
 
 
 @dataclass
@@ -30,13 +33,15 @@ class LoraSpec:
 
     Args:
         rank: Rank r of the update B A.
-        alpha: Numerator of the scale alpha / r.
+        alpha: Numerator of the scale alpha / r; the paper's r 256 and alpha 128 halve the update B A.
         targets: Linears that get an adapter.
+        layers: Layers that get one: all, top:18, top:64%, or a list of numbers from 0.
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    layers: list[int] | str = ALL
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= 1024:
@@ -50,6 +55,7 @@ class LoraSpec:
             raise KoffError(
                 f"lora.targets must be some of {', '.join(LORA_TARGETS)}; got {', '.join(unknown) or 'none'}"
             )
+        check_words(self.layers, "lora.layers")
 
 
 @dataclass
@@ -57,16 +63,29 @@ class KVSpec:
     """One learned key-value memory per domain.
 
     Args:
-        slots: Number P of key-value pairs per kv head and layer; slot 0 is frozen.
+        slots: Number P of key-value pairs per kv head and layer.
+        layers: Layers that get them: all, top:18, top:64%, or a list of numbers from 0.
+        init: What they start from: the domain's own text as the model reads it, or normal noise.
+        std: Standard deviation of the noise.
+        frozen_first: Keep slot 0 as it starts; else it is trained like the others.
     """
 
     slots: int = 16
+    layers: list[int] | str = ALL
+    init: Literal["text", "normal"] = "text"
+    std: float = 0.02
+    frozen_first: bool = True
 
     def __post_init__(self) -> None:
-        if not 2 <= self.slots <= 8192:
-            raise KoffError(
-                f"kv.slots must be between 2 and 8192 (slot 0 is frozen); got {self.slots} (null for no KV memory)"
-            )
+        least = 1 + self.frozen_first
+        if not least <= self.slots <= 8192:
+            why = " (slot 0 is frozen)" if self.frozen_first else ""
+            raise KoffError(f"kv.slots must be between {least} and 8192{why}; got {self.slots} (null for no KV memory)")
+        if self.init not in ("text", "normal"):
+            raise KoffError(f"kv.init must be text or normal; got {self.init!r}")
+        if not 0 < self.std < math.inf:
+            raise KoffError(f"kv.std must be positive and finite; got {self.std}")
+        check_words(self.layers, "kv.layers")
 
 
 class MemoryBank(nn.Module):
@@ -101,6 +120,7 @@ class MemoryBank(nn.Module):
         linears = {path: m for path, m in model.named_modules() if path.rpartition(".")[2] in LORA_TARGETS}
         if any(isinstance(module, RoutedLinear) for module in linears.values()):
             raise KoffError("this model carries memories already: add further ones to the bank that it has")
+        self.depth = len(attention_modules(model))  # layers
         self._paths = list(linears)
         self._linears: dict[str, RoutedLinear] = {}  # path -> linear that carries adapters
         for domain in domains:
@@ -139,7 +159,9 @@ class MemoryBank(nn.Module):
         if name in self._lora and (weights is not None or isinstance(kv, KVMemory)):
             raise KoffError("the domains of this bank share one memory: it takes no further one")
         if name not in self._lora:
-            paths = [path for path in self._paths if lora is not None and path.rpartition(".")[2] in lora.targets]
+            if lora is not None:
+                lora = replace(lora, layers=shortest(placed(lora.layers, self.depth, "lora.layers"), self.depth))
+            paths = self.paths(lora)
             check_fit({path: self.model.get_submodule(path) for path in paths}, lora and lora.rank, weights)
             if kv is not None:
                 self._hang_slots(self.key(name), kv)
@@ -169,6 +191,13 @@ class MemoryBank(nn.Module):
         self._marks.pop(self.key(name)).gone = True
         self.routes.forget()
 
+    def paths(self, lora: LoraSpec | None) -> list[str]:
+        """Paths of the linears that such an adapter hangs on."""
+        if lora is None:
+            return []
+        layers = placed(lora.layers, self.depth, "lora.layers")
+        return [path for path in self._paths if path.rpartition(".")[2] in lora.targets and layer_of(path) in layers]
+
     def _linear(self, path: str) -> RoutedLinear:
         """The linear at `path`, made able to carry adapters."""
         if path not in self._linears:
@@ -178,15 +207,58 @@ class MemoryBank(nn.Module):
         return self._linears[path]
 
     def _hang_slots(self, key: str, kv: KVSpec | KVMemory) -> None:
-        shapes = kv_shapes(self.model)
-        with self.model.device:
-            memory = kv.to(self.model.device) if isinstance(kv, KVMemory) else KVMemory(shapes, kv.slots)
-        memory.check_shapes(shapes)
+        memory = kv.to(self.model.device) if isinstance(kv, KVMemory) else self._fresh_slots(kv)
+        memory.check_shapes(kv_shapes(self.model))
         if not self.kv:
             self.model.set_attn_implementation("koff")
-            for layer, attention in enumerate(attention_modules(self.model)):
+        for layer, attention in enumerate(attention_modules(self.model)):
+            if layer in memory.layers:  # the others take the plain path
                 attention.koff_memory = partial(self.read, layer)  # anew at every call: a layer may be recomputed
         self.kv[key] = memory
+
+    def _fresh_slots(self, kv: KVSpec) -> KVMemory:
+        layers = placed(kv.layers, self.depth, "kv.layers")
+        shapes = [shape if layer in layers else None for layer, shape in enumerate(kv_shapes(self.model))]
+        with self.model.device:
+            memory = KVMemory(shapes, kv.slots, kv.frozen_first)
+        if kv.init == "normal":
+            memory.fill_normal_(kv.std)
+        return memory
+
+    # ---------------------------------------------------------------------------------------------- placement
+
+    @contextmanager
+    def closed(self, part: Part, layer: int) -> Iterator[None]:
+        """Inside the block no row reads one part of its memory in one layer; rows are to be activated inside it."""
+        linears = [linear for path, linear in self._linears.items() if layer_of(path) == layer and part == "lora"]
+        scalings, attention = [linear.scaling for linear in linears], attention_modules(self.model)[layer]
+        read = vars(attention).pop("koff_memory", None) if part == "kv" else None
+        for linear in linears:
+            linear.scaling = {}
+        try:
+            yield
+        finally:
+            for linear, scaling in zip(linears, scalings, strict=True):
+                linear.scaling = scaling
+            if read is not None:
+                attention.koff_memory = read
+
+    def keep_layers(self, part: Part, layers: Sequence[int]) -> None:
+        """Let go of one part of all memories in all other layers."""
+        if part == "lora":
+            for path, linear in self._linears.items():
+                for name in self._lora if layer_of(path) not in layers else ():
+                    linear.remove(self.key(name))
+            for name, spec in self._lora.items():
+                here = [layer for layer in placed(spec.layers, self.depth) if layer in layers] if spec else []
+                self._lora[name] = spec and replace(spec, layers=shortest(here, self.depth))
+        else:
+            for memory in self.kv.values():
+                memory.keep_layers(layers)
+            for layer, attention in enumerate(attention_modules(self.model)):
+                if layer not in layers:
+                    vars(attention).pop("koff_memory", None)
+        self.routes.forget()
 
     # ------------------------------------------------------------------------------------------------- read
 
@@ -238,7 +310,7 @@ class MemoryBank(nn.Module):
 
     def _slots(self, routes: Routes, layer: int) -> tuple[LayerMemory | None, list[Tensor]]:
         """What `read` gives, and the tensors that it comes from."""
-        names = [name for name in routes.names if name in self.kv]
+        names = [name for name in routes.names if name in self.kv and layer in self.kv[name].layers]
         places = [names.index(name) if name in names else -1 for name in routes.names] + [-1]  # the last for -1
         memories = [self.kv[name] for name in names]
         slots = read_memories(memories, [places[row] for row in routes.order], layer)
@@ -280,6 +352,17 @@ class MemoryBank(nn.Module):
         """KV parameters of one domain, or of all; the frozen slots are buffers."""
         names = dict.fromkeys(self.key(self.names[d]) for d in ([domain] if domain else self.domains))
         return [p for name in names if name in self.kv for p in self.kv[name].parameters()]
+
+    def sizes(self, domain: str) -> dict[tuple[Part, int], int]:
+        """What `size` counts, by part and layer."""
+        found: dict[tuple[Part, int], int] = {}
+        for name, weight in self.weights(domain).items():
+            place: tuple[Part, int] = "lora", layer_of(name)
+            found[place] = found.get(place, 0) + weight.numel()
+        slots = self.slots(domain)
+        for layer in slots.layers if slots else ():
+            found["kv", layer] = sum(part.numel() for part in slots.layer(layer))
+        return found
 
     def size(self, domain: str) -> int:
         """Parameters that one domain's memory adds to the model; the frozen KV slot counts, since it is stored too."""

@@ -8,7 +8,6 @@ must have equally many key-value heads. Source: peft/tuners/cartridge.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,35 +15,43 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from koff_lightning.kv_memory import rotate_keys
+from koff_lightning.kv_memory import KVMemory, rotate_keys
+from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import new_folder
 
 CONFIG, WEIGHTS, NAME = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
 
-def to_cartridge(tensors: Mapping[str, Tensor], inv_freq: Tensor, folder: Path, base: str | None = None) -> None:
+def to_cartridge(memory: KVMemory, inv_freq: Tensor, folder: Path, base: str | None = None) -> None:
     """Write a KV memory as a CARTRIDGE adapter.
 
     `PeftModel.from_pretrained(backbone, folder)` reads it where the backbone's own config names its key-value heads:
     layout `uniform`, or any other when no head was removed.
 
     Args:
-        tensors: `layers.{i}.key` and `layers.{i}.value`, each [K, P, dh], as `KVMemory.tensors` gives them.
+        memory: With slots in all layers.
         inv_freq: Of the backbone's rotary embedding, [dh / 2] (`backbone.rotary_inv_freq`).
         folder: A new or empty folder.
         base: Id of the model, as peft notes it.
 
     Raises:
-        KoffError: Layers differ in key-value heads, the folder holds something, or the disk did not take it.
+        KoffError: Some layer has no slots, layers differ in key-value heads, the folder holds something, or the disk
+            did not take it.
     """
+    tensors, slots, layers = memory.tensors(), memory.slots, memory.depth
+    if len(memory.layers) != layers:
+        raise KoffError(
+            f"a CARTRIDGE holds slots in all {layers} layers, this memory has some in {shown(memory.layers)} alone: "
+            "train one with kv.layers all"
+        )
     shapes = sorted({(part.shape[0], part.shape[2]) for part in tensors.values()})
     if len(shapes) != 1:
         raise KoffError(
             "a CARTRIDGE holds layers with equally many key-value heads; these have "
             f"{shapes[0][0]} to {shapes[-1][0]}: export with --layout uniform, or prune no kv_group units"
         )
-    (heads, size), slots, layers = shapes[0], next(iter(tensors.values())).shape[1], len(tensors) // 2
+    heads, size = shapes[0]
     parts = []
     for index in range(layers):
         key = rotate_keys(tensors[f"layers.{index}.key"].float(), inv_freq, slots)

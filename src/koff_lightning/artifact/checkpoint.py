@@ -146,6 +146,7 @@ def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposit
         hint = "" if backbone else " (if the backbone has moved, say where it is with --backbone)"
         raise KoffError(f"{path}: {error}{hint}") from error
     refuse_other_backbone(checkpoint["koff"], model)
+    model.place(checkpoint["koff"].get("placement") or {})
     state = decomposition_state(checkpoint)
     refuse_other_tensors(state, model.state_dict(), model.owned())
     model.load_state_dict(state, strict=False)

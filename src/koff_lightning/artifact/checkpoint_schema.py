@@ -7,7 +7,8 @@ itself, a tensor may claim a million times the numbers that it has, `global_step
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ _FORM = {
         str: dict,
         "RunReport?": {"history": _HISTORY, "tokens": int, "seconds": float},
         "AnnealSparsity?": {"steps": int, "course?": dict},
+        "PlaceMemories?": {"whole": (int, None), "worth": {str: float}},
         "LMEval?": {"asked": list, "scores": dict, "step": int, "seconds": float},
     },
     "optimizer_states?": [{"state": dict, "param_groups": [{"params": [int], "lr": float}]}],
@@ -62,6 +64,7 @@ _FORM = {
         "shared_memory?": bool,
         "lora?": (LoraSpec, None),
         "kv?": (KVSpec, None),
+        "placement?": {"lora?": [int], "kv?": [int]},
     },
     "hyper_parameters": {
         "backbone?": str,
@@ -169,9 +172,16 @@ def _fault_of_spec(value: Any, spec: type, name: str) -> str | None:
         if get_origin(hint) is Literal:
             if not isinstance(part, str) or part not in get_args(hint):
                 return _other(f"{name}.{key}", " or ".join(get_args(hint)), part)
-        elif fault := _fault(part, [str] if get_origin(hint) is list else hint, f"{name}.{key}"):
+        elif fault := _fault(part, _form_of(hint), f"{name}.{key}"):
             return fault
     return None
+
+
+def _form_of(hint: Any) -> Any:
+    """The form that a type hint of an option stands for."""
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(None if part is type(None) else _form_of(part) for part in get_args(hint))
+    return [_form_of(get_args(hint)[0])] if get_origin(hint) is list else hint
 
 
 def _fault_of_numbers(state: Mapping[str, Tensor]) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from koff_lightning.kv_memory import KVMemory
 from koff_lightning.memory import LoraSpec, MemoryBank
+from koff_lightning.placement import placed, shown
 from koff_lightning.support.errors import KoffError
 
 
@@ -33,17 +34,21 @@ def compose(bank: MemoryBank, a: str, b: str, as_: str, weights: tuple[float, fl
         weights: Of the two adapters.
 
     Raises:
-        KoffError: One of them is not there or is the other, the name is unsafe or taken, a weight is no number, or
-            rank or slots of the two together are too many.
+        KoffError: One of them is not there or is the other, the name is unsafe or taken, a weight is no number, their
+            slots lie in unlike layers, or rank or slots of the two together are too many.
     """
     if a == b or bank.shared:
         raise KoffError(f"two memories are wanted, got {a!r} and {b!r}, which are one: name different domains")
     if not all(math.isfinite(weight) for weight in weights):
         raise KoffError(f"weights must be finite numbers, got {weights[0]} and {weights[1]}")
     spec, matrices = _lora(bank, {a: weights[0], b: weights[1]})
-    parts = [slots.tensors() for slots in (bank.slots(a), bank.slots(b)) if slots is not None]
+    slots = {name: bank.slots(name) for name in (a, b) if bank.slots(name) is not None}
+    if len({tuple(memory.layers) for memory in slots.values()}) > 1:
+        where = " and ".join(f"{shown(memory.layers)} ({name})" for name, memory in slots.items())
+        raise KoffError(f"KV slots in unlike layers cannot be joined: {where}; take memories of one kv.layers")
+    parts = [memory.tensors() for memory in slots.values()]
     joined = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]} if parts else None
-    bank.add(as_, spec, joined and KVMemory.from_tensors(joined), matrices)
+    bank.add(as_, spec, joined and KVMemory.from_tensors(joined, depth=bank.depth), matrices)
 
 
 def _lora(bank: MemoryBank, weights: dict[str, float]) -> tuple[LoraSpec | None, dict[str, Tensor] | None]:
@@ -54,15 +59,18 @@ def _lora(bank: MemoryBank, weights: dict[str, float]) -> tuple[LoraSpec | None,
         return None, None
     rank = sum(spec.rank for spec in specs.values())
     targets = list(dict.fromkeys(target for spec in specs.values() for target in spec.targets))
-    joined: dict[str, Tensor] = {}
+    layers = sorted({layer for spec in specs.values() for layer in placed(spec.layers, bank.depth)})
+    joint = LoraSpec(rank, float(rank), targets, layers)
+    joined: dict[str, Tensor] = {}  # zeros where a memory has no adapter
+    for path in bank.paths(joint):
+        linear = bank.model.get_submodule(path)
+        joined[f"{path}.lora_A.weight"] = torch.zeros(rank, linear.in_features, device=bank.model.device)
+        joined[f"{path}.lora_B.weight"] = torch.zeros(linear.out_features, rank, device=bank.model.device)
     start = 0
     for domain, spec in specs.items():
         for name, matrix in bank.weights(domain).items():
             dim = 0 if "lora_A" in name else 1  # A [r, in], B [out, r]
-            size = list(matrix.shape)
-            size[dim] = rank
-            whole = joined.setdefault(name, matrix.new_zeros(size))  # zeros where a memory has no adapter
             factor = weights[domain] * spec.alpha / spec.rank if dim == 0 else 1.0
-            whole.narrow(dim, start, spec.rank).copy_(factor * matrix)
+            joined[name].narrow(dim, start, spec.rank).copy_(factor * matrix)
         start += spec.rank
-    return LoraSpec(rank, float(rank), targets), joined
+    return joint, joined

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from koff_lightning.artifact.layouts import Layout, layout_named
-from koff_lightning.backbone import PrunableGroup
+from koff_lightning.backbone import PrunableGroup, channel_linear
 from koff_lightning.model_files import check_links
+from koff_lightning.placement import check_words
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
 from koff_lightning.support.json_files import read_json_object
@@ -52,7 +53,8 @@ class Manifest:
         kept: The mask as `describe_mask` writes it.
         sparsity: Target, denominator, and what was removed by all three denominators and by type of unit.
         parameters: Counted from the written files: `dense_total`, `backbone`, `active` by domain, `stored`.
-        domains: The memories: `rank`, `alpha`, `slots`, `parameters` of each, `card_sha256` of its memory.json.
+        domains: The memories: `rank`, `alpha`, `slots`, `parameters` of each, `card_sha256` of its memory.json, and
+            `lora_layers`, `kv_layers` where these are not all.
         config: Resolved options of the run, if they were found.
         versions: Of the libraries that wrote it.
         files: Hash and size of every file below `backbone/`, by path.
@@ -116,6 +118,10 @@ class Manifest:
         wanted += [(self.parameters, "active", dict), (self.parameters["active"], " ".join(self.domains), int)]
         for about in self.domains.values():
             wanted += [(about, "parameters", int), (about, "rank slots", int | None), (about, "card_sha256", str)]
+            for name in ("lora_layers", "kv_layers"):
+                if not isinstance(about.get(name, [0]), list):
+                    raise KoffError(f"{name!r} cannot be {about[name]!r}")
+                check_words(about.get(name, [0]), name)
         for about in self.files.values():
             wanted += [(about, "sha256", str), (about, "size", int)]
         for entry, names, kind in wanted:
@@ -139,6 +145,11 @@ class Manifest:
     def tokenizer_hash(self) -> str:
         """Of the tokenizer that the memories were trained with."""
         return self.base["tokenizer_hash"]
+
+    def closed(self) -> dict[str, Tensor]:
+        """Path of a linear -> which of its channels stay in their place as zeros, bool [out]; where there are any."""
+        rows = {channel_linear(group["layer"], group["kind"]): ~_unpack(group) for group in self.kept}
+        return {path: closed for path, closed in rows.items() if path is not None and closed.any()}
 
     def mask(self) -> Tensor:
         """The mask, bool [U], over the groups in the order of `kept`."""

@@ -14,7 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from koff_lightning.artifact.folder import BACKBONE, MANIFEST, MEMORIES, Manifest, read_manifest, verify
 from koff_lightning.artifact.layouts import LAYOUTS
@@ -154,6 +155,21 @@ def artifact_to_extend(folder: str, sparsity: SparsitySpec, loss: LossSpec) -> M
             f"{loss.kl}"
         )
     return manifest
+
+
+def hold_closed(backbone: PreTrainedModel, manifest: Manifest | None) -> None:
+    """Let the closed channels of an artifact say zero for good: y = z (W x + b + s B A x), as while it was learned.
+
+    Args:
+        backbone: With its adapters; what they add at these channels has no gradient from here on.
+        manifest: Of the artifact; None for a backbone that was not cut.
+    """
+    for path, closed in manifest.closed().items() if manifest else ():
+
+        def multiply(_: nn.Module, __: object, output: Tensor, kept: Tensor = ~closed) -> Tensor:
+            return output * kept.to(output.device, output.dtype)  # [B, T, out]
+
+        backbone.get_submodule(path).register_forward_hook(multiply)
 
 
 def check_new(manifest: Manifest, folder: str, domains: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ from koff_lightning.artifact.folder import CARD, FORMAT, Manifest, check_files, 
 from koff_lightning.kv_memory import MAX_SLOTS, KVMemory
 from koff_lightning.memory import LoraSpec, MemoryBank
 from koff_lightning.model_files import not_finite
+from koff_lightning.placement import ALL, check_words, shortest, shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_name
 from koff_lightning.surgery import PEFT_PREFIX
@@ -43,8 +44,9 @@ class MemoryCard:
         mask_hash: Of the mask that it was trained under.
         tokenizer_hash: Of the tokenizer that it was trained with.
         shapes: What its tensors are shaped for, as `Layout.shapes` says.
-        lora: `rank`, `alpha`, `targets`; None without an adapter.
-        kv: `slots`, `positions` (first and last of the window they lie in), `source_text_hash`; None without slots.
+        lora: `rank`, `alpha`, `targets`, and `layers` if it is not in all; None without an adapter.
+        kv: `slots`, `positions` (first and last of the window they lie in), `source_text_hash`, and `layers` if they
+            are not in all; None without slots.
         parameters: Numbers stored, counted from the tensors when they are written.
         files: Hash and size of the other files, filled in when they are written.
         format_version: Of this file.
@@ -65,6 +67,8 @@ class MemoryCard:
         """What the manifest of an artifact says of the memory; the hash is that of the card's file."""
         lora, kv = self.lora or {}, self.kv or {}
         about = {"rank": lora.get("rank"), "alpha": lora.get("alpha"), "slots": kv.get("slots")}
+        placement = {"lora_layers": lora.get("layers"), "kv_layers": kv.get("layers")}
+        about |= {name: layers for name, layers in placement.items() if layers is not None}
         return about | {"parameters": self.parameters, "card_sha256": card_sha256}
 
 
@@ -73,13 +77,20 @@ def card_of(
 ) -> MemoryCard:
     """The card of a memory of a bank, as far as it is known before its tensors are written."""
     lora, slots = bank.lora(domain), bank.slots(domain)
-    about = slots and {
+    kv = slots and {
         "slots": slots.slots,
         "positions": [-slots.slots, -1],
         "source_text_hash": slots.source_hash,
+        "layers": shortest(slots.layers, slots.depth),
     }
     base = {name: base.get(name) for name in ("id", "revision", "hash")}
-    return MemoryCard(domain, base, mask_hash, tokenizer_hash, shapes, lora and asdict(lora), about)
+    lora, kv = (_unless_all(part) for part in (lora and asdict(lora), kv))
+    return MemoryCard(domain, base, mask_hash, tokenizer_hash, shapes, lora, kv)
+
+
+def _unless_all(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A part without the entry `layers` where it is in all: the card is then that of earlier releases."""
+    return part and {name: value for name, value in part.items() if (name, value) != ("layers", ALL)}
 
 
 def lora_state(bank: MemoryBank, domain: str) -> dict[str, Tensor] | None:
@@ -134,6 +145,7 @@ def _adapter_config(card: MemoryCard) -> str:
         r=card.lora["rank"],
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # peft declares it as a whole number
         target_modules=card.lora["targets"],
+        layers_to_transform=card.lora.get("layers"),
         lora_dropout=0.0,
         bias="none",
     )
@@ -178,6 +190,10 @@ def read_card(folder: Path) -> MemoryCard:
 def _specs(card: MemoryCard) -> tuple[LoraSpec | None, int | None]:
     """Its adapter, and how many slots it has: one is enough to read, only training needs two."""
     lora, slots = card.lora, None if card.kv is None else card.kv["slots"]
+    for part in (lora or {}, card.kv or {}):
+        if not isinstance(layers := part.get("layers", [0]), list):
+            raise KoffError(f"layers is a list of numbers where it is said, not {layers!r}")
+        check_words(layers, "layers")
     if slots is not None and (type(slots) is not int or not 1 <= slots <= MAX_SLOTS):
         raise KoffError(f"a KV memory has 1 to {MAX_SLOTS} slots, not {slots!r}")
     return None if lora is None else LoraSpec(**lora), slots
@@ -208,13 +224,31 @@ def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect:
     spec, slots = _specs(card)
     try:
         weights = _adapter(folder, card, spec) if spec else None
-        memory = KVMemory.from_tensors(_tensors(folder, KV_FILE, card), card.kv["source_text_hash"]) if slots else None
-        if memory is not None and memory.slots != slots:
-            raise KoffError(f"{CARD} speaks of {slots} slots, {KV_FILE} holds {memory.slots}")
+        memory = _slots(folder, card, bank.depth) if slots else None
+        for path, closed in (expect.closed() if expect and weights else {}).items():
+            if (up := weights.get(f"{path}.lora_B.weight")) is not None and up[closed].any():
+                raise KoffError(
+                    f"its adapter writes to channels of {path} that the mask has closed: train it for this artifact "
+                    "with this release (koff fit --config add_domain.yaml)"
+                )
         bank.add(domain, spec, memory, weights)
     except (KoffError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise KoffError(f"memory {folder}: {error}") from error
     return domain
+
+
+def _slots(folder: Path, card: MemoryCard, depth: int) -> KVMemory:
+    """The KV memory, as the card has it."""
+    slots, layers = card.kv["slots"], card.kv.get("layers")
+    tensors, source = _tensors(folder, KV_FILE, card), card.kv["source_text_hash"]
+    memory = KVMemory.from_tensors(tensors, source, None if layers is None else depth)
+    if memory.slots != slots:
+        raise KoffError(f"{CARD} speaks of {slots} slots, {KV_FILE} holds {memory.slots}")
+    if layers not in (None, memory.layers):
+        raise KoffError(
+            f"{CARD} speaks of slots in layers {shown(layers)}, {KV_FILE} holds those of {shown(memory.layers)}"
+        )
+    return memory
 
 
 def _check_home(card: MemoryCard, folder: Path, expect: Manifest) -> None:
@@ -246,9 +280,9 @@ def _check_home(card: MemoryCard, folder: Path, expect: Manifest) -> None:
 def _adapter(folder: Path, card: MemoryCard, spec: LoraSpec) -> dict[str, Tensor]:
     """The adapter's matrices by module path."""
     config = json.loads(_content(folder, ADAPTER_CONFIG, card))
-    said = (config["r"], config["lora_alpha"], set(config["target_modules"]))
-    if said != (spec.rank, spec.alpha, set(spec.targets)):
-        raise KoffError(f"{ADAPTER_CONFIG} and {CARD} disagree about rank, alpha or targets: get it again")
+    said = (config["r"], config["lora_alpha"], set(config["target_modules"]), config.get("layers_to_transform"))
+    if said != (spec.rank, spec.alpha, set(spec.targets), None if spec.layers == ALL else spec.layers):
+        raise KoffError(f"{ADAPTER_CONFIG} and {CARD} disagree about rank, alpha, targets or layers: get it again")
     return {key.removeprefix(PEFT_PREFIX): value for key, value in _tensors(folder, ADAPTER, card).items()}
 
 

@@ -7,6 +7,7 @@ from koff_lightning.callbacks.coverage import GradientCoverage as GradientCovera
 from koff_lightning.callbacks.export import ExportArtifact as ExportArtifact
 from koff_lightning.callbacks.lm_eval import LMEval as LMEval
 from koff_lightning.callbacks.lm_eval import LMEvalTask as LMEvalTask
+from koff_lightning.callbacks.placement import PlaceMemories as PlaceMemories
 from koff_lightning.callbacks.preview import Preview as Preview
 from koff_lightning.callbacks.progress import KoffProgress as KoffProgress
 from koff_lightning.callbacks.report import RunReport as RunReport

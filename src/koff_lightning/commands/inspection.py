@@ -1,8 +1,9 @@
 """`koff inspect`: what an artifact holds, from its manifest and the sizes of its files; no weights are read."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.mask_words import KIND_NAMES, by_type_and_physical
 
@@ -133,8 +134,16 @@ def domain_table(path: Path, manifest: "Manifest") -> list[str]:
     for name, memory in manifest.domains.items():
         rank, slots = (str(memory[key] or "-") for key in ("rank", "slots"))
         size = _bytes(folder_size(path / "memories" / name))
-        lines.append(f"{'':<12}{name:<{wide}}{rank:>6}{slots:>7}{memory['parameters']:>14,}{size:>12}")
+        where = _placement(memory)
+        lines.append(f"{'':<12}{name:<{wide}}{rank:>6}{slots:>7}{memory['parameters']:>14,}{size:>12}{where}")
     return lines
+
+
+def _placement(memory: dict[str, Any]) -> str:
+    """In which layers a memory sits, where it is not in all."""
+    parts = {"LoRA": memory.get("lora_layers"), "KV": memory.get("kv_layers")}
+    found = [f"{part} in layers {shown(layers)}" for part, layers in parts.items() if layers]
+    return "  " + ", ".join(found) if found else ""
 
 
 def _draw(manifest: "Manifest", file: Path) -> None:

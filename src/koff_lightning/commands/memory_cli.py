@@ -93,7 +93,7 @@ def cartridge(folder: str, domain: str, *, out: str | None = None, from_: str | 
     elif (slots := model.memories.slots(domain)) is None:
         raise KoffError(f"the memory {domain!r} of {folder} has no KV slots, so there is nothing for a CARTRIDGE")
     else:
-        to_cartridge(slots.tensors(), inv_freq, Path(out).expanduser(), model.manifest.base["id"])
+        to_cartridge(slots, inv_freq, Path(out).expanduser(), model.manifest.base["id"])
         print(f"wrote {out}")
 
 

@@ -26,6 +26,7 @@ from koff_lightning.callbacks import (
     GradientCoverage,
     KoffProgress,
     LMEval,
+    PlaceMemories,
     Preview,
     RunReport,
 )
@@ -71,7 +72,13 @@ from koff_lightning.training.run_folder import alone_in, new_version
 from koff_lightning.training.strategies import check
 
 # The callbacks that every run has, by the name of their section.
-CALLBACKS = {"anneal": AnnealSparsity, "checkpoint": Checkpoints, "export": ExportArtifact, "lm_eval": LMEval}
+CALLBACKS = {
+    "anneal": AnnealSparsity,
+    "placement": PlaceMemories,
+    "checkpoint": Checkpoints,
+    "export": ExportArtifact,
+    "lm_eval": LMEval,
+}
 
 
 LESS_MEMORY = "Take a smaller data.batch_size (with trainer.accumulate_grad_batches), data.seq_len or loss.chunk"

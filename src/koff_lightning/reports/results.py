@@ -43,7 +43,7 @@ def _stored_size(model: Decomposition, domain: str) -> int:
         parts.append((group.consumer, "lora_A", 0, group.width))
         sides = [(weights.get(f"{path}.{half}.weight"), rank, width) for path, half, rank, width in parts]
         each = sum(width * matrix.shape[rank] for matrix, rank, width in sides if matrix is not None)
-        if slots is not None and group.kind == "kv_group":
+        if slots is not None and group.kind == "kv_group" and group.layer in slots.layers:
             each += 2 * slots.slots * slots.key[group.layer].shape[2]
         size -= each * int((~kept).sum())
     return size

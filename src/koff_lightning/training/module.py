@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import PREFIX, check_content, read_checkpoint, refuse_other_tensors, target_of
-from koff_lightning.artifact.memories import artifact_to_extend, backbone_of
+from koff_lightning.artifact.memories import artifact_to_extend, backbone_of, hold_closed
 from koff_lightning.backbone import compile_layers, recomputed
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import MODES, Batch, Decomposition, check_layout
@@ -137,6 +137,7 @@ class KOFFModule(LightningModule):
             self.source, self.domains, self.sparsity, self.lora, self.kv, self.shared_memory, **self.loading
         )
         self.model.chunk = self.loss.chunk
+        hold_closed(self.model.backbone, self.extends)
         if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
         spec, kinds = self.sparsity, len(self.model.budget.kinds) if self.sparsity.scope == "local" else None

@@ -12,9 +12,10 @@ Shapes: B rows, T tokens, d hidden.
 
 import copy
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from koff_lightning.backbone import decoder_layers, hidden_states, prunable_grou
 from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import LossSpec, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.placement import ALL, placed
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support import ranks
 
@@ -143,19 +145,34 @@ def memory(
 
 
 def count(step: Step) -> Counts:
-    """Count a step: two and three layers as they are, the others as the third."""
+    """Count a step: two and three layers as they are, the others as the third of those that carry the same memories."""
     layers = step.config.num_hidden_layers
     if layers <= COUNTED[1]:
         return Counts(**_count(step, layers))
-    fewer, more = (_count(step, few) for few in COUNTED)
-    return Counts(**_along(fewer, more, layers - COUNTED[0]))
+    lora, kv = (part and placed(part.layers, layers) for part in (step.lora, step.kv))
+    kinds = Counter((layer in (lora or ()), layer in (kv or ())) for layer in range(layers))
+    counted = {kind: [_count(_everywhere(step, *kind), few) for few in COUNTED] for kind in kinds}
+    first = next(iter(kinds))  # of layer 0, which differs from the others in what goes into it
+    total = counted[first][0]
+    for kind, times in kinds.items():
+        total = _along(total, *counted[kind], times - COUNTED[0] * (kind == first))
+    return Counts(**total)
 
 
-def _along(fewer: Any, more: Any, times: int) -> Any:
-    """The first value and so many times the difference of both."""
-    if isinstance(fewer, dict):
-        return {name: _along(value, more[name], times) for name, value in fewer.items()}
-    return fewer + times * (more - fewer)
+def _everywhere(step: Step, lora: bool, kv: bool) -> Step:
+    """The step with these parts of the memories in all layers, and the others in none."""
+    return replace(
+        step,
+        lora=replace(step.lora, layers=ALL) if step.lora and lora else None,
+        kv=replace(step.kv, layers=ALL) if step.kv and kv else None,
+    )
+
+
+def _along(value: Any, fewer: Any, more: Any, times: int) -> Any:
+    """A value and so many times the difference of two others."""
+    if isinstance(value, dict):
+        return {name: _along(part, fewer[name], more[name], times) for name, part in value.items()}
+    return value + times * (more - fewer)
 
 
 def _count(step: Step, layers: int) -> dict[str, Any]:

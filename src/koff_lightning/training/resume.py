@@ -1,7 +1,7 @@
 """What a checkpoint and a run must agree on for the one to go on from the other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,6 +13,8 @@ from koff_lightning.artifact.checkpoint import (
     refuse_other_tensors,
 )
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.placement import placed, shortest
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import difference
@@ -22,6 +24,8 @@ _HARDENING = ("target", "denominator", "layout", "multiple_of", "min_channels", 
 _YOUNGER = {
     name: getattr(SparsitySpec, name) for name in ("scope", "harden", "beta", "beta_end", "initial", "autoscale")
 }
+_SHAPING = ("layers", "frozen_first")  # of the memories' options; also younger than some checkpoints
+_STARTS = ("init", "std")  # of KV memories, which act once at the start
 
 
 def refuse_other_make(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -84,6 +88,17 @@ def _course(options: Mapping[str, Any]) -> dict[str, Any]:
     } | {f"sparsity.{name}": sparsity[name] for name in _YOUNGER if name != "harden"}
 
 
+def _made(about: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """What is said of a model, with the memories' options that decide how they are shaped, filled up and in full."""
+    made = dict(about)
+    for name, kind in (("lora", LoraSpec), ("kv", KVSpec)):
+        if made.get(name):
+            spec = {field.name: field.default for field in fields(kind) if field.name in _SHAPING} | dict(made[name])
+            layers = shortest(placed(spec["layers"], depth, f"{name}.layers"), depth)
+            made[name] = {key: value for key, value in spec.items() if key not in _STARTS} | {"layers": layers}
+    return made
+
+
 def refuse_other_steps(steps: Sequence[int | None]) -> None:
     """Raise KoffError if the processes, whose steps to go on from these are by rank, do not go on from the same one."""
     if len(set(steps)) > 1:
@@ -124,6 +139,7 @@ def make_of(model: Decomposition) -> dict[str, Any]:
         "units": sorted(model.sparsity.units),
         "lora": model.lora and asdict(model.lora) | {"targets": sorted(model.lora.targets)},
         "kv": model.kv and asdict(model.kv),
+        "placement": model.placement,
     }
 
 
@@ -144,10 +160,16 @@ def refuse_unfit(checkpoint: Mapping[str, Any], model: Decomposition, some_domai
             "this checkpoint was not written by koff-lightning: it does not say which backbone it belongs to"
         )
     refuse_other_backbone(about, model)
-    here = make_of(model)
+    here, depth = make_of(model), model.memories.depth
+    here.pop("placement")  # taken over below
     if some_domains:
         here.pop("domains")
-    refuse_other_make(about, here)
+    there, here = _made(about, depth), _made(here, depth)
+    for part, layers in about.get("placement", {}).items():
+        if here.get(part) and here[part]["layers"] == shortest(layers, depth):
+            there[part] = (there[part] or {}) | {"layers": here[part]["layers"]}  # this run names what that one chose
+    refuse_other_make(there, here)
+    model.place(about.get("placement", {}))
     if bool(decomposition_state(checkpoint).get("gates.hardened", False)):
         refuse_other_mask((checkpoint.get("hyper_parameters") or {}).get("sparsity") or {}, asdict(model.sparsity))
 

@@ -29,7 +29,8 @@ def attention_mass(module: Decomposition, batches: Iterable[Batch]) -> "pd.DataF
         batches: Held-out text; rows without a KV memory are passed over.
 
     Returns:
-        One line per domain, layer and query head: `domain`, `layer`, `head`, `mass` in [0, 1]; nan for removed heads.
+        One line per domain, layer and query head: `domain`, `layer`, `head`, `mass` in [0, 1]; nan for removed
+        heads, 0 in layers without slots.
 
     Raises:
         KoffError: No domain of the text has a KV memory.
@@ -106,7 +107,10 @@ def watched_attention(
 ) -> tuple[Tensor, None]:
     """`attention.koff_attention`, which hands the slots' share of the attention [B, H, T] to `module.koff_watch`."""
     out = koff_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    memory = module.koff_memory()
+    memory = module.koff_memory() if hasattr(module, "koff_memory") else None
+    if memory is None:  # a layer without slots
+        module.koff_watch(query.new_zeros(query.shape[:3], dtype=torch.float32))
+        return out
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
     shares = []

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from koff_lightning.backbone import NEURONS
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.studies.analysis.masks import mask_of
 from koff_lightning.studies.analysis.scoring import Condition, own_memory, score, under
@@ -25,13 +26,13 @@ Bools, Ints = NDArray[np.bool_], NDArray[np.integer]
 
 @contextmanager
 def reinserted(module: Decomposition, neurons: Bools) -> Iterator[None]:
-    """Inside the block these neurons (bool [N]) are kept as well, as they are in the dense model."""
+    """Inside the block these neurons (bool [N]) are kept as well, gate and up, as they are in the dense model."""
     gates = module.gates
-    kinds = torch.cat([torch.full((g.size,), g.kind == "channel") for g in gates.groups])  # bool [U]
     before = gates.kept.clone()
-    back = torch.zeros_like(before)
-    back[kinds.to(back.device)] = torch.from_numpy(neurons).to(back.device)
-    gates.kept |= back
+    for kind in NEURONS:
+        own = torch.cat([torch.full((g.size,), g.kind == kind) for g in gates.groups]).to(before.device)  # bool [U]
+        if own.any():
+            gates.kept[own] |= torch.from_numpy(neurons).to(before.device)
     try:
         yield
     finally:

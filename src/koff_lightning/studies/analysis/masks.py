@@ -1,6 +1,6 @@
 """Which units a decomposition removed, from a checkpoint or an artifact, without loading weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import decomposition_state, read_checkpoint
 from koff_lightning.artifact.folder import MANIFEST, read_manifest
-from koff_lightning.backbone import prunable_groups, without_weights
+from koff_lightning.backbone import NEURONS, prunable_groups, without_weights
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.loading import load_config
 from koff_lightning.studies.analysis.activations import Activations
@@ -36,11 +36,12 @@ class Mask:
         base_hash: Of the dense model's weights.
         domains: Those that have a memory.
         layer: Of each neuron, [N].
-        removed: bool [N].
+        removed: bool [N]. Where gate and up channels are gated each by itself, a neuron is removed if either is.
         kv_layer: Of each kv group, [G].
         kv_removed: bool [G].
-        logits: Of the neurons' gates when the mask was fixed, [N]; None in an artifact.
-        importance: Squared gradients of the neurons' gates before anything was removed, [N]; None in an artifact.
+        logits: Of the neurons' gates when the mask was fixed, [N]; None in an artifact, and where only halves have any.
+        importance: Squared gradients of the neurons' gates before anything was removed, [N]; None as the logits.
+        halves: `gate_channel` and `up_channel`, as far as they are gated -> `removed`, `logit`, `importance`, each [N].
     """
 
     name: str
@@ -52,6 +53,7 @@ class Mask:
     kv_removed: Bools
     logits: NDArray[np.float64] | None = None
     importance: NDArray[np.float64] | None = None
+    halves: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def check(self, activations: Activations) -> None:
         """Raise KoffError unless the activations are those of the dense model that this mask cuts."""
@@ -83,6 +85,9 @@ class Mask:
             columns["logit"] = self.logits if own and self.logits is not None else nothing
             columns["importance"] = self.importance if own and self.importance is not None else nothing
             parts.append(pd.DataFrame(columns))
+            if own:
+                front = {name: columns[name] for name in ("layer", "unit")}
+                parts += [pd.DataFrame(front | {"kind": half} | values) for half, values in self.halves.items()]
         return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
@@ -94,7 +99,7 @@ def read_mask(source: str | Path, backbone: str | None = None) -> Mask:
         backbone: Where the dense model is, if a checkpoint's run had it elsewhere; only its config is read.
 
     Raises:
-        NothingRemoved: The run prunes nothing, or key-value heads only.
+        NothingRemoved: The run prunes nothing, or no FFN neurons.
         KoffError: Neither of these, damaged, or a mask that is not fixed yet.
     """
     path = Path(source).expanduser()
@@ -145,12 +150,24 @@ def _mask(
     layers = np.repeat([layer for layer, *_ in groups], [size for *_, size in groups])  # [U]
     if len(kinds) != len(kept):
         raise KoffError(f"{name} has a mask of {len(kept)} units, the dense model has {len(kinds)}: give its own")
-    neuron, removed = kinds == "channel", ~kept.cpu().numpy()
-    values: dict[str, Any] = {key: value.cpu().double().numpy()[neuron] for key, value in (learned or {}).items()}
-    heads = kinds == "kv_group"
-    mask = Mask(name, base_hash, domains, layers[neuron], removed[neuron], layers[heads], removed[heads], **values)
-    if not neuron.any():
+    removed, heads = ~kept.cpu().numpy(), kinds == "kv_group"
+    values = {key: value.cpu().double().numpy() for key, value in (learned or {}).items()}  # each [U]
+    if "importance" in values and not values["importance"].any():
+        del values["importance"]  # nothing was observed
+    own = {kind: kinds == kind for kind in NEURONS if (kinds == kind).any()}  # bool [U] each
+    if not own:
         raise NothingRemoved(
             f"{name} removes no FFN neurons (sparsity.units has no channel): there is nothing to compare"
         )
-    return replace(mask, importance=None) if values and not values["importance"].any() else mask
+    first = next(iter(own.values()))
+    gone = np.any([removed[units] for units in own.values()], axis=0)  # [N]
+    about = (name, base_hash, domains, layers[first], gone, layers[heads], removed[heads])
+    if "channel" in own:
+        return Mask(*about, **{key: value[first] for key, value in values.items()})
+    unknown = np.full(len(gone), np.nan)
+    halves = {
+        kind: {"removed": removed[units]}
+        | {key.removesuffix("s"): values[key][units] if key in values else unknown for key in ("logits", "importance")}
+        for kind, units in own.items()
+    }
+    return Mask(*about, halves=halves)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from koff_lightning.backbone import layer_of
 from koff_lightning.decomposition import Batch, Decomposition
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ def adapter_norms(module: Decomposition) -> "pd.DataFrame":
             down, up = (weights[f"{path}.lora_{half}.weight"].double() for half in "AB")  # [r, in], [out, r]
             norm = ((up.mT @ up) * (down @ down.mT)).sum().clamp(min=0).sqrt() * lora.alpha / lora.rank  # of B A
             frozen = module.backbone.get_submodule(path).base_layer.weight.float().norm()
-            layer = next(int(word) for word in path.split(".") if word.isdigit())
-            about = {"domain": domain, "layer": layer, "linear": path.rpartition(".")[2]}
+            about = {"domain": domain, "layer": layer_of(path), "linear": path.rpartition(".")[2]}
             rows.append(about | {"norm": float(norm), "relative": float(norm / frozen)})
     return pd.DataFrame(rows, columns=["domain", "layer", "linear", "norm", "relative"])
 

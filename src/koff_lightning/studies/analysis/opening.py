@@ -95,5 +95,6 @@ def _hang(module: Decomposition, memories: Mapping[str, Memory], layout: Layout)
         module.memories.remove(domain)
     for domain, (lora, weights, slots) in memories.items():
         matrices, tensors = layout.dense_memory(weights if lora else None, slots, groups, kept)
-        module.memories.add(domain, lora, tensors and KVMemory.from_tensors(tensors), matrices)
+        filled = tensors and KVMemory.from_tensors(tensors, depth=module.memories.depth)
+        module.memories.add(domain, lora, filled, matrices)
     module.domains = list(memories)

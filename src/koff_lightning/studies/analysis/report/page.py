@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
+from koff_lightning.backbone import NEURONS
 from koff_lightning.studies.analysis.report import words
 from koff_lightning.studies.analysis.report.findings import Finding
 from koff_lightning.studies.analysis.study import Study
@@ -75,9 +76,10 @@ def _numbers(found: Study) -> str:
     removed = [run["removed_of_body"] for run in runs.values()]
     first = next(iter(runs.values()))
     tokens = sum(text["watched_tokens"].values())
+    neurons = {kind: sum(g["of"] for g in first["kept"] if g["kind"] == kind) for kind in NEURONS}
     cards = {
         "removed of the body": f"{100 * sum(removed) / len(removed):.1f} %",
-        "FFN neurons of the dense model": f"{sum(g['of'] for g in first['kept'] if g['kind'] == 'channel'):,}",
+        "FFN neurons of the dense model": f"{max(neurons.values()):,}",
         "domains with a memory": str(len(first["memories"])),
         "tokens in which neurons were watched": f"{tokens:,}",
         "bytes of held-out text": f"{sum(text['heldout_bytes'].values()):,}",

@@ -319,7 +319,8 @@ def test_who_finds_no_place_is_told_to_come_again(made, slow):
             "stream": True,
         }
         with client.http.stream("POST", "/v1/completions", json=body | {"n": 2}) as busy:
-            next(busy.iter_lines())
+            lines = busy.iter_lines()
+            next(lines)
             answer = client.http.post("/v1/completions", json=body | {"stream": False})
             assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
             assert answer.json()["error"]["code"] == "queue_full"

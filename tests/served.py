@@ -5,7 +5,7 @@ import contextlib
 import json
 import threading
 
-import httpx
+import httpx2 as httpx  # as the clients of huggingface_hub and openai
 import uvicorn
 
 from koff_lightning.commands.serve import listening

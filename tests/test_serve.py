@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import shutil
+import sys
 import time
+from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 from served import Client, served
@@ -16,6 +18,9 @@ from koff_lightning.evaluation.harness import KoffLM
 from koff_lightning.serving.batch import Batch
 from koff_lightning.serving.guard import LARGEST_BODY
 from koff_lightning.serving.own import OwnEngine
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "reliability"))
+import clients
 
 ARMS = {"tiny": None, "tiny:de": "de", "tiny:fr": "fr", "tiny:law": "law"}
 PROMPTS = ["the quick brown", "größere Füchse", "fox"]
@@ -280,6 +285,13 @@ def test_a_body_without_a_length_is_counted_too(client):
     except httpx.TransportError:  # closed in the middle of what was being sent
         pass
     assert client.text("tiny")
+
+
+def test_requests_that_nobody_means_well(address):
+    """1,000 of them by recipes/reliability/clients.py."""
+    found = clients.attack(address, 120, seed=1)
+    assert not [verdict for verdict in found if "FAULT" in verdict]
+    assert found["answered"] >= 10 and found["refused"] >= 40
 
 
 def test_other_sites_pages_are_not_answered(client):

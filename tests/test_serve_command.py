@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-import httpx
+import httpx2 as httpx
 import pytest
 from served import Client
 from tiny_artifact import tiny_artifact

@@ -1,6 +1,7 @@
 """`koff serve` speaks OpenAI's protocol: what clients send is answered as they know it, and as the model says it."""
 
 import concurrent.futures
+import re
 import shutil
 import sys
 import time
@@ -381,6 +382,19 @@ def test_metrics_count(client, model):
     assert grown('koff_requests_total{path="/v1/completions",status="200"}') == 1
     assert after["koff_memories"] == 3
     assert client.http.get("/health").json() == {"status": "ok"}
+
+
+def test_the_page_needs_nothing_from_elsewhere(client, model):
+    """And what its script asks for is answered; the page itself is opened in test_serve_page.py."""
+    answer = client.http.get("/")
+    assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "connect-src 'self'" in answer.headers["content-security-policy"]
+    assert not re.findall(r"https?://|src=|@import|url\(|innerHTML", answer.text)
+    body = {"model": "tiny:de", "prompt": "the", "logprobs": 0, "return_token_ids": True, "max_tokens": 5}
+    *events, _ = client.events("/v1/completions", body)
+    ids = events[0]["choices"][0]["prompt_token_ids"] + [i for e in events for i in e["choices"][0]["token_ids"]]
+    status, content = client.complete("tiny", ids, max_tokens=0, echo=True, logprobs=0)
+    assert status == 200 and len(content["choices"][0]["logprobs"]["token_logprobs"]) == len(ids)
 
 
 # ---------------------------------------------------------------------------------------------- router and memories

@@ -69,6 +69,8 @@ NAMES += [
     "response_format",
 ]
 NAMES += ["logit_bias", "metadata", "return_token_ids", "max_completion_tokens", "__proto__", "koff_memory", ""]
+FINE = {"stream": True, "n": 2, "seed": 7, "temperature": 1.0, "top_p": 0.5, "stop": ["e", "xx"], "user": "x"}
+FINE |= {"return_token_ids": True, "ignore_eos": True, "max_tokens": 9}
 PATHS = (
     ["/v1/completions"] * 5
     + ["/v1/chat/completions"] * 3

@@ -21,7 +21,7 @@ def fit(
     encoder: str | None = None,
     epochs: int = 1,
     train_bytes: int = 200_000,
-    none_rate: float = 0.02,
+    none_rate: float = 0.05,
     seed: int = 0,
     device: str | None = None,
 ) -> None:

@@ -6,7 +6,10 @@ What a text becomes, so that another program can read the files:
     hash    of every n-gram of 1 to `LONGEST` bytes FNV-1a in 32 bits (offset 2166136261, prime 16777619; source:
             draft-eastlake-fnv), folded to BITS bits: (h >> BITS) ^ (h & (2 ** BITS - 1)), again modulo 2 ** BITS
     value   log(1 + how often the bucket was hit), all buckets together scaled to length 1 in the Euclidean norm
-    logits  weight [D, 2 ** BITS] times the values, plus bias [D]; softmax over the D domains
+    chance  of each domain sigmoid(weight [D, 2 ** BITS] times the values, plus bias [D])
+
+Each domain is told from all others together, so a text may be like none of them. A softmax over the domains has to
+share one out: of a router that knew no Chinese it sent all Chinese somewhere, with as much confidence as its own text.
 
 Shapes: N texts, D domains, F = 2 ** BITS buckets.
 """
@@ -35,13 +38,12 @@ class NgramClassifier:
     bias: NDArray[np.float32]
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Of each domain, [N, D]; a row depends on its own text alone."""
+        """Of each domain against all others, [N, D] in [0, 1]; a row depends on its own text alone."""
         logits = np.empty((len(texts), len(self.bias)))
         for row, text in enumerate(texts):
             buckets, values = features(text)
             logits[row] = self.weight[:, buckets].astype(np.float64) @ values + self.bias
-        shifted = np.exp(logits - logits.max(1, keepdims=True, initial=-np.inf))
-        return shifted / shifted.sum(1, keepdims=True)
+        return 1 / (1 + np.exp(-logits.clip(-500, 500)))
 
 
 def features(text: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -66,8 +68,9 @@ def fit_ngrams(texts: Sequence[str], labels: Sequence[int]) -> NgramClassifier:
     ends = np.cumsum([0, *(len(buckets) for buckets, _ in rows)])
     parts = np.concatenate([values for _, values in rows]), np.concatenate([buckets for buckets, _ in rows])
     table = csr_matrix((*parts, ends), shape=(len(rows), 2**BITS))
-    model = LogisticRegression(C=1 / PENALTY, class_weight="balanced", max_iter=500, tol=1e-3).fit(table, labels)
-    weight, bias = model.coef_, model.intercept_
-    if len(bias) == 1:  # of two classes it keeps the difference
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    models = [
+        LogisticRegression(C=1 / PENALTY, class_weight="balanced", max_iter=500, tol=1e-3).fit(table, own)
+        for own in (np.asarray(labels) == number for number in range(max(labels) + 1))
+    ]
+    weight, bias = np.concatenate([m.coef_ for m in models]), np.concatenate([m.intercept_ for m in models])
     return NgramClassifier(*(np.ascontiguousarray(part, np.float32) for part in (weight, bias)))

@@ -27,7 +27,7 @@ class Classifier(Protocol):
     """What a router asks."""
 
     def probabilities(self, texts: Sequence[str]) -> Any:
-        """Of each domain, [N, D]."""
+        """Of each domain, [N, D] in [0, 1]."""
 
 
 @dataclass(frozen=True)

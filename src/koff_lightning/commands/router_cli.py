@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from koff_lightning.commands.parsing.text_options import data_section, named_texts
 from koff_lightning.support.errors import KoffError
 
+HELDOUT = 500_000  # bytes of held-out text of each domain to route, at most
+
 if TYPE_CHECKING:
     from koff_lightning.artifact.folder import Manifest
     from koff_lightning.data import DomainDataModule
@@ -119,7 +121,7 @@ def test(
     from koff_lightning.support.files import write_atomically
 
     folder = Path(model).expanduser()
-    manifest, text = _text(folder, config, data)
+    manifest, text = _text(folder, config, data, heldout=HELDOUT)
     router = read_router(folder, manifest)  # before the model, which takes longer
     others = named_texts(unseen or [], "--unseen")
     if known := [name for name in others if name in router.domains]:
@@ -160,7 +162,7 @@ def _text(
         config: In place of the options of its run.
         data: NAME=TEXT, in place of what those say of a domain.
         most: Bytes of training text per domain.
-        heldout: Bytes of held-out text per domain, at most.
+        heldout: Bytes of held-out text per domain, at most; of what is streamed, what the run held out.
         tokenizer: To set the text up with.
     """
     import inspect
@@ -182,9 +184,9 @@ def _text(
     options["domains"] = {name: sources[name] for name in manifest.domains}
     if most and not options.get("streaming"):
         options["max_train_bytes"] = min(options.get("max_train_bytes") or 10 * most, 10 * most)  # of many documents
-    if heldout:
-        options |= {"max_heldout_bytes": min(options.get("max_heldout_bytes") or heldout, heldout), "num_workers": 0}
-    return manifest, DomainDataModule(**options | {"tokenizer": tokenizer, "streaming": bool(options.get("streaming"))})
+    if heldout and not options.get("streaming"):  # there what the run did not hold out it may have trained on
+        options["max_heldout_bytes"] = heldout
+    return manifest, DomainDataModule(**options | {"tokenizer": tokenizer, "num_workers": 0})
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ tracking merged_attention attention losses metrics surgery lora penalties
 gates sparsity kv_memory
 memory
 decomposition
-data
+data router
 artifact
 training
 reports

@@ -44,6 +44,8 @@ TOOLS = {
         "commands.memory_cli:cartridge",
         "exchange a KV memory with PEFT's CARTRIDGE format",
     ),
+    "router fit": ("commands.router_cli:fit", "train what picks a memory from the text, into an exported model"),
+    "router test": ("commands.router_cli:test", "test how well the router picks, on held-out and unseen text"),
     "bench serve": (
         "commands.serving_bench:bench_serving",
         "time pruned models and memories against the dense",

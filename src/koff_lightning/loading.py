@@ -74,7 +74,7 @@ def load_backbone(
         check_folder(folder, source)
         check_weights(folder, getattr(config, "num_hidden_layers", None), source)
     where = where | {"config": config, "dtype": torch_dtype(dtype), "output_loading_info": True}
-    with _bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")), _no_report():
+    with _bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")), no_report():
         model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         missing = sorted(info["missing_keys"])
@@ -274,7 +274,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _no_report() -> Iterator[None]:
+def no_report() -> Iterator[None]:
     """Keep transformers' table of what files and model do not share off the terminal: we say it in a line."""
     log = logging.getLogger("transformers.modeling_utils")
     before = log.level

@@ -20,10 +20,12 @@ from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_ma
 from koff_lightning.artifact.folder import verify as verify_files
 from koff_lightning.artifact.hub import local_folder
 from koff_lightning.artifact.memory_files import load_memory
+from koff_lightning.artifact.router_files import check_fit, read_router
 from koff_lightning.backbone import ask_nothing_, is_recomputed, refuse_masked_packing
 from koff_lightning.loading import fingerprint, load_backbone, load_tokenizer
 from koff_lightning.lora import Routes
 from koff_lightning.memory import MemoryBank
+from koff_lightning.router.routing import AUTO, Router
 from koff_lightning.support.errors import KoffError
 
 Domains = str | Sequence[str | None] | None
@@ -37,7 +39,7 @@ def load_decomposed(
     path: str | Path,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
-    domains: Sequence[str] | None = None,
+    domains: str | Sequence[str] | None = None,
     verify: bool = True,
 ) -> "DecomposedModel":
     """Load what `koff export` wrote.
@@ -47,7 +49,7 @@ def load_decomposed(
         device: Where the model goes.
         dtype: Of the backbone, a name or a torch dtype; by default the one it was exported in. Memories stay fp32 and
             are cast where they are used.
-        domains: The memories to load, no others are read; by default all.
+        domains: The memories to load, no others are read; by default all. "auto" loads all of them and the router.
         verify: Compare every file of the backbone with its hash in the manifest; costs one reading of the files. Those
             of the memories are always compared.
 
@@ -58,6 +60,8 @@ def load_decomposed(
     folder = local_folder(path)
     manifest = read_manifest(folder)
     chosen = list(manifest.domains) if domains is None else [domains] if isinstance(domains, str) else list(domains)
+    if auto := AUTO in chosen and AUTO not in manifest.domains:
+        chosen = list(manifest.domains)
     if unknown := [name for name in chosen if name not in manifest.domains]:
         raise KoffError(f"{folder} has no memory for {unknown[0]!r}; it has {_listed(manifest.domains)}")
     where = _device(device)
@@ -72,6 +76,8 @@ def load_decomposed(
             raise KoffError(
                 f"{folder / MEMORIES / domain} holds the memory {held!r}: its folder was renamed; rename it back"
             )
+    if auto:
+        model.router  # noqa: B018  what is wrong with it is said now
     return model
 
 
@@ -130,7 +136,8 @@ class DecomposedModel(nn.Module):
         Args:
             input_ids: Long [B, T].
             attention_mask: [B, T], or [B, past + T] with a token cache; 0 for padding, on either side.
-            domains: One per row, None for the bare pruned backbone; or one name for all rows.
+            domains: One per row, None for the bare pruned backbone, "auto" for what the router picks from the row's
+                text; or one word for all rows.
             inputs: Further arguments of the transformers model. Positions are counted from the mask unless
                 `position_ids` [B, T] say otherwise; a token cache is kept only with `use_cache=True` or when one is
                 given.
@@ -151,7 +158,8 @@ class DecomposedModel(nn.Module):
                 "activation checkpointing would compute layers again after this call, without its memories: activate "
                 "the rows' memories with model.memories.activate, and call model.backbone"
             )
-        with self.memories.scope(self._routes(domains, len(input_ids))):
+        chosen = self._chosen(domains, input_ids, attention_mask, cache)
+        with self.memories.scope(self._routes(chosen)):
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
 
     @torch.no_grad()
@@ -183,8 +191,27 @@ class DecomposedModel(nn.Module):
                 f"{', '.join(map(str, CACHES[1:]))} have not been checked with memories: leave them out"
             )
         copies = max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
-        with self.memories.scope(self._routes(domains, len(input_ids), copies)):
+        chosen = self._chosen(domains, input_ids, attention_mask)
+        with self.memories.scope(self._routes(chosen, copies)):
             return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    @cached_property
+    def router(self) -> Router:
+        """What `koff router fit` has left in the artifact, read when first asked for.
+
+        Raises:
+            KoffError: There is none, it is damaged, or it was fitted for other memories.
+        """
+        return read_router(self.folder, self.manifest)
+
+    def route(self, texts: Sequence[str]) -> list[str | None]:
+        """The domain whose memory each text wants, by the artifact's router; None for none: the bare backbone.
+
+        Raises:
+            KoffError: There is no router, or it was fitted for other memories than those that are loaded.
+        """
+        check_fit(self.router.domains, self.domains, self.folder, loaded=True)
+        return self.router.route(texts)
 
     def add_memory(self, path: str | Path, name: str | None = None) -> str:
         """Load one more memory from its folder, for this process only; `koff memory add` changes the artifact.
@@ -214,12 +241,25 @@ class DecomposedModel(nn.Module):
         self._check_loaded([domain])
         return self._own_parameters + self.memories.size(domain)
 
-    def _routes(self, domains: Domains, rows: int, copies: int = 1) -> Routes:
-        """What a call reads. Those of the last call where it was for the same rows: they hold what decoding stacks."""
+    def _chosen(self, domains: Domains, input_ids: Tensor, mask: Tensor | None, cache: Any = None) -> list[str | None]:
+        """The domain of each row; where "auto" is asked for, what the router picks from the row's text."""
+        rows = len(input_ids)
         chosen = [domains] * rows if domains is None or isinstance(domains, str) else list(domains)
         if len(chosen) != rows:
             raise KoffError(f"{len(chosen)} domains for {rows} rows: give one per row, None for no memory")
+        if AUTO in chosen and AUTO not in self.domains:  # a memory that is called so is older than the router
+            if cache is not None and cache.get_seq_length():
+                raise KoffError("a call that goes on from a token cache has no whole text to route: give model.route's")
+            auto = [row for row, name in enumerate(chosen) if name == AUTO]
+            real = torch.ones_like(input_ids) if mask is None else mask[:, -input_ids.shape[1] :]
+            ids = [input_ids[row][real[row] > 0].tolist() for row in auto]
+            picked = iter(self.route(self.tokenizer.batch_decode(ids, skip_special_tokens=True)))
+            chosen = [next(picked) if name == AUTO else name for name in chosen]
         self._check_loaded(chosen)
+        return chosen
+
+    def _routes(self, chosen: Sequence[str | None], copies: int = 1) -> Routes:
+        """What a call reads. Those of the last call where it was for the same rows: they hold what decoding stacks."""
         copied = [domain for domain in chosen for _ in range(copies)]
         last, routes = self._last
         if last != copied or routes is None or not routes.hold:

@@ -4,6 +4,7 @@
     DIR/export_report.json   what the proof found
     DIR/backbone/            the pruned model as transformers saves one
     DIR/memories/<domain>/   one memory (memory_files.py)
+    DIR/router/              what picks a memory for a text, if one was fitted (router_files.py)
 
 Nothing here loads a model.
 """
@@ -31,6 +32,7 @@ from koff_lightning.support.names import check_name
 
 FORMAT = 1
 MANIFEST, REPORT, BACKBONE, MEMORIES = "koff.json", "export_report.json", "backbone", "memories"
+ROUTER = "router"
 CARD = "memory.json"  # of a memory
 _AT_ROOT = (MANIFEST, REPORT, BACKBONE, MEMORIES, "README.md", "LICENSE")
 
@@ -61,6 +63,8 @@ class Manifest:
         licence: Of the dense model, if it says.
         created_by: Name and version of the writer.
         format_version: Of this file.
+        router: None, or `files`: hash and size of every file below `router/`, by path. An artifact without a router
+            has no such entry.
     """
 
     layout: str
@@ -78,10 +82,14 @@ class Manifest:
     licence: str | None
     created_by: str
     format_version: int = FORMAT
+    router: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The text of `koff.json`."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        content = asdict(self)
+        if self.router is None:
+            del content["router"]  # so that releases before there were any read it
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
     @classmethod
     def from_json(cls, content: dict[str, Any], where: Path) -> "Manifest":
@@ -91,7 +99,7 @@ class Manifest:
             KoffError: It lacks something, has something unknown, or contradicts itself.
         """
         names = {field.name for field in fields(cls)}
-        if odd := sorted(names ^ content.keys()):
+        if odd := sorted(names ^ (content.keys() | {"router"})):
             problem = "lacks" if odd[0] in names else "has an unknown entry"
             raise KoffError(f"{where} {problem} {odd[0]!r}: it is damaged, or not an artifact's; export it again")
         manifest = cls(**content)
@@ -122,14 +130,17 @@ class Manifest:
                 if not isinstance(about.get(name, [0]), list):
                     raise KoffError(f"{name!r} cannot be {about[name]!r}")
                 check_words(about.get(name, [0]), name)
-        for about in self.files.values():
+        routers = {} if self.router is None else self.router["files"]
+        for about in (*self.files.values(), *routers.values()):
             wanted += [(about, "sha256", str), (about, "size", int)]
         for entry, names, kind in wanted:
             for name in names.split():
                 if not isinstance(entry[name], kind):
                     raise KoffError(f"{name!r} cannot be {entry[name]!r}")
-        if stray := [name for name in self.files if Path(name).parts[:1] != (BACKBONE,) or ".." in Path(name).parts]:
-            raise KoffError(f"it lists {stray[0]!r}, which is not below {BACKBONE}/")
+        for below, files in ((BACKBONE, self.files), (ROUTER, routers)):
+            for name in files:
+                if Path(name).parts[:1] != (below,) or ".." in Path(name).parts:
+                    raise KoffError(f"it lists {name!r}, which is not below {below}/")
         if hash_description(self.kept) != self.mask_hash:
             raise KoffError("its mask does not fit its mask_hash")
         for group in self.kept:
@@ -253,8 +264,11 @@ def verify(folder: str | Path, backbone: bool = True) -> Manifest:
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     check_links(folder)
-    _refuse_extra(folder, (path.name for path in folder.iterdir()), _AT_ROOT)
+    allowed = _AT_ROOT if manifest.router is None else (*_AT_ROOT, ROUTER)
+    _refuse_extra(folder, (path.name for path in folder.iterdir()), allowed)
     check_files(folder, manifest.files, BACKBONE, hashes=backbone)
+    if manifest.router is not None:
+        check_files(folder, manifest.router["files"], ROUTER, hashes=backbone)
     _check_dtype(folder / BACKBONE, manifest.dtype)
     present = [path.name for path in (folder / MEMORIES).iterdir()] if (folder / MEMORIES).is_dir() else []
     _refuse_extra(folder / MEMORIES, present, manifest.domains)

@@ -80,7 +80,7 @@ def add_from_bank(folder: str | Path, bank: MemoryBank, domains: Sequence[str]) 
 def _add(folder: Path, sources: Mapping[str, Path]) -> None:
     """Copy memories, domain -> folder, into an artifact in one step."""
     read_manifest(folder)
-    with _revised(folder) as work:
+    with revised(folder) as work:
         manifest = verify(work, backbone=False)
         for domain, source in sources.items():
             check_free_name(manifest, folder, domain)
@@ -90,9 +90,9 @@ def _add(folder: Path, sources: Mapping[str, Path]) -> None:
             home.mkdir(parents=True)
             for file in card.files:
                 shutil.copyfile(source / file, home / file)
-            _write(home / CARD, json.dumps(asdict(card), indent=2) + "\n")
+            write_text(home / CARD, json.dumps(asdict(card), indent=2) + "\n")
             manifest = listed(manifest, card, hash_file(home / CARD))
-        _write(work / MANIFEST, manifest.to_json())
+        write_text(work / MANIFEST, manifest.to_json())
 
 
 def remove_memory(folder: str | Path, domain: str) -> None:
@@ -103,7 +103,7 @@ def remove_memory(folder: str | Path, domain: str) -> None:
     """
     folder = Path(folder).expanduser().resolve()
     read_manifest(folder)
-    with _revised(folder) as work:
+    with revised(folder) as work:
         manifest = read_manifest(work)
         if domain not in manifest.domains:
             raise KoffError(f"{folder} has no memory for {domain!r}; it has {', '.join(manifest.domains) or 'none'}")
@@ -111,7 +111,7 @@ def remove_memory(folder: str | Path, domain: str) -> None:
             raise KoffError(f"{folder} is {domain!r} merged into its backbone: there is no model without it in it")
         if (work / MEMORIES / domain).is_dir():
             shutil.rmtree(work / MEMORIES / domain)
-        _write(work / MANIFEST, unlisted(manifest, domain).to_json())
+        write_text(work / MANIFEST, unlisted(manifest, domain).to_json())
 
 
 def check_free_name(manifest: Manifest, folder: Path, domain: str) -> None:
@@ -187,7 +187,7 @@ def backbone_of(folder: str) -> str:
 
 
 @contextmanager
-def _revised(folder: Path) -> Iterator[Path]:
+def revised(folder: Path) -> Iterator[Path]:
     """A copy of an artifact that takes its place when the block ends well.
 
     Its files are links to the old ones where the disk has links: replace them, never write into them.
@@ -205,7 +205,8 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write a file of a folder that `revised` gave."""
     file.unlink(missing_ok=True)  # a link: writing into it would change the old folder
     file.write_text(text, encoding="utf-8")
 

@@ -7,7 +7,16 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from koff_lightning.artifact.folder import BACKBONE, MANIFEST, MEMORIES, REPORT, Manifest, read_manifest, verify
+from koff_lightning.artifact.folder import (
+    BACKBONE,
+    MANIFEST,
+    MEMORIES,
+    REPORT,
+    ROUTER,
+    Manifest,
+    read_manifest,
+    verify,
+)
 from koff_lightning.artifact.memory_files import CARD, card_of, listed, lora_state, unlisted, write_memory
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
@@ -43,6 +52,8 @@ def save_artifact(backbone: PreTrainedModel, bank: MemoryBank, manifest: Manifes
         for name in (REPORT, "README.md", "LICENSE"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, work / name)
+        if manifest.router is not None:  # with other memories it is refused when it is asked
+            shutil.copytree(source / ROUTER, work / ROUTER)
         about = {"base": manifest.base, "mask_hash": manifest.mask_hash, "tokenizer_hash": manifest.tokenizer_hash}
         for domain in manifest.domains:
             manifest = unlisted(manifest, domain)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koff_lightning.commands.parsing.text_options import data_section, named_texts
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
@@ -106,33 +107,14 @@ def _text(
     if config and data:
         raise KoffError("analyze: give either --config or --data")
     if data:
-        pairs = [words.partition("=") for words in data]
-        if odd := [words for words, (name, _, text) in zip(data, pairs, strict=True) if not (name and text)]:
-            raise KoffError(f"--data takes NAME=TEXT, such as de=bundled:de; got {odd[0]!r}")
-        domains: dict[str, list[str]] = {}
-        for name, _, text in pairs:
-            domains.setdefault(name, []).append(text)
+        domains = named_texts(data)
         size = (run_options or {}).get("data", {}).get("seq_len")
         return {"domains": domains} | ({"seq_len": size} if size else {}), "--data"
     if config:
-        return _section(config), config
+        return data_section(config), config
     if not run_options:
         raise KoffError(f"{run} does not say which text it was made with: give --config or --data NAME=TEXT")
     return dict(run_options["data"]), "the run's own config"
-
-
-def _section(config: str) -> dict[str, Any]:
-
-    from koff_lightning.commands.parsing.config_files import find_config
-    from koff_lightning.data.yaml_keys import refuse_duplicate_keys
-    from koff_lightning.support.yaml_files import read_yaml
-
-    path = find_config(config)
-    refuse_duplicate_keys(path)
-    content = read_yaml(path)
-    if not isinstance(content, dict) or not (content.get("data") or {}).get("domains"):
-        raise KoffError(f"{path} names no text (data.domains): give a config that does, or --data NAME=TEXT")
-    return dict(content["data"])
 
 
 def _backbone(run: Path) -> str:

@@ -3,12 +3,16 @@
 from typing import TYPE_CHECKING, Any, Literal
 
 from koff_lightning.commands.generate import asked, sampling
+from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
     from koff_lightning.artifact.decomposed import DecomposedModel
 
-HELP = "/domain NAME changes the memory, /domain alone uses none, /clear forgets the talk, /help says this, /exit ends"
+HELP = (
+    "/domain NAME changes the memory, /domain auto lets the router pick, /domain alone uses none, /clear forgets the "
+    "talk, /help says this, /exit ends"
+)
 
 
 def chat(
@@ -28,7 +32,8 @@ def chat(
 
     Args:
         model: Folder that `koff export` wrote.
-        domain: Whose memory to begin with; without it the bare pruned backbone.
+        domain: Whose memory to begin with, `auto` for what the router picks from each question and those before it;
+            without it the bare pruned backbone.
         system: Instruction that stands before the talk.
         max_new_tokens: Most tokens of an answer.
         temperature: Of sampling; 0, or nothing asked for, takes the most likely token each time.
@@ -44,13 +49,13 @@ def chat(
 
     from koff_lightning.artifact.decomposed import default_device, load_decomposed
 
-    decomposed = load_decomposed(model, default_device(device), dtype)
+    decomposed = load_decomposed(model, default_device(device), dtype, AUTO if domain == AUTO else None)
     if not decomposed.tokenizer.chat_template:
         raise KoffError(
             f"the tokenizer of {model} has no chat template, so this is no chat model: "
             f"koff generate --model {model} --prompt '...' continues text"
         )
-    if domain is not None and domain not in decomposed.domains:
+    if domain not in (None, AUTO, *decomposed.domains):
         raise KoffError(f"{model} has no memory for {domain!r}; it has {', '.join(decomposed.domains) or 'none'}")
     options = asked(decomposed, options, generation_config)
     torch.manual_seed(seed)
@@ -60,6 +65,7 @@ def chat(
 def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, str]], options: dict[str, Any]) -> None:
     about = f"domains: {', '.join(model.domains) or 'none'}. {HELP}"
     print(about)
+    can_route = [AUTO] if model.manifest.router else []
     messages = list(opening)
     while True:
         try:
@@ -73,13 +79,18 @@ def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, 
             messages = list(opening)
         elif word == "/help":
             print(about)
-        elif word == "/domain" and rest.strip() in ("", *model.domains):
+        elif word == "/domain" and rest.strip() in ("", *model.domains, *can_route):
             domain = rest.strip() or None
         elif line.startswith("/"):
             print(f"not understood: {line}; {about}")
         elif line:
             messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": _answer(model, domain, messages, options)})
+            memory = domain
+            if domain == AUTO and AUTO not in model.domains:
+                asked = [message["content"] for message in reversed(messages) if message["role"] == "user"]
+                memory = model.route(["\n".join(asked)])[0]  # a short question goes with those before it
+                print(f"[{memory or 'no memory'}]")
+            messages.append({"role": "assistant", "content": _answer(model, memory, messages, options)})
 
 
 def _answer(

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def generate(
         model: Folder that `koff export` wrote.
         prompt: Text to continue; may be given several times.
         file: File with one prompt per line, in place of --prompt.
-        domain: Whose memory to use: once for all prompts or once for each; without it the bare pruned backbone.
+        domain: Whose memory to use, `auto` for what the router picks: once for all prompts or once for each; without it
+            the bare pruned backbone.
         compare: `dense` shows the dense model, the pruned one without memory and the one with it side by side.
         max_new_tokens: Most tokens to add.
         temperature: Of sampling; 0, or nothing asked for, takes the most likely token each time.
@@ -60,18 +62,28 @@ def generate(
 
     names = [name for name in dict.fromkeys(domains) if name]
     decomposed = load_decomposed(model, default_device(device), dtype, domains=names)
+    domains = routed(decomposed, domains, prompts)
     options = asked(decomposed, options, generation_config) | {"seed": seed}
     dense = dense_of(decomposed) if compare else None
     for start in range(0, len(prompts), batch_size):
         part, rows = prompts[start : start + batch_size], domains[start : start + batch_size]
         if dense is not None:
             _side_by_side(decomposed, dense, part, rows, options)
-        elif len(prompts) == 1:
+        elif len(prompts) == 1 and domain != [AUTO]:
             _stream(decomposed, part, rows, options)
         else:
             texts = _continue(decomposed.generate, decomposed.tokenizer, part, options | {"domains": rows})
             for name, before, after in zip(rows, part, texts, strict=True):
                 print(f"[{name or 'no memory'}] {before}{after}\n")
+
+
+def routed(model: "DecomposedModel", domains: list[str | None], prompts: list[str]) -> list[str | None]:
+    """The domain of each prompt, the router's choice in the place of `auto`."""
+    if AUTO not in domains or AUTO in model.domains:
+        return domains
+    auto = [prompt for name, prompt in zip(domains, prompts, strict=True) if name == AUTO]
+    picked = iter(model.route(auto))
+    return [next(picked) if name == AUTO else name for name in domains]
 
 
 def sampling(max_new_tokens: int, temperature: float | None, top_p: float) -> dict[str, Any]:

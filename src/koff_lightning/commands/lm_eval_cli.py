@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
+from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import one_line
@@ -140,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--model", help="folder of an artifact, .ckpt of `koff fit`, or dense model (id, folder, koff-tiny)"
     )
-    ours.add_argument("--domain", "--domains", help="whose memory to read: a name, several with commas, or `all`")
+    ours.add_argument(
+        "--domain", "--domains", help="whose memory to read: names with commas, `all`, or `auto`: the router's"
+    )
     ours.add_argument("--memory_off", "--memory-off", action="store_true", help="a column `none`: without memory")
     ours.add_argument("--dense", action="store_true", help="a column `dense`: the model that was decomposed")
     ours.add_argument("--backbone", help="where the backbone of a checkpoint is, if it has moved")
@@ -172,14 +175,16 @@ def _settings(options: argparse.Namespace) -> Any:
 
 def _columns(options: argparse.Namespace, model: Any) -> list[Column]:
     """What is asked for; without a word about it the model as it is, without memory."""
-    from koff_lightning.evaluation.harness import domains_of
+    from koff_lightning.evaluation.harness import check_router, domains_of
     from koff_lightning.evaluation.lm_scores import CLASH
 
     known = domains_of(model)
     asked = known if options.domain == "all" else [*filter(None, dict.fromkeys((options.domain or "").split(",")))]
     if options.domain and not asked:
         raise KoffError(f"lm-eval: {options.model} has no memories: leave --domain out")
-    if unknown := [name for name in asked if name not in known]:
+    if AUTO in asked and AUTO not in known:
+        check_router(model, options.model)
+    if unknown := [name for name in asked if name not in (AUTO, *known)]:
         raise KoffError(
             f"lm-eval: {options.model} has no memory for {unknown[0]!r}; it has {', '.join(known) or 'none at all'}"
         )

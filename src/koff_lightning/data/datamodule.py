@@ -133,6 +133,16 @@ class DomainDataModule(LightningDataModule):
             rows = self.stored(source) or self._make(name, source)
             self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
 
+    def texts(self) -> dict[str, Texts]:
+        """Training and held-out text of every domain, read anew; of what is streamed a sample of the training text.
+
+        Raises:
+            KoffError: As `setup`, but no tokenizer is asked.
+        """
+        refuse_missing_files(self.sources)
+        read = self._read_head if self.streaming else self._read_all
+        return {name: read(name, source) for name, source in self.sources.items()}
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
         """Tokenise every domain into the cache; returns, by domain, whether that was still to be done.
 

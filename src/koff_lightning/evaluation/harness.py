@@ -13,7 +13,7 @@ Shapes: B rows, T tokens, V vocabulary.
 import copy
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +33,7 @@ from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
 from koff_lightning.loading import load_backbone, load_config, load_tokenizer
+from koff_lightning.router.routing import AUTO
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 
@@ -51,7 +52,7 @@ class Reader:
 
     Args:
         model: Its backbone reads.
-        domain: Whose memory every row reads; None for none.
+        domain: Whose memory every row reads; None for none, "auto" for what the router picks.
         dense: Read with gates and memories off.
     """
 
@@ -110,7 +111,8 @@ class KoffLM(HFLM):
 
     Args:
         path: Folder of an artifact, checkpoint, dense model (hub id, folder, `koff-tiny`), or a loaded one of these.
-        domain: Whose memory to read; None for none.
+        domain: Whose memory to read; None for none, "auto" for what an artifact's router picks for each request, from
+            its context; where a text is scored as a whole, from the text.
         dense: The dense model that the decomposition was made from.
         tokenizer: By default the model's own.
         backbone: Where the backbone of a checkpoint is, if it has moved.
@@ -190,6 +192,9 @@ class KoffLM(HFLM):
         HFLM scores the windows of a few requests at a time, each with a progress bar of its own. In one process all
         windows are handed over at once: sorted by length, so that rows of a batch hold little padding, under one bar.
         """
+        if self._routes:
+            texts = [request.args[0] for request in requests]
+            return self._by_domain(requests, texts, lambda part: self.loglikelihood_rolling(part, disable_tqdm))
         before, self.add_bos_token = self.add_bos_token, False
         if self.world_size == 1 and isinstance(self.batch_size_per_gpu, int):
             self._rows, self.batch_size_per_gpu = self.batch_size_per_gpu, sys.maxsize
@@ -204,9 +209,36 @@ class KoffLM(HFLM):
         if self._rows is not None:
             self.batch_size_per_gpu, self._rows = self._rows, None
 
-    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """HFLM's own."""
+        if self._routes:
+            texts = [request.args[0] for request in requests]
+            return self._by_domain(requests, texts, lambda part: self.generate_until(part, disable_tqdm))
+        return super().generate_until(requests, disable_tqdm)
+
+    @property
+    def _routes(self) -> bool:
+        """Whether requests are still to be routed."""
+        return getattr(self.model, "domain", None) == AUTO and AUTO not in self.model.whole.domains
+
+    def _by_domain(self, requests: list[Any], texts: list[str], run: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """Answers of `run` in the order of the requests, those of one memory asked together."""
+        picked = self.model.whole.route(texts)
+        answers: dict[int, Any] = {}
+        try:
+            for self.model.domain in dict.fromkeys(picked):
+                places = [place for place, domain in enumerate(picked) if domain == self.model.domain]
+                answers |= dict(zip(places, run([requests[place] for place in places]), strict=True))
+        finally:
+            self.model.domain = AUTO
+        return [answers[place] for place in range(len(requests))]
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        if self._routes:
+            texts = [context for (context, _), _, _ in requests]
+            return self._by_domain(requests, texts, lambda part: self._loglikelihood_tokens(part, *args, **kwargs))
         self._rows_again()
-        scores = super()._loglikelihood_tokens(*args, **kwargs)
+        scores = super()._loglikelihood_tokens(requests, *args, **kwargs)
         self.broken += sum(not math.isfinite(value) for value, _ in scores)  # told later, by all ranks at once
         return scores
 
@@ -277,6 +309,15 @@ def domains_of(model: Model) -> list[str]:
     return [] if isinstance(model, PreTrainedModel) else list(model.domains)
 
 
+def check_router(model: Model, name: str) -> None:
+    """Raise KoffError unless a model has a router that picks among its memories."""
+    if not isinstance(model, DecomposedModel):
+        raise KoffError(
+            f"only an artifact has a router, and {name} is none: export the run, then `koff router fit --model DIR`"
+        )
+    model.route([])
+
+
 def reading(model: Model, domain: str | None, dense: bool) -> Reader | PreTrainedModel:
     """What HFLM is given as its model.
 
@@ -284,7 +325,9 @@ def reading(model: Model, domain: str | None, dense: bool) -> Reader | PreTraine
         KoffError: There is no such memory, or no dense model at hand.
     """
     known = domains_of(model)
-    if domain is not None and domain not in known:
+    if domain == AUTO and AUTO not in known:
+        check_router(model, getattr(model, "source", "this model"))
+    elif domain is not None and domain not in known:
         raise KoffError(f"there is no memory for domain {domain!r}; there is {', '.join(known) or 'none at all'}")
     if isinstance(model, PreTrainedModel):
         return model

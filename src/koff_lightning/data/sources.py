@@ -16,6 +16,7 @@ from koff_lightning.support.names import check_name
 BUNDLED, HUB = "bundled:", "hub:"
 BUNDLED_DIR = Path(__file__).resolve().parents[1] / "tiny" / "corpora"
 Side = Literal["training", "held out", "by hash"]
+Chat = Literal["all", "answers"]  # what of a talk is predicted
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class DomainSource:
             default documents of `files` are held out by the hash of their id.
         subset: Subset of hub datasets, which the hub also calls configuration: ``deu_Latn`` of FineWeb-2, say.
         split: Split of hub datasets.
+        chat: Documents are talks, in a field ``messages`` (or text_field) or in ``prompt`` and ``completion``, and are
+            written by the tokenizer's chat template: ``answers`` predicts what the assistant says alone, ``all`` all of
+            it.
     """
 
     files: str | list[str]
@@ -42,6 +46,7 @@ class DomainSource:
     heldout_files: str | list[str] | None = None
     subset: str | None = None
     split: str = "train"
+    chat: Chat | None = None
 
     @property
     def entries(self) -> list[str]:
@@ -89,6 +94,10 @@ def as_sources(domains: Mapping[str, DomainSource | Mapping[str, Any] | str | li
         if isinstance(source.weight, bool) or not (math.isfinite(source.weight) and source.weight > 0):
             raise KoffError(f"domain '{name}': weight must be a finite number above 0, got {source.weight}")
         _check_heldout_files(name, source)
+        if source.chat not in (None, "all", "answers"):
+            raise KoffError(f"domain '{name}': chat must be 'all' or 'answers' (or null for text), got {source.chat!r}")
+        if source.chat and source.bundled_entries:
+            raise KoffError(f"domain '{name}': bundled text holds no talks: leave chat out")
         sources[name] = source
     return sources
 
@@ -163,7 +172,7 @@ def domain_shards(source: DomainSource, streamed: bool = False) -> list[tuple[Sh
     both = set(map(Path.resolve, files)) & set(map(Path.resolve, heldout_files))
     if both:
         raise KoffError(f"{min(both)} is among the files and the heldout_files of one domain: name it in one of them")
-    fields = source.text_field, source.id_field
+    fields = source.text_field, source.id_field, bool(source.chat)
     rest: Side = "training" if heldout_files else "by hash"
     shards: list[tuple[Shard, Side]] = [(FileShard(path, *fields), "held out") for path in heldout_files]
     for split, side in (("heldout", "held out"), ("train", "training")):

@@ -25,6 +25,7 @@ from koff_lightning import __version__
 from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.readers import OnBad, format_of, refuse
+from koff_lightning.data.remote import RemoteFile
 from koff_lightning.data.sources import Chat, DomainSource, bundled_file, expand_files
 from koff_lightning.data.split import Texts
 from koff_lightning.data.talks import check_template, tokenize_talks
@@ -145,10 +146,16 @@ class TokenCache:
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _digests(self, files: list[Path]) -> list[list[str]]:
-        """Format, suffix and SHA-256 of each file; the last read again only where size or time of change are others."""
+    def _digests(self, files: list[Path | RemoteFile]) -> list[list[str]]:
+        """Format, suffix and SHA-256 of each file; the last read again only where size or time of change are others.
+
+        Of files elsewhere what their server says of their version.
+        """
         known, new, found = _json(self.folder / DIGESTS), {}, []
         for file in files:
+            if isinstance(file, RemoteFile):
+                found.append([format_of(file), file.suffix, file.version])
+                continue
             name = str(file.resolve())
             try:
                 stat = file.stat()

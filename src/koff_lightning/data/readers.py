@@ -189,7 +189,8 @@ def _read_parquet(path: Path, names: Sequence[str], id_field: str, part: Part) -
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        source = path if isinstance(path, Path) else _with_places(path)
+        with pyarrow.parquet.ParquetFile(source) as table:
             require_column(path, table.schema_arrow.names, names)
             columns = [name for name in dict.fromkeys((*names, id_field)) if name in table.schema_arrow.names]
             number, groups = 0, list(range(table.num_row_groups))
@@ -202,6 +203,20 @@ def _read_parquet(path: Path, names: Sequence[str], id_field: str, part: Part) -
                     number += 1
     except pyarrow.ArrowException as error:
         raise KoffError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def _with_places(path: Any) -> BinaryIO:
+    """A file elsewhere, if it can be read from any place on."""
+    file = path.open("rb")
+    try:
+        file.seek(-8, io.SEEK_END)
+        file.read(8)
+        file.seek(0)
+    except (OSError, ValueError) as error:
+        raise KoffError(
+            f"cannot read {path}: its server gives no parts of files, and parquet takes them: get a local copy"
+        ) from error
+    return file
 
 
 def _python_values(columns: list[str], values: tuple[Any, ...]) -> tuple[dict[str, Any] | None, str | None]:
@@ -236,16 +251,17 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _open_any(path: Path) -> Any:
+    source = path if isinstance(path, Path) else path.open("rb")
     match path.suffix:
         case ".gz":
-            return gzip.open(path, "rb")
+            return gzip.open(source, "rb")
         case ".xz":
-            return lzma.open(path, "rb")
+            return lzma.open(source, "rb")
         case ".zst":
             import pyarrow  # it brings a decoder; the standard library has none before Python 3.14
 
-            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
+            return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
+    return path.open("rb") if source is path else source
 
 
 def _decode(raw: bytes, line: int, errors: str = "surrogateescape") -> str:

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from koff_lightning.data.messages import field_names
 from koff_lightning.data.patience import patiently
 from koff_lightning.data.readers import ALL, Document, OnBad, Part, as_document, read_records, require_column
+from koff_lightning.data.remote import RemoteFile
 
 UNEVEN = 1.05  # readers get whole shards where the largest load is at most this much above the smallest
 OFFLINE_SHARDS = 64  # into which a dataset in the cache is divided
@@ -34,7 +35,7 @@ class Shard(Protocol):
 class FileShard:
     """A file of any kind in `readers`."""
 
-    path: Path
+    path: Path | RemoteFile
     text_field: str
     id_field: str
     chat: bool = False
@@ -45,9 +46,9 @@ class FileShard:
         return self.path.name
 
     @property
-    def size(self) -> int:
+    def size(self) -> int | None:
         """Bytes on disk."""
-        return self.path.stat().st_size
+        return self.path.stat().st_size if isinstance(self.path, Path) else self.path.size
 
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
         """Yield (number, document) of the usable records in `part`."""

@@ -57,9 +57,26 @@ def chat(
         )
     if domain not in (None, AUTO, *decomposed.domains):
         raise KoffError(f"{model} has no memory for {domain!r}; it has {', '.join(decomposed.domains) or 'none'}")
+    opening = [{"role": "system", "content": system}] if system else []
+    _check_template(decomposed.tokenizer, opening)
     options = asked(decomposed, options, generation_config)
     torch.manual_seed(seed)
-    _talk(decomposed, domain, [{"role": "system", "content": system}] if system else [], options)
+    _talk(decomposed, domain, opening, options)
+
+
+def _check_template(tokenizer: Any, opening: list[dict[str, str]]) -> None:
+    """Write the beginning of a talk, before anybody types.
+
+    Raises:
+        KoffError: The template does not take it.
+    """
+    from koff_lightning.data.rendering import render, writing
+
+    try:
+        with writing():
+            render(tokenizer, [*opening, {"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    except KoffError as error:
+        raise KoffError(f"{'--system: ' if opening else ''}{error}") from error
 
 
 def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, str]], options: dict[str, Any]) -> None:
@@ -97,14 +114,18 @@ def _answer(
     model: "DecomposedModel", domain: str | None, messages: list[dict[str, str]], options: dict[str, Any]
 ) -> str:
     """Stream the answer to the terminal and return it."""
+    import torch
     from transformers import TextStreamer
 
+    from koff_lightning.data.rendering import render, writing
+
     tokenizer = model.tokenizer
-    batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = batch["input_ids"]  # [1, T]
+    with writing():
+        written = render(tokenizer, messages, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer(written, add_special_tokens=False)["input_ids"]])  # [1, T]
     out = model.generate(
         ids,
-        attention_mask=batch["attention_mask"],
+        attention_mask=torch.ones_like(ids),
         domains=domain,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **options,

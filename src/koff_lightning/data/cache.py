@@ -24,14 +24,16 @@ from transformers import PreTrainedTokenizerBase
 from koff_lightning import __version__
 from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.packing import PackedRows, pack
-from koff_lightning.data.readers import format_of
-from koff_lightning.data.sources import DomainSource, bundled_file, expand_files
+from koff_lightning.data.readers import OnBad, format_of, refuse
+from koff_lightning.data.remote import RemoteFile
+from koff_lightning.data.sources import Chat, DomainSource, bundled_file, expand_files
 from koff_lightning.data.split import Texts
+from koff_lightning.data.talks import check_template, tokenize_talks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, lock, new_folder
 
 MANIFEST = "entry.json"  # of an entry: its files with size and SHA-256
-ARRAYS = ("tokens", "starts", "first_segment", "documents", "shares")  # of PackedRows
+ARRAYS = ("tokens", "starts", "first_segment", "documents", "shares", "predicted")  # of PackedRows
 NOTABLE, MOSTLY = 0.01, 0.5  # shares of a text that a tokenizer does not know: said, refused
 DIGESTS = "digests.json"  # of files whose size and time of change are still the same
 
@@ -46,20 +48,41 @@ class DomainRows:
 
 
 def domain_rows(
-    name: str, texts: Texts, tokenizer: PreTrainedTokenizerBase, seq_len: int, append_eos: bool = False
+    name: str,
+    texts: Texts,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    append_eos: bool = False,
+    chat: Chat | None = None,
+    on_bad: OnBad = refuse,
 ) -> DomainRows:
     """Tokenise and pack a domain's texts; the end token, if it is wanted, goes into training text only.
+
+    Args:
+        name: Of the domain.
+        texts: Its documents; of talks their messages as JSON.
+        tokenizer: Of the backbone.
+        seq_len: Tokens per row.
+        append_eos: Put the end token behind each training document; a talk ends as its template ends it.
+        chat: Texts are talks, and what of them is predicted.
+        on_bad: Called with what is wrong with a talk.
 
     Raises:
         KoffError: A side has no document that is two tokens or longer, or the tokenizer cannot read most of it.
     """
-    train, heldout = tokenize(texts.train, tokenizer, append_eos), tokenize(texts.heldout, tokenizer)
+    if chat:
+        check_template(tokenizer, name)
+        train, heldout = (tokenize_talks(side, tokenizer, chat, on_bad) for side in texts)
+    else:
+        train, heldout = tokenize(texts.train, tokenizer, append_eos), tokenize(texts.heldout, tokenizer)
     for split, stream in (("training", train), ("held-out", heldout)):
         if not len(stream.tokens):
             raise KoffError(f"domain '{name}': no {split} document is two tokens or longer; give it longer text")
         _check_known(name, split, stream)
     pad_id = tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
     rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, pad_id=pad_id) for s in (train, heldout))
+    if not len(rows):
+        raise KoffError(f"domain '{name}': no row of data.seq_len={seq_len} tokens predicts anything: raise it")
     return DomainRows(rows, heldout_rows, _unpacked(rows, train.lengths, train.num_bytes))
 
 
@@ -118,15 +141,21 @@ class TokenCache:
             "bundled": self._digests(shipped),
             "files": self._digests(expand_files(source.file_entries)),
             "hub": source.hub_entries,
-            "fields": [source.text_field, source.id_field, source.subset, source.split],
+            "fields": [source.text_field, source.id_field, source.subset, source.split, source.chat],
             **options,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _digests(self, files: list[Path]) -> list[list[str]]:
-        """Format, suffix and SHA-256 of each file; the last read again only where size or time of change are others."""
+    def _digests(self, files: list[Path | RemoteFile]) -> list[list[str]]:
+        """Format, suffix and SHA-256 of each file; the last read again only where size or time of change are others.
+
+        Of files elsewhere what their server says of their version.
+        """
         known, new, found = _json(self.folder / DIGESTS), {}, []
         for file in files:
+            if isinstance(file, RemoteFile):
+                found.append([format_of(file), file.suffix, file.version])
+                continue
             name = str(file.resolve())
             try:
                 stat = file.stat()
@@ -189,8 +218,8 @@ class TokenCache:
             with new_folder(self.folder / key, overwrite=True, marker=MANIFEST) as work:
                 for side, packed in (("train", rows.train), ("heldout", rows.heldout)):
                     (work / side).mkdir()
-                    for name, value in vars(packed).items():
-                        np.save(work / side / f"{name}.npy", value)
+                    for name in (*ARRAYS, "padding"):
+                        np.save(work / side / f"{name}.npy", getattr(packed, name))
                 np.save(work / "lengths.npy", rows.documents.lengths)
                 np.save(work / "num_bytes.npy", rows.documents.num_bytes)
                 files = {str(f.relative_to(work)): [f.stat().st_size, hash_file(f)] for f in work.rglob("*.npy")}

@@ -34,7 +34,7 @@ class CalibrationText:
         self.num_tokens = 0
         for name, packed in train.items():
             length = packed.tokens.shape[1]
-            rows, whole = -(-num_tokens // (len(train) * length)), _whole(packed)
+            rows, whole = -(-num_tokens // (len(train) * length)), packed.whole
             if rows > whole:
                 raise KoffError(
                     f"domain '{name}' has {whole * length} tokens of training text in whole rows of {length}, "
@@ -60,8 +60,4 @@ class CalibrationText:
 
 def most_tokens(train: Mapping[str, PackedRows]) -> int:
     """Tokens in whole rows of the domain that has the fewest."""
-    return min(_whole(packed) * packed.tokens.shape[1] for packed in train.values())
-
-
-def _whole(packed: PackedRows) -> int:
-    return len(packed) - bool(packed.padding)
+    return min(packed.whole * packed.tokens.shape[1] for packed in train.values())

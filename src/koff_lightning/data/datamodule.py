@@ -21,6 +21,7 @@ from koff_lightning.data.sources import DomainSource, as_shares, as_sources, dom
 from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
+from koff_lightning.data.talks import check_template, template_of
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
@@ -47,7 +48,8 @@ class DomainDataModule(LightningDataModule):
         domains: Text of each domain, by name. An entry is ``bundled:<name>`` (text that ships with the package), a
             file or glob, ``hub:<dataset>``, a list of these, or a mapping with the fields of `DomainSource`: files,
             text_field (default text), id_field (default id), weight (default 1), heldout_files (default: split by
-            hash), subset and split (of hub datasets). Files: jsonl, csv, txt, each also .gz .xz .zst, and parquet.
+            hash), subset and split (of hub datasets), chat (``all`` or ``answers``: documents are talks). Files:
+            jsonl, csv, txt, each also .gz .xz .zst, and parquet.
         tokenizer: Hub id or folder of a tokenizer; by default that of the module's backbone.
         seq_len: Tokens per row.
         batch_size: Rows per batch on each device.
@@ -128,7 +130,7 @@ class DomainDataModule(LightningDataModule):
             return
         refuse_missing_files(self.sources)
         self.tokenizer = self._load_tokenizer()
-        self._check_end()
+        self._check_tokenizer()
         for name, source in self.sources.items():
             rows = self.stored(source) or self._make(name, source)
             self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
@@ -152,13 +154,15 @@ class DomainDataModule(LightningDataModule):
         _require(not self.streaming, "data.streaming tokenises while training: there is nothing to prepare")
         refuse_missing_files(self.sources)
         self.tokenizer = tokenizer
-        self._check_end()
+        self._check_tokenizer()
         return {
             name: self.cache.build(self._key(source), partial(self._make, name, source))
             for name, source in self.sources.items()
         }
 
-    def _check_end(self) -> None:
+    def _check_tokenizer(self) -> None:
+        for name in (name for name, source in self.sources.items() if source.chat):
+            check_template(self.tokenizer, name)
         has_end = self.tokenizer.eos_token_id is not None
         _require(has_end or not self.append_eos, "data.append_eos: the tokenizer has no end token: leave it out")
 
@@ -172,6 +176,7 @@ class DomainDataModule(LightningDataModule):
             max_heldout_bytes=self.max_heldout_bytes,
             on_bad_line=self.on_bad_line,
             append_eos=self.append_eos,
+            template=template_of(self.tokenizer) if source.chat else None,
         )
 
     def stored(self, source: DomainSource) -> DomainRows | None:
@@ -181,7 +186,10 @@ class DomainDataModule(LightningDataModule):
 
     def _make(self, name: str, source: DomainSource) -> DomainRows:
         texts = self._read_head(name, source) if self.streaming else self._read_all(name, source)
-        return domain_rows(name, texts, self.tokenizer, self.seq_len, self.append_eos)
+        on_bad = BadLines(name, self.on_bad_line)
+        rows = domain_rows(name, texts, self.tokenizer, self.seq_len, self.append_eos, source.chat, on_bad)
+        on_bad.report()
+        return rows
 
     def _read_all(self, name: str, source: DomainSource) -> Texts:
         return read_domain(
@@ -208,7 +216,7 @@ class DomainDataModule(LightningDataModule):
         streamed = [(shard, side) for shard, side in shards if side != "held out"]
         wanted = IsTraining([side for _, side in streamed], self.heldout_fraction, frozenset(texts.heldout))
         on_bad = BadLines(name, self.on_bad_line, endless=True)
-        self._texts[name] = Text(name, [shard for shard, _ in streamed], wanted, on_bad, self.append_eos)
+        self._texts[name] = Text(name, [shard for shard, _ in streamed], wanted, on_bad, self.append_eos, source.chat)
         return texts
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -256,7 +264,8 @@ class DomainDataModule(LightningDataModule):
         identity: dict[str, object] = {"tokenizer": fingerprint(self.tokenizer), "seq_len": self.seq_len}
         for name, text in self._texts.items():
             fields = self.sources[name].text_field, self.sources[name].id_field
-            identity |= text.identity(fields, split)
+            talks = [[text.chat, template_of(self.tokenizer)]] if text.chat else []
+            identity |= text.identity(fields, split, *talks)
         return Reading(self._texts, self.tokenizer, self.seq_len, identity)
 
     def _window(self, accumulate: int) -> int:

@@ -30,6 +30,8 @@ class TokenStream:
     num_bytes: NDArray[np.int64]  # [D] UTF-8 bytes of each document's text that is predicted and known
     # [D] UTF-8 bytes of each document's text in whose place the unknown token stands; empty where nobody counted
     unknown_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    # [N] tokens that are predicted where anything stands before them in their row; empty where all are
+    predicted: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
 
     @property
     def starts(self) -> NDArray[np.int64]:

@@ -23,13 +23,15 @@ PIECE = 64 * 2**20  # bytes of text in a file: some dozens of files in a few GB,
 MANIFEST = "copy.json"
 
 
-def find_copy(repo: str, subset: str | None, split: str, text_field: str, id_field: str) -> list[FileShard]:
+def find_copy(
+    repo: str, subset: str | None, split: str, text_field: str, id_field: str, chat: bool = False
+) -> list[FileShard]:
     """The files of a dataset's copy, in its order; none where there is no copy.
 
     Raises:
         KoffError: A copy whose files are not those that were written.
     """
-    folder = _folder(repo, subset, split, text_field, id_field)
+    folder = _folder(repo, subset, split, text_field, id_field, chat)
     if (manifest := _manifest(folder)) is None:
         return []
     for name, size in manifest["files"].items():
@@ -58,7 +60,7 @@ def make_copy(repo: str, shards: Sequence[HubShard], num_bytes: int, on_bad: OnB
         KoffError: The dataset cannot be read, or the copy not be written.
     """
     first = shards[0]
-    folder = _folder(repo, first.subset, first.split, first.text_field, first.id_field)
+    folder = _folder(repo, first.subset, first.split, first.text_field, first.id_field, first.chat)
     manifest = _manifest(folder)
     if manifest and (manifest["whole"] or manifest["asked"] >= num_bytes):
         return
@@ -74,8 +76,11 @@ def make_copy(repo: str, shards: Sequence[HubShard], num_bytes: int, on_bad: OnB
         (work / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _folder(repo: str, subset: str | None, split: str, text_field: str, id_field: str) -> Path:
-    what = hashlib.sha256(json.dumps([repo, subset, split, text_field, id_field]).encode()).hexdigest()[:16]
+def _folder(repo: str, subset: str | None, split: str, text_field: str, id_field: str, chat: bool) -> Path:
+    what = [repo, subset, split, text_field, id_field] + [
+        "chat"
+    ] * chat  # talks lie there as the JSON of their messages
+    what = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     return own_cache() / "hub" / f"{re.sub('[^A-Za-z0-9]+', '-', repo)[-60:]}-{what}"
 
 

@@ -10,7 +10,8 @@ every token of a document but its first is predicted exactly once.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ class PackedRows:
     first_segment: NDArray[np.int64]  # [R + 1] number of each row's first segment; the last entry is S, their count
     documents: NDArray[np.int32]  # [S] document to which each segment belongs
     shares: NDArray[np.int64]  # [S] UTF-8 bytes of the text predicted in each segment; sums to the documents' bytes
+    # [R, T] False where a token is not predicted though others stand before it; [0, 0] where there is no such token
+    predicted: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), bool))
 
     @property
     def num_bytes(self) -> NDArray[np.int64]:
@@ -45,11 +48,24 @@ class PackedRows:
     @property
     def digest(self) -> str:
         """A hash that tells other rows: of every segment's bytes and the tokens of a thousand rows, in milliseconds."""
-        some = self.tokens[:: max(1, len(self) // 1000)]
-        return hashlib.sha256(self.shares.tobytes() + some.tobytes()).hexdigest()[:16]
+        some = self.tokens[:: max(1, len(self.tokens) // 1000)]
+        flags = self.predicted[:: max(1, len(self.tokens) // 1000)]
+        return hashlib.sha256(self.shares.tobytes() + some.tobytes() + flags.tobytes()).hexdigest()[:16]
+
+    @cached_property
+    def useful(self) -> NDArray[np.int64]:
+        """Numbers of the rows that predict anything: a row of talks may hold questions alone."""
+        if not self.predicted.size:
+            return np.arange(len(self.tokens))
+        return np.flatnonzero((self.predicted & ~self.starts).any(axis=1))
+
+    @property
+    def whole(self) -> int:
+        """Useful rows without padding, which only the last row can have."""
+        return len(self) - bool(self.padding and len(self) and self.useful[-1] == len(self.tokens) - 1)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.useful)
 
 
 def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -> PackedRows:
@@ -77,12 +93,18 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -
     segments = np.flatnonzero(starts)  # in reading order; with where they end and what they belong to:
     ends = np.append(segments[1:], real.sum())
     documents = np.searchsorted(stream.starts, index.reshape(-1)[segments], side="right") - 1
-    shares = _share_bytes(stream.num_bytes, documents, predicted=ends - segments - 1)
+    wanted = stream.predicted[index] & real if len(stream.predicted) else np.zeros((0, 0), bool)
+    predicted = (
+        np.add.reduceat((wanted & ~starts).reshape(-1), segments, dtype=np.int64)
+        if wanted.size
+        else ends - segments - 1
+    )
+    shares = _share_bytes(stream.num_bytes, documents, predicted=predicted)
     first_segment = np.searchsorted(segments, np.arange(len(row_starts) + 1) * seq_len)
     if padding:
         starts[-1, seq_len - padding] = True
     tokens = np.where(real, stream.tokens[index], np.int32(pad_id))
-    return PackedRows(tokens, starts, padding, first_segment, documents.astype(np.int32), shares)
+    return PackedRows(tokens, starts, padding, first_segment, documents.astype(np.int32), shares, wanted)
 
 
 def _row_starts(is_start: NDArray[np.bool_], seq_len: int, overlap: bool) -> NDArray[np.int64]:
@@ -116,7 +138,7 @@ def _share_bytes(
 
 
 def collate(rows: Sequence[tuple[str, PackedRows, int]]) -> dict[str, torch.Tensor | list[str]]:
-    """Build a batch from (domain, its packed rows, row number) triples.
+    """Build a batch from (domain, its packed rows, which of the useful ones) triples.
 
     Returns:
         input_ids and labels [B, T] (labels aligned with input_ids, -100 = not predicted), position_ids [B, T] which
@@ -125,13 +147,16 @@ def collate(rows: Sequence[tuple[str, PackedRows, int]]) -> dict[str, torch.Tens
         UTF-8 bytes of the text predicted: num_bytes [B] in each row, document_bytes [B, T] in each segment, at its
         first token.
     """
+    rows = [(domain, packed, int(packed.useful[number])) for domain, packed, number in rows]
     tokens = np.stack([packed.tokens[row] for _, packed, row in rows]).astype(np.int64)  # [B, T]
     starts = np.stack([packed.starts[row] for _, packed, row in rows])  # [B, T]
     labels = np.where(starts, IGNORED, tokens)
     documents, document_bytes = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=np.float32)
     for line, (_, packed, row) in enumerate(rows):
-        if packed.padding and row == len(packed) - 1:
+        if packed.padding and row == len(packed.tokens) - 1:
             labels[line, -packed.padding :] = IGNORED
+        if packed.predicted.size:
+            labels[line, ~packed.predicted[row]] = IGNORED
         segments = slice(*packed.first_segment[row : row + 2])
         shares = packed.shares[segments]
         segment = np.minimum(np.cumsum(starts[line]), len(shares)) - 1  # [T]

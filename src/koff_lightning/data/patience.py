@@ -88,8 +88,8 @@ class _Faults:
 def _may_pass(error: BaseException | None) -> bool:
     """Whether it is worth trying again: a fault of the network or of a network disk, not a wrong name or a bad file."""
     while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None:
+        status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
+        if isinstance(status, int) and status:
             return status in PASSING_STATUS or status >= 500
         if getattr(error, "errno", None) in PASSING:
             return True

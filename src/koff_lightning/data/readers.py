@@ -12,15 +12,21 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from koff_lightning.data.messages import TALK, as_talk, field_names
 from koff_lightning.support.errors import KoffError
 
 FORMATS = (".jsonl", ".csv", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 OnBad = Callable[[str], None]
+
+
+def refuse(message: str) -> None:
+    """Stop at what cannot be used."""
+    raise KoffError(message)
 
 
 class Document(NamedTuple):
@@ -44,13 +50,13 @@ class Part(NamedTuple):
 ALL = Part()
 
 
-def read_file(path: Path, text_field: str, id_field: str, on_bad: OnBad) -> Iterator[Document]:
+def read_file(path: Path, text_field: str, id_field: str, on_bad: OnBad, chat: bool = False) -> Iterator[Document]:
     """Yield the non-empty documents of one file: `read_records` without the numbers."""
-    return (document for _, document in read_records(path, text_field, id_field, on_bad))
+    return (document for _, document in read_records(path, text_field, id_field, on_bad, chat=chat))
 
 
 def read_records(
-    path: Path, text_field: str, id_field: str, on_bad: OnBad, part: Part = ALL
+    path: Path, text_field: str, id_field: str, on_bad: OnBad, part: Part = ALL, chat: bool = False
 ) -> Iterator[tuple[int, Document]]:
     """Yield (number, document) of the non-empty documents of one file.
 
@@ -61,14 +67,18 @@ def read_records(
         on_bad: Called with "file:line: what is wrong" for each line (csv: record, parquet: row) that cannot be used;
             it raises to stop, or returns to leave that line out.
         part: The records to read; the others are passed over as cheaply as the format allows.
+        chat: Records are talks: see `as_talk`.
 
     Raises:
         KoffError: Unknown suffix, unreadable file, or a table without the text column.
     """
     read = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt, ".parquet": _read_parquet}[format_of(path)]
+    if chat and format_of(path) == ".txt":
+        raise KoffError(f"cannot read {path}: a txt file holds no talks (chat): give jsonl, csv or parquet")
+    names = field_names(text_field, chat)
     try:
-        for number, line, fields, problem in read(path, text_field, id_field, part):
-            document = None if problem else as_document(fields, text_field, id_field)
+        for number, line, fields, problem in read(path, names, id_field, part):
+            document = None if problem else as_document(fields, text_field, id_field, chat)
             if isinstance(document, Document):
                 if document.text:  # an empty text predicts nothing and has no bytes: leaving it out changes no figure
                     yield number, document
@@ -93,13 +103,21 @@ def format_of(path: Path) -> str:
 Record = tuple[int, int, Any, str | None]  # number, line, fields by name, what is wrong with it (None: nothing)
 
 
-def as_document(fields: Any, text_field: str, id_field: str) -> Document | str:
+def as_document(fields: Any, text_field: str, id_field: str, chat: bool = False) -> Document | str:
     """Return the document in one record, or a phrase that says why there is none."""
     if not isinstance(fields, dict):
-        return f"expected a JSON object with a field '{text_field}', got a {type(fields).__name__}"
-    if text_field not in fields:
-        return f"no field '{text_field}', only {_listed(fields)}: set text_field to the right one"
-    text, doc_id = fields[text_field], fields.get(id_field)
+        names = " or ".join(f"'{name}'" for name in field_names(text_field, chat)[:2])
+        return f"expected a JSON object with a field {names}, got a {type(fields).__name__}"
+    if chat:
+        try:
+            text = as_talk(fields, field_names(text_field, chat))
+        except ValueError as error:
+            return str(error)
+    elif text_field not in fields:
+        return f"no field '{text_field}', only {_listed(fields)}: set text_field to the right one{_about_chat(fields)}"
+    else:
+        text = fields[text_field]
+    doc_id = fields.get(id_field)
     if not isinstance(text, str):
         return f"field '{text_field}' should be text, got {'null' if text is None else type(text).__name__}"
     document = Document(text if doc_id in (None, "") else str(doc_id), text)  # csv has no other word for null
@@ -110,7 +128,12 @@ def as_document(fields: Any, text_field: str, id_field: str) -> Document | str:
     return document
 
 
-def _read_jsonl(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
+def _about_chat(names: Any) -> str:
+    """What to do where there is no text, but talks are."""
+    return ", or for talks chat: answers" if TALK[0] in names or {*TALK[1:]} <= {*names} else ""
+
+
+def _read_jsonl(path: Path, names: Sequence[str], id_field: str, part: Part) -> Iterator[Record]:
     number = -1
     with _open(path) as file:
         for line, raw in enumerate(file, start=1):
@@ -131,13 +154,13 @@ def _read_jsonl(path: Path, text_field: str, id_field: str, part: Part) -> Itera
                 yield number, line, None, "not usable JSON (a number of thousands of digits)"
 
 
-def _read_csv(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
+def _read_csv(path: Path, names: Sequence[str], id_field: str, part: Part) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than many documents
     with _open(path) as file:
         rows = csv.DictReader((_decode(raw, line) for line, raw in enumerate(file, start=1)), strict=True)
         try:
             if rows.fieldnames is not None:  # None: the file is empty
-                _require_column(path, list(rows.fieldnames), text_field)
+                require_column(path, list(rows.fieldnames), names)
             for number, row in enumerate(rows):
                 if number in part:
                     yield number, rows.reader.line_num, row, _misfit(row)
@@ -155,20 +178,21 @@ def _misfit(row: dict[Any, Any]) -> str | None:
     return None
 
 
-def _read_txt(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
+def _read_txt(path: Path, names: Sequence[str], id_field: str, part: Part) -> Iterator[Record]:
     if 0 in part:
         with _open(path) as file:
-            yield 0, 1, {text_field: _decode(file.read(), 1)}, None
+            yield 0, 1, {names[0]: _decode(file.read(), 1)}, None
 
 
-def _read_parquet(path: Path, text_field: str, id_field: str, part: Part) -> Iterator[Record]:
+def _read_parquet(path: Path, names: Sequence[str], id_field: str, part: Part) -> Iterator[Record]:
     import pyarrow  # here: importing it costs a fifth of a second, and only parquet needs it
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            _require_column(path, table.schema_arrow.names, text_field)
-            columns = [name for name in dict.fromkeys((text_field, id_field)) if name in table.schema_arrow.names]
+        source = path if isinstance(path, Path) else _with_places(path)
+        with pyarrow.parquet.ParquetFile(source) as table:
+            require_column(path, table.schema_arrow.names, names)
+            columns = [name for name in dict.fromkeys((*names, id_field)) if name in table.schema_arrow.names]
             number, groups = 0, list(range(table.num_row_groups))
             while groups and number + table.metadata.row_group(groups[0]).num_rows <= part.first:
                 number += table.metadata.row_group(groups.pop(0)).num_rows
@@ -181,6 +205,20 @@ def _read_parquet(path: Path, text_field: str, id_field: str, part: Part) -> Ite
         raise KoffError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
+def _with_places(path: Any) -> BinaryIO:
+    """A file elsewhere, if it can be read from any place on."""
+    file = path.open("rb")
+    try:
+        file.seek(-8, io.SEEK_END)
+        file.read(8)
+        file.seek(0)
+    except (OSError, ValueError) as error:
+        raise KoffError(
+            f"cannot read {path}: its server gives no parts of files, and parquet takes them: get a local copy"
+        ) from error
+    return file
+
+
 def _python_values(columns: list[str], values: tuple[Any, ...]) -> tuple[dict[str, Any] | None, str | None]:
     try:
         return {name: value.as_py() for name, value in zip(columns, values, strict=True)}, None
@@ -188,10 +226,13 @@ def _python_values(columns: list[str], values: tuple[Any, ...]) -> tuple[dict[st
         return None, "not valid UTF-8"
 
 
-def _require_column(path: Path, columns: list[str], text_field: str) -> None:
-    if text_field not in columns:
+def require_column(path: object, columns: list[str], names: Sequence[str]) -> None:
+    """Raise a KoffError unless a table has the columns that hold a document."""
+    if names[0] not in columns and not (names[1:] and {*names[1:]} <= {*columns}):
+        others, advice = (f" (nor {' with '.join(names[1:])})", "") if names[1:] else ("", _about_chat(columns))
         raise KoffError(
-            f"{path} has no column '{text_field}', only {_listed(columns)}: set text_field to the right one"
+            f"{path} has no column '{names[0]}'{others}, only {_listed(columns)}: set text_field to the right one"
+            f"{advice}"
         )
 
 
@@ -210,16 +251,17 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _open_any(path: Path) -> Any:
+    source = path if isinstance(path, Path) else path.open("rb")
     match path.suffix:
         case ".gz":
-            return gzip.open(path, "rb")
+            return gzip.open(source, "rb")
         case ".xz":
-            return lzma.open(path, "rb")
+            return lzma.open(source, "rb")
         case ".zst":
             import pyarrow  # it brings a decoder; the standard library has none before Python 3.14
 
-            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
+            return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
+    return path.open("rb") if source is path else source
 
 
 def _decode(raw: bytes, line: int, errors: str = "surrogateescape") -> str:

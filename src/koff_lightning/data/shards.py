@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from huggingface_hub import snapshot_download
 
+from koff_lightning.data.messages import field_names
 from koff_lightning.data.patience import patiently
-from koff_lightning.data.readers import ALL, Document, OnBad, Part, as_document, read_records
-from koff_lightning.support.errors import KoffError
+from koff_lightning.data.readers import ALL, Document, OnBad, Part, as_document, read_records, require_column
+from koff_lightning.data.remote import RemoteFile
 
 UNEVEN = 1.05  # readers get whole shards where the largest load is at most this much above the smallest
 OFFLINE_SHARDS = 64  # into which a dataset in the cache is divided
@@ -34,9 +35,10 @@ class Shard(Protocol):
 class FileShard:
     """A file of any kind in `readers`."""
 
-    path: Path
+    path: Path | RemoteFile
     text_field: str
     id_field: str
+    chat: bool = False
 
     @property
     def name(self) -> str:
@@ -44,13 +46,13 @@ class FileShard:
         return self.path.name
 
     @property
-    def size(self) -> int:
+    def size(self) -> int | None:
         """Bytes on disk."""
-        return self.path.stat().st_size
+        return self.path.stat().st_size if isinstance(self.path, Path) else self.path.size
 
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
         """Yield (number, document) of the usable records in `part`."""
-        return read_records(self.path, self.text_field, self.id_field, on_bad, part)
+        return read_records(self.path, self.text_field, self.id_field, on_bad, part, self.chat)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class HubShard:
     index: int
     of: int
     size: None = None
+    chat: bool = False
 
     @property
     def name(self) -> str:
@@ -75,12 +78,9 @@ class HubShard:
         """Yield (number, document) of the usable records in `part`; to go on in the middle, the shard is read again."""
         stream = _open_hub(self.repo, self.subset, self.split, os.getpid())
         if stream.features:
-            if self.text_field not in stream.features:
-                raise KoffError(
-                    f"hub:{self.repo} has no column '{self.text_field}', only {', '.join(stream.features)}: "
-                    "set text_field to the right one"
-                )
-            names = [name for name in dict.fromkeys((self.text_field, self.id_field)) if name in stream.features]
+            fields = field_names(self.text_field, self.chat)
+            require_column(f"hub:{self.repo}", list(stream.features), fields)
+            names = [name for name in dict.fromkeys((*fields, self.id_field)) if name in stream.features]
             stream = stream.select_columns(names)
         stream = stream.shard(num_shards=self.of, index=self.index).skip(part.first)
         number = part.first - 1
@@ -89,14 +89,17 @@ class HubShard:
                 number += 1
                 if number not in part:
                     continue
-                document = as_document(dict(zip(batch, values, strict=True)), self.text_field, self.id_field)
+                record = dict(zip(batch, values, strict=True))
+                document = as_document(record, self.text_field, self.id_field, self.chat)
                 if not isinstance(document, Document):
                     on_bad(f"{self.name}:{number + 1}: {document}")
                 elif document.text:
                     yield number, document
 
 
-def hub_shards(repo: str, subset: str | None, split: str, text_field: str, id_field: str) -> list[HubShard]:
+def hub_shards(
+    repo: str, subset: str | None, split: str, text_field: str, id_field: str, chat: bool = False
+) -> list[HubShard]:
     """The shards of a dataset, held to the commit that it is at now: whoever reads them later reads the same.
 
     Raises:
@@ -108,7 +111,7 @@ def hub_shards(repo: str, subset: str | None, split: str, text_field: str, id_fi
         return fixed, max(1, _open_hub(fixed, subset, split, os.getpid()).num_shards)
 
     fixed, of = patiently(look, f"hub:{repo}")
-    return [HubShard(fixed, subset, split, text_field, id_field, index, of) for index in range(of)]
+    return [HubShard(fixed, subset, split, text_field, id_field, i, of, chat=chat) for i in range(of)]
 
 
 def is_out_of_reach(repo: str) -> bool:

@@ -9,13 +9,16 @@ from typing import Any, Literal
 
 from koff_lightning.data.hub_copy import find_copy
 from koff_lightning.data.readers import format_of
+from koff_lightning.data.remote import RemoteFile, find_remote, is_remote
 from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_out_of_reach
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_name
+from koff_lightning.support.secrets import without_secrets
 
 BUNDLED, HUB = "bundled:", "hub:"
 BUNDLED_DIR = Path(__file__).resolve().parents[1] / "tiny" / "corpora"
 Side = Literal["training", "held out", "by hash"]
+Chat = Literal["all", "answers"]  # what of a talk is predicted
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class DomainSource:
     """Text of one domain.
 
     Args:
-        files: ``bundled:<name>``, a file, a glob (``**`` for any depth), ``hub:<dataset>`` or
-            ``hub:<dataset>@<revision>``, or a list of these. Kinds of file: jsonl, csv, txt (one document per file),
-            each also .gz, .xz or .zst, and parquet.
+        files: ``bundled:<name>``, a file, a glob (``**`` for any depth), an address (``s3://``, ``gs://``,
+            ``https://``), ``hub:<dataset>`` or ``hub:<dataset>@<revision>``, or a list of these. Kinds of file: jsonl,
+            csv, txt (one document per file), each also .gz, .xz or .zst, and parquet.
         text_field: Field or column that holds the text.
         id_field: Field or column that holds the document id; documents without one are split by their text.
         weight: Share of the training rows relative to the other domains.
@@ -33,6 +36,9 @@ class DomainSource:
             default documents of `files` are held out by the hash of their id.
         subset: Subset of hub datasets, which the hub also calls configuration: ``deu_Latn`` of FineWeb-2, say.
         split: Split of hub datasets.
+        chat: Documents are talks, in a field ``messages`` (or text_field) or in ``prompt`` and ``completion``, and are
+            written by the tokenizer's chat template: ``answers`` predicts what the assistant says alone, ``all`` all of
+            it.
     """
 
     files: str | list[str]
@@ -42,6 +48,7 @@ class DomainSource:
     heldout_files: str | list[str] | None = None
     subset: str | None = None
     split: str = "train"
+    chat: Chat | None = None
 
     @property
     def entries(self) -> list[str]:
@@ -89,6 +96,10 @@ def as_sources(domains: Mapping[str, DomainSource | Mapping[str, Any] | str | li
         if isinstance(source.weight, bool) or not (math.isfinite(source.weight) and source.weight > 0):
             raise KoffError(f"domain '{name}': weight must be a finite number above 0, got {source.weight}")
         _check_heldout_files(name, source)
+        if source.chat not in (None, "all", "answers"):
+            raise KoffError(f"domain '{name}': chat must be 'all' or 'answers' (or null for text), got {source.chat!r}")
+        if source.chat and source.bundled_entries:
+            raise KoffError(f"domain '{name}': bundled text holds no talks: leave chat out")
         sources[name] = source
     return sources
 
@@ -160,10 +171,13 @@ def domain_shards(source: DomainSource, streamed: bool = False) -> list[tuple[Sh
     """
     files = expand_files(source.file_entries)
     heldout_files = expand_files(source.heldout_entries)
-    both = set(map(Path.resolve, files)) & set(map(Path.resolve, heldout_files))
+    both = set(map(_itself, files)) & set(map(_itself, heldout_files))
     if both:
-        raise KoffError(f"{min(both)} is among the files and the heldout_files of one domain: name it in one of them")
-    fields = source.text_field, source.id_field
+        raise KoffError(
+            f"{without_secrets(min(map(str, both)))} is among the files and the heldout_files of one "
+            "domain: name it in one of them"
+        )
+    fields = source.text_field, source.id_field, bool(source.chat)
     rest: Side = "training" if heldout_files else "by hash"
     shards: list[tuple[Shard, Side]] = [(FileShard(path, *fields), "held out") for path in heldout_files]
     for split, side in (("heldout", "held out"), ("train", "training")):
@@ -188,19 +202,19 @@ def bundled_file(name: str, split: str) -> Path:
     return BUNDLED_DIR / f"{name}.{split}.jsonl.xz"
 
 
-def expand_files(patterns: list[str]) -> list[Path]:
+def expand_files(patterns: list[str]) -> list[Path | RemoteFile]:
     """Expand files and globs, each pattern in sorted order, a file that matches twice only once.
 
     Raises:
         KoffError: Patterns that match nothing, a folder, or a file of unknown kind; all of them are told.
     """
-    found: dict[Path, Path] = {}
+    found: dict[object, Path | RemoteFile] = {}
     problems: list[str] = []
     for pattern in patterns:
         try:
             for match in _matches(pattern):
                 format_of(match)  # refuse an unknown kind before hours of reading, not after
-                found.setdefault(match.resolve(), match)  # however it is named, a file is read once
+                found.setdefault(_itself(match), match)  # however it is named, a file is read once
         except PermissionError as error:
             problems.append(f"you may not look at '{error.filename}': correct the rights of its folder")
         except KoffError as error:
@@ -210,7 +224,14 @@ def expand_files(patterns: list[str]) -> list[Path]:
     return list(found.values())
 
 
-def _matches(pattern: str) -> list[Path]:
+def _itself(file: Path | RemoteFile) -> object:
+    """The same for all names of a file."""
+    return file.resolve() if isinstance(file, Path) else file.url
+
+
+def _matches(pattern: str) -> list[Path] | list[RemoteFile]:
+    if is_remote(pattern):
+        return find_remote(pattern)
     path = Path(pattern).expanduser()
     if path.is_dir():
         raise KoffError(f"'{pattern}' is a folder: name the files in it, for example '{path / '*.jsonl'}'")

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.encoding import tokenize
+from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.patience import read_patiently
 from koff_lightning.data.readers import Document, OnBad, Part
 from koff_lightning.data.shards import HubShard, Shard
+from koff_lightning.data.sources import Chat
+from koff_lightning.data.talks import tokenize_talks
 from koff_lightning.support.errors import KoffError
 
 BUFFER = 4 * 2**20  # characters of text that are shuffled together
@@ -51,6 +53,7 @@ class Text:
     wanted: Callable[[int, Document], bool]  # (number of the shard, document) -> is it training text?
     on_bad: OnBad
     append_eos: bool = False  # the end token behind each document
+    chat: Chat | None = None  # documents are talks, and what of them is predicted
 
     def identity(self, *how: object) -> dict[str, Any]:
         """What a place in this text depends on, in plain values by name: the shards, and `how` they are read."""
@@ -143,7 +146,7 @@ class RowStream:
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)  # packs of about equal size
         pad_id = self.tokenizer.pad_token_id or 0
         for documents in np.split(order, cuts)[self.place.pack :]:
-            stream = tokenize([texts[i] for i in documents], self.tokenizer, self.text.append_eos)
+            stream = self._tokenized([texts[i] for i in documents])
             if len(stream.tokens):
                 packed = pack(stream, self.seq_len, overlap=False, pad_id=pad_id)
                 seed = self.place.passes, self.place.buffer, self.place.pack
@@ -151,6 +154,11 @@ class RowStream:
                     self.place = replace(self.place, row=self.place.row + 1)
                     yield packed, int(row)
             self.place = replace(self.place, pack=self.place.pack + 1, row=0)
+
+    def _tokenized(self, texts: list[str]) -> TokenStream:
+        if self.text.chat:
+            return tokenize_talks(texts, self.tokenizer, self.text.chat, self.text.on_bad)
+        return tokenize(texts, self.tokenizer, self.text.append_eos)
 
     def _random(self, *which: int) -> np.random.Generator:
         return np.random.default_rng([*self.seed, len(which), *which])

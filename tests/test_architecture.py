@@ -29,6 +29,7 @@ reports
 evaluation
 callbacks
 studies
+serving
 commands
 cli
 notebook __main__

@@ -24,7 +24,7 @@ LARGEST_CONFIG = 100_000  # bytes of a config that is looked through here
 HELD_BY_PARSER = ("print-config", "config", "allow-custom-classes")  # of every training verb
 # Options that name what an earlier command has left.
 CHECKPOINTS = ("ckpt_path", "model.mask", "model.prior", "model.warm_start")
-ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model"} | dict.fromkeys(
+ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve": "artifact"} | dict.fromkeys(
     ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
 )
 

@@ -1,0 +1,131 @@
+"""`koff serve`: an exported model behind OpenAI's protocol, a domain per request."""
+
+import ipaddress
+import logging
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from koff_lightning.support.errors import KoffError
+
+if TYPE_CHECKING:
+    from koff_lightning.artifact.folder import Manifest
+
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def serve(
+    artifact: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    keys: str | None = None,
+    name: str | None = None,
+    batch_size: int = 32,
+    queue: int = 256,
+    time_limit: float = 600.0,
+    max_tokens: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Serve an exported model by OpenAI's protocol: NAME is its backbone, NAME:DOMAIN one with a memory.
+
+    Args:
+        artifact: Folder that `koff export` wrote. Memories that are added to it or removed show up in a second.
+        host: Address to listen at. Another than this machine's own needs --keys.
+        port: Port to listen at.
+        keys: YAML file of who may use which domains, NAME: {key: ..., domains: [...] or all, admin: true}.
+        name: What the model is called; by default as its dense model.
+        batch_size: Most texts that are continued together.
+        queue: Most texts that wait for their turn; who comes then is told to come again (status 429).
+        time_limit: Seconds that a request may take.
+        max_tokens: Most tokens of an answer; by default what the context leaves.
+        device: Torch device; by default a GPU if there is one.
+        dtype: Of the backbone; by default as exported.
+    """
+    _check(batch_size, queue, time_limit, max_tokens)
+    _check_installed()
+    from koff_lightning.artifact.folder import read_manifest
+    from koff_lightning.serving.keys import read_keys
+
+    manifest, folder = read_manifest(artifact), Path(artifact).expanduser().resolve()
+    allowed = read_keys(keys) if keys is not None else None
+    if allowed is None and not is_local(host):
+        raise KoffError(f"anybody who reaches {host} could use this server: give --keys FILE, or leave --host out")
+    called = _name(manifest) if name is None else name
+    if not called or ":" in called or any(c.isspace() for c in called):
+        raise KoffError(f"the model's name cannot be {called!r}: give --name without ':' and spaces")
+    with listening(host, port) as at:
+        from koff_lightning.artifact.decomposed import default_device
+        from koff_lightning.serving.app import Settings, create_app
+        from koff_lightning.serving.own import OwnEngine
+
+        engine = OwnEngine(folder, batch_size, default_device(device), dtype)
+        settings = Settings(called, allowed, batch_size + queue, time_limit, max_tokens, folder=folder)
+        _run(create_app(engine, settings), at, time_limit)
+
+
+def _check(batch_size: int, queue: int, time_limit: float, max_tokens: int | None) -> None:
+    if batch_size < 1 or queue < 0:
+        raise KoffError(f"--batch-size must be at least 1 and --queue at least 0; got {batch_size} and {queue}")
+    if not 0 < time_limit < 10**6:
+        raise KoffError(f"--time-limit must be more than 0 seconds and less than 1000000; got {time_limit}")
+    if max_tokens is not None and max_tokens < 1:
+        raise KoffError(f"--max-tokens must be at least 1; got {max_tokens}")
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise KoffError(f"koff serve needs {', '.join(missing)}: pip install 'koff-lightning[serve]'")
+
+
+def _name(manifest: "Manifest") -> str:
+    """The last part of the dense model's id."""
+    return Path(manifest.base["id"].replace(":", "-")).name.replace(" ", "-")
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there; before a model is loaded, which takes a while.
+
+    Raises:
+        KoffError: The port is taken, or the address is none of this machine's.
+    """
+    if not 0 <= port < 2**16:
+        raise KoffError(f"--port must be between 0 and 65535; got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise KoffError(f"cannot listen at {host}: {error.strerror or error}") from error
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(1024)
+    except OSError as error:
+        made.close()
+        raise KoffError(f"cannot listen at {host} port {port}: {error.strerror}; give another --port") from error
+    return made
+
+
+def _run(app: Any, at: socket.socket, patience: float) -> None:
+    """Serve until a signal comes; requests under way are then answered first."""
+    import uvicorn
+
+    logging.basicConfig(format="koff: %(message)s", level=logging.WARNING)
+    host, port = at.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving on http://{shown}:{port}", flush=True)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(patience) + 1, server_header=False
+    )
+    uvicorn.Server(config).run(sockets=[at])

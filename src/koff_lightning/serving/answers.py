@@ -1,0 +1,182 @@
+"""Answers in OpenAI's form: whole or in parts, of completions and of chats."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from koff_lightning.serving.engine import Token
+from koff_lightning.serving.job import Answer, Told
+from koff_lightning.serving.text import decoded
+
+_LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
+
+
+class Form:
+    """Writes the answers to one request.
+
+    Args:
+        model: Name that the answer carries.
+        tokenizer: Of the backbone.
+        answers: Of the request.
+        with_ids: Whether to say the tokens' ids too.
+        copies: Answers to each prompt; the first of them counts the prompt.
+        domains: Whether to say whose memory each choice read: it was chosen for the client.
+    """
+
+    kind: str  # of a whole answer
+    part_kind: str
+    prefix: str  # of its id
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        answers: Sequence[Answer],
+        with_ids: bool,
+        copies: int,
+        domains: bool,
+    ) -> None:
+        self.model, self.tokenizer, self.answers = model, tokenizer, answers
+        self.with_ids, self.copies, self.domains = with_ids, copies, domains
+        self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    def part(self, answer: Answer, told: Told, first: bool) -> dict[str, Any]:
+        """What came of one answer."""
+        return self._around(self.part_kind, [self._choice(answer, [told], first=first, part=True)])
+
+    def whole(self, told: dict[Answer, list[Told]]) -> dict[str, Any]:
+        """All of it."""
+        choices = [self._choice(answer, told[answer], first=True, part=False) for answer in self.answers]
+        return self._around(self.kind, choices) | {"usage": self.usage()}
+
+    def last(self) -> dict[str, Any]:
+        """The part that tells the usage."""
+        return self._around(self.part_kind, []) | {"usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        """Tokens of prompts and answers."""
+        prompts = sum(len(answer.ids) for answer in self.answers if answer.index % self.copies == 0)
+        new = sum(answer.count for answer in self.answers)
+        return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+
+    def _around(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        about = {"id": self._id, "object": kind, "created": self._created, "model": self.model}
+        return about | {"choices": choices}
+
+    def _choice(self, answer: Answer, told: Sequence[Told], first: bool, part: bool) -> dict[str, Any]:
+        tokens = [token for one in told for token in one.tokens]
+        prompt = next((one.prompt for one in told if one.prompt is not None), None)
+        choice: dict[str, Any] = {"index": answer.index}
+        choice |= self._content(answer, "".join(one.text for one in told), tokens, prompt, first=first, part=part)
+        choice["finish_reason"] = next((one.finish for one in told if one.finish), None)
+        if self.with_ids:
+            choice["token_ids"] = [token.id for token in tokens]
+        if self.with_ids and first:
+            choice["prompt_token_ids"] = answer.ids
+        if self.domains:
+            choice["koff_domain"] = answer.domain
+        return choice
+
+    def _content(
+        self,
+        answer: Answer,
+        text: str,
+        tokens: list[Token],
+        prompt: Sequence[Token] | None,
+        *,
+        first: bool,
+        part: bool,
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _word(self, token: int) -> str:
+        return decoded(self.tokenizer, [token], special=True)
+
+
+class CompletionForm(Form):
+    """Of `/v1/completions`.
+
+    Args:
+        echoes: The text of the prompt before each answer, None where it is not wanted.
+    """
+
+    kind = part_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, *args: Any, echoes: dict[Answer, str] | None = None) -> None:
+        super().__init__(*args)
+        self._echoes = echoes
+        self._offsets = dict.fromkeys(self.answers, 0)
+
+    def _content(
+        self,
+        answer: Answer,
+        text: str,
+        tokens: list[Token],
+        prompt: Sequence[Token] | None,
+        *,
+        first: bool,
+        part: bool,
+    ) -> dict[str, Any]:
+        if self._echoes is not None and first:
+            text = self._echoes[answer] + text
+        if answer.options.logprobs is None:
+            return {"text": text, "logprobs": None}
+        if self._echoes is None and first:
+            self._offsets[answer] = 0
+        told = [*(prompt or ()), *tokens] if self._echoes is not None else tokens
+        words, offsets = [self._word(token.id) for token in told], []
+        for word in words:
+            offsets.append(self._offsets[answer])
+            self._offsets[answer] += len(word)
+        tops = [None if t.logprob is None else self._top(t, w) for t, w in zip(told, words, strict=True)]
+        logprobs = [None if token.logprob is None else max(token.logprob, _LOWEST) for token in told]
+        about = {"tokens": words, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+        return {"text": text, "logprobs": about}
+
+    def _top(self, token: Token, word: str) -> dict[str, float]:
+        """The likeliest tokens and the one that stands there. Of two that read alike the likelier is told."""
+        found: dict[str, float] = {}
+        for other, value in token.top:
+            found.setdefault(self._word(other), max(value, _LOWEST))
+        found.setdefault(word, max(token.logprob, _LOWEST))
+        return found
+
+
+class ChatForm(Form):
+    """Of `/v1/chat/completions`."""
+
+    kind, part_kind = "chat.completion", "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def _content(
+        self,
+        answer: Answer,
+        text: str,
+        tokens: list[Token],
+        prompt: Sequence[Token] | None,
+        *,
+        first: bool,
+        part: bool,
+    ) -> dict[str, Any]:
+        said = ({"role": "assistant"} if first else {}) | {"content": text}
+        logprobs = None
+        if answer.options.logprobs is not None:
+            logprobs = {"content": [self._described(token) for token in tokens], "refusal": None}
+        return (
+            {"delta": said, "logprobs": logprobs}
+            if part
+            else {"message": said | {"refusal": None}} | {"logprobs": logprobs}
+        )
+
+    def _described(self, token: Token) -> dict[str, Any]:
+        top = [self._one(other, value) for other, value in token.top]
+        return self._one(token.id, token.logprob or 0.0) | {"top_logprobs": top}
+
+    def _one(self, token: int, value: float) -> dict[str, Any]:
+        word = self._word(token)
+        content = None if "�" in word else list(word.encode())
+        return {"token": word, "logprob": max(value, _LOWEST), "bytes": content}

@@ -1,0 +1,82 @@
+"""What stands before the application: limits of a body, and pages of other sites in a browser on this machine."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from koff_lightning.serving.errors import Refused
+
+LARGEST_BODY = 8 * 2**20  # bytes; a full context of 128 texts of 8,192 ids each
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
+
+
+def refusal(error: Refused) -> JSONResponse:
+    """The answer that a refusal is."""
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: Behind it.
+        count: Takes the path and the status of each request that was answered.
+        hosts: Names that the server may be called by; None for any. Without keys it must be called by a local name: a
+            page elsewhere could have its own name lead here (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None], hosts: Collection[str] | None = None) -> None:
+        self.app, self.count, self.hosts = app, count, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on with the body counted."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.count(scope["path"], message["status"])
+            await send(message)
+
+        try:
+            self._look(scope)
+        except Refused as error:
+            await refusal(error)(scope, receive, noted)
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > LARGEST_BODY:
+                raise _too_large()
+            return message
+
+        await self.app(scope, counted, noted)
+
+    def _look(self, scope: Scope) -> None:
+        headers: Any = Headers(scope=scope)
+        host = headers.get("host", "")
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if self.hosts is not None and name.lower() not in self.hosts:
+            raise Refused(
+                "call this server by localhost, or start it with --keys to have it called from elsewhere", 403
+            )
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > LARGEST_BODY:
+            raise _too_large()
+        if scope["method"] == "POST" and headers.get("content-type", "").split(";")[0].strip() != "application/json":
+            raise Refused("send JSON, with the header Content-Type: application/json", 415)
+
+
+def _too_large() -> Refused:
+    return Refused(
+        f"the body is larger than {LARGEST_BODY} bytes: send fewer or shorter prompts",
+        413,
+        headers={"Connection": "close"},
+    )

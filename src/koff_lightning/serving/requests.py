@@ -1,0 +1,184 @@
+"""What clients may ask, in OpenAI's words. What is not known here is refused: a parameter without effect is a lie."""
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from koff_lightning.serving.engine import Options
+from koff_lightning.serving.errors import Refused
+
+MOST_CHOICES = 128  # texts of one request: prompts times n
+MOST_LOGPROBS = 20
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Body = TypeVar("Body", bound="_Request")
+
+
+class _Strict(BaseModel):
+    """No unknown entries, no guessing of types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """Of a streamed answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against those who count bytes: never done here
+
+
+class _Request(_Strict):
+    """What both ways of asking share."""
+
+    model: str = Field(max_length=200)
+    n: int | None = Field(1, ge=1, le=MOST_CHOICES)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: Stop | list[Stop] | None = None
+    seed: int | None = None
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    ignore_eos: bool = False  # vLLM's word: to measure speed
+    return_token_ids: bool = False  # vLLM's word: what the tokens were
+    # Taken in these values only, which change nothing.
+    presence_penalty: Literal[0, 0.0, None] = None
+    frequency_penalty: Literal[0, 0.0, None] = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    # Notes of the client to itself.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few(cls, stop: Any) -> Any:
+        if isinstance(stop, list) and len(stop) > 16:
+            raise ValueError("at most 16 stop words")
+        return stop
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop words."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def copies(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    def options(self, max_tokens: int, copy: int) -> Options:
+        """How the answer number `copy` to a prompt is made."""
+        return Options(
+            max_tokens,
+            1.0 if self.temperature is None else self.temperature,
+            self.top_p or 1.0,
+            # What one seed gives, two answers must not both be. torch takes 64 bits.
+            None if self.seed is None else (self.seed + copy) % 2**63,
+            self.told(),
+            bool(getattr(self, "echo", False)),
+            self.ignore_eos,
+        )
+
+    def told(self) -> int | None:
+        """Likeliest tokens to tell beside each token; None for no log-probabilities."""
+        raise NotImplementedError
+
+
+class Completion(_Request):
+    """`POST /v1/completions`."""
+
+    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    max_tokens: int | None = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool | None = False
+    best_of: int | None = None
+    suffix: Literal["", None] = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One prompt or several, always as a list."""
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return self.prompt if several else [self.prompt]
+
+    def told(self) -> int | None:
+        """As asked."""
+        return self.logprobs
+
+
+class _Part(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One of a talk."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[_Part], Field(min_length=1)]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class Chat(_Request):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    # As above: taken where they change nothing.
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto", None] = None
+    store: Literal[False, None] = None
+
+    def told(self) -> int | None:
+        """As asked; with `logprobs` alone the tokens' own."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class NewMemory(_Strict):
+    """`POST /koff/memories`."""
+
+    path: str = Field(min_length=1, max_length=4000)
+    name: str | None = None
+
+
+def read(kind: type[Body], body: bytes) -> Body:
+    """A request's body.
+
+    Raises:
+        Refused: It is no JSON, or not what may be asked.
+    """
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:  # not UTF-8 and no JSON are ValueErrors
+        raise Refused(f"the body is not JSON: {str(error)[:100]}") from error
+    if not isinstance(content, dict):
+        raise Refused(f"the body must be a JSON object, not {type(content).__name__}")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise _refusal(error) from error
+    except (RecursionError, UnicodeError) as error:
+        raise Refused("the body cannot be read: it is nested too deeply or holds half characters") from error
+
+
+def _refusal(error: ValidationError) -> Refused:
+    """The first fault in one line. What came is not repeated: it may be secret or huge."""
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
+    first = (unknown or faults)[0]
+    name = str(first["loc"][0])[:100] if first["loc"] else "body"
+    if unknown:
+        return Refused(f"unknown or unsupported parameter: {name}", param=name)
+    what = first["msg"]
+    if name == "prompt":
+        what = "it must be a text, a list of token ids, or a list of one of these, and not empty"
+    return Refused(f"{name}: {what[:300]}", param=name)

@@ -1,8 +1,8 @@
 """An artifact as GGUF files for llama.cpp: the backbone, and every LoRA as an adapter that a request may choose.
 
 A backbone whose layers are alike is written under its family's architecture. Layers of unequal width, and biases that
-stand for removed units, go under `deci` (DeciLM, Nemotron-NAS): its graph takes the counts of heads and neurons layer by
-layer and has every bias, but no q/k norms. What follows was read off llama.cpp's src/models and is held by
+stand for removed units, go under `deci` (DeciLM, Nemotron-NAS): its graph takes the counts of heads and neurons layer
+by layer and has every bias, but no q/k norms. What follows was read off llama.cpp's src/models and is held by
 tests/test_llamacpp.py, which runs it.
 
 KV memories have no place in a GGUF: `serving.llamacpp` gives them to the engine.
@@ -39,6 +39,7 @@ TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 _BLOCK = 32  # numbers that share a scale in q8_0: rows of another length stay f16
+_LARGEST = 65504.0  # of f16
 _OWN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _NEIGHBOURS = ("llama", "deci")  # these rotate dimensions 2i and 2i + 1, transformers i and i + d / 2
 _ROTATED = (".attn_q.", ".attn_k.")
@@ -114,7 +115,7 @@ def form_of(model: DecomposedModel) -> Form:
     if reasons and any("attn_q_norm" in name for name in shapes):
         raise KoffError(
             f"no architecture of llama.cpp holds a {family} model with {' and '.join(reasons)}: `deci`, which takes "
-            "them, has no q/k norms; train with sparsity.layout: uniform, or use another engine"
+            "them, has no q/k norms; use another engine, or for equal widths train with sparsity.layout: uniform"
         )
     return Form("deci" if reasons else own.arch, head, heads, kv_heads, widths)
 
@@ -122,7 +123,10 @@ def form_of(model: DecomposedModel) -> Form:
 def _check(config: PreTrainedConfig, head: int) -> None:
     if config.hidden_act not in ("silu", "swish"):
         raise KoffError(f"llama.cpp computes these families with SiLU, the model has {config.hidden_act!r}")
-    kind = config.rope_parameters.get("rope_type", "default")
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if (betas := (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)) != (32, 1):
+        raise KoffError(f"llama.cpp computes yarn with beta_fast 32 and beta_slow 1 only, the model has {betas}")
     if kind not in ("default", "linear", "yarn", "llama3") or head % 2:
         raise KoffError(f"a rotary embedding of type {kind!r} is not written to a GGUF: use another engine")
 
@@ -238,10 +242,6 @@ def _write_rope(writer: gguf.GGUFWriter, model: DecomposedModel, form: Form) -> 
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         # there cos and sin are multiplied by attn_factor (1 + 0.1 ln factor)
         writer.add_rope_scaling_attn_factors(rotary_scaling(model.backbone) / (1 + 0.1 * math.log(rope["factor"])))
-        if rope.get("beta_fast"):
-            writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-        if rope.get("beta_slow"):
-            writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     return None
 
 
@@ -274,15 +274,17 @@ def _write_tensors(writer: gguf.GGUFWriter, tensors: Mapping[str, Tensor], kind:
         writer.add_tensor_info(
             name, tensor.shape, np.dtype(np.float32), tensor.numel() // block * size, raw_dtype=kinds[name]
         )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in tensors.items():
-        data = gguf.quants.quantize(tensor.detach().float().contiguous().numpy(), kinds[name])
-        if kinds[name] == gguf.GGMLQuantizationType.F16 and not np.isfinite(data).all():
-            raise KoffError(f"{name} holds numbers above the largest of f16: write f32")
-        writer.write_tensor_data(data)
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in tensors.items():
+            tensor = tensor.detach().float()
+            if kinds[name] == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > _LARGEST:
+                raise KoffError(f"{name} holds numbers above the largest of f16: write f32")
+            writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), kinds[name]))
+    finally:
+        writer.close()
 
 
 def _type(tensor: Tensor, kind: str) -> gguf.GGMLQuantizationType:

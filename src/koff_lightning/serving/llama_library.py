@@ -1,8 +1,8 @@
 """llama.cpp in this process: its library, found, checked and quiet.
 
 The library is the one inside `xllamacpp`, which holds all of it and runs on any Linux of the last ten years; the
-declarations are those of `llama-cpp-py-sync`, whose own libraries want a newer system. Neither checks the other, so both
-are held to the pair that was tested.
+declarations are those of `llama-cpp-py-sync`, whose own libraries want a newer system. Neither checks the other, so
+both are held to the pair that was tested.
 """
 
 import functools
@@ -19,7 +19,7 @@ _last: list[str] = []  # what the library has said, newest last
 
 @functools.cache
 def library() -> tuple[Any, Any]:
-    """cffi's interface and the library.
+    """The interface of cffi, and the library.
 
     Raises:
         KoffError: It is not installed, in another release than was tested, or does not load here.

@@ -1,15 +1,15 @@
 """A decomposed model in llama.cpp: texts as sequences of its token cache, each with the memory that it reads.
 
 A LoRA is llama.cpp's own adapter. A KV memory becomes the beginning of a sequence: keys moved from the positions
--P..-1 to 0..P-1, text from P on, which to rotary attention is the same. What a sequence holds is compared with the memory
-before its text is read, and its length when it ends.
+-P..-1 to 0..P-1, text from P on, which to rotary attention is the same. What a sequence holds is compared with the
+memory before its text is read, and after every step that nothing of it was lost.
 
 Shapes: P slots, T tokens, V vocabulary.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.to_gguf import LORA, MODEL, Form, check_same, form_of, to_gguf, write_lora
@@ -53,7 +54,6 @@ class Text:
     number: int
     memory: str | None
     length: int = 0
-    slots: int = field(default=0)
 
 
 class LlamaModel:
@@ -97,12 +97,17 @@ class LlamaModel:
         _hollow_(self.model)
         largest = max([self.model.memories.slots(name).slots for name in self._with_slots()], default=0)
         trained = self._lib.llama_model_n_ctx_train(self._model)
-        self._open(rows, context or min(trained, _CONTEXT + largest), cache, threads or torch.get_num_threads())
-        self._free = list(range(rows))
+        self._open(rows + 1, context or min(trained, _CONTEXT + largest), cache, threads or torch.get_num_threads())
+        self._rows, self._free = rows + 1, list(range(rows + 1))  # one for templates
         self._loaded: dict[str | None, _Loaded] = {None: _Loaded()}
         self._templates: dict[int, bytes] = {}  # slots -> the state of as many placeholders
         for name in self.model.domains:
             self._take_up(name)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the backbone."""
+        return self.model.tokenizer
 
     # ------------------------------------------------------------------------------------------ memories
 
@@ -116,7 +121,7 @@ class LlamaModel:
         return self._of(memory).slots
 
     def add_memory(self, path: str | Path, name: str | None = None) -> str:
-        """Load one more memory from its folder; see `DecomposedModel.add_memory`. No text may be under way."""
+        """Load one more memory from its folder; see `DecomposedModel.add_memory`."""
         domain = self.model.add_memory(path, name)
         try:
             self._take_up(domain)
@@ -163,7 +168,7 @@ class LlamaModel:
                 self._decode([(text, [0] * slots)], None, everywhere=False)
                 self._templates[slots] = self._saved(text)
             finally:
-                self._close_text(text)
+                self.end(text)
         return with_slots(self._templates[slots], self._pairs(memory))
 
     def _pairs(self, memory: KVMemory) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -186,11 +191,14 @@ class LlamaModel:
         loaded = self._of(memory)
         text = self._open_text(memory)
         if loaded.slots:
-            state, text.length, text.slots = loaded.state, loaded.slots, loaded.slots
+            state, text.length = loaded.state, loaded.slots
             took = self._lib.llama_state_seq_set_data(self._context, state, len(state), text.number)
-            if took != len(state) or not self._holds(text, loaded):
-                self._close_text(text)
-                raise KoffError(f"llama.cpp did not take the slots of {memory} ({complaint()})")
+            try:
+                if took != len(state) or not self._holds(text, loaded):
+                    raise KoffError(f"llama.cpp did not take the slots of {memory} ({complaint()})")
+            except KoffError:
+                self.end(text)
+                raise
         return text
 
     def read(self, parts: Sequence[tuple[Text, Sequence[int]]], everywhere: bool = False) -> list[Tensor]:
@@ -217,17 +225,14 @@ class LlamaModel:
         return [found[place] for place in range(len(parts))]
 
     def end(self, text: Text) -> None:
-        """Free a text's place.
+        """Free a text's place."""
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), text.number, -1, -1)
+        self._free.append(text.number)
 
-        Raises:
-            KoffError: It was not read behind its memory's slots after all, so its answer was not the memory's.
-        """
-        memory = self._lib.llama_get_memory(self._context)
-        first = self._lib.llama_memory_seq_pos_min(memory, text.number)
-        last = self._lib.llama_memory_seq_pos_max(memory, text.number)
-        self._close_text(text)
-        if text.length and (first, last) != (0, text.length - 1):
-            raise KoffError(f"llama.cpp lost tokens of a text with memory {text.memory!r}: its answer is not to be used")
+    def clear(self) -> None:
+        """Free all places."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+        self._free = list(range(self._rows))
 
     def close(self) -> None:
         """Free all that the engine holds."""
@@ -247,10 +252,6 @@ class LlamaModel:
         text = Text(self._free.pop(0), memory)
         self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), text.number, -1, -1)
         return text
-
-    def _close_text(self, text: Text) -> None:
-        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), text.number, -1, -1)
-        self._free.append(text.number)
 
     def _saved(self, text: Text) -> bytes:
         size = self._lib.llama_state_seq_get_size(self._context, text.number)
@@ -291,7 +292,7 @@ class LlamaModel:
         if self._context == self._ffi.NULL:
             self._context = None
             raise KoffError(f"llama.cpp cannot hold {rows} texts of {context} tokens: {complaint()}")
-        self.room = self._lib.llama_n_ctx_seq(self._context)
+        self.room = min(context, self._lib.llama_n_ctx_seq(self._context))  # that is rounded up
         self._size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
         self._batch = self._lib.llama_batch_init(PART, 0, 1)
 
@@ -317,7 +318,16 @@ class LlamaModel:
                     found[place].append(torch.from_numpy(row.copy()))
         for text, ids in parts:
             text.length += len(ids)
+            self._check(text)
         return [torch.stack(rows) for rows in found]
+
+    def _check(self, text: Text) -> None:
+        """Raise KoffError unless a text is what it was given, from its memory's first slot to its last token."""
+        memory = self._lib.llama_get_memory(self._context)
+        first = self._lib.llama_memory_seq_pos_min(memory, text.number)
+        last = self._lib.llama_memory_seq_pos_max(memory, text.number)
+        if (first, last) != (0, text.length - 1):
+            raise KoffError(f"llama.cpp lost a part of a text with memory {text.memory!r}: it holds {first} to {last}")
 
     def _run(self, part: Sequence[tuple[int, int, Text, int, bool]]) -> None:
         batch = self._batch

@@ -12,6 +12,7 @@ from test_gguf import write_gguf
 from tiny_artifact import tiny_artifact
 from tiny_models import LLAMA3_ROPE, YARN_ROPE, tiny_model
 from tokenizers import Regex, models, normalizers, pre_tokenizers
+from toy_text import toy_documents, toy_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
 from koff_lightning import KoffError, load_backbone, load_decomposed
@@ -90,12 +91,17 @@ def test_a_gguf_of_its_own_family_is_the_same_model(tmp_path, family, rope):
 def test_a_gguf_decomposed_and_written_again(tmp_path, monkeypatch):
     """`koff fit` on a GGUF, which removes nothing here, to a GGUF: the same logits."""
     monkeypatch.chdir(tmp_path)
+    toy_tokenizer(tmp_path / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    tokenizer.add_special_tokens({"unk_token": "<|endoftext|>"})  # transformers gives one to all that it reads
+    tokenizer.save_pretrained(tmp_path / "dense")
+    tiny_model("llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1).save_pretrained(tmp_path / "dense")
     made = tiny_artifact(tmp_path, layout="uniform", uniform=True, lora=None, kv=None)
     to_gguf(made.folder, tmp_path / "one", "f32")
     source = str(tmp_path / "one" / "model.gguf")
-    (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", toy_documents(80))
     words = ["fit", f"--model.backbone={source}", "--model.sparsity.target=0", "--model.kv=null", "--model.loss.kl=0"]
-    words += [f"--data.domains=[{{name: fox, files: {tmp_path / 'corpus.txt'}}}]", "--data.seq_len=32"]
+    words += [f"--data.domains={{fox: {corpus}}}", "--data.seq_len=32"]
     words += ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.default_root_dir=run"]
     assert main(words) == 0
     (artifact,) = tmp_path.glob("run/**/artifact")

@@ -58,10 +58,8 @@ def tiny_decomposition(
     dense = folder / "dense"
     if not dense.exists():
         _tokenizer(dense, chat, bos)
-        config = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": tie} | (
-            changes or {}
-        )
-        tiny_model(family, vocab_size=VOCABULARY, **config).save_pretrained(dense)
+        config = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": tie}
+        tiny_model(family, vocab_size=VOCABULARY, **config | (changes or {})).save_pretrained(dense)
     defaults = {"lora": LoraSpec(rank=3, alpha=6.0), "kv": KVSpec(slots=5), "domains": DOMAINS}
     module = Decomposition(str(dense), sparsity=SparsitySpec(target=target, min_channels=4), **defaults | options)
     with torch.random.fork_rng():

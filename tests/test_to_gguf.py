@@ -102,7 +102,12 @@ def test_a_gguf_decomposed_and_written_again(tmp_path, monkeypatch):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", toy_documents(80))
     words = ["fit", f"--model.backbone={source}", "--model.sparsity.target=0", "--model.kv=null", "--model.loss.kl=0"]
     words += [f"--data.domains={{fox: {corpus}}}", "--data.seq_len=32"]
-    words += ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.default_root_dir=run"]
+    words += [
+        "--trainer.max_steps=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.limit_val_batches=1",
+        "--trainer.default_root_dir=run",
+    ]
     assert main(words) == 0
     (artifact,) = tmp_path.glob("run/**/artifact")
     assert convert(artifact, tmp_path / "two", "--type", "f32") == 0

@@ -88,7 +88,7 @@ def test_answers_follow_the_artifact(tmp_path):
     answer, why = kv("ragged")
     assert answer == "no" and "equally many key-value heads" in why
     found = engines.check(tmp_path / "ragged" / "ragged", ["vllm", "gguf"])
-    assert {engine: answers["backbone"][0] for engine, answers in found.items()} == {"vllm": "no", "gguf": "no"}
+    assert {engine: answers["backbone"][0] for engine, answers in found.items()} == {"vllm": "no", "gguf": "yes"}
     folder = made(tmp_path / "deci", "deci").folder  # 96 neurons, no multiple of 256
     found = engines.check(folder)
     assert {engine: answers["backbone"][0] for engine, answers in found.items()} == {
@@ -96,10 +96,15 @@ def test_answers_follow_the_artifact(tmp_path):
         "peft": "no",
         "vllm": "untested",
         "sglang": "no",
-        "gguf": "no",
+        "gguf": "yes",
     }
-    assert all(answers["kv"][0] == "no" for answers in found.values())
+    assert all((answers["kv"][0] == "yes") == (engine == "gguf") for engine, answers in found.items())
     assert len(engines.text(found).splitlines()) == 15
+
+
+def test_what_llama_cpp_has_no_architecture_for(tmp_path):
+    answers = engines.check(made(tmp_path, "ragged", family="qwen3").folder, ["gguf"])["gguf"]
+    assert all(answer == "no" and "has no q/k norms" in why for answer, why in answers.values())
 
 
 def test_untested_is_said_of_what_is_not_tried():
@@ -107,7 +112,7 @@ def test_untested_is_said_of_what_is_not_tried():
         assert set(parts) == set(engines.PARTS)
         for part, forms in parts.items():
             assert set(forms) == set(engines.FORMS)
-            allowed = {"yes", "no"} if engine in ("hf", "peft") else {"untested", "no"}
+            allowed = {"yes", "no"} if engine in ("hf", "peft", "gguf") else {"untested", "no"}
             assert {answer for answer, _ in forms.values()} <= allowed, (engine, part)
 
 

@@ -47,20 +47,26 @@ def tiny_decomposition(
     chat: bool = False,
     bos: bool = True,
     tie: bool = False,
+    changes: dict[str, Any] | None = None,
+    target: float = 0.3,
     **options: Any,
 ) -> Decomposition:
-    """A hardened decomposition of a random model saved in `folder / "dense"`, its memories full of noise."""
+    """A hardened decomposition of a random model saved in `folder / "dense"`, its memories full of noise.
+
+    `changes` go into the dense model's config; with `target` 0 nothing is removed.
+    """
     dense = folder / "dense"
     if not dense.exists():
         _tokenizer(dense, chat, bos)
         config = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": tie}
-        tiny_model(family, vocab_size=VOCABULARY, **config).save_pretrained(dense)
+        tiny_model(family, vocab_size=VOCABULARY, **config | (changes or {})).save_pretrained(dense)
     defaults = {"lora": LoraSpec(rank=3, alpha=6.0), "kv": KVSpec(slots=5), "domains": DOMAINS}
-    defaults["sparsity"] = SparsitySpec(target=0.3, min_channels=4)
+    defaults["sparsity"] = SparsitySpec(target=target, min_channels=4)
     module = Decomposition(str(dense), **defaults | options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module.gates.harden(_mask(module, uniform))
+        if target:
+            module.gates.harden(_mask(module, uniform))
         slots = [b for name, b in module.memories.named_buffers() if "sink" in name]
         for tensor in (*module.memories.lora_parameters(), *module.memories.kv_parameters(), *slots):
             nn.init.normal_(tensor, std=0.3 if tensor.ndim == 3 else 0.1)  # KV [K, P, dh], LoRA [r, in]

@@ -112,6 +112,11 @@ def rotary_inv_freq(model: PreTrainedModel) -> Tensor:
     return model.model.rotary_emb.inv_freq
 
 
+def rotary_scaling(model: PreTrainedModel) -> float:
+    """What cos and sin of the rotary embedding are multiplied by: 1 but for yarn."""
+    return float(model.model.rotary_emb.attention_scaling)
+
+
 def prunable_groups(model: PreTrainedModel, kinds: tuple[str, ...] | list[str] = KINDS) -> list[PrunableGroup]:
     """List the prunable units layer by layer. Call before adapters are injected: it reads the plain linears.
 

@@ -29,6 +29,7 @@ TOOLS = {
         "commands.export_cli:export_checkpoint",
         "write a checkpoint as a smaller model and its memories",
     ),
+    "convert gguf": ("commands.convert_cli:gguf", "write an exported model as GGUF files for llama.cpp"),
     "generate": ("commands.generate:generate", "continue prompts with a domain's memory"),
     "chat": ("commands.chat:chat", "talk to an exported chat model, switching domains at will"),
     "serve": ("commands.serve:serve", "serve an exported model by OpenAI's protocol, a domain per request"),

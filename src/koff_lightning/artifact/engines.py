@@ -1,6 +1,6 @@
 """Which engine can take which part of an artifact: what was tried, what follows from its own code, what is open.
 
-"yes" is tried: here by `check`, and by the tests for every layout. "untested" should work by what the engine's sources
+"yes" is tried: here by `check`, and by the tests for every layout (llama.cpp: tests/test_llamacpp.py). "untested" should work by what the engine's sources
 and documents say (looked up in November 2026), but this project has not run it. "no" follows from the same sources.
 """
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from koff_lightning.artifact.cartridge import to_cartridge
+from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freq
@@ -37,6 +38,8 @@ _NO_CLASS = ("no", "no class there has layers of unequal width in this form")
 _NO_DECI = ("no", "no class there reads block configs")
 _NO_SLOTS = ("no", "no place for learned keys and values")
 _MULTIPLES = "FFN widths only as multiples of 256"
+_CONVERTED = ("yes", "after `koff convert gguf`")
+_CONVERTED_RAGGED = ("yes", "after `koff convert gguf`; no qwen3, whose q/k norms have no place beside unequal widths")
 _CARTRIDGE = (
     "yes",
     "as CARTRIDGE (`koff memory cartridge`), if all layers keep equally many kv groups; one at a time, without LoRA",
@@ -68,17 +71,9 @@ RULES: dict[str, dict[str, dict[str, Answer]]] = {
         "kv": dict.fromkeys(FORMS, _NO_SLOTS),
     },
     "gguf": {
-        "backbone": {
-            "ragged": _NO_CLASS,
-            "plain": ("untested", "after convert_hf_to_gguf.py"),
-            "deci": ("untested", f"after convert_hf_to_gguf.py; {_MULTIPLES}"),
-        },
-        "lora": {
-            "ragged": _NO_CLASS,
-            "plain": ("untested", "after convert_lora_to_gguf.py"),
-            "deci": ("untested", f"after convert_lora_to_gguf.py; {_MULTIPLES}"),
-        },
-        "kv": dict.fromkeys(FORMS, _NO_SLOTS),
+        "backbone": {"ragged": _CONVERTED_RAGGED, "plain": _CONVERTED, "deci": _CONVERTED},
+        "lora": {"ragged": _CONVERTED_RAGGED, "plain": _CONVERTED, "deci": _CONVERTED},
+        "kv": dict.fromkeys(FORMS, ("yes", "in the same engine, through `koff_lightning.serving.llamacpp`")),
     },
 }
 
@@ -99,7 +94,8 @@ def names(words: str) -> list[str]:
 def check(folder: str | Path, engines: Sequence[str] = tuple(ENGINES)) -> dict[str, dict[str, Answer]]:
     """What each engine can take of one artifact.
 
-    What is promised of transformers and PEFT is tried: the artifact is loaded with them and run on a few tokens.
+    What is promised of transformers and PEFT is tried: the artifact is loaded with them and run on a few tokens. Of
+    llama.cpp it is tried whether one of its architectures holds the model.
 
     Returns:
         Engine -> part (`backbone`, `lora`, `kv`) -> answer and reason. Parts that the artifact lacks are left out.
@@ -222,10 +218,19 @@ def _memory(folder: Path, manifest: Manifest, part: str) -> Path:
     return folder / MEMORIES / next(name for name, about in manifest.domains.items() if about[part])
 
 
+def _architecture(folder: Path, manifest: Manifest) -> None:
+    from koff_lightning.artifact.to_gguf import form_of  # gguf takes a second
+
+    form_of(load_decomposed(folder, domains=[], verify=False))
+
+
 _TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
     ("hf", "backbone"): _transformers,
     ("hf", "lora"): _adapter_in_transformers,
     ("peft", "backbone"): _transformers,
     ("peft", "lora"): _adapter_in_peft,
     ("peft", "kv"): _slots_in_peft,
+    ("gguf", "backbone"): _architecture,
+    ("gguf", "lora"): _architecture,
+    ("gguf", "kv"): _architecture,
 }

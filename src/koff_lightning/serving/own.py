@@ -52,20 +52,26 @@ class OwnEngine:
     scores = True
 
     def __init__(self, folder: Path, rows: int = 32, device: str = "cpu", dtype: str | None = None) -> None:
-        self.model: DecomposedModel = load_decomposed(folder, device, dtype)
-        self.tokenizer = self.model.tokenizer
+        self._start(load_decomposed(folder, device, dtype), folder, rows)
+
+    def _start(self, model: DecomposedModel, folder: Path, rows: int) -> None:
+        self.model, self.tokenizer = model, model.tokenizer
         self.folder, self._rows = folder, rows
         manifest = self.model.manifest
         self._held = {name: _Held(name, manifest.domains[name]["card_sha256"]) for name in self.model.domains}
         self._broken: dict[str, str] = {}  # domain -> hash of the card of a memory that could not be used
         self._numbers = 0  # of memories that took the place of another
         self._room = int(getattr(self.model.backbone.config, "max_position_embeddings", 0) or 2**31)
-        self._batch = Batch(self.model, _ends(self.model))
+        self._batch = self._empty()
         self._waiting: deque[Row] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="koff-engine", daemon=True)
         self._thread.start()
+
+    def _empty(self) -> Batch:
+        """A batch of no rows."""
+        return Batch(self.model, ends_of(self.model))
 
     @property
     def routes(self) -> bool:
@@ -222,7 +228,7 @@ class OwnEngine:
                     row.fail(error)
                 except RuntimeError:  # the loop that waited is closed
                     _log.debug("nobody was left to be told")
-        self._batch = Batch(self.model, self._batch.ends)
+        self._batch = self._empty()
 
 
 def _do(what: Callable[[], T], future: "Future[T]") -> None:
@@ -232,7 +238,7 @@ def _do(what: Callable[[], T], future: "Future[T]") -> None:
         future.set_exception(error)
 
 
-def _ends(model: DecomposedModel) -> frozenset[int]:
+def ends_of(model: DecomposedModel) -> frozenset[int]:
     """The tokens that end a text, as `generate` has them."""
     given = model.backbone.generation_config.eos_token_id
     return frozenset([] if given is None else [given] if isinstance(given, int) else given)

@@ -1,0 +1,123 @@
+"""llama.cpp as an engine: fast on CPUs, the backbone as f16 or q8_0, each text with its LoRA and its slots.
+
+Texts come and go, and memories too, as under the own engine, whose thread and queues it has; only what reads the tokens
+is another. Texts of one memory are read together, memory after memory.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from koff_lightning.artifact.decomposed import DecomposedModel
+from koff_lightning.serving.batch import Row
+from koff_lightning.serving.engine import Token
+from koff_lightning.serving.llama_model import LlamaModel, Text
+from koff_lightning.serving.own import OwnEngine, ends_of
+from koff_lightning.serving.sampling import described
+from koff_lightning.support.errors import KoffError
+
+_PART = 256  # tokens of a prompt whose logits are held at a time, where they are wanted
+
+
+class LlamaCppEngine(OwnEngine):
+    """An engine (engine.py) over `LlamaModel`.
+
+    Args:
+        folder: The artifact.
+        rows: Most texts that are continued together. Each has its cache from the start.
+        gguf: What `koff convert gguf` made of the artifact; by default it is made now.
+        kind: Type of the weights where they are converted now: `f32`, `f16` or `q8_0`.
+        context: Tokens of one text and its slots; by default the model's own, at most 4096.
+        cache: Type of the token cache, `f32` or `f16`.
+
+    Raises:
+        KoffError: As `LlamaModel`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: int = 4,
+        gguf: str | Path | None = None,
+        kind: str = "f16",
+        context: int | None = None,
+        cache: str = "f16",
+    ) -> None:
+        self._llama = LlamaModel(folder, gguf, kind=kind, rows=rows, context=context, cache=cache)
+        self._start(_Both(self._llama), folder, rows)
+
+    def _empty(self) -> "LlamaBatch":
+        self._llama.clear()
+        return LlamaBatch(self._llama, ends_of(self._llama.model))
+
+    def room(self, memory: str | None) -> int:
+        """The context without the places of the memory's slots."""
+        held = self._held.get(memory) if memory is not None else None
+        return self._llama.room - (self._llama.slots(held.name) if held else 0)
+
+    def route(self, texts: list[str]) -> list[str | None]:
+        """There is none: the weights that a router would ask are llama.cpp's alone."""
+        raise KoffError("the llama.cpp engine chooses no memory by the text: name one")
+
+    async def close(self) -> None:
+        """End what is under way, and free what the library holds."""
+        await super().close()
+        self._llama.close()
+
+
+class _Both:
+    """What the own engine asks of its model, where a memory is added and removed in the library too."""
+
+    def __init__(self, llama: LlamaModel) -> None:
+        model: DecomposedModel = llama.model
+        self.add_memory, self.remove_memory = llama.add_memory, llama.remove_memory
+        self.backbone, self.memories, self.tokenizer = model.backbone, model.memories, model.tokenizer
+        self.manifest, self.domains = model.manifest, model.domains
+
+
+class LlamaBatch:
+    """Rows under way, as `batch.Batch`."""
+
+    def __init__(self, model: LlamaModel, ends: frozenset[int]) -> None:
+        self.model, self.ends = model, ends
+        self.rows: list[Row] = []
+        self._texts: dict[Row, Text] = {}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Read the prompts of rows that come, and tell their first tokens."""
+        self._drop()
+        for row in rows:
+            self._texts[row] = self.model.begin(row.memory)
+        self.rows += rows
+        plain = [row for row in rows if not row.options.echo]
+        logits = self.model.read([(self._texts[row], row.ids) for row in plain])
+        for row, scores in zip(plain, logits, strict=True):
+            row.take(scores[-1], self.ends)
+        for row in rows:
+            if row.options.echo:
+                self._scored(row)
+
+    def step(self) -> None:
+        """Read every row's last token and choose its next; rows that are done or gone leave."""
+        self._drop()
+        logits = self.model.read([(self._texts[row], [row.last]) for row in self.rows])
+        for row, scores in zip(self.rows, logits, strict=True):
+            row.take(scores[-1], self.ends)
+
+    def _drop(self) -> None:
+        for row in self.rows:
+            if row.done or row.gone:
+                self.model.end(self._texts.pop(row))
+        self.rows = [row for row in self.rows if row in self._texts]
+
+    def _scored(self, row: Row) -> None:
+        """Read a prompt, and tell its tokens with their log-probabilities."""
+        tokens, before = [Token(row.ids[0])], torch.empty(0)
+        for start in range(0, len(row.ids), _PART):
+            ids = row.ids[start : start + _PART]
+            logits = self.model.read([(self._texts[row], ids)], everywhere=True)[0]  # [T, V]
+            shown = torch.cat([before, logits[:-1]]) if start else logits[:-1]
+            tokens += described(ids if start else ids[1:], shown, row.options)
+            before = logits[-1:]
+        row.take(before[-1], self.ends, tuple(tokens))

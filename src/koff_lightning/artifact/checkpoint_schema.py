@@ -70,6 +70,7 @@ _FORM = {
         "lora?": (LoraSpec, None),
         "kv?": (KVSpec, None),
         "loss?": dict,
+        "retention?": (dict, None),
         "optim?": dict,
         "shared_memory?": bool,
         "joint?": bool,

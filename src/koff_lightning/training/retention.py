@@ -93,7 +93,8 @@ def retention_loss(module: LightningModule, batch_idx: int) -> Tensor:
     memories = [spec.drawn(model, step) if module.memories_on else None] * rows
     found = module.objective(batch, mask, memories, torch.zeros(rows, dtype=torch.long, device=module.device))
     module.guard.check_loss(found.loss, found.tokens, found.predicted, batch["domains"], step)
-    module.log("train/retention", found.loss.detach(), batch_size=rows)
+    for logger in module.trainer.loggers:  # not by `log`, which would repeat the value in the steps that follow
+        logger.log_metrics({"train/retention": float(found.loss.detach())}, step)
     scaler = getattr(module.trainer.precision_plugin, "scaler", None)
     return spec.weight * settled(found.loss, moves, scaler.get_scale() if scaler else 1.0)
 

@@ -8,6 +8,7 @@ Shapes: N predicted tokens, d hidden, V vocabulary, C tokens per chunk.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,8 @@ class LossSpec:
             in the paper (appendix D). null for all.
         tail: With `top_k`, what becomes of the others: `drop` leaves them out of both distributions, which are
             normalised over the k alone (the paper); `bucket` counts them as one outcome more.
+        teacher: Where the dense model's part comes from: `live`, a pass of its own in every step, or `stored`, what
+            `koff prepare --teacher` has written of its likeliest tokens (needs `top_k`).
     """
 
     ce: float = 1.0
@@ -39,6 +42,7 @@ class LossSpec:
     chunk: int = 1024
     top_k: int | None = None
     tail: Literal["drop", "bucket"] = "drop"
+    teacher: Literal["live", "stored"] = "live"
 
     def __post_init__(self) -> None:
         if not (self.ce >= 0 and self.kl >= 0 and 0 < self.ce + self.kl < math.inf):
@@ -49,6 +53,13 @@ class LossSpec:
             raise KoffError(f"loss.top_k must be at least 2 (100 in the paper), or null for all; got {self.top_k}")
         if self.tail not in ("drop", "bucket"):
             raise KoffError(f"loss.tail must be drop or bucket; got {self.tail!r}")
+        if self.teacher not in ("live", "stored"):
+            raise KoffError(f"loss.teacher must be live or stored; got {self.teacher!r}")
+        if self.teacher == "stored" and not (self.kl and self.top_k):
+            raise KoffError(
+                "loss.teacher: stored holds the dense model's likeliest tokens: set loss.top_k (100 in the paper) "
+                f"and a loss.kl above 0; got {self.top_k} and {self.kl}"
+            )
 
     @property
     def top_k_alone(self) -> bool:
@@ -72,14 +83,19 @@ class TopK:
         return TopK(self.index[part], self.log_q[part])
 
 
+def check_top_k(k: int | None, vocabulary: int) -> None:
+    """Raise KoffError where `loss.top_k` is more than a vocabulary of so many tokens has."""
+    if k is not None and k > vocabulary:
+        raise KoffError(f"loss.top_k is {k}, but the vocabulary has {vocabulary} tokens: give at most that, or null")
+
+
 def top_k_of(hidden: Tensor, head: Tensor, k: int) -> TopK:
     """The dense model's k likeliest next tokens, from its hidden states [n, d] and the head [V, d].
 
     Raises:
         KoffError: The vocabulary is smaller.
     """
-    if k > len(head):
-        raise KoffError(f"loss.top_k is {k}, but the vocabulary has {len(head)} tokens: give at most that, or null")
+    check_top_k(k, len(head))
     logits = (hidden @ head.T).float()  # [n, V]
     values, index = logits.topk(k)
     return TopK(index, values - logits.logsumexp(-1, keepdim=True))
@@ -203,6 +219,31 @@ def domain_weights(domain_of_token: Tensor, domains: int) -> Tensor:
     """
     tokens = ranks.total(torch.bincount(domain_of_token, minlength=domains))  # [D]
     return ranks.count() / (tokens[domain_of_token] * (tokens > 0).sum())
+
+
+class _Settled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, slopes, *inputs):  # noqa: ANN001, ANN002, ANN205
+        ctx.slopes = slopes
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, scale):  # noqa: ANN001, ANN205
+        return None, None, *(None if slope is None else slope * scale for slope in ctx.slopes)
+
+
+def settled(loss: Tensor, inputs: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+    """The same loss whose gradient by `inputs`, and by nothing else, is taken already: its graph is gone.
+
+    So two forwards can be part of one step whose backward would read again what is in force: gates and memories.
+
+    Args:
+        loss: A scalar.
+        inputs: What it depends on and what it is to move.
+        scale: By which the gradient is raised while it is computed: the loss scale of 16-bit training.
+    """
+    slopes = torch.autograd.grad(loss * scale, inputs, allow_unused=True)
+    return _Settled.apply(loss.detach(), [None if slope is None else slope / scale for slope in slopes], *inputs)
 
 
 @torch.no_grad()

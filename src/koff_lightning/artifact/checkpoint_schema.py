@@ -73,6 +73,7 @@ _FORM = {
         "lora?": (LoraSpec, None),
         "kv?": (KVSpec, None),
         "loss?": dict,
+        "retention?": (dict, None),
         "optim?": dict,
         "shared_memory?": bool,
         "joint?": bool,

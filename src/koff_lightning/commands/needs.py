@@ -53,10 +53,11 @@ def needs_of(config: Any) -> Iterator[Need]:
     if (name := config.data.tokenizer) and _is_on_hub(name):
         yield Need(f"tokenizer {name}", partial(load_tokenizer, name), partial(_fetch, name, None, OF_TOKENIZERS))
     data = DomainDataModule(**config.data.as_dict())
-    for name, source in data.sources.items():
-        find = partial(_find_text, data, source, config)
-        fetch = partial(_fetch_text, data, name, config) if source.hub_entries else None
-        yield Need(f"domain {name}", find, fetch)
+    for kind, text in (("domain", data), ("retention", data.general)):
+        for name, source in text.sources.items() if text else ():
+            find = partial(_find_text, text, source, config)
+            fetch = partial(_fetch_text, text, name, config) if source.hub_entries else None
+            yield Need(f"{kind} {name}", find, fetch)
     yield from task_needs([task.task for task in config.lm_eval.tasks or ()], config.lm_eval.include_path)
 
 

@@ -101,8 +101,13 @@ class _Run:
             f"{model['backbone']} ({self.source}), {self.gpus} x {size:g} GiB{many}; {self.step.rows} rows of "
             f"{self.step.length} tokens on each, {len(self.step.domains)} domains, "
             f"activations {'recomputed' if self.step.checkpointing else 'kept'}, "
-            f"KL {'with a teacher pass' if self.step.loss.kl else 'off'}, {self.options['trainer']['precision']}"
+            f"KL {self._teacher}, {self.options['trainer']['precision']}"
         ]
+
+    @property
+    def _teacher(self) -> str:
+        loss = self.step.loss
+        return "off" if not loss.kl else "with a stored teacher" if loss.teacher == "stored" else "with a teacher pass"
 
     @property
     def accumulate(self) -> int:

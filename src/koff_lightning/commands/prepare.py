@@ -1,10 +1,19 @@
-"""`koff prepare`: tokenise a run's text once, or fetch all that it needs for a machine without network."""
+"""`koff prepare`: tokenise a run's text once, store its teacher, or fetch what it needs where there is no network."""
 
+import shutil
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
+from koff_lightning.backbone import hidden_states
 from koff_lightning.commands.baseline import KoffTrainer
 from koff_lightning.commands.needs import fetch_all, needs_of, tokenizer_of
-from koff_lightning.data import DomainDataModule
+from koff_lightning.data import DomainDataModule, check_vocabulary
+from koff_lightning.data.packing import PackedRows
+from koff_lightning.data.teacher import stored_bytes
+from koff_lightning.loading import fingerprint, load_backbone
+from koff_lightning.losses import TopK, check_top_k, top_k_of
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 
@@ -19,6 +28,7 @@ class VerbTrainer(KoffTrainer):
         out: str | None = None,
         prefetch_only: bool = False,
         prefetch_bytes: int | None = None,
+        teacher: bool = False,
     ) -> None:
         """Tokenise the text of a run into a cache that it then uses; see `prepare`, which does it without a trainer.
 
@@ -29,6 +39,8 @@ class VerbTrainer(KoffTrainer):
             prefetch_only: Do not tokenise; fetch the model, hub datasets and the data of evaluation tasks, for a
                 machine without network.
             prefetch_bytes: UTF-8 bytes of text to copy of each hub dataset that is streamed, from its head.
+            teacher: Store what the dense model says of every training row too, its loss.top_k likeliest tokens, for
+                runs with loss.teacher `stored`. Says how much that is before it starts; goes on after a kill.
         """
 
 
@@ -36,11 +48,13 @@ def prepare(config: Any) -> None:
     """Tokenise the text of every domain into the cache, or fetch what a run needs; prints what was done.
 
     Args:
-        config: Of the verb: sections as those of `koff fit`, and out, prefetch_only, prefetch_bytes.
+        config: Of the verb: sections as those of `koff fit`, and out, prefetch_only, prefetch_bytes, teacher.
 
     Raises:
         KoffError: Text, tokenizer or network that are not there, or no room.
     """
+    if config.teacher:
+        _check_teacher(config)
     if config.prefetch_only:
         if is_asked():
             raise KoffError("--prefetch-only fetches, --offline forbids it: give one of them")
@@ -51,4 +65,69 @@ def prepare(config: Any) -> None:
     data = DomainDataModule(**config.data.as_dict() | ({"cache": config.out} if config.out else {}))
     for name, made in data.prepare(tokenizer_of(config)).items():
         print(f"{name}: {'tokenised' if made else 'is there already'}", flush=True)
+    if config.teacher:
+        store_teacher(config, data)
     print(f"in {data.cache.folder}" + (f"; give it to runs: --data.cache {config.out}" if config.out else ""))
+
+
+def _check_teacher(config: Any) -> None:
+    """Raise KoffError for options under which there is no teacher to store."""
+    if config.prefetch_only:
+        raise KoffError("--prefetch-only fetches, --teacher computes: give one after the other")
+    if config.model.artifact:
+        raise KoffError("an artifact holds no dense model to learn from, so --teacher has nothing to store")
+    if config.model.loss.top_k is None:
+        raise KoffError(
+            "--teacher stores the dense model's likeliest tokens: set --model.loss.top_k (100 in the paper)"
+        )
+
+
+def store_teacher(config: Any, data: DomainDataModule) -> None:
+    """Store the teacher of all training rows beside the tokenised text; prints the size first, then what was done.
+
+    Args:
+        config: As `prepare`.
+        data: Prepared.
+
+    Raises:
+        KoffError: No backbone, a vocabulary that is smaller than loss.top_k, or no room on the disk.
+    """
+    model, k = config.model, config.model.loss.top_k
+    backbone = load_backbone(
+        model.backbone, revision=model.revision, dtype=model.dtype, trust_remote_code=model.trust_remote_code
+    )
+    head, backbone_hash = backbone.get_output_embeddings().weight, fingerprint(backbone)
+    check_top_k(k, len(head))
+    check_vocabulary(data.tokenizer, backbone.get_input_embeddings().num_embeddings)
+    texts = {"": data} | ({"retention ": data.general} if data.general is not None else {})
+    rows = {(kind, name): rows for kind, text in texts.items() for name, rows in text.training_rows().items()}
+    _say_size(data, list(rows.values()), k, len(head))
+    backbone = backbone.to("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+
+    def ask(batch: dict[str, Any]) -> TopK:
+        return _likeliest(backbone, batch, k, model.loss.chunk)
+
+    for (kind, name), packed in rows.items():
+        belongs = texts[kind].belongs(packed, backbone_hash)
+        made = data.teachers.build(name, belongs, packed, ask, k, len(head), data.batch_size)
+        print(f"teacher of {kind}{name}: {'stored' if made else 'is there already'}", flush=True)
+
+
+def _say_size(data: DomainDataModule, rows: list[PackedRows], k: int, vocabulary: int) -> None:
+    number, places = sum(map(len, rows)), data.seq_len - 1
+    size = sum(stored_bytes(packed, k, vocabulary) for packed in rows)
+    free = shutil.disk_usage(data.cache.folder).free  # it is there: the rows lie in it
+    print(
+        f"teacher: {number:,} rows x {places:,} tokens x {k} likeliest x {size // (number * places * k)} bytes -> "
+        f"{size / 1e9:.3g} GB in {data.teachers.folder}, where {free / 1e9:.3g} GB are free",
+        flush=True,
+    )
+
+
+def _likeliest(backbone: PreTrainedModel, batch: dict[str, Any], k: int, chunk: int) -> TopK:
+    """The dense model's likeliest tokens at all places of a batch but each row's last, [B (T - 1)]."""
+    inputs = {name: batch[name].to(backbone.device) for name in ("input_ids", "position_ids") if name in batch}
+    with torch.no_grad():
+        hidden = hidden_states(backbone, **inputs)[:, :-1].flatten(0, 1)  # [B (T - 1), d]
+        seen = [top_k_of(part, backbone.get_output_embeddings().weight, k) for part in hidden.split(chunk)]
+    return TopK(torch.cat([part.index for part in seen]), torch.cat([part.log_q for part in seen]))

@@ -96,6 +96,7 @@ BARE = {  # words without a value, and what the parser takes for them
     "--dry-run": DRY_RUN,
     "--prefetch-only": "--prefetch_only=true",
     "--no-score": "--score=false",
+    "--teacher": "--teacher=true",
     SWITCH: SWITCH,
 }
 
@@ -114,6 +115,7 @@ class KoffCLI(LightningCLI):
         parser.set_defaults({"checkpoint.every_n_train_steps": 100, "checkpoint.save_last": True})
         parser.link_arguments("data.domains", "model.domains", compute_fn=_names)
         take_paths_as_paths(parser, "data.domains")
+        take_paths_as_paths(parser, "data.retention")
 
     def subcommands(self) -> dict[str, set[str]]:
         """The verb at hand, with the arguments that are no options; parsers of the others would take half a second."""

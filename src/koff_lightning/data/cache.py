@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ class TokenCache:
 
         Of files elsewhere what their server says of their version.
         """
-        known, new, found = _json(self.folder / DIGESTS), {}, []
+        known, new, found = read_json(self.folder / DIGESTS), {}, []
         for file in files:
             if isinstance(file, RemoteFile):
                 found.append([format_of(file), file.suffix, file.version])
@@ -188,7 +188,7 @@ class TokenCache:
         if not folder.is_dir():
             return None
         try:
-            _check(folder, lambda file, size, digest: file.stat().st_size == size)
+            check_entry(folder, lambda file, size, digest: file.stat().st_size == size)
             train, heldout = (self._rows(folder / side) for side in ("train", "heldout"))
             lengths, num_bytes = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("lengths", "num_bytes"))
         except (OSError, ValueError, TypeError) as error:
@@ -229,32 +229,40 @@ class TokenCache:
     def _is_whole(self, key: str) -> bool:
         """Whether every byte of an entry is as it was written."""
         try:
-            _check(self.folder / key, lambda file, size, digest: hash_file(file) == digest)
+            check_entry(self.folder / key, lambda file, size, digest: hash_file(file) == digest)
         except (OSError, ValueError, TypeError):
             return False
         return True
 
-    @contextmanager
-    def _alone(self, key: str) -> Iterator[None]:
-        """Wait until no other process builds this entry; a lock goes with its process, however that ends."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            held = lock(self.folder / f".{key}.lock", wait=True)
-            with held:
-                yield
-        except OSError as error:
-            raise KoffError(f"cannot write {self.folder}: {error.strerror or error}") from error
+    def _alone(self, key: str) -> AbstractContextManager[None]:
+        return alone_with(self.folder, key)
 
 
-def _check(folder: Path, is_right: Callable[[Path, int, str], bool]) -> None:
+@contextmanager
+def alone_with(folder: Path, key: str) -> Iterator[None]:
+    """Wait until no other process builds this entry; a lock goes with its process, however that ends.
+
+    Raises:
+        KoffError: The disk does not take it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder / f".{key}.lock", wait=True)
+        with held:
+            yield
+    except OSError as error:
+        raise KoffError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def check_entry(folder: Path, is_right: Callable[[Path, int, str], bool]) -> None:
     """Raise ValueError unless an entry has all its files and each is right."""
-    files = _json(folder / MANIFEST)
+    files = read_json(folder / MANIFEST)
     wrong = [name for name, (size, digest) in files.items() if not is_right(folder / name, size, digest)]
     if wrong or not files:
         raise ValueError(f"{wrong[0] if wrong else MANIFEST} is not as it was written")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """What a file of ours holds; nothing where there is none or it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

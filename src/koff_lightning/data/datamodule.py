@@ -3,7 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -13,7 +13,7 @@ from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
 from koff_lightning.data.calibration import CalibrationText, most_tokens
 from koff_lightning.data.encoding import TokenStream, fingerprint, start_tokens
 from koff_lightning.data.head import IsTraining, read_head
-from koff_lightning.data.loader import HeldoutLoader, TrainLoader
+from koff_lightning.data.loader import Batch, HeldoutLoader, Rows, TrainLoader
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import PackedRows
 from koff_lightning.data.sample import sampled_chunks
@@ -22,6 +22,7 @@ from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
 from koff_lightning.data.talks import check_template, template_of
+from koff_lightning.data.teacher import FOLDER, Belongs, StoredTeacher, TeacherStore, rows_hash
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
@@ -68,6 +69,9 @@ class DomainDataModule(LightningDataModule):
             ends where a document would. Held-out text has none: bits per byte are of the text alone.
         cache: Folder with tokenised text; what `koff prepare` has made there is used. By default $KOFF_CACHE/tokens or
             ~/.cache/koff/tokens.
+        retention: General text by name, each entry as in `domains`, for runs with model.retention; kept in memory or
+            prepared, also where the domains are streamed.
+        max_retention_bytes: At most this much of each of them (UTF-8 bytes, whole documents in file order).
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class DomainDataModule(LightningDataModule):
         temperature: float = 1.0,
         append_eos: bool = False,
         cache: str | None = None,
+        retention: dict[str, DomainSource | str | list[str]] | None = None,
+        max_retention_bytes: int | None = None,
     ) -> None:
         super().__init__()
         _require(seq_len >= MIN_SEQ_LEN, f"data.seq_len must be {MIN_SEQ_LEN} or more, got {seq_len}")
@@ -95,7 +101,8 @@ class DomainDataModule(LightningDataModule):
         _require(0 <= num_workers <= 1024, f"data.num_workers must lie between 0 and 1024, got {num_workers}")
         _require(seed >= 0, f"data.seed must be 0 or more, got {seed}")
         _require(on_bad_line in ("fail", "skip"), f"data.on_bad_line must be 'fail' or 'skip', got '{on_bad_line}'")
-        for name, limit in (("max_heldout_bytes", max_heldout_bytes), ("max_train_bytes", max_train_bytes)):
+        limits = {"max_heldout_bytes": max_heldout_bytes, "max_train_bytes": max_train_bytes}
+        for name, limit in (limits | {"max_retention_bytes": max_retention_bytes}).items():
             _require(limit is None or limit >= 1, f"data.{name} must be 1 or more (or null for no limit), got {limit}")
         _require(0 < temperature < math.inf, f"data.temperature must be a number above 0, got {temperature}")
         _require(
@@ -114,6 +121,15 @@ class DomainDataModule(LightningDataModule):
         self._texts: dict[str, Text] = {}  # what is streamed
         self._train: dict[str, PackedRows] = {}
         self._heldout: dict[str, PackedRows] = {}
+        self._teachers: dict[str, StoredTeacher] = {}  # of the training rows
+        self._numbered: DomainBatches | None = None  # see `batch_number`
+        self.general: DomainDataModule | None = None  # the text of `retention`
+        if retention:
+            alike = {"seq_len": seq_len, "batch_size": batch_size, "heldout_fraction": heldout_fraction, "seed": seed}
+            alike |= {"max_heldout_bytes": max_heldout_bytes, "on_bad_line": on_bad_line, "append_eos": append_eos}
+            self.general = DomainDataModule(
+                retention, tokenizer, max_train_bytes=max_retention_bytes, cache=cache, **alike
+            )
 
     @property
     def domain_names(self) -> list[str]:
@@ -134,6 +150,9 @@ class DomainDataModule(LightningDataModule):
         for name, source in self.sources.items():
             rows = self.stored(source) or self._make(name, source)
             self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
+        if self.general is not None:
+            self.general.trainer = self.trainer
+            self.general.setup()
 
     def texts(self) -> dict[str, Texts]:
         """Training and held-out text of every domain, read anew; of what is streamed a sample of the training text.
@@ -146,7 +165,7 @@ class DomainDataModule(LightningDataModule):
         return {name: read(name, source) for name, source in self.sources.items()}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-        """Tokenise every domain into the cache; returns, by domain, whether that was still to be done.
+        """Tokenise all text into the cache; returns, by domain, whether that was still to be done.
 
         Raises:
             KoffError: As `setup`; or the text is streamed.
@@ -155,10 +174,12 @@ class DomainDataModule(LightningDataModule):
         refuse_missing_files(self.sources)
         self.tokenizer = tokenizer
         self._check_tokenizer()
-        return {
+        made = {
             name: self.cache.build(self._key(source), partial(self._make, name, source))
             for name, source in self.sources.items()
         }
+        more = self.general.prepare(tokenizer) if self.general is not None else {}
+        return made | {f"retention {name}": is_new for name, is_new in more.items()}
 
     def _check_tokenizer(self) -> None:
         for name in (name for name, source in self.sources.items() if source.chat):
@@ -256,7 +277,52 @@ class DomainDataModule(LightningDataModule):
             return StreamLoader(self._reading(), batches, max_steps * accumulate, self.num_workers)
         one_pass = -(-sum(num_rows.values()) // (self.batch_size * world_size))
         length = max_steps * accumulate if max_steps > 0 else one_pass
-        return TrainLoader(self._train, batches, length, self.num_workers)
+        return TrainLoader(self._train, batches, length, self.num_workers, self._teachers)
+
+    def batch_number(self, number: int) -> Batch:
+        """Training batch `number` (from 0) of this rank, a pure function of the number and of `seed`."""
+        if self._numbered is None:
+            rows = {name: len(rows) for name, rows in self._train.items()}
+            rank, world_size = self._place()
+            self._numbered = DomainBatches(
+                rows, self.shares, self.batch_size, seed=self.seed, rank=rank, world_size=world_size
+            )
+        return Rows(self._train, self._teachers)[next(self._numbered.start_at(number))]
+
+    # ------------------------------------------------------------------------------------- the stored teacher
+
+    @property
+    def teachers(self) -> TeacherStore:
+        """Where stored teachers lie."""
+        return TeacherStore(self.cache.folder / FOLDER)
+
+    def belongs(self, rows: PackedRows, backbone_hash: str) -> Belongs:
+        """What a stored teacher of these rows belongs to."""
+        return Belongs(backbone_hash, fingerprint(self.tokenizer), self.seq_len, rows_hash(rows))
+
+    def training_rows(self) -> dict[str, PackedRows]:
+        """The training rows of every domain as `prepare` has left them in the cache."""
+        return {name: self.cache.load(self._key(source)).train for name, source in self.sources.items()}
+
+    def take_stored_teacher(self, backbone_hash: str, k: int) -> None:
+        """Let training batches bring what `koff prepare --teacher` has stored of the likeliest k tokens.
+
+        Args:
+            backbone_hash: Of the dense model's weights.
+            k: Tokens at each place.
+
+        Raises:
+            KoffError: It is not there, or is of something else; or the text is streamed.
+        """
+        _require(
+            not self.streaming,
+            "loss.teacher: stored knows the rows of a text in memory or prepared, and data.streaming makes its rows "
+            "while training: set loss.teacher to live, or data.streaming to false",
+        )
+        for name, rows in self._train.items():
+            self._teachers[name] = self.teachers.load(name, self.belongs(rows, backbone_hash), k)
+        if self.general is not None:
+            self.general.take_stored_teacher(backbone_hash, k)
 
     def _reading(self) -> Reading:
         """What is streamed; its identity names what the place in a stream depends on."""
@@ -293,6 +359,20 @@ class DomainDataModule(LightningDataModule):
     def most_calibration_text(self) -> int:
         """Tokens of each domain that `calibration_text` can give at most."""
         return most_tokens(self._train)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: what tells other general text; the loader keeps all else."""
+        return {"retention": {name: rows.digest for name, rows in self.general._train.items()}} if self.general else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse to train on with other general text: the number of a row would mean another."""
+        if self.trainer is not None and self.trainer.training and (there := state.get("retention")):
+            here = self.state_dict().get("retention")
+            _require(
+                there == here,
+                "the general text of this run is not the checkpoint's, so it cannot go on where that run stopped: set "
+                "data.retention and its limits back, or start a new run",
+            )
 
     def cut_documents(self) -> dict[str, tuple[int, int]]:
         """By domain, how many training documents lie in several rows, of how many; when streaming, in a sample."""

@@ -19,27 +19,36 @@ from torch.utils.data import DataLoader, Dataset
 
 from koff_lightning.data.mixture import DomainBatches, RowRef
 from koff_lightning.data.packing import IGNORED, PackedRows, collate
+from koff_lightning.data.teacher import StoredTeacher, teacher_of_rows
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import difference
 
 Batch = dict[str, Any]
+Teachers = Mapping[str, StoredTeacher]
+NO_TEACHERS: Teachers = {}
 MAKE = ("seq_len", "rows", "text")  # may not change in a resumed run: the number of a row would mean another
 
 
-class _Rows(Dataset[Batch]):
-    """Looks up whole batches by their row references."""
+class Rows(Dataset[Batch]):
+    """Looks up whole batches by their row references, with what stored teachers say of them if there are any."""
 
-    def __init__(self, packed: Mapping[str, PackedRows]) -> None:
-        self.packed = packed
+    def __init__(self, packed: Mapping[str, PackedRows], teachers: Teachers = NO_TEACHERS) -> None:
+        self.packed, self.teachers = packed, teachers
 
     def __getitem__(self, refs: list[RowRef]) -> Batch:
-        return collate([(domain, self.packed[domain], row) for domain, row in refs])
+        batch = collate([(domain, self.packed[domain], row) for domain, row in refs])
+        return batch | (teacher_of_rows(self.teachers, refs) if self.teachers else {})
 
 
-def _load(packed: Mapping[str, PackedRows], refs: Iterable[list[RowRef]], num_workers: int) -> DataLoader[Batch]:
+def _load(
+    packed: Mapping[str, PackedRows],
+    refs: Iterable[list[RowRef]],
+    num_workers: int,
+    teachers: Teachers = NO_TEACHERS,
+) -> DataLoader[Batch]:
     generator = torch.Generator().manual_seed(0)  # without one, opening a loader draws from the global random state
     return DataLoader(
-        _Rows(packed),
+        Rows(packed, teachers),
         batch_size=None,
         sampler=refs,
         num_workers=num_workers,
@@ -83,12 +92,19 @@ class TrainLoader:
         batches: Which rows make up batch number n.
         length: Batches in a run (or in an epoch where the run has no step limit).
         num_workers: Worker processes; 0 builds batches in this one.
+        teachers: Stored teachers of all domains, or none.
     """
 
     def __init__(
-        self, packed: Mapping[str, PackedRows], batches: DomainBatches, length: int, num_workers: int = 0
+        self,
+        packed: Mapping[str, PackedRows],
+        batches: DomainBatches,
+        length: int,
+        num_workers: int = 0,
+        teachers: Teachers = NO_TEACHERS,
     ) -> None:
         self._packed, self._batches, self._length, self._num_workers = packed, batches, length, num_workers
+        self._teachers = teachers
         self._handed_out = 0
 
     def __len__(self) -> int:
@@ -96,7 +112,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         refs = islice(self._batches.start_at(self._handed_out), self._length)
-        for batch in _load(self._packed, refs, self._num_workers):
+        for batch in _load(self._packed, refs, self._num_workers, self._teachers):
             self._handed_out += 1
             yield batch
 
@@ -170,7 +186,7 @@ class HeldoutLoader:
     def __iter__(self) -> Iterator[Batch]:
         yield from _load(self._packed, self._refs, self._num_workers)
         for _ in range(self._blank):
-            batch = _Rows(self._packed)[self._first]
+            batch = Rows(self._packed)[self._first]
             yield batch | {
                 "labels": torch.full_like(batch["labels"], IGNORED),
                 "num_bytes": torch.zeros_like(batch["num_bytes"]),

@@ -1,6 +1,6 @@
 """KOFFModule: trains a decomposition by one equation.
 
-    L = sum_d w_d [ce * CE_d + kl * KL(dense || student)_d] + lam1 (s - t) + lam2 (s - t)^2
+    L = sum_d w_d [ce * CE_d + kl * KL(dense || student)_d] + lam1 (s - t) + lam2 (s - t)^2 + mu R  (retention.py)
 
 Shapes: B rows, T tokens, N predicted tokens, U prunable units.
 """
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import PREFIX, check_content, read_checkpoint, refuse_other_tensors, target_of
 from koff_lightning.artifact.memories import artifact_to_extend, backbone_of, hold_closed
-from koff_lightning.backbone import compile_layers, recomputed
+from koff_lightning.backbone import compile_layers
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import MODES, Batch, Decomposition, check_layout
 from koff_lightning.loading import load_config
-from koff_lightning.losses import LossSpec, domain_weights, fused_head_loss
+from koff_lightning.losses import LossSpec, check_top_k
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.metrics import BitsPerByte, DocumentScores
 from koff_lightning.penalties import make_penalty
@@ -36,6 +36,7 @@ from koff_lightning.training import strategies
 from koff_lightning.training.ending import EndsBetweenSteps
 from koff_lightning.training.mask_source import load_mask, read_mask_source
 from koff_lightning.training.nonfinite import NonFiniteGuard
+from koff_lightning.training.objective import Objective, take_stored_teacher
 from koff_lightning.training.optim import OptimSpec, ResumableLambdaLR, clip_by_group, parameter_groups, rate_lambdas
 from koff_lightning.training.resume import (
     give_data_its_place,
@@ -46,6 +47,7 @@ from koff_lightning.training.resume import (
     refuse_unfit,
     refuse_without_run,
 )
+from koff_lightning.training.retention import RetentionSpec, check_text, retention_loss
 
 
 class KOFFModule(LightningModule):
@@ -58,6 +60,7 @@ class KOFFModule(LightningModule):
         lora: LoRA adapter of every domain; null for none.
         kv: Key-value memory of every domain; null for none.
         loss: Weights of cross-entropy and of KL to the dense self.
+        retention: When and how general text (data.retention) is part of the loss; null for never.
         optim: Learning rates of mask, multipliers and memories.
         joint: Train mask and memories together; false trains the mask alone and the memories after hardening.
         shared_memory: One memory for all domains (an ablation).
@@ -81,6 +84,7 @@ class KOFFModule(LightningModule):
         lora: LoraSpec | None = LoraSpec(),  # noqa: B008
         kv: KVSpec | None = KVSpec(),  # noqa: B008
         loss: LossSpec = LossSpec(),  # noqa: B008
+        retention: RetentionSpec | None = None,
         optim: OptimSpec = OptimSpec(),  # noqa: B008
         joint: bool = True,
         shared_memory: bool = False,
@@ -98,7 +102,7 @@ class KOFFModule(LightningModule):
             raise KoffError("model.domains is empty: name at least one domain (on the command line: data.domains)")
         sparsity, lora, kv = _spec(SparsitySpec, sparsity), _spec(LoraSpec, lora), _spec(KVSpec, kv)
         loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        loss, optim = _spec(LossSpec, loss), _spec(OptimSpec, optim)
+        loss, optim, retention = _spec(LossSpec, loss), _spec(OptimSpec, optim), _spec(RetentionSpec, retention)
         mask_source = read_mask_source(mask, prior, sparsity, {"artifact": artifact, "warm_start": warm_start})
         sparsity = mask_source.sparsity if mask_source and mask_source.fixed else sparsity
         extends = None if artifact is None else artifact_to_extend(artifact, sparsity, loss)
@@ -107,7 +111,7 @@ class KOFFModule(LightningModule):
         super().__init__()
         self.source, self.domains, self.loading, self.extends = source, list(domains), loading, extends
         self.sparsity, self.lora, self.kv, self.shared_memory = sparsity, lora, kv, shared_memory
-        self.artifact, self.loss, self.optim, self.joint = artifact, loss, optim, joint
+        self.artifact, self.loss, self.optim, self.joint, self.retention = artifact, loss, optim, joint, retention
         self.activation_checkpointing, self.warm_start = activation_checkpointing, warm_start
         self.mask_source, self.guard = mask_source, NonFiniteGuard(skip=optim.on_nonfinite == "skip")
         self.modes = MODES if extends is None else tuple(mode for mode in MODES if mode != "dense")
@@ -118,7 +122,7 @@ class KOFFModule(LightningModule):
         if lora is None and kv is None and (sparsity.target == 0 or mask):
             what = "model.mask gives the mask" if mask else "sparsity.target is 0"
             raise KoffError(f"nothing to train: {what} and both model.lora and model.kv are null")
-        specs = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": loss, "optim": optim}
+        specs = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": loss, "optim": optim, "retention": retention}
         plain = {"backbone": backbone, "joint": joint, "shared_memory": shared_memory}
         plain |= {"activation_checkpointing": activation_checkpointing, "compile": compile, "artifact": artifact}
         plain |= {"mask": mask, "prior": prior} | loading
@@ -138,6 +142,11 @@ class KOFFModule(LightningModule):
         )
         self.model.chunk = self.loss.chunk
         hold_closed(self.model.backbone, self.extends)
+        self.objective = Objective(self.model, self.loss, self.activation_checkpointing)
+        check_top_k(self.loss.top_k, len(self.model.head))
+        if self._trainer is not None and self.trainer.training:
+            check_text(self.retention, self.trainer.datamodule)
+            take_stored_teacher(self.loss, self.trainer.datamodule, self.model.backbone_hash)
         if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
         spec, kinds = self.sparsity, len(self.model.budget.kinds) if self.sparsity.scope == "local" else None
@@ -162,24 +171,15 @@ class KOFFModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch; the equation at the head of this file."""
-        model = self.model
-        labels, predicted = model.targets(batch)  # [N], bool [B, T-1]
-        domain = model.domain_of_row(batch)  # [B]
-        teacher = model.dense_hidden(batch)[:, :-1][predicted] if self.loss.kl else None  # [N, d]
-        # Both stay in force after the forward: a checkpointed layer reads them again in the backward.
-        model.gates.set(self.draw_gates(len(predicted), batch_idx))
-        model.memories.activate(batch["domains"] if self.memories_on else [None] * len(predicted))
-        with recomputed(model.backbone, self.activation_checkpointing):
-            student = model.hidden(batch)[:, :-1][predicted]  # [N, d]
-
-        weights = domain_weights(domain[:, None].expand_as(predicted)[predicted], len(self.domains) + 1)  # [N]
-        data, ce, kl = fused_head_loss(student, teacher, model.head, labels, weights, self.loss)
-        all_data, all_ce, all_kl = ranks.total(torch.stack([data.detach(), weights @ ce, weights @ kl])) / ranks.count()
-        penalty = self.sparsity_penalty(all_data)
-        loss = data + (all_data - data.detach()) + penalty  # value: of all ranks' rows; gradient: this rank's part
-        self.guard.check_loss(loss, ce + kl, predicted, batch["domains"], self.global_step)
-        parts = {"train/loss": loss, "train/kl": all_kl, "train/penalty": penalty}
-        self.log_dict(parts if self.loss.top_k_alone else parts | {"train/ce": all_ce}, batch_size=len(predicted))
+        rows, domains = len(batch["labels"]), self.model.domain_of_row(batch)  # [B]
+        retention = retention_loss(self, batch_idx)  # its gradient is taken by now: what is in force changes
+        memories = batch["domains"] if self.memories_on else [None] * rows
+        data = self.objective(batch, self.draw_gates(rows, batch_idx), memories, domains)
+        penalty = self.sparsity_penalty(data.loss)
+        loss = data.loss + penalty + retention
+        self.guard.check_loss(loss, data.tokens, data.predicted, batch["domains"], self.global_step)
+        parts = {"train/loss": loss, "train/kl": data.kl, "train/penalty": penalty}
+        self.log_dict(parts if self.loss.top_k_alone else parts | {"train/ce": data.ce}, batch_size=rows)
         return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
 
     @property

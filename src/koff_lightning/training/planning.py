@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from koff_lightning.backbone import decoder_layers, hidden_states, prunable_groups, recomputed
 from koff_lightning.gates import BackboneGates
-from koff_lightning.losses import LossSpec, fused_head_loss
+from koff_lightning.losses import LossSpec, TopK, fused_head_loss
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.placement import ALL, placed
 from koff_lightning.sparsity import SparsitySpec
@@ -227,7 +227,10 @@ def _micro_batch(
     inputs = {"input_ids": tokens, "position_ids": tokens, "attention_mask": packed}
     teacher = None
     with live.stage("teacher pass"):
-        if step.loss.kl:
+        if step.loss.teacher == "stored":
+            places = step.rows * (step.length - 1), step.loss.top_k
+            teacher = TopK(torch.zeros(places, dtype=torch.int64), torch.zeros(places))
+        elif step.loss.kl:
             with torch.no_grad(), memories.off():
                 teacher = hidden_states(model, **inputs)[:, :-1].flatten(0, 1)  # [B (T - 1), d]
     kept = live.now

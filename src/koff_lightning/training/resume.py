@@ -85,6 +85,7 @@ def _course(options: Mapping[str, Any]) -> dict[str, Any]:
         "mask": "given (model.mask)" if options.get("mask") else learned,
         "prior": "given (model.prior)" if options.get("prior") else sparsity.get("prior"),
         "sparsity.penalty": sparsity.get("penalty"),
+        "retention": options.get("retention") or "none",
     } | {f"sparsity.{name}": sparsity[name] for name in _YOUNGER if name != "harden"}
 
 

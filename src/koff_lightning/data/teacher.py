@@ -1,0 +1,264 @@
+"""What the dense model says of training rows, stored once and mapped into memory by runs that need no teacher pass.
+
+Of every next token of every row, also of those that nothing predicts, the store holds the k tokens that the dense model
+finds likeliest, likeliest first: their numbers as the smallest unsigned integers that hold the vocabulary, and their
+log-probabilities among all tokens as 16-bit floats, which are the finer the likelier a token is.
+
+A store belongs to the weights of one backbone, a tokenizer, and the rows to the last token. It appears in full or not
+at all; a second writer of the same store waits for the first, and one that was killed is gone on with.
+
+Letters: R rows, T tokens per row, k stored tokens, V size of the vocabulary.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from koff_lightning.data.cache import MANIFEST, alone_with, check_entry, read_json
+from koff_lightning.data.packing import PackedRows, collate
+from koff_lightning.losses import TopK
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import flush, hash_file, write_atomically
+
+FOLDER = "teacher"  # of the cache of tokenised text
+INDEX, LOG_Q = "teacher_index", "teacher_log_q"  # in a batch
+DONE = "rows.json"  # of a store in the making: rows that are surely on the disk
+SAVED, SAID = 30.0, 10.0  # seconds from one note of the rows to the next, and from one line to the next
+MAKE = "`koff prepare --teacher` with the same options makes it"
+
+
+@dataclass(frozen=True)
+class Belongs:
+    """What a stored teacher belongs to.
+
+    Attributes:
+        backbone: Hash of the dense model's weights.
+        tokenizer: Hash of the tokenizer.
+        seq_len: Tokens per row.
+        text: Hash of all rows.
+    """
+
+    backbone: str
+    tokenizer: str
+    seq_len: int
+    text: str
+
+
+WORDS = {  # what another value of each is called; the first that differs is told
+    "backbone": "is of another backbone: model.backbone, its revision or model.dtype (weights {} there, {} here)",
+    "tokenizer": "is of another tokenizer ({} there, {} here)",
+    "seq_len": "is of rows of another length: data.seq_len is {} there and {} here",
+    "text": "is of other text: files, limits or split of data ({} there, {} here)",
+}
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """The teacher of one domain's training rows.
+
+    Attributes:
+        index: The likeliest tokens, [R, T - 1, k].
+        log_q: Their log-probabilities, fp16 [R, T - 1, k].
+    """
+
+    index: NDArray[np.unsignedinteger]
+    log_q: NDArray[np.float16]
+
+    def first(self, k: int) -> "StoredTeacher":
+        """The same with the k likeliest of the stored tokens."""
+        return StoredTeacher(self.index[..., :k], self.log_q[..., :k])
+
+
+def rows_hash(rows: PackedRows) -> str:
+    """A hash of all that a model sees of rows: tokens and boundaries."""
+    digest = hashlib.sha256(f"{rows.tokens.shape} {rows.padding}".encode())
+    for some in range(0, len(rows), 4096):
+        digest.update(np.ascontiguousarray(rows.tokens[some : some + 4096]))
+        digest.update(np.ascontiguousarray(rows.starts[some : some + 4096]))
+    return digest.hexdigest()
+
+
+def index_type(vocabulary: int) -> np.dtype:
+    """The smallest unsigned integer that holds every token of a vocabulary."""
+    return np.min_scalar_type(vocabulary - 1)
+
+
+def stored_bytes(rows: PackedRows, k: int, vocabulary: int) -> int:
+    """Bytes on disk of a store."""
+    return rows.tokens.shape[0] * (rows.tokens.shape[1] - 1) * k * (index_type(vocabulary).itemsize + 2)
+
+
+def teacher_of_rows(teachers: Mapping[str, StoredTeacher], refs: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
+    """What a batch of (domain, row) gets from its stored teachers: int32 and fp16 [B, T - 1, k]."""
+    index = np.stack([teachers[domain].index[row].astype(np.int32) for domain, row in refs])
+    log_q = np.stack([teachers[domain].log_q[row] for domain, row in refs])
+    return {INDEX: torch.from_numpy(index), LOG_Q: torch.from_numpy(log_q)}
+
+
+class TeacherStore:
+    """Stored teachers in a folder.
+
+    Args:
+        folder: Where they lie, each in a folder of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, domain: str, belongs: Belongs, k: int) -> StoredTeacher:
+        """A domain's stored teacher mapped into memory, of the likeliest k tokens.
+
+        Raises:
+            KoffError: There is none, it belongs to something else or holds fewer tokens (told), or it is damaged.
+        """
+        found = list(self._all())
+        fitting = [about for about in found if about["belongs"] == asdict(belongs)]
+        wide = sorted((about for about in fitting if about["top_k"] >= k), key=lambda about: about["top_k"])
+        if not wide:
+            raise KoffError(self._missing(domain, belongs, k, fitting, found))
+        about = wide[0]
+        folder, shape = self.folder / about["name"], (about["rows"], belongs.seq_len - 1, about["top_k"])
+        try:
+            check_entry(folder, lambda file, size, digest: file.stat().st_size == size)
+            index = np.memmap(folder / "index.bin", index_type(about["vocabulary"]), "r", shape=shape)
+            log_q = np.memmap(folder / "log_q.bin", np.float16, "r", shape=shape)
+        except (OSError, ValueError, TypeError) as error:
+            raise KoffError(f"the stored teacher in {folder} is damaged ({error}): {MAKE} anew") from error
+        return StoredTeacher(index, log_q).first(k)
+
+    def _all(self) -> Iterator[dict[str, Any]]:
+        """What is said about each store."""
+        for file in sorted(self.folder.glob("*/about.json")):
+            about = read_json(file)
+            if {"belongs", "domain", "rows", "top_k", "vocabulary"} <= about.keys():
+                yield about | {"name": file.parent.name}
+
+    def _missing(
+        self, domain: str, belongs: Belongs, k: int, fitting: list[dict[str, Any]], found: list[dict[str, Any]]
+    ) -> str:
+        """Why no store will do: what the nearest of this domain differs in."""
+        here = asdict(belongs)
+        near = [about for about in found if about["domain"] == domain and isinstance(about["belongs"], dict)]
+        near.sort(key=lambda about: sum(about["belongs"].get(name) != value for name, value in here.items()))
+        if fitting:
+            most = max(about["top_k"] for about in fitting)
+            why = f"holds the {most} likeliest tokens, and loss.top_k asks for {k}"
+        elif near:
+            there = near[0]["belongs"]
+            name = next(name for name in here if there.get(name) != here[name])
+            why = WORDS[name].format(str(there.get(name))[:12], str(here[name])[:12])
+        else:
+            return (
+                f"loss.teacher is stored, and there is no stored teacher of domain '{domain}' in {self.folder}: {MAKE}"
+            )
+        return f"loss.teacher is stored, and the stored teacher of domain '{domain}' {why}: {MAKE}"
+
+    def build(
+        self,
+        domain: str,
+        belongs: Belongs,
+        rows: PackedRows,
+        ask: Callable[[dict[str, Any]], TopK],
+        k: int,
+        vocabulary: int,
+        batch_size: int,
+    ) -> bool:
+        """Store what a teacher says, unless that is there and whole; returns whether it was to be done.
+
+        Args:
+            domain: Name, for messages.
+            belongs: What the store belongs to.
+            rows: Training rows.
+            ask: The teacher: a batch of rows -> its likeliest tokens at all B (T - 1) places, k each.
+            k: Tokens to store.
+            vocabulary: V.
+            batch_size: Rows of a batch.
+
+        Raises:
+            KoffError: The disk does not take it.
+        """
+        about = {"belongs": asdict(belongs), "rows": len(rows), "top_k": k, "vocabulary": vocabulary}
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+        if _is_whole(self.folder / key):  # also where nobody may write
+            return False
+        with alone_with(self.folder, key):
+            if _is_whole(self.folder / key):
+                return False
+            work = self.folder / f".{key}.part"
+            work.mkdir(exist_ok=True)
+            _write_rows(domain, work, rows, ask, k, index_type(vocabulary), batch_size)
+            _finish(work, self.folder / key, about | {"domain": domain})
+        return True
+
+
+def _write_rows(
+    domain: str,
+    work: Path,
+    rows: PackedRows,
+    ask: Callable[[dict[str, Any]], TopK],
+    k: int,
+    kind: np.dtype,
+    batch_size: int,
+) -> None:
+    """Append what is missing of a store in the making, and note from time to time how far it is surely on the disk."""
+    kinds = {"index.bin": kind, "log_q.bin": np.dtype(np.float16)}
+    sizes = {name: (rows.tokens.shape[1] - 1) * k * kind.itemsize for name, kind in kinds.items()}  # bytes of a row
+    done = read_json(work / DONE).get("rows", 0)
+    present = [(work / name).stat().st_size // size if (work / name).exists() else 0 for name, size in sizes.items()]
+    done = min([done, *present])
+    files = {name: (work / name).open("r+b" if (work / name).exists() else "w+b") for name in kinds}
+    saved = said = time.monotonic()
+    try:
+        for name, file in files.items():
+            file.truncate(done * sizes[name])
+            file.seek(0, os.SEEK_END)
+        for first in range(done, len(rows), batch_size):
+            end = min(first + batch_size, len(rows))
+            seen = ask(collate([(domain, rows, row) for row in range(first, end)]))
+            for name, values in (("index.bin", seen.index), ("log_q.bin", seen.log_q)):
+                files[name].write(values.cpu().numpy().astype(kinds[name]).tobytes())
+            now = time.monotonic()
+            if now - said > SAID:
+                said = now
+                print(f"{domain}: {end:,} of {len(rows):,} rows", flush=True)
+            if now - saved > SAVED or end == len(rows):
+                saved = now
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                write_atomically(work / DONE, json.dumps({"rows": end}))
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def _finish(work: Path, target: Path, about: dict[str, Any]) -> None:
+    """Make a store that is complete one that is seen."""
+    write_atomically(work / "about.json", json.dumps(about))
+    (work / DONE).unlink()
+    files = {file.name: [file.stat().st_size, hash_file(file)] for file in sorted(work.iterdir())}
+    write_atomically(work / MANIFEST, json.dumps(files))
+    for file in [*work.iterdir(), work]:
+        flush(file)
+    shutil.rmtree(target, ignore_errors=True)  # a damaged one
+    work.rename(target)
+    flush(target.parent)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every byte of a store is as it was written."""
+    try:
+        check_entry(folder, lambda file, size, digest: hash_file(file) == digest)
+    except (OSError, ValueError, TypeError):
+        return False
+    return True

@@ -1,0 +1,103 @@
+"""The loss on text, under gates and memories: what the objective says of the domains and of general text alike.
+
+Shapes: B rows, T tokens, N predicted tokens, U prunable units.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koff_lightning.backbone import recomputed
+from koff_lightning.data.teacher import INDEX, LOG_Q
+from koff_lightning.decomposition import Batch, Decomposition
+from koff_lightning.losses import LossSpec, TopK, domain_weights, fused_head_loss
+from koff_lightning.support import ranks
+from koff_lightning.support.errors import KoffError
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Losses of one micro-batch in nats; the scalars are of the rows of all ranks.
+
+    Attributes:
+        loss: ce * CE + kl * KL; its gradient is this rank's part.
+        ce: Cross-entropy.
+        kl: Divergence from the dense model.
+        tokens: CE + KL of each token of this rank, [N].
+        predicted: Where they are, bool [B, T-1].
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    tokens: Tensor
+    predicted: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Scores text under gates and memories as `LossSpec` says.
+
+    Args:
+        model: The decomposition.
+        spec: Weights.
+        recompute: Whether activations are recomputed in the backward.
+    """
+
+    model: Decomposition
+    spec: LossSpec
+    recompute: bool = False
+
+    def __call__(self, batch: Batch, gates: Tensor | None, memories: Sequence[str | None], groups: Tensor) -> TextLoss:
+        """Mean over groups of rows of the mean over their predicted tokens.
+
+        Gates and memories stay in force after the forward: a checkpointed layer reads them again in the backward.
+
+        Args:
+            batch: Rows.
+            gates: Gate values [R, U], None for all open.
+            memories: Of each row, None for none.
+            groups: Number of each row's group, [B] in 0..len(domains).
+        """
+        model, spec = self.model, self.spec
+        labels, predicted = model.targets(batch)  # [N], bool [B, T-1]
+        teacher = self._teacher(batch, predicted)
+        model.gates.set(gates)
+        model.memories.activate(memories)
+        with recomputed(model.backbone, self.recompute):
+            student = model.hidden(batch)[:, :-1][predicted]  # [N, d]
+        weights = domain_weights(groups[:, None].expand_as(predicted)[predicted], len(model.domains) + 1)  # [N]
+        loss, ce, kl = fused_head_loss(student, teacher, model.head, labels, weights, spec)
+        all_loss, all_ce, all_kl = ranks.total(torch.stack([loss.detach(), weights @ ce, weights @ kl])) / ranks.count()
+        return TextLoss(loss + (all_loss - loss.detach()), all_ce, all_kl, ce + kl, predicted)
+
+    def _teacher(self, batch: Batch, predicted: Tensor) -> Tensor | TopK | None:
+        """What the dense model says at the predicted places: hidden states [N, d], or its stored likeliest tokens."""
+        if not self.spec.kl:
+            return None
+        if self.spec.teacher == "live":
+            return self.model.dense_hidden(batch)[:, :-1][predicted]
+        return TopK(batch[INDEX][predicted].long(), batch[LOG_Q][predicted].float())
+
+
+def take_stored_teacher(spec: LossSpec, data: Any, backbone_hash: str) -> None:
+    """Have training batches bring the stored teacher, where `spec` asks for it.
+
+    Args:
+        spec: Options of the loss.
+        data: The datamodule.
+        backbone_hash: Of the dense model's weights.
+
+    Raises:
+        KoffError: There is none that fits, or a datamodule that knows of none.
+    """
+    if spec.teacher != "stored":
+        return
+    if not hasattr(data, "take_stored_teacher"):
+        raise KoffError(
+            "loss.teacher: stored comes with the rows of DomainDataModule: train with that, or set it to live"
+        )
+    data.take_stored_teacher(backbone_hash, spec.top_k)

@@ -1,0 +1,122 @@
+"""Retention: when a step takes general text, under which memory, and what that moves. All by the number of the step.
+
+No rank looks at its data to decide, so all take the term together; and a run that goes on decides as one that was never
+cut.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from koff_lightning.decomposition import Batch, Decomposition
+from koff_lightning.losses import settled
+from koff_lightning.support.errors import KoffError
+
+
+@dataclass
+class RetentionSpec:
+    """Retention: every so many steps the same loss on general text too, under a memory drawn at random (eq. 2).
+
+    Args:
+        every: Optimizer steps from one with general text to the next: 20, 50 or 100 in the paper.
+        weight: Weight mu of that loss.
+        updates: What it moves: the `mask` alone, and then only while one is learned (section 3.4 of the paper), or
+            `both` the mask and the drawn memory (its appendix D).
+    """
+
+    every: int = 20
+    weight: float = 1.0
+    updates: Literal["mask", "both"] = "mask"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise KoffError(
+                f"retention.every must be at least 1 step; got {self.every} (model.retention: null for none)"
+            )
+        if not 0 < self.weight < math.inf:
+            raise KoffError(f"retention.weight must be positive and finite; got {self.weight}")
+        if self.updates not in ("mask", "both"):
+            raise KoffError(f"retention.updates must be mask or both; got {self.updates!r}")
+
+    def is_due(self, step: int) -> bool:
+        """Whether optimizer step number `step` (from 0) takes general text: the last of every `every`."""
+        return (step + 1) % self.every == 0
+
+    def drawn(self, model: Decomposition, step: int) -> str:
+        """The domain whose memory is in force in that step, each as likely as the others; by the run's seed alone."""
+        place = repr((int(model.gates.seed), step, "retention")).encode()
+        return model.domains[zlib.crc32(place) % len(model.domains)]
+
+    def moves(self, model: Decomposition, step: int, mask_learns: bool, memories_on: bool) -> list[nn.Parameter]:
+        """What the general text of that step moves, of what is learned now; nothing in a step that takes none."""
+        if not self.is_due(step):
+            return []
+        memories, domain = model.memories, self.drawn(model, step)
+        parts = [model.gates.logits] if mask_learns else []
+        if self.updates == "both" and memories_on:
+            parts += memories.lora_parameters(domain) + memories.kv_parameters(domain)
+        return [part for part in parts if part.requires_grad]
+
+
+def general_text(trainer: Trainer, every: int, step: int, batch_idx: int) -> Batch:
+    """The micro-batch of general text beside micro-batch `batch_idx` of a step that takes it, on this rank's device."""
+    many = trainer.accumulate_grad_batches
+    batch = trainer.datamodule.general.batch_number(step // every * many + batch_idx % many)
+    return trainer.strategy.batch_to_device(batch)
+
+
+def retention_loss(module: LightningModule, batch_idx: int) -> Tensor:
+    """The term mu R: the loss on general text under a memory drawn at random, scalar in nats; 0 in a step without.
+
+    Its gradient is taken at once, so that the domains' rows can have other gates and memories in force, which a
+    checkpointed layer reads again in the backward.
+
+    Args:
+        module: The KOFFModule in training.
+        batch_idx: Number of the micro-batch.
+
+    Raises:
+        KoffError: The loss is not finite, and such steps are not skipped.
+    """
+    spec, model, step = module.retention, module.model, module.global_step
+    moves = spec.moves(model, step, module.learns_now, module.memories_on) if spec else []
+    if not moves:
+        return torch.zeros((), device=module.device)
+    batch = general_text(module.trainer, spec.every, step, batch_idx)
+    rows, place = len(batch["labels"]), (step, -1 - batch_idx, module.global_rank)  # other noise than the domains'
+    mask = model.gates.draw(rows, place) if module.learns_now or model.gates.hardened else None
+    memories = [spec.drawn(model, step) if module.memories_on else None] * rows
+    found = module.objective(batch, mask, memories, torch.zeros(rows, dtype=torch.long, device=module.device))
+    module.guard.check_loss(found.loss, found.tokens, found.predicted, batch["domains"], step)
+    for logger in module.trainer.loggers:  # not by `log`, which would repeat the value in the steps that follow
+        logger.log_metrics({"train/retention": float(found.loss.detach())}, step)
+    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+    return spec.weight * settled(found.loss, moves, scaler.get_scale() if scaler else 1.0)
+
+
+def check_text(spec: RetentionSpec | None, data: Any) -> None:
+    """Refuse retention without text, and text without retention, before the first step.
+
+    Args:
+        spec: Options of the model; None for no retention.
+        data: The datamodule.
+
+    Raises:
+        KoffError: One is there without the other.
+    """
+    general = getattr(data, "general", None)
+    if spec is not None and general is None:
+        raise KoffError(
+            "model.retention keeps what the model does on general text, and there is none: name some in "
+            "data.retention, as in data.domains, or set model.retention to null"
+        )
+    if spec is None and general is not None:
+        raise KoffError(
+            "data.retention names general text that no step would take: give model.retention too (every: 20), or leave "
+            "data.retention out"
+        )

@@ -1,0 +1,353 @@
+"""Retention: general text in every so-manyth step, under a memory drawn at random (eq. 2 of the KOFF paper)."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from test_teacher import DOMAINS, SIZES, K, words
+from tiny_models import tiny_model
+from toy_text import toy_documents, toy_tokenizer, write_jsonl
+
+from koff_lightning import DomainDataModule, KoffError, KOFFModule, KVSpec, LoraSpec, LossSpec, SparsitySpec
+from koff_lightning.callbacks import AnnealSparsity, GradientCoverage
+from koff_lightning.cli import main
+from koff_lightning.decomposition import Decomposition
+from koff_lightning.losses import settled
+from koff_lightning.training import retention
+from koff_lightning.training.retention import RetentionSpec
+
+STEPS, EVERY = 20, 3
+PHASES = {"warmup": 0.2, "ramp": 0.3, "hold": 0.1}  # steps 0-3, 4-9, 10-11; hardened from 12
+DUE = [2, 5, 8, 11, 14, 17]
+LEARNS = [5, 8, 11]  # of these the steps in which a mask is learned
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("KOFF_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama with a tokenizer, text of two domains and two kinds of general text."""
+    path = tmp_path_factory.mktemp("general")
+    toy_tokenizer(path / "model")
+    tiny_model("llama", **SIZES).save_pretrained(path / "model")
+    for i, name in enumerate((*DOMAINS, "web", "sums")):
+        write_jsonl(path / f"{name}.jsonl", toy_documents(30, seed=i, longest=30))
+    return path
+
+
+def text(folder, general=("web", "sums"), **options):
+    files = {name: str(folder / f"{name}.jsonl") for name in (*DOMAINS, *general)}
+    more = {name: files.pop(name) for name in general}
+    defaults = {"seq_len": 16, "batch_size": 4, "heldout_fraction": 0.2}
+    return DomainDataModule(files, retention=more or None, **defaults | options)
+
+
+def module(folder, spec=RetentionSpec(EVERY), **options):  # noqa: B008
+    torch.manual_seed(0)
+    parts = {"lora": LoraSpec(rank=2), "kv": KVSpec(slots=4), "sparsity": SparsitySpec(target=0.2, min_channels=4)}
+    return KOFFModule(str(folder / "model"), domains=list(DOMAINS), retention=spec, **parts | options)
+
+
+class Retained(Logger):
+    """Keeps what is logged of general text, by step."""
+
+    name = version = "retained"
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def log_metrics(self, metrics, step=None):
+        if "train/retention" in metrics:
+            self.seen[step] = metrics
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+
+class Recorder(Callback):
+    """After every optimizer step: what was logged, and all that is trained."""
+
+    def __init__(self):
+        self.logged, self.values = {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step - 1
+        self.logged[step] = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+        self.logged[step] |= trainer.logger.seen.get(step, {})
+        self.values[step] = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
+
+
+def trainer(*callbacks, steps=STEPS, **options):
+    return Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[AnnealSparsity(**PHASES), *callbacks],
+        limit_val_batches=0,
+        logger=Retained(),
+        log_every_n_steps=1,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        **options,
+    )
+
+
+def fit(folder, *callbacks, data=None, resume=None, running=None, **options):
+    seen, model = Recorder(), module(folder, **options)
+    run = trainer(*callbacks, seen, **running or {})
+    run.fit(model, data or text(folder), ckpt_path=resume, weights_only=True)
+    return model, seen
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What the steps took of general text: (step, number of the micro-batch, memory of the rows)."""
+    found = []
+    original = retention.general_text
+
+    def noted(trainer, every, step, batch_idx):
+        batch = original(trainer, every, step, batch_idx)
+        found.append((step, batch["input_ids"]))
+        return batch
+
+    monkeypatch.setattr(retention, "general_text", noted)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- when, and of what
+
+
+@pytest.mark.parametrize(("updates", "steps"), [("mask", LEARNS), ("both", DUE)])
+def test_general_text_is_taken_in_every_third_step_that_it_can_move_something_in(folder, taken, updates, steps):
+    _, run = fit(folder, spec=RetentionSpec(EVERY, updates=updates))
+    assert [step for step, _ in taken] == steps
+    assert [step for step, logged in run.logged.items() if "train/retention" in logged] == steps
+
+
+def test_a_step_that_takes_none_is_the_step_without_retention(folder):
+    _, without = fit(folder, spec=None, data=text(folder, general=()))
+    _, run = fit(folder)
+    for step in range(LEARNS[0]):
+        assert run.logged[step] == without.logged[step]
+        assert all(torch.equal(value, without.values[step][name]) for name, value in run.values[step].items())
+
+
+def test_rows_follow_each_other_through_all_of_the_general_text(folder, taken):
+    data = text(folder)
+    fit(folder, data=data, spec=RetentionSpec(1, updates="both"))
+    packed = data.general._train.values()
+    rows = {tuple(row) for part in packed for row in part.tokens.tolist()}
+    seen = Counter(tuple(row) for _, ids in taken for row in ids.tolist())
+    assert len(taken) == STEPS
+    assert set(seen) <= rows
+    assert len(seen) == min(len(rows), sum(seen.values())), "no row twice before all were there"
+
+
+def test_each_micro_batch_of_a_step_has_its_own(folder, taken):
+    fit(folder, spec=RetentionSpec(EVERY), running={"accumulate_grad_batches": 2})
+    assert [step for step, _ in taken] == [step for step in LEARNS for _ in "12"]
+    assert all(not torch.equal(one, other) for (_, one), (_, other) in zip(taken[::2], taken[1::2], strict=True))
+
+
+def test_the_memory_is_drawn_evenly_and_by_the_seed_alone():
+    spec, domains = RetentionSpec(1), ["a", "b", "c"]
+
+    def drawn(seed):
+        model = SimpleNamespace(domains=domains, gates=SimpleNamespace(seed=torch.tensor(seed)))
+        return [spec.drawn(model, step) for step in range(3000)]
+
+    counts = Counter(drawn(1))
+    assert all(abs(counts[name] - 1000) < 4 * (3000 * 2 / 9) ** 0.5 for name in domains)
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+# ----------------------------------------------------------------------------------------------- what it computes
+
+
+class Gradients(Callback):
+    """Gradients of one step, before the optimizer takes them."""
+
+    def __init__(self, step):
+        self.step, self.found = step, {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            parts = pl_module.named_parameters()
+            self.found = {name: p.grad.clone() for name, p in parts if p.requires_grad and p.grad is not None}
+
+
+def gradients(folder, spec, step=5, general=("web", "sums"), **options):
+    seen = Gradients(step)
+    model, run = fit(folder, seen, spec=spec, data=text(folder, general), running={"steps": STEPS}, **options)
+    return model, seen.found, run
+
+
+def by_itself(monkeypatch, seen):
+    """Notes the gradient of the loss on general text as plain autograd gives it, in the state of its step."""
+
+    def noted(loss, inputs, scale):
+        seen.append((inputs, torch.autograd.grad(loss, inputs, retain_graph=True)))
+        return settled(loss, inputs, scale)
+
+    monkeypatch.setattr(retention, "settled", noted)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("updates", ["mask", "both"])
+def test_the_step_is_the_gradient_of_the_whole_equation(folder, updates, checkpointing, monkeypatch):
+    """Of eq. 1 as it is without retention, plus mu times that of eq. 2: of the mask, and of the drawn memory or not."""
+    spec, options = RetentionSpec(6, 0.7, updates), {"activation_checkpointing": checkpointing}
+    _, without, plain = gradients(folder, None, general=(), **options)
+    by_itself(monkeypatch, general := [])
+    model, found, run = gradients(folder, spec, **options)
+    names, drawn = {p: name for name, p in model.named_parameters()}, spec.drawn(model.model, 5)
+    added = {names[p]: slope for p, slope in zip(*general[0], strict=True)}
+    own = {name for name in found if f".koff_{drawn}" in name} if updates == "both" else set()
+    assert added.keys() == {"model.gates.logits"} | own
+    for name, slope in found.items():
+        torch.testing.assert_close(slope, without[name] + 0.7 * added.get(name, torch.zeros(())), rtol=1e-4, atol=1e-7)
+    assert sum(bool(slope.any()) for slope in added.values()) > len(added) / 3  # of LoRA's A it is zero while B is
+    value = plain.logged[5]["train/loss"] + 0.7 * run.logged[5]["train/retention"]
+    assert run.logged[5]["train/loss"] == pytest.approx(value)
+
+
+def test_settled_is_the_gradient_of_the_loss_by_its_inputs_alone():
+    a, b = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
+    unused = torch.randn(2, requires_grad=True)
+    found = 3 * settled((a * b.exp()).square().sum(), [a, unused], scale=1024.0)
+    (found + b.sum()).backward()
+    torch.testing.assert_close(a.grad, 6 * a.detach() * b.detach().exp().square())
+    assert torch.equal(b.grad, torch.ones(5))
+    assert unused.grad is None
+
+
+def test_mask_only_leaves_memories_as_the_domains_alone_move_them(folder):
+    """In the one step that takes general text, from the same state."""
+    _, plain = fit(folder, spec=None, data=text(folder, general=()), running={"steps": STEPS})
+    _, run = fit(folder, spec=RetentionSpec(6))
+    for name, value in run.values[5].items():
+        assert torch.equal(value, plain.values[5][name]) == (name != "model.gates.logits")
+
+
+def test_with_memories_off_general_text_has_none(folder, monkeypatch):
+    seen = []
+    original = Decomposition.hidden
+    monkeypatch.setattr(
+        Decomposition, "hidden", lambda self, b: (seen.append(self.memories.routes.names), original(self, b))[1]
+    )
+    _, run = fit(folder, joint=False, spec=RetentionSpec(EVERY, updates="both"), loss=LossSpec(kl=0.0))
+    assert [step for step, logged in run.logged.items() if "train/retention" in logged] == [5, 8, 11, 14, 17]
+    assert not any(seen[:15])  # 12 steps on the domains' rows, 3 on general text
+
+
+def test_it_trains_with_all_that_watches_a_run(folder):
+    fit(folder, GradientCoverage(), spec=RetentionSpec(EVERY, updates="both"))
+
+
+# ------------------------------------------------------------------------------------------- going on, stored teacher
+
+
+@pytest.mark.parametrize("updates", ["mask", "both"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_goes_on_is_the_one_that_was_not_cut(folder, tmp_path, updates, accumulate):
+    spec, running = RetentionSpec(EVERY, updates=updates), {"accumulate_grad_batches": accumulate}
+    savers = [ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1, every_n_train_steps=7) for name in "ab"]
+    _, whole = fit(folder, savers[0], spec=spec, running=running)
+    _, rest = fit(folder, savers[1], spec=spec, running=running, resume=tmp_path / "a" / "step=7.ckpt")
+    assert list(rest.values) == list(range(7, STEPS))
+    for step, values in rest.values.items():
+        assert rest.logged[step] == whole.logged[step]
+        assert all(torch.equal(value, whole.values[step][name]) for name, value in values.items())
+
+
+def saved(folder, tmp_path):
+    fit(folder, ModelCheckpoint(tmp_path / "a", "{step}", save_top_k=-1, every_n_train_steps=7))
+    return tmp_path / "a" / "step=7.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("spec", "general", "message"),
+    [
+        (RetentionSpec(4), ("web", "sums"), "keeps its course, but retention.every is 3 there and 4 here"),
+        (None, (), "keeps its course, but retention is "),
+        (RetentionSpec(EVERY), ("web",), "the general text of this run is not the checkpoint's"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_retention_only(folder, tmp_path, spec, general, message):
+    path = saved(folder, tmp_path)
+    again = ModelCheckpoint(tmp_path / "b", "{step}", save_top_k=-1, every_n_train_steps=7)
+    with pytest.raises(KoffError, match=message):
+        fit(folder, again, spec=spec, data=text(folder, general), resume=path)
+
+
+def test_general_text_has_a_stored_teacher_too(folder, monkeypatch, capsys):
+    general = {"data.retention": f"{{web: {folder}/web.jsonl, sums: {folder}/sums.jsonl}}"}
+    assert main(["prepare", *words(folder, **general), "--teacher"]) == 0
+    said = capsys.readouterr().out
+    assert "retention web: tokenised" in said
+    assert "teacher of retention sums: stored" in said
+    live, stored = (LossSpec(0.0, top_k=K, teacher=kind) for kind in ("live", "stored"))
+    spec = RetentionSpec(EVERY, updates="both")
+    _, expected = fit(folder, spec=spec, loss=live, sparsity=SparsitySpec(target=0.0))
+    monkeypatch.setattr(Decomposition, "dense_hidden", lambda *_: pytest.fail("a teacher pass that nobody needs"))
+    _, run = fit(folder, spec=spec, loss=stored, sparsity=SparsitySpec(target=0.0))
+    for step in DUE:
+        assert run.logged[step]["train/retention"] == pytest.approx(expected.logged[step]["train/retention"], rel=2e-3)
+
+
+def test_the_command_trains_with_general_text(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    general = {"data.retention.web": folder / "web.jsonl", "data.max_retention_bytes": 900}
+    options = words(folder, **general, **{"model.retention.every": 1, "trainer.max_steps": 3})
+    options += ["--trainer.accelerator=cpu", "--export.enabled=false", "--trainer.default_root_dir=run"]
+    options += ["--trainer.log_every_n_steps=1", "--model.retention.updates=both", "--model.sparsity.min_channels=4"]
+    assert main(["fit", *options]) == 0
+    assert "train/retention" in (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+
+def test_retention_without_text(folder):
+    with pytest.raises(KoffError, match=r"there is none: name some in data\.retention, as in data\.domains, or set"):
+        fit(folder, data=text(folder, general=()))
+
+
+def test_text_without_retention(folder):
+    with pytest.raises(KoffError, match=r"data\.retention names general text that no step would take: give model\.ret"):
+        fit(folder, spec=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "retention.every must be at least 1 step; got 0"),
+        ({"weight": 0.0}, "retention.weight must be positive and finite; got 0.0"),
+        ({"weight": float("inf")}, "retention.weight must be positive and finite; got inf"),
+        ({"updates": "memory"}, "retention.updates must be mask or both; got 'memory'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(KoffError, match=message):
+        RetentionSpec(**options)
+
+
+def test_a_general_text_that_is_not_there_is_one_line(folder, capsys):
+    general = {"data.retention.web": folder / "gone.jsonl", "model.retention.every": 2, "trainer.max_steps": 1}
+    assert main(["fit", *words(folder, **general), "--trainer.accelerator=cpu", "--trainer.logger=false"]) == 2
+    assert "no file matches" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_limit_that_is_none(folder):
+    with pytest.raises(KoffError, match="data.max_retention_bytes must be 1 or more"):
+        text(folder, max_retention_bytes=0)

@@ -72,6 +72,31 @@ def test_each_experiment_builds(name, built, stand_in):
     assert cli.model.model.memories is not None
 
 
+@pytest.mark.parametrize("name", sorted(name for name in shipped_configs() if name.count("/") == 1 and "paper" in name))
+def test_each_recipe_of_the_paper_builds(name, built, stand_in, tmp_path):
+    """Every choice of the paper that an option can say, in each of its configs."""
+    if name.startswith("retention/"):
+        pytest.skip("an overlay of hub datasets")
+    family = "qwen2" if "qwen" in name else "llama"
+    options = yaml.safe_load((SHIPPED / name).read_text(encoding="utf-8"))
+    layers = [
+        "--model.lora.layers=top:50%",
+        "--model.kv.layers=top:50%",
+        "--model.loss.top_k=50",
+        "--model.sparsity.min_channels=4",
+    ]
+    model = built("--config", name, "--model.backbone", stand_in(family), *layers, *ON_CPU).model
+    spec = model.sparsity
+    assert sorted(spec.units) == sorted(f"{kind}_channel" for kind in ("k", "v", "gate", "up", "down"))
+    assert (spec.scope, spec.target, spec.penalty, spec.autoscale, spec.beta) == ("local", 0.15, "hinge", True, 2.0)
+    assert (model.loss.ce, options["model"]["loss"]["top_k"], model.loss.tail) == (0, 100, "drop")
+    assert (model.retention.updates, model.kv.init, model.kv.frozen_first) == ("mask", "normal", False)
+    assert model.lora.alpha / model.lora.rank == 0.5
+    assert model.lora.targets == [f"{kind}_proj" for kind in ("k", "v", "gate", "up", "down")]
+    place = options["model"]["lora"]["layers"], options["model"]["kv"]["layers"]
+    assert place in (("top:18", "top:18"), ("top:64%", "top:64%"))
+
+
 def test_add_domain_builds_on_an_artifact(built, tmp_path):
     folder = tiny_artifact(tmp_path).folder
     cli = built("--config", "add_domain.yaml", f"--model.artifact={folder}", "--data.domains.en=bundled:en", *ON_CPU)
@@ -88,6 +113,8 @@ def test_each_ablation_changes_what_it_says(name, built, stand_in):
         "dense_memory": not model.learns_mask and bool(model.lora) and bool(model.kv),
         "shared_memory": model.shared_memory,
         "two_stage": not model.joint,
+        "cross_entropy": (model.loss.ce, model.loss.kl) == (1, 0) and "cross" in name,  # koff-tiny's own
+        "blended": (model.loss.ce, model.loss.kl) == (0.5, 0.5),
     }
     differs = [what for what, is_so in arm.items() if is_so]
     assert differs == [name.removeprefix("ablations/").removesuffix(".yaml")]
@@ -134,4 +161,5 @@ def test_first_line_describes_the_config(name):
     description = shipped_configs()[name]
     assert 10 < len(description) < 110
     assert (SHIPPED / name).read_text().startswith("# ")
-    assert description.startswith("Overlay") == ("/" in name)
+    whole = "/" not in name or (name.startswith("paper/") and not name.startswith("paper/rows/"))
+    assert description.startswith("Overlay") != whole

@@ -1,12 +1,16 @@
 """`koff reproduce`: run the rows of the paper's tables, and set ours beside the paper's (docs/reproduce.md)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from koff_lightning.commands.claims import keep_config, resolved_config, the_command, trust_words
 from koff_lightning.data.sources import as_sources
 from koff_lightning.studies.claims.arms import Run
 from koff_lightning.support.errors import KoffError
 from koff_lightning.training.run_folder import alone_in
+
+if TYPE_CHECKING:
+    from koff_lightning.studies.claims.protocol import Table
 
 
 def reproduce(
@@ -32,42 +36,50 @@ def reproduce(
         jobs: Runs at one time, each with its share of the cores.
         further: Options of `koff fit` for all rows, as they stand after a lone `--`.
     """
-    from koff_lightning.studies.claims import protocol, runs
-    from koff_lightning.studies.claims import report as claims_report
+    from koff_lightning.studies.claims import protocol
 
     for name, value in (("seeds", seeds), ("jobs", jobs)):
         if value < 1:
             raise KoffError(f"{name} must be 1 or more, got {value}")
-    paper = protocol.paper()
-    chosen = paper.chosen(tables)
+    chosen = protocol.paper().chosen(tables)
     resolved = resolved_config(config, backbone, further or [])
     as_sources(resolved["data"]["domains"])  # names and weights that no row would take
     steps = resolved["trainer"]["max_steps"]
     if not steps or steps < 1:
         raise KoffError(f"koff reproduce needs trainer.max_steps, of which rows take a share; got {steps}")
-    folder, share = Path(out).expanduser(), resolved["model"]["sparsity"]["target"]
     given = {"config": config, "backbone": backbone, "tables": tables, "seeds": seeds}
+    share = resolved["model"]["sparsity"]["target"]
+    wanted = [Run(arm, share, seed) for seed in range(seeds) for arm in protocol.needed(chosen.values())]
+    folder = Path(out).expanduser()
+    about = {"command": the_command("reproduce", given, further), "backbone": resolved["model"]["backbone"]}
     with alone_in(folder, "--out"):
         keep_config(folder / "config.yaml", resolved)
-        wanted = [Run(arm, share, seed) for seed in range(seeds) for arm in protocol.needed(chosen.values())]
-        words = {run: protocol.command(run, paper.arms[run.arm], folder, steps) for run in wanted}
-        trust = trust_words(resolved)
-        failures = runs.run_all({run: line + trust for run, line in words.items()}, folder, jobs)
-        done = claims_report.read(folder, wanted, failures)
-        if not done:
-            raise KoffError(
-                f"every run failed, first {failures[0].run.name}: {failures[0].last} (log: {failures[0].log})"
-            )
-        about = protocol.report(paper, chosen, done) | {
-            "command": the_command("reproduce", given, further),
-            "backbone": resolved["model"]["backbone"],
-            "failures": [{"run": failure.run.name, "tail": failure.tail} for failure in failures],
-        }
-        protocol.write(folder, about)
+        _run_and_write(folder, chosen, wanted, (steps, trust_words(resolved), jobs), about)
+
+
+def _run_and_write(
+    folder: Path,
+    tables: dict[str, "Table"],
+    wanted: list[Run],
+    how: tuple[int, list[str], int],
+    about: dict[str, Any],
+) -> None:
+    """Make the runs and write the tables, whatever has failed; `how`: the config's steps, words of trust, jobs."""
+    from koff_lightning.studies.claims import protocol, runs
+    from koff_lightning.studies.claims import report as claims_report
+
+    (steps, trust, jobs), paper = how, protocol.paper()
+    words = {run: protocol.command(run, paper.arms[run.arm], folder, steps) + trust for run in wanted}
+    failures = runs.run_all(words, folder, jobs)
+    first = f"first {failures[0].run.name}: {failures[0].last} (log: {failures[0].log})" if failures else ""
+    if not (done := claims_report.read(folder, wanted, failures)):
+        raise KoffError(f"every run failed, {first}")
+    about = protocol.report(paper, tables, done) | about
+    about |= {"failures": [{"run": failure.run.name, "tail": failure.tail} for failure in failures]}
+    protocol.write(folder, about)
     print(protocol.markdown(about))
     print(f"wrote {folder / 'reproduce.md'} and {folder / 'reproduce.json'}")
     if failures:
         raise KoffError(
-            f"{len(failures)} of {len(wanted)} runs failed, first {failures[0].run.name}: {failures[0].last} "
-            f"(log: {failures[0].log}). The same command repeats only what is missing"
+            f"{len(failures)} of {len(wanted)} runs failed, {first}. The same command repeats only what is missing"
         )

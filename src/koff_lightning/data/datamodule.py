@@ -391,20 +391,6 @@ class DomainDataModule(LightningDataModule):
         return sampled_chunks(domain, self._documents[domain], num_tokens, seed=self.seed, has_bos=has_bos)
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
-    """Refuse a tokenizer that can produce ids for which the backbone has no embedding.
-
-    Raises:
-        KoffError: The tokenizer's largest id is not below `num_embeddings`.
-    """
-    largest = max(tokenizer.get_vocab().values())
-    _require(
-        largest < num_embeddings,
-        f"the tokenizer does not match the backbone: it has ids up to {largest}, the backbone embeds {num_embeddings} "
-        "tokens. Leave data.tokenizer unset to use the backbone's own",
-    )
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise KoffError(message)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from koff_lightning.loading import tokenizer_hash
+from koff_lightning.support.errors import KoffError
 
 TEXTS_PER_CALL = 1024  # large enough to keep all cores of a fast tokenizer busy, small enough for its Python lists
 # Characters that are tokenised at once, and those of one document: tokenizers take some 160 bytes of memory for each.
@@ -186,3 +187,17 @@ def _byte_level() -> dict[str, int]:
 
 
 BYTE_LEVEL = _byte_level()
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
+    """Refuse a tokenizer that can produce ids for which the backbone has no embedding.
+
+    Raises:
+        KoffError: The tokenizer's largest id is not below `num_embeddings`.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_embeddings:
+        raise KoffError(
+            f"the tokenizer does not match the backbone: it has ids up to {largest}, the backbone embeds "
+            f"{num_embeddings} tokens. Leave data.tokenizer unset to use the backbone's own"
+        )

@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, r rank, M distinct memories present in the batch.
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.in_force import InForce
 
 Made = TypeVar("Made")
+_version, _gone = attrgetter("_version"), attrgetter("gone")  # asked for so often that a loop in Python shows
 _NOTHING = None, (), (-1,)  # kept where nothing is: its versions are those of no tensors
 
 
@@ -61,7 +63,7 @@ class Routes:
     @property
     def hold(self) -> bool:
         """Whether all memories that rows read are still there."""
-        return not any(mark.gone for mark in self.marks)
+        return not any(map(_gone, self.marks))
 
     def forget(self) -> None:
         """Let go of what was stacked."""
@@ -82,10 +84,10 @@ class Routes:
         if torch.is_grad_enabled():
             return make()[0]
         made, sources, versions = self._kept.get(place, _NOTHING)
-        if versions != [source._version for source in sources]:
+        if versions != list(map(_version, sources)):
             made, sources = make()
             sources = [source for source in sources if not source.is_inference()]  # those count no versions
-            self._kept[place] = made, sources, [source._version for source in sources]
+            self._kept[place] = made, sources, list(map(_version, sources))
         return made
 
 
@@ -145,7 +147,7 @@ class RoutedLinear(nn.Module):
         if down.ndim == 2:  # by the operators of the base layer, whose code the processor still holds
             added = F.linear(F.linear(x, down), up)
             return torch.add(base, added, alpha=scale) if torch.is_grad_enabled() else base.add_(added, alpha=scale)
-        low = x.reshape(len(down), -1, x.shape[-1]) @ down.mT  # [M or B, tokens, r]
+        low = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)  # [M or B, tokens, r]
         if torch.is_grad_enabled() or base.dtype != up.dtype:  # the latter under autocast
             return base + (low @ up.mT).view_as(base)
         base.view(len(down), -1, base.shape[-1]).baddbmm_(low, up.mT)  # decoding waits for every call

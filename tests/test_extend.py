@@ -99,7 +99,7 @@ def test_a_later_memory_does_not_speak_in_closed_channels(text, tmp_path):
 
 
 def test_an_adapter_that_writes_to_closed_channels_is_refused(tmp_path):
-    made = tiny_artifact(tmp_path, sparsity=SparsitySpec(target=0.3, units=["v_channel"], min_kv_groups=4))
+    made = tiny_artifact(tmp_path, sparsity=SparsitySpec(target=0.03, units=["v_channel"]))
     home = made.folder / "memories" / "de"
     path, rows = next(iter(read_manifest(made.folder).closed().items()))
     tensors = load_file(home / "adapter_model.safetensors")

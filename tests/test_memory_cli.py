@@ -17,6 +17,7 @@ from koff_lightning.artifact.folder import read_manifest, verify
 from koff_lightning.artifact.memory_files import read_card
 from koff_lightning.backbone import rotary_inv_freq
 from koff_lightning.cli import main
+from koff_lightning.kv_memory import KVMemory
 from koff_lightning.memory import LoraSpec
 from koff_lightning.support import files as new_folder
 from koff_lightning.support.errors import KoffError
@@ -239,7 +240,7 @@ def test_a_cartridge_of_one_slot_is_a_memory(uniform, tmp_path):
     folder = shutil.copytree(uniform.folder, tmp_path / "artifact")
     model = load_decomposed(folder, domains=["de"])
     one = {name: slots[:, :1] for name, slots in model.memories.slots("de").tensors().items()}
-    to_cartridge(one, rotary_inv_freq(model.backbone), tmp_path / "cartridge")
+    to_cartridge(KVMemory.from_tensors(one), rotary_inv_freq(model.backbone), tmp_path / "cartridge")
     assert memory("cartridge", folder, "one", "--from", tmp_path / "cartridge") == 0
     assert manifest(folder)["domains"]["one"]["slots"] == 1
     assert (logits(folder, ["one"] * 4) - logits(folder, [None] * 4)).abs().max() > 0.01

@@ -214,6 +214,16 @@ def test_chat_says_what_the_router_picked(made, capsys, monkeypatch):
     assert "de> \n" in out
 
 
+def test_chat_goes_on_without_a_router(tmp_path, capsys, monkeypatch):
+    folder = tiny_artifact(tmp_path, chat=True).folder
+    lines = iter(["/domain auto", "/domain de", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: print(prompt) or next(lines))
+    assert main(["chat", "--model", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "has no router to pick a memory" in out
+    assert out.count("no memory> ") == 2 and "de> " in out
+
+
 def test_the_router_stays_with_its_artifact(model, folder, tmp_path):
     before = {path.name: hash_file(path) for path in (folder / "router").iterdir()}
     loaded = load_decomposed(folder)

@@ -82,7 +82,6 @@ def _check_template(tokenizer: Any, opening: list[dict[str, str]]) -> None:
 def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, str]], options: dict[str, Any]) -> None:
     about = f"domains: {', '.join(model.domains) or 'none'}. {HELP}"
     print(about)
-    can_route = [AUTO] if model.manifest.router else []
     messages = list(opening)
     while True:
         try:
@@ -96,18 +95,30 @@ def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, 
             messages = list(opening)
         elif word == "/help":
             print(about)
-        elif word == "/domain" and rest.strip() in ("", *model.domains, *can_route):
+        elif word == "/domain" and rest.strip() in ("", *model.domains):
             domain = rest.strip() or None
+        elif word == "/domain" and rest.strip() == AUTO:
+            domain = AUTO if _can_route(model) else domain
         elif line.startswith("/"):
             print(f"not understood: {line}; {about}")
         elif line:
             messages.append({"role": "user", "content": line})
             memory = domain
             if domain == AUTO and AUTO not in model.domains:
-                asked = [message["content"] for message in reversed(messages) if message["role"] == "user"]
-                memory = model.route(["\n".join(asked)])[0]  # a short question goes with those before it
+                questions = [message["content"] for message in reversed(messages) if message["role"] == "user"]
+                memory = model.route(["\n".join(questions)])[0]  # a short question goes with those before it
                 print(f"[{memory or 'no memory'}]")
             messages.append({"role": "assistant", "content": _answer(model, memory, messages, options)})
+
+
+def _can_route(model: "DecomposedModel") -> bool:
+    """Whether there is a router for these memories; what is wrong is said, and the talk goes on."""
+    try:
+        model.route([])
+    except KoffError as error:
+        print(error)
+        return False
+    return True
 
 
 def _answer(

@@ -69,6 +69,7 @@ def _about(manifest: "Manifest") -> list[str]:
         f"layout      {manifest.layout}{of}, {manifest.dtype}, mask {manifest.mask_hash[:12]}",
         f"licence     {manifest.licence or 'not known: ask whoever made the base model'}",
         f"made by     {manifest.created_by}",
+        f"router      {'one was fitted' if manifest.router else 'none: koff router fit makes one'}",
     ]
 
 

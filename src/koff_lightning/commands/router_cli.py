@@ -179,8 +179,8 @@ def _text(
     if missing := [name for name in manifest.domains if name not in sources]:
         origin = config or f"the run of {folder}"
         raise KoffError(f"{origin} names no text of {missing[0]!r}: give --data {missing[0]}=TEXT, or a --config")
-    known = inspect.signature(DomainDataModule).parameters
-    options = {name: value for name, value in options.items() if name in known}
+    if odd := sorted(options.keys() - inspect.signature(DomainDataModule).parameters):
+        raise KoffError(f"{folder} was trained with data.{odd[0]}, which this release does not know: give a --config")
     options["domains"] = {name: sources[name] for name in manifest.domains}
     if most and not options.get("streaming"):
         options["max_train_bytes"] = min(options.get("max_train_bytes") or 10 * most, 10 * most)  # of many documents

@@ -325,6 +325,16 @@ def test_the_tokenizer_is_the_backbones_by_default(text, tmp_path):
     assert data.tokenizer.bos_token_id is None
 
 
+def test_a_family_that_is_not_supported_is_refused_before_text_is_read(text, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.setattr("koff_lightning.data.datamodule.read_domain", pytest.fail)
+    for tokenizer in (None, str(text / "tokenizer")):
+        with pytest.raises(KoffError, match="is a 'gpt2' model; supported families are"):
+            trainer_in(tmp_path, max_steps=1).fit(
+                Recorder(backbone=str(tmp_path)), datamodule=module_of(text, tokenizer=tokenizer)
+            )
+
+
 def test_a_tokenizer_larger_than_the_embedding(text):
     tokenizer = load_tokenizer(str(text / "tokenizer"))
     check_vocabulary(tokenizer, 300)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -175,6 +176,19 @@ def test_the_files_are_plain_and_complete(made, tmp_path):
     assert config["use_cache"] and config["model_type"] == "koff_llama" and config["head_dim"] == 16
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "backbone")
     assert tokenizer.chat_template == "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights are of POSIX systems")
+def test_all_files_may_be_read_by_whom_the_umask_says(tmp_path, here):
+    """safetensors by itself lets nobody but their owner read its files."""
+    umask = os.umask(0o027)
+    try:
+        export(tiny_decomposition(tmp_path / "dense"), tmp_path / "out", layout="ragged", prove=False)
+    finally:
+        os.umask(umask)
+    rights = {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert rights == {"0o640"}
+    assert not [file for file in (tmp_path / "out").rglob("*") if file.name == ".umask"]
 
 
 def test_big_models_are_sharded(made, tmp_path, here, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_command import small_fits
 
 from koff_lightning import KOFFModule
@@ -57,6 +58,12 @@ def test_options_without_use_are_refused(refused, option, advice):
 def test_a_run_without_a_step_is_refused(refused, option):
     line = refused(f"--trainer.{option}=0")
     assert line.startswith(f"koff: trainer.{option} is 0, so nothing would be trained: raise it")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_asks_for_a_gpu_says_what_to_take_where_there_is_none(refused):
+    said = refused("--config=hardware/one_gpu.yaml")
+    assert "trainer.accelerator is gpu, as hardware/one_gpu.yaml sets it, and torch finds no GPU: take --config" in said
 
 
 def test_options_of_a_config_file_are_refused_too(refused, tmp_path):

@@ -129,6 +129,7 @@ def tokenizer_of(config: Any) -> Any:
     if config.data.tokenizer:
         return load_tokenizer(config.data.tokenizer)
     source = backbone_of(model.artifact) if model.artifact else model.backbone
+    load_config(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
     return load_tokenizer(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 

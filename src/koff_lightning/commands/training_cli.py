@@ -41,6 +41,8 @@ from koff_lightning.commands.parsing.class_names import (
 )
 from koff_lightning.commands.parsing.config_files import find_configs, take_paths_as_paths, utf8_files
 from koff_lightning.commands.parsing.foreign_errors import (
+    NO_BACKEND,
+    NO_GPU,
     is_bad_input,
     is_lightnings,
     lightnings_words,
@@ -148,7 +150,8 @@ class KoffCLI(LightningCLI):
         except Exception as error:  # what jsonargparse and Lightning say of values that types allow
             if not is_bad_input(error):
                 raise
-            raise own_words(error) or KoffError(one_line(str(error), ())) from error
+            said = one_line(str(error), ())
+            raise own_words(error) or KoffError(NO_GPU if said.startswith(NO_BACKEND) else said) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse; what is wrong is said in one line."""

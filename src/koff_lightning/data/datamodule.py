@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
@@ -23,7 +24,7 @@ from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
 from koff_lightning.data.talks import check_template, template_of
 from koff_lightning.data.teacher import FOLDER, Belongs, StoredTeacher, TeacherStore, rows_hash
-from koff_lightning.loading import load_tokenizer
+from koff_lightning.loading import load_config, load_tokenizer
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
 
@@ -148,7 +149,9 @@ class DomainDataModule(LightningDataModule):
         self.tokenizer = self._load_tokenizer()
         self._check_tokenizer()
         for name, source in self.sources.items():
-            rows = self.stored(source) or self._make(name, source)
+            if (rows := self.stored(source)) is None:
+                rank_zero_info(f"reading {'the head of ' * self.streaming}the text of domain '{name}'")
+                rows = self._make(name, source)
             self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
         if self.general is not None:
             self.general.trainer = self.trainer
@@ -241,17 +244,16 @@ class DomainDataModule(LightningDataModule):
         return texts
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer_source is not None:
-            return load_tokenizer(self.tokenizer_source)
         module = self.trainer.lightning_module if self.trainer else None
         options = getattr(module, "hparams", {})
+        where = {"revision": options.get("revision"), "trust_remote_code": options.get("trust_remote_code", False)}
         source = getattr(module, "source", options.get("backbone"))  # an artifact's, where the run extends one
+        if source is not None:
+            load_config(source, **where)  # a family that is not supported is refused before text is read
+        if self.tokenizer_source is not None:
+            return load_tokenizer(self.tokenizer_source)
         _require(source is not None, "data.tokenizer is not set and there is no backbone to take it from: set it")
-        return load_tokenizer(
-            source,
-            revision=options.get("revision"),
-            trust_remote_code=options.get("trust_remote_code", False),
-        )
+        return load_tokenizer(source, **where)
 
     def train_dataloader(self) -> TrainLoader | StreamLoader:
         """Batches for the whole run (or one pass, where the trainer has no step limit), resumable.

@@ -21,6 +21,9 @@ from koff_lightning.support.errors import KoffError
 
 FORMATS = (".jsonl", ".csv", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
+# Text is packed to a tenth or so of its size. What unpacks to more than this, and to more than so many bytes, is made
+# to fill memory or time.
+MOST_TIMES, FREE = 250, 2**28
 OnBad = Callable[[str], None]
 
 
@@ -193,15 +196,18 @@ def _read_parquet(path: Path, names: Sequence[str], id_field: str, part: Part) -
         with pyarrow.parquet.ParquetFile(source) as table:
             require_column(path, table.schema_arrow.names, names)
             columns = [name for name in dict.fromkeys((*names, id_field)) if name in table.schema_arrow.names]
+            count, limit = 0, _most_bytes(path)
             number, groups = 0, list(range(table.num_row_groups))
             while groups and number + table.metadata.row_group(groups[0]).num_rows <= part.first:
                 number += table.metadata.row_group(groups.pop(0)).num_rows
             for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
+                count += batch.nbytes
+                _refuse_bomb(path, count, limit)
                 for values in zip(*(batch.column(name) for name in columns), strict=True):
                     if number in part:
                         yield (number, number + 1, *_python_values(columns, values))
                     number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise KoffError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
@@ -250,17 +256,55 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
+class _Bounded(io.RawIOBase):
+    """What a packed file unpacks to, up to a multiple of its own size."""
+
+    def __init__(self, path: Any, file: Any) -> None:
+        super().__init__()
+        self.path, self.file, self.count, self.limit = path, file, 0, _most_bytes(path)
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes put into `buffer`; raises KoffError where they are too many."""
+        read = self.file.readinto(buffer)
+        self.count += read
+        _refuse_bomb(self.path, self.count, self.limit)
+        return read
+
+    def close(self) -> None:
+        """With the packed file."""
+        self.file.close()
+        super().close()
+
+
+def _most_bytes(path: Any) -> int:
+    """How much a packed file may hold; where its own size is not known, as much as one of a gigabyte."""
+    size = path.stat().st_size if isinstance(path, Path) else path.size
+    return max(FREE, MOST_TIMES * (2**30 if size is None else size))
+
+
+def _refuse_bomb(path: Any, count: int, limit: int) -> None:
+    if count > limit:
+        raise KoffError(
+            f"cannot read {path}: it unpacks to more than {limit:,} bytes, which is not how text is packed: unpack it "
+            "yourself if it is text all the same"
+        )
+
+
 def _open_any(path: Path) -> Any:
     source = path if isinstance(path, Path) else path.open("rb")
     match path.suffix:
         case ".gz":
-            return gzip.open(source, "rb")
+            return io.BufferedReader(_Bounded(path, gzip.open(source, "rb")), 2**16)
         case ".xz":
-            return lzma.open(source, "rb")
+            return io.BufferedReader(_Bounded(path, lzma.open(source, "rb")), 2**16)
         case ".zst":
             import pyarrow  # it brings a decoder; the standard library has none before Python 3.14
 
-            return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
+            return io.BufferedReader(_Bounded(path, pyarrow.input_stream(source, compression="zstd")), 2**16)
     return path.open("rb") if source is path else source
 
 

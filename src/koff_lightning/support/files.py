@@ -115,6 +115,7 @@ def new_folder(target: Path, overwrite: bool = False, marker: str = "koff.json")
         work.mkdir(parents=True)
         with _only_writer(work, target):
             yield work
+            _follow_umask(work)
             _flush_all(work)
             _swap(work, target)
             flush(target.parent)
@@ -122,6 +123,17 @@ def new_folder(target: Path, overwrite: bool = False, marker: str = "koff.json")
         raise KoffError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)  # after a swap it holds the old content
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give all new files the rights that the user's umask says: safetensors lets their owner alone read its own."""
+    probe = folder / ".umask"
+    probe.touch()
+    rights = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:  # a linked one is of another folder
+            path.chmod(rights)
 
 
 @contextmanager

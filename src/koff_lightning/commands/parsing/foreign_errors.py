@@ -10,6 +10,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from koff_lightning.callbacks.report import what_was_saved
 from koff_lightning.support.errors import KoffError
 
+NO_BACKEND = "No supported gpu backend"  # Lightning's words, and ours in their place:
+NO_GPU = (
+    "trainer.accelerator is gpu, as hardware/one_gpu.yaml sets it, and torch finds no GPU: take "
+    "--config hardware/cpu.yaml in its place, or look with `koff doctor` why it finds none"
+)
+
 
 def own_words(error: BaseException | None) -> KoffError | None:
     """Our own error among those that led to this one."""

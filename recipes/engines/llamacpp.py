@@ -4,9 +4,9 @@
     python recipes/engines/llamacpp.py speed --record docs/results/engines.json
 
 `bytes` scores an artifact over bundled domains on their held-out text, each domain with its own memory. `speed` takes a
-random model with the shapes of SmolLM2-135M and koff-tiny's vocabulary, dense and with 12 % of its body removed, a memory
-of rank 8 and 16 slots; runs of all engines in turn, processor time of one thread. Both write their figures into the record
-(record.py).
+random model with the shapes of SmolLM2-135M and koff-tiny's vocabulary, dense and with 12 % of its body removed (widths
+in multiples of 32), a memory of rank 8 and 16 slots; runs of all engines in turn, processor time of one thread. Both
+write their figures into the record (record.py).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 from record import write
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.export import export
@@ -35,7 +35,7 @@ WINDOW = 256  # tokens that are scored together
 KINDS = {"f32": "f32", "f16": "f16", "q8_0": "f16"}  # of the weights -> of the token cache
 
 
-def windows(tokenizer, domain: str, most: int) -> tuple[list[list[int]], int]:
+def windows(tokenizer: PreTrainedTokenizerBase, domain: str, most: int) -> tuple[list[list[int]], int]:
     """Held-out text as rows of at most `WINDOW` tokens, the start token first, and the bytes that they stand for."""
     rows, size = [], 0
     for document in read_file(bundled_file(domain, "heldout"), "text", "id", BadLines(domain, "fail")):
@@ -112,6 +112,7 @@ class Own:
         self.model, self.memory = load_decomposed(folder), memory
 
     def __call__(self, prompt: list[int], count: int) -> None:
+        """Continue a prompt by `count` tokens."""
         self.model.generate(
             torch.tensor([prompt]), domains=self.memory, max_new_tokens=count, min_new_tokens=count, do_sample=False
         )
@@ -125,6 +126,7 @@ class Llama:
         self.memory = memory
 
     def __call__(self, prompt: list[int], count: int) -> None:
+        """Continue a prompt by `count` tokens."""
         text = self.model.begin(self.memory)
         logits = self.model.read([(text, prompt)])[0]
         for _ in range(count):
@@ -170,10 +172,8 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="JSON to put the figures in")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.what == "bytes":
-        figures = bytes_(options.folder, options.most)
-    else:
-        figures = speed(options.rounds, options.tokens)
+    scores = options.what == "bytes"
+    figures = bytes_(options.folder, options.most) if scores else speed(options.rounds, options.tokens)
     if options.record:
         write(options.record, f"llamacpp-{options.what}", figures)
 

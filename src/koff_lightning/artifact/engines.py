@@ -1,7 +1,8 @@
 """Which engine can take which part of an artifact: what was tried, what follows from its own code, what is open.
 
-"yes" is tried: here by `check`, and by the tests for every layout (llama.cpp: tests/test_llamacpp.py). "untested" should work by what the engine's sources
-and documents say (looked up in November 2026), but this project has not run it. "no" follows from the same sources.
+"yes" is tried: here by `check`, and by the tests for every layout (llama.cpp: tests/test_llamacpp.py). "untested"
+should work by what the engine's sources and documents say (looked up in November 2026), but this project has not run
+it. "no" follows from the same sources.
 """
 
 import json

@@ -15,11 +15,11 @@ help: ## list what can be made
 	@test -x $(BIN)/python || $(PYTHON) -c '$(NEW_ENOUGH)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e '.[dev,llamacpp]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev,serve,llamacpp]' -c constraints.txt
 	@touch $@
 
 .venv/notebooks-installed: .venv/installed
-	$(BIN)/python -m pip install --quiet -e '.[dev,llamacpp,notebooks]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev,serve,llamacpp,notebooks]' -c constraints.txt
 	@touch $@
 
 install: .venv/installed ## create .venv with the package and its tools

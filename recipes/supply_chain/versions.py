@@ -61,7 +61,7 @@ def main(which: str, folder: str, *tests: str) -> int:
     pins = home / "pins.txt"
     pins.write_text("".join(f"{line}\n" for line in lowest()) if which == "lowest" else "", encoding="utf-8")
     pip = [python, "-m", "pip", "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager"]
-    subprocess.run([*pip, "-e", f"{ROOT}[dev]", "-c", pins], check=True)
+    subprocess.run([*pip, "-e", f"{ROOT}[dev,serve]", "-c", pins], check=True)
     subprocess.run([python, "-m", "pip", "list", "--format=freeze"], check=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(

@@ -112,7 +112,10 @@ def _koff_routes(app: FastAPI, front: Front) -> None:
 
     @app.get("/")
     async def page() -> Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        policy = (
+            "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+        )
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=headers)
 

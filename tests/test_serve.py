@@ -1,0 +1,451 @@
+"""`koff serve` speaks OpenAI's protocol: what clients send is answered as they know it, and as the model says it."""
+
+import concurrent.futures
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import pytest
+from served import Client, served
+from tiny_artifact import tiny_artifact
+
+from koff_lightning import load_decomposed
+from koff_lightning.artifact.memories import add_memory, remove_memory
+from koff_lightning.evaluation.harness import KoffLM
+from koff_lightning.serving.batch import Batch
+from koff_lightning.serving.guard import LARGEST_BODY
+from koff_lightning.serving.own import OwnEngine
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "reliability"))
+import clients
+
+ARMS = {"tiny": None, "tiny:de": "de", "tiny:fr": "fr", "tiny:law": "law"}
+PROMPTS = ["the quick brown", "größere Füchse", "fox"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tiny_artifact(tmp_path_factory.mktemp("chat"), chat=True)
+
+
+@pytest.fixture(scope="module")
+def model(made):
+    return load_decomposed(made.folder)
+
+
+@pytest.fixture(scope="module")
+def address(made):
+    with served(OwnEngine(made.folder, rows=4), texts=64, max_tokens=200) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return Client(address)
+
+
+@pytest.fixture(scope="module")
+def ai(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as ai:
+        yield ai
+
+
+def due(model, prompt, domain, new=6):
+    """Text that the model adds by `generate`."""
+    ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, domains=domain, max_new_tokens=new, do_sample=False, pad_token_id=1)
+    return model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+# ------------------------------------------------------------------------------------------------- what is answered
+
+
+def test_every_model_of_the_list_answers_as_the_runtime_does(client, model):
+    assert client.models() == list(ARMS)
+    assert client.http.get("/v1/models/tiny:de").json()["id"] == "tiny:de"
+    for name, domain in ARMS.items():
+        for prompt in PROMPTS:
+            assert client.text(name, prompt) == due(model, prompt, domain)
+
+
+def test_the_client_of_openai(ai, model):
+    whole = ai.completions.create(model="tiny:law", prompt=PROMPTS[0], max_tokens=6, temperature=0)
+    assert whole.choices[0].text == due(model, PROMPTS[0], "law")
+    length = len(model.tokenizer(PROMPTS[0])["input_ids"])
+    usage = whole.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (length, 6, length + 6)
+    parts = ai.completions.create(model="tiny:law", prompt=PROMPTS[0], max_tokens=6, temperature=0, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "fox"}]
+    asked = {"model": "tiny:de", "messages": messages, "max_completion_tokens": 6, "temperature": 0}
+    said = ai.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    assert said.choices[0].message.content == due(model, "system: be kind\nuser: fox\nassistant:", "de")
+    assert [len(token.top_logprobs) for token in said.choices[0].logprobs.content] == [2] * 6
+    stream = ai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    *parts, last = stream
+    assert "".join(part.choices[0].delta.content for part in parts) == said.choices[0].message.content
+    assert parts[0].choices[0].delta.role == "assistant" and parts[-1].choices[0].finish_reason == "length"
+    assert last.usage == said.usage
+    assert "tiny:fr" in [model.id for model in ai.models.list()]
+    with pytest.raises(openai.NotFoundError, match="the model 'tiny:it' does not exist"):
+        ai.completions.create(model="tiny:it", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="unknown or unsupported parameter: wishes"):
+        ai.completions.create(model="tiny", prompt="x", extra_body={"wishes": 3})
+
+
+def test_many_clients_of_many_domains_get_what_they_get_alone(client, model):
+    jobs = [(name, prompt) for name in ARMS for prompt in PROMPTS] * 3
+    with concurrent.futures.ThreadPoolExecutor(12) as threads:
+        found = list(threads.map(lambda job: client.text(*job), jobs))
+    assert found == [due(model, prompt, ARMS[name]) for name, prompt in jobs]
+
+
+def test_several_prompts_and_several_answers(client, model):
+    status, content = client.complete("tiny:fr", PROMPTS, n=2)
+    assert status == 200
+    assert [choice["index"] for choice in content["choices"]] == list(range(6))
+    assert [choice["text"] for choice in content["choices"]] == [
+        due(model, prompt, "fr") for prompt in PROMPTS for _ in range(2)
+    ]
+    ids = [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert content["usage"]["prompt_tokens"] == sum(map(len, ids))
+    assert client.complete("tiny:fr", ids, n=2)[1]["choices"] == content["choices"]
+    assert client.text("tiny:fr", ids[0]) == content["choices"][0]["text"]
+
+
+def test_sampling_follows_the_seed_and_each_of_n_is_another(client):
+    options = {"temperature": 1.5, "top_p": 0.95, "seed": 3, "n": 3, "max_tokens": 12}
+    first, again, other = (
+        [choice["text"] for choice in client.complete("tiny", **options | {"seed": seed})[1]["choices"]]
+        for seed in (3, 3, 4)
+    )
+    assert first == again != other
+    assert len(set(first)) == 3
+
+
+def test_stop_words_end_the_text_before_them(client):
+    whole = client.text("tiny:law", max_tokens=40)
+    word = whole[12:15]
+    for stop in (word, ["never", word], [whole[12:14], word]):
+        status, content = client.complete("tiny:law", max_tokens=40, stop=stop)
+        assert status == 200
+        assert content["choices"][0]["text"] == whole[: whole.index(word)]
+        assert content["choices"][0]["finish_reason"] == "stop"
+        body = {"model": "tiny:law", "prompt": "the quick", "max_tokens": 40, "temperature": 0, "stop": stop}
+        events = client.events("/v1/completions", body)
+        assert "".join(event["choices"][0]["text"] for event in events[:-1]) == whole[: whole.index(word)]
+        assert (events[-2]["choices"][0]["finish_reason"], events[-1]) == ("stop", "[DONE]")
+    assert client.text("tiny:law", max_tokens=40, stop=f"{whole[-3:]}never") == whole, "what was held back is told"
+
+
+def test_what_is_streamed_is_the_whole(client):
+    for options in ({}, {"logprobs": 2}, {"logprobs": 1, "echo": True}, {"n": 2, "return_token_ids": True}):
+        body = {"model": "tiny:de", "prompt": PROMPTS[1], "max_tokens": 9, "temperature": 0} | options
+        whole = client.complete(**body)[1]
+        *events, end = client.events("/v1/completions", body)
+        assert end == "[DONE]"
+        for choice in whole["choices"]:
+            parts = [c for event in events for c in event["choices"] if c["index"] == choice["index"]]
+            assert "".join(part["text"] for part in parts) == choice["text"]
+            if choice["logprobs"]:
+                for key, values in choice["logprobs"].items():
+                    assert [value for part in parts for value in part["logprobs"][key]] == values
+            if "token_ids" in choice:
+                assert [token for part in parts for token in part["token_ids"]] == choice["token_ids"]
+
+
+def test_log_likelihoods_are_those_of_lm_eval(client, made, model):
+    """The request that lm-eval's `local-completions` sends, read as it reads it, against our own lm-eval model."""
+    pairs = [("the quick", " brown fox"), ("größere", " Füchse schlafen"), ("fox", " jumps")]
+    for name, domain in ARMS.items():
+        lm = KoffLM(model, domain=domain, device="cpu", batch_size=1)
+        tokens = [lm._encode_pair(*pair) for pair in pairs]
+        expected = lm._loglikelihood_tokens([(pair, *ids) for pair, ids in zip(pairs, tokens, strict=True)])
+        texts = [context + continuation for context, continuation in tokens]
+        body = {
+            "model": name,
+            "prompt": texts,
+            "temperature": 0,
+            "max_tokens": 1,
+            "logprobs": 1,
+            "echo": True,
+            "seed": 1,
+        }
+        status, content = client.post("/v1/completions", body)
+        assert status == 200
+        for choice, (context, _), (total, greedy) in zip(content["choices"], tokens, expected, strict=True):
+            told = choice["logprobs"]["token_logprobs"][len(context) : -1]
+            tops = choice["logprobs"]["top_logprobs"][len(context) : -1]
+            assert sum(told) == pytest.approx(total, abs=1e-4)
+            assert all(value == max(top.values()) for value, top in zip(told, tops, strict=True)) == greedy
+
+
+def test_a_prompt_alone_is_scored(client):
+    status, content = client.complete("tiny:de", echo=True, logprobs=0, max_tokens=0)
+    assert status == 200
+    (choice,) = content["choices"]
+    assert choice["text"] == "the quick"
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert len(choice["logprobs"]["tokens"]) == content["usage"]["prompt_tokens"]
+    assert content["usage"]["completion_tokens"] == 0
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+BAD = [
+    ({"model": "other"}, 404, "does not exist"),
+    ({"model": "tiny:it"}, 404, "does not exist"),
+    ({"model": "tiny:"}, 404, "does not exist"),
+    ({"model": "tiny:auto"}, 404, "no router that can be used"),
+    ({"model": None}, 400, "model: Input should be a valid string"),
+    ({"prompt": []}, 400, "prompt: it must be a text"),
+    ({"prompt": [[]]}, 400, "prompt: it must be a text"),
+    ({"prompt": {"a": 1}}, 400, "prompt: it must be a text"),
+    ({"prompt": [-1]}, 400, "prompt: it must be a text"),
+    ({"prompt": [10**6]}, 400, "a token id is 1000000; this model has"),
+    ({"prompt": "half \ud800"}, 400, "lone surrogate"),
+    ({"prompt": [5] * 600}, 400, "the prompt has 600 tokens and 6 more are asked for; this model takes 512 in all"),
+    ({"max_tokens": 1000}, 400, "this model takes 512 in all"),
+    ({"max_tokens": 201}, 400, "200 of an answer"),
+    ({"max_tokens": -1}, 400, "max_tokens: Input should be greater than or equal to 0"),
+    ({"max_tokens": 0}, 400, "max_tokens must be at least 1"),
+    ({"max_tokens": "6"}, 400, "max_tokens: Input should be a valid integer"),
+    ({"temperature": -0.1}, 400, "temperature: Input should be greater"),
+    ({"temperature": True}, 400, "temperature: Input should be a valid number"),
+    ({"top_p": 0}, 400, "top_p: Input should be greater than 0"),
+    ({"n": 0}, 400, "n: Input should be greater"),
+    ({"n": 65}, 400, "65 texts in one request; this server takes 64 at a time"),
+    ({"n": 100, "prompt": ["a", "b"]}, 400, "at most 128"),
+    ({"stop": ""}, 400, "stop"),
+    ({"stop": ["x"] * 17}, 400, "at most 16 stop words"),
+    ({"logprobs": 21}, 400, "logprobs: Input should be less"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+    ({"logit_bias": {"5": 1.0}}, 400, "logit_bias"),
+    ({"best_of": 3}, 400, "best_of is not supported"),
+    ({"suffix": "x"}, 400, "suffix"),
+    ({"koff_memory": "de"}, 400, "unknown or unsupported parameter: koff_memory"),
+]
+
+
+@pytest.mark.parametrize(("options", "status", "line"), BAD, ids=lambda value: str(value)[:40])
+def test_a_bad_request_is_refused_in_one_line(client, options, status, line):
+    got, content = client.post(
+        "/v1/completions", {"model": "tiny:de", "prompt": "the quick", "max_tokens": 6, "temperature": 0} | options
+    )
+    assert (got, set(content["error"])) == (status, {"message", "type", "param", "code"})
+    assert line in content["error"]["message"]
+    assert "\n" not in content["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
+        ({"prompt": "x"}, "unknown or unsupported parameter: prompt"),
+    ],
+)
+def test_a_bad_chat_is_refused(client, options, line):
+    status, content = client.chat("tiny:de", **options)
+    assert status == 400 and line in content["error"]["message"]
+
+
+def test_bodies_that_are_no_requests(client, address):
+    def send(body, kind="application/json"):
+        answer = client.http.post("/v1/completions", content=body, headers={"Content-Type": kind})
+        return answer.status_code, answer.json()["error"]["message"]
+
+    for body in (b"", b"{", b"\xff\xfe", b'{"model": "tiny"' + b"[" * 200_000):
+        assert send(body)[0] == 400
+    assert send(b"[1]") == (400, "the body must be a JSON object, not list")
+    assert send(b'{"temperature": NaN, "model": "tiny", "prompt": "x"}')[0] == 400
+    assert send(b"{}", "text/plain") == (415, "send JSON, with the header Content-Type: application/json")
+    assert send(b"x" * (LARGEST_BODY + 1))[0] == 413
+    assert client.http.post("/v1/models", json={}).status_code == 405
+    assert client.http.get("/v2").json()["error"]["message"] == "GET /v2: Not Found"
+    assert client.text("tiny")
+
+
+def test_a_body_without_a_length_is_counted_too(client):
+    def endless():
+        for _ in range(100):
+            yield b" " * 2**20
+
+    try:
+        answer = client.http.post("/v1/completions", content=endless(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+    except httpx.TransportError:  # closed in the middle of what was being sent
+        pass
+    assert client.text("tiny")
+
+
+def test_requests_that_nobody_means_well(address):
+    """1,000 of them by recipes/reliability/clients.py."""
+    found = clients.attack(address, 120, seed=1)
+    assert not [verdict for verdict in found if "FAULT" in verdict]
+    assert found["answered"] >= 10 and found["refused"] >= 40
+
+
+def test_other_sites_pages_are_not_answered(client):
+    """A browser on this machine that a page elsewhere leads here, by a name of its own (DNS rebinding) or blindly."""
+    refused = client.http.get("/v1/models", headers={"Host": "evil.example:80"})
+    assert refused.status_code == 403 and "by localhost" in refused.json()["error"]["message"]
+    assert client.http.get("/v1/models", headers={"Host": "localhost"}).status_code == 200
+    assert "access-control-allow-origin" not in client.http.get("/v1/models", headers={"Origin": "x"}).headers
+    assert client.http.options("/v1/completions").status_code == 405
+
+
+def test_a_model_without_chat_template_says_so(tmp_path):
+    with served(OwnEngine(tiny_artifact(tmp_path).folder)) as address:
+        status, content = Client(address).chat("tiny")
+    assert status == 400 and "no chat template" in content["error"]["message"]
+
+
+# ------------------------------------------------------------------------------------------------------ under load
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Ten milliseconds a token: the tiny model ends before anybody can be in its way."""
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda self: (time.sleep(0.01 * bool(self.rows)), step(self)))
+
+
+def test_who_finds_no_place_is_told_to_come_again(made, slow):
+    with served(OwnEngine(made.folder, rows=1), texts=2) as address:
+        client = Client(address)
+        body = {
+            "model": "tiny:de",
+            "prompt": "x",
+            "max_tokens": 400,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        with client.http.stream("POST", "/v1/completions", json=body | {"n": 2}) as busy:
+            lines = busy.iter_lines()
+            next(lines)
+            answer = client.http.post("/v1/completions", json=body | {"stream": False})
+            assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+            assert answer.json()["error"]["code"] == "queue_full"
+        began = time.monotonic()
+        while client.complete("tiny:de")[0] == 429:  # who hung up frees the places
+            assert time.monotonic() - began < 20
+            time.sleep(0.01)
+
+
+def test_a_client_that_goes_before_its_answer_frees_its_place(made, slow):
+    with served(OwnEngine(made.folder, rows=1), texts=1) as address:
+        client = Client(address)
+        body = {"model": "tiny:de", "prompt": "x", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
+        with pytest.raises(httpx.ReadTimeout):
+            client.http.post("/v1/completions", json=body, timeout=0.2)
+        began = time.monotonic()
+        while client.complete("tiny:de")[0] == 429:
+            assert time.monotonic() - began < 20
+            time.sleep(0.01)
+
+
+def test_a_request_ends_at_the_time_limit(made, slow):
+    with served(OwnEngine(made.folder), seconds=0.2) as address:
+        client = Client(address)
+        body = {"model": "tiny:de", "prompt": "x", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
+        status, content = client.post("/v1/completions", body)
+        assert status == 504 and "longer than 0.2 s" in content["error"]["message"]
+        events = client.events("/v1/completions", body)
+        assert events[-1]["error"]["code"] == "timeout"
+
+
+def test_metrics_count(client, model):
+    def counted():
+        lines = client.http.get("/metrics").text.splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    before = counted()
+    client.complete("tiny:de", PROMPTS[0])
+    after = counted()
+
+    def grown(name):
+        return after[name] - before.get(name, 0)
+
+    assert grown('koff_tokens_total{kind="prompt"}') == len(model.tokenizer(PROMPTS[0])["input_ids"])
+    assert grown('koff_tokens_total{kind="completion"}') == 6
+    assert grown('koff_requests_total{path="/v1/completions",status="200"}') == 1
+    assert after["koff_memories"] == 3
+    assert client.http.get("/health").json() == {"status": "ok"}
+
+
+def test_the_page_needs_nothing_from_elsewhere(client, model):
+    """And what its script asks for is answered; the page itself is opened in test_serve_page.py."""
+    answer = client.http.get("/")
+    assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "connect-src 'self'" in answer.headers["content-security-policy"]
+    assert not re.findall(r"https?://|src=|@import|url\(|innerHTML", answer.text)
+    body = {"model": "tiny:de", "prompt": "the", "logprobs": 0, "return_token_ids": True, "max_tokens": 5}
+    *events, _ = client.events("/v1/completions", body)
+    ids = events[0]["choices"][0]["prompt_token_ids"] + [i for e in events for i in e["choices"][0]["token_ids"]]
+    status, content = client.complete("tiny", ids, max_tokens=0, echo=True, logprobs=0)
+    assert status == 200 and len(content["choices"][0]["logprobs"]["token_logprobs"]) == len(ids)
+
+
+# ---------------------------------------------------------------------------------------------- router and memories
+
+
+def test_auto_asks_the_router_and_tells_its_choice(made, model, monkeypatch):
+    engine = OwnEngine(made.folder)
+    monkeypatch.setattr(
+        type(engine.model),
+        "route",
+        lambda self, texts: ["law" if "fox" in text else None if "none" in text else "de" for text in texts],
+        raising=False,
+    )
+    with served(engine) as address:
+        client = Client(address)
+        assert client.models()[-1] == "tiny:auto"
+        for prompt, domain, name in (
+            ("a fox", "law", "tiny:law"),
+            ("größere", "de", "tiny:de"),
+            ("none", None, "tiny"),
+        ):
+            answer = client.http.post(
+                "/v1/completions", json={"model": "tiny:auto", "prompt": prompt, "max_tokens": 6, "temperature": 0}
+            )
+            content = answer.json()
+            assert (content["model"], answer.headers["X-Koff-Domain"]) == (name, domain or "none")
+            assert content["choices"][0]["koff_domain"] == domain
+            assert content["choices"][0]["text"] == due(model, prompt, domain)
+        _, content = client.complete("tiny:auto", ["a fox", "größere"])
+        assert content["model"] == "tiny:auto"
+        assert [choice["koff_domain"] for choice in content["choices"]] == ["law", "de"]
+        assert client.chat("tiny:auto", "a fox")[1]["model"] == "tiny:law"
+
+
+def test_memories_of_the_folder_show_up_and_go_while_it_serves(made, model, tmp_path):
+    folder = shutil.copytree(made.folder, tmp_path / "artifact")
+
+    def until(names):
+        began = time.monotonic()
+        while client.models() != names:
+            assert time.monotonic() - began < 20, client.models()
+            time.sleep(0.02)
+
+    with served(OwnEngine(folder)) as address:
+        client = Client(address)
+        remove_memory(folder, "law")
+        until(["tiny", "tiny:de", "tiny:fr"])
+        assert client.complete("tiny:law")[0] == 404
+        add_memory(folder, made.folder / "memories/law", "jura")
+        until(["tiny", "tiny:de", "tiny:fr", "tiny:jura"])
+        assert client.text("tiny:jura", PROMPTS[0]) == due(model, PROMPTS[0], "law")
+        (folder / "koff.json").write_text("{")
+        time.sleep(0.2)
+        assert client.text("tiny:jura", PROMPTS[0]) == due(model, PROMPTS[0], "law")

@@ -1,0 +1,258 @@
+"""The own engine: texts of any memories, come and gone at any time, are continued as each is alone."""
+
+import asyncio
+import random
+import shutil
+
+import pytest
+import torch
+from tiny_artifact import VOCABULARY, tiny_artifact
+
+from koff_lightning import load_decomposed
+from koff_lightning.artifact.memories import add_memory, remove_memory
+from koff_lightning.serving import batch, own
+from koff_lightning.serving.engine import Failed, Options, Unknown
+from koff_lightning.serving.own import OwnEngine
+
+ARMS = ["de", "fr", "law", None]
+LENGTHS = [3, 17, 9, 1, 30, 12, 5, 24]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tiny_artifact(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def model(made):
+    return load_decomposed(made.folder)
+
+
+def prompts(count=8, seed=0):
+    """Token ids of texts of unequal length."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, VOCABULARY) for _ in range(LENGTHS[i % len(LENGTHS)])] for i in range(count)]
+
+
+def alone(model, ids, arm, new=8, ends=None):
+    """What transformers' own `generate` adds."""
+    ids = torch.tensor([ids])
+    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
+    return model.generate(ids, domains=arm, **options)[0, ids.shape[1] :].tolist()
+
+
+async def answer(engine, ids, arm, options=None):
+    """Everything of one answer: token ids, and the last piece's reason."""
+    found, finish = [], None
+    async for piece in engine.stream(ids, arm, options or Options(8, ignore_end=True)):
+        found += [token.id for token in piece.tokens]
+        finish = piece.finish
+    return found, finish
+
+
+def run(folder, work, **options):
+    """Run a coroutine over an engine, and close it."""
+
+    async def whole():
+        engine = OwnEngine(folder, **options)
+        try:
+            return await asyncio.wait_for(work(engine), 120)
+        finally:
+            await engine.close()
+
+    return asyncio.run(whole())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32])
+def test_mixed_texts_give_what_each_gives_alone(made, model, rows):
+    jobs = [(ids, ARMS[i % 4], Options(3 + 2 * (i % 5), ignore_end=True)) for i, ids in enumerate(prompts(20))]
+    found = run(made.folder, lambda engine: asyncio.gather(*(answer(engine, *job) for job in jobs)), rows=rows)
+    assert [(out, why) for out, why in found] == [
+        (alone(model, ids, arm, options.max_tokens), "length") for ids, arm, options in jobs
+    ]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_other_families(tmp_path, family):
+    made = tiny_artifact(tmp_path, family)
+    model = load_decomposed(made.folder)
+    jobs = list(zip(prompts(), ARMS * 2, strict=True))
+    found = run(made.folder, lambda engine: asyncio.gather(*(answer(engine, *job) for job in jobs)))
+    assert [out for out, _ in found] == [alone(model, *job) for job in jobs]
+
+
+def test_texts_that_come_later_join_those_under_way(made, model):
+    async def late(engine, number, ids, arm):
+        await asyncio.sleep(0.01 * number)
+        return await answer(engine, ids, arm, Options(40 - 2 * number, ignore_end=True))
+
+    jobs = [(number, ids, ARMS[number % 4]) for number, ids in enumerate(prompts(12))]
+    found = run(made.folder, lambda engine: asyncio.gather(*(late(engine, *job) for job in jobs)))
+    assert [out for out, _ in found] == [alone(model, ids, arm, 40 - 2 * number) for number, ids, arm in jobs]
+
+
+def test_prompts_are_read_in_parts(made, model, monkeypatch):
+    monkeypatch.setattr(batch, "CHUNK", 4)
+    monkeypatch.setattr(batch, "SCORED", 12)
+    jobs = [
+        (ids, ARMS[i % 4], Options(6, logprobs=2, echo=i % 3 == 0, ignore_end=True)) for i, ids in enumerate(prompts())
+    ]
+    found = run(made.folder, lambda engine: asyncio.gather(*(answer(engine, *job) for job in jobs)))
+    assert [out for out, _ in found] == [alone(model, ids, arm, 6) for ids, arm, _ in jobs]
+
+
+def test_the_end_token_ends_an_answer_and_is_not_told(made, model, monkeypatch):
+    ids = prompts()[0]
+    due = alone(model, ids, "de")
+    monkeypatch.setattr(own, "_ends", lambda model: frozenset([due[3]]))
+    found = run(made.folder, lambda engine: answer(engine, ids, "de", Options(8)))
+    assert found == (due[: due.index(due[3])], "stop")
+    assert alone(model, ids, "de", ends=due[3]) == [*found[0], due[3]]
+    assert run(made.folder, lambda engine: answer(engine, ids, "de")) == (due, "length"), "unless it is to be ignored"
+
+
+@pytest.mark.parametrize("part", [512, 5])
+def test_log_probabilities_are_the_models(made, model, monkeypatch, part):
+    monkeypatch.setattr(batch, "CHUNK", part)
+
+    async def scored(engine, ids, arm):
+        pieces = [piece async for piece in engine.stream(ids, arm, Options(4, logprobs=3, echo=True, ignore_end=True))]
+        return pieces[0].prompt, [token for piece in pieces for token in piece.tokens]
+
+    jobs = list(zip(prompts(4), ARMS, strict=True))
+    found = run(made.folder, lambda engine: asyncio.gather(*(scored(engine, *job) for job in jobs)))
+    for (ids, arm), (prompt, new) in zip(jobs, found, strict=True):
+        whole = ids + [token.id for token in new]
+        assert [token.id for token in prompt] == ids
+        with torch.no_grad():
+            due = model(torch.tensor([whole]), domains=arm).logits[0].log_softmax(-1)
+        told = [*prompt, *new]
+        assert told[0].logprob is None
+        for place, token in enumerate(told[1:]):
+            assert token.logprob == pytest.approx(float(due[place, token.id]), abs=1e-4)
+            values = [value for _, value in token.top]
+            assert values == pytest.approx(due[place].topk(3).values.tolist(), abs=1e-4)
+
+
+def test_a_prompt_can_be_scored_without_an_answer(made):
+    async def scored(engine):
+        return [piece async for piece in engine.stream([5, 6, 7], "fr", Options(0, logprobs=0, echo=True))]
+
+    (piece,) = run(made.folder, scored)
+    assert (piece.tokens, piece.finish, len(piece.prompt)) == ((), "length", 3)
+
+
+def test_sampling_follows_its_seed_whoever_is_beside(made):
+    options = Options(12, temperature=1.3, top_p=0.9, seed=5, ignore_end=True)
+    others = [(ids, ARMS[i % 4], Options(10, temperature=2.0, ignore_end=True)) for i, ids in enumerate(prompts())]
+
+    async def both(engine):
+        one = await answer(engine, [5, 6, 7], "law", options)
+        beside = await asyncio.gather(
+            answer(engine, [5, 6, 7], "law", options), *(answer(engine, *job) for job in others)
+        )
+        other = await answer(engine, [5, 6, 7], "law", Options(12, temperature=1.3, top_p=0.9, seed=6, ignore_end=True))
+        return one, beside[0], other
+
+    one, beside, other = run(made.folder, both)
+    assert one == beside != other
+
+
+def test_who_goes_away_frees_the_place(made, model):
+    async def leave(engine):
+        stream = engine.stream([5, 6, 7], "de", Options(400, ignore_end=True))
+        await anext(stream)
+        waiting = asyncio.create_task(answer(engine, [8, 9], "fr"))
+        await asyncio.sleep(0.05)
+        assert engine.load == (1, 1)
+        await stream.aclose()
+        return await waiting
+
+    assert run(made.folder, leave, rows=1)[0] == alone(model, [8, 9], "fr")
+
+
+def test_memories_come_and_go_while_texts_are_under_way(made, model, tmp_path):
+    """Who began with a memory ends with it; who comes later gets what there is then."""
+    folder = shutil.copytree(made.folder, tmp_path / "artifact")
+    long = Options(60, ignore_end=True)
+
+    async def change(engine):
+        stream = engine.stream([5, 6, 7], "de", long)
+        first = await anext(stream)
+        remove_memory(folder, "de")
+        assert await engine.refresh() == ["removed de"]
+        with pytest.raises(Unknown):
+            await answer(engine, [5, 6, 7], "de")
+        add_memory(folder, made.folder / "memories/law", "de")
+        assert await engine.refresh() == ["added de"]
+        assert await engine.refresh() == []
+        new = await answer(engine, [5, 6, 7], "de", long)
+        rest = [token.id async for piece in stream for token in piece.tokens]
+        await asyncio.sleep(0.1)
+        return [first.tokens[0].id, *rest], new[0], set(engine.model.domains), set(engine.memories())
+
+    old, new, held, named = run(folder, change)
+    assert old == alone(model, [5, 6, 7], "de", 60)
+    assert new == alone(model, [5, 6, 7], "law", 60) != old
+    assert (len(held), named) == (3, {"de", "fr", "law"}), "the old one is freed when nobody reads it"
+
+
+def test_a_broken_memory_is_left_out_and_the_others_go_on(made, model, tmp_path):
+    folder = shutil.copytree(made.folder, tmp_path / "artifact")
+
+    async def change(engine):
+        add_memory(folder, made.folder / "memories/law", "jura")
+        (folder / "memories/jura/kv_memory.safetensors").write_bytes(b"broken")
+        said = await engine.refresh()
+        assert len(said) == 1 and "left out jura, which cannot be used" in said[0]
+        assert await engine.refresh() == [], "a fault is told once"
+        with pytest.raises(Unknown):
+            await answer(engine, [5], "jura")
+        return await answer(engine, [5, 6, 7], "law")
+
+    assert run(folder, change)[0] == alone(model, [5, 6, 7], "law")
+
+
+def test_a_step_that_fails_ends_its_answers_and_no_others(made, model, monkeypatch):
+    step = batch.Batch.step
+    failures = iter([True])
+
+    def failing(self):
+        if self.rows and next(failures, False):
+            raise RuntimeError("out of memory")
+        step(self)
+
+    async def both(engine):
+        with pytest.raises(Failed, match="the engine failed"):
+            await answer(engine, [5, 6, 7], "de")
+        return await answer(engine, [5, 6, 7], "de")
+
+    monkeypatch.setattr(batch.Batch, "step", failing)
+    assert run(made.folder, both)[0] == alone(model, [5, 6, 7], "de")
+
+
+def test_numbers_that_are_not_finite_fail_their_answer_alone(made, model):
+    async def spoilt(engine):
+        engine.model.memories.kv_parameters("de")[0].data.fill_(float("nan"))
+        bad, good = await asyncio.gather(
+            answer(engine, [5, 6, 7], "de"), answer(engine, [5, 6, 7], "fr"), return_exceptions=True
+        )
+        return bad, good
+
+    bad, good = run(made.folder, spoilt)
+    assert isinstance(bad, Failed) and "not finite" in str(bad)
+    assert good[0] == alone(model, [5, 6, 7], "fr")
+
+
+def test_an_engine_that_ends_says_so(made):
+    async def close(engine):
+        stream = engine.stream([5, 6, 7], "de", Options(400, ignore_end=True))
+        await anext(stream)
+        await engine.close()
+        with pytest.raises(Failed, match="is ending"):
+            async for _ in stream:
+                pass
+        with pytest.raises(Failed, match="is ending"):
+            await answer(engine, [5], None)
+
+    run(made.folder, close)

@@ -82,10 +82,10 @@ def bytes_(folder: Path, most: int) -> dict:
 # ------------------------------------------------------------------------------------------------------- speed
 
 
-def random_artifacts(work: Path) -> dict[str, Path]:
+def random_artifacts(work: Path, layers: int) -> dict[str, Path]:
     """Dense, and pruned by 12 % with a memory, of the shapes of SmolLM2-135M."""
     load_tokenizer("koff-tiny").save_pretrained(work / "model")
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 4096}
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": 4096}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes, **heads, bos_token_id=0, eos_token_id=1)).save_pretrained(work / "model")
@@ -134,12 +134,12 @@ class Llama:
         self.model.end(text)
 
 
-def speed(rounds: int, count: int) -> dict:
+def speed(rounds: int, count: int, layers: int) -> dict:
     """Tokens per second of processor time, each engine's runs in turn with the others'."""
     prompt = torch.randint(3, 4000, (32,), generator=torch.Generator().manual_seed(0)).tolist()
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as work:
-        made = random_artifacts(Path(work))
+        made = random_artifacts(Path(work), layers)
         runs = {}
         for name, memory in (("dense", None), ("pruned", None), ("pruned", "de")):
             label = f"{name}{', LoRA and KV memory' if memory else ''}"
@@ -158,7 +158,7 @@ def speed(rounds: int, count: int) -> dict:
     found = {name: [round(count / t, 1) for t in (median(t), max(t), min(t))] for name, t in times.items()}
     for name, (middle, least, most) in found.items():
         print(f"{name:<50}{middle:8.1f} tokens/s ({least} to {most})", flush=True)
-    return {"tokens": count, "rounds": rounds, "tokens_per_second": found}
+    return {"tokens": count, "rounds": rounds, "layers": layers, "tokens_per_second": found}
 
 
 def main() -> None:
@@ -169,11 +169,12 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=20_000, dest="most", help="held-out text of each domain")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=30, help="of the model of `speed`")
     parser.add_argument("--record", type=Path, help="JSON to put the figures in")
     options = parser.parse_args()
     torch.set_num_threads(1)
     scores = options.what == "bytes"
-    figures = bytes_(options.folder, options.most) if scores else speed(options.rounds, options.tokens)
+    figures = bytes_(options.folder, options.most) if scores else speed(options.rounds, options.tokens, options.layers)
     if options.record:
         write(options.record, f"llamacpp-{options.what}", figures)
 

@@ -16,6 +16,7 @@ from tiny_models import LLAMA3_ROPE, YARN_ROPE
 from koff_lightning import KoffError, load_decomposed
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.to_gguf import to_gguf
+from koff_lightning.cli import main
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.serving import llama_library
@@ -433,3 +434,9 @@ def test_as_an_engine_it_answers_as_the_own_one(tmp_path):
             await engine.close()
 
     asyncio.run(run())
+
+
+def test_options_of_the_other_engine_are_refused(tmp_path, capsys):
+    for words, name in [(["--engine", "llamacpp", "--device", "cpu"], "--device"), (["--gguf", "x"], "--gguf")]:
+        assert main(["serve", str(tmp_path), *words]) == 2
+        assert f"{name} is not for --engine" in capsys.readouterr().err

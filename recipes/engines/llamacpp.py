@@ -4,9 +4,9 @@
     python recipes/engines/llamacpp.py speed --record docs/results/engines.json
 
 `bytes` scores an artifact over bundled domains on their held-out text, each domain with its own memory. `speed` takes a
-random model with the shapes of SmolLM2-135M and koff-tiny's vocabulary, dense and with 12 % of its body removed, a memory
-of rank 8 and 16 slots; runs of all engines in turn, processor time of one thread. Both write their figures into the record
-(record.py).
+random model with the shapes of SmolLM2-135M and koff-tiny's vocabulary, dense and with 12 % of its body removed (widths
+in multiples of 32), a memory of rank 8 and 16 slots; runs of all engines in turn, processor time of one thread. Both
+write their figures into the record (record.py).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 from record import write
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.export import export
@@ -35,7 +35,7 @@ WINDOW = 256  # tokens that are scored together
 KINDS = {"f32": "f32", "f16": "f16", "q8_0": "f16"}  # of the weights -> of the token cache
 
 
-def windows(tokenizer, domain: str, most: int) -> tuple[list[list[int]], int]:
+def windows(tokenizer: PreTrainedTokenizerBase, domain: str, most: int) -> tuple[list[list[int]], int]:
     """Held-out text as rows of at most `WINDOW` tokens, the start token first, and the bytes that they stand for."""
     rows, size = [], 0
     for document in read_file(bundled_file(domain, "heldout"), "text", "id", BadLines(domain, "fail")):
@@ -82,10 +82,10 @@ def bytes_(folder: Path, most: int) -> dict:
 # ------------------------------------------------------------------------------------------------------- speed
 
 
-def random_artifacts(work: Path) -> dict[str, Path]:
+def random_artifacts(work: Path, layers: int) -> dict[str, Path]:
     """Dense, and pruned by 12 % with a memory, of the shapes of SmolLM2-135M."""
     load_tokenizer("koff-tiny").save_pretrained(work / "model")
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 4096}
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": 4096}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes, **heads, bos_token_id=0, eos_token_id=1)).save_pretrained(work / "model")
@@ -112,6 +112,7 @@ class Own:
         self.model, self.memory = load_decomposed(folder), memory
 
     def __call__(self, prompt: list[int], count: int) -> None:
+        """Continue a prompt by `count` tokens."""
         self.model.generate(
             torch.tensor([prompt]), domains=self.memory, max_new_tokens=count, min_new_tokens=count, do_sample=False
         )
@@ -125,6 +126,7 @@ class Llama:
         self.memory = memory
 
     def __call__(self, prompt: list[int], count: int) -> None:
+        """Continue a prompt by `count` tokens."""
         text = self.model.begin(self.memory)
         logits = self.model.read([(text, prompt)])[0]
         for _ in range(count):
@@ -132,12 +134,12 @@ class Llama:
         self.model.end(text)
 
 
-def speed(rounds: int, count: int) -> dict:
+def speed(rounds: int, count: int, layers: int) -> dict:
     """Tokens per second of processor time, each engine's runs in turn with the others'."""
     prompt = torch.randint(3, 4000, (32,), generator=torch.Generator().manual_seed(0)).tolist()
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as work:
-        made = random_artifacts(Path(work))
+        made = random_artifacts(Path(work), layers)
         runs = {}
         for name, memory in (("dense", None), ("pruned", None), ("pruned", "de")):
             label = f"{name}{', LoRA and KV memory' if memory else ''}"
@@ -156,7 +158,7 @@ def speed(rounds: int, count: int) -> dict:
     found = {name: [round(count / t, 1) for t in (median(t), max(t), min(t))] for name, t in times.items()}
     for name, (middle, least, most) in found.items():
         print(f"{name:<50}{middle:8.1f} tokens/s ({least} to {most})", flush=True)
-    return {"tokens": count, "rounds": rounds, "tokens_per_second": found}
+    return {"tokens": count, "rounds": rounds, "layers": layers, "tokens_per_second": found}
 
 
 def main() -> None:
@@ -167,13 +169,12 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=20_000, dest="most", help="held-out text of each domain")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=30, help="of the model of `speed`")
     parser.add_argument("--record", type=Path, help="JSON to put the figures in")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.what == "bytes":
-        figures = bytes_(options.folder, options.most)
-    else:
-        figures = speed(options.rounds, options.tokens)
+    scores = options.what == "bytes"
+    figures = bytes_(options.folder, options.most) if scores else speed(options.rounds, options.tokens, options.layers)
     if options.record:
         write(options.record, f"llamacpp-{options.what}", figures)
 

@@ -1,4 +1,4 @@
-"""The record of runs of other engines: what was run, with which releases, on what machine, when, and what came of it."""
+"""The record of runs of other engines: what was run, with which releases, on what machine, when, what came of it."""
 
 import datetime
 import json

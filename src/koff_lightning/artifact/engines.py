@@ -1,7 +1,8 @@
 """Which engine can take which part of an artifact: what was tried, what follows from its own code, what is open.
 
-"yes" is tried: here by `check`, and by the tests for every layout (llama.cpp: tests/test_llamacpp.py). "untested" should
-work by what the engine's sources and documents say (looked up in November 2026), but this project has not run it. "no" follows from the same sources.
+"yes" is tried: here by `check`, and by the tests for every layout (llama.cpp: tests/test_llamacpp.py). "untested"
+should work by what the engine's sources and documents say (looked up in November 2026), but this project has not run
+it. "no" follows from the same sources.
 """
 
 import json
@@ -22,7 +23,6 @@ from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freq
-from koff_lightning.kv_memory import KVMemory
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 
@@ -192,8 +192,7 @@ def _adapter_in_peft(folder: Path, manifest: Manifest) -> None:
 
 
 def _slots_in_peft(folder: Path, manifest: Manifest) -> None:
-    model, tensors = _transformers(folder, manifest), load_file(_memory(folder, manifest, "slots") / KV_FILE)
-    slots = KVMemory.from_tensors(tensors, depth=model.config.num_hidden_layers)
+    model, slots = _transformers(folder, manifest), load_file(_memory(folder, manifest, "slots") / KV_FILE)
     with TemporaryDirectory() as work, _strict():
         to_cartridge(slots, rotary_inv_freq(model), Path(work))
         _run(PeftModel.from_pretrained(model, work))

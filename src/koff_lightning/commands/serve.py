@@ -4,12 +4,13 @@ import ipaddress
 import logging
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
     from koff_lightning.artifact.folder import Manifest
+    from koff_lightning.serving.engine import Engine
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -21,7 +22,9 @@ def serve(
     port: int = 8000,
     keys: str | None = None,
     name: str | None = None,
-    batch_size: int = 32,
+    engine: Literal["own", "llamacpp"] = "own",
+    gguf: str | None = None,
+    batch_size: int | None = None,
     queue: int = 256,
     time_limit: float = 600.0,
     max_tokens: int | None = None,
@@ -36,13 +39,20 @@ def serve(
         port: Port to listen at.
         keys: YAML file of who may use which domains, NAME: {key: ..., domains: [...] or all, admin: true}.
         name: What the model is called; by default as its dense model.
-        batch_size: Most texts that are continued together.
+        engine: What computes: the project's own runtime, or llama.cpp (extra `llamacpp`), faster on a CPU.
+        gguf: Folder of `koff convert gguf`, for llamacpp; by default the artifact is converted at start, as f16.
+        batch_size: Most texts that are continued together; by default 32, or 4 of llamacpp, which holds the token cache
+            of each from the start.
         queue: Most texts that wait for their turn; who comes then is told to come again (status 429).
         time_limit: Seconds that a request may take.
         max_tokens: Most tokens of an answer; by default what the context leaves.
         device: Torch device; by default a GPU if there is one.
         dtype: Of the backbone; by default as exported.
     """
+    batch_size = (32 if engine == "own" else 4) if batch_size is None else batch_size
+    unread = {"own": {"--gguf": gguf}, "llamacpp": {"--device": device, "--dtype": dtype}}[engine]
+    if odd := [option for option, value in unread.items() if value is not None]:
+        raise KoffError(f"{odd[0]} is not for --engine {engine}: leave it out")
     _check(batch_size, queue, time_limit, max_tokens)
     _check_installed()
     from koff_lightning.artifact.folder import read_manifest
@@ -56,13 +66,24 @@ def serve(
     if not called or ":" in called or any(c.isspace() for c in called):
         raise KoffError(f"the model's name cannot be {called!r}: give --name without ':' and spaces")
     with listening(host, port) as at:
-        from koff_lightning.artifact.decomposed import default_device
         from koff_lightning.serving.app import Settings, create_app
-        from koff_lightning.serving.own import OwnEngine
 
-        engine = OwnEngine(folder, batch_size, default_device(device), dtype)
+        made = _own(folder, batch_size, device, dtype) if engine == "own" else _llamacpp(folder, batch_size, gguf)
         settings = Settings(called, allowed, batch_size + queue, time_limit, max_tokens, folder=folder)
-        _run(create_app(engine, settings), at, time_limit)
+        _run(create_app(made, settings), at, time_limit)
+
+
+def _own(folder: Path, batch_size: int, device: str | None, dtype: str | None) -> "Engine":
+    from koff_lightning.artifact.decomposed import default_device
+    from koff_lightning.serving.own import OwnEngine
+
+    return OwnEngine(folder, batch_size, default_device(device), dtype)
+
+
+def _llamacpp(folder: Path, batch_size: int, gguf: str | None) -> "Engine":
+    from koff_lightning.serving.llamacpp import LlamaCppEngine
+
+    return LlamaCppEngine(folder, batch_size, gguf)
 
 
 def _check(batch_size: int, queue: int, time_limit: float, max_tokens: int | None) -> None:

@@ -61,11 +61,13 @@ def lora_step(batch: dict[str, Any], rank: int, device: str, backbone: str) -> S
 def koff_step(
     batch: dict[str, Any],
     data: DomainDataModule,
-    options: argparse.Namespace,
+    rank: int,
+    slots: int,
+    device: str,
+    backbone: str,
     loss: LossSpec = LossSpec(kl=0),  # noqa: B008
 ) -> Step:
     """The same with gates being learned, an adapter and a KV memory per domain, rows routed to their own."""
-    rank, slots, device, backbone = options.rank, options.slots, options.device, options.backbone
     module = KOFFModule(backbone, data.domain_names, lora=LoraSpec(rank, 2 * rank), kv=KVSpec(slots), loss=loss)
     module.configure_model()
     module.to(device).train()
@@ -116,9 +118,8 @@ def make(kind: str, options: argparse.Namespace) -> Step:
     batch, data = batch_of(domains, options.rows, options.length, options.device)
     if kind == "lora":
         return lora_step(batch, options.rank, options.device, options.backbone)
-    if kind == "koff":
-        return koff_step(batch, data, options)
-    return koff_step(batch, data, options, LossSpec(0.0, 1.0, top_k=options.teacher, teacher=kind))
+    loss = LossSpec(kl=0) if kind == "koff" else LossSpec(0.0, 1.0, top_k=options.teacher, teacher=kind)
+    return koff_step(batch, data, options.rank, options.slots, options.device, options.backbone, loss)
 
 
 def measure_peak(kind: str, options: argparse.Namespace) -> float:

@@ -148,7 +148,7 @@ class DomainDataModule(LightningDataModule):
         for name, source in self.sources.items():
             rows = self.stored(source) or self._make(name, source)
             self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
-        if self.general is not None:
+        if self.general is not None and stage in (None, "fit"):
             self.general.trainer = self.trainer
             self.general.setup()
 

@@ -29,6 +29,7 @@ from koff_lightning.evaluation.lm_scores import Scores
 from koff_lightning.gates import BackboneGates
 from koff_lightning.support import ranks
 from koff_lightning.training.checkpoints import newest_checkpoint
+from koff_lightning.training.retention import RetentionSpec
 from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # kept, since Lightning takes it away after a run
@@ -96,6 +97,27 @@ class Rows(RandomText):
         return Resumable(batches)
 
 
+class GeneralRows:
+    """General text: the rows of one rank, or of all as one batch."""
+
+    def __init__(self, mine: slice) -> None:
+        self.mine = mine
+
+    def batch_number(self, number: int) -> dict[str, Any]:
+        batch = RandomText.batch([None] * 4, seed=500 + number)
+        batch["labels"][:, : 2 + number % 7] = -100
+        batch["labels"][3, 5:] = -100
+        return {name: values[self.mine] for name, values in batch.items()}
+
+
+class RowsAndGeneral(Rows):
+    """With general text beside the rows."""
+
+    def __init__(self, rank: int | None = None, world: int = 2) -> None:
+        super().__init__(rank, world)
+        self.general = GeneralRows(self.mine)
+
+
 class Recorder(Callback):
     """Notes after every optimizer step the phase, what was logged, and all that a checkpoint would hold."""
 
@@ -143,7 +165,9 @@ def fit(
     return module, recorder.steps
 
 
-def joined_fit(folder: Path, world: int = 2, **options: Any) -> tuple[KOFFModule, dict[int, dict[str, Any]]]:
+def joined_fit(
+    folder: Path, world: int = 2, data: Rows | None = None, **options: Any
+) -> tuple[KOFFModule, dict[int, dict[str, Any]]]:
     """The same run on one process: each batch holds the rows of all ranks, each row with the noise it had there."""
     draw = BackboneGates.draw
 
@@ -153,7 +177,7 @@ def joined_fit(folder: Path, world: int = 2, **options: Any) -> tuple[KOFFModule
         return torch.cat([draw(gates, rows // world, (*place[:2], rank)) for rank in range(world)])
 
     with patch.object(BackboneGates, "draw", draw_as_all):
-        return fit(folder, Rows(), **options)
+        return fit(folder, data or Rows(), **options)
 
 
 def launch(folder: Path, what: str, world: int = 2, script: str = __file__) -> None:
@@ -211,6 +235,16 @@ def four(folder: Path, rank: int) -> None:
     """The same on four ranks."""
     run("replicated4", ReplicatedStrategy, folder, rank)
     run("sharded4", ShardedStrategy, folder, rank)
+
+
+def retained(folder: Path, rank: int) -> None:
+    """Runs with general text in every second step: it moves the mask alone, or the drawn memory too."""
+    for name, strategy in (("retained", ReplicatedStrategy), ("retained_sharded", ShardedStrategy)):
+        for updates in ("mask", "both"):
+            trainer = {"strategy": strategy(), "devices": WORLD}
+            spec = RetentionSpec(2, updates=updates)
+            _, steps = fit(folder, RowsAndGeneral(rank, WORLD), trainer=trainer, retention=spec)
+            torch.save(steps, folder / f"{name}_{updates}.{rank}.pt")
 
 
 def variants(folder: Path, rank: int) -> None:
@@ -296,6 +330,11 @@ def _asked_to_end(step: Callable[..., Any], rank: int) -> Callable[..., Any]:
 
 if __name__ == "__main__":
     ranks.BUCKET = 1000  # several for these few parameters
-    {"plain": plain, "four": four, "variants": variants, "commands": commands, "streamed": streamed}[sys.argv[2]](
-        Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
-    )
+    {
+        "plain": plain,
+        "four": four,
+        "retained": retained,
+        "variants": variants,
+        "commands": commands,
+        "streamed": streamed,
+    }[sys.argv[2]](Path(sys.argv[1]), int(os.environ["LOCAL_RANK"]))

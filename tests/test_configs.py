@@ -33,7 +33,7 @@ def stand_in(tmp_path_factory):
 
     def save(family: str) -> str:
         if family not in folders:
-            sizes = {"hidden_size": 32, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 64}
+            sizes = {"hidden_size": 32, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 128}
             heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
             config = AutoConfig.for_model(family, **sizes, **heads, tie_word_embeddings=True)
             folders[family] = str(tmp_path_factory.mktemp(family))
@@ -116,6 +116,10 @@ def test_each_ablation_changes_what_it_says(name, built, stand_in):
         "cross_entropy": (model.loss.ce, model.loss.kl) == (1, 0) and "cross" in name,  # koff-tiny's own
         "blended": (model.loss.ce, model.loss.kl) == (0.5, 0.5),
     }
+    text_alone = (model.loss.ce, model.loss.kl, model.loss.top_k) == (1.0, 0.0, None)
+    arm |= {"ce_alone": text_alone and "ce" in yaml.safe_load((SHIPPED / name).read_text())["model"].get("loss", {})}
+    arm |= {"blended_loss": model.loss.ce == model.loss.kl == 0.5}
+    arm |= {"kl_alone": (model.loss.ce, model.loss.kl, model.loss.top_k, model.loss.tail) == (0.0, 1.0, 100, "drop")}
     differs = [what for what, is_so in arm.items() if is_so]
     assert differs == [name.removeprefix("ablations/").removesuffix(".yaml")]
 

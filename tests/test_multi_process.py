@@ -26,6 +26,7 @@ from koff_lightning.evaluation.harness import KoffLM, quiet, score
 from koff_lightning.support import ranks
 from koff_lightning.training import strategies
 from koff_lightning.training.checkpoints import newest_checkpoint
+from koff_lightning.training.retention import RetentionSpec
 
 PLAIN = ("replicated", "sharded")
 RESUMED = ("resumed", "resumed_sharded", "resumed_replicated")
@@ -82,6 +83,10 @@ def assert_same(one, other, **tolerance):
                 )
 
 
+def not_alike(one, other):
+    return one["logged"]["train/loss"] != other["logged"]["train/loss"]
+
+
 def assert_alike(recorded, first=0):
     """All ranks to the bit, in all phases: logits, multipliers, memories, importance and the hardened mask."""
     for other in recorded[1:]:
@@ -112,6 +117,24 @@ def test_four_processes_are_one_process_with_the_rows_of_all(folder):
         assert_alike(recorded)
     assert_same(four["sharded4"][0], four["replicated4"][0])
     assert_same(four["replicated4"][0], several_ranks.joined_fit(folder, world=4)[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_ranks_take_general_text_together_as_one_process_with_the_rows_of_both(folder, steps):
+    """Also in steps in which one of them has nothing to train on of the domains."""
+    several_ranks.launch(folder, "retained")
+    for updates in ("mask", "both"):
+        replicated, sharded = read(folder, f"retained_{updates}", f"retained_sharded_{updates}").values()
+        assert_alike(replicated)
+        assert_alike(sharded)
+        assert_same(sharded[0], replicated[0])
+        data, spec = several_ranks.RowsAndGeneral(), RetentionSpec(2, updates=updates)
+        _, joined = several_ranks.joined_fit(folder, data=data, retention=spec)
+        assert_same(replicated[0], joined, rtol=1e-5, atol=1e-5)
+        taken = [step for step in range(4) if not_alike(replicated[0][step], steps["replicated"][0][step])]
+        assert taken[0] == (1 if updates == "both" else 3), (
+            "the first due step, and the first in which a mask is learned"
+        )
 
 
 def test_sharding_changes_nothing(steps):

@@ -1,5 +1,7 @@
 """`python -m koff_lightning.commands.bench`: what a KOFF training step costs beside the same step with plain peft LoRA.
 
+With `--teacher K`: what a step with the stored teacher's K likeliest tokens costs beside one with a live teacher.
+
 Both steps see the same batch of the bundled corpora, adapt the same linears at the same rank, leave out KL and include
 the optimizer. They run in turn in one process, so that drift of the machine's speed cancels in the ratio; peak memory
 is taken in a fresh process for each.
@@ -21,8 +23,9 @@ from peft import LoraConfig, get_peft_model
 
 from koff_lightning.callbacks.anneal import AnnealSparsity
 from koff_lightning.data import DomainDataModule
+from koff_lightning.data.teacher import INDEX, LOG_Q
 from koff_lightning.loading import TINY, load_backbone
-from koff_lightning.losses import LossSpec
+from koff_lightning.losses import LossSpec, top_k_of
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.sparsity import SparsitySchedule
 from koff_lightning.training.module import KOFFModule
@@ -55,13 +58,24 @@ def lora_step(batch: dict[str, Any], rank: int, device: str, backbone: str) -> S
     return step
 
 
-def koff_step(batch: dict[str, Any], data: DomainDataModule, rank: int, slots: int, device: str, backbone: str) -> Step:
+def koff_step(
+    batch: dict[str, Any],
+    data: DomainDataModule,
+    rank: int,
+    slots: int,
+    device: str,
+    backbone: str,
+    loss: LossSpec = LossSpec(kl=0),  # noqa: B008
+) -> Step:
     """The same with gates being learned, an adapter and a KV memory per domain, rows routed to their own."""
-    module = KOFFModule(
-        backbone, data.domain_names, lora=LoraSpec(rank, 2 * rank), kv=KVSpec(slots), loss=LossSpec(kl=0)
-    )
+    module = KOFFModule(backbone, data.domain_names, lora=LoraSpec(rank, 2 * rank), kv=KVSpec(slots), loss=loss)
     module.configure_model()
     module.to(device).train()
+    if loss.teacher == "stored":  # what the loader would have read from the disk
+        hidden = module.model.dense_hidden(batch)[:, :-1]
+        seen = [top_k_of(row, module.model.head, loss.top_k) for row in hidden]
+        index, log_q = torch.stack([row.index for row in seen]), torch.stack([row.log_q for row in seen])
+        batch = batch | {INDEX: index.int(), LOG_Q: log_q.half()}
     for name in data.domain_names:
         memory = module.model.memories.kv[module.model.memories.key(name)]
         memory.initialise_(module.model.backbone, data.sample_ids(name, slots).to(device))
@@ -93,18 +107,19 @@ def timed(step: Step, device: str) -> float:
 
 def peak(kind: str, options: argparse.Namespace) -> float:
     """Peak memory of three steps in a fresh process, MiB: of the GPU, or of the process beyond what it held before."""
-    passed = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("measure", "rounds")]
+    passed = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("measure", "rounds", "teacher")]
     command = [sys.executable, "-m", "koff_lightning.commands.bench", f"--measure={kind}", *passed]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def make(kind: str, options: argparse.Namespace) -> Step:
-    """Build one of the two steps."""
+    """Build a step: `koff` or `lora`, `stored` or `live`."""
     domains = options.domains.split(",")
     batch, data = batch_of(domains, options.rows, options.length, options.device)
     if kind == "lora":
         return lora_step(batch, options.rank, options.device, options.backbone)
-    return koff_step(batch, data, options.rank, options.slots, options.device, options.backbone)
+    loss = LossSpec(kl=0) if kind == "koff" else LossSpec(0.0, 1.0, top_k=options.teacher, teacher=kind)
+    return koff_step(batch, data, options.rank, options.slots, options.device, options.backbone, loss)
 
 
 def measure_peak(kind: str, options: argparse.Namespace) -> float:
@@ -127,6 +142,22 @@ def _status(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def _say_pairs(options: argparse.Namespace, one: str, kind: str, other: str, other_kind: str, goal: float) -> None:
+    """Time two steps in turn; print their medians and the ratio's median, least and most."""
+    steps = [make(name, options) for name in (kind, other_kind)]
+    pairs = [tuple(timed(step, options.device) for step in steps) for _ in range(options.rounds + 2)][2:]
+    ratios = [first / second for first, second in pairs]
+    first, second = (statistics.median(times) for times in zip(*pairs, strict=True))
+    print(
+        f"{options.backbone}, {options.rows} x {options.length} tokens, rank {options.rank}, {options.slots} slots, "
+        f"{options.device}, {options.threads} threads, {options.rounds} pairs"
+    )
+    print(
+        f"step    {one} {first:.3f} s   {other} {second:.3f} s   "
+        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}; goal {goal})"
+    )
+
+
 def main() -> None:
     """Print both steps' medians and the two ratios."""
     parser = argparse.ArgumentParser(description="Cost of a KOFF step beside a peft LoRA step on the same batch.")
@@ -139,26 +170,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="counted pairs of steps, after two that are not")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--teacher", type=int, metavar="K", help="compare the stored and the live teacher instead")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.measure:
         print(json.dumps(measure_peak(options.measure, options)))
         return
-    steps = {kind: make(kind, options) for kind in ("koff", "lora")}
-    pairs = [tuple(timed(steps[kind], options.device) for kind in ("koff", "lora")) for _ in range(options.rounds + 2)]
-    koff, lora = zip(*pairs[2:], strict=True)
-    ratio = statistics.median(k / b for k, b in zip(koff, lora, strict=True))
-    low, high = min(k / b for k, b in zip(koff, lora, strict=True)), max(k / b for k, b in zip(koff, lora, strict=True))
+    if options.teacher:
+        _say_pairs(options, "stored teacher", "stored", "live teacher", "live", goal=0.75)
+        return
+    _say_pairs(options, "koff", "koff", "peft LoRA", "lora", goal=1.25)
     memory = {kind: peak(kind, options) for kind in ("koff", "lora")}
-    print(
-        f"{options.backbone}, {options.rows} x {options.length} tokens, rank {options.rank}, {options.slots} slots, "
-        f"{options.device}, {options.threads} threads, {options.rounds} pairs"
-    )
-    print(
-        f"step    koff {statistics.median(koff):.3f} s   peft LoRA {statistics.median(lora):.3f} s   "
-        f"ratio {ratio:.2f} ({low:.2f} to {high:.2f}; goal 1.25)"
-    )
     print(
         f"memory  koff {memory['koff']:.0f} MiB   peft LoRA {memory['lora']:.0f} MiB   "
         f"ratio {memory['koff'] / memory['lora']:.2f} (goal 1.15)"

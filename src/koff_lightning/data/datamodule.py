@@ -153,7 +153,7 @@ class DomainDataModule(LightningDataModule):
                 rank_zero_info(f"reading {'the head of ' * self.streaming}the text of domain '{name}'")
                 rows = self._make(name, source)
             self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
-        if self.general is not None:
+        if self.general is not None and stage in (None, "fit"):
             self.general.trainer = self.trainer
             self.general.setup()
 

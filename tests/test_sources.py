@@ -7,18 +7,20 @@ import lzma
 import warnings
 from pathlib import Path
 
+import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
 from toy_text import toy_documents, write_jsonl
 
 from koff_lightning.data import DomainDataModule
-from koff_lightning.data.readers import read_file
+from koff_lightning.data.readers import read_file, read_records
 from koff_lightning.data.sources import (
     DomainSource,
     as_shares,
     as_sources,
     bundled_domains,
+    domain_shards,
     expand_files,
 )
 from koff_lightning.data.split import is_heldout, read_domain
@@ -552,3 +554,41 @@ def test_heldout_files_that_leave_a_side_without_text(tmp_path):
         read(source("a.jsonl", "same.jsonl"))
     with pytest.raises(KoffError, match=r"no file matches '.*gone\.jsonl'"):
         read(source("a.jsonl", "gone.jsonl"))
+
+
+WANTED = (("topic", ("history", "geography")),)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_only_wanted_records_are_read(tmp_path, suffix):
+    """By the value of a field, or by one of its values where it holds a list; the others still count."""
+    path = tmp_path / f"a.{suffix}"
+    table = pd.DataFrame({"text": ["a", "b", "c"], "id": ["1", "2", "3"], "topic": ["history", "art", "geography"]})
+    match suffix:
+        case "jsonl":
+            table["topic"] = [["art", "history"], ["art"], "geography"]
+            table.to_json(path, orient="records", lines=True)
+        case "csv":
+            table.to_csv(path, index=False)
+        case "parquet":
+            table["topic"] = [["art", "history"], ["art"], ["geography"]]
+            table.to_parquet(path)
+    found = list(read_records(path, "text", "id", pytest.fail, where=WANTED))
+    assert [(number, document.text) for number, document in found] == [(0, "a"), (2, "c")]
+    said = []
+    assert list(read_records(path, "text", "id", said.append, where=(("subject", ("x",)),))) == []
+    assert "no field 'subject', only " in said[0] and "set where to the right one" in said[0]
+
+
+def test_a_domain_of_wanted_records(tmp_path):
+    records = [{"text": f"text {i}", "id": str(i), "topic": "ab"[i % 2]} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    sources = as_sources({n: {"files": str(tmp_path / "a.jsonl"), "where": {"topic": n}} for n in ("a", "b")})
+    texts = {
+        name: {document.text for shard, _ in domain_shards(source) for _, document in shard.read(pytest.fail)}
+        for name, source in sources.items()
+    }
+    assert texts["a"] == {f"text {i}" for i in range(0, 40, 2)} and not texts["a"] & texts["b"]
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(KoffError, match=r"a.txt: a txt file has no field 'topic' to choose by \(where\)"):
+        list(read_records(tmp_path / "a.txt", "text", "id", pytest.fail, where=WANTED))

@@ -158,7 +158,8 @@ def _copy_heads(data: DomainDataModule, name: str, num_bytes: int | None) -> Non
             f"got {num_bytes}"
         )
     for repo in source.hub_entries:
-        shards = hub_shards(repo, source.subset, source.split, source.text_field, source.id_field, bool(source.chat))
+        fields = source.text_field, source.id_field, bool(source.chat), source.wanted
+        shards = hub_shards(repo, source.subset, source.split, *fields)
         make_copy(repo, shards, num_bytes, BadLines(name, data.on_bad_line, endless=True))
 
 

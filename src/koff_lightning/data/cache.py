@@ -141,7 +141,7 @@ class TokenCache:
             "bundled": self._digests(shipped),
             "files": self._digests(expand_files(source.file_entries)),
             "hub": source.hub_entries,
-            "fields": [source.text_field, source.id_field, source.subset, source.split, source.chat],
+            "fields": [source.text_field, source.id_field, source.subset, source.split, source.chat, *source.wanted],
             **options,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

@@ -333,6 +333,7 @@ class DomainDataModule(LightningDataModule):
         for name, text in self._texts.items():
             fields = self.sources[name].text_field, self.sources[name].id_field
             talks = [[text.chat, template_of(self.tokenizer)]] if text.chat else []
+            talks += [self.sources[name].wanted] if self.sources[name].where else []
             identity |= text.identity(fields, split, *talks)
         return Reading(self._texts, self.tokenizer, self.seq_len, identity)
 

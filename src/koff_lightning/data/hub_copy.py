@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.data.patience import read_patiently
-from koff_lightning.data.readers import Document, OnBad
+from koff_lightning.data.readers import Document, OnBad, Where
 from koff_lightning.data.shards import FileShard, HubShard
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import new_folder, own_cache
@@ -24,14 +24,20 @@ MANIFEST = "copy.json"
 
 
 def find_copy(
-    repo: str, subset: str | None, split: str, text_field: str, id_field: str, chat: bool = False
+    repo: str,
+    subset: str | None,
+    split: str,
+    text_field: str,
+    id_field: str,
+    chat: bool = False,
+    where: Where = (),
 ) -> list[FileShard]:
     """The files of a dataset's copy, in its order; none where there is no copy.
 
     Raises:
         KoffError: A copy whose files are not those that were written.
     """
-    folder = _folder(repo, subset, split, text_field, id_field, chat)
+    folder = _folder(repo, subset, split, text_field, id_field, chat, where)
     if (manifest := _manifest(folder)) is None:
         return []
     for name, size in manifest["files"].items():
@@ -60,7 +66,8 @@ def make_copy(repo: str, shards: Sequence[HubShard], num_bytes: int, on_bad: OnB
         KoffError: The dataset cannot be read, or the copy not be written.
     """
     first = shards[0]
-    folder = _folder(repo, first.subset, first.split, first.text_field, first.id_field, first.chat)
+    names = first.text_field, first.id_field
+    folder = _folder(repo, first.subset, first.split, *names, first.chat, first.where)
     manifest = _manifest(folder)
     if manifest and (manifest["whole"] or manifest["asked"] >= num_bytes):
         return
@@ -76,12 +83,13 @@ def make_copy(repo: str, shards: Sequence[HubShard], num_bytes: int, on_bad: OnB
         (work / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _folder(repo: str, subset: str | None, split: str, text_field: str, id_field: str, chat: bool) -> Path:
-    what = [repo, subset, split, text_field, id_field] + [
-        "chat"
-    ] * chat  # talks lie there as the JSON of their messages
-    what = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    return own_cache() / "hub" / f"{re.sub('[^A-Za-z0-9]+', '-', repo)[-60:]}-{what}"
+def _folder(
+    repo: str, subset: str | None, split: str, text_field: str, id_field: str, chat: bool, where: Where
+) -> Path:
+    what: list[Any] = [repo, subset, split, text_field, id_field]
+    what += ["chat"] * chat + [where] * bool(where)  # talks lie there as the JSON of their messages
+    named = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    return own_cache() / "hub" / f"{re.sub('[^A-Za-z0-9]+', '-', repo)[-60:]}-{named}"
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 # to fill memory or time.
 MOST_TIMES, FREE = 250, 2**28
 OnBad = Callable[[str], None]
+Where = tuple[tuple[str, tuple[str, ...]], ...]  # field and its wanted values, of which a record must have one each
 
 
 def refuse(message: str) -> None:
@@ -59,7 +60,13 @@ def read_file(path: Path, text_field: str, id_field: str, on_bad: OnBad, chat: b
 
 
 def read_records(
-    path: Path, text_field: str, id_field: str, on_bad: OnBad, part: Part = ALL, chat: bool = False
+    path: Path,
+    text_field: str,
+    id_field: str,
+    on_bad: OnBad,
+    part: Part = ALL,
+    chat: bool = False,
+    where: Where = (),
 ) -> Iterator[tuple[int, Document]]:
     """Yield (number, document) of the non-empty documents of one file.
 
@@ -71,6 +78,7 @@ def read_records(
             it raises to stop, or returns to leave that line out.
         part: The records to read; the others are passed over as cheaply as the format allows.
         chat: Records are talks: see `as_talk`.
+        where: Records with other values of these fields are passed over.
 
     Raises:
         KoffError: Unknown suffix, unreadable file, or a table without the text column.
@@ -78,10 +86,12 @@ def read_records(
     read = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt, ".parquet": _read_parquet}[format_of(path)]
     if chat and format_of(path) == ".txt":
         raise KoffError(f"cannot read {path}: a txt file holds no talks (chat): give jsonl, csv or parquet")
+    if where and format_of(path) == ".txt":
+        raise KoffError(f"cannot read {path}: a txt file has no field '{where[0][0]}' to choose by (where)")
     names = field_names(text_field, chat)
     try:
-        for number, line, fields, problem in read(path, names, id_field, part):
-            document = None if problem else as_document(fields, text_field, id_field, chat)
+        for number, line, fields, problem in read(path, names, (id_field, *(name for name, _ in where)), part):
+            document = None if problem else as_document(fields, text_field, id_field, chat, where)
             if isinstance(document, Document):
                 if document.text:  # an empty text predicts nothing and has no bytes: leaving it out changes no figure
                     yield number, document
@@ -106,11 +116,17 @@ def format_of(path: Path) -> str:
 Record = tuple[int, int, Any, str | None]  # number, line, fields by name, what is wrong with it (None: nothing)
 
 
-def as_document(fields: Any, text_field: str, id_field: str, chat: bool = False) -> Document | str:
-    """Return the document in one record, or a phrase that says why there is none."""
+def as_document(fields: Any, text_field: str, id_field: str, chat: bool = False, where: Where = ()) -> Document | str:
+    """Return the document in one record, or a phrase that says why there is none; an unwanted one is empty."""
     if not isinstance(fields, dict):
         names = " or ".join(f"'{name}'" for name in field_names(text_field, chat)[:2])
         return f"expected a JSON object with a field {names}, got a {type(fields).__name__}"
+    for name, wanted in where:
+        if name not in fields:
+            return f"no field '{name}', only {_listed(fields)}: set where to the right one"
+        values = fields[name] if isinstance(fields[name], list) else [fields[name]]
+        if not any(str(value) in wanted for value in values):
+            return Document("", "")
     if chat:
         try:
             text = as_talk(fields, field_names(text_field, chat))
@@ -136,7 +152,7 @@ def _about_chat(names: Any) -> str:
     return ", or for talks chat: answers" if TALK[0] in names or {*TALK[1:]} <= {*names} else ""
 
 
-def _read_jsonl(path: Path, names: Sequence[str], id_field: str, part: Part) -> Iterator[Record]:
+def _read_jsonl(path: Path, names: Sequence[str], others: Sequence[str], part: Part) -> Iterator[Record]:
     number = -1
     with _open(path) as file:
         for line, raw in enumerate(file, start=1):
@@ -157,7 +173,7 @@ def _read_jsonl(path: Path, names: Sequence[str], id_field: str, part: Part) -> 
                 yield number, line, None, "not usable JSON (a number of thousands of digits)"
 
 
-def _read_csv(path: Path, names: Sequence[str], id_field: str, part: Part) -> Iterator[Record]:
+def _read_csv(path: Path, names: Sequence[str], others: Sequence[str], part: Part) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than many documents
     with _open(path) as file:
         rows = csv.DictReader((_decode(raw, line) for line, raw in enumerate(file, start=1)), strict=True)
@@ -181,13 +197,13 @@ def _misfit(row: dict[Any, Any]) -> str | None:
     return None
 
 
-def _read_txt(path: Path, names: Sequence[str], id_field: str, part: Part) -> Iterator[Record]:
+def _read_txt(path: Path, names: Sequence[str], others: Sequence[str], part: Part) -> Iterator[Record]:
     if 0 in part:
         with _open(path) as file:
             yield 0, 1, {names[0]: _decode(file.read(), 1)}, None
 
 
-def _read_parquet(path: Path, names: Sequence[str], id_field: str, part: Part) -> Iterator[Record]:
+def _read_parquet(path: Path, names: Sequence[str], others: Sequence[str], part: Part) -> Iterator[Record]:
     import pyarrow  # here: importing it costs a fifth of a second, and only parquet needs it
     import pyarrow.parquet
 
@@ -195,7 +211,7 @@ def _read_parquet(path: Path, names: Sequence[str], id_field: str, part: Part) -
         source = path if isinstance(path, Path) else _with_places(path)
         with pyarrow.parquet.ParquetFile(source) as table:
             require_column(path, table.schema_arrow.names, names)
-            columns = [name for name in dict.fromkeys((*names, id_field)) if name in table.schema_arrow.names]
+            columns = [name for name in dict.fromkeys((*names, *others)) if name in table.schema_arrow.names]
             count, limit = 0, _most_bytes(path)
             number, groups = 0, list(range(table.num_row_groups))
             while groups and number + table.metadata.row_group(groups[0]).num_rows <= part.first:

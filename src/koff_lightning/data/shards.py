@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 
 from koff_lightning.data.messages import field_names
 from koff_lightning.data.patience import patiently
-from koff_lightning.data.readers import ALL, Document, OnBad, Part, as_document, read_records, require_column
+from koff_lightning.data.readers import ALL, Document, OnBad, Part, Where, as_document, read_records, require_column
 from koff_lightning.data.remote import RemoteFile
 
 UNEVEN = 1.05  # readers get whole shards where the largest load is at most this much above the smallest
@@ -39,6 +39,7 @@ class FileShard:
     text_field: str
     id_field: str
     chat: bool = False
+    where: Where = ()
 
     @property
     def name(self) -> str:
@@ -52,7 +53,7 @@ class FileShard:
 
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
         """Yield (number, document) of the usable records in `part`."""
-        return read_records(self.path, self.text_field, self.id_field, on_bad, part, self.chat)
+        return read_records(self.path, self.text_field, self.id_field, on_bad, part, self.chat, self.where)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class HubShard:
     of: int
     size: None = None
     chat: bool = False
+    where: Where = ()
 
     @property
     def name(self) -> str:
@@ -80,7 +82,8 @@ class HubShard:
         if stream.features:
             fields = field_names(self.text_field, self.chat)
             require_column(f"hub:{self.repo}", list(stream.features), fields)
-            names = [name for name in dict.fromkeys((*fields, self.id_field)) if name in stream.features]
+            others = self.id_field, *(name for name, _ in self.where)
+            names = [name for name in dict.fromkeys((*fields, *others)) if name in stream.features]
             stream = stream.select_columns(names)
         stream = stream.shard(num_shards=self.of, index=self.index).skip(part.first)
         number = part.first - 1
@@ -90,7 +93,7 @@ class HubShard:
                 if number not in part:
                     continue
                 record = dict(zip(batch, values, strict=True))
-                document = as_document(record, self.text_field, self.id_field, self.chat)
+                document = as_document(record, self.text_field, self.id_field, self.chat, self.where)
                 if not isinstance(document, Document):
                     on_bad(f"{self.name}:{number + 1}: {document}")
                 elif document.text:
@@ -98,7 +101,13 @@ class HubShard:
 
 
 def hub_shards(
-    repo: str, subset: str | None, split: str, text_field: str, id_field: str, chat: bool = False
+    repo: str,
+    subset: str | None,
+    split: str,
+    text_field: str,
+    id_field: str,
+    chat: bool = False,
+    where: Where = (),
 ) -> list[HubShard]:
     """The shards of a dataset, held to the commit that it is at now: whoever reads them later reads the same.
 
@@ -111,7 +120,7 @@ def hub_shards(
         return fixed, max(1, _open_hub(fixed, subset, split, os.getpid()).num_shards)
 
     fixed, of = patiently(look, f"hub:{repo}")
-    return [HubShard(fixed, subset, split, text_field, id_field, i, of, chat=chat) for i in range(of)]
+    return [HubShard(fixed, subset, split, text_field, id_field, i, of, chat=chat, where=where) for i in range(of)]
 
 
 def is_out_of_reach(repo: str) -> bool:

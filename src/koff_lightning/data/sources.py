@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from koff_lightning.data.hub_copy import find_copy
-from koff_lightning.data.readers import format_of
+from koff_lightning.data.readers import Where, format_of
 from koff_lightning.data.remote import RemoteFile, find_remote, is_remote
 from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_out_of_reach
 from koff_lightning.support.errors import KoffError
@@ -36,6 +36,8 @@ class DomainSource:
             default documents of `files` are held out by the hash of their id.
         subset: Subset of hub datasets, which the hub also calls configuration: ``deu_Latn`` of FineWeb-2, say.
         split: Split of hub datasets.
+        where: Only records with one of these values in a field: ``{topic: [history, geography]}``; of a field that
+            holds a list one of its values is enough.
         chat: Documents are talks, in a field ``messages`` (or text_field) or in ``prompt`` and ``completion``, and are
             written by the tokenizer's chat template: ``answers`` predicts what the assistant says alone, ``all`` all of
             it.
@@ -48,7 +50,14 @@ class DomainSource:
     heldout_files: str | list[str] | None = None
     subset: str | None = None
     split: str = "train"
+    where: dict[str, str | list[str]] | None = None
     chat: Chat | None = None
+
+    @property
+    def wanted(self) -> Where:
+        """`where` in the order of its names, each with all its values."""
+        items = sorted((self.where or {}).items())
+        return tuple((name, tuple([value] if isinstance(value, str) else map(str, value))) for name, value in items)
 
     @property
     def entries(self) -> list[str]:
@@ -177,7 +186,7 @@ def domain_shards(source: DomainSource, streamed: bool = False) -> list[tuple[Sh
             f"{without_secrets(min(map(str, both)))} is among the files and the heldout_files of one "
             "domain: name it in one of them"
         )
-    fields = source.text_field, source.id_field, bool(source.chat)
+    fields = source.text_field, source.id_field, bool(source.chat), source.wanted
     rest: Side = "training" if heldout_files else "by hash"
     shards: list[tuple[Shard, Side]] = [(FileShard(path, *fields), "held out") for path in heldout_files]
     for split, side in (("heldout", "held out"), ("train", "training")):

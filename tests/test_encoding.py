@@ -300,3 +300,26 @@ def test_a_call_does_not_change_the_hash_of_a_tokenizer(tmp_path):
     assert stored.backend_tokenizer.padding is None, "a call without padding puts it off"
     assert (fingerprint(stored), tokenizer_hash(stored)) == before
     assert tokenizer_hash(stored) == bare
+
+
+def test_a_tokenizer_without_any_special_token_trains_and_generates(tmp_path, monkeypatch, capsys):
+    """No pad, no end, no start token: nothing is put before text, prompts are continued one by one or side by side."""
+    made = tiny_artifact(tmp_path, bos=False)
+    model = load_decomposed(made.folder)
+    model.tokenizer.eos_token = model.tokenizer.pad_token = None
+    assert (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id, model.tokenizer.pad_token_id) == (None,) * 3
+    monkeypatch.setattr("koff_lightning.artifact.decomposed.load_decomposed", lambda *_, **__: model)
+    options = ["--model", str(made.folder), "--domain", "de", "--max-new-tokens", "4", "--temperature", "0"]
+    said = []
+    for prompts in (["--prompt", PROMPT, "--prompt", "a"], ["--prompt", PROMPT]):
+        assert main(["generate", *options, *prompts]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[1].strip() in said[0]
+    data = DomainDataModule({"a": str(write_jsonl(tmp_path / "a.jsonl", toy_documents(40)))}, seq_len=32)
+    data._load_tokenizer = lambda: model.tokenizer
+    data.setup()
+    first = next(iter(data.val_dataloader()))
+    assert (first["labels"][:, 0] == IGNORED).all()
+    data.append_eos = True
+    with pytest.raises(KoffError, match="the tokenizer has no end token"):
+        data.prepare(model.tokenizer)

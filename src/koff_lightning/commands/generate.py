@@ -155,6 +155,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> tuple[An
     Raises:
         KoffError: A prompt of no tokens.
     """
+    import torch
+
     from koff_lightning.data.encoding import encode_prompt
 
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -162,8 +164,9 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> tuple[An
         raise KoffError(
             f"prompt {empty[0]} is empty, and this tokenizer has no start token to put before it: give some text"
         )
-    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-    return batch["input_ids"], batch["attention_mask"]
+    longest, pad = max(map(len, rows)), tokenizer.pad_token_id or 0  # nobody attends to it: any token serves
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
 
 
 def _stream(model: "DecomposedModel", prompts: list[str], domains: list[str | None], options: dict[str, Any]) -> None:

@@ -54,6 +54,7 @@ class OwnEngine:
     def __init__(self, folder: Path, rows: int = 32, device: str = "cpu", dtype: str | None = None) -> None:
         self.model: DecomposedModel = load_decomposed(folder, device, dtype)
         self.tokenizer = self.model.tokenizer
+        self.vocabulary = self.model.backbone.get_input_embeddings().num_embeddings
         self.folder, self._rows = folder, rows
         manifest = self.model.manifest
         self._held = {name: _Held(name, manifest.domains[name]["card_sha256"]) for name in self.model.domains}

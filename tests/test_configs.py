@@ -113,8 +113,6 @@ def test_each_ablation_changes_what_it_says(name, built, stand_in):
         "dense_memory": not model.learns_mask and bool(model.lora) and bool(model.kv),
         "shared_memory": model.shared_memory,
         "two_stage": not model.joint,
-        "cross_entropy": (model.loss.ce, model.loss.kl) == (1, 0) and "cross" in name,  # koff-tiny's own
-        "blended": (model.loss.ce, model.loss.kl) == (0.5, 0.5),
     }
     text_alone = (model.loss.ce, model.loss.kl, model.loss.top_k) == (1.0, 0.0, None)
     arm |= {"ce_alone": text_alone and "ce" in yaml.safe_load((SHIPPED / name).read_text())["model"].get("loss", {})}

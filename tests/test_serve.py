@@ -11,7 +11,7 @@ import httpx2 as httpx
 import openai
 import pytest
 from served import Client, served
-from tiny_artifact import tiny_artifact
+from tiny_artifact import VOCABULARY, tiny_artifact
 
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.memories import add_memory, remove_memory
@@ -206,6 +206,7 @@ BAD = [
     ({"prompt": [[]]}, 400, "prompt: it must be a text"),
     ({"prompt": {"a": 1}}, 400, "prompt: it must be a text"),
     ({"prompt": [-1]}, 400, "prompt: it must be a text"),
+    ({"prompt": [VOCABULARY]}, 400, f"a token id is {VOCABULARY}; this model has {VOCABULARY} tokens"),
     ({"prompt": [10**6]}, 400, "a token id is 1000000; this model has"),
     ({"prompt": "half \ud800"}, 400, "lone surrogate"),
     ({"prompt": [5] * 600}, 400, "the prompt has 600 tokens and 6 more are asked for; this model takes 512 in all"),
@@ -382,6 +383,11 @@ def test_metrics_count(client, model):
     assert grown('koff_requests_total{path="/v1/completions",status="200"}') == 1
     assert after["koff_memories"] == 3
     assert client.http.get("/health").json() == {"status": "ok"}
+
+
+def test_ids_that_the_model_makes_are_taken_though_the_tokenizer_has_no_name_for_them(client, model):
+    assert client.complete("tiny:de", [5, VOCABULARY - 1])[0] == 200
+    assert len(model.tokenizer) < VOCABULARY
 
 
 def test_the_page_needs_nothing_from_elsewhere(client, model):

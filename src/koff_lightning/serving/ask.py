@@ -100,7 +100,7 @@ class Ask:
         """Token ids of the prompts; in a thread, as long texts take a while."""
         if isinstance(self.body, Chat):
             return [self._talk([message.plain() for message in self.body.messages])]
-        vocabulary = len(self.tokenizer)
+        vocabulary = self.engine.vocabulary
         prompts = []
         for text in self.body.prompts:
             ids = encode_prompt(self.tokenizer, _sound(text)) if isinstance(text, str) else text

@@ -80,12 +80,14 @@ class Engine(Protocol):
 
     Attributes:
         tokenizer: Of the backbone.
+        vocabulary: Token ids that the model takes, often more than the tokenizer names.
         scores: Whether it can tell log-probabilities of a prompt (`Options.echo` with `logprobs`).
         routes: Whether it can choose a memory by the text.
         load: Texts under way and texts that wait, for the metrics.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
     scores: bool
 
     @property

@@ -56,6 +56,7 @@ class OwnEngine:
 
     def _start(self, model: DecomposedModel, folder: Path, rows: int) -> None:
         self.model, self.tokenizer = model, model.tokenizer
+        self.vocabulary = model.backbone.get_input_embeddings().num_embeddings
         self.folder, self._rows = folder, rows
         manifest = self.model.manifest
         self._held = {name: _Held(name, manifest.domains[name]["card_sha256"]) for name in self.model.domains}

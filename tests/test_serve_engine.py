@@ -104,7 +104,7 @@ def test_prompts_are_read_in_parts(made, model, monkeypatch):
 def test_the_end_token_ends_an_answer_and_is_not_told(made, model, monkeypatch):
     ids = prompts()[0]
     due = alone(model, ids, "de")
-    monkeypatch.setattr(own, "_ends", lambda model: frozenset([due[3]]))
+    monkeypatch.setattr(own, "ends_of", lambda model: frozenset([due[3]]))
     found = run(made.folder, lambda engine: answer(engine, ids, "de", Options(8)))
     assert found == (due[: due.index(due[3])], "stop")
     assert alone(model, ids, "de", ends=due[3]) == [*found[0], due[3]]
@@ -156,6 +156,16 @@ def test_sampling_follows_its_seed_whoever_is_beside(made):
 
     one, beside, other = run(made.folder, both)
     assert one == beside != other
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 5e-324])
+def test_sampling_at_hardly_any_temperature_is_greedy_and_harms_nobody_beside(made, model, temperature):
+    cold = Options(8, temperature=temperature, top_p=0.9, seed=1, ignore_end=True)
+    found = run(
+        made.folder,
+        lambda engine: asyncio.gather(answer(engine, [5, 6, 7], "de", cold), answer(engine, [8, 9], "fr")),
+    )
+    assert [out for out, _ in found] == [alone(model, [5, 6, 7], "de"), alone(model, [8, 9], "fr")]
 
 
 def test_who_goes_away_frees_the_place(made, model):

@@ -30,7 +30,8 @@ class Sampler:
         """The next token, by logits [V]."""
         if not self._warpers:
             return int(logits.argmax())
-        scores = logits[None].float().cpu()  # [1, V]
+        scores = logits[None].double().cpu()  # [1, V]
+        scores -= scores.max()  # so that no temperature makes an infinity of the largest
         for warp in self._warpers:
             scores = warp(None, scores)
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._random))

@@ -260,6 +260,12 @@ def test_a_state_of_another_form_is_refused():
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
+def test_slots_in_some_layers_only_are_refused(tmp_path):
+    folder = tiny_artifact(tmp_path, kv=KVSpec(slots=5, layers=[1])).folder
+    with pytest.raises(KoffError, match="has slots in 1 of . only: serve it with --engine own"):
+        engine(folder)
+
+
 def test_what_cannot_be_done_is_said(tmp_path, monkeypatch):
     folder = tiny_artifact(tmp_path).folder
     with pytest.raises(KoffError, match="cache's type must be one of f32, f16; got 'q8_0'"):
@@ -428,7 +434,7 @@ def test_as_an_engine_it_answers_as_the_own_one(tmp_path):
         assert await llama.refresh() == ["added fr"]
         one, two = await answers(llama, [([3, 4], "fr"), ([3, 4], "law")], Options(4))
         assert one == two
-        with pytest.raises(KoffError, match="name one"):
+        with pytest.raises(KoffError, match="has no router"):
             llama.route(["a text"])
         for engine in made:
             await engine.close()

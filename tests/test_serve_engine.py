@@ -10,11 +10,14 @@ from tiny_artifact import VOCABULARY, tiny_artifact
 
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.memories import add_memory, remove_memory
+from koff_lightning.cli import main
 from koff_lightning.serving import batch, own
 from koff_lightning.serving.engine import Failed, Options, Unknown
 from koff_lightning.serving.own import OwnEngine
+from koff_lightning.support.errors import KoffError
 
 ARMS = ["de", "fr", "law", None]
+ROUTED = {"de": "bundled:de", "fr": "bundled:fr", "law": "bundled:python"}  # text to tell the domains apart by
 LENGTHS = [3, 17, 9, 1, 30, 12, 5, 24]
 
 
@@ -205,6 +208,33 @@ def test_memories_come_and_go_while_texts_are_under_way(made, model, tmp_path):
     assert old == alone(model, [5, 6, 7], "de", 60)
     assert new == alone(model, [5, 6, 7], "law", 60) != old
     assert (len(held), named) == (3, {"de", "fr", "law"}), "the old one is freed when nobody reads it"
+
+
+def test_the_router_is_the_artifacts_whatever_came_and_went(made, tmp_path):
+    folder = shutil.copytree(made.folder, tmp_path / "artifact")
+    fit = ["router", "fit", "--model", str(folder), "--train_bytes", "20000", "--none_rate", "0"]
+    fit += [word for name, text in ROUTED.items() for word in ("--data", f"{name}={text}")]
+    text = "Klicken Sie mit der rechten Maustaste auf die Tabelle und wählen Sie den Eintrag Einfügen aus."
+
+    async def change(engine):
+        assert not engine.routes
+        assert main(fit) == 0
+        await engine.refresh()
+        assert engine.routes and engine.route([text]) == ["de"]
+        remove_memory(folder, "de")
+        add_memory(folder, made.folder / "memories/law", "de")
+        assert await engine.refresh() == ["replaced de"]
+        assert engine.route([text]) == ["de"]
+        add_memory(folder, made.folder / "memories/law", "jura")
+        await engine.refresh()
+        assert not engine.routes, "it was fitted for other memories"
+        with pytest.raises(KoffError, match="fit it anew"):
+            engine.route([text])
+        assert main([*fit, "--data", "jura=bundled:zh"]) == 0
+        await engine.refresh()
+        assert engine.route([text, "在此对话框中选择要插入的单元格区域，然后单击确定按钮。"]) == ["de", "jura"]
+
+    run(folder, change)
 
 
 def test_a_broken_memory_is_left_out_and_the_others_go_on(made, model, tmp_path):

@@ -39,6 +39,8 @@ def test_a_folder_for_llama_server(tmp_path, capsys):
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"README.md", "koff-gguf.json", "model.gguf", *(f"{d}.lora.gguf" for d in made.module.domains)}
     model = tmp_path / "out" / "model.gguf"
+    mark = json.loads((tmp_path / "out" / "koff-gguf.json").read_text(encoding="utf-8"))
+    assert mark["pre_tokenizer"] == entry(model, "tokenizer.ggml.pre") == "gpt-2"
     widths = json.loads((made.folder / "backbone" / "config.json").read_text())["koff_layers"]
     assert entry(model, "deci.feed_forward_length") == [layer["intermediate_size"] for layer in widths]
     assert entry(model, "deci.attention.head_count_kv") == [layer["num_key_value_heads"] for layer in widths]

@@ -65,9 +65,9 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     first, last = _around(tokenizer)
     writer.add_add_bos_token(first)
     writer.add_add_eos_token(last)
-    for name in ("bos", "unk", "pad"):
-        if (number := getattr(tokenizer, f"{name}_token_id")) is not None:
-            getattr(writer, f"add_{name}_token_id")(number)
+    for kind in ("bos", "unk", "pad"):
+        if (number := getattr(tokenizer, f"{kind}_token_id")) is not None:
+            getattr(writer, f"add_{kind}_token_id")(number)
     ends = list(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *ends]))
     adds = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)  # a file has room for three
     for number, add in zip(ends, adds, strict=False):

@@ -135,6 +135,7 @@ class LlamaModel:
         self.model.remove_memory(name)
         loaded = self._loaded.pop(name)
         if loaded.adapter is not None:
+            self._adapt(None)  # the library would take a new adapter at the same address for the freed one
             self._lib.llama_adapter_lora_free(loaded.adapter)
 
     def _with_slots(self) -> list[str]:
@@ -160,6 +161,11 @@ class LlamaModel:
     def _state(self, memory: KVMemory) -> bytes:
         """A sequence that has read a memory's slots, as llama.cpp saves one."""
         slots = memory.slots
+        if len(memory.layers) < memory.depth:
+            raise KoffError(
+                f"llama.cpp has one row of places for all layers, and a memory has slots in {len(memory.layers)} of "
+                f"{memory.depth} only: serve it with --engine own"
+            )
         if slots >= self.room:
             raise KoffError(f"a memory of {slots} slots does not fit in a context of {self.room} tokens: give more")
         if slots not in self._templates:
@@ -174,7 +180,7 @@ class LlamaModel:
     def _pairs(self, memory: KVMemory) -> list[tuple[np.ndarray, np.ndarray]]:
         inv_freq = rotary_inv_freq(self.model.backbone)
         found = []
-        for index in range(len(memory.key)):
+        for index in range(memory.depth):
             key, value = (part.detach().float() for part in memory.layer(index))  # [K, P, dh]
             key = self._form.rotated(rotate_keys(key, inv_freq, memory.slots))
             found.append(tuple(part.transpose(0, 1).flatten(1).numpy() for part in (key, value)))
@@ -298,10 +304,7 @@ class LlamaModel:
 
     def _decode(self, parts: Sequence[tuple[Text, Sequence[int]]], adapter: Any, everywhere: bool) -> list[Tensor]:
         """Read tokens of texts that have one adapter, as many at a time as a batch takes."""
-        adapters = self._ffi.new("struct llama_adapter_lora *[]", [adapter] if adapter is not None else 1)
-        scales = self._ffi.new("float[]", [1.0])
-        if self._lib.llama_set_adapters_lora(self._context, adapters, int(adapter is not None), scales):
-            raise KoffError(f"llama.cpp did not take an adapter: {complaint()}")
+        self._adapt(adapter)
         found: list[list[Tensor]] = [[] for _ in parts]
         todo = [
             (place, token, text, text.length + i, everywhere or i == len(ids) - 1)
@@ -320,6 +323,13 @@ class LlamaModel:
             text.length += len(ids)
             self._check(text)
         return [torch.stack(rows) for rows in found]
+
+    def _adapt(self, adapter: Any) -> None:
+        """Let what is decoded next go through an adapter, or through none."""
+        adapters = self._ffi.new("struct llama_adapter_lora *[]", [adapter] if adapter is not None else 1)
+        scales = self._ffi.new("float[]", [1.0])
+        if self._lib.llama_set_adapters_lora(self._context, adapters, int(adapter is not None), scales):
+            raise KoffError(f"llama.cpp did not take an adapter: {complaint()}")
 
     def _check(self, text: Text) -> None:
         """Raise KoffError unless a text is what it was given, from its memory's first slot to its last token."""

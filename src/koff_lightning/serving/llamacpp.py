@@ -15,7 +15,6 @@ from koff_lightning.serving.engine import Token
 from koff_lightning.serving.llama_model import LlamaModel, Text
 from koff_lightning.serving.own import OwnEngine, ends_of
 from koff_lightning.serving.sampling import described
-from koff_lightning.support.errors import KoffError
 
 _PART = 256  # tokens of a prompt whose logits are held at a time, where they are wanted
 
@@ -55,10 +54,6 @@ class LlamaCppEngine(OwnEngine):
         """The context without the places of the memory's slots."""
         held = self._held.get(memory) if memory is not None else None
         return self._llama.room - (self._llama.slots(held.name) if held else 0)
-
-    def route(self, texts: list[str]) -> list[str | None]:
-        """There is none: the weights that a router would ask are llama.cpp's alone."""
-        raise KoffError("the llama.cpp engine chooses no memory by the text: name one")
 
     async def close(self) -> None:
         """End what is under way, and free what the library holds."""

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.folder import MEMORIES, Manifest, read_manifest
+from koff_lightning.artifact.router_files import check_fit, read_router
+from koff_lightning.router.routing import Router
 from koff_lightning.serving.batch import Batch, Row
 from koff_lightning.serving.engine import Failed, Options, Piece, Unknown
 from koff_lightning.support.errors import KoffError
@@ -61,6 +63,7 @@ class OwnEngine:
         manifest = self.model.manifest
         self._held = {name: _Held(name, manifest.domains[name]["card_sha256"]) for name in self.model.domains}
         self._broken: dict[str, str] = {}  # domain -> hash of the card of a memory that could not be used
+        self._read: tuple[Any, Router] | None = None  # what the manifest said of the router, and the router
         self._numbers = 0  # of memories that took the place of another
         self._room = int(getattr(self.model.backbone.config, "max_position_embeddings", 0) or 2**31)
         self._batch = self._empty()
@@ -78,7 +81,7 @@ class OwnEngine:
     def routes(self) -> bool:
         """Whether the artifact has a router that knows its memories."""
         try:
-            self.route(["a text"])
+            self._router()
         except KoffError:
             return False
         return True
@@ -98,10 +101,20 @@ class OwnEngine:
 
     def route(self, texts: list[str]) -> list[str | None]:
         """By the artifact's router."""
-        ask = getattr(self.model, "route", None)
-        if ask is None:
-            raise KoffError(f"{self.folder} has no router, so no memory can be chosen by the text: name one")
-        return ask(texts)
+        return self._router().route(texts)
+
+    def _router(self) -> Router:
+        """The router of the artifact as it is now; the model's own knows the names inside the model alone.
+
+        Raises:
+            KoffError: There is none, it is damaged, or it was fitted for other memories.
+        """
+        manifest = self.model.manifest
+        if self._read is None or self._read[0] != manifest.router:
+            self._read = manifest.router, read_router(self.folder, manifest)
+        router = self._read[1]
+        check_fit(router.domains, list(self._held), self.folder)
+        return router
 
     # -------------------------------------------------------------------------------------- in the event loop
 

@@ -1,8 +1,10 @@
 """`koff serve` speaks OpenAI's protocol: what clients send is answered as they know it, and as the model says it."""
 
 import concurrent.futures
+import json
 import re
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from tiny_artifact import VOCABULARY, tiny_artifact
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.memories import add_memory, remove_memory
 from koff_lightning.evaluation.harness import KoffLM
+from koff_lightning.serving import ask
 from koff_lightning.serving.batch import Batch
 from koff_lightning.serving.guard import LARGEST_BODY
 from koff_lightning.serving.own import OwnEngine
@@ -364,6 +367,24 @@ def test_a_request_ends_at_the_time_limit(made, slow):
         assert status == 504 and "longer than 0.2 s" in content["error"]["message"]
         events = client.events("/v1/completions", body)
         assert events[-1]["error"]["code"] == "timeout"
+
+
+def test_a_client_that_does_not_read_is_left_after_the_time_limit(made, monkeypatch):
+    monkeypatch.setattr(ask, "GRACE", 0.2)
+    body = {"model": "tiny:de", "prompt": [5] * 400, "n": 64, "max_tokens": 9, "logprobs": 20, "echo": True}
+    content = json.dumps(body | {"stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+    with served(OwnEngine(made.folder), texts=64, seconds=2) as address:
+        client = Client(address)
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as deaf:
+            deaf.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+            while client.complete("tiny:de")[0] == 200:
+                time.sleep(0.01)
+            began = time.monotonic()
+            while client.complete("tiny:de")[0] == 429:
+                assert time.monotonic() - began < 20
+                time.sleep(0.05)
+            assert time.monotonic() - began > 1, "it was the limit that ended it"
 
 
 def test_metrics_count(client, model):

@@ -22,6 +22,7 @@ from koff_lightning.serving.requests import MOST_CHOICES, Chat, Completion
 from koff_lightning.serving.text import decoded
 from koff_lightning.support.errors import KoffError
 
+GRACE = 5.0  # seconds after the time limit in which a client must have read the end of a streamed answer
 HEADER = "X-Koff-Domain"  # whose memory was chosen; `none` for the bare backbone
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class Ask:
                 return JSONResponse(form.whole(told), headers=headers)
             come = job.told()
             first = await _unless_gone(request, anext(come))  # what is refused now has a status of its own
-            return EventStream(self._events(form, come, first), held.pop_all(), headers)
+            seconds = self.front.settings.seconds + GRACE
+            return EventStream(self._events(form, come, first), held.pop_all(), headers, seconds)
 
     def _texts(self) -> list[Any]:
         """What is continued: prompts, or the one talk."""
@@ -242,16 +244,21 @@ class EventStream(StreamingResponse):
         events: Ready to be sent.
         held: Closed at the end.
         headers: Of the response.
+        seconds: After which a client that does not read is left.
     """
 
-    def __init__(self, events: AsyncIterator[str], held: contextlib.AsyncExitStack, headers: dict[str, str]) -> None:
+    def __init__(
+        self, events: AsyncIterator[str], held: contextlib.AsyncExitStack, headers: dict[str, str], seconds: float
+    ) -> None:
         super().__init__(events, headers=headers | {"Cache-Control": "no-cache"}, media_type="text/event-stream")
-        self._held = held
+        self._held, self._seconds = held, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send, then free."""
         async with self._held:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(TimeoutError):  # the server then closes what it could not send
+                async with asyncio.timeout(self._seconds):
+                    await super().__call__(scope, receive, send)
 
 
 def _event(content: dict[str, Any]) -> str:

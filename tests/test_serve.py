@@ -359,6 +359,19 @@ def test_a_client_that_goes_before_its_answer_frees_its_place(made, slow):
             time.sleep(0.01)
 
 
+def test_a_client_that_goes_while_it_sends_is_no_failure(made, caplog):
+    with served(OwnEngine(made.folder)) as address:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as hasty:
+            hasty.sendall(f'{head}Content-Length: 1000\r\n\r\n{{"model"'.encode())
+            time.sleep(0.2)
+        time.sleep(0.2)
+        client = Client(address)
+        told = client.http.get("/metrics").text
+    assert 'status="500"' not in told
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], caplog.text
+
+
 def test_a_request_ends_at_the_time_limit(made, slow):
     with served(OwnEngine(made.folder), seconds=0.2) as address:
         client = Client(address)
@@ -430,11 +443,13 @@ def test_the_page_needs_nothing_from_elsewhere(client, model):
 def test_auto_asks_the_router_and_tells_its_choice(made, model, monkeypatch):
     engine = OwnEngine(made.folder)
     monkeypatch.setattr(OwnEngine, "routes", True)
-    monkeypatch.setattr(
-        OwnEngine,
-        "route",
-        lambda self, texts: ["law" if "fox" in text else None if "none" in text else "de" for text in texts],
-    )
+    asked = []
+
+    def route(self, texts):
+        asked.extend(texts)
+        return ["law" if "fox" in text else None if "none" in text else "de" for text in texts]
+
+    monkeypatch.setattr(OwnEngine, "route", route)
     with served(engine) as address:
         client = Client(address)
         assert client.models()[-1] == "tiny:auto"
@@ -454,6 +469,9 @@ def test_auto_asks_the_router_and_tells_its_choice(made, model, monkeypatch):
         assert content["model"] == "tiny:auto"
         assert [choice["koff_domain"] for choice in content["choices"]] == ["law", "de"]
         assert client.chat("tiny:auto", "a fox")[1]["model"] == "tiny:law"
+        talk = [("user", "größere"), ("assistant", "ja"), ("user", "fox")]
+        status, _ = client.chat("tiny:auto", messages=[{"role": role, "content": text} for role, text in talk])
+        assert status == 200 and asked[-1] == "fox\ngrößere", "the last question first"
 
 
 def test_memories_of_the_folder_show_up_and_go_while_it_serves(made, model, tmp_path):

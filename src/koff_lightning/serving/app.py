@@ -8,6 +8,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from koff_lightning.serving.ask import Ask, Gone
 from koff_lightning.serving.engine import Engine
@@ -48,6 +49,7 @@ def create_app(engine: Engine, settings: Settings, close: bool = True) -> FastAP
     app.add_middleware(Guard, count=front.count, hosts=LOCAL if settings.keys is None else None)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(Gone, _gone)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(HTTPException, _not_found)
     app.add_exception_handler(Exception, _failed)
     return app
@@ -124,7 +126,7 @@ async def _refused(request: Request, error: Refused) -> Response:
     return refusal(error)
 
 
-async def _gone(request: Request, error: Gone) -> Response:
+async def _gone(request: Request, error: Gone | ClientDisconnect) -> Response:
     return Response(status_code=499)  # nginx' number; nobody reads it
 
 

@@ -132,7 +132,8 @@ class Ask:
         if domain != AUTO or AUTO in self.engine.memories():
             return [domain] * len(prompts)
         if isinstance(self.body, Chat):
-            texts = ["\n".join(m.plain()["content"] for m in self.body.messages if m.role == "user")]
+            questions = [m.plain()["content"] for m in reversed(self.body.messages) if m.role == "user"]
+            texts = ["\n".join(questions)]  # the last one first, as `koff chat` asks: a router reads the beginning
         else:
             texts = [text if isinstance(text, str) else decoded(self.tokenizer, text) for text in self.body.prompts]
         try:

@@ -253,6 +253,21 @@ def test_a_broken_memory_is_left_out_and_the_others_go_on(made, model, tmp_path)
     assert run(folder, change)[0] == alone(model, [5, 6, 7], "law")
 
 
+def test_a_memory_that_fails_in_a_way_of_its_own_is_left_out_too(made, model, tmp_path, monkeypatch):
+    folder = shutil.copytree(made.folder, tmp_path / "artifact")
+
+    async def change(engine):
+        def failing(path, name):
+            raise TypeError("odd")
+
+        add_memory(folder, made.folder / "memories/law", "jura")
+        monkeypatch.setattr(engine.model, "add_memory", failing)
+        assert await engine.refresh() == ["left out jura, which cannot be used: odd"]
+        return await answer(engine, [5, 6, 7], "law")
+
+    assert run(folder, change)[0] == alone(model, [5, 6, 7], "law")
+
+
 def test_a_step_that_fails_ends_its_answers_and_no_others(made, model, monkeypatch):
     step = batch.Batch.step
     failures = iter([True])

@@ -88,6 +88,14 @@ def test_auto_does_not_lead_to_others_domains(address, engine, monkeypatch):
     assert "fr" not in json.dumps(content)
 
 
+def test_a_memory_called_auto_is_hidden_as_any_other(address, folder):
+    alice, operator = Client(address, ALICE), Client(address, OPERATOR)
+    before = alice.complete("tiny:auto"), alice.models()
+    assert operator.post("/koff/memories", {"path": str(folder / "memories/law"), "name": "auto"})[0] == 200
+    assert operator.text("tiny:auto") == operator.text("tiny:law")
+    assert (alice.complete("tiny:auto"), alice.models()) == before
+
+
 def test_memories_are_changed_by_admins_alone(address, folder):
     alice, operator = Client(address, ALICE), Client(address, OPERATOR)
     new = {"path": str(folder / "memories/law"), "name": "jura"}

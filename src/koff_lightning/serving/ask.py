@@ -129,7 +129,7 @@ class Ask:
 
     async def _domains(self, domain: str | None, prompts: list[list[int]]) -> list[str | None]:
         """Whose memory each prompt is read with."""
-        if domain != AUTO or AUTO in self.engine.memories():
+        if domain != AUTO or self.front.called_auto(self.rights):
             return [domain] * len(prompts)
         if isinstance(self.body, Chat):
             questions = [m.plain()["content"] for m in reversed(self.body.messages) if m.role == "user"]

@@ -178,12 +178,6 @@ def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _beside(pairs: Sequence[tuple[Tensor, Tensor]], width: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of one layer of several batches, padded on the left to `width` tokens."""
-    keys, values = ([F.pad(t, (0, 0, width - t.shape[2], 0)) for t in same] for same in zip(*pairs, strict=True))
-    return torch.cat(keys), torch.cat(values)
-
-
 def _cut(
     layers: list[tuple[Tensor, Tensor]], mask: Tensor, stay: list[int]
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

@@ -98,11 +98,15 @@ class Front:
             raise no_model(model)
         if not colon:
             return None
-        if domain == AUTO and AUTO not in self.engine.memories():
+        if domain == AUTO and not self.called_auto(rights):
             return AUTO
         if domain not in self.engine.memories() or not rights.may_read(domain):
             raise no_model(model)
         return domain
+
+    def called_auto(self, rights: Rights) -> bool:
+        """Whether `auto` is the name of a memory for this caller, and so not the router."""
+        return AUTO in self.engine.memories() and rights.may_read(AUTO)
 
     def count(self, path: str, status: int) -> None:
         """Note an answered request."""
@@ -125,7 +129,7 @@ class Front:
                 for line in await self.engine.refresh():
                     _log.warning("%s", line)
                 self._faults = ""
-            except (KoffError, OSError) as error:
+            except Exception as error:  # whatever it is, the next look comes
                 if str(error) != self._faults:  # while an artifact is being replaced there is none for a moment
                     _log.warning("the memories were not looked at: %s", error)
                 self._faults = str(error)

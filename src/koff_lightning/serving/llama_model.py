@@ -125,7 +125,7 @@ class LlamaModel:
         domain = self.model.add_memory(path, name)
         try:
             self._take_up(domain)
-        except KoffError:
+        except Exception:
             self.model.remove_memory(domain)
             raise
         return domain

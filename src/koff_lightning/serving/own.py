@@ -161,7 +161,7 @@ class OwnEngine:
                 continue
             try:
                 said.append(await self._take_up(name, sha256, manifest))
-            except (KoffError, OSError) as error:
+            except Exception as error:  # whatever is wrong with one, the others go on
                 self._broken[name] = sha256
                 said.append(f"left out {name}, which cannot be used: {error}")
         self.model.manifest = manifest

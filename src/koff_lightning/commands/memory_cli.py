@@ -16,9 +16,10 @@ def list_memories(folder: str) -> None:
         folder: Folder that `koff export` wrote.
     """
     from koff_lightning.artifact.folder import read_manifest
+    from koff_lightning.artifact.hub import local_folder
     from koff_lightning.commands.inspection import domain_table
 
-    path = Path(folder).expanduser()
+    path = local_folder(folder)
     print("\n".join(domain_table(path, read_manifest(path))))
 
 

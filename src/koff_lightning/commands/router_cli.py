@@ -115,12 +115,13 @@ def test(
     if heldout_bytes < 0:
         raise KoffError(f"router test: heldout_bytes must be 0 or more; got {heldout_bytes}")
     from koff_lightning.artifact.decomposed import default_device, load_decomposed
+    from koff_lightning.artifact.hub import local_folder
     from koff_lightning.artifact.router_files import read_router
     from koff_lightning.data import DomainDataModule
     from koff_lightning.evaluation import routing
     from koff_lightning.support.files import write_atomically
 
-    folder = Path(model).expanduser()
+    folder = local_folder(model)
     manifest, text = _text(folder, config, data, heldout=HELDOUT)
     router = read_router(folder, manifest)  # before the model, which takes longer
     others = named_texts(unseen or [], "--unseen")

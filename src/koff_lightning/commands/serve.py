@@ -56,9 +56,11 @@ def serve(
     _check(batch_size, queue, time_limit, max_tokens)
     _check_installed()
     from koff_lightning.artifact.folder import read_manifest
+    from koff_lightning.artifact.hub import local_folder
     from koff_lightning.serving.keys import read_keys
 
-    manifest, folder = read_manifest(artifact), Path(artifact).expanduser().resolve()
+    folder = local_folder(artifact).resolve()
+    manifest = read_manifest(folder)
     allowed = read_keys(keys) if keys is not None else None
     if allowed is None and not is_local(host):
         raise KoffError(f"anybody who reaches {host} could use this server: give --keys FILE, or leave --host out")

@@ -160,6 +160,30 @@ def test_fitting_twice_gives_the_same_files(made, folder):
     assert not [path for path in folder.parent.iterdir() if ".part" in path.name]
 
 
+def test_of_talks_it_learns_the_questions(made, folder, tmp_path):
+    """As it meets them in a chat: the same text as talks gives the same router."""
+    folders = folder, shutil.copytree(folder, tmp_path / "other")
+    for home, chat in zip(folders, (False, True), strict=True):
+        domains = {}
+        for name, source in (("de", "de"), ("fr", "fr"), ("law", "python")):
+            texts = [text[:1500] for text in bundled(source)[:40]]
+            talks = [
+                [{"role": "user", "content": a}, {"role": "assistant", "content": "OK"}, {"role": "user", "content": b}]
+                for a, b in ((text[:700], text[700:]) for text in texts)
+            ]
+            rows = [
+                {"id": str(n)} | ({"messages": talk} if chat else {"text": f"{text[:700]}\n{text[700:]}"})
+                for n, (text, talk) in enumerate(zip(texts, talks, strict=True))
+            ]
+            path = tmp_path / f"{name}{chat}.jsonl"
+            path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+            domains[name] = {"files": str(path), "heldout_files": None} | ({"chat": "answers"} if chat else {})
+        config = tmp_path / f"{chat}.yaml"
+        config.write_text(json.dumps({"data": {"domains": domains}}), encoding="utf-8")
+        assert main(["router", "fit", "--model", str(home), "--config", str(config)]) == 0
+    assert len({hash_file(home / "router" / "router.safetensors") for home in folders}) == 1
+
+
 # ------------------------------------------------------------------------------------------------ what is read
 
 

@@ -12,6 +12,7 @@ HELDOUT = 500_000  # bytes of held-out text of each domain to route, at most
 if TYPE_CHECKING:
     from koff_lightning.artifact.folder import Manifest
     from koff_lightning.data import DomainDataModule
+    from koff_lightning.data.split import Texts
     from koff_lightning.evaluation.routing import Confusion
 
 
@@ -51,7 +52,7 @@ def fit(
     folder = Path(model).expanduser()
     manifest, text = _text(folder, config, data, most=train_bytes)
     check_choice(manifest, folder)
-    read = text.texts()
+    read = _texts(text)
     names = list(manifest.domains)
     parts = {name: training_pieces(read[name].train, train_bytes, seed) for name in names}
     pieces = [piece for name in names for piece in parts[name][0]]
@@ -128,9 +129,9 @@ def test(
     if known := [name for name in others if name in router.domains]:
         raise KoffError(f"--unseen: the router knows {known[0]!r}: name what it does not know")
     decomposed = load_decomposed(folder, default_device(device), domains="auto")
-    texts = {name: part.heldout for name, part in text.texts().items()}
+    texts = {name: part.heldout for name, part in _texts(text).items()}
     if others:
-        texts |= {name: part.heldout for name, part in DomainDataModule(others).texts().items()}
+        texts |= {name: part.heldout for name, part in _texts(DomainDataModule(others)).items()}
     tables = {str(n): routing.confusion(router, texts, decomposed.tokenizer, n) for n in routing.FIRST}
     found: dict[str, Any] = {
         "domains": list(router.domains),
@@ -188,6 +189,17 @@ def _text(
     if heldout and not options.get("streaming"):  # there what the run did not hold out it may have trained on
         options["max_heldout_bytes"] = heldout
     return manifest, DomainDataModule(**options | {"tokenizer": tokenizer, "num_workers": 0})
+
+
+def _texts(data: "DomainDataModule") -> "dict[str, Texts]":
+    """The text of every domain as a router meets it: of talks the questions, as in a chat."""
+    from koff_lightning.data.messages import questions
+    from koff_lightning.data.split import Texts
+
+    return {
+        name: Texts(*([questions(talk) for talk in side] for side in read)) if data.sources[name].chat else read
+        for name, read in data.texts().items()
+    }
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from koff_lightning import DomainDataModule, KoffError, load_decomposed
 from koff_lightning.artifact.folder import describe_file, read_manifest, verify
 from koff_lightning.artifact.router_files import read_router
 from koff_lightning.cli import main
+from koff_lightning.evaluation.routing import first_ids
 from koff_lightning.memory import LoraSpec
 from koff_lightning.router import ngrams, routing
 from koff_lightning.router.encoder import fine_tune, load_encoder
@@ -362,6 +363,16 @@ def test_the_report_counts_every_text_once_and_told_is_what_telling_costs(made, 
         low, high = min(row["told"], row["none"]), max(row["told"], row["none"])
         if row["64"] not in (row["told"], row["none"]):
             assert low - 0.5 < row["64"] < high + 0.5
+
+
+def test_padding_is_no_text_to_route():
+    data = DomainDataModule({"python": "bundled:python"}, tokenizer="koff-tiny", seq_len=128, max_heldout_bytes=20_000)
+    data.setup()
+    for batch in data.val_dataloader():
+        for ids, row, count in zip(first_ids(batch, 10**6), batch["input_ids"], batch["labels"], strict=True):
+            assert ids == row[: len(ids)].tolist()
+            assert (count[len(ids) :] == -100).all() and count[len(ids) - 1] != -100
+        assert [ids[:16] for ids in first_ids(batch, 10**6)] == first_ids(batch, 16)
 
 
 def test_lm_eval_reads_each_request_with_what_the_router_picks(model):

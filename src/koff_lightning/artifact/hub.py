@@ -251,7 +251,8 @@ def _add(folder: Path, path: Path) -> "CommitOperationAdd":
 
 def _card(folder: Path, repo: str) -> str:
     """The backbone's card, told from the root of the repository."""
-    text = (folder / BACKBONE / "README.md").read_text(encoding="utf-8")
+    card = folder / BACKBONE / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo}\n"
     text = text.replace('load_decomposed("DIR")                     # the folder above this one, with its memories', "")
     text = text.replace("model = \n", f'model = load_decomposed("{repo}")\n')
     return text.replace('"DIR/backbone"', f'"{repo}", subfolder="backbone"').replace("`../memories/`", "`memories/`")

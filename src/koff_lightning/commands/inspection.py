@@ -19,7 +19,7 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
     """Show sizes, sparsity by layer, parameters and domains of an exported model.
 
     Args:
-        folder: Folder that `koff export` wrote.
+        folder: Folder that `koff export` wrote, or org/name of one on the hub.
         png: File to draw the sparsity by layer into, besides the terminal.
         verify: Compare every file with its hash in the manifest too.
         check: Engines to ask what they can take, with commas: hf,peft,vllm,sglang,gguf.

@@ -105,7 +105,7 @@ def test(
     """Test how well the router picks: on held-out text, on domains it never saw, and in bits per byte.
 
     Args:
-        model: Folder of an artifact with a router.
+        model: Folder of an artifact with a router, or org/name of one on the hub.
         config: Config whose `data` section names the text; by default that of the artifact's run.
         data: NAME=TEXT of a domain, in place of what the config says of it; several times.
         unseen: NAME=TEXT of a domain that the router does not know, whose text belongs to none; several times.

@@ -34,7 +34,8 @@ def serve(
     """Serve an exported model by OpenAI's protocol: NAME is its backbone, NAME:DOMAIN one with a memory.
 
     Args:
-        artifact: Folder that `koff export` wrote. Memories that are added to it or removed show up in a second.
+        artifact: Folder that `koff export` wrote, or org/name of one on the hub. Memories that are added to a folder or
+            removed show up in a second.
         host: Address to listen at. Another than this machine's own needs --keys.
         port: Port to listen at.
         keys: YAML file of who may use which domains, NAME: {key: ..., domains: [...] or all, admin: true}.

@@ -4,12 +4,16 @@ import asyncio
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tiny_artifact import VOCABULARY, tiny_artifact
 
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.memories import add_memory, remove_memory
+from koff_lightning.artifact.router_files import write_router
+from koff_lightning.router.ngrams import NgramClassifier
+from koff_lightning.router.routing import Router
 from koff_lightning.serving import batch, own
 from koff_lightning.serving.engine import Failed, Options, Unknown
 from koff_lightning.serving.own import OwnEngine
@@ -195,6 +199,24 @@ def test_memories_come_and_go_while_texts_are_under_way(made, model, tmp_path):
     assert old == alone(model, [5, 6, 7], "de", 60)
     assert new == alone(model, [5, 6, 7], "law", 60) != old
     assert (len(held), named) == (3, {"de", "fr", "law"}), "the old one is freed when nobody reads it"
+
+
+def test_a_router_goes_on_when_a_memory_is_replaced(made, tmp_path):
+    folder = shutil.copytree(made.folder, tmp_path / "artifact")
+    always_de = NgramClassifier(np.zeros((3, 2**16), np.float32), np.array([1, 0, 0], np.float32))
+    write_router(folder, Router(("de", "fr", "law"), always_de, (0.0, 0.0, 0.0)), {})
+
+    async def change(engine):
+        assert engine.routes and engine.route(["a text"]) == ["de"]
+        remove_memory(folder, "de")
+        add_memory(folder, made.folder / "memories/law", "de")
+        assert await engine.refresh() == ["replaced de"]
+        assert engine.routes and engine.route(["a text"]) == ["de"]
+        remove_memory(folder, "fr")
+        assert await engine.refresh() == ["removed fr"]
+        assert not engine.routes
+
+    run(folder, change)
 
 
 def test_a_broken_memory_is_left_out_and_the_others_go_on(made, model, tmp_path):

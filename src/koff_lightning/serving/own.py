@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.folder import MEMORIES, Manifest, read_manifest
+from koff_lightning.artifact.router_files import check_fit
 from koff_lightning.serving.batch import Batch, Row
 from koff_lightning.serving.engine import Failed, Options, Piece, Unknown
 from koff_lightning.support.errors import KoffError
@@ -97,11 +98,10 @@ class OwnEngine:
         return self._room
 
     def route(self, texts: list[str]) -> list[str | None]:
-        """By the artifact's router."""
-        ask = getattr(self.model, "route", None)
-        if ask is None:
-            raise KoffError(f"{self.folder} has no router, so no memory can be chosen by the text: name one")
-        return ask(texts)
+        """By the artifact's router, among what is held now: inside the model a replaced memory has another name."""
+        router = self.model.router
+        check_fit(router.domains, list(self._held), self.folder, loaded=True)
+        return router.route(texts)
 
     # -------------------------------------------------------------------------------------- in the event loop
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,6 +22,8 @@ class Hub:
         self.sent: list[str] = []  # hashes of large files, in the order they came
         self.url = ""
         self.fail_after: int | None = None  # uploads that still work
+        self.broken: set[str] = set()  # files whose download fails
+        self.meanwhile: Callable[[], None] | None = None  # what somebody else does while a commit is made ready
 
     def at(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]]:
         commits = self.commits[repo]
@@ -67,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in path:
+            if self.hub.meanwhile:
+                self.hub.meanwhile()
             names = [file["path"] for file in json.loads(data)["files"]]
             kinds = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
             self.answer(
@@ -87,6 +91,9 @@ class Handler(BaseHTTPRequestHandler):
         files = dict(self.hub.commits[repo][-1])
         for line in lines:
             value = line["value"]
+            if value.get("parentCommit") not in (None, self.hub.at(repo, "main")[0]):
+                self.answer({"error": "the branch has moved"}, 412)
+                return
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
@@ -126,6 +133,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if resolve and resolve[3] not in files:
             self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+        elif resolve and resolve[3] in self.hub.broken and self.command == "GET":
+            self.answer({"error": "out of order"}, 403)
         elif resolve:
             data = files[resolve[3]]
             self.answer(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=sha)

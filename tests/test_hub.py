@@ -14,6 +14,8 @@ from koff_lightning.artifact import hub as on_hub
 from koff_lightning.artifact.folder import read_manifest, verify
 from koff_lightning.artifact.memories import remove_memory
 from koff_lightning.cli import main
+from koff_lightning.commands import serve
+from koff_lightning.studies.analysis.runs import find_runs
 
 # huggingface_hub's own, on its way of uploading without Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
@@ -119,6 +121,163 @@ def test_what_was_changed_on_the_way_is_refused_and_fetched_again(hub, artifact,
     assert load_decomposed(REPO).domains
 
 
+def add_router(folder):
+    texts = ["--data", "de=bundled:de", "--data", "fr=bundled:fr", "--data", "law=bundled:python"]
+    assert main(["router", "fit", "--model", str(folder), *texts, "--train_bytes", "20000"]) == 0
+
+
+def test_a_router_goes_with_its_artifact_and_not_with_a_part_of_it(hub, artifact, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(artifact, bare)
+    add_router(artifact)
+    on_hub.push(artifact, REPO)
+    back = on_hub.pull(REPO, tmp_path / "back")
+    texts = ["Klicken Sie mit der rechten Maustaste auf die Tabelle.", "def main(argv):"]
+    assert load_decomposed(back, domains="auto").route(texts) == load_decomposed(artifact, domains="auto").route(texts)
+    part = on_hub.pull(REPO, tmp_path / "part", ["de", "fr"])
+    assert read_manifest(part).router is None and not (part / "router").exists()
+    assert load_decomposed(part).domains == ["de", "fr"]
+    on_hub.push(bare, REPO)
+    assert not [name for name in hub.commits[REPO][-1] if name.startswith("router/")]
+    assert on_hub.pull(REPO, tmp_path / "again")
+
+
+def test_a_pull_that_was_cut_short_goes_on(hub, artifact, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    on_hub.push(artifact, REPO)
+    hub.broken = {"memories/law/adapter_model.safetensors"}
+    assert main(["pull", f"{REPO}@main"]) == 2
+    assert "the hub answered 403" in capsys.readouterr().err
+    assert not (tmp_path / "tiny" / "koff.json").exists()
+    with pytest.raises(KoffError, match="is there already"):
+        on_hub.pull(REPO, "tiny", ["de"])  # something else
+    hub.broken = set()
+    assert main(["pull", f"{REPO}@main"]) == 0
+    assert sorted(p.name for p in (tmp_path / "tiny").iterdir()) == sorted(
+        {p.name for p in artifact.iterdir()} | {"README.md"}
+    )
+    assert load_decomposed("tiny").domains
+    assert main(["pull", REPO]) == 2
+
+
+def test_a_damaged_memory_goes_neither_up_nor_down(hub, artifact, tmp_path):
+    on_hub.push(artifact, REPO)
+    files, name = hub.commits[REPO][-1], "memories/de/adapter_model.safetensors"
+    good, files[name] = files[name], files[name][:-1] + b"\1"
+    for target in (None, tmp_path / "back"):
+        with pytest.raises(KoffError, match="was changed after it was written"):
+            on_hub.pull(REPO, target)
+    files[name] = good
+    for target in (None, tmp_path / "back"):
+        assert load_decomposed(on_hub.pull(REPO, target)).domains
+    (artifact / name).write_bytes(good[:-1] + b"\1")
+    with pytest.raises(KoffError, match="was changed after it was written"):
+        on_hub.push(artifact, REPO, ["de"])
+
+
+def test_who_pushes_at_the_same_time_is_not_overwritten(hub, artifact):
+    on_hub.push(artifact, REPO)
+    hub.meanwhile = lambda: hub.commits[REPO].append(hub.commits[REPO][-1] | {"theirs": b""})
+    with pytest.raises(KoffError, match="the hub answered 412 for org/tiny: somebody else has pushed to it meanwhile"):
+        on_hub.push(artifact, REPO, ["de"])
+    hub.meanwhile = None
+    on_hub.push(artifact, REPO, ["de"])
+    assert "theirs" in hub.commits[REPO][-1]
+
+
+def test_a_memory_that_is_pushed_anew_leaves_nothing_of_the_old_one(hub, artifact, tmp_path):
+    on_hub.push(artifact, REPO)
+    hub.commits[REPO][-1]["memories/de/part_it_had.safetensors"] = b"old"
+    hub.commits[REPO][-1]["memories/fr/of_another"] = b"old"
+    on_hub.push(artifact, REPO, ["de"])
+    assert [name for name in hub.commits[REPO][-1] if "part_it_had" in name or "of_another" in name] == [
+        "memories/fr/of_another"
+    ]
+
+
+def test_memories_go_only_to_their_own_layout(hub, artifact, tmp_path):
+    shutil.rmtree(artifact)
+    masked = tiny_artifact(tmp_path, layout="masked").folder
+    on_hub.push(masked, REPO)
+    with pytest.raises(KoffError, match="org/tiny holds an artifact of layout 'masked', here it is 'ragged'"):
+        on_hub.push(tiny_artifact(tmp_path).folder, REPO, ["de"])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{", "is not valid JSON"),
+        (b"[]", "must hold an object"),
+        (b'{"format_version": 99}', "has format version 99"),
+        (b"[" * 10**5, "nests values thousands deep|is not valid JSON"),
+        (b'{"format_version": 1}', "lacks"),
+    ],
+)
+def test_a_manifest_of_a_stranger_is_one_line(hub, artifact, tmp_path, content, message):
+    on_hub.push(artifact, REPO)
+    hub.commits[REPO][-1]["koff.json"] = content
+    with pytest.raises(KoffError, match=message):
+        on_hub.pull(REPO, tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", ["memories/de/../../../out", "memories/de/..\\out", "../out", "LICENSE.old", "x/y"])
+def test_names_that_lead_elsewhere_are_not_fetched(hub, artifact, tmp_path, name):
+    on_hub.push(artifact, REPO)
+    hub.commits[REPO][-1][name] = b"x"
+    back = on_hub.pull(REPO, tmp_path / "a" / "back")
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(("out", ".old", "y"))]
+    assert load_decomposed(back).domains
+
+
+def test_what_was_pulled_is_found_without_network(hub, artifact, monkeypatch):
+    on_hub.push(artifact, REPO)
+    first = on_hub.local_folder(REPO)
+    on_hub.pull(REPO, memories=["de"])
+    sha, _ = hub.at(REPO, "main")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert on_hub.local_folder(REPO) == on_hub.local_folder(f"{REPO}@{sha}") == first
+    assert read_manifest(on_hub.pull(REPO, memories=["de"])).domains.keys() == {"de"}
+    with pytest.raises(KoffError, match="no folder org/tiny@v1 here, and from the hub: the hub is not asked"):
+        on_hub.local_folder(f"{REPO}@v1")
+
+
+def test_many_memories_are_no_longer_name_than_a_disk_takes():
+    assert len(on_hub._suffix([f"{'long' * 15}{n}" for n in range(50)])) < 20
+
+
+def test_verbs_that_read_an_artifact_take_its_name_on_the_hub(hub, artifact, monkeypatch, capsys):
+    add_router(artifact)
+    on_hub.push(artifact, REPO)
+    monkeypatch.setattr("builtins.input", lambda _: "/exit")
+    texts = ["--data", "de=bundled:de", "--data", "fr=bundled:fr", "--data", "law=bundled:python"]
+    commands = [
+        ["inspect", REPO],
+        ["memory", "list", REPO],
+        ["generate", "--model", REPO, "--prompt", "Klicken Sie", "--domain", "auto", "--max_new_tokens", "2"],
+        ["router", "test", "--model", REPO, *texts, "--heldout_bytes", "0"],
+    ]
+    for command in commands:
+        assert main(command) == 0, command
+    served = []
+    monkeypatch.setattr(serve, "_own", lambda folder, *_: served.append(folder))
+    monkeypatch.setattr(serve, "_run", lambda *_: None)
+    monkeypatch.setattr("koff_lightning.serving.app.create_app", lambda *_: None)
+    assert main(["serve", REPO, "--port", "0"]) == 0
+    home = on_hub.local_folder(REPO)
+    assert served == [home.resolve()]
+    assert list(find_runs([REPO]).values()) == [home]
+    assert main(["lm-eval", "--model", REPO, "--tasks", "koff_cloze", "--domains", "nn", "--device", "cpu"]) == 2
+    assert f"{home} has no memory for 'nn'" in capsys.readouterr().err
+    assert on_hub.artifact_or_same("org/dense") == "org/dense", "a dense model"
+
+
+@pytest.mark.parametrize("verb", [["memory", "remove"], ["router", "fit", "--model"]])
+def test_verbs_that_change_an_artifact_want_a_folder(hub, artifact, capsys, verb):
+    on_hub.push(artifact, REPO)
+    assert main([*verb, REPO, *(["de"] if verb[0] == "memory" else [])]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -129,12 +288,17 @@ def test_what_was_changed_on_the_way_is_refused_and_fetched_again(hub, artifact,
         (["pull", "org/plain"], "org/plain holds no koff.json, so it is no artifact"),
         (["push", "ARTIFACT", "a/b/c"], "a repository of the hub is named org/name; got 'a/b/c'"),
         (["push", "ARTIFACT", REPO, "--domain=nn"], "has no memory for 'nn'; it has "),
+        (["pull", "org/a--b"], "a repository of the hub is named org/name; got 'org/a--b'"),
+        (["pull", f"org/{'a' * 100}"], "a repository of the hub is named org/name; got"),
+        (["pull", REPO, "--out", "file"], "file is there already: give another --out"),
+        (["pull", REPO, "--out", "file/below"], "cannot write file/below"),
         (["push", "nowhere", REPO], "artifact 'nowhere': no such folder"),
     ],
 )
 def test_bad_input_is_one_line(hub, artifact, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     on_hub.push(artifact, REPO)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     hub.commits["org/plain"] = [{"config.json": b"{}"}]
     capsys.readouterr()
     assert main([str(artifact) if word == "ARTIFACT" else word for word in words]) == 2

@@ -16,6 +16,7 @@ from koff_lightning import DomainDataModule, KoffError, load_decomposed
 from koff_lightning.artifact.folder import describe_file, read_manifest, verify
 from koff_lightning.artifact.router_files import read_router
 from koff_lightning.cli import main
+from koff_lightning.evaluation.routing import first_ids
 from koff_lightning.memory import LoraSpec
 from koff_lightning.router import ngrams, routing
 from koff_lightning.router.encoder import fine_tune, load_encoder
@@ -158,6 +159,30 @@ def test_fitting_twice_gives_the_same_files(made, folder):
     for name in ("router.json", "router.safetensors"):
         assert hash_file(folder / "router" / name) == hash_file(made.folder / "router" / name)
     assert not [path for path in folder.parent.iterdir() if ".part" in path.name]
+
+
+def test_of_talks_it_learns_the_questions(made, folder, tmp_path):
+    """As it meets them in a chat: the same text as talks gives the same router."""
+    folders = folder, shutil.copytree(folder, tmp_path / "other")
+    for home, chat in zip(folders, (False, True), strict=True):
+        domains = {}
+        for name, source in (("de", "de"), ("fr", "fr"), ("law", "python")):
+            texts = [text[:1500] for text in bundled(source)[:40]]
+            talks = [
+                [{"role": "user", "content": a}, {"role": "assistant", "content": "OK"}, {"role": "user", "content": b}]
+                for a, b in ((text[:700], text[700:]) for text in texts)
+            ]
+            rows = [
+                {"id": str(n)} | ({"messages": talk} if chat else {"text": f"{text[:700]}\n{text[700:]}"})
+                for n, (text, talk) in enumerate(zip(texts, talks, strict=True))
+            ]
+            path = tmp_path / f"{name}{chat}.jsonl"
+            path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+            domains[name] = {"files": str(path), "heldout_files": None} | ({"chat": "answers"} if chat else {})
+        config = tmp_path / f"{chat}.yaml"
+        config.write_text(json.dumps({"data": {"domains": domains}}), encoding="utf-8")
+        assert main(["router", "fit", "--model", str(home), "--config", str(config)]) == 0
+    assert len({hash_file(home / "router" / "router.safetensors") for home in folders}) == 1
 
 
 # ------------------------------------------------------------------------------------------------ what is read
@@ -338,6 +363,16 @@ def test_the_report_counts_every_text_once_and_told_is_what_telling_costs(made, 
         low, high = min(row["told"], row["none"]), max(row["told"], row["none"])
         if row["64"] not in (row["told"], row["none"]):
             assert low - 0.5 < row["64"] < high + 0.5
+
+
+def test_padding_is_no_text_to_route():
+    data = DomainDataModule({"python": "bundled:python"}, tokenizer="koff-tiny", seq_len=128, max_heldout_bytes=20_000)
+    data.setup()
+    for batch in data.val_dataloader():
+        for ids, row, count in zip(first_ids(batch, 10**6), batch["input_ids"], batch["labels"], strict=True):
+            assert ids == row[: len(ids)].tolist()
+            assert (count[len(ids) :] == -100).all() and count[len(ids) - 1] != -100
+        assert [ids[:16] for ids in first_ids(batch, 10**6)] == first_ids(batch, 16)
 
 
 def test_lm_eval_reads_each_request_with_what_the_router_picks(model):

@@ -4,13 +4,17 @@ import asyncio
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tiny_artifact import VOCABULARY, tiny_artifact
 
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.memories import add_memory, remove_memory
+from koff_lightning.artifact.router_files import write_router
 from koff_lightning.cli import main
+from koff_lightning.router.ngrams import NgramClassifier
+from koff_lightning.router.routing import Router
 from koff_lightning.serving import batch, own
 from koff_lightning.serving.engine import Failed, Options, Unknown
 from koff_lightning.serving.own import OwnEngine
@@ -233,6 +237,24 @@ def test_the_router_is_the_artifacts_whatever_came_and_went(made, tmp_path):
         assert main([*fit, "--data", "jura=bundled:zh"]) == 0
         await engine.refresh()
         assert engine.route([text, "在此对话框中选择要插入的单元格区域，然后单击确定按钮。"]) == ["de", "jura"]
+
+    run(folder, change)
+
+
+def test_a_router_goes_on_when_a_memory_is_replaced(made, tmp_path):
+    folder = shutil.copytree(made.folder, tmp_path / "artifact")
+    always_de = NgramClassifier(np.zeros((3, 2**16), np.float32), np.array([1, 0, 0], np.float32))
+    write_router(folder, Router(("de", "fr", "law"), always_de, (0.0, 0.0, 0.0)), {})
+
+    async def change(engine):
+        assert engine.routes and engine.route(["a text"]) == ["de"]
+        remove_memory(folder, "de")
+        add_memory(folder, made.folder / "memories/law", "de")
+        assert await engine.refresh() == ["replaced de"]
+        assert engine.routes and engine.route(["a text"]) == ["de"]
+        remove_memory(folder, "fr")
+        assert await engine.refresh() == ["removed fr"]
+        assert not engine.routes
 
     run(folder, change)
 

@@ -592,3 +592,23 @@ def test_a_domain_of_wanted_records(tmp_path):
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     with pytest.raises(KoffError, match=r"a.txt: a txt file has no field 'topic' to choose by \(where\)"):
         list(read_records(tmp_path / "a.txt", "text", "id", pytest.fail, where=WANTED))
+
+
+@pytest.mark.parametrize("where", [["topic"], "topic", {"topic": []}, {"topic": None}, {"topic": {"a": 1}}, {1: "a"}])
+def test_where_of_another_kind_is_one_line(where):
+    with pytest.raises(KoffError, match=r"domain 'a': where names fields, each with a value or a list of them"):
+        as_sources({"a": {"files": "a.jsonl", "where": where}})
+
+
+def test_bundled_text_cannot_be_chosen_from():
+    with pytest.raises(KoffError, match="domain 'a': bundled text has no fields to choose by: leave where out"):
+        as_sources({"a": {"files": "bundled:de", "where": {"topic": "a"}}})
+
+
+def test_numbers_are_wanted_as_they_stand(tmp_path):
+    records = [{"text": f"text {i}", "year": 2020 + i % 2, "open": bool(i % 2)} for i in range(6)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    for where in ({"year": 2020}, {"year": [2020, 1999]}, {"open": False}):
+        source = as_sources({"a": {"files": str(tmp_path / "a.jsonl"), "where": where}})["a"]
+        texts = [d.text for shard, _ in domain_shards(source) for _, d in shard.read(pytest.fail)]
+        assert texts == ["text 0", "text 2", "text 4"]

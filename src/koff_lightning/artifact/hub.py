@@ -3,31 +3,44 @@
 Tokens are huggingface_hub's affair alone: `hf auth login`, or HF_TOKEN. What is pulled is checked like any artifact.
 """
 
-import json
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from koff_lightning.artifact.folder import BACKBONE, MANIFEST, MEMORIES, Manifest, read_manifest, verify
-from koff_lightning.artifact.memory_files import listed, read_card, unlisted
+from koff_lightning.artifact.folder import (
+    BACKBONE,
+    MANIFEST,
+    MEMORIES,
+    REPORT,
+    ROUTER,
+    Manifest,
+    read_json,
+    read_manifest,
+    verify,
+)
+from koff_lightning.artifact.memory_files import check_memories, listed, read_card, unlisted
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import hash_file, own_cache, write_atomically
+from koff_lightning.support.files import hash_file, lock, own_cache, write_atomically
+from koff_lightning.support.names import HUB_ID
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_KEPT = ("README.md", "LICENSE*", "koff.json", "export_report.json", f"{BACKBONE}/*")
+_KEPT = ("README.md", "LICENSE", REPORT, f"{BACKBONE}/*")
+_ELSEWHERE = "*../*"  # names that would lead out of the folder; huggingface_hub reads backslashes as slashes here
 
 
 def push(folder: str | Path, repo: str, memories: Sequence[str] | None = None, private: bool = True) -> str:
     """Upload an artifact, or some of its memories into a repository that holds the same backbone; one commit.
 
-    Files that the hub has already are not sent again, so a push that was cut short goes on when it is repeated.
+    Files that the hub has already are not sent again, so a push that was cut short goes on when it is repeated. What
+    the repository holds of a part that is pushed anew, and is no longer in it, goes with the same commit.
 
     Args:
         folder: The artifact.
@@ -48,30 +61,34 @@ def push(folder: str | Path, repo: str, memories: Sequence[str] | None = None, p
     manifest, repo = verify(folder), _name(repo)
     if unknown := [name for name in memories or () if name not in manifest.domains]:
         raise KoffError(f"{folder} has no memory for {unknown[0]!r}; it has {', '.join(manifest.domains) or 'none'}")
+    check_memories(folder, manifest)
     with _said(repo), TemporaryDirectory() as work:
         api = HfApi(library_name="koff-lightning")
         if memories is None:
             api.create_repo(repo, private=private, exist_ok=True)
-            there = {name for name in api.list_repo_files(repo) if name != ".gitattributes"}
+        # What is decided here is decided for this commit: who pushes at the same time is not overwritten.
+        parent = api.model_info(repo).sha
+        there = api.list_repo_files(repo, revision=parent)
+        if memories is None:
             operations = [_add(folder, path) for path in _files(folder, folder)]
-            card = _card(folder, repo).encode()
             operations = [one for one in operations if one.path_in_repo != "README.md"]
-            operations.append(CommitOperationAdd("README.md", card))
-            gone = there - {one.path_in_repo for one in operations}
-            operations += [CommitOperationDelete(name) for name in sorted(gone) if _ours(name)]
-            words = f"Artifact with {len(manifest.domains)} memories"
+            operations.append(CommitOperationAdd("README.md", _card(folder, repo).encode()))
+            replaced, words = (BACKBONE, MEMORIES, ROUTER), f"Artifact with {len(manifest.domains)} memories"
         else:
-            api.hf_hub_download(repo, MANIFEST, local_dir=work)
+            api.hf_hub_download(repo, MANIFEST, revision=parent, local_dir=work)
             remote = _of_the_same(repo, read_manifest(work), manifest)
             operations = []
-            for name in memories:
+            for name in dict.fromkeys(memories):
                 home = folder / MEMORIES / name
                 operations += [_add(folder, path) for path in _files(folder, home)]
                 remote = unlisted(remote, name) if name in remote.domains else remote
                 remote = listed(remote, read_card(home), hash_file(home / "memory.json"))
             operations.append(CommitOperationAdd(MANIFEST, remote.to_json().encode()))
-            words = f"Memory {', '.join(memories)}"
-        return str(api.create_commit(repo, operations, commit_message=words).commit_url)
+            replaced, words = tuple(f"{MEMORIES}/{name}" for name in memories), f"Memory {', '.join(memories)}"
+        gone = set(there) - {one.path_in_repo for one in operations}
+        below = tuple(f"{place}/" for place in replaced)
+        operations += [CommitOperationDelete(name) for name in sorted(gone) if name.startswith(below)]
+        return str(api.create_commit(repo, operations, commit_message=words, parent_commit=parent).commit_url)
 
 
 def pull(
@@ -97,36 +114,52 @@ def pull(
         KoffError: No such repository, revision or memory, no artifact, one that is not sound, a folder that is there
             already, or the hub cannot be reached.
     """
+    name, _, given = repo.partition("@")
+    name, revision, part = _name(name), revision or given or None, _suffix(memories)
+    target = Path(out).expanduser() if out is not None else None
+    try:
+        with _said(name):
+            from huggingface_hub import HfApi
+
+            commit = HfApi(library_name="koff-lightning").model_info(name, revision=revision).sha
+    except _NotReachedError:
+        if target is None and (kept := _kept(name, revision, part)):
+            return kept
+        raise
+    target = target or _cached(name, commit, part)
+    begun = target / ".cache" / "koff" / f"{name.replace('/', '--')}@{commit}{part}"  # there until all is checked
+    if out is not None and not begun.is_dir() and _is_taken(target):
+        raise KoffError(f"{target} is there already: give another --out, or remove it")
+    with _said(name, target), _alone(target):
+        if (target / MANIFEST).is_file() and not begun.is_dir():  # somebody else pulled it while this one waited
+            return target
+        manifest = _download(name, commit, target, begun, memories)
+        write_atomically(target / MANIFEST, manifest.to_json())
+        shutil.rmtree(target / ".cache" / "huggingface", ignore_errors=True)  # what is wrong is fetched again
+        try:
+            check_memories(target, verify(target))
+        except KoffError:
+            (target / MANIFEST).unlink()
+            raise
+        shutil.rmtree(target / ".cache", ignore_errors=True)
+    return target
+
+
+def _download(name: str, commit: str, target: Path, begun: Path, memories: Sequence[str] | None) -> Manifest:
+    """Fetch the files of an artifact but for its manifest, which is returned: that of what was asked for."""
     from huggingface_hub import HfApi
 
-    name, _, given = repo.partition("@")
-    name, revision = _name(name), revision or given or None
-    target = Path(out).expanduser() if out is not None else None
-    if target is not None and target.exists() and any(path.name != ".cache" for path in target.iterdir()):
-        raise KoffError(f"{target} is there already: give another --out, or remove it")
-    with _said(name):
-        api = HfApi(library_name="koff-lightning")
-        commit = api.model_info(name, revision=revision).sha
-        target = target or own_cache() / "hub" / f"{name.replace('/', '--')}@{commit}{_suffix(memories)}"
-        if (target / MANIFEST).is_file():  # written last, below
-            return target
-        first = Path(api.hf_hub_download(name, MANIFEST, revision=commit, local_dir=target / ".cache" / "koff"))
-        manifest = Manifest.from_json(json.loads(first.read_text(encoding="utf-8")), first)
-        wanted = list(manifest.domains) if memories is None else list(memories)
-        if unknown := [domain for domain in wanted if domain not in manifest.domains]:
-            raise KoffError(f"{name} has no memory for {unknown[0]!r}; it has {', '.join(manifest.domains) or 'none'}")
-        patterns = [kept for kept in _KEPT if kept != MANIFEST] + [f"{MEMORIES}/{domain}/*" for domain in wanted]
-        api.snapshot_download(name, revision=commit, local_dir=target, allow_patterns=patterns)
+    api = HfApi(library_name="koff-lightning")
+    first = Path(api.hf_hub_download(name, MANIFEST, revision=commit, local_dir=begun))
+    manifest = Manifest.from_json(read_json(first), first)
+    wanted = list(manifest.domains) if memories is None else list(memories)
+    if unknown := [domain for domain in wanted if domain not in manifest.domains]:
+        raise KoffError(f"{name} has no memory for {unknown[0]!r}; it has {', '.join(manifest.domains) or 'none'}")
     for domain in set(manifest.domains) - set(wanted):
-        manifest = unlisted(manifest, domain)
-    shutil.rmtree(target / ".cache", ignore_errors=True)
-    write_atomically(target / MANIFEST, manifest.to_json())
-    try:
-        verify(target)
-    except KoffError:
-        (target / MANIFEST).unlink()  # so that it is fetched again, not taken for whole
-        raise
-    return target
+        manifest = replace(unlisted(manifest, domain), router=None)  # it picks among all of them
+    patterns = [*_KEPT, *(f"{MEMORIES}/{domain}/*" for domain in wanted), *([f"{ROUTER}/*"] if manifest.router else [])]
+    api.snapshot_download(name, revision=commit, local_dir=target, allow_patterns=patterns, ignore_patterns=_ELSEWHERE)
+    return manifest
 
 
 def local_folder(source: str | Path) -> Path:
@@ -138,22 +171,71 @@ def local_folder(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.exists() or not HUB_ID.fullmatch(str(source)):
         return path
-    return pull(str(source))
+    try:
+        return pull(str(source))
+    except KoffError as error:
+        raise KoffError(f"no folder {source} here, and from the hub: {error}") from error
+
+
+def artifact_or_same(source: str) -> str:
+    """The folder of the artifact that `org/name[@revision]` names on the hub; whatever else is named, as it is.
+
+    Raises:
+        KoffError: As `pull`.
+    """
+    name, _, revision = source.partition("@")
+    if Path(source).expanduser().exists() or source.endswith(".ckpt") or not HUB_ID.fullmatch(source):
+        return source
+    try:
+        with _said(name):
+            from huggingface_hub import HfApi
+
+            found = HfApi(library_name="koff-lightning").file_exists(name, MANIFEST, revision=revision or None)
+    except KoffError:  # a dense model may be in the hub's cache; what is wrong is said where it is loaded
+        found = _kept(name, revision or None, "") is not None
+    return str(pull(source)) if found else source
+
+
+def _is_taken(target: Path) -> bool:
+    return target.exists() and (not target.is_dir() or any(path.name != ".cache" for path in target.iterdir()))
+
+
+def _cached(name: str, commit: str, part: str) -> Path:
+    return own_cache() / "hub" / f"{name.replace('/', '--')}@{commit}{part}"
+
+
+def _kept(name: str, revision: str | None, part: str) -> Path | None:
+    """What was last pulled into the cache, for where there is no network; a revision is known by its commit alone."""
+    begins, whole = f"{name.replace('/', '--')}@{revision or ''}", re.compile(r".*@[0-9a-f]{40}" + re.escape(part))
+    places = (own_cache() / "hub").glob("*")
+    found = [path for path in places if path.name.startswith(begins) and whole.fullmatch(path.name)]
+    found = [path for path in found if (path / MANIFEST).is_file() and not (path / ".cache").exists()]
+    return max(found, key=lambda path: (path / MANIFEST).stat().st_mtime, default=None)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Wait until no other process pulls into the same folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock(target.with_name(f".{target.name}.lock"), wait=True):
+        yield
 
 
 def _name(repo: str) -> str:
-    if "@" in repo or not HUB_ID.fullmatch(repo):
-        raise KoffError(f"a repository of the hub is named org/name; got {repo!r}")
-    return repo
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        if "@" not in repo and HUB_ID.fullmatch(repo):
+            return repo
+    except HFValidationError:
+        pass
+    raise KoffError(f"a repository of the hub is named org/name; got {repo!r}")
 
 
 def _suffix(memories: Sequence[str] | None) -> str:
-    return "" if memories is None else f"+{'+'.join(sorted(memories))}"
-
-
-def _ours(name: str) -> bool:
-    """Whether a file of the repository is of an artifact, so that a push may take it away."""
-    return name.startswith((f"{BACKBONE}/", f"{MEMORIES}/"))
+    """Tells a folder with some of the memories from others; their names may be more than a file name holds."""
+    return "" if memories is None else f"+{hashlib.sha256(' '.join(sorted(memories)).encode()).hexdigest()[:12]}"
 
 
 def _files(root: Path, below: Path) -> Iterator[Path]:
@@ -169,7 +251,8 @@ def _add(folder: Path, path: Path) -> "CommitOperationAdd":
 
 def _card(folder: Path, repo: str) -> str:
     """The backbone's card, told from the root of the repository."""
-    text = (folder / BACKBONE / "README.md").read_text(encoding="utf-8")
+    card = folder / BACKBONE / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo}\n"
     text = text.replace('load_decomposed("DIR")                     # the folder above this one, with its memories', "")
     text = text.replace("model = \n", f'model = load_decomposed("{repo}")\n')
     return text.replace('"DIR/backbone"', f'"{repo}", subfolder="backbone"').replace("`../memories/`", "`memories/`")
@@ -177,6 +260,13 @@ def _card(folder: Path, repo: str) -> str:
 
 def _of_the_same(repo: str, remote: Manifest, own: Manifest) -> Manifest:
     """The manifest of a repository whose backbone takes the memories of the artifact here."""
+    if own.form.folds or remote.form.folds:
+        raise KoffError(f"a memory of layout 'merged' is part of its backbone: push the whole artifact to {repo}")
+    if own.form.shapes != remote.form.shapes:
+        raise KoffError(
+            f"{repo} holds an artifact of layout {remote.layout!r}, here it is {own.layout!r}: its memories have other "
+            "shapes; export the run again in that layout"
+        )
     for what, here, there in (
         ("backbone", own.base["hash"], remote.base["hash"]),
         ("mask", own.mask_hash, remote.mask_hash),
@@ -189,9 +279,13 @@ def _of_the_same(repo: str, remote: Manifest, own: Manifest) -> Manifest:
     return remote
 
 
+class _NotReachedError(KoffError):
+    """The hub was not asked, or did not answer."""
+
+
 @contextmanager
-def _said(repo: str) -> Iterator[None]:
-    """One line for what the hub or the network says."""
+def _said(repo: str, folder: Path | None = None) -> Iterator[None]:
+    """One line for what the hub, the network or the disk (where `folder` lies) says."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -205,7 +299,7 @@ def _said(repo: str) -> Iterator[None]:
     try:
         yield
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise KoffError(f"the hub is not asked for {repo}: the network is switched off, or not there") from error
+        raise _NotReachedError(f"the hub is not asked for {repo}: the network is switched off, or not there") from error
     except GatedRepoError as error:
         raise KoffError(f"{repo} is gated: accept its terms on the hub, then `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -219,8 +313,12 @@ def _said(repo: str) -> Iterator[None]:
         if isinstance(cause, HfHubHTTPError):
             status = getattr(cause.response, "status_code", "?")
             hint = ": `hf auth login` with a token that may write" if status in (401, 403) else ""
+            hint = ": somebody else has pushed to it meanwhile, push again" if status in (409, 412) else hint
             raise KoffError(f"the hub answered {status} for {repo}{hint}") from error
         # Which HTTP library it is depends on the release of huggingface_hub.
-        if type(cause).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
+        foreign = type(cause).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+        if isinstance(cause, OSError) and folder is not None and not foreign:
+            raise KoffError(f"cannot write {folder}: {cause.strerror or cause}") from error
+        if not foreign:
             raise
-        raise KoffError(f"the hub cannot be reached for {repo} ({type(cause).__name__}): try again") from error
+        raise _NotReachedError(f"the hub cannot be reached for {repo} ({type(cause).__name__}): try again") from error

@@ -20,7 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from koff_lightning.artifact.folder import CARD, FORMAT, Manifest, check_files, describe_files, read_json
+from koff_lightning.artifact.folder import (
+    CARD,
+    FORMAT,
+    MEMORIES,
+    Manifest,
+    check_files,
+    describe_file,
+    describe_files,
+    read_json,
+)
 from koff_lightning.kv_memory import MAX_SLOTS, KVMemory
 from koff_lightning.memory import LoraSpec, MemoryBank
 from koff_lightning.model_files import not_finite
@@ -302,6 +311,18 @@ def _content(folder: Path, name: str, card: MemoryCard) -> bytes:
     if hashlib.sha256(content).hexdigest() != card.files[name]["sha256"]:
         raise KoffError(f"{name} was changed after it was written (its sha256 is another): get it again")
     return content
+
+
+def check_memories(folder: Path, manifest: Manifest) -> None:
+    """Compare every file of an artifact's memories with the hash that its card has; `verify` compares the cards.
+
+    Raises:
+        KoffError: A file is missing, extra, truncated or changed.
+    """
+    for name in manifest.domains:
+        home = folder / MEMORIES / name
+        card = read_card(home)
+        check_files(home, card.files | {CARD: describe_file(home / CARD)})
 
 
 def listed(manifest: Manifest, card: MemoryCard, card_sha256: str) -> Manifest:

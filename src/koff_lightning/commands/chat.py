@@ -31,7 +31,7 @@ def chat(
     """Talk to an exported chat model.
 
     Args:
-        model: Folder that `koff export` wrote.
+        model: Folder that `koff export` wrote, or org/name of one on the hub.
         domain: Whose memory to begin with, `auto` for what the router picks from each question and those before it;
             without it the bare pruned backbone.
         system: Instruction that stands before the talk.

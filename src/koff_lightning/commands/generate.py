@@ -35,7 +35,7 @@ def generate(
     """Continue prompts with the memory of a domain.
 
     Args:
-        model: Folder that `koff export` wrote.
+        model: Folder that `koff export` wrote, or org/name of one on the hub.
         prompt: Text to continue; may be given several times.
         file: File with one prompt per line, in place of --prompt.
         domain: Whose memory to use, `auto` for what the router picks: once for all prompts or once for each; without it

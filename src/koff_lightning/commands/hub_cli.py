@@ -28,5 +28,5 @@ def pull(repo: str, *, out: str | None = None, domain: list[str] | None = None, 
     """
     from koff_lightning.artifact import hub
 
-    folder = hub.pull(repo, out or repo.rpartition("/")[2].partition("@")[0], domain, revision)
+    folder = hub.pull(repo, out or repo.partition("@")[0].rpartition("/")[2], domain, revision)
     print(f"wrote {folder}: koff inspect {folder} tells what it is")

@@ -19,7 +19,7 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
     """Show sizes, sparsity by layer, parameters and domains of an exported model.
 
     Args:
-        folder: Folder that `koff export` wrote.
+        folder: Folder that `koff export` wrote, or org/name of one on the hub.
         png: File to draw the sparsity by layer into, besides the terminal.
         verify: Compare every file with its hash in the manifest too.
         check: Engines to ask what they can take, with commas: hf,peft,vllm,sglang,gguf.
@@ -27,11 +27,15 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
     from rich.console import Console
 
     from koff_lightning.artifact.folder import read_manifest
+    from koff_lightning.artifact.folder import verify as check_backbone
+    from koff_lightning.artifact.hub import local_folder
+    from koff_lightning.artifact.memory_files import check_memories
 
-    path = Path(folder).expanduser()
+    path = local_folder(folder)
     manifest = read_manifest(path)
     if verify:
-        _verify(path, manifest)
+        check_backbone(path)
+        check_memories(path, manifest)
     console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # in a notebook too plain text
     for line in [*_about(manifest), *_sizes(path, manifest), *_shares(manifest), *_parameters(manifest)]:
         console.print(line, markup=False)
@@ -45,19 +49,6 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
         from koff_lightning.artifact import engines
 
         print(engines.text(engines.check(path, engines.names(check))))
-
-
-def _verify(path: Path, manifest: "Manifest") -> None:
-    """Compare every file with its hash: the backbone's in the manifest, a memory's in its card."""
-    from koff_lightning.artifact.folder import MEMORIES, check_files, verify
-    from koff_lightning.artifact.memory_files import CARD, read_card
-    from koff_lightning.support.files import hash_file
-
-    verify(path)
-    for name in manifest.domains:
-        home = path / MEMORIES / name
-        card = {CARD: {"size": (home / CARD).stat().st_size, "sha256": hash_file(home / CARD)}}  # hashed nowhere itself
-        check_files(home, read_card(home).files | card)
 
 
 def _about(manifest: "Manifest") -> list[str]:

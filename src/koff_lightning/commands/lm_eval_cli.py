@@ -62,6 +62,9 @@ def lm_eval(argv: list[str]) -> None:
         raise KoffError(
             f"lm-eval: --output_path {settings.output_path}: give a folder, since each column has files of its own"
         )
+    from koff_lightning.artifact.hub import artifact_or_same
+
+    options.model = artifact_or_same(options.model)
     if is_asked():
         from koff_lightning.commands.needs import model_needs, refuse_missing, task_needs
 

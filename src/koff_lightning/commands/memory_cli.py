@@ -13,12 +13,13 @@ def list_memories(folder: str) -> None:
     """List the memories of an exported model.
 
     Args:
-        folder: Folder that `koff export` wrote.
+        folder: Folder that `koff export` wrote, or org/name of one on the hub.
     """
     from koff_lightning.artifact.folder import read_manifest
+    from koff_lightning.artifact.hub import local_folder
     from koff_lightning.commands.inspection import domain_table
 
-    path = Path(folder).expanduser()
+    path = local_folder(folder)
     print("\n".join(domain_table(path, read_manifest(path))))
 
 

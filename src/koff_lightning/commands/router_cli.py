@@ -12,6 +12,7 @@ HELDOUT = 500_000  # bytes of held-out text of each domain to route, at most
 if TYPE_CHECKING:
     from koff_lightning.artifact.folder import Manifest
     from koff_lightning.data import DomainDataModule
+    from koff_lightning.data.split import Texts
     from koff_lightning.evaluation.routing import Confusion
 
 
@@ -51,7 +52,7 @@ def fit(
     folder = Path(model).expanduser()
     manifest, text = _text(folder, config, data, most=train_bytes)
     check_choice(manifest, folder)
-    read = text.texts()
+    read = _texts(text)
     names = list(manifest.domains)
     parts = {name: training_pieces(read[name].train, train_bytes, seed) for name in names}
     pieces = [piece for name in names for piece in parts[name][0]]
@@ -104,7 +105,7 @@ def test(
     """Test how well the router picks: on held-out text, on domains it never saw, and in bits per byte.
 
     Args:
-        model: Folder of an artifact with a router.
+        model: Folder of an artifact with a router, or org/name of one on the hub.
         config: Config whose `data` section names the text; by default that of the artifact's run.
         data: NAME=TEXT of a domain, in place of what the config says of it; several times.
         unseen: NAME=TEXT of a domain that the router does not know, whose text belongs to none; several times.
@@ -115,21 +116,22 @@ def test(
     if heldout_bytes < 0:
         raise KoffError(f"router test: heldout_bytes must be 0 or more; got {heldout_bytes}")
     from koff_lightning.artifact.decomposed import default_device, load_decomposed
+    from koff_lightning.artifact.hub import local_folder
     from koff_lightning.artifact.router_files import read_router
     from koff_lightning.data import DomainDataModule
     from koff_lightning.evaluation import routing
     from koff_lightning.support.files import write_atomically
 
-    folder = Path(model).expanduser()
+    folder = local_folder(model)
     manifest, text = _text(folder, config, data, heldout=HELDOUT)
     router = read_router(folder, manifest)  # before the model, which takes longer
     others = named_texts(unseen or [], "--unseen")
     if known := [name for name in others if name in router.domains]:
         raise KoffError(f"--unseen: the router knows {known[0]!r}: name what it does not know")
     decomposed = load_decomposed(folder, default_device(device), domains="auto")
-    texts = {name: part.heldout for name, part in text.texts().items()}
+    texts = {name: part.heldout for name, part in _texts(text).items()}
     if others:
-        texts |= {name: part.heldout for name, part in DomainDataModule(others).texts().items()}
+        texts |= {name: part.heldout for name, part in _texts(DomainDataModule(others)).items()}
     tables = {str(n): routing.confusion(router, texts, decomposed.tokenizer, n) for n in routing.FIRST}
     found: dict[str, Any] = {
         "domains": list(router.domains),
@@ -187,6 +189,17 @@ def _text(
     if heldout and not options.get("streaming"):  # there what the run did not hold out it may have trained on
         options["max_heldout_bytes"] = heldout
     return manifest, DomainDataModule(**options | {"tokenizer": tokenizer, "num_workers": 0})
+
+
+def _texts(data: "DomainDataModule") -> "dict[str, Texts]":
+    """The text of every domain as a router meets it: of talks the questions, as in a chat."""
+    from koff_lightning.data.messages import questions
+    from koff_lightning.data.split import Texts
+
+    return {
+        name: Texts(*([questions(talk) for talk in side] for side in read)) if data.sources[name].chat else read
+        for name, read in data.texts().items()
+    }
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -34,7 +34,8 @@ def serve(
     """Serve an exported model by OpenAI's protocol: NAME is its backbone, NAME:DOMAIN one with a memory.
 
     Args:
-        artifact: Folder that `koff export` wrote. Memories that are added to it or removed show up in a second.
+        artifact: Folder that `koff export` wrote, or org/name of one on the hub. Memories that are added to a folder or
+            removed show up in a second.
         host: Address to listen at. Another than this machine's own needs --keys.
         port: Port to listen at.
         keys: YAML file of who may use which domains, NAME: {key: ..., domains: [...] or all, admin: true}.
@@ -56,9 +57,11 @@ def serve(
     _check(batch_size, queue, time_limit, max_tokens)
     _check_installed()
     from koff_lightning.artifact.folder import read_manifest
+    from koff_lightning.artifact.hub import local_folder
     from koff_lightning.serving.keys import read_keys
 
-    manifest, folder = read_manifest(artifact), Path(artifact).expanduser().resolve()
+    folder = local_folder(artifact).resolve()
+    manifest = read_manifest(folder)
     allowed = read_keys(keys) if keys is not None else None
     if allowed is None and not is_local(host):
         raise KoffError(f"anybody who reaches {host} could use this server: give --keys FILE, or leave --host out")

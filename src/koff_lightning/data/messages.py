@@ -40,6 +40,13 @@ def as_talk(record: Mapping[str, Any], names: Sequence[str]) -> str:
         raise ValueError(f"a message holds what JSON does not ({error})") from error
 
 
+def questions(talk: str) -> str:
+    """What the user says in a talk, the JSON of its messages, line by line; where no user speaks, all that is said."""
+    messages = json.loads(talk)
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return "\n".join(asked or [message["content"] for message in messages])
+
+
 def _side(value: Any, name: str, role: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, name)
 

@@ -57,7 +57,7 @@ class DomainSource:
     def wanted(self) -> Where:
         """`where` in the order of its names, each with all its values."""
         items = sorted((self.where or {}).items())
-        return tuple((name, tuple([value] if isinstance(value, str) else map(str, value))) for name, value in items)
+        return tuple((name, tuple(map(str, value if isinstance(value, list) else [value]))) for name, value in items)
 
     @property
     def entries(self) -> list[str]:
@@ -105,6 +105,7 @@ def as_sources(domains: Mapping[str, DomainSource | Mapping[str, Any] | str | li
         if isinstance(source.weight, bool) or not (math.isfinite(source.weight) and source.weight > 0):
             raise KoffError(f"domain '{name}': weight must be a finite number above 0, got {source.weight}")
         _check_heldout_files(name, source)
+        _check_where(name, source)
         if source.chat not in (None, "all", "answers"):
             raise KoffError(f"domain '{name}': chat must be 'all' or 'answers' (or null for text), got {source.chat!r}")
         if source.chat and source.bundled_entries:
@@ -155,6 +156,20 @@ def _check_heldout_files(name: str, source: DomainSource) -> None:
     hub = [entry for entry in source.heldout_entries if entry.startswith(HUB)]
     if hub:
         raise KoffError(f"domain '{name}': heldout_files names local files, got '{hub[0]}'")
+
+
+def _check_where(name: str, source: DomainSource) -> None:
+    if source.where in (None, {}):
+        return
+    for field, value in source.where.items() if isinstance(source.where, Mapping) else [("", None)]:
+        values = value if isinstance(value, list) else [value]
+        if not isinstance(field, str) or not values or any(not isinstance(v, str | int | float) for v in values):
+            raise KoffError(
+                f"domain '{name}': where names fields, each with a value or a list of them, as in "
+                f"{{topic: [history, geography]}}; got {source.where!r}"
+            )
+    if source.bundled_entries:
+        raise KoffError(f"domain '{name}': bundled text has no fields to choose by: leave where out")
 
 
 def _check_name(name: object, known: Mapping[str, DomainSource]) -> None:

@@ -72,7 +72,7 @@ def routed_bits(model: DecomposedModel, data: "DomainDataModule") -> dict[str, d
         told = list(batch["domains"])
         ways: dict[str, list[str | None]] = {"told": told, "none": [None] * len(told)}
         for tokens in FIRST:
-            heads = model.tokenizer.batch_decode(batch["input_ids"][:, :tokens].tolist(), skip_special_tokens=True)
+            heads = model.tokenizer.batch_decode(first_ids(batch, tokens), skip_special_tokens=True)
             ways[str(tokens)] = model.route(heads)
         for way, nats in _nats(model, batch, ways).items():
             for row, domain in enumerate(told):
@@ -80,6 +80,12 @@ def routed_bits(model: DecomposedModel, data: "DomainDataModule") -> dict[str, d
     domains = dict.fromkeys(domain for domain, _ in meters)
     ways = dict.fromkeys(way for _, way in meters)
     return {domain: {way: float(meters[domain, way].compute()) for way in ways} for domain in domains}
+
+
+def first_ids(batch: Mapping[str, Any], tokens: int) -> list[list[int]]:
+    """The first tokens of each row, without padding: that may be a token of text where a tokenizer has none for it."""
+    lengths = [int(row.nonzero().max()) + 1 for row in batch["labels"] != IGNORED]
+    return [ids[: min(tokens, end)].tolist() for ids, end in zip(batch["input_ids"], lengths, strict=True)]
 
 
 def _nats(model: DecomposedModel, batch: Mapping[str, Any], ways: Mapping[str, list[str | None]]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from koff_lightning.support.errors import KoffError
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # org/name, org/name@revision
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from koff_lightning.commands.parsing.config_files import find_config
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import HUB_ID
 from koff_lightning.support.wording import nearest
 
 FILE = Path(__file__).with_name("options.json")
@@ -27,7 +28,7 @@ CHECKPOINTS = ("ckpt_path", "model.mask", "model.prior", "model.warm_start")
 ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve": "artifact"} | dict.fromkeys(
     ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
 )
-
+CHANGING = ("memory add", "memory remove", "memory compose")  # an artifact, so that none on the hub will do
 NAMED = ("plan", "claims")  # take a config by its name too
 NO_DOMAINS = "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
 NO_CHECKPOINT = "no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
@@ -76,7 +77,7 @@ def look(verb: str, words: Sequence[str]) -> None:
     if (ckpt := values.get("ckpt")) is not None and not Path(ckpt).expanduser().exists():
         raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
     if folder := ARTIFACTS.get(verb):
-        _refuse_no_artifact(values.get(folder))
+        _refuse_no_artifact(values.get(folder), verb not in CHANGING)
 
 
 def look_into(verb: str, config: Path) -> None:
@@ -243,8 +244,10 @@ def _refuse_no_checkpoint(name: str, value: str) -> None:
     raise KoffError(f"{name} {value}: {NO_CHECKPOINT}")
 
 
-def _refuse_no_artifact(folder: str | None) -> None:
-    if folder is not None and not Path(folder).expanduser().exists():
+def _refuse_no_artifact(folder: str | None, also_on_hub: bool) -> None:
+    if folder is None or (also_on_hub and HUB_ID.fullmatch(folder)):
+        return
+    if not Path(folder).expanduser().exists():
         raise KoffError(
             f"artifact {str(Path(folder).expanduser())!r}: no such folder. `koff export --ckpt CHECKPOINT --out DIR` "
             "makes one"

@@ -7,6 +7,7 @@ from typing import Any
 
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.artifact.folder import MANIFEST, read_manifest
+from koff_lightning.artifact.hub import artifact_or_same
 from koff_lightning.support.errors import KoffError
 from koff_lightning.training.checkpoints import newest_checkpoint
 from koff_lightning.training.run_folder import run_config
@@ -76,7 +77,7 @@ def history_of(run: Path) -> list[dict[str, Any]]:
 def _expanded(place: str) -> Sequence[Path]:
     path = Path(place).expanduser()
     if path.exists() or not glob.has_magic(place):
-        return [path]
+        return [Path(artifact_or_same(str(path)))]
     if not (found := sorted(glob.glob(str(path)))):
         raise KoffError(f"no file or folder matches {place!r}")
     return [Path(each) for each in found]

@@ -442,6 +442,27 @@ def test_as_an_engine_it_answers_as_the_own_one(tmp_path):
     asyncio.run(run())
 
 
+def test_over_http_it_answers_as_the_own_one(tmp_path):
+    from served import Client, served
+
+    from koff_lightning.serving.llamacpp import LlamaCppEngine
+    from koff_lightning.serving.own import OwnEngine
+
+    folder, found = tiny_artifact(tmp_path).folder, []
+    fit = ["router", "fit", "--model", str(folder), "--train_bytes", "20000", "--none_rate", "0"]
+    assert main([*fit, "--data", "de=bundled:de", "--data", "fr=bundled:fr", "--data", "law=bundled:python"]) == 0
+    ask = {"prompt": ["the quick", "Klicken Sie mit der rechten Maustaste"], "n": 2, "temperature": 1.0, "seed": 3}
+    for engine in (OwnEngine(folder), LlamaCppEngine(folder, rows=4, kind="f32", cache="f32")):
+        with served(engine) as address:
+            client = Client(address)
+            names = client.models()
+            answers = [client.complete(name, **ask) for name in names]
+            assert client.complete("tiny:de", [5] * 600)[1]["error"]["code"] == "context_length_exceeded"
+        found.append((names, [(s, c["model"], [x["text"] for x in c["choices"]], c["usage"]) for s, c in answers]))
+    assert found[0] == found[1]
+    assert found[0][0][-1] == "tiny:auto" and [status for status, *_ in found[1][1]] == [200] * 5
+
+
 def test_options_of_the_other_engine_are_refused(tmp_path, capsys):
     for words, name in [(["--engine", "llamacpp", "--device", "cpu"], "--device"), (["--gguf", "x"], "--gguf")]:
         assert main(["serve", str(tmp_path), *words]) == 2

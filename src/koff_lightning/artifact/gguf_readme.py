@@ -32,8 +32,8 @@ _KV = """
 ## KV memories
 
 {names} also have learned keys and values ({slots} slots), which a plain llama-server has no place for: without them
-these domains answer less well than they were scored. `koff-lightning[llamacpp]` gives them to the same engine
-(`koff_lightning.serving.llamacpp`).
+these domains answer less well than they were scored. `koff serve ARTIFACT --engine llamacpp --gguf .`, of
+`koff-lightning[serve,llamacpp]`, gives them to the same engine.
 """
 
 

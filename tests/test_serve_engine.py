@@ -241,6 +241,20 @@ def test_the_router_is_the_artifacts_whatever_came_and_went(made, tmp_path):
     run(folder, change)
 
 
+def test_a_replaced_memory_does_not_stumble_over_the_names_of_others(made, model, tmp_path):
+    folder = shutil.copytree(made.folder, tmp_path / "artifact")
+    for number in range(1, 6):
+        add_memory(folder, made.folder / "memories/fr", f"de-{number}")
+
+    async def change(engine):
+        remove_memory(folder, "de")
+        add_memory(folder, made.folder / "memories/law", "de")
+        assert await engine.refresh() == ["replaced de"]
+        return [(await answer(engine, [5, 6, 7], name))[0] for name in ("de", "de-1")]
+
+    assert run(folder, change) == [alone(model, [5, 6, 7], name) for name in ("law", "fr")]
+
+
 def test_a_router_goes_on_when_a_memory_is_replaced(made, tmp_path):
     folder = shutil.copytree(made.folder, tmp_path / "artifact")
     always_de = NgramClassifier(np.zeros((3, 2**16), np.float32), np.array([1, 0, 0], np.float32))

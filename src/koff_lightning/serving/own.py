@@ -176,9 +176,10 @@ class OwnEngine:
 
     async def _take_up(self, domain: str, sha256: str, manifest: Manifest) -> str:
         """Load a memory under a name that is free in the model, then let new texts have it."""
-        self._numbers += 1
-        taken = domain in self.model.memories.domains
-        name = f"{domain[:50]}-{self._numbers}" if taken else domain
+        name = domain
+        while name in self.model.memories.domains:
+            self._numbers += 1
+            name = f"{domain[:50]}-{self._numbers}"
         load = partial(self.model.add_memory, self.folder / MEMORIES / domain, name)
         await asyncio.wrap_future(self._call(load))
         replaced = self._let_go(domain)

@@ -18,8 +18,9 @@ from tiny_artifact import VOCABULARY, tiny_artifact
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.memories import add_memory, remove_memory
 from koff_lightning.evaluation.harness import KoffLM
-from koff_lightning.serving import ask
+from koff_lightning.serving import ask, requests
 from koff_lightning.serving.batch import Batch
+from koff_lightning.serving.errors import Refused
 from koff_lightning.serving.guard import LARGEST_BODY
 from koff_lightning.serving.own import OwnEngine
 
@@ -270,6 +271,7 @@ def test_bodies_that_are_no_requests(client, address):
 
     for body in (b"", b"{", b"\xff\xfe", b'{"model": "tiny"' + b"[" * 200_000):
         assert send(body)[0] == 400
+    assert send(b'{"\\ud800": [' + b"1," * 20_000 + b"1]}") == (400, "\\ud800: 20001 parts; at most 10000 are taken")
     assert send(b"[1]") == (400, "the body must be a JSON object, not list")
     assert send(b'{"temperature": NaN, "model": "tiny", "prompt": "x"}')[0] == 400
     assert send(b"{}", "text/plain") == (415, "send JSON, with the header Content-Type: application/json")
@@ -277,6 +279,20 @@ def test_bodies_that_are_no_requests(client, address):
     assert client.http.post("/v1/models", json={}).status_code == 405
     assert client.http.get("/v2").json()["error"]["message"] == "GET /v2: Not Found"
     assert client.text("tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("prompt", "[5]"), ("prompt", "{}"), ("prompt", "-1"), ("stop", '""'), ("messages", "1")]
+)
+def test_a_large_body_is_not_looked_at_for_long(name, part):
+    """All others wait meanwhile: it may take little more than reading the JSON."""
+    body = f'{{"model": "x", "{name}": [{",".join([part] * 200_000)}]}}'
+    began = time.process_time()
+    json.loads(body)
+    reading, began = time.process_time() - began, time.process_time()
+    with pytest.raises(Refused):
+        requests.read(requests.Chat if name == "messages" else requests.Completion, body.encode())
+    assert time.process_time() - began < 2 * reading + 0.1
 
 
 def test_a_body_without_a_length_is_counted_too(client):

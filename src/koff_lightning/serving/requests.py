@@ -10,9 +10,12 @@ from koff_lightning.serving.errors import Refused
 
 MOST_CHOICES = 128  # texts of one request: prompts times n
 MOST_LOGPROBS = 20
+MOST_PARTS = 10_000  # of a list or an object: every part takes time to look at, and every faulty one much more
+MOST_IDS = 2**20  # of a prompt
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# `fail_fast`: a million faults would be described one by one.
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Body = TypeVar("Body", bound="_Request")
 
 
@@ -88,7 +91,12 @@ class _Request(_Strict):
 class Completion(_Request):
     """`POST /v1/completions`."""
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
+    )
     max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = False
@@ -115,7 +123,7 @@ class Message(_Strict):
     """One of a talk."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[_Part], Field(min_length=1)]
+    content: str | Annotated[list[_Part], Field(min_length=1, fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -127,7 +135,7 @@ class Message(_Strict):
 class Chat(_Request):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
@@ -162,12 +170,24 @@ def read(kind: type[Body], body: bytes) -> Body:
         raise Refused(f"the body is not JSON: {str(error)[:100]}") from error
     if not isinstance(content, dict):
         raise Refused(f"the body must be a JSON object, not {type(content).__name__}")
+    _check_sizes(content)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         raise _refusal(error) from error
     except (RecursionError, UnicodeError) as error:
         raise Refused("the body cannot be read: it is nested too deeply or holds half characters") from error
+
+
+def _check_sizes(content: dict[str, Any]) -> None:
+    """Refuse what is far too much before it is looked at part by part, while all other requests wait."""
+    for name, value in {"body": content, **content}.items():
+        most = MOST_PARTS
+        if name == "prompt" and isinstance(value, list) and value:
+            most = MOST_IDS if isinstance(value[0], int) else MOST_CHOICES
+        if isinstance(value, list | dict) and len(value) > most:
+            shown = ascii(name[:100])[1:-1]  # a name may be of half characters
+            raise Refused(f"{shown}: {len(value)} parts; at most {most} are taken", param=shown)
 
 
 def _refusal(error: ValidationError) -> Refused:

@@ -16,7 +16,7 @@ from koff_lightning.loading import load_config, load_tokenizer
 CHANCE = 0.25  # four choices, all as long
 DOMAINS = ("en", "de", "fr", "es", "ru", "zh", "python")
 BENCHMARKS = ("hellaswag", "piqa", "winogrande", "arc", "super_glue", "openbookqa")  # lm-eval's folders
-BENCHMARKS += ("belebele", "xnli", "xcopa", "xstorycloze", "global_mmlu")
+BENCHMARKS += ("belebele", "xnli", "xcopa", "xstorycloze", "global_mmlu", "bigbench/multiple_choice")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,7 @@ def leaves(index, name):
     ("suite", "number"),  # belebele + xnli + xcopa + xstorycloze + subsets of global_mmlu
     [
         ("koff_general", 7),
+        ("koff_paper_bbl", 18),
         ("koff_multilingual_en", 1 + 1 + 0 + 1 + 6),
         ("koff_multilingual_de", 1 + 1 + 0 + 0 + 6),
         ("koff_multilingual_fr", 1 + 1 + 0 + 0 + 6),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub.constants
 import pytest
@@ -241,6 +242,13 @@ def test_what_was_pulled_is_found_without_network(hub, artifact, monkeypatch):
         on_hub.local_folder(f"{REPO}@v1")
 
 
+def test_several_pull_the_same_at_once(hub, artifact):
+    on_hub.push(artifact, REPO)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(on_hub.local_folder, [REPO] * 8))) == 1
+    assert load_decomposed(REPO).domains
+
+
 def test_many_memories_are_no_longer_name_than_a_disk_takes():
     assert len(on_hub._suffix([f"{'long' * 15}{n}" for n in range(50)])) < 20
 
@@ -266,6 +274,10 @@ def test_verbs_that_read_an_artifact_take_its_name_on_the_hub(hub, artifact, mon
     home = on_hub.local_folder(REPO)
     assert served == [home.resolve()]
     assert list(find_runs([REPO]).values()) == [home]
+    assert main(["analyze", "--model", REPO]) == 2
+    assert (
+        "analyze: org/tiny is on the hub and has no folder here to write beside: give --out" in capsys.readouterr().err
+    )
     assert main(["lm-eval", "--model", REPO, "--tasks", "koff_cloze", "--domains", "nn", "--device", "cpu"]) == 2
     assert f"{home} has no memory for 'nn'" in capsys.readouterr().err
     assert on_hub.artifact_or_same("org/dense") == "org/dense", "a dense model"

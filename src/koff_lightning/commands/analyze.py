@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from koff_lightning.commands.parsing.text_options import data_section, named_texts
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import own_cache
 
 if TYPE_CHECKING:
     from koff_lightning.studies.analysis.study import Settings
@@ -78,6 +79,8 @@ def _run(
 
     runs, others = find_runs(model), find_others(against)
     first = next(iter(runs.values()))
+    if out is None and own_cache() in first.parents:
+        raise KoffError(f"analyze: {model[0]} is on the hub and has no folder here to write beside: give --out")
     options, origin = _text(*asked, config_of(first), first)
     folder = Path(out).expanduser() if out else home_of(first) / "analysis"
     data, text = open_text(options, dense or _backbone(first), *sizes)

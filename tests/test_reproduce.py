@@ -119,3 +119,5 @@ def test_every_arm_is_a_config_that_parses(name):
     overlays = [word for overlay in arm.overlays for word in ("--config", overlay)]
     resolved = training_cli.resolved(["fit", "--config", "paper/tiny_languages.yaml", *overlays, *arm.options])
     assert resolved["trainer"]["max_steps"] > 0
+    both = resolved["model"]["retention"], resolved["data"]["retention"]
+    assert all(both) or not any(both), "a run refuses one without the other"

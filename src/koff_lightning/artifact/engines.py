@@ -23,6 +23,7 @@ from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freq
+from koff_lightning.kv_memory import KVMemory
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 
@@ -192,7 +193,8 @@ def _adapter_in_peft(folder: Path, manifest: Manifest) -> None:
 
 
 def _slots_in_peft(folder: Path, manifest: Manifest) -> None:
-    model, slots = _transformers(folder, manifest), load_file(_memory(folder, manifest, "slots") / KV_FILE)
+    model, tensors = _transformers(folder, manifest), load_file(_memory(folder, manifest, "slots") / KV_FILE)
+    slots = KVMemory.from_tensors(tensors, depth=model.config.num_hidden_layers)
     with TemporaryDirectory() as work, _strict():
         to_cartridge(slots, rotary_inv_freq(model), Path(work))
         _run(PeftModel.from_pretrained(model, work))

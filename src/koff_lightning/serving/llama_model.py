@@ -25,6 +25,7 @@ from koff_lightning.backbone import rotary_inv_freq
 from koff_lightning.kv_memory import KVMemory, rotate_keys
 from koff_lightning.serving.llama_library import complaint, library
 from koff_lightning.serving.llama_state import data_of, with_slots
+from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
 
 CACHES = {"f32": "GGML_TYPE_F32", "f16": "GGML_TYPE_F16"}
@@ -174,7 +175,12 @@ class LlamaModel:
     def _pairs(self, memory: KVMemory) -> list[tuple[np.ndarray, np.ndarray]]:
         inv_freq = rotary_inv_freq(self.model.backbone)
         found = []
-        for index in range(len(memory.key)):
+        if len(memory.layers) < memory.depth:
+            raise KoffError(
+                f"llama.cpp's cache holds slots in all {memory.depth} layers, a memory here has some in "
+                f"{shown(memory.layers)} alone: use --engine own, or train one with kv.layers all"
+            )
+        for index in memory.layers:
             key, value = (part.detach().float() for part in memory.layer(index))  # [K, P, dh]
             key = self._form.rotated(rotate_keys(key, inv_freq, memory.slots))
             found.append(tuple(part.transpose(0, 1).flatten(1).numpy() for part in (key, value)))

@@ -171,6 +171,20 @@ def test_the_memory_is_drawn_evenly_and_by_the_seed_alone():
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+@pytest.mark.parametrize("domains", [2, 4, 6, 8])
+def test_the_few_draws_of_a_short_run_are_as_even_as_chance_has_them(domains):
+    """Of 15 draws by each of 400 seeds: chi squared against even shares, whose mean is its degrees of freedom."""
+    spec, names = RetentionSpec(20), [str(number) for number in range(domains)]
+
+    def unevenness(seed):
+        model = SimpleNamespace(domains=names, gates=SimpleNamespace(seed=torch.tensor(seed)))
+        counts = Counter(spec.drawn(model, step) for step in range(19, 300, 20))
+        return sum((counts[name] - 15 / domains) ** 2 for name in names) * domains / 15
+
+    mean = sum(map(unevenness, range(400))) / 400
+    assert abs(mean - (domains - 1)) < 4 * (2 * (domains - 1) / 400) ** 0.5
+
+
 # ----------------------------------------------------------------------------------------------- what it computes
 
 

@@ -14,6 +14,7 @@ from tiny_artifact import tiny_artifact, tiny_decomposition
 from tiny_models import LLAMA3_ROPE, YARN_ROPE
 
 from koff_lightning import KoffError, load_decomposed
+from koff_lightning.artifact import engines
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.to_gguf import to_gguf
 from koff_lightning.cli import main
@@ -173,6 +174,14 @@ def test_memories_come_and_go(tmp_path):
         llama.begin("fr")
     alike(folder, llama, [(ids, "law")], count=2)
     llama.close()
+
+
+def test_a_memory_of_some_layers_is_refused_and_said_before(tmp_path):
+    folder = tiny_artifact(tmp_path, kv=KVSpec(4, layers=[1])).folder
+    with pytest.raises(KoffError, match="llama.cpp's cache holds slots in all 2 layers, a memory here has some in 1 "):
+        engine(folder)
+    answer, why = engines.check(folder, ["gguf"])["gguf"]["kv"]
+    assert answer == "no" and "a memory here has some in 1 alone" in why
 
 
 def test_q8_0_and_f16_are_near(tmp_path):

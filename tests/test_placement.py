@@ -557,6 +557,10 @@ def test_the_least_worth_per_parameter_goes_first():
         (["--placement.first=0.7", "--placement.last=0.6"], "0 < first <= last < 1 is wanted; got first 0.7 and last"),
         (["--placement.rounds=0"], "must be at least 1; got 0"),
         (["--model.lora=null", "--model.kv=null"], "model.lora and model.kv are null: there is nothing to place"),
+        (
+            ["--model.joint=false", "--anneal.hold=0.4"],
+            "holds the first round after step 2, but with model.joint false memories learn only from step 5 on",
+        ),
     ],
 )
 def test_a_budget_that_means_nothing_is_refused(tmp_path, monkeypatch, capsys, options, message):

@@ -23,10 +23,11 @@ from koff_lightning.data import teacher
 from koff_lightning.data.encoding import TokenStream
 from koff_lightning.data.loader import TrainLoader
 from koff_lightning.data.mixture import DomainBatches
-from koff_lightning.data.packing import pack
-from koff_lightning.data.teacher import INDEX, LOG_Q, index_type, stored_bytes
+from koff_lightning.data.packing import collate, pack
+from koff_lightning.data.teacher import INDEX, LOG_Q, Belongs, TeacherStore, index_type, rows_hash, stored_bytes
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.loading import fingerprint, load_backbone
+from koff_lightning.losses import TopK
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 
@@ -309,6 +310,56 @@ def test_preparing_again_finds_one_wrong_byte_and_makes_it_anew(folder, tmp_path
     said = capsys.readouterr().out
     assert (said.count(": stored"), said.count(": is there already")) == (1, 3)  # two domains tokenised, one stored
     assert contents(tmp_path) == whole
+
+
+def rows_of(predicted=None):
+    """Ten rows of ten tokens, all different; with `predicted` False at rows 2 and 3, those are never in a batch."""
+    flags = {} if predicted is None else {"predicted": predicted}
+    stream = TokenStream(np.arange(100, dtype=np.int32), np.array([100]), np.array([100]), **flags)
+    return pack(stream, 10, overlap=False)
+
+
+def own_tokens(batch):
+    """A teacher that finds each place's own token likeliest."""
+    index = batch["input_ids"][:, :-1].flatten()[:, None]
+    return TopK(index, torch.zeros(index.shape))
+
+
+def belonging(rows):
+    return Belongs("weights", "tokenizer", 10, rows_hash(rows))
+
+
+def test_rows_of_talks_that_predict_nothing_are_not_stored_and_move_no_others(tmp_path):
+    """Chat `all` and `answers` of the same talks: the same tokens, but other rows come into batches."""
+    answers = np.ones(100, bool)
+    answers[20:40] = False
+    every, some, store = rows_of(), rows_of(answers), TeacherStore(tmp_path)
+    assert (len(every), len(some)) == (10, 8)
+    store.build("a", belonging(every), every, own_tokens, 1, 300, 4)
+    with pytest.raises(KoffError, match="is of other text"):
+        store.load("a", belonging(some), 1)
+    store.build("a", belonging(some), some, own_tokens, 1, 300, 4)
+    for rows in (every, some):
+        found = store.load("a", belonging(rows), 1)
+        for number in range(len(rows)):
+            own = collate([("a", rows, number)])["input_ids"][0, :-1]
+            assert found.index[number, :, 0].tolist() == own.tolist()
+    assert stored_bytes(some, 7, 300) == 8 * 9 * 7 * 4
+
+
+@pytest.mark.parametrize("where", ["hash_file", "flush"])
+def test_a_writer_that_is_killed_at_the_very_end_has_lost_nothing(tmp_path, monkeypatch, where):
+    rows, asked = rows_of(), []
+
+    def killed(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(teacher, where, killed)
+        TeacherStore(tmp_path).build("a", belonging(rows), rows, own_tokens, 1, 300, 4)
+    TeacherStore(tmp_path).build("a", belonging(rows), rows, lambda batch: asked.append(batch), 1, 300, 4)
+    assert asked == []
+    assert TeacherStore(tmp_path).load("a", belonging(rows), 1).index[3, :, 0].tolist() == list(range(30, 39))
 
 
 def test_a_store_that_was_cut_is_one_line(folder, tmp_path):

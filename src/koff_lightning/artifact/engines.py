@@ -23,6 +23,8 @@ from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freq
+from koff_lightning.kv_memory import KVMemory
+from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 
@@ -192,7 +194,8 @@ def _adapter_in_peft(folder: Path, manifest: Manifest) -> None:
 
 
 def _slots_in_peft(folder: Path, manifest: Manifest) -> None:
-    model, slots = _transformers(folder, manifest), load_file(_memory(folder, manifest, "slots") / KV_FILE)
+    model, tensors = _transformers(folder, manifest), load_file(_memory(folder, manifest, "slots") / KV_FILE)
+    slots = KVMemory.from_tensors(tensors, depth=model.config.num_hidden_layers)
     with TemporaryDirectory() as work, _strict():
         to_cartridge(slots, rotary_inv_freq(model), Path(work))
         _run(PeftModel.from_pretrained(model, work))
@@ -223,6 +226,12 @@ def _architecture(folder: Path, manifest: Manifest) -> None:
     form_of(load_decomposed(folder, domains=[], verify=False))
 
 
+def _slots_in_llama_cpp(folder: Path, manifest: Manifest) -> None:
+    _architecture(folder, manifest)
+    if layers := [about["kv_layers"] for about in manifest.domains.values() if about.get("kv_layers")]:
+        raise KoffError(f"its cache holds slots in all layers, a memory here has some in {shown(layers[0])} alone")
+
+
 _TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
     ("hf", "backbone"): _transformers,
     ("hf", "lora"): _adapter_in_transformers,
@@ -231,5 +240,5 @@ _TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
     ("peft", "kv"): _slots_in_peft,
     ("gguf", "backbone"): _architecture,
     ("gguf", "lora"): _architecture,
-    ("gguf", "kv"): _architecture,
+    ("gguf", "kv"): _slots_in_llama_cpp,
 }

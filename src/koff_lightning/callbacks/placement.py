@@ -54,6 +54,19 @@ class PlaceMemories(Callback):
             raise KoffError("placement.keep is set, but model.lora and model.kv are null: there is nothing to place")
         self._whole = self._whole or sum(_sizes(pl_module).values())
 
+    def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Refuse rounds that would measure memories before they have learned anything."""
+        if self.keep is None:
+            return
+        if (schedule := pl_module.schedule) is None:
+            raise KoffError("placement counts steps by the schedule: give the trainer AnnealSparsity() as a callback")
+        begins = next(step for step in range(schedule.steps + 1) if self.round_at(step, schedule.steps))
+        if not pl_module.joint and not pl_module.mask_is_fixed and begins <= schedule.harden_step:
+            raise KoffError(
+                f"placement.first {self.first} holds the first round after step {begins}, but with model.joint false "
+                f"memories learn only from step {schedule.harden_step} on: set placement.first and last higher"
+            )
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: KOFFModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:

@@ -80,11 +80,12 @@ class StoredTeacher:
 
 
 def rows_hash(rows: PackedRows) -> str:
-    """A hash of all that a model sees of rows: tokens and boundaries."""
+    """A hash of all that a model sees of the rows that batches take: tokens and boundaries."""
     digest = hashlib.sha256(f"{rows.tokens.shape} {rows.padding}".encode())
     for some in range(0, len(rows), 4096):
-        digest.update(np.ascontiguousarray(rows.tokens[some : some + 4096]))
-        digest.update(np.ascontiguousarray(rows.starts[some : some + 4096]))
+        taken = rows.useful[some : some + 4096]
+        digest.update(np.ascontiguousarray(rows.tokens[taken]))
+        digest.update(np.ascontiguousarray(rows.starts[taken]))
     return digest.hexdigest()
 
 
@@ -95,7 +96,7 @@ def index_type(vocabulary: int) -> np.dtype:
 
 def stored_bytes(rows: PackedRows, k: int, vocabulary: int) -> int:
     """Bytes on disk of a store."""
-    return rows.tokens.shape[0] * (rows.tokens.shape[1] - 1) * k * (index_type(vocabulary).itemsize + 2)
+    return len(rows) * (rows.tokens.shape[1] - 1) * k * (index_type(vocabulary).itemsize + 2)
 
 
 def teacher_of_rows(teachers: Mapping[str, StoredTeacher], refs: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
@@ -245,13 +246,14 @@ def _write_rows(
 def _finish(work: Path, target: Path, about: dict[str, Any]) -> None:
     """Make a store that is complete one that is seen."""
     write_atomically(work / "about.json", json.dumps(about))
-    (work / DONE).unlink()
-    files = {file.name: [file.stat().st_size, hash_file(file)] for file in sorted(work.iterdir())}
+    parts = [work / name for name in ("about.json", "index.bin", "log_q.bin")]
+    files = {part.name: [part.stat().st_size, hash_file(part)] for part in parts}  # minutes for a large store
     write_atomically(work / MANIFEST, json.dumps(files))
     for file in [*work.iterdir(), work]:
         flush(file)
     shutil.rmtree(target, ignore_errors=True)  # a damaged one
     work.rename(target)
+    (target / DONE).unlink(missing_ok=True)  # only now: a writer that is killed before goes on from there
     flush(target.parent)
 
 

@@ -4,8 +4,8 @@ No rank looks at its data to decide, so all take the term together; and a run th
 cut.
 """
 
+import hashlib
 import math
-import zlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +50,8 @@ class RetentionSpec:
     def drawn(self, model: Decomposition, step: int) -> str:
         """The domain whose memory is in force in that step, each as likely as the others; by the run's seed alone."""
         place = repr((int(model.gates.seed), step, "retention")).encode()
-        return model.domains[zlib.crc32(place) % len(model.domains)]
+        # A CRC would not do: it is linear, so numbers as alike as those of steps fall on few of the remainders.
+        return model.domains[int(hashlib.sha256(place).hexdigest(), 16) % len(model.domains)]
 
     def moves(self, model: Decomposition, step: int, mask_learns: bool, memories_on: bool) -> list[nn.Parameter]:
         """What the general text of that step moves, of what is learned now; nothing in a step that takes none."""

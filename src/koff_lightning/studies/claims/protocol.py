@@ -166,17 +166,17 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
 
 
 def _verdict(statement: Statement, paired: PairedDraws) -> dict[str, Any]:
-    """Whether the interval of the difference lies on one side of zero."""
+    """Whether the interval of the difference lies on one side of zero; one seed tells nothing about the next."""
     one, other = (f"{arm} {figure}" for arm, figure in (statement.fewer, statement.than))
     sample = paired.of((one, other))
     found = None
     if sample.seeds:
         draws = sample.draws[one] - sample.draws[other]
         found = interval(sample.measured[one] - sample.measured[other], draws)
-    word = "not decided"
-    if found is not None and found.high < 0:
+    word, several = "not decided", len(sample.seeds) > 1
+    if several and found.high < 0:
         word = "supported"
-    elif found is not None and found.low > 0:
+    elif several and found.low > 0:
         word = "contradicted"
     return asdict(statement) | {"difference": found and asdict(found), "verdict": word, "seeds": len(sample.seeds)}
 
@@ -212,7 +212,7 @@ def markdown(about: Mapping[str, Any]) -> str:
     parts.append("## What the paper says, at this scale\n")
     parts.append(
         "Supported: the 95 % interval of the difference in bits per byte (documents and seeds resampled, paired) lies "
-        "below zero; contradicted: above. Rules fixed before the runs.\n"
+        "below zero; contradicted: above. One seed decides nothing. Rules fixed before the runs.\n"
     )
     lines = ["| statement | paper | bits per byte, difference | verdict |", "|---|---|---|---|"]
     for one in about["statements"]:

@@ -396,7 +396,7 @@ def test_a_dataset_of_the_hub_that_has_moved_on_is_other_text(text, monkeypatch)
         builder = lambda name, subset, revision: SimpleNamespace(hash=revision or commit)  # noqa: E731
         monkeypatch.setattr(datasets, "load_dataset_builder", builder)
         data = DomainDataModule({"x": f"hub:{repo}"}, str(text / "tokenizer"), 32, 4, 0.2, 900, streaming=True)
-        data.trainer = SimpleNamespace(accumulate_grad_batches=1, max_steps=4, world_size=1)
+        data.trainer = SimpleNamespace(accumulate_grad_batches=1, max_steps=4, world_size=1, lightning_module=None)
         data.setup()
         return data.train_dataloader()
 

@@ -87,6 +87,8 @@ def predicted_text(tokenizer, stream, document=0):
 # ------------------------------------------------------------------------------------------------------ the mask
 
 said = st.lists(st.sampled_from([*WORDS, "\n", "user:", "{{ x }}", "<b>"]), min_size=1, max_size=8).map(" ".join)
+# An answer of white space alone cannot be told from what THINKING writes before it; it is left out, see docs/data.md.
+said = said.filter(str.strip)
 
 
 @settings(deadline=None, max_examples=40)

@@ -23,7 +23,6 @@ from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.to_gguf import LORA, MODEL, Form, check_same, form_of, to_gguf, write_lora
 from koff_lightning.backbone import rotary_inv_freq
 from koff_lightning.kv_memory import KVMemory, rotate_keys
-from koff_lightning.placement import shown
 from koff_lightning.serving.llama_library import complaint, library
 from koff_lightning.serving.llama_state import data_of, with_slots
 from koff_lightning.support.errors import KoffError

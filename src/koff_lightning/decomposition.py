@@ -136,10 +136,10 @@ class Decomposition(nn.Module):
         """Sparsity in the target's denominator, scalar: the soft count, exact once hardened."""
         return self.budget.expected(self._keep())
 
-    def hold_near(self, target: float, band: float) -> None:
+    def shift_to_target(self, target: float, band: float) -> None:
         """Move the logits by the least that brings soft and hard sparsity to the target +- band; see tracking.py."""
         for units, counts in self.budget.scopes():
-            self.gates.hold_near(target, band, counts, units)
+            self.gates.shift_to_target(target, band, counts, units)
 
     def realised_sparsity(self) -> float:
         """Sparsity in the target's denominator by gates more often closed than open; exact once hardened."""

@@ -33,7 +33,7 @@ class Gate(Protocol):
 
 
 @torch.no_grad()
-def hold_near(
+def shift_to_target(
     gate: Gate, logits: Tensor, target: float, band: float, counts: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> None:
     """Shift all `logits` [U], in place, until the mean of both counts lies in target +- band.

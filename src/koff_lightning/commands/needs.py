@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from koff_lightning.artifact.memories import backbone_of
 from koff_lightning.data import DomainDataModule, DomainSource
 from koff_lightning.data.hub_copy import make_copy
-from koff_lightning.data.patience import patiently
+from koff_lightning.data.retries import with_retries
 from koff_lightning.data.shards import fetch_hub, hub_shards
 from koff_lightning.data.sources import domain_shards
 from koff_lightning.data.split import BadLines
@@ -104,7 +104,7 @@ def fetch_all(needs: Iterable[Need]) -> None:
     """
 
     def fetch(need: Need) -> None:
-        patiently(need.fetch, need.what)
+        with_retries(need.fetch, need.what)
         print(f"{need.what}: is here", flush=True)
 
     failed = _failures((need.what, partial(fetch, need)) for need in needs if need.fetch)
@@ -158,8 +158,7 @@ def _copy_heads(data: DomainDataModule, name: str, num_bytes: int | None) -> Non
             f"got {num_bytes}"
         )
     for repo in source.hub_entries:
-        fields = source.text_field, source.id_field, bool(source.chat), source.wanted
-        shards = hub_shards(repo, source.subset, source.split, *fields)
+        shards = hub_shards(repo, source.subset, source.split, source.fields)
         make_copy(repo, shards, num_bytes, BadLines(name, data.on_bad_line, endless=True))
 
 

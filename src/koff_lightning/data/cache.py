@@ -134,6 +134,7 @@ class TokenCache:
         Raises:
             KoffError: Files that are not there.
         """
+        fields = source.fields
         shipped = [bundled_file(name, split) for split in ("heldout", "train") for name in source.bundled_entries]
         what = {
             "release": __version__,
@@ -141,7 +142,7 @@ class TokenCache:
             "bundled": self._digests(shipped),
             "files": self._digests(expand_files(source.file_entries)),
             "hub": source.hub_entries,
-            "fields": [source.text_field, source.id_field, source.subset, source.split, source.chat, *source.wanted],
+            "fields": [fields.text, fields.id, source.subset, source.split, source.chat, *fields.where],
             **options,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

@@ -112,7 +112,7 @@ class Decomposition(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the mask is, and with it everything else."""
+        """Device of the mask, and so of everything else."""
         return self.gates.logits.device
 
     def owned(self) -> set[str]:
@@ -198,7 +198,7 @@ class Decomposition(nn.Module):
         """Let the block run under these memories and this mask, in this thread; what was in force comes back after it.
 
         Args:
-            memories: Of each row, None for none; empty for none at all.
+            memories: Memories of each row, None for none; empty for none at all.
             mask: Gate values, [R, U] with R = 1 or rows; None for all open. Both left out: the dense model.
         """
         with self.gates.off(), self.memories.scope(self.memories.routes_of(memories)):

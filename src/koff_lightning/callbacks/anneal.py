@@ -20,7 +20,7 @@ class AnnealSparsity(Callback):
         ramp: Share in which the target rises from 0.
         hold: Share at the full target before the mask is fixed; what remains consolidates the memories. None
             to hold it to the end: the mask is fixed after the last step.
-        shape: Course of the ramp.
+        shape: How the target rises during the ramp.
     """
 
     def __init__(

@@ -97,7 +97,7 @@ def koff_step(
 
 
 def timed(step: Step, device: str) -> float:
-    """Seconds of one step."""
+    """Seconds that one step takes."""
     start = time.perf_counter()
     step()
     if device == "cuda":

@@ -31,7 +31,7 @@ class Need:
     """Something that a run needs.
 
     Args:
-        what: Its name.
+        what: Name of it, for messages.
         find: Raises KoffError unless it is on this machine.
         fetch: Brings it here, where a network can.
     """
@@ -42,10 +42,10 @@ class Need:
 
 
 def needs_of(config: Any) -> Iterator[Need]:
-    """What a run needs.
+    """List the models, text and task data that a run needs.
 
     Args:
-        config: Of a verb of training, with sections model, data and lm_eval.
+        config: Config of a verb of training, with sections model, data and lm_eval.
     """
     model = config.model
     if not model.artifact:
@@ -82,7 +82,7 @@ def task_needs(names: Iterable[str], include_path: str | None) -> Iterator[Need]
 
 
 def refuse_missing(needs: Iterable[Need]) -> None:
-    """Look for everything.
+    """Refuse a run that lacks something on this machine.
 
     Raises:
         KoffError: Something is neither on this machine's disk nor in its caches; all such things are listed.

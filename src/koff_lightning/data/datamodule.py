@@ -295,7 +295,7 @@ class DomainDataModule(LightningDataModule):
 
     @property
     def teachers(self) -> TeacherStore:
-        """Where stored teachers lie."""
+        """Stored teachers of this text."""
         return TeacherStore(self.cache.folder / FOLDER)
 
     def belongs(self, rows: PackedRows, backbone_hash: str) -> Belongs:
@@ -310,7 +310,7 @@ class DomainDataModule(LightningDataModule):
         """Let training batches bring what `koff prepare --teacher` has stored of the likeliest k tokens.
 
         Args:
-            backbone_hash: Of the dense model's weights.
+            backbone_hash: Hash of the dense model's weights.
             k: Tokens at each place.
 
         Raises:

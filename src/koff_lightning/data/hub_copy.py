@@ -50,7 +50,7 @@ def make_copy(repo: str, shards: Sequence[HubShard], num_bytes: int, on_bad: OnB
 
     Args:
         repo: Its name as the config has it.
-        shards: All of the dataset's.
+        shards: All shards of the dataset.
         num_bytes: UTF-8 bytes of text to copy; with the last document it may be more.
         on_bad: What to do with a record that cannot be used.
 

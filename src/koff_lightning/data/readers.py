@@ -29,7 +29,7 @@ Where = tuple[tuple[str, tuple[str, ...]], ...]  # field and its wanted values, 
 
 
 def refuse(message: str) -> None:
-    """Stop at what cannot be used."""
+    """Raise a KoffError: an `on_bad` that stops at the first bad record."""
     raise KoffError(message)
 
 
@@ -295,7 +295,7 @@ class _Bounded(io.RawIOBase):
         self.path, self.file, self.count, self.limit = path, file, 0, _most_bytes(path)
 
     def readable(self) -> bool:
-        """Always."""
+        """True; RawIOBase asks."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -306,7 +306,7 @@ class _Bounded(io.RawIOBase):
         return read
 
     def close(self) -> None:
-        """With the packed file."""
+        """Close the packed file too."""
         self.file.close()
         super().close()
 

@@ -94,7 +94,7 @@ def find_remote(pattern: str) -> list[RemoteFile]:
 
 
 def _described(url: str, info: dict[str, Any]) -> RemoteFile | None:
-    """None for a folder."""
+    """The file that a listing describes; None for a folder."""
     if info.get("type") == "directory":
         return None
     version = json.dumps([url, [str(info.get(key)) for key in VERSION]])

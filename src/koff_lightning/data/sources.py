@@ -189,7 +189,7 @@ def domain_shards(source: DomainSource, streamed: bool = False) -> list[tuple[Sh
 
     Args:
         source: The domain.
-        streamed: Of hub datasets the copies of their heads will do where there is no network.
+        streamed: Take the copy of a hub dataset's first documents where there is no network.
 
     Raises:
         KoffError: Files, bundled text or hub datasets that are not there, or a file on both sides.
@@ -250,7 +250,7 @@ def expand_files(patterns: list[str]) -> list[Path | RemoteFile]:
 
 
 def _itself(file: Path | RemoteFile) -> object:
-    """The same for all names of a file."""
+    """What tells two files apart, whatever names they are given by."""
     return file.resolve() if isinstance(file, Path) else file.url
 
 

@@ -60,7 +60,7 @@ class BadLines:
             rank_zero_warn(f"domain '{self.domain}': leaves out lines that cannot be used, first {message}")
 
     def report(self) -> None:
-        """Warn if there were any."""
+        """Warn if there were bad lines."""
         if self.count:
             rank_zero_warn(
                 f"domain '{self.domain}': left out {self.count} line(s) that could not be used, first {self.first}"

@@ -69,11 +69,11 @@ class RowStream:
     Args:
         text: The domain's text.
         parts: (shard, turn, of) that this reader reads: see `shards.deal`.
-        tokenizer: Of the backbone.
+        tokenizer: Tokenizer of the backbone.
         seq_len: T.
-        seed: Of all orders.
+        seed: Seed of all orders.
         reader: Number of this reader, over all ranks and workers.
-        place: Where to go on.
+        place: Place to start from.
     """
 
     def __init__(
@@ -164,5 +164,5 @@ class RowStream:
         return np.random.default_rng([*self.seed, len(which), *which])
 
     def state(self) -> list[int]:
-        """The place as plain numbers."""
+        """The stream's place as plain numbers, for a checkpoint."""
         return list(astuple(self.place))

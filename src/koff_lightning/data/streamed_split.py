@@ -16,7 +16,7 @@ class IsTraining:
     """Whether a document is training text: neither on the held-out side nor a copy of a text that is.
 
     Args:
-        sides: Of each shard.
+        sides: Sides of each shard.
         fraction: Held out by hash.
         heldout: Texts that serve validation.
     """
@@ -78,9 +78,9 @@ def split_streamed(
     stops when both sides are full.
 
     Args:
-        name: Of the domain, for messages.
-        shards: Of the domain, with their sides.
-        heldout_fraction: Where the split is by hash.
+        name: Name of the domain, for messages.
+        shards: Shards of the domain, with their sides.
+        heldout_fraction: Share of documents to hold out where the split is by hash.
         max_heldout_bytes: UTF-8 bytes of held-out text; None for all of it, where it comes already split.
         train_bytes: About how many UTF-8 bytes of training text to return.
         on_bad: What to do with a bad line.

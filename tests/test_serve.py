@@ -1,6 +1,7 @@
 """`koff serve` speaks OpenAI's protocol: what clients send is answered as they know it, and as the model says it."""
 
 import concurrent.futures
+import contextlib
 import json
 import re
 import shutil
@@ -20,8 +21,9 @@ from koff_lightning.artifact.memories import add_memory, remove_memory
 from koff_lightning.evaluation.harness import KoffLM
 from koff_lightning.serving import ask, requests
 from koff_lightning.serving.batch import Batch
+from koff_lightning.serving.connection import Connection
 from koff_lightning.serving.errors import Refused
-from koff_lightning.serving.guard import LARGEST_BODY
+from koff_lightning.serving.guard import LARGEST_BODY, Guard
 from koff_lightning.serving.own import OwnEngine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "reliability"))
@@ -386,6 +388,34 @@ def test_a_client_that_goes_while_it_sends_is_no_failure(made, caplog):
         told = client.http.get("/metrics").text
     assert 'status="500"' not in told
     assert not [record for record in caplog.records if record.levelname == "ERROR"], caplog.text
+
+
+SLOW = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+SLOW += "Content-Length: 1000\r\n\r\n{"
+
+
+@pytest.mark.parametrize("sent", ["", SLOW[:9], SLOW], ids=["nothing", "half a head", "half a body"])
+def test_a_client_that_sends_slower_than_slow_is_left(made, monkeypatch, sent):
+    """It sends a byte now and then, so its connection is never idle; one who is answered meanwhile stays connected."""
+    monkeypatch.setattr(Connection, "seconds", 1.5)
+    monkeypatch.setattr(Guard, "seconds", 1.5)
+    with served(OwnEngine(made.folder)) as address:
+        client, began = Client(address), time.monotonic()
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as slow:
+            slow.settimeout(0.3)
+            slow.sendall(sent.encode())
+            told = b""
+            while time.monotonic() - began < 20 and not told:
+                with contextlib.suppress(TimeoutError):
+                    told = slow.recv(4096)
+                if sent and not told:
+                    slow.sendall(b"G")
+                assert client.complete("tiny:de", max_tokens=1)[0] == 200
+        assert told.startswith(b"HTTP/1.1 408") and 1.4 < time.monotonic() - began < 20
+        assert b"Connection: close" in told or b"connection: close" in told
+        if sent == SLOW:
+            assert b"the body did not come within" in told
+            assert 'path="/v1/completions",status="408"} 1.0' in client.http.get("/metrics").text
 
 
 def test_a_request_ends_at_the_time_limit(made, slow):

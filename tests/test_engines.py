@@ -201,5 +201,22 @@ def test_a_run_takes_the_place_of_the_last_of_its_name(tmp_path):
     runs = record.read(path)
     assert [run["run"] for run in runs] == ["a", "z"]
     assert "bare: equal; KV: no ([z](results/engines.md#z))" in table.overview(runs)
-    assert "| KV | refused | what / is |  |" in table.details(runs)
-    assert "vLLM (no memories; `deci`)" in table.short(runs) and "SGLang" in table.short(runs).splitlines()[2]
+    assert '| <a id="z"></a>z | 3 of 3, 1.0e-06 |  | refused: what / is |  | `b` |' in table.details(runs)
+    assert "vLLM (bare everywhere)" in table.short(runs) and "SGLang" in table.short(runs).splitlines()[2]
+
+
+def test_the_short_form_says_where():
+    def came(layout, **arms):
+        return a_run(layout=layout, arms={a: {"equal": n, "of": 3} for a, n in arms.items()})
+
+    runs = [
+        came("ragged", bare=3, lora=3, kv=0),
+        came("masked", bare=3, lora=3, kv=3),
+        came("deci", bare=3, lora=2, kv=0),
+    ]
+    said = "bare everywhere, LoRA except in `deci`, KV in `masked`"
+    assert f"vLLM ({said})" in table.short(runs).splitlines()[1]
+    whole = [came(layout, bare=3, kv=3) for layout in LAYOUTS]
+    assert "vLLM" in table.short(whole).splitlines()[0]
+    assert "vLLM" in table.short(whole[1:]).splitlines()[1], "one layout was not run"
+    assert "vLLM" in table.short([came("deci", bare=2)]).splitlines()[2]

@@ -180,9 +180,9 @@ def arms(work: Path, engine: str, layout: str) -> dict[str, dict]:
 
 
 def _line(error: Exception, work: Path) -> str:
-    """The first line of an error, short, without the folder that it ran in."""
+    """The first sentence of an error, short, without the folder that it ran in."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first.replace(f"{work}/", "")[:200]
+    return first.replace(f"{work}/", "").partition(". ")[0][:200]
 
 
 def main() -> None:

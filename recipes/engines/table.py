@@ -31,25 +31,51 @@ def of(runs: list[Run], engine: str, layout: str) -> list[Run]:
 
 def short(runs: list[Run]) -> str:
     """Three lines for the README: who computes everything, who a part, whom nobody here has run."""
-    sorts: dict[str, list[str]] = {"all": [], "part": [], "none": []}
+    said: dict[str, list[str]] = {"all": [], "part": [], "none": []}
     for engine in ENGINES:
         mine = [run for run in runs if run["engine"] == engine and "arms" in run]
-        wanted, had = sum(len(run["arms"]) for run in mine), sum(len(computed(run)) for run in mine)
-        if mine and had == wanted and {run["layout"] for run in mine} == set(LAYOUTS):
-            sorts["all"].append(engine)
+        had = [run for run in mine if computed(run)]
+        if (
+            had
+            and {run["layout"] for run in had} == set(LAYOUTS)
+            and all(len(computed(r)) == len(r["arms"]) for r in mine)
+        ):
+            said["all"].append(engine)
         elif had:
-            most = max(mine, key=lambda run: len(computed(run)))
-            where = ", ".join(f"`{layout}`" for layout in LAYOUTS if any(map(computed, of(mine, engine, layout))))
-            parts = _words([arm for arm in computed(most) if arm != "bare"]) or "no memories"
-            sorts["part"].append(f"{engine} ({parts}; {where})")
+            said["part"].append(f"{engine} ({_part(mine)})")
         else:
-            sorts["none"].append(engine)
-    said = {kind: "; ".join(names) if kind == "part" else ", ".join(names) for kind, names in sorts.items()}
+            said["none"].append(engine)
     return "\n".join([
-        f"- Every layout with LoRA and KV memories: {said['all'] or 'none'}.",
-        f"- A part: {said['part'] or 'none'}.",
-        f"- {NOT_RUN.capitalize()}: {said['none'] or 'none'}.",
+        f"- Every layout with LoRA and KV memories: {', '.join(said['all']) or 'none'}.",
+        f"- A part: {'; '.join(said['part']) or 'none'}.",
+        f"- {NOT_RUN.capitalize()}, or without success: {', '.join(said['none']) or 'none'}.",
     ])  # fmt: skip
+
+
+def _part(runs: list[Run]) -> str:
+    """Which arms in which layouts."""
+    where: dict[str, list[str]] = {}  # in which layouts -> arms
+    for arm in ARMS:
+        done = [layout for layout in LAYOUTS if any(r["layout"] == layout and arm in computed(r) for r in runs)]
+        lost = [
+            layout
+            for layout in LAYOUTS
+            if layout not in done and any(r["layout"] == layout and arm in r["arms"] for r in runs)
+        ]
+        if done:
+            few = (
+                f"in {_names(done)}"
+                if len(lost) >= len(done)
+                else f"except in {_names(lost)}"
+                if lost
+                else "everywhere"
+            )
+            where.setdefault(few, []).append(arm)
+    return ", ".join(f"{_words(arms)} {few}" for few, arms in where.items())
+
+
+def _names(layouts: list[str]) -> str:
+    return ", ".join(f"`{layout}`" for layout in layouts)
 
 
 def overview(runs: list[Run]) -> str:
@@ -79,29 +105,40 @@ def _words(arms: list[str]) -> str:
 
 
 def details(runs: list[Run]) -> str:
-    """All runs of layouts, one below the other."""
+    """All runs of layouts, a table for each engine."""
     parts = []
-    for run in runs:
-        if run["layout"] is None:
+    for engine in ENGINES:
+        mine = [run for run in runs if run["engine"] == engine and run["layout"] is not None]
+        lines = [f"### {engine}", ""]
+        if not mine:
+            parts.append("\n".join([*lines, f"{NOT_RUN.capitalize()}."]))
             continue
-        releases = ", ".join(f"{package} {release}" for package, release in run["versions"].items())
-        lines = [f"### {run['run']}", "", f"    {run['command']}", ""]
-        lines += [f"{run['compared']}; {run['date']}, {run['processor']}; {releases}.", ""]
-        if "not_run" in run:
-            lines.append(f"{NOT_RUN.capitalize()}: {run['not_run']}.")
-        else:
-            lines += ["| read | texts equal | largest difference | by |", "|---|---|---|---|"]
-            lines += [_row(ARMS[arm], run["arms"][arm]) for arm in ARMS if arm in run["arms"]]
+        for run in mine:
+            releases = ", ".join(f"{package} {release}" for package, release in run["versions"].items())
+            about = f"{run['compared'][0].upper()}{run['compared'][1:]}; {run['date']}, {run['processor']}; {releases}."
+            lines += [about, ""] if about not in lines else []
+        lines += [f"| run | {' | '.join(ARMS.values())} | command |", "|---" * (2 + len(ARMS)) + "|"]
+        lines += [_row(run) for run in mine]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def _row(label: str, came: dict[str, Any]) -> str:
-    by = came.get("by", "")
+def _row(run: Run) -> str:
+    cells = [f'<a id="{run["run"]}"></a>{run["run"]}']
+    if "not_run" in run:
+        cells += [f"{NOT_RUN}: {run['not_run']}", *[""] * (len(ARMS) - 1)]
+    else:
+        cells += [_came(run["arms"].get(arm)) for arm in ARMS]
+    return "| " + " | ".join(cell.replace("|", "/") for cell in [*cells, f"`{run['command']}`"]) + " |"
+
+
+def _came(came: dict[str, Any] | None) -> str:
+    if came is None:
+        return ""
+    by = f" (by {came['by']})" if "by" in came else ""
     if "refused" in came:
-        return f"| {label} | refused | {came['refused'].replace('|', '/')} | {by} |"
-    gap = f"{came['gap']:.1e}" if "gap" in came else ""
-    return f"| {label} | {came['equal']} of {came['of']} | {gap} | {by} |"
+        return f"refused: {came['refused']}{by}"
+    return f"{came['equal']} of {came['of']}" + (f", {came['gap']:.1e}" if "gap" in came else "") + by
 
 
 PAGES = {"README.md": short, "docs/engines.md": overview, "docs/results/engines.md": details}

@@ -28,6 +28,7 @@ const wait = until => new Promise(go => { const look = () => until() ? go() : se
     texts: [...document.querySelectorAll(".text")].map(e => e.textContent),
     coloured: [...document.querySelectorAll(".text")].map(e => [...e.children].filter(s => s.title).length),
     notes: [...document.querySelectorAll("article .small")].map(e => e.textContent),
+    heights: [...document.querySelectorAll("form select, form input, form button")].map(e => e.offsetHeight),
     fault: at("fault").textContent, width: root.clientWidth, overflow: root.scrollWidth,
     size: parseFloat(style.fontSize), ink: style.color, paper: style.backgroundColor,
   });
@@ -62,5 +63,6 @@ def test_the_page_in_a_browser(tmp_path, monkeypatch, dark, width):
     assert all(seen["texts"]) and all("8 tokens" in note for note in seen["notes"])
     assert seen["coloured"][0] == 0 and all(seen["coloured"][1:])
     assert seen["overflow"] <= seen["width"] and seen["size"] >= 16
+    assert len({height for height in seen["heights"] if height}) == 1, "fields of one row are equally high"
     ink, paper = brightness(seen["ink"]), brightness(seen["paper"])
     assert (ink > 200 > 60 > paper) if dark else (paper > 200 > 60 > ink)

@@ -14,9 +14,10 @@ import httpx2 as httpx
 import openai
 import pytest
 from served import Client, served
-from tiny_artifact import VOCABULARY, tiny_artifact
+from tiny_artifact import VOCABULARY, tiny_artifact, tiny_decomposition
 
-from koff_lightning import load_decomposed
+from koff_lightning import KVSpec, LoraSpec, load_decomposed
+from koff_lightning.artifact.export import export
 from koff_lightning.artifact.memories import add_memory, remove_memory
 from koff_lightning.evaluation.harness import KoffLM
 from koff_lightning.serving import ask, requests
@@ -416,6 +417,29 @@ def test_a_client_that_sends_slower_than_slow_is_left(made, monkeypatch, sent):
         if sent == SLOW:
             assert b"the body did not come within" in told
             assert 'path="/v1/completions",status="408"} 1.0' in client.http.get("/metrics").text
+
+
+def test_a_client_that_asks_for_a_websocket_gets_its_answer_and_no_line_of_the_log(client, caplog):
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x", "Sec-WebSocket-Version": "13"}
+    assert client.http.get("/v1/models", headers=upgrade).status_code == 200
+    assert not caplog.records
+
+
+def test_memories_of_each_kind_and_of_more_slots_than_the_context_serve(tmp_path):
+    """LoRA alone, slots alone, both, and 600 slots where the model takes 512 tokens: slots take none of them."""
+    module = tiny_decomposition(tmp_path)
+    for name, lora, kv in [("fr", LoraSpec(rank=2), None), ("law", None, KVSpec(slots=600))]:
+        module.memories.remove(name)
+        module.memories.add(name, lora, kv)
+    export(module, tmp_path / "artifact", prove=False)
+    model = load_decomposed(tmp_path / "artifact")
+    with served(OwnEngine(tmp_path / "artifact")) as address:
+        client = Client(address)
+        for name, domain in ARMS.items():
+            assert client.text(name, "fox") == due(model, "fox", domain)
+        assert client.complete("tiny:law", [5] * 500, max_tokens=12)[0] == 200
+        status, content = client.complete("tiny:law", [5] * 501, max_tokens=12)
+        assert status == 400 and "this model takes 512 in all" in content["error"]["message"]
 
 
 def test_a_request_ends_at_the_time_limit(made, slow):

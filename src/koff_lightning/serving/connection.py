@@ -36,6 +36,9 @@ class Connection(AutoHTTPProtocol):
         self._done()
         super().connection_lost(exc)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: any client could fill the log, and the advice to install WebSockets is none."""
+
     def _under_way(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 

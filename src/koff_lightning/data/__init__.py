@@ -1,6 +1,6 @@
 """Text of several domains -> batches: `sources` (what text), `packing` (rows), `mixture` (which rows when).
 
-Names are imported when first used (PEP 562): who encodes prompts alone does not wait for Lightning.
+Names are imported when first used: a server that only encodes prompts needs no Lightning.
 """
 
 from importlib import import_module

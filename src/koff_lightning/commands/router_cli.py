@@ -1,6 +1,7 @@
 """`koff router`: train what picks a memory from the text, and test how well it picks."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,8 @@ def test(
         data: NAME=TEXT of a domain, in place of what the config says of it; several times.
         unseen: NAME=TEXT of a domain that the router does not know, whose text belongs to none; several times.
         heldout_bytes: Held-out text to read with the model, of each domain, at most; 0 for none.
-        out: File to write the figures to, as JSON.
+        out: File to write the figures to, as JSON. Where the artifact lies in its run's folder the bits per byte are
+            added to `results.json` there too, as `router`.
         device: Torch device; by default a GPU if there is one.
     """
     if heldout_bytes < 0:
@@ -120,7 +122,9 @@ def test(
     from koff_lightning.artifact.router_files import read_router
     from koff_lightning.data import DomainDataModule
     from koff_lightning.evaluation import routing
+    from koff_lightning.reports.results import as_json
     from koff_lightning.support.files import write_atomically
+    from koff_lightning.support.json_files import read_json_object
 
     folder = local_folder(model)
     manifest, text = _text(folder, config, data, heldout=HELDOUT)
@@ -146,6 +150,15 @@ def test(
     if out:
         write_atomically(Path(out).expanduser(), json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     _show(found)
+    if heldout_bytes and (results := folder.parent / "results.json").is_file():
+        content = read_json_object(results)
+        bits = {
+            name: {way: value if math.isfinite(value) else None for way, value in row.items()}
+            for name, row in found["bits_per_byte"].items()
+        }
+        content["router"] = {"heldout_bytes": heldout_bytes, "bits_per_byte": bits}
+        write_atomically(results, as_json(content))
+        print(f"added to {results}, as router")
 
 
 def _text(

@@ -29,7 +29,6 @@ from koff_lightning.artifact.export import export, summary
 from koff_lightning.artifact.folder import read_manifest, verify
 from koff_lightning.artifact.layouts import Ragged
 from koff_lightning.artifact.model_card import base_folder, licence_of
-from koff_lightning.backbone import parameter_counts
 from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
 from koff_lightning.reports.results import mask_and_size, sentences
@@ -511,7 +510,7 @@ def test_a_threshold_that_closed_nothing_leaves_the_backbone_whole(tmp_path, her
     report = export(module, tmp_path / "out")
     assert report["passed"] and read_manifest(tmp_path / "out").closed_nothing
     assert "parameters (whole: the threshold closed no gate), " in summary(tmp_path / "out", report)
-    dense, cut = (parameter_counts(module.backbone)["total"], read_manifest(tmp_path / "out").parameters["backbone"])
+    dense, cut = module.budget.denominators["total"], read_manifest(tmp_path / "out").parameters["backbone"]
     assert dense == cut
     said = sentences(mask_and_size(module))
     assert "the threshold closed no gate, so the backbone is whole: train longer" in said[-1]

@@ -122,9 +122,7 @@ def test(
     from koff_lightning.artifact.router_files import read_router
     from koff_lightning.data import DomainDataModule
     from koff_lightning.evaluation import routing
-    from koff_lightning.reports.results import as_json
     from koff_lightning.support.files import write_atomically
-    from koff_lightning.support.json_files import read_json_object
 
     folder = local_folder(model)
     manifest, text = _text(folder, config, data, heldout=HELDOUT)
@@ -150,15 +148,21 @@ def test(
     if out:
         write_atomically(Path(out).expanduser(), json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     _show(found)
-    if heldout_bytes and (results := folder.parent / "results.json").is_file():
-        content = read_json_object(results)
-        bits = {
-            name: {way: value if math.isfinite(value) else None for way, value in row.items()}
-            for name, row in found["bits_per_byte"].items()
-        }
-        content["router"] = {"heldout_bytes": heldout_bytes, "bits_per_byte": bits}
-        write_atomically(results, as_json(content))
-        print(f"added to {results}, as router")
+    if heldout_bytes:
+        _add_to_results(folder.parent / "results.json", heldout_bytes, found["bits_per_byte"])
+
+
+def _add_to_results(path: Path, heldout_bytes: int, bits: dict[str, dict[str, float]]) -> None:
+    """Add bits per byte, told and routed, to the results of the run that the artifact lies beside, if there are any."""
+    from koff_lightning.reports.results import as_json
+    from koff_lightning.support.files import write_atomically
+    from koff_lightning.support.json_files import read_json_object
+
+    if path.is_file():
+        rows = {n: {way: v if math.isfinite(v) else None for way, v in row.items()} for n, row in bits.items()}
+        content = read_json_object(path) | {"router": {"heldout_bytes": heldout_bytes, "bits_per_byte": rows}}
+        write_atomically(path, as_json(content))
+        print(f"added to {path}, as router")
 
 
 def _text(

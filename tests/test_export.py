@@ -25,13 +25,14 @@ from koff_lightning import KoffError, LoraSpec, load_decomposed
 from koff_lightning.artifact import export as exporting
 from koff_lightning.artifact import modeling_koff, proof
 from koff_lightning.artifact.checkpoint import from_checkpoint
-from koff_lightning.artifact.export import export
+from koff_lightning.artifact.export import export, summary
 from koff_lightning.artifact.folder import read_manifest, verify
 from koff_lightning.artifact.layouts import Ragged
 from koff_lightning.artifact.model_card import base_folder, licence_of
 from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
-from koff_lightning.reports.results import mask_and_size
+from koff_lightning.reports.results import mask_and_size, sentences
+from koff_lightning.sparsity import SparsitySpec
 
 LAYOUTS = ("ragged", "uniform", "deci", "masked", "merged")
 
@@ -498,6 +499,24 @@ def test_a_fixed_mask_that_removes_nothing_is_refused(tmp_path, here):
     module.gates.harden(torch.ones_like(module.gates.kept))
     with pytest.raises(KoffError, match=r"the mask is fixed but removes nothing, and the run's target is 0\.3"):
         export(module, tmp_path / "out")
+
+
+def test_a_threshold_that_closed_nothing_leaves_the_backbone_whole(tmp_path, here):
+    """What the run ended with is exported, and said: the dense backbone, its memories, and why it is whole."""
+    module = tiny_decomposition(tmp_path, sparsity=SparsitySpec(target=0.3, harden="threshold", min_channels=4))
+    module.gates.logits.data.fill_(8.0)
+    module.harden()
+    assert module.gates.kept.all()
+    report = export(module, tmp_path / "out")
+    assert report["passed"] and read_manifest(tmp_path / "out").closed_nothing
+    assert "parameters (whole: the threshold closed no gate), " in summary(tmp_path / "out", report)
+    dense, cut = module.budget.denominators["total"], read_manifest(tmp_path / "out").parameters["backbone"]
+    assert dense == cut
+    said = sentences(mask_and_size(module))
+    assert "the threshold closed no gate, so the backbone is whole: train longer" in said[-1]
+    module.gates.logits.data[0] = -8.0  # now the logits close a gate that the mask keeps: a file that was changed
+    with pytest.raises(KoffError, match="the mask is fixed but removes nothing"):
+        export(module, tmp_path / "out", overwrite=True)
 
 
 # --------------------------------------------------------------------------------------- checkpoints, whole runs

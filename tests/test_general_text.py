@@ -1,5 +1,6 @@
 """Retention: general text in every so-manyth step, under a memory drawn at random (eq. 2 of the KOFF paper)."""
 
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -109,6 +110,20 @@ def fit(folder, *callbacks, data=None, resume=None, running=None, **options):
     return model, seen
 
 
+@pytest.fixture(scope="module")
+def plain(folder):
+    """What a run without general text recorded."""
+    return fit(folder, spec=None, data=text(folder, general=()))[1]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """What a run with general text recorded, and its checkpoint after 7 steps."""
+    path = tmp_path_factory.mktemp("whole")
+    _, run = fit(folder, ModelCheckpoint(path, "{step}", save_top_k=-1, every_n_train_steps=7))
+    return run, path / "step=7.ckpt"
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """What the steps took of general text: (step, number of the micro-batch, memory of the rows)."""
@@ -129,17 +144,16 @@ def taken(monkeypatch):
 
 @pytest.mark.parametrize(("updates", "steps"), [("mask", LEARNS), ("both", DUE)])
 def test_general_text_is_taken_in_every_third_step_that_it_can_move_something_in(folder, taken, updates, steps):
-    _, run = fit(folder, spec=RetentionSpec(EVERY, updates=updates))
+    _, run = fit(folder, GradientCoverage(), spec=RetentionSpec(EVERY, updates=updates))
     assert [step for step, _ in taken] == steps
     assert [step for step, logged in run.logged.items() if "train/retention" in logged] == steps
 
 
-def test_a_step_that_takes_none_is_the_step_without_retention(folder):
-    _, without = fit(folder, spec=None, data=text(folder, general=()))
-    _, run = fit(folder)
+def test_a_step_that_takes_none_is_the_step_without_retention(plain, whole):
+    run, _ = whole
     for step in range(LEARNS[0]):
-        assert run.logged[step] == without.logged[step]
-        assert all(torch.equal(value, without.values[step][name]) for name, value in run.values[step].items())
+        assert run.logged[step] == plain.logged[step]
+        assert all(torch.equal(value, plain.values[step][name]) for name, value in run.values[step].items())
 
 
 def test_rows_follow_each_other_through_all_of_the_general_text(folder, taken):
@@ -245,9 +259,8 @@ def test_settled_is_the_gradient_of_the_loss_by_its_inputs_alone():
     assert unused.grad is None
 
 
-def test_mask_only_leaves_memories_as_the_domains_alone_move_them(folder):
+def test_mask_only_leaves_memories_as_the_domains_alone_move_them(folder, plain):
     """In the one step that takes general text, from the same state."""
-    _, plain = fit(folder, spec=None, data=text(folder, general=()), running={"steps": STEPS})
     _, run = fit(folder, spec=RetentionSpec(6))
     for name, value in run.values[5].items():
         assert torch.equal(value, plain.values[5][name]) == (name != "model.gates.logits")
@@ -262,10 +275,6 @@ def test_with_memories_off_general_text_has_none(folder, monkeypatch):
     _, run = fit(folder, joint=False, spec=RetentionSpec(EVERY, updates="both"), loss=LossSpec(kl=0.0))
     assert [step for step, logged in run.logged.items() if "train/retention" in logged] == [5, 8, 11, 14, 17]
     assert not any(seen[:15])  # 12 steps on the domains' rows, 3 on general text
-
-
-def test_it_trains_with_all_that_watches_a_run(folder):
-    fit(folder, GradientCoverage(), spec=RetentionSpec(EVERY, updates="both"))
 
 
 # ------------------------------------------------------------------------------------------- going on, stored teacher
@@ -284,11 +293,6 @@ def test_a_run_that_goes_on_is_the_one_that_was_not_cut(folder, tmp_path, update
         assert all(torch.equal(value, whole.values[step][name]) for name, value in values.items())
 
 
-def saved(folder, tmp_path):
-    fit(folder, ModelCheckpoint(tmp_path / "a", "{step}", save_top_k=-1, every_n_train_steps=7))
-    return tmp_path / "a" / "step=7.ckpt"
-
-
 @pytest.mark.parametrize(
     ("spec", "general", "message"),
     [
@@ -297,8 +301,8 @@ def saved(folder, tmp_path):
         (RetentionSpec(EVERY), ("web",), "the general text of this run is not the checkpoint's"),
     ],
 )
-def test_a_run_goes_on_with_the_same_retention_only(folder, tmp_path, spec, general, message):
-    path = saved(folder, tmp_path)
+def test_a_run_goes_on_with_the_same_retention_only(folder, whole, tmp_path, spec, general, message):
+    path = shutil.copy(whole[1], tmp_path / "step=7.ckpt")
     again = ModelCheckpoint(tmp_path / "b", "{step}", save_top_k=-1, every_n_train_steps=7)
     with pytest.raises(KoffError, match=message):
         fit(folder, again, spec=spec, data=text(folder, general), resume=path)

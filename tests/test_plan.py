@@ -15,7 +15,9 @@ from koff_lightning.commands.plan import planned
 from koff_lightning.commands.published_sizes import PUBLISHED
 from koff_lightning.losses import LossSpec
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.training.planning import Step, _count, count, memory
+from koff_lightning.training.retention import RetentionSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/scale"))
 import peak
@@ -50,6 +52,7 @@ def test_the_peak_of_a_real_run_is_met_to_15_percent(tmp_path):
 @pytest.mark.slow
 def test_and_of_larger_ones_with_and_without_kl_and_checkpointing(tmp_path):
     options = {"model.loss.kl": 0}, {"model.activation_checkpointing": "true"}, {"trainer.accumulate_grad_batches": 2}
+    options += ({"model.retention.every": 1, "model.retention.updates": "both", "data.retention.g": "bundled:en"},)
     ratios = compare(*(("20M", 7, 128, each) for each in options), tmp_path=tmp_path)
     assert ratios == [pytest.approx(1, abs=0.15)] * len(options)
 
@@ -101,6 +104,20 @@ def test_the_arithmetic_is_that_of_the_matrix_products(step):
     assert count(step).flops == 4 * tokens * body + 2 * head + 5 * (2 + 5) * product - spared
     teacher = count(replace(step, loss=LossSpec())).flops - count(step).flops
     assert teacher == 2 * tokens * body + head + 5 * 2 * product
+
+
+def test_general_text_is_a_second_pass_in_some_steps(step):
+    """It costs as much forward, and backward only what leads to what it moves; its gradients stay for the rest."""
+    step = replace(step, loss=LossSpec(kl=0), sparsity=SparsitySpec(target=0.1))
+    none, mask, both = (
+        count(replace(step, retention=how and RetentionSpec(updates=how))) for how in (None, "mask", "both")
+    )
+    assert none.retention == 0 and none.flops == mask.flops == both.flops
+    assert none.flops / 2 < mask.retention < both.retention <= none.flops
+    assert none.peaks["backward"] < mask.peaks["backward"] < both.peaks["backward"] < 2 * none.peaks["backward"]
+    assert mask.activations == pytest.approx(none.activations, rel=0.01)
+    nothing = replace(step, sparsity=SparsitySpec(target=0.0), retention=RetentionSpec())
+    assert count(nothing).retention == 0, "without a mask to learn it moves nothing, and no step takes it"
 
 
 def test_every_saving_saves(step):

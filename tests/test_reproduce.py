@@ -3,11 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from koff_lightning.cli import main
 from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing.config_files import shipped_configs
+from koff_lightning.studies.bootstrap import Sample
 from koff_lightning.studies.claims import protocol
 from koff_lightning.studies.claims import runs as arm_runs
 
@@ -95,6 +97,29 @@ def test_a_difference_that_the_seeds_do_not_agree_on_is_not_decided(go, tmp_path
         -0.01
     )
     assert one["verdict"] == "not decided"
+
+
+def test_the_intervals_hold_for_all_statements_at_once():
+    """A difference 2.5 standard errors from zero would decide a lone statement, and does not decide one of 17."""
+    whole = protocol.paper()
+    normal = np.random.default_rng(0).normal(size=10_000)
+    one = whole.statements[0]
+
+    class Paired:
+        def __init__(self, errors):
+            self.draws = {"a": -0.01 * errors + 0.01 * normal, "b": np.zeros(10_000)}
+
+        def of(self, arms):
+            names = dict(zip(arms, ("a", "b"), strict=True))
+            measured = {arm: float(self.draws[name].mean()) for arm, name in names.items()}
+            return Sample(measured, {arm: self.draws[name] for arm, name in names.items()}, [0, 1])
+
+    def word(errors, level):
+        return protocol._verdict(one, Paired(errors), level)["verdict"]
+
+    assert len(whole.statements) == 17 and whole.level == pytest.approx(1 - 0.05 / 17)
+    assert (word(2.5, 0.95), word(2.5, whole.level)) == ("supported", "not decided")
+    assert (word(4, whole.level), word(-4, whole.level)) == ("supported", "contradicted")
 
 
 def test_a_failing_row_leaves_the_others_and_is_said(go, tmp_path, capsys, monkeypatch):

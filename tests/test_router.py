@@ -345,8 +345,11 @@ def test_an_encoder_of_other_files_is_refused(folder, encoder, capsys, tmp_path)
 
 
 def test_the_report_counts_every_text_once_and_told_is_what_telling_costs(made, capsys, tmp_path):
-    out = tmp_path / "router.json"
-    command = ["router", "test", "--model", made.folder, *TEXT, "--unseen", "zh=bundled:zh", "--out", out]
+    out, results = tmp_path / "router.json", tmp_path / "results.json"
+    results.write_text('{"mean": {"koff_bpb": 1.5}}', encoding="utf-8")
+    (tmp_path / "artifact").symlink_to(made.folder, target_is_directory=True)
+    artifact = tmp_path / "artifact"
+    command = ["router", "test", "--model", artifact, *TEXT, "--unseen", "zh=bundled:zh", "--out", out]
     assert main([*map(str, command), "--heldout_bytes", "4000", "--device", "cpu"]) == 0
     assert "bits per byte" in capsys.readouterr().out
     found = json.loads(out.read_text(encoding="utf-8"))
@@ -357,6 +360,8 @@ def test_the_report_counts_every_text_once_and_told_is_what_telling_costs(made, 
         assert found["accuracy"][size]["zh"] == table["zh"]["(none)"] / len(counts["zh"])
         assert found["accuracy"][size]["de"] == table["de"]["de"] / len(counts["de"])
     assert found["accuracy"]["256"]["de"] > 0.8 and found["accuracy"]["256"]["zh"] > 0.9
+    noted = {"heldout_bytes": 4000, "bits_per_byte": found["bits_per_byte"]}
+    assert json.loads(results.read_text(encoding="utf-8")) == {"mean": {"koff_bpb": 1.5}, "router": noted}
     for row in found["bits_per_byte"].values():
         assert list(row) == ["told", "none", "16", "64", "256"]
         assert row["told"] != row["none"]

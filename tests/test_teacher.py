@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -72,6 +73,22 @@ def prepared(folder, **options):
     assert main(["prepare", *words(folder, **options), "--teacher"]) == 0
 
 
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory):
+    """A cache with the tokenised text and its stored teacher."""
+    cache = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KOFF_CACHE", str(cache))
+        prepared(folder)
+    return cache
+
+
+@pytest.fixture
+def store(made, tmp_path):
+    """A copy of it where this test's runs look."""
+    shutil.copytree(made, tmp_path / "cache")
+
+
 def text(folder, **options):
     defaults = {"seq_len": LENGTH, "batch_size": 4, "heldout_fraction": 0.2}
     return DomainDataModule({d: str(folder / f"{d}.jsonl") for d in DOMAINS}, **defaults | options)
@@ -124,9 +141,8 @@ def live(**options):
 @pytest.mark.parametrize(
     ("ce", "tail", "k"), [(0.0, "drop", K), (0.0, "drop", 5), (0.0, "bucket", K), (0.5, "drop", K), (0.5, "bucket", 5)]
 )
-def test_a_stored_teacher_gives_the_losses_of_a_live_one(folder, monkeypatch, ce, tail, k):
+def test_a_stored_teacher_gives_the_losses_of_a_live_one(folder, store, monkeypatch, ce, tail, k):
     """Shuffled rows of several documents and the padded last ones; three passes."""
-    prepared(folder)
     _, expected = fit(folder, live(ce=ce, tail=tail, top_k=k), steps=30)
     monkeypatch.setattr(Decomposition, "dense_hidden", lambda *_: pytest.fail("a teacher pass that nobody needs"))
     _, found = fit(folder, stored(ce=ce, tail=tail, top_k=k), steps=30)
@@ -160,8 +176,7 @@ class Compare(Callback):
         pl_module.zero_grad()
 
 
-def test_loss_and_gradients_are_those_of_a_live_teacher_while_a_mask_is_learned(folder, tmp_path):
-    prepared(folder)
+def test_loss_and_gradients_are_those_of_a_live_teacher_while_a_mask_is_learned(folder, store):
     compare = Compare()
     fit(folder, stored(), callbacks=[compare], target=0.2)
     for number in (0, 5):
@@ -170,8 +185,7 @@ def test_loss_and_gradients_are_those_of_a_live_teacher_while_a_mask_is_learned(
             assert other.any()
 
 
-def test_a_run_that_goes_on_is_the_one_that_was_not_cut(folder, tmp_path):
-    prepared(folder)
+def test_a_run_that_goes_on_is_the_one_that_was_not_cut(folder, store, tmp_path):
     savers = [ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1, every_n_train_steps=4) for name in "ab"]
     model, whole = fit(folder, stored(), callbacks=savers[:1], target=0.2)
     again, rest = fit(folder, stored(), callbacks=savers[1:], resume=tmp_path / "a" / "step=4.ckpt", target=0.2)
@@ -181,8 +195,7 @@ def test_a_run_that_goes_on_is_the_one_that_was_not_cut(folder, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_batch_of_every_rank_brings_its_own_rows_teacher(folder, workers):
-    prepared(folder)
+def test_every_batch_of_every_rank_brings_its_own_rows_teacher(folder, store, workers):
     backbone, data = load_backbone(str(folder / "model")), text(folder, tokenizer=str(folder / "model"))
     data.setup()
     data.take_stored_teacher(fingerprint(backbone), K)
@@ -362,8 +375,7 @@ def test_a_writer_that_is_killed_at_the_very_end_has_lost_nothing(tmp_path, monk
     assert TeacherStore(tmp_path).load("a", belonging(rows), 1).index[3, :, 0].tolist() == list(range(30, 39))
 
 
-def test_a_store_that_was_cut_is_one_line(folder, tmp_path):
-    prepared(folder)
+def test_a_store_that_was_cut_is_one_line(folder, store, tmp_path):
     file = stores(tmp_path)[0].parent / "index.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(KoffError, match=r"the stored teacher in .* is damaged \(index.bin is not as it was written\)"):
@@ -388,8 +400,7 @@ def test_no_store_names_the_command_that_makes_one(folder):
         fit(folder, stored())
 
 
-def test_a_store_of_something_else_says_of_what(folder, tmp_path):
-    prepared(folder)
+def test_a_store_of_something_else_says_of_what(folder, store, tmp_path):
     for name, (where, options, k, message) in {
         "length": (folder, {"seq_len": 24}, K, "of rows of another length: data.seq_len is 16 there and 24 here"),
         "text": (folder, {"max_train_bytes": 900}, K, r"is of other text: .* \(\w{12} there, \w{12} here\)"),

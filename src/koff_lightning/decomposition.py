@@ -149,12 +149,12 @@ class Decomposition(nn.Module):
         """The mask if training stopped now, bool [U]: hardened, or as `harden` would choose it at `target`."""
         if self.gates.hardened:
             return self.gates.kept
-        return self._chosen(self.target).to(self.gates.kept.device)
+        return self.chosen_mask(self.target).to(self.gates.kept.device)
 
-    def _chosen(self, target: float) -> Tensor:
-        """The mask by the present logits, bool [U]: without the lowest up to the target, or by the threshold."""
+    def chosen_mask(self, target: float) -> Tensor:
+        """The mask that the present logits give, bool [U]: without the lowest up to the target, or by the threshold."""
         if self.sparsity.harden == "threshold" and target > 0:
-            return self.budget.threshold(self._keep())
+            return self.budget.threshold(self.gates.gate.keep(self.gates.logits))
         return self.budget.harden(self.gates.logits, target)
 
     def hard_gates(self) -> Tensor | None:
@@ -163,7 +163,7 @@ class Decomposition(nn.Module):
 
     def harden(self) -> None:
         """Fix the mask by the logits of rank 0: at the exact final budget, or by the threshold."""
-        self.gates.harden(self._chosen(self.sparsity.target))
+        self.gates.harden(self.chosen_mask(self.sparsity.target))
         ranks.copy_from_first([self.gates.kept])
 
     def added_parameters(self) -> int:

@@ -101,15 +101,18 @@ def export(
 
 def summary(out: Path, report: proof.Report) -> str:
     """What was written and what the proof found, in a line."""
-    size = read_manifest(out).parameters
+    manifest = read_manifest(out)
+    size = manifest.parameters
     found, count = "not proven", len(size["active"])
+    whole = " (whole: the threshold closed no gate)" if manifest.closed_nothing else ""
     if report["passed"]:
         found = (
             "a fresh process computes the same from it "
             f"(logits to {report['relative_diff']:.0e} of the largest, greedy tokens {report['greedy']})"
         )
     return (
-        f"wrote {out}: backbone {size['backbone'] / 1e6:.3f} M of {size['dense_total'] / 1e6:.3f} M parameters, "
+        f"wrote {out}: backbone {size['backbone'] / 1e6:.3f} M of {size['dense_total'] / 1e6:.3f} M "
+        f"parameters{whole}, "
         f"{count} {'memory' if count == 1 else 'memories'}; {found}"
     )
 
@@ -121,7 +124,7 @@ def _check(module: Decomposition, layout: Layout, domain: str | None, with_code:
             "the mask of this run is not fixed yet, so nothing can be cut: export a later checkpoint of it "
             "(the mask is fixed after the shares anneal.warmup, ramp and hold of its steps)"
         )
-    if module.learns_mask and module.gates.kept.all() and not module.budget.harden(module.gates.logits).all():
+    if module.learns_mask and module.gates.kept.all() and not module.chosen_mask(module.sparsity.target).all():
         raise KoffError(
             f"the mask is fixed but removes nothing, and the run's target is {module.sparsity.target}: the whole "
             "backbone would be exported; take a checkpoint whose mask is as its run left it"

@@ -84,6 +84,11 @@ class Manifest:
     format_version: int = FORMAT
     router: dict[str, Any] | None = None
 
+    @property
+    def closed_nothing(self) -> bool:
+        """Whether a mask was learned that keeps every unit, as a threshold may: the backbone is whole then."""
+        return bool(self.sparsity["target"]) and all(group["kept"] == group["of"] for group in self.kept)
+
     def to_json(self) -> str:
         """The text of `koff.json`."""
         content = asdict(self)

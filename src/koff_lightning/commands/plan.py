@@ -123,6 +123,7 @@ def _read(words: list[str], gpus: int, model_config: str | None) -> _Run:
     from koff_lightning.memory import KVSpec, LoraSpec
     from koff_lightning.sparsity import SparsitySpec
     from koff_lightning.training.planning import Step
+    from koff_lightning.training.retention import RetentionSpec
 
     options = resolved(["fit", *words])
     model, data, trainer = options["model"], options["data"], options["trainer"]
@@ -143,6 +144,7 @@ def _read(words: list[str], gpus: int, model_config: str | None) -> _Run:
         model["kv"] and KVSpec(**model["kv"]),
         LossSpec(**model["loss"]),
         model["shared_memory"],
+        model["retention"] and RetentionSpec(**model["retention"]),
     )
     strategy = trainer["strategy"]
     path = strategy["class_path"] if isinstance(strategy, dict) else str(strategy)
@@ -229,9 +231,13 @@ def _change(words: list[str], total: float) -> list[str]:
 
 def _time(run: _Run, counts: "Counts", given: float | None, peak: float) -> list[str]:
     """Tokens per second and hours, and what they rest on."""
-    tokens, flops = run.step.rows * run.step.length, counts.flops
+    tokens, flops, general = run.step.rows * run.step.length, counts.flops, []
+    if counts.retention:
+        every = run.step.retention.every
+        flops += counts.retention / every
+        general = [f"with general text, {counts.retention / counts.flops:.2f} of a step more, in one of {every} steps"]
     steps, each = run.options["trainer"]["max_steps"], tokens * run.accumulate * run.gpus
-    lines = [f"{flops / tokens / 1e9:.2f} GFLOP per token, {each:,} tokens per step"]
+    lines = [f"{flops / tokens / 1e9:.2f} GFLOP per token, {each:,} tokens per step", *general]
     if given is None and run.step.precision != "bf16-mixed":
         return [
             *lines,

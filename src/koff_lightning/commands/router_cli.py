@@ -1,6 +1,7 @@
 """`koff router`: train what picks a memory from the text, and test how well it picks."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,8 @@ def test(
         data: NAME=TEXT of a domain, in place of what the config says of it; several times.
         unseen: NAME=TEXT of a domain that the router does not know, whose text belongs to none; several times.
         heldout_bytes: Held-out text to read with the model, of each domain, at most; 0 for none.
-        out: File to write the figures to, as JSON.
+        out: File to write the figures to, as JSON. Where the artifact lies in its run's folder the bits per byte are
+            added to `results.json` there too, as `router`.
         device: Torch device; by default a GPU if there is one.
     """
     if heldout_bytes < 0:
@@ -146,6 +148,21 @@ def test(
     if out:
         write_atomically(Path(out).expanduser(), json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     _show(found)
+    if heldout_bytes:
+        _add_to_results(folder.parent / "results.json", heldout_bytes, found["bits_per_byte"])
+
+
+def _add_to_results(path: Path, heldout_bytes: int, bits: dict[str, dict[str, float]]) -> None:
+    """Add bits per byte, told and routed, to the results of the run that the artifact lies beside, if there are any."""
+    from koff_lightning.reports.results import as_json
+    from koff_lightning.support.files import write_atomically
+    from koff_lightning.support.json_files import read_json_object
+
+    if path.is_file():
+        rows = {n: {way: v if math.isfinite(v) else None for way, v in row.items()} for n, row in bits.items()}
+        content = read_json_object(path) | {"router": {"heldout_bytes": heldout_bytes, "bits_per_byte": rows}}
+        write_atomically(path, as_json(content))
+        print(f"added to {path}, as router")
 
 
 def _text(

@@ -139,6 +139,11 @@ def sentences(results: Figures) -> list[str]:
         f"            active (with one memory) {_count(active)}: {_change(active, dense)}",
         f"            stored (with all) {_count(stored)}: {_change(stored, dense)}",
     ]
+    if rates["target"] and rates["hardened"] and rates["units"] == 0:
+        lines.append(
+            "            the threshold closed no gate, so the backbone is whole: train longer, raise sparsity.weight "
+            "or optim.mask_lr, or set sparsity.harden to budget"
+        )
     if rates["target"] and not rates["hardened"]:
         lines.append(
             "            the run ended before its mask was fixed: these figures are of the mask of that moment"

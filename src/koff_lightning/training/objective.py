@@ -62,25 +62,43 @@ class Objective:
             memories: Memories of each row, None for none.
             groups: Number of each row's group, [B] in 0..len(domains).
         """
-        model, spec = self.model, self.spec
-        labels, predicted = model.targets(batch)  # [N], bool [B, T-1]
-        teacher = self._teacher(batch, predicted)
-        model.gates.set(gates)
-        model.memories.activate(memories)
-        with recomputed(model.backbone, self.recompute):
-            student = model.hidden(batch)[:, :-1][predicted]  # [N, d]
-        weights = domain_weights(groups[:, None].expand_as(predicted)[predicted], len(model.domains) + 1)  # [N]
-        loss, ce, kl = fused_head_loss(student, teacher, model.head, labels, weights, spec)
-        all_loss, all_ce, all_kl = ranks.total(torch.stack([loss.detach(), weights @ ce, weights @ kl])) / ranks.count()
-        return TextLoss(loss + (all_loss - loss.detach()), all_ce, all_kl, ce + kl, predicted)
+        labels, predicted = self.model.targets(batch)  # [N], bool [B, T-1]
+        teacher = self.teacher(batch, predicted)
+        student = self.student(batch, predicted, gates, memories)  # [N, d]
+        return self.compare(student, teacher, labels, predicted, groups)
 
-    def _teacher(self, batch: Batch, predicted: Tensor) -> Tensor | TopK | None:
+    def teacher(self, batch: Batch, predicted: Tensor) -> Tensor | TopK | None:
         """What the dense model says at the predicted places: hidden states [N, d], or its stored likeliest tokens."""
         if not self.spec.kl:
             return None
         if self.spec.teacher == "live":
-            return self.model.dense_hidden(batch)[:, :-1][predicted]
-        return TopK(batch[INDEX][predicted].long(), batch[LOG_Q][predicted].float())
+            return self.at(self.model.dense_hidden(batch)[:, :-1], predicted)
+        return TopK(self.at(batch[INDEX], predicted).long(), self.at(batch[LOG_Q], predicted).float())
+
+    def student(self, batch: Batch, predicted: Tensor, gates: Tensor | None, memories: Sequence[str | None]) -> Tensor:
+        """Hidden states [N, d] at the predicted places under gates and memories."""
+        self.model.gates.set(gates)
+        self.model.memories.activate(memories)
+        with recomputed(self.model.backbone, self.recompute):
+            return self.at(self.model.hidden(batch)[:, :-1], predicted)
+
+    def compare(
+        self, student: Tensor, teacher: Tensor | TopK | None, labels: Tensor, predicted: Tensor, groups: Tensor
+    ) -> TextLoss:
+        """The loss, given hidden states [N, d], what the teacher says there, and the next tokens [N]."""
+        weights = self.weights(predicted, groups)
+        loss, ce, kl = fused_head_loss(student, teacher, self.model.head, labels, weights, self.spec)
+        all_loss, all_ce, all_kl = ranks.total(torch.stack([loss.detach(), weights @ ce, weights @ kl])) / ranks.count()
+        return TextLoss(loss + (all_loss - loss.detach()), all_ce, all_kl, ce + kl, predicted)
+
+    def weights(self, predicted: Tensor, groups: Tensor) -> Tensor:
+        """Weight of each predicted token, [N]."""
+        return domain_weights(self.at(groups[:, None].expand_as(predicted), predicted), len(self.model.domains) + 1)
+
+    @staticmethod
+    def at(values: Tensor, predicted: Tensor) -> Tensor:
+        """The values [B, T-1, ...] at the predicted places, [N, ...]."""
+        return values[predicted]
 
 
 def take_stored_teacher(spec: LossSpec, data: Any, backbone_hash: str) -> None:

@@ -1,8 +1,9 @@
 """What a training step takes in memory and arithmetic, found without weights.
 
 The step of the real model runs on tensors that have shapes and no numbers (torch's FakeTensorMode), so whatever it
-keeps, recomputes, casts or copies is counted as it is, not by a formula of its own. Layers are alike: a model of two
-and one of three layers are counted, and each further layer adds what the third did.
+keeps, recomputes, casts or copies is counted as it is, not by a formula of its own. What runs is `Objective`, as in
+training, where every token is predicted: a choice among tokens has no shape without numbers. Layers are alike: a model
+of two and one of three layers are counted, and each further layer adds what the third did.
 
 Not seen: scratch space inside kernels, fragmentation, what a device driver takes, and kernels of a GPU that need
 other memory than the CPU's (rows that hold several documents: see docs/scaling.md).
@@ -19,20 +20,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from koff_lightning.backbone import decoder_layers, hidden_states, prunable_groups, recomputed
+from koff_lightning.backbone import decoder_layers, prunable_groups
+from koff_lightning.data.teacher import INDEX, LOG_Q
+from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.gates import BackboneGates
-from koff_lightning.losses import LossSpec, TopK, fused_head_loss
+from koff_lightning.losses import LossSpec, settled
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.placement import ALL, placed
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support import ranks
+from koff_lightning.training.objective import Objective
+from koff_lightning.training.retention import RetentionSpec
 
 COUNTED = (2, 3)  # layers
 AMPS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -63,6 +68,7 @@ class Step:
         kv: KV memory of each domain.
         loss: Its chunk, and whether there is a teacher.
         shared: One memory for all domains.
+        retention: How general text takes part; None for not at all.
     """
 
     config: PreTrainedConfig
@@ -77,11 +83,12 @@ class Step:
     kv: KVSpec | None = None
     loss: LossSpec = field(default_factory=LossSpec)
     shared: bool = False
+    retention: RetentionSpec | None = None
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Bytes and floating-point operations of one step on one device with the whole model.
+    """Bytes and floating-point operations of one micro-batch on one device with the whole model.
 
     Attributes:
         layers: Bytes of the frozen weights of all layers.
@@ -92,8 +99,10 @@ class Counts:
         mask: Bytes of the logits.
         teacher: Bytes that the teacher pass leaves.
         activations: Bytes that the forward keeps for the backward.
-        peaks: Most bytes that are alive in each of `STAGES`, beyond weights, gradients and optimizer state.
-        flops: Operations.
+        peaks: Most bytes that are alive in each of `STAGES`, beyond weights, gradients and optimizer state; with
+            retention in a step that takes general text.
+        flops: Operations without general text.
+        retention: Operations that general text adds in a step that takes it.
     """
 
     layers: float
@@ -106,6 +115,7 @@ class Counts:
     activations: float
     peaks: dict[str, float]
     flops: float
+    retention: float
 
     @property
     def trained(self) -> float:
@@ -178,22 +188,19 @@ def _along(value: Any, fewer: Any, more: Any, times: int) -> Any:
 def _count(step: Step, layers: int) -> dict[str, Any]:
     """The fields of `Counts` for a model of so many layers."""
     with FakeTensorMode():
-        model = _outline(step.config, layers, step.dtype)
-        groups = prunable_groups(model, step.sparsity.units)
-        memories = MemoryBank(model, step.domains, step.lora, step.kv, step.shared)
-        gates = BackboneGates(groups, step.sparsity.gate, **step.sparsity.gate_options())
-        gates.attach(model)
+        model = _Outline(step, layers)
+        memories, gates, backbone = model.memories, model.gates, model.backbone
         if step.checkpointing:
-            model.activation_checkpointing_enable()
-        frozen = {id(p): _bytes(p) for p in model.parameters() if not p.requires_grad}
-        inside = sum(frozen.get(id(p), 0) for layer in decoder_layers(model) for p in layer.parameters())
-        known = [*model.parameters(), *model.buffers(), *memories.parameters(), *memories.buffers()]
+            backbone.activation_checkpointing_enable()
+        frozen = {id(p): _bytes(p) for p in backbone.parameters() if not p.requires_grad}
+        inside = sum(frozen.get(id(p), 0) for layer in decoder_layers(backbone) for p in layer.parameters())
+        known = [*model.parameters(), *model.buffers()]
         for parameter in [*memories.lora_parameters(), *memories.kv_parameters(), gates.logits]:
             parameter.grad = torch.zeros_like(parameter)  # alive during the whole of the next micro-batch
             known.append(parameter.grad)
-        live = _Live([*known, *gates.parameters(), *gates.buffers()])
+        live = _Live(known)
         with live, torch.autocast("cpu", AMPS[step.precision]) if step.precision in AMPS else nullcontext():
-            parts = _micro_batch(step, model, memories, gates, live)
+            parts = _micro_batch(step, model, live)
     slots = sum(4 * kv.numel() for kv in memories.kv.values())
     return parts | {
         "layers": inside,
@@ -202,11 +209,34 @@ def _count(step: Step, layers: int) -> dict[str, Any]:
         "kv": sum(map(_bytes, memories.kv_parameters())),
         "sinks": slots - sum(map(_bytes, memories.kv_parameters())),
         "mask": _bytes(gates.logits),
-        "flops": live.flops,
     }
 
 
-def _outline(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
+class _Outline(Decomposition):
+    """A decomposition of a backbone without numbers, as far as a training step asks for it.
+
+    Args:
+        step: Of which run.
+        layers: Of the backbone.
+    """
+
+    def __init__(self, step: Step, layers: int) -> None:
+        nn.Module.__init__(self)
+        self.domains = list(step.domains)
+        self.backbone = _backbone(step.config, layers, step.dtype)
+        groups = prunable_groups(self.backbone, step.sparsity.units)
+        self.memories = MemoryBank(self.backbone, self.domains, step.lora, step.kv, step.shared)
+        self.gates = BackboneGates(groups, step.sparsity.gate, **step.sparsity.gate_options())
+        self.gates.attach(self.backbone)
+
+    @staticmethod
+    def targets(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Next tokens, and that all are predicted."""
+        labels = batch["labels"][:, 1:]
+        return labels.flatten(), torch.ones_like(labels, dtype=torch.bool)
+
+
+def _backbone(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the config's shapes with so many layers; its config is a copy."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
@@ -216,36 +246,72 @@ def _outline(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> PreTr
     return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).eval()
 
 
-def _micro_batch(
-    step: Step, model: PreTrainedModel, memories: MemoryBank, gates: BackboneGates, live: "_Live"
-) -> dict[str, Any]:
-    """What `KOFFModule.training_step` and its backward do, for rows in which every token is predicted."""
+@dataclass(frozen=True)
+class _Counted(Objective):
+    """The objective where every token is predicted, with a note of what each part of it takes."""
+
+    live: "_Live | None" = None
+
+    def teacher(self, *args: Any) -> Any:
+        """As in training."""
+        with self.live.stage("teacher pass"):
+            return super().teacher(*args)
+
+    def student(self, *args: Any) -> Tensor:
+        """As in training."""
+        with self.live.stage("forward"):
+            return super().student(*args)
+
+    def compare(self, *args: Any) -> Any:
+        """As in training."""
+        with self.live.stage("loss"):
+            return super().compare(*args)
+
+    def weights(self, predicted: Tensor, groups: Tensor) -> Tensor:
+        """Weight of each token, [N]: the same shape without a look at which domain it is of."""
+        return torch.ones(predicted.numel())
+
+    @staticmethod
+    def at(values: Tensor, predicted: Tensor) -> Tensor:
+        """All values, [N, ...]."""
+        return values.flatten(0, 1)
+
+
+def _micro_batch(step: Step, model: _Outline, live: "_Live") -> dict[str, Any]:
+    """What `KOFFModule.training_step` and its backward do."""
     rows = [step.domains[row * len(step.domains) // step.rows] for row in range(step.rows)]
     rows = rows if step.rows >= len(step.domains) else list(step.domains[: step.rows])
     tokens = torch.zeros(step.rows, step.length, dtype=torch.int64)
     packed = torch.ones(step.rows, 1, step.length, step.length, dtype=torch.bool)  # who sees whom in packed rows
-    inputs = {"input_ids": tokens, "position_ids": tokens, "attention_mask": packed}
-    teacher = None
-    with live.stage("teacher pass"):
-        if step.loss.teacher == "stored":
-            places = step.rows * (step.length - 1), step.loss.top_k
-            teacher = TopK(torch.zeros(places, dtype=torch.int64), torch.zeros(places))
-        elif step.loss.kl:
-            with torch.no_grad(), memories.off():
-                teacher = hidden_states(model, **inputs)[:, :-1].flatten(0, 1)  # [B (T - 1), d]
-    kept = live.now
-    with live.stage("forward"):
-        memories.activate(rows)
-        gates.set(gates.gate.sample(gates.logits, step.rows))
-        with recomputed(model, step.checkpointing):
-            student = hidden_states(model, **inputs)[:, :-1].flatten(0, 1)  # [B (T - 1), d]
-    forward = live.now - kept
-    with live.stage("loss"):
-        labels, weights = tokens[:, 1:].flatten(), torch.ones(len(student))
-        loss, *_ = fused_head_loss(student, teacher, model.get_output_embeddings().weight, labels, weights, step.loss)
+    batch = {"input_ids": tokens, "position_ids": tokens, "attention_mask": packed, "labels": tokens}
+    if step.loss.teacher == "stored":
+        places = step.rows, step.length - 1, step.loss.top_k
+        batch |= {INDEX: torch.zeros(places, dtype=torch.int32), LOG_Q: torch.zeros(places, dtype=torch.float16)}
+    groups = torch.zeros(step.rows, dtype=torch.int64)
+    objective = _Counted(model, step.loss, step.checkpointing, live)
+
+    def forward(memories: Sequence[str]) -> Tensor:
+        gates = model.gates.gate.sample(model.gates.logits, step.rows)
+        return objective(batch, gates, memories, groups).loss
+
+    added = torch.zeros(())
+    if moved := step.retention and step.retention.parts(model, rows[0], step.sparsity.target > 0, True):
+        found = forward(rows[:1] * step.rows)
+        with live.stage("backward"):
+            added = settled(found, moved)
+        del found
+    retention, held = live.flops, live.now
+    loss = forward(rows)
     with live.stage("backward"):
-        loss.backward()
-    return {"teacher": kept, "activations": forward, "peaks": live.peaks}
+        (loss + added).backward()
+    teacher = live.left["teacher pass"] - held
+    return {
+        "teacher": teacher,
+        "activations": live.left["forward"] - live.left["teacher pass"],
+        "peaks": live.peaks,
+        "flops": live.flops - retention,
+        "retention": retention,
+    }
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -263,15 +329,17 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self.now, self.peak, self.flops = 0, 0, 0
         self.peaks: dict[str, float] = {}
+        self.left: dict[str, float] = {}  # alive at the end of a stage
         self._held = {id(tensor.untyped_storage()) for tensor in known}
         self._known = known  # while they are held no other storage gets their number
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Note the peak of a part of the step."""
+        """Note the peak of a part of the step, of all times that it runs, and what the last time leaves."""
         self.peak = self.now
         yield
-        self.peaks[name] = self.peak
+        self.peaks[name] = max(self.peaks.get(name, 0), self.peak)
+        self.left[name] = self.now
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

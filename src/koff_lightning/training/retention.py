@@ -55,12 +55,13 @@ class RetentionSpec:
 
     def moves(self, model: Decomposition, step: int, mask_learns: bool, memories_on: bool) -> list[nn.Parameter]:
         """What the general text of that step moves, of what is learned now; nothing in a step that takes none."""
-        if not self.is_due(step):
-            return []
-        memories, domain = model.memories, self.drawn(model, step)
+        return self.parts(model, self.drawn(model, step), mask_learns, memories_on) if self.is_due(step) else []
+
+    def parts(self, model: Decomposition, domain: str, mask_learns: bool, memories_on: bool) -> list[nn.Parameter]:
+        """What general text under the memory of that domain moves, of what is learned now."""
         parts = [model.gates.logits] if mask_learns else []
         if self.updates == "both" and memories_on:
-            parts += memories.lora_parameters(domain) + memories.kv_parameters(domain)
+            parts += model.memories.lora_parameters(domain) + model.memories.kv_parameters(domain)
         return [part for part in parts if part.requires_grad]
 
 

@@ -6,10 +6,10 @@ Faults: another comparison, another operator, a number that is off by one, a tru
 round, an argument or a statement left out, `min` for `max`. Drawn at random from each file, with the same seed the same
 ones. Left alone: what is said in errors, and `strict` of zip, which guards and decides nothing.
 
-A fault is killed when a test fails, or takes 30 s and three times the processor time that it takes otherwise. Those
-tests of the method run that execute the broken statement, the cheapest first, or all of a module where one of its
-fixtures does. What lives is printed with its line. A run that was stopped goes on where it was: delete the file of rows
-to begin anew.
+A fault is killed when a test fails, or takes 10 s and three times the processor time that it takes otherwise. Those
+tests of the method run that execute the broken statement, or all of a module where one of its fixtures does: the
+cheapest, up to --seconds of processor time, so the score is a lower bound. What lives is printed with its line. A run
+that was stopped goes on where it was: delete the file of rows to begin anew.
 
 One process imports and collects all; each fault runs in a fork of it, put into the functions and constants that are
 there already. So it costs its tests alone, some seconds.
@@ -296,7 +296,11 @@ class Mutants:
         # Outside of functions: whatever executes anything of the file.
         if not any(isinstance(node, ast.FunctionDef) and node.lineno < inner.lineno for node in around):
             names = set().union(*(tests for (at, _), tests in self.hits.items() if at == file))
-        chosen = [t for t in self.seconds if t in self.items and (t in names or t.partition("::")[0] in names)]
+        chosen, left = [], self.options.seconds
+        for test in sorted(self.seconds, key=self.seconds.get):
+            if test in self.items and (test in names or test.partition("::")[0] in names) and left > 0:
+                chosen.append(test)
+                left -= self.seconds[test]
         cost: dict[str, float] = {}
         for test in chosen:
             cost[test.partition("::")[0]] = cost.get(test.partition("::")[0], 0.0) + self.seconds[test]
@@ -306,7 +310,7 @@ class Mutants:
         """Which test notices a fault in a file; "" if none does."""
 
         def work(said: int) -> None:
-            limit = int(time.process_time() + 30 + 3 * sum(self.seconds[test] for test in tests))
+            limit = int(time.process_time() + 10 + 3 * sum(self.seconds[test] for test in tests))
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
             signal.alarm(1200)  # one that sleeps for ever
             try:
@@ -347,6 +351,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", default=FILES, help="of the method; by default all")
     parser.add_argument("--count", type=int, default=20, help="faults drawn from each file")
+    parser.add_argument("--seconds", type=float, default=60, help="of tests for a fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/mutate.jsonl"), help="a row for each fault")
     parser.add_argument("--more", nargs="*", default=[], help="further tests, as in tests/test_NAME.py")

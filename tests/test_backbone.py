@@ -8,12 +8,13 @@ import huggingface_hub.constants
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
-from transformers import AutoConfig, BertConfig, BertModel, MixtralConfig
+from transformers import AutoConfig, BertConfig, BertModel, DynamicCache, MixtralConfig
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from koff_lightning import KoffError, load_backbone, load_tokenizer, loading
 from koff_lightning.backbone import (
     attention_modules,
+    cache_argument,
     decoder_layers,
     hidden_states,
     kv_shapes,
@@ -360,3 +361,10 @@ def test_a_truncated_gguf(tmp_path):
     whole = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(whole[: len(whole) // 2])
     refused(tmp_path / "tiny.gguf", "cannot load backbone")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_tokens_cache_is_handed_over_by_the_name_that_this_release_has_for_it(family):
+    model, cache = tiny_model(family), DynamicCache()
+    model(IDS, use_cache=True, **{cache_argument(model): cache})  # another name: a warning or an error
+    assert cache.get_seq_length() == IDS.shape[1]

@@ -105,6 +105,19 @@ def test_a_shift_keeps_more_the_larger_it_is(kind, logits, delta, more, progress
     assert (most - less).min() >= -1e-6
 
 
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_a_shift_of_shrinking_relus_is_the_flow_that_moves_those_near_the_threshold_most(progress):
+    gate = ShrinkingReLU()
+    gate.anneal(progress)
+    z = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    step = 1e-6
+    speed = (gate.shift(z, step) - gate.shift(z, -step)) / (2 * step)
+    u = (z - gate.mu) / (2 * gate.width)
+    assert torch.allclose(speed, 1 / (1 + u**2), rtol=1e-6), "du/dt = 1 / (1 + u^2), in units of 2 width"
+    assert torch.allclose(gate.shift(z, 0.0), z), "no time, no move"
+    assert torch.allclose(gate.shift(gate.shift(z, 0.7), -1.9), gate.shift(z, -1.2)), "two moves are one"
+
+
 @pytest.mark.parametrize("kind", GATES)
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=30))
 @settings(max_examples=40, deadline=None)

@@ -155,3 +155,18 @@ def test_halves_without_a_specific_neuron_are_no_share_of_anything():
     found = stability(seen, rate=0.1, bar=0.9)
     assert math.isnan(found.jaccard)
     assert "no neuron is specific in either half" in found.sentence
+
+
+def test_the_weighted_score_takes_the_harmonic_mean_of_the_domains_off():
+    rates = np.random.default_rng(0).random((200, 3))
+    found = identify_weighted(rates, ["a", "b", "c"], weight=0.1)
+    shares = rates / rates.sum(1, keepdims=True)
+    expected = -(shares * np.log(shares)).sum(1) / np.log(3) - 0.1 * rates.max(1) / ((1 + 1 / 2 + 1 / 3) / 3)
+    np.testing.assert_allclose(found.entropy, expected)
+
+
+def test_the_weighted_variant_refuses_what_lape_refuses():
+    with pytest.raises(KoffError, match="LAPE compares domains and there is only 'a'"):
+        identify_weighted(np.ones((200, 1)), ["a"])
+    with pytest.raises(KoffError, match="is less than one"):
+        identify_weighted(np.ones((9, 2)), ["a", "b"])

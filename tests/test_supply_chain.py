@@ -12,6 +12,7 @@ from koff_lightning.commands.known_bad import KNOWN_BAD
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes" / "supply_chain"))
 import audit  # noqa: E402
+import versions  # noqa: E402
 
 
 def test_every_dependency_has_a_reason_and_every_reason_a_dependency():
@@ -46,3 +47,22 @@ def test_the_hashed_pins_are_the_pins():
     hashed = dict(re.findall(r"^([\w.-]+)==(\S+) \\$", text, re.MULTILINE))
     assert {audit.canonicalize_name(name): pin for name, pin in hashed.items()} == audit.pins()
     assert all("--hash=sha256:" in part for part in re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)[1:])
+
+
+def test_every_floor_is_a_release_that_may_be_used():
+    floors = dict(line.split("==") for line in versions.lowest())
+    asked = audit.requirements()
+    optional = {"cffi", "llama-cpp-py-sync", "xllamacpp", "ipywidgets", "jupyterlab", "nbmake"}
+    assert {audit.canonicalize_name(name) for name in floors} == set(asked) - optional, "each has a floor"
+    for name, floor in floors.items():
+        assert asked[audit.canonicalize_name(name)].specifier.contains(floor), f"{name}: the range excludes its floor"
+    assert audit.faults({audit.canonicalize_name(name): floor for name, floor in floors.items()}, {}) == []
+
+
+def test_a_dependency_without_a_floor_is_not_run_at_one(tmp_path):
+    (tmp_path / "setup.cfg").write_text(
+        "[options]\ninstall_requires =\n    # why\n    a[b]>=1.5,<2,!=1.6\n    c\n"
+        "[options.extras_require]\nserve =\n    d>=3\ndev =\n    e>=0.1\n",
+        encoding="utf-8",
+    )
+    assert versions.lowest(tmp_path / "setup.cfg") == ["a==1.5", "d==3", "e==0.1"]

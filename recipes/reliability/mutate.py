@@ -1,46 +1,58 @@
 """Break the method's code on purpose, one small fault at a time, and see whether a test notices.
 
-    python recipes/reliability/mutate.py --count 20 --seed 0 --out runs/mutate.json [FILE ...]
+    python recipes/reliability/mutate.py --count 40 --seed 0 --out runs/mutate.jsonl [FILE ...]
 
-Faults: another comparison, another operator, a number that is off by one, a truth value or a `not` turned round, an
-argument or a statement left out, `min` for `max`. Drawn at random from each file, with the same seed the same ones.
-A fault is killed when one of the file's tests fails, or hangs for two minutes. What lives is printed with its line.
+Faults: another comparison, another operator, a number that is off by one, a truth value, a condition or a `not` turned
+round, an argument or a statement left out, `min` for `max`. Drawn at random from each file, with the same seed the same
+ones. Left alone: what is said in errors, and `strict` of zip, which guards and decides nothing.
 
-Each fault runs in a fork of one process that has imported torch and transformers, so that it costs the tests alone.
+A fault is killed when a test fails, or takes 10 s and three times the processor time that it takes otherwise. Those
+tests of the method run that execute the broken statement, or all of a module where one of its fixtures does: the
+cheapest, up to --seconds of processor time, so the score is a lower bound. What lives is printed with its line. A run
+that was stopped goes on where it was: delete the file of rows to begin anew.
+
+One process imports and collects all; each fault runs in a fork of it, put into the functions and constants that are
+there already. So it costs its tests alone, some seconds.
 """
 
 import argparse
 import ast
+import builtins
 import copy
-import importlib.abc
-import importlib.util
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType, ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "koff_lightning"
-LIMIT = 120  # seconds
-# File of the method -> its tests, the quickest first.
-TESTS = {
-    "gates.py": ["test_gates.py", "test_sparsity.py", "test_equivalences.py", "test_training.py"],
-    "sparsity.py": ["test_sparsity.py", "test_uniform.py", "test_gates.py", "test_training.py"],
-    "tracking.py": ["test_gates.py", "test_sparsity.py"],
-    "attention.py": ["test_attention.py", "test_memory.py", "test_decomposed.py"],
-    "merged_attention.py": ["test_attention.py"],
-    "lora.py": ["test_memory.py", "test_equivalences.py", "test_decomposed.py"],
-    "kv_memory.py": ["test_kv_memory.py", "test_memory.py", "test_memory_files.py"],
-    "memory.py": ["test_memory.py", "test_training.py"],
-    "losses.py": ["test_losses.py", "test_training.py"],
-    "surgery.py": ["test_surgery.py", "test_layouts.py", "test_memory_files.py"],
-    "studies/analysis/lape.py": ["test_lape.py"],
-    "training/optim.py": ["test_optim.py", "test_training.py"],
-}
+FILES = [
+    "gates.py",
+    "sparsity.py",
+    "tracking.py",
+    "attention.py",
+    "merged_attention.py",
+    "kv_memory.py",
+    "lora.py",
+    "memory.py",
+    "losses.py",
+    "penalties.py",
+    "surgery.py",
+    "studies/analysis/lape.py",
+    "training/optim.py",
+]
+# The tests of the method; --more names others, for what lives.
+TESTS = ["gates", "sparsity", "uniform", "channels", "penalties", "losses", "optim", "lape", "attention", "kv_memory"]
+TESTS += ["memory", "memory_files", "surgery", "layouts", "equivalences"]
 SWAPS = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -65,123 +77,298 @@ SWAPS = {
     ast.USub: ast.UAdd,
 }
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "float": "int", "round": "int", "floor": "ceil"}
+Change = Callable[[ast.AST], object]
 
 
-def faults(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
-    """Yield every fault of a file: line, what was done, and the file with it."""
+def faults(tree: ast.Module) -> Iterator[tuple[int, int, str, Change]]:
+    """Yield every fault of a file: line, number of the node, what is done to it, and the function that does it."""
     nodes = list(ast.walk(tree))
     inside = {id(part) for node in nodes if isinstance(node, ast.Raise) for part in ast.walk(node)}  # words of errors
+    guards = [
+        word.value for node in nodes if isinstance(node, ast.Call) for word in node.keywords if word.arg == "strict"
+    ]
+    inside |= {id(value) for value in guards}
     for number, node in enumerate(nodes):
-        if id(node) in inside or not hasattr(node, "lineno"):
-            continue
-        for what, change in _changes(node):
-            other = copy.deepcopy(tree)
-            twin = list(ast.walk(other))[number]
-            change(twin)
-            yield node.lineno, what, ast.fix_missing_locations(other)
+        if id(node) not in inside and hasattr(node, "lineno"):
+            yield from ((node.lineno, number, what, change) for what, change in _changes(node))
 
 
-def _changes(node: ast.AST) -> Iterator[tuple[str, object]]:
+def _changes(node: ast.AST) -> Iterator[tuple[str, Change]]:
     """Yield what can be done to a node, each in words and as a function that does it to its twin."""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
         yield type(node.ops[0]).__name__, lambda twin: twin.ops.__setitem__(0, SWAPS[type(twin.ops[0])]())
     elif isinstance(node, ast.BinOp | ast.BoolOp | ast.UnaryOp | ast.AugAssign) and type(node.op) in SWAPS:
         yield type(node.op).__name__, lambda twin: setattr(twin, "op", SWAPS[type(twin.op)]())
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        yield "not left out", lambda twin: (setattr(twin, "op", ast.Not()), setattr(twin, "operand", _negated(twin)))
+        yield "not left out", lambda twin: setattr(twin, "operand", ast.UnaryOp(ast.Not(), twin.operand))
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield "truth turned", lambda twin: setattr(twin, "value", not twin.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        yield "number", lambda twin: setattr(twin, "value", twin.value + 1 if isinstance(twin.value, int) else 0.0)
+        yield "number", lambda twin: setattr(twin, "value", _other_number(twin.value))
     elif isinstance(node, ast.Call):
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         if name in NAMES:
             key = "id" if isinstance(node.func, ast.Name) else "attr"
             yield f"{name} -> {NAMES[name]}", lambda twin: setattr(twin.func, key, NAMES[name])
-        if node.keywords:
+        if node.keywords and node.keywords[-1].arg != "strict":
             yield f"argument {node.keywords[-1].arg} left out", lambda twin: twin.keywords.pop()
+    elif isinstance(node, ast.If | ast.IfExp) and isinstance(node.test, ast.Name | ast.Attribute | ast.Call):
+        yield "condition turned", lambda twin: setattr(twin, "test", ast.UnaryOp(ast.Not(), twin.test))
     elif (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or isinstance(node, ast.AugAssign):
         yield "statement left out", lambda twin: setattr(twin, "value", ast.Constant(0))
 
 
-def _negated(twin: ast.UnaryOp) -> ast.expr:
-    return ast.UnaryOp(ast.Not(), twin.operand)
+def _other_number(value: float) -> float:
+    return value + 1 if isinstance(value, int) or value == 0 else 0.0
 
 
-class _Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives one module of ours with a fault in it."""
-
-    def __init__(self, module: str, file: Path, tree: ast.Module) -> None:
-        self.module, self.file, self.tree = module, file, tree
-
-    def find_spec(self, name: str, path: object, target: object = None) -> object:
-        if name != self.module:
-            return None
-        return importlib.util.spec_from_file_location(name, self.file, loader=self)
-
-    def create_module(self, spec: object) -> None:
-        return None
-
-    def exec_module(self, module: object) -> None:
-        exec(compile(self.tree, str(self.file), "exec"), module.__dict__)
+def broken(tree: ast.Module, number: int, change: Change) -> ast.Module:
+    """The file with one fault in it."""
+    other = copy.deepcopy(tree)
+    change(list(ast.walk(other))[number])
+    return ast.fix_missing_locations(other)
 
 
-def lives(file: str, tree: ast.Module) -> bool:
-    """Whether no test of a file notices a fault in it."""
+def put(file: str, tree: ast.Module) -> None:
+    """Let the module of a file that is imported already do what another tree of it says."""
+    live = sys.modules["koff_lightning." + file.removesuffix(".py").replace("/", ".")]
+    other = ModuleType(live.__name__)
+    other.__file__ = live.__file__
+    sys.modules[live.__name__] = other  # dataclasses look their module up
+    exec(compile(tree, str(SOURCE / file), "exec"), other.__dict__)
+    sys.modules[live.__name__] = live
+    _put(live, other, live.__name__)
+    for name, new in vars(other).items():  # constants, also where they were imported
+        old = vars(live).get(name)
+        if isinstance(new, int | float | str | tuple | set | dict) and old is not new and not name.startswith("__"):
+            for module in [m for key, m in sys.modules.items() if key.startswith(("koff_lightning", "test_"))]:
+                if vars(module).get(name) is old:
+                    setattr(module, name, new)
+
+
+def _put(live: object, other: object, module: str) -> None:
+    """Give the functions and plain values of one module or class to another."""
+    for name, new in list(vars(other).items()):
+        old = vars(live).get(name)
+        if isinstance(new, type):
+            if new.__module__ == module and isinstance(old, type):
+                _put(old, new, module)
+            continue
+        pairs = _functions(old, new)
+        if not pairs and isinstance(live, type) and isinstance(new, int | float | tuple):
+            setattr(live, name, new)
+        for mine, its in pairs:
+            if mine.__module__ != module:
+                continue
+            if len(mine.__code__.co_freevars) != len(its.__code__.co_freevars):  # a call of super() was left out
+                setattr(live, name, new)
+                continue
+            mine.__code__, mine.__defaults__, mine.__kwdefaults__ = its.__code__, its.__defaults__, its.__kwdefaults__
+
+
+def _functions(old: object, new: object) -> list[tuple[FunctionType, FunctionType]]:
+    """The plain functions in two objects of one kind: themselves, or below decorators and properties."""
+    if isinstance(old, property):
+        return _functions(old.fget, new.fget)
+    if isinstance(old, classmethod | staticmethod):
+        return _functions(old.__func__, new.__func__)
+    if not isinstance(old, FunctionType) or not isinstance(new, FunctionType):
+        return []
+    while hasattr(old, "__wrapped__") and hasattr(new, "__wrapped__"):
+        old, new = old.__wrapped__, new.__wrapped__
+    return [(old, new)]
+
+
+class _Hits(ast.NodeTransformer):
+    """Has every statement inside of functions say that it is executed."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        for inner in ast.walk(node):
+            for field in ("body", "orelse", "finalbody"):
+                if isinstance(block := getattr(inner, field, None), list):
+                    setattr(inner, field, [part for statement in block for part in (self._hit(statement), statement)])
+        return node
+
+    def _hit(self, statement: ast.stmt) -> ast.stmt:
+        return ast.parse(f"__hit__({self.file!r}, {statement.lineno})").body[0]
+
+
+def _fork(work: Callable[[int], None]) -> tuple[int, str]:
+    """Run `work`, which writes to a pipe, in a child; returns its exit status and what it wrote."""
+    read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        import pytest
-
-        os.setsid()
+        os.close(read)
         quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1), os.dup2(quiet, 2)
-        name = "koff_lightning." + file.removesuffix(".py").replace("/", ".")
-        sys.meta_path.insert(0, _Broken(name, SOURCE / file, tree))
-        tests = [str(ROOT / "tests" / test) for test in TESTS[file] if (ROOT / "tests" / test).is_file()]
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
-    end = time.monotonic() + LIMIT
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+        os.dup2(quiet, 1)
+        status = 99
+        try:
+            work(write)
+            status = 0
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+        finally:
+            os._exit(status)
+    os.close(write)
+    with open(read, encoding="utf-8") as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
 
 
-def main() -> None:
+class Mutants:
+    """In place of pytest's loop over the tests: a fork of it for each fault."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.trees = {file: ast.parse((SOURCE / file).read_text(encoding="utf-8")) for file in FILES}
+        self.failed: list[str] = []
+        self.now = ""
+        self.hits: dict[tuple[str, int], set[str]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note what failed."""
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        """Say whose statements are executed now, and what they cost."""
+        self.now, start = item.nodeid, time.process_time()
+        try:
+            return (yield)
+        finally:
+            self.seconds[item.nodeid] = time.process_time() - start
+            self.now = item.nodeid.partition("::")[0]  # fixtures count for all tests of a module
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """In place of running the tests."""
+        self.items = {item.nodeid: item for item in session.items}
+        self.look()
+        for start in range(0, self.options.count, 4):  # all files alike, should there be no time for the rest
+            for file in self.options.files:
+                self.judge(file, start, min(start + 4, self.options.count))
+        rows = self.rows()
+        print(f"killed {sum(bool(row['by']) for row in rows)} of {len(rows)}", flush=True)
+        return True
+
+    def look(self) -> None:
+        """Run the tests on the sound files: which statements each executes, and its seconds."""
+        kept = self.options.out.with_suffix(".tests.json")
+        if not kept.exists():
+
+            def work(said: int) -> None:
+                builtins.__hit__ = lambda *at: self.hits.setdefault(at, set()).add(self.now)
+                for file, tree in self.trees.items():
+                    put(file, ast.fix_missing_locations(_Hits(file).visit(copy.deepcopy(tree))))
+                self.run(list(self.items), stop=False)
+                hits = [[*at, sorted(tests)] for at, tests in self.hits.items()]
+                with open(said, "w", encoding="utf-8") as pipe:
+                    json.dump({"failed": self.failed, "hits": hits, "seconds": self.seconds}, pipe)
+
+            kept.write_text(_fork(work)[1], encoding="utf-8")
+        seen = json.loads(kept.read_text(encoding="utf-8"))
+        if seen["failed"]:
+            sys.exit(f"tests fail as they are, see to that first: {seen['failed'][:9]}")
+        self.hits = {(file, line): set(tests) for file, line, tests in seen["hits"]}
+        self.seconds = seen["seconds"]
+        print(f"{len(self.seconds)} tests, {sum(self.seconds.values()):.0f} s of the processor", flush=True)
+
+    def run(self, names: list[str], stop: bool = True) -> None:
+        """Run tests in this process, up to the first that fails or all."""
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            after = None if following is None else self.items[following]
+            if not name.startswith(self.now):
+                self.now = name.partition("::")[0]
+            self.items[name].config.hook.pytest_runtest_protocol(item=self.items[name], nextitem=after)
+            if stop and self.failed:
+                return
+
+    def covering(self, file: str, line: int) -> list[str]:
+        """The tests that execute a line, the cheapest first within modules, the cheapest module first."""
+        statements = [node for node in ast.walk(self.trees[file]) if isinstance(node, ast.stmt)]
+        above = {node: [one.lineno for one in getattr(node, "decorator_list", [])] for node in statements}
+        around = [node for node in statements if min([node.lineno, *above[node]]) <= line <= node.end_lineno]
+        inner = min(around, key=lambda node: node.end_lineno - node.lineno)
+        names = self.hits.get((file, inner.lineno), set())
+        # Outside of functions: whatever executes anything of the file.
+        if not any(isinstance(node, ast.FunctionDef) and node.lineno < inner.lineno for node in around):
+            names = set().union(*(tests for (at, _), tests in self.hits.items() if at == file))
+        chosen, left = [], self.options.seconds
+        for test in sorted(self.seconds, key=self.seconds.get):
+            if test in self.items and (test in names or test.partition("::")[0] in names) and left > 0:
+                chosen.append(test)
+                left -= self.seconds[test]
+        cost: dict[str, float] = {}
+        for test in chosen:
+            cost[test.partition("::")[0]] = cost.get(test.partition("::")[0], 0.0) + self.seconds[test]
+        return sorted(chosen, key=lambda t: (cost[t.partition("::")[0]], t.partition("::")[0], self.seconds[t]))
+
+    def killed(self, file: str, tree: ast.Module, tests: list[str]) -> str:
+        """Which test notices a fault in a file; "" if none does."""
+
+        def work(said: int) -> None:
+            limit = int(time.process_time() + 10 + 3 * sum(self.seconds[test] for test in tests))
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+            signal.alarm(1200)  # one that sleeps for ever
+            try:
+                put(file, tree)
+            except Exception as error:
+                self.failed.append(f"import: {type(error).__name__}")
+            else:
+                self.run(tests)
+            os.write(said, "".join(self.failed[:1]).encode())
+
+        status, said = _fork(work)
+        return said or (f"status {status}" if status else "")
+
+    def rows(self) -> list[dict[str, object]]:
+        """What was judged so far."""
+        return [json.loads(line) for line in self.options.out.read_text(encoding="utf-8").splitlines()]
+
+    def judge(self, file: str, start: int, end: int) -> None:
+        """Draw a file's faults from `start` to `end` and write a row for each that has none yet."""
+        drawn = list(faults(self.trees[file]))
+        random.Random(self.options.seed).shuffle(drawn)
+        done = {(row["file"], row["line"], row["node"], row["what"]) for row in self.rows()}
+        for line, number, what, change in drawn[start:end]:
+            if (file, line, number, what) in done:
+                continue
+            by = self.killed(file, broken(self.trees[file], number, change), self.covering(file, line))
+            row = {"file": file, "line": line, "node": number, "what": what, "by": by}
+            with self.options.out.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
+            if not by:
+                print(f"lives: {file}:{line} {what}", flush=True)
+        own = [row for row in self.rows() if row["file"] == file]
+        print(f"{file}: {sum(bool(r['by']) for r in own)} of {len(own)} killed ({len(drawn)} possible)", flush=True)
+
+
+def main() -> int:
     """Draw, run, tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", default=list(TESTS), help="of the method; by default all")
+    parser.add_argument("files", nargs="*", default=FILES, help="of the method; by default all")
     parser.add_argument("--count", type=int, default=20, help="faults drawn from each file")
+    parser.add_argument("--seconds", type=float, default=60, help="of tests for a fault")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/mutate.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/mutate.jsonl"), help="a row for each fault")
+    parser.add_argument("--more", nargs="*", default=[], help="further tests, as in tests/test_NAME.py")
     options = parser.parse_args()
+    options.out = options.out.absolute()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.touch()
     os.chdir(ROOT)
-    import lightning.pytorch  # noqa: F401
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.set_num_threads(1)
-    rows = []
-    for file in options.files:
-        tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
-        if not lives(file, tree):
-            sys.exit(f"{file}: its tests fail, or take over {LIMIT} s, as they are: see to that first")
-        every = list(faults(tree))
-        drawn = random.Random(options.seed).sample(every, min(options.count, len(every)))
-        for line, what, broken in sorted(drawn, key=lambda fault: fault[0]):
-            row = {"file": file, "line": line, "what": what, "lives": lives(file, broken)}
-            rows.append(row)
-            if row["lives"]:
-                print(f"lives: {file}:{line} {what}", flush=True)
-        killed = sum(not row["lives"] for row in rows if row["file"] == file)
-        print(f"{file}: {killed} of {len(drawn)} killed ({len(every)} possible)", flush=True)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(f"killed {sum(not row['lives'] for row in rows)} of {len(rows)}")
+    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in [*TESTS, *options.more]]
+    return int(
+        pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[Mutants(options)])
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

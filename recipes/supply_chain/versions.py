@@ -4,12 +4,12 @@
     python recipes/supply_chain/versions.py newest .venv-newest tests/test_backbone.py     # other tests than TESTS
 
 Makes a virtual environment in the folder named (kept: delete it to begin anew), installs this tree into it and runs
-pytest there. A dependency of a dependency is whatever pip takes. constraints.txt is what the whole suite runs on.
+pytest there. A dependency of a dependency is whatever pip takes. constraints.txt is what the whole suite runs on. What
+was found is in docs/dependencies.md. On Linux torch brings CUDA's libraries, 3 GB for each of the two environments.
 """
 
 import configparser
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,23 +25,28 @@ TESTS = [
         "backbone",
         "attention",
         "kv_memory",
+        "gates",
         "memory",
         "training",
         "cli",
         "artifact",
         "modeling_koff",
+        "generate",
         "lm_eval",
+        "serve",
     )
 ]
 
 
-def lowest() -> list[str]:
-    """The floor of each direct dependency, as a line of a constraints file."""
+def lowest(file: Path = ROOT / "setup.cfg") -> list[str]:
+    """The floor of each direct dependency, those of `serve` and `dev` too, as a line of a constraints file."""
     config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg", encoding="utf-8")
-    lines = [line for line in config["options"]["install_requires"].splitlines() if line and line[0] != "#"]
-    floors = {Requirement(line).name: re.search(r">=\s*([\w.]+)", line) for line in lines}
-    return [f"{name}=={floor[1]}" for name, floor in floors.items() if floor]
+    config.read(file, encoding="utf-8")
+    extras = config["options.extras_require"]
+    text = "\n".join([config["options"]["install_requires"], extras["serve"], extras["dev"]])
+    asked = [Requirement(line) for line in text.splitlines() if line and line[0] != "#"]
+    floors = {one.name: [bound.version for bound in one.specifier if bound.operator == ">="] for one in asked}
+    return [f"{name}=={floor}" for name, bounds in floors.items() for floor in bounds]
 
 
 def main(which: str, folder: str, *tests: str) -> int:

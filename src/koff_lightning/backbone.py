@@ -8,6 +8,8 @@ shared by all heads, so there is nothing of them to cut.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +92,16 @@ def kv_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
 def head_size(config: PreTrainedConfig) -> int:
     """Dimensions of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward calls the tokens' key-value cache: `cache` from transformers 5.24 on."""
+    return _cache_argument(type(model))
+
+
+@cache
+def _cache_argument(kind: type[PreTrainedModel]) -> str:
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
 
 
 def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:

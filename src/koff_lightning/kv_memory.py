@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
-from koff_lightning.backbone import attention_modules, rotary_inv_freq
+from koff_lightning.backbone import attention_modules, cache_argument, rotary_inv_freq
 from koff_lightning.support.errors import KoffError
 
 MAX_SLOTS = 8192  # the largest memory that was studied (Cartridges)
@@ -122,9 +122,9 @@ class KVMemory(nn.Module):
         cache = DynamicCache()  # made without the config: with it, sliding-window layers would drop the first tokens
         model(
             input_ids=input_ids[None, : self.slots].to(model.device),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(model): cache},
         )
         pairs = [(layer.keys[0].float(), layer.values[0].float()) for layer in cache.layers]  # each [K, P, dh]
         self.check_shapes([(key.shape[0], key.shape[2]) for key, _ in pairs])

@@ -21,7 +21,7 @@ from koff_lightning.artifact.folder import verify as verify_files
 from koff_lightning.artifact.hub import local_folder
 from koff_lightning.artifact.memory_files import load_memory
 from koff_lightning.artifact.router_files import check_fit, read_router
-from koff_lightning.backbone import ask_nothing_, is_recomputed, refuse_masked_packing
+from koff_lightning.backbone import ask_nothing_, cache_argument, is_recomputed, refuse_masked_packing
 from koff_lightning.loading import fingerprint, load_backbone, load_tokenizer
 from koff_lightning.lora import Routes
 from koff_lightning.memory import MemoryBank
@@ -146,7 +146,7 @@ class DecomposedModel(nn.Module):
             The transformers model's output; `.logits` is [B, T, V].
         """
         _check_ids(input_ids)
-        device, cache = self.backbone.device, inputs.get("past_key_values")
+        device, cache = self.backbone.device, _given_cache(inputs, self.backbone)
         input_ids, attention_mask = input_ids.to(device), None if attention_mask is None else attention_mask.to(device)
         inputs["use_cache"] = bool(inputs.get("use_cache", cache is not None))
         if inputs.get("position_ids") is None:
@@ -183,6 +183,7 @@ class DecomposedModel(nn.Module):
                 memories.
         """
         _check_ids(input_ids)
+        _given_cache(options, self.backbone)
         if attention_mask is not None:
             _check_prompt_mask(attention_mask, input_ids)
         if options.get("custom_generate") is not None or self._option(options, "cache_implementation") not in CACHES:
@@ -310,6 +311,15 @@ class DecomposedModel(nn.Module):
         sources = (options.get("generation_config"), self.backbone.generation_config)
         values = [options.get(name), *(getattr(source, name, None) for source in sources)]
         return next((value for value in values if value is not None), None)
+
+
+def _given_cache(inputs: dict[str, Any], backbone: PreTrainedModel) -> Any:
+    """The tokens' cache among the arguments, if any, by either of its names; there under the one of the backbone."""
+    given = [inputs.pop(name) for name in ("cache", "past_key_values") if name in inputs]
+    if not given:
+        return None
+    inputs[cache_argument(backbone)] = given[0]
+    return given[0]
 
 
 def _check_ids(input_ids: Tensor) -> None:

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.export import export
-from koff_lightning.backbone import kv_shapes, parameter_counts
+from koff_lightning.backbone import cache_argument, kv_shapes, parameter_counts
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.loading import load_backbone
 from koff_lightning.memory import KVSpec, LoraSpec
@@ -178,13 +178,14 @@ def _decode(
 ) -> Run:
     """Eight decode steps after a prompt; the cache is cut back after each so that all runs see the same length."""
     cache = DynamicCache()
+    kept = {cache_argument(model): cache, "use_cache": True}
     if owner is not None:
         owner.memories.activate(list(domains))
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, logits_to_keep=1, **kept)
 
     def run() -> None:
         for _ in range(8):
-            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, -1:], **kept)
         cache.crop(-8)
 
     return _routed(run, owner, domains)

@@ -35,8 +35,8 @@ def recomputes(module: "KOFFModule") -> bool:
         return False
     device = trainer.strategy.root_device
     free = free_memory(device)
-    step = _step(module)
-    if free is None or _at_most(step) <= ROOM * free:
+    step, trained = _step(module), sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if free is None or _at_most(step) + 16 * trained <= ROOM * free:  # values, gradients, AdamW's two
         return False
     parts = memory(step, count(step), foreach=device.type != "cpu")
     if device.type == "cpu":  # they are there already
@@ -87,7 +87,7 @@ def _step(module: "KOFFModule") -> Step:
 
 
 def _at_most(step: Step) -> int:
-    """Bytes that a step surely does not reach beyond its weights."""
+    """Bytes that a step surely does not reach beyond its weights and what belongs to those that are trained."""
     config = step.config
     layer = HIDDEN * config.hidden_size + FFN * config.intermediate_size
     logits = 4 * min(step.loss.chunk, step.rows * step.length) * config.vocab_size

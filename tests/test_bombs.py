@@ -10,7 +10,7 @@ import pytest
 from toy_text import toy_documents, write_jsonl
 
 from koff_lightning.data import readers
-from koff_lightning.data.readers import read_file
+from koff_lightning.data.readers import Fields, read_records
 from koff_lightning.data.shards import hub_shards
 from koff_lightning.support.errors import KoffError
 
@@ -22,7 +22,7 @@ def zstd(content):
 
 
 def texts_of(path):
-    return [document.text for document in read_file(path, "text", "id", pytest.fail)]
+    return [document.text for _, document in read_records(path, Fields(), pytest.fail)]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
@@ -61,7 +61,7 @@ def test_a_table_whose_header_lies_is_one_line(tmp_path):
             spoilt[rng.randrange(len(whole) - footer, len(whole))] = rng.choice([0, 127, 128, 255, rng.randrange(256)])
         (tmp_path / "b.parquet").write_bytes(spoilt)
         try:
-            list(read_file(tmp_path / "b.parquet", "text", "id", lambda message: None))
+            list(read_records(tmp_path / "b.parquet", Fields(), lambda message: None))
         except KoffError as error:
             refused += 1
             assert "\n" not in str(error)
@@ -72,6 +72,6 @@ def test_a_dataset_that_is_a_program_is_refused_and_not_run(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "corpus.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(KoffError, match="cannot read hub:") as error:
-        hub_shards(str(tmp_path / "corpus"), None, "train", "text", "id")
+        hub_shards(str(tmp_path / "corpus"), None, "train", Fields())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()

@@ -245,7 +245,7 @@ def test_each_kind_is_held_to_its_own_target(beta):
     with torch.no_grad():
         gates.logits.copy_(3 * torch.randn(len(gates.logits), generator=torch.Generator().manual_seed(0)))
     for units, counts in budget.scopes():
-        gates.hold_near(0.25, 0.01, counts, units)
+        gates.shift_to_target(0.25, 0.01, counts, units)
     found = budget.measured(gates.gate.keep(gates.logits))
     assert (found - 0.25).abs().max() < 0.02
 

@@ -132,7 +132,7 @@ def test_a_new_mask_is_nearly_dense(kind):
     progress=st.floats(0, 1),
 )
 @settings(max_examples=30, deadline=None)
-def test_hold_near_brings_the_count_into_the_band_and_no_further(kind, seed, spread, target, band, progress):
+def test_shift_to_target_brings_the_count_into_the_band_and_no_further(kind, seed, spread, target, band, progress):
     if kind == "ddp":  # its logits come down with the ramp: late in the run they do not lie where they began
         progress, target = min(progress, 0.4), min(target, 0.7)
     mask = BackboneGates([PrunableGroup(0, "channel", 400, (), "a", 1, 1)], kind)
@@ -149,41 +149,41 @@ def test_hold_near_brings_the_count_into_the_band_and_no_further(kind, seed, spr
         return sparsity(keep), sparsity(keep)
 
     was = float(sparsity(mask.gate.keep(before)))
-    mask.hold_near(target, band, counts)
+    mask.shift_to_target(target, band, counts)
     now = float(sparsity(mask.gate.keep(mask.logits.detach())))
     assert abs(now - target) <= band + 1e-4
     if abs(was - target) <= band:
         assert torch.equal(mask.logits, before), "inside the band nothing is touched"
     else:
         assert abs(now - target) >= band - 1e-4, "the least shift ends at the edge of the band"
-    mask.hold_near(target, band, counts)
+    mask.shift_to_target(target, band, counts)
     assert abs(float(sparsity(mask.gate.keep(mask.logits.detach()))) - now) < 1e-4, "twice is once"
 
 
-def test_hold_near_reaches_any_target_from_anywhere():
+def test_shift_to_target_reaches_any_target_from_anywhere():
     mask = BackboneGates([PrunableGroup(0, "channel", 400, (), "a", 1, 1)], "ddp")
     mask.gate.anneal(1.0)
-    mask.hold_near(0.5, 0.01, lambda keep: ((1 - keep).mean(),) * 2)
+    mask.shift_to_target(0.5, 0.01, lambda keep: ((1 - keep).mean(),) * 2)
     assert (1 - mask.gate.keep(mask.logits.detach())).mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_hold_near_sharpens_until_soft_and_hard_count_agree():
+def test_shift_to_target_sharpens_until_soft_and_hard_count_agree():
     mask = BackboneGates([PrunableGroup(0, "channel", 4000, (), "a", 1, 1)])
     with torch.no_grad():
         mask.logits.add_(0.5 * torch.randn(4000))
-    mask.hold_near(0.12, 0.004, lambda keep: ((1 - keep).mean(), (keep < 0.5).float().mean()))
+    mask.shift_to_target(0.12, 0.004, lambda keep: ((1 - keep).mean(), (keep < 0.5).float().mean()))
     keep = mask.gate.keep(mask.logits.detach())
     soft, hard = (1 - keep).mean().item(), (keep < 0.5).float().mean().item()
     assert abs(soft - hard) <= 0.024
     assert (soft + hard) / 2 == pytest.approx(0.12, abs=0.0041)
 
 
-def test_hold_near_keeps_the_order_of_hard_concrete_logits():
+def test_shift_to_target_keeps_the_order_of_hard_concrete_logits():
     mask = BackboneGates([PrunableGroup(0, "channel", 400, (), "a", 1, 1)])
     with torch.no_grad():
         mask.logits.add_(torch.randn(400))
     order = mask.logits.argsort()
-    mask.hold_near(0.3, 0.001, lambda keep: ((1 - keep).mean(),) * 2)
+    mask.shift_to_target(0.3, 0.001, lambda keep: ((1 - keep).mean(),) * 2)
     assert torch.equal(mask.logits.argsort(), order)
 
 

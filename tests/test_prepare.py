@@ -30,6 +30,7 @@ from koff_lightning.data import datamodule as module
 from koff_lightning.data.cache import DomainRows, TokenCache
 from koff_lightning.data.encoding import TokenStream
 from koff_lightning.data.packing import pack
+from koff_lightning.data.readers import Fields
 from koff_lightning.support import offline
 from koff_lightning.support.errors import KoffError
 from koff_lightning.training.checkpoints import newest_checkpoint
@@ -425,7 +426,7 @@ def test_offline_the_version_in_the_cache_is_read(two_versions, revision):
     (two_versions / "refs").mkdir(parents=True)
     (two_versions / "refs" / "v2").write_text("b" * 40)
     (two_versions / "snapshots" / ("b" * 40)).mkdir(parents=True)
-    shard = shards.hub_shards("org/name" + f"@{revision}" * bool(revision), None, "train", "text", "id")[0]
+    shard = shards.hub_shards("org/name" + f"@{revision}" * bool(revision), None, "train", Fields())[0]
     assert next(shard.read(pytest.fail))[1].text.startswith("new ")
 
 
@@ -531,7 +532,7 @@ def test_a_streamed_corpus_is_copied_and_trained_on_without_network(corpus, tmp_
 
 def test_a_copy_is_made_anew_only_where_more_is_asked(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_copy, "PIECE", 1000)
-    what = (str(corpus), None, "train", "text", "id")
+    what = (str(corpus), None, "train", Fields())
     pieces = shards.hub_shards(*what)
 
     def copied(num_bytes):

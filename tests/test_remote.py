@@ -15,7 +15,7 @@ import pytest
 from test_streaming import module_of, plain
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
-from koff_lightning.data import DomainDataModule, DomainSource, patience
+from koff_lightning.data import DomainDataModule, DomainSource, retries
 from koff_lightning.data.remote import find_remote
 from koff_lightning.data.split import read_domain
 from koff_lightning.support.errors import KoffError
@@ -46,7 +46,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def waited(monkeypatch):
     times = []
-    monkeypatch.setattr(patience.time, "sleep", times.append)
+    monkeypatch.setattr(retries.time, "sleep", times.append)
     return times
 
 
@@ -125,10 +125,10 @@ def test_a_web_server(tmp_path, server, waited):
 
 
 def test_a_server_that_is_not_there_is_waited_for(waited, monkeypatch):
-    monkeypatch.setattr(patience.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(retries.constants, "HF_HUB_OFFLINE", False)
     with pytest.warns(UserWarning, match="trying again in"), pytest.raises(KoffError, match="Tried 9 times in 255 s"):
         find_remote("http://127.0.0.1:9/a.jsonl")
-    assert waited == list(patience.WAITS)
+    assert waited == list(retries.WAITS)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from koff_lightning.artifact import checkpoint as checkpoint_io
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.callbacks import Checkpoints, ContinuedLog
 from koff_lightning.cli import main
-from koff_lightning.data import patience, stream
+from koff_lightning.data import retries, stream
 from koff_lightning.data.shards import FileShard
 from koff_lightning.support import files
 from koff_lightning.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
@@ -259,8 +259,8 @@ def test_a_source_that_stays_away_stops_a_streamed_run_which_goes_on_when_it_is_
 ):
     def unplug():
         patch.setattr(FileShard, "read", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "unplugged")))
-        patch.setattr(patience.time, "sleep", lambda _: None)
-        patch.setattr(patience, "rank_zero_warn", lambda _: None)
+        patch.setattr(retries.time, "sleep", lambda _: None)
+        patch.setattr(retries, "rank_zero_warn", lambda _: None)
 
     assert run_in("whole", *STREAMED) == 0
     with monkeypatch.context() as patch:

@@ -14,7 +14,7 @@ import pytest
 from toy_text import toy_documents, write_jsonl
 
 from koff_lightning.data import DomainDataModule
-from koff_lightning.data.readers import read_file, read_records
+from koff_lightning.data.readers import Fields, read_records
 from koff_lightning.data.sources import (
     DomainSource,
     as_shares,
@@ -34,8 +34,12 @@ def fail(message):
     raise KoffError(message)
 
 
-def texts_of(path, text_field="text", id_field="id", on_bad=fail):
-    return [document.text for document in read_file(path, text_field, id_field, on_bad)]
+def documents_of(path, *names, on_bad=fail):
+    return [document for _, document in read_records(path, Fields(*names), on_bad)]
+
+
+def texts_of(path, *names, on_bad=fail):
+    return [document.text for document in documents_of(path, *names, on_bad=on_bad)]
 
 
 def read(source, **options):
@@ -74,9 +78,7 @@ def test_csv_with_commas_quotes_and_line_ends_in_the_text(tmp_path):
     path = tmp_path / "a.csv"
     with path.open("w", newline="", encoding="utf-8-sig") as file:  # as Excel writes it
         csv.writer(file).writerows([["text", "id"], *([text, str(i)] for i, text in enumerate(TEXTS))])
-    assert [tuple(document) for document in read_file(path, "text", "id", fail)] == [
-        (str(i), text) for i, text in enumerate(TEXTS)
-    ]
+    assert [tuple(document) for document in documents_of(path)] == [(str(i), text) for i, text in enumerate(TEXTS)]
 
 
 def test_csv_fields_may_be_longer_than_the_csv_modules_limit(tmp_path):
@@ -94,16 +96,16 @@ def test_txt_is_one_document(tmp_path):
 def test_parquet_with_named_columns(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"content": TEXTS, "path": [7, 8, 9], "other": [0, 0, 0]}), path)
-    documents = list(read_file(path, "content", "path", fail))
+    documents = documents_of(path, "content", "path")
     assert [(d.id, d.text) for d in documents] == list(zip("789", TEXTS, strict=True))
 
 
 def test_a_document_without_id_is_its_own_id_and_empty_ones_are_left_out(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "id": null}\n\n{"text": ""}\n{"text": "b"}\n')
-    assert [tuple(document) for document in read_file(path, "text", "id", fail)] == [("a", "a"), ("b", "b")]
+    assert [tuple(document) for document in documents_of(path)] == [("a", "a"), ("b", "b")]
     (tmp_path / "a.csv").write_text("id,text\n0,a\n,b\n")
-    assert [document.id for document in read_file(tmp_path / "a.csv", "text", "id", fail)] == ["0", "b"]
+    assert [document.id for document in documents_of(tmp_path / "a.csv")] == ["0", "b"]
 
 
 # ------------------------------------------------------------------------------------------------- bad lines
@@ -573,10 +575,10 @@ def test_only_wanted_records_are_read(tmp_path, suffix):
         case "parquet":
             table["topic"] = [["art", "history"], ["art"], ["geography"]]
             table.to_parquet(path)
-    found = list(read_records(path, "text", "id", pytest.fail, where=WANTED))
+    found = list(read_records(path, Fields(where=WANTED), pytest.fail))
     assert [(number, document.text) for number, document in found] == [(0, "a"), (2, "c")]
     said = []
-    assert list(read_records(path, "text", "id", said.append, where=(("subject", ("x",)),))) == []
+    assert list(read_records(path, Fields(where=(("subject", ("x",)),)), said.append)) == []
     assert "no field 'subject', only " in said[0] and "set where to the right one" in said[0]
 
 
@@ -591,7 +593,7 @@ def test_a_domain_of_wanted_records(tmp_path):
     assert texts["a"] == {f"text {i}" for i in range(0, 40, 2)} and not texts["a"] & texts["b"]
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     with pytest.raises(KoffError, match=r"a.txt: a txt file has no field 'topic' to choose by \(where\)"):
-        list(read_records(tmp_path / "a.txt", "text", "id", pytest.fail, where=WANTED))
+        list(read_records(tmp_path / "a.txt", Fields(where=WANTED), pytest.fail))
 
 
 @pytest.mark.parametrize("where", [["topic"], "topic", {"topic": []}, {"topic": None}, {"topic": {"a": 1}}, {1: "a"}])

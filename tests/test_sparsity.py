@@ -321,7 +321,7 @@ def toy(kind, steps, *, shape="linear", target=0.12, seed=0):
     for step in range(schedule.ramp_step, schedule.harden_step):
         goal = schedule.target_at(step)
         gates.gate.anneal(schedule.progress(step))
-        gates.hold_near(goal, spec.band, budget.counts)
+        gates.shift_to_target(goal, spec.band, budget.counts)
         keep = gates.gate.keep(gates.logits)
         values = gates.gate.sample(gates.logits, 8)
         loss = (weights * (1 - values).square() * torch.exp(0.5 * torch.randn(len(values), len(weights)))).sum(1).mean()

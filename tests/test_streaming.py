@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_datamodule import Recorder, trainer_in
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
-from koff_lightning.data import DomainDataModule, DomainSource, is_heldout, patience, shards, stream
+from koff_lightning.data import DomainDataModule, DomainSource, is_heldout, retries, shards, stream
 from koff_lightning.data.encoding import tokenize
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.data.readers import Document, Part
@@ -113,7 +113,7 @@ def test_whole_shards_where_they_come_out_even_and_records_in_turn_where_not():
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 7])
 def test_a_pass_reads_every_document_once_and_rows_hold_all_their_bytes(text, readers):
-    shards = [FileShard(text / f"b-{i}.jsonl", "text", "id") for i in range(5)]
+    shards = [FileShard(text / f"b-{i}.jsonl") for i in range(5)]
     tokenizer = load_tokenizer(str(text / "tokenizer"))
     read, size = [], 0
     for reader, parts in enumerate(deal([shard.size for shard in shards], readers)):
@@ -154,7 +154,7 @@ def test_hundreds_of_files_over_two_ranks_with_two_workers_each(tmp_path, text):
 
 def test_passes_come_in_different_orders_and_so_do_seeds(text):
     def beginning(passes, seed):
-        shards = [FileShard(text / f"b-{i}.jsonl", "text", "id") for i in range(5)]
+        shards = [FileShard(text / f"b-{i}.jsonl") for i in range(5)]
         tokenizer = load_tokenizer(str(text / "tokenizer"))
         rows = RowStream(
             Text("b", shards, lambda *_: True, pytest.fail), deal([1] * 5, 1)[0], tokenizer, 32, seed, 0, Place(passes)
@@ -431,8 +431,8 @@ class Flaky:
 @pytest.fixture
 def waited(monkeypatch):
     seconds = []
-    monkeypatch.setattr(patience.time, "sleep", seconds.append)
-    monkeypatch.setattr(patience.constants, "HF_HUB_OFFLINE", False)  # also where the tests run without a network
+    monkeypatch.setattr(retries.time, "sleep", seconds.append)
+    monkeypatch.setattr(retries.constants, "HF_HUB_OFFLINE", False)  # also where the tests run without a network
     return seconds
 
 
@@ -493,14 +493,14 @@ def test_a_web_servers_answers(waited):
         def __init__(self, code):
             self.response = SimpleNamespace(status_code=code)
 
-    assert [patience._may_pass(Answer(code)) for code in (401, 404, 429, 503)] == [False, False, True, True]
+    assert [retries._is_transient(Answer(code)) for code in (401, 404, 429, 503)] == [False, False, True, True]
 
 
 def test_without_network_nobody_waits_for_it(waited, monkeypatch):
     """datasets says ConnectionError, and hides that it was the switch."""
-    monkeypatch.setattr(patience.constants, "HF_HUB_OFFLINE", True)
-    assert not patience._may_pass(ConnectionError("Couldn't reach 'x' on the Hub (OfflineModeIsEnabled)"))
-    assert patience._may_pass(OSError(errno.EIO, "a disk is something else"))
+    monkeypatch.setattr(retries.constants, "HF_HUB_OFFLINE", True)
+    assert not retries._is_transient(ConnectionError("Couldn't reach 'x' on the Hub (OfflineModeIsEnabled)"))
+    assert retries._is_transient(OSError(errno.EIO, "a disk is something else"))
 
 
 # ------------------------------------------------------------------------------------------------- faults of the text

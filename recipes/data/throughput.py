@@ -27,7 +27,7 @@ import torch
 
 from koff_lightning.commands.bench import batch_of, koff_step
 from koff_lightning.data import DomainDataModule, bundled_domains
-from koff_lightning.data.readers import read_file
+from koff_lightning.data.readers import Fields, read_records
 from koff_lightning.data.sources import bundled_file
 
 SEQ_LEN, ROWS = 256, 7
@@ -48,7 +48,7 @@ PACKERS = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.xz": lzma.compress,
 def write_corpus(folder: Path, kind: str, parts: int = 4) -> dict[str, str]:
     """Write the bundled training text of every domain as files of one kind; returns the domains."""
     for name in bundled_domains():
-        texts = [document.text for document in read_file(bundled_file(name, "train"), "text", "id", print)]
+        texts = [document.text for _, document in read_records(bundled_file(name, "train"), Fields(), print)]
         pages = [text[first : first + PAGE] for text in texts for first in range(0, len(text), PAGE)]
         for part in range(parts):
             mine, path = pages[part::parts], folder / f"{name}-{part}.{kind}"

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.export import export
-from koff_lightning.data.readers import read_file
+from koff_lightning.data.readers import Fields, read_records
 from koff_lightning.data.sources import bundled_file
 from koff_lightning.data.split import BadLines
 from koff_lightning.decomposition import Decomposition
@@ -38,7 +38,7 @@ KINDS = {"f32": "f32", "f16": "f16", "q8_0": "f16"}  # of the weights -> of the 
 def windows(tokenizer: PreTrainedTokenizerBase, domain: str, most: int) -> tuple[list[list[int]], int]:
     """Held-out text as rows of at most `WINDOW` tokens, the start token first, and the bytes that they stand for."""
     rows, size = [], 0
-    for document in read_file(bundled_file(domain, "heldout"), "text", "id", BadLines(domain, "fail")):
+    for _, document in read_records(bundled_file(domain, "heldout"), Fields(), BadLines(domain, "fail")):
         ids = tokenizer(document.text).input_ids
         for start in range(1, len(ids), WINDOW - 1):
             row = ids[start : start + WINDOW - 1]

@@ -21,7 +21,7 @@ import pyarrow.parquet
 import yaml
 from fuzz import Case, Outcome
 
-from koff_lightning.data.readers import read_file
+from koff_lightning.data.readers import Fields, read_records
 from koff_lightning.data.sources import bundled_file
 from koff_lightning.loading import load_tokenizer
 
@@ -45,8 +45,8 @@ TOO_LITTLE = (  # refusals of text that is sound, but not enough for this run
 def maker(backbone: str) -> Callable[[int, int], Case]:
     """What makes case number n of a seed."""
     tokenizer = load_tokenizer(backbone)
-    source = read_file(bundled_file("de", "train"), "text", "id", print)
-    texts = [document.text[:300] for document, _ in zip(source, range(DOCUMENTS), strict=False)]
+    source = read_records(bundled_file("de", "train"), Fields(), print)
+    texts = [document.text[:300] for (_, document), _ in zip(source, range(DOCUMENTS), strict=False)]
 
     def make(seed: int, number: int) -> Case:
         rng = random.Random(f"{seed} {number} corpora")

@@ -112,7 +112,7 @@ class Decomposition(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the mask is, and with it everything else."""
+        """Device of the mask, and so of everything else."""
         return self.gates.logits.device
 
     def owned(self) -> set[str]:
@@ -136,10 +136,10 @@ class Decomposition(nn.Module):
         """Sparsity in the target's denominator, scalar: the soft count, exact once hardened."""
         return self.budget.expected(self._keep())
 
-    def hold_near(self, target: float, band: float) -> None:
+    def shift_to_target(self, target: float, band: float) -> None:
         """Move the logits by the least that brings soft and hard sparsity to the target +- band; see tracking.py."""
         for units, counts in self.budget.scopes():
-            self.gates.hold_near(target, band, counts, units)
+            self.gates.shift_to_target(target, band, counts, units)
 
     def realised_sparsity(self) -> float:
         """Sparsity in the target's denominator by gates more often closed than open; exact once hardened."""
@@ -198,7 +198,7 @@ class Decomposition(nn.Module):
         """Let the block run under these memories and this mask, in this thread; what was in force comes back after it.
 
         Args:
-            memories: Of each row, None for none; empty for none at all.
+            memories: Memories of each row, None for none; empty for none at all.
             mask: Gate values, [R, U] with R = 1 or rows; None for all open. Both left out: the dense model.
         """
         with self.gates.off(), self.memories.scope(self.memories.routes_of(memories)):

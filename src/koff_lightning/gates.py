@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.support import ranks
 from koff_lightning.support.in_force import InForce
-from koff_lightning.tracking import hold_near
+from koff_lightning.tracking import shift_to_target
 
 
 class HardConcrete:
@@ -263,7 +263,7 @@ class BackboneGates(nn.Module):
         self.logits.copy_(self.gate.prior(spread * torch.special.ndtri(quantile)))
 
     @torch.no_grad()
-    def hold_near(
+    def shift_to_target(
         self,
         target: float,
         band: float,
@@ -275,11 +275,11 @@ class BackboneGates(nn.Module):
         See tracking.py; `counts` takes the keep probabilities of the units that move.
         """
         if units is None:
-            hold_near(self.gate, self.logits, target, band, counts)
+            shift_to_target(self.gate, self.logits, target, band, counts)
             return
         units = units.to(self.logits.device)
         part = self.logits[units]
-        hold_near(self.gate, part, target, band, counts)
+        shift_to_target(self.gate, part, target, band, counts)
         self.logits[units] = part
 
     def draw(self, rows: int = 1, place: tuple[int, ...] = ()) -> Tensor:

@@ -32,7 +32,7 @@ _MATTERS = ("rope", "attention", "expert", "scale", "softcap", "window", "norm",
 
 @dataclass(frozen=True)
 class GgufHead:
-    """What stands before the weights.
+    """Head of a GGUF file: what stands before the weights.
 
     Args:
         metadata: Its entries; of an array only its length.
@@ -46,7 +46,7 @@ class GgufHead:
 
     @property
     def family(self) -> str:
-        """Its architecture."""
+        """Architecture of the model, such as llama."""
         return str(self.metadata.get("general.architecture"))
 
     def own(self, name: str) -> Any:
@@ -194,10 +194,10 @@ def rope_parameters(head: GgufHead, theta: float, size: int, source: str) -> dic
     """The rotary embedding as transformers' config describes it, scaling included.
 
     Args:
-        head: Of the file.
+        head: Head of the file.
         theta: Base of the frequencies.
         size: Dimensions of a head.
-        source: Where the file is, for messages.
+        source: Name of the file, for messages.
 
     Raises:
         KoffError: A scaling that cannot be read.

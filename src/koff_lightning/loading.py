@@ -52,7 +52,7 @@ def load_backbone(
     """Load a causal LM from a hub id, a local folder, a `.gguf` file or `koff-tiny`; frozen, in eval mode.
 
     Args:
-        source: Where the weights are.
+        source: Hub id, folder or file of the model.
         revision: Branch, tag or commit of a hub model.
         dtype: Name of the torch dtype the frozen weights are kept in.
         trust_remote_code: Allow code from the model repository to run.

@@ -35,9 +35,9 @@ class Routes:
 
     Args:
         names: Memories present.
-        marks: Of each of them.
-        order: Of each row, an index into `names`, -1 = none.
-        device: Where the adapters are.
+        marks: The `Mark` of each of them.
+        order: Index of each row's memory in `names`; -1 for none.
+        device: Device of the adapters.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Routes:
         return not any(map(_gone, self.marks))
 
     def forget(self) -> None:
-        """Let go of what was stacked."""
+        """Free the stacked tensors."""
         self._kept.clear()
 
     def keep(self, place: Hashable, make: Callable[[], tuple[Made, Sequence[Tensor]]], rows: int | None = None) -> Made:

@@ -106,9 +106,9 @@ def _among(student: Tensor, seen: TopK, head: Tensor, weights: Tensor) -> tuple[
 
     Args:
         student: Hidden states [C, d].
-        seen: Of the teacher, k tokens each.
+        seen: The teacher's k likeliest tokens at each place.
         head: [V, d].
-        weights: Of each token's KL in the loss, [C].
+        weights: Weights of each token's KL in the loss, [C].
 
     Returns:
         KL [C], and the gradient of the weighted sum by `student`, [C, d].
@@ -127,7 +127,7 @@ def _among_all(log_p: Tensor, p: Tensor, seen: TopK, tail: str) -> tuple[Tensor,
     Args:
         log_p: The student's log-probabilities, [C, V].
         p: Their exponentials.
-        seen: Of the teacher.
+        seen: The teacher's likeliest tokens.
         tail: See `LossSpec`.
     """
     log_among = log_p.gather(1, seen.index)  # [C, k]
@@ -215,7 +215,7 @@ def domain_weights(domain_of_token: Tensor, domains: int) -> Tensor:
 
     Args:
         domain_of_token: Domain index of each predicted token, [N] in 0..domains-1.
-        domains: How many indices there are.
+        domains: Number of domains.
     """
     tokens = ranks.total(torch.bincount(domain_of_token, minlength=domains))  # [D]
     return ranks.count() / (tokens[domain_of_token] * (tokens > 0).sum())

@@ -143,8 +143,8 @@ class MemoryBank(nn.Module):
         """Hang one more memory on. It may differ from the others in rank, targets and slots, and lack either part.
 
         Args:
-            domain: Its name.
-            lora: Its adapter; None for none.
+            domain: Name of the domain.
+            lora: Adapter of the domain; None for none.
             kv: Slots of a fresh KV memory, or a filled one, which is taken as it is; None for none.
             weights: Matrices of the adapter as the method `weights` gives them, hung on frozen; None for a fresh
                 adapter, to be trained.

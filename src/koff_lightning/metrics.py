@@ -37,7 +37,7 @@ class BitsPerByte(Metric):
         self.add_state("num_tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, num_bytes: Tensor, num_tokens: Tensor | None = None) -> None:
-        """Add text.
+        """Count the nats and bytes of more text.
 
         Args:
             nats: Negative log-likelihoods in nats, any shape (per token, per row or summed).
@@ -73,15 +73,15 @@ class DocumentScores:
         self._sums: dict[tuple[str, str, str], np.ndarray] = {}  # (domain, arm, "nats" or "bytes") -> [D]
 
     def reset(self) -> None:
-        """Start anew."""
+        """Forget all that was counted."""
         self._sums = {}
 
     def update(self, arm: str, batch: Mapping[str, Any], nats: Tensor) -> None:
-        """Add a batch.
+        """Count the documents of a batch.
 
         Args:
-            arm: Which arm was scored.
-            batch: As from DomainDataModule.
+            arm: Name of the arm that was scored.
+            batch: A batch of DomainDataModule.
             nats: Negative log-likelihood of each next token, [B, T-1], zero where none is predicted.
         """
         if "documents" not in batch:

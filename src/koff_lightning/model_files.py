@@ -83,7 +83,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     """Check what config.json, or the head of a GGUF, says.
 
     Args:
-        config: Its entries.
+        config: Entries of config.json.
         source: Where they are from, for the message.
 
     Raises:
@@ -287,7 +287,7 @@ def refuse_leftovers(source: str, unexpected: Iterable[str], mismatched: Iterabl
     """Raise KoffError if files hold tensors that the model of their config has no place for.
 
     Args:
-        source: Where they are, for the message.
+        source: Folder or hub id, for the message.
         unexpected: Names that the model does not have.
         mismatched: Tensors of another shape.
     """

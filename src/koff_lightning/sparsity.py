@@ -157,7 +157,7 @@ class Budget:
         Args:
             groups: From `prunable_groups` of the plain backbone.
             counts: From `parameter_counts` of it.
-            spec: What to remove.
+            spec: Options of the run.
             kv_groups: How many kv groups layout `uniform` may leave in every layer (`uniform_kv_groups`); None for any.
 
         Raises:

@@ -33,7 +33,7 @@ class Gate(Protocol):
 
 
 @torch.no_grad()
-def hold_near(
+def shift_to_target(
     gate: Gate, logits: Tensor, target: float, band: float, counts: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> None:
     """Shift all `logits` [U], in place, until the mean of both counts lies in target +- band.
@@ -44,8 +44,8 @@ def hold_near(
     it, however sharp the gates.
 
     Args:
-        gate: Kind of the gates.
-        logits: Theirs.
+        gate: Kind of gate.
+        logits: Logits of the gates, [U].
         target: Sparsity to be at.
         band: Distance of the mean from it that is left alone.
         counts: (soft, hard) sparsity for keep probabilities [U], as `Budget.counts`.
@@ -100,7 +100,7 @@ def _find(
 
     Args:
         at: Both counts less the target after a shift.
-        count: Which of them, or their mean.
+        count: Picks one of the two counts, or their mean.
         now: `at(0)`.
         band: Half-width of the band around 0.
         step: First shift to try, doubled until the goal lies between.

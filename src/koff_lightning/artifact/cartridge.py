@@ -30,8 +30,8 @@ def to_cartridge(memory: KVMemory, inv_freq: Tensor, folder: Path, base: str | N
     layout `uniform`, or any other when no head was removed.
 
     Args:
-        memory: With slots in all layers.
-        inv_freq: Of the backbone's rotary embedding, [dh / 2] (`backbone.rotary_inv_freq`).
+        memory: The memory; it must have slots in all layers.
+        inv_freq: Inverse frequencies of the backbone's rotary embedding, [dh / 2] (`backbone.rotary_inv_freq`).
         folder: A new or empty folder.
         base: Id of the model, as peft notes it.
 
@@ -86,7 +86,7 @@ def from_cartridge(folder: Path, inv_freq: Tensor) -> dict[str, Tensor]:
 
     Args:
         folder: Where `adapter_config.json` and `adapter_model.safetensors` are.
-        inv_freq: Of the backbone's rotary embedding, [dh / 2].
+        inv_freq: Inverse frequencies of the backbone's rotary embedding, [dh / 2].
 
     Returns:
         `layers.{i}.key` and `layers.{i}.value`, each fp32 [K, P, dh], for `KVMemory.from_tensors`.

@@ -69,8 +69,8 @@ def check_content(checkpoint: dict[str, Any], where: str = "the checkpoint") -> 
     """Refuse other values than a checkpoint of `koff fit` has; tensors get the names that they have now, in place.
 
     Args:
-        checkpoint: As read.
-        where: Its file, for the message.
+        checkpoint: Content of the file.
+        where: Path of the file, for the message.
 
     Raises:
         KoffError: A value is of another kind; the first is named.
@@ -170,7 +170,7 @@ def refuse_other_tensors(
 
     Args:
         there: Tensors of the checkpoint.
-        here: Those of the model.
+        here: State dict of the model.
         needed: Names of those that the checkpoint must have.
         others: Domains that the checkpoint has and the model does not, whose memories may be left out.
 

@@ -31,7 +31,7 @@ def compose(bank: MemoryBank, a: str, b: str, as_: str, weights: tuple[float, fl
         a: Domain of the first.
         b: Domain of the second.
         as_: Domain of the new one.
-        weights: Of the two adapters.
+        weights: Weights of the two adapters.
 
     Raises:
         KoffError: One of them is not there or is the other, the name is unsafe or taken, a weight is no number, their

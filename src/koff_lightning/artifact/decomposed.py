@@ -46,9 +46,9 @@ def load_decomposed(
 
     Args:
         path: The artifact's folder, or `org/name` of one on the hub.
-        device: Where the model goes.
-        dtype: Of the backbone, a name or a torch dtype; by default the one it was exported in. Memories stay fp32 and
-            are cast where they are used.
+        device: Device to load the model onto.
+        dtype: Dtype of the backbone, a name or a torch dtype; by default the one it was exported in. Memories stay fp32
+            and are cast where they are used.
         domains: The memories to load, no others are read; by default all. "auto" loads all of them and the router.
         verify: Compare every file of the backbone with its hash in the manifest; costs one reading of the files. Those
             of the memories are always compared.
@@ -110,7 +110,7 @@ class DecomposedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is."""
+        """Device of the backbone."""
         return self.backbone.device
 
     @property

@@ -175,15 +175,15 @@ def _set_aside(folder: Path, out: Path) -> Path:
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be written.
+    """All that an export needs to know.
 
     Args:
         module: The decomposition.
-        layout: How it is stored.
+        layout: How the backbone is stored.
         memories: Name of each memory -> a domain of the module that reads it.
         merged: The domain whose LoRA is folded into the weights, or None.
         with_code: Whether the code of the koff_* model types goes with them.
-        tokenizer: Of the backbone.
+        tokenizer: Tokenizer of the backbone.
         config: Resolved options of the run, or None.
     """
 
@@ -208,7 +208,7 @@ class Order:
 
     @property
     def base(self) -> dict[str, Any]:
-        """Which dense model this was."""
+        """Name and hash of the dense model that was cut."""
         model = self.module.backbone
         return {
             "id": self.module.source,
@@ -221,7 +221,7 @@ class Order:
 
     @property
     def base_folder(self) -> Path | None:
-        """Where the dense model's files lie."""
+        """Folder of the dense model's files."""
         module = self.module
         return base_folder(module.source, module.backbone.name_or_path, module.loading.get("revision"))
 

@@ -44,25 +44,25 @@ Files = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Manifest:
-    """`koff.json`.
+    """Content of `koff.json`.
 
     Args:
         layout: How the backbone is stored (layouts.py).
         domain: The merged domain of layout `merged`, else None.
         base: The dense model: `id`, `revision`, `hash` of its weights, `family`, `tokenizer_hash`.
-        dtype: Of the backbone's weights.
-        mask_hash: Of `kept`.
+        dtype: Dtype of the backbone's weights.
+        mask_hash: Hash of `kept`.
         kept: The mask as `describe_mask` writes it.
         sparsity: Target, denominator, and what was removed by all three denominators and by type of unit.
         parameters: Counted from the written files: `dense_total`, `backbone`, `active` by domain, `stored`.
         domains: The memories: `rank`, `alpha`, `slots`, `parameters` of each, `card_sha256` of its memory.json, and
             `lora_layers`, `kv_layers` where these are not all.
         config: Resolved options of the run, if they were found.
-        versions: Of the libraries that wrote it.
+        versions: Versions of the libraries that wrote it.
         files: Hash and size of every file below `backbone/`, by path.
-        licence: Of the dense model, if it says.
+        licence: Licence of the dense model, if it says.
         created_by: Name and version of the writer.
-        format_version: Of this file.
+        format_version: Version of this file.
         router: None, or `files`: hash and size of every file below `router/`, by path. An artifact without a router
             has no such entry.
     """

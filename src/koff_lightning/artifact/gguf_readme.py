@@ -38,10 +38,10 @@ these domains answer less well than they were scored. `koff serve ARTIFACT --eng
 
 
 def readme(model: DecomposedModel, kind: str, adapters: list[str]) -> str:
-    """Its text.
+    """Write the text of the README beside a GGUF export.
 
     Args:
-        model: What was written.
+        model: The model that was written.
         kind: Type of the weights.
         adapters: Domains that have a LoRA file.
     """

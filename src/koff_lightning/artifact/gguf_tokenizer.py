@@ -39,7 +39,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     """Add a tokenizer to the metadata of a GGUF.
 
     Args:
-        writer: Of the file.
+        writer: Writer of the file.
         tokenizer: The backbone's.
         size: Rows of the embedding; ids without a token get a name that no text has.
         ends: Ids that end a text, by the model's generation config.

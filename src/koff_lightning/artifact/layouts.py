@@ -59,11 +59,11 @@ class Layout:
         return kept
 
     def config(self, config: PreTrainedConfig, dtype: str | None, widths: Widths, biases: list[str]) -> Config:
-        """What config.json says.
+        """Return the entries of config.json.
 
         Args:
-            config: Of the model that was cut.
-            dtype: Of its weights.
+            config: Config of the model that was cut.
+            dtype: Dtype of its weights.
             widths: What the files hold of each layer.
             biases: Paths, inside a layer, of the linears that have a bias by compensation.
 
@@ -83,7 +83,7 @@ class Layout:
         """Config and weights to write. No argument is changed.
 
         Args:
-            config: Of the model that the groups were listed from.
+            config: Config of the model that the groups were listed from.
             state: Its weights under the plain model's names (where the layout folds, after `surgery.merge_lora`).
             groups: Its prunable units.
             kept: Hard mask, bool [U].
@@ -130,7 +130,7 @@ class Layout:
         """The config under which transformers runs a stored backbone.
 
         Args:
-            folder: Of the backbone.
+            folder: Folder of the backbone.
             family: Model type of the dense model.
 
         Raises:
@@ -169,7 +169,7 @@ class Masked(Ragged):
     has_code = False
 
     def held(self, groups: Groups, kept: Tensor) -> Tensor:
-        """All of them."""
+        """Units that the files hold: all, as none is cut."""
         return torch.ones_like(kept)
 
 
@@ -333,7 +333,7 @@ LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Ragged(), Unifo
 
 
 def layout_named(name: object) -> Layout:
-    """The layout of that name.
+    """Look up a layout by its name.
 
     Raises:
         KoffError: There is none.

@@ -162,7 +162,7 @@ def hold_closed(backbone: PreTrainedModel, manifest: Manifest | None) -> None:
 
     Args:
         backbone: With its adapters; what they add at these channels has no gradient from here on.
-        manifest: Of the artifact; None for a backbone that was not cut.
+        manifest: Manifest of the artifact; None for a backbone that was not cut.
     """
     for path, closed in manifest.closed().items() if manifest else ():
 
@@ -179,7 +179,7 @@ def check_new(manifest: Manifest, folder: str, domains: Iterable[str]) -> None:
 
 
 def backbone_of(folder: str) -> str:
-    """Where the backbone of an artifact is."""
+    """Folder of an artifact's backbone."""
     return str(Path(folder).expanduser() / BACKBONE)
 
 

@@ -45,20 +45,20 @@ _PARTS = {"lora": (ADAPTER_CONFIG, ADAPTER), "kv": (KV_FILE,)}
 
 @dataclass(frozen=True)
 class MemoryCard:
-    """`memory.json`.
+    """Content of a memory's `memory.json`.
 
     Args:
         domain: Name of the domain.
         base: The dense model: `id`, `revision`, `hash` of its weights.
-        mask_hash: Of the mask that it was trained under.
-        tokenizer_hash: Of the tokenizer that it was trained with.
+        mask_hash: Hash of the mask that it was trained under.
+        tokenizer_hash: Hash of the tokenizer that it was trained with.
         shapes: What its tensors are shaped for, as `Layout.shapes` says.
         lora: `rank`, `alpha`, `targets`, and `layers` if it is not in all; None without an adapter.
         kv: `slots`, `positions` (first and last of the window they lie in), `source_text_hash`, and `layers` if they
             are not in all; None without slots.
         parameters: Numbers stored, counted from the tensors when they are written.
         files: Hash and size of the other files, filled in when they are written.
-        format_version: Of this file.
+        format_version: Version of this file.
     """
 
     domain: str
@@ -113,7 +113,7 @@ def write_memory(
     """Write a memory into a new or empty folder.
 
     Args:
-        folder: Where to.
+        folder: Folder to write.
         card: What is known of it; sizes and hashes are filled in.
         lora: Its adapter as `lora_state` gives it.
         kv: Its KV memory as `KVMemory.tensors` gives it.
@@ -212,8 +212,8 @@ def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect:
     """Add the memory in a folder to a bank, frozen. The bank stays as it was when anything is wrong.
 
     Args:
-        bank: Of the backbone that the memory is for.
-        folder: Where the memory lies.
+        bank: Memories of the backbone that the memory is for.
+        folder: Folder of the memory.
         name: Domain to load it as; by default its own.
         expect: Manifest of the bank's backbone; None skips the comparison, so that only shapes can tell.
 

@@ -30,7 +30,7 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
     """The text of `backbone/README.md`.
 
     Args:
-        manifest: Of the artifact.
+        manifest: Manifest of the artifact.
         own_type: Its model type is one of koff-lightning's.
         with_code: The code of that type lies beside it.
     """
@@ -122,12 +122,12 @@ def _licence(licence: str | None) -> str:
 
 
 def base_folder(source: str, name_or_path: str, revision: str | None) -> Path | None:
-    """Where the files of the dense model lie: its folder, or the hub's cache.
+    """Folder of the dense model's files: its folder, or the hub's cache.
 
     Args:
         source: As given to `load_backbone`; beside a single file may lie anything.
         name_or_path: The loaded model's.
-        revision: Of a hub model.
+        revision: Revision of a hub model.
     """
     if source.endswith(".gguf"):
         return None

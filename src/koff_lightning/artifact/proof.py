@@ -77,7 +77,7 @@ def prove(
         folder: The artifact; its `export_report.json` is written.
         arms: What to compare: name of a memory in the artifact -> domain of the module that reads it, and None for the
             bare pruned backbone.
-        tokenizer: Of the backbone.
+        tokenizer: Tokenizer of the backbone.
         begun: The process, if it was started already.
 
     Returns:

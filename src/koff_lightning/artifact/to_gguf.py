@@ -47,7 +47,7 @@ _ROTATED = (".attn_q.", ".attn_k.")
 
 @dataclass(frozen=True)
 class Form:
-    """How a backbone is written.
+    """What the GGUF file of a backbone says and holds.
 
     Args:
         arch: llama.cpp's architecture.

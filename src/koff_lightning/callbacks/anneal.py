@@ -20,7 +20,7 @@ class AnnealSparsity(Callback):
         ramp: Share in which the target rises from 0.
         hold: Share at the full target before the mask is fixed; what remains consolidates the memories. None
             to hold it to the end: the mask is fixed after the last step.
-        shape: Course of the ramp.
+        shape: How the target rises during the ramp.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class AnnealSparsity(Callback):
             if step == schedule.ramp_step:
                 model.gates.order_by_prior(model.budget.costs, pl_module.sparsity.spread)
             if pl_module.sparsity.penalty == "lagrangian":
-                model.hold_near(model.target, pl_module.sparsity.band)
+                model.shift_to_target(model.target, pl_module.sparsity.band)
         self._used = self.state_of_mask(pl_module)
 
     def on_train_batch_end(

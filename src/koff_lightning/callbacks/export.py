@@ -108,7 +108,7 @@ def next_steps(out: Path, domain: str) -> list[str]:
 
     Args:
         out: The artifact.
-        domain: One of its domains.
+        domain: One of the artifact's domains.
     """
     return [
         "next:",

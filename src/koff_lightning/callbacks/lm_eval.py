@@ -50,7 +50,7 @@ class LMEvalTask:
 
 @dataclass(frozen=True)
 class _Part:
-    """One task in one arm."""
+    """One task scored in one arm."""
 
     column: str  # domain, `dense` or `memory_off`
     domain: str | None
@@ -59,7 +59,7 @@ class _Part:
 
     @property
     def names(self) -> set[str]:
-        """Of all that it scores: tasks and groups."""
+        """Names of all that is scored: tasks and groups."""
         return {*self.tasks["tasks"], *self.tasks.get("groups", {})}
 
 

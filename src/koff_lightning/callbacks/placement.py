@@ -119,7 +119,7 @@ class PlaceMemories(Callback):
         return {"whole": self._whole, "worth": self._worth}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the placement that a checkpoint holds."""
         self._whole, self._worth = state["whole"], dict(state["worth"])
 
 

@@ -67,12 +67,12 @@ class KoffProgress(RichProgressBar):
             self._update(self.train_progress_bar_id, trainer.global_step)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """The bar goes on."""
+        """Keep the bar of the whole run; Lightning would start a new one each epoch."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: KOFFModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        """Measure, log, show."""
+        """Measure the speed, log it and show it."""
         if not trainer.is_global_zero:
             return
         self._throughput.add(predicted_tokens(batch))
@@ -98,7 +98,7 @@ class KoffProgress(RichProgressBar):
 
     @torch.no_grad()
     def _look(self, trainer: Trainer, module: KOFFModule, outputs: Any) -> dict[str, float]:
-        """The figures of this moment."""
+        """Figures to show now."""
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         gated = module.phase != "warmup"  # before that gates stand at one, whatever the logits
         return {

@@ -57,7 +57,7 @@ class RunReport(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Start the clock."""
+        """Start to measure time."""
         self._since = time.perf_counter()
 
     def on_train_batch_end(
@@ -146,7 +146,7 @@ class RunReport(Callback):
         print_figures(trainer, self.results)
 
     def on_predict_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Start an empty list."""
+        """Start with no rows."""
         self._predictions = []
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: KOFFModule, outputs: Any, *_: Any) -> None:
@@ -170,7 +170,7 @@ class RunReport(Callback):
         return {"history": self.history.state_dict(), "tokens": tokens, "seconds": self._elapsed()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what a checkpoint holds."""
         self.history.load_state_dict(state["history"])
         self._tokens, self._seconds = torch.tensor(0 if rank_zero_only.rank else state["tokens"]), state["seconds"]
 
@@ -282,5 +282,5 @@ class MaskHistory:
         return {"points": self.points, "every": self.every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what a checkpoint holds."""
         self.points, self.every = list(state["points"]), state["every"]

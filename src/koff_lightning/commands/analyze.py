@@ -47,9 +47,9 @@ def analyze(
         rate: Share of neurons that LAPE calls specific.
         bar: Quantile of all rates of activity above which a neuron counts as active.
         draws: Permutations of each test.
-        resamples: Of the bootstrap over seeds and neurons.
+        resamples: Resamples of the bootstrap over seeds and neurons.
         controls: Random sets of neurons put back beside each domain's specialists.
-        seed: Of all that is drawn.
+        seed: Seed of all that is drawn.
         skip: Questions to leave out, with commas: removal, overlap, transfer, knockout, causal, attention, adapters,
             tokens.
         device: Torch device.

@@ -52,20 +52,20 @@ class KoffTrainer(Trainer):
         fit --model.prior`.
 
         Args:
-            model: Without memories.
+            model: A model without memories.
             datamodule: Domains whose training text calibrates.
             method: `magnitude`, `wanda_sp`, `flap`, `random` or `fisher`.
             out: Folder to write; by default that of the config's runs and the method.
             backbone: Short for --model.backbone.
             sparsity: Short for --model.sparsity.target.
-            seed: Of the draw of calibration text, and of `random`.
+            seed: Seed of the draw of calibration text, and of `random`.
             calibration_tokens: Training tokens to read, of all domains together, equally many of each (`wanda_sp`,
                 `flap` and `fisher` read text).
             compensate: Let the mean of what `flap` removes stay behind as biases, which the layouts ragged, masked and
                 merged can store.
             score: Score held-out text under the mask afterwards; --no-score leaves it out.
             ckpt_path: Not used; it stands in the configs that `koff fit` saves, which this verb takes too.
-            weights_only: The same.
+            weights_only: Not used, like ckpt_path.
 
         Raises:
             KoffError: Several processes, too little calibration text, or a disk that does not take the files.
@@ -128,9 +128,9 @@ def harden_by(
     Args:
         module: Built, with nothing learned yet.
         data: Set up, with `calibration_text`.
-        method: Which.
-        num_tokens: Of calibration text.
-        seed: Of the draw of text, and of `random`.
+        method: Name of the method.
+        num_tokens: Tokens of calibration text.
+        seed: Seed of the draw of text, and of `random`.
         compensate: Whether what `flap` removes leaves its mean behind as a bias.
 
     Returns:

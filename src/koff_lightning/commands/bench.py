@@ -87,7 +87,7 @@ def koff_step(
 
     def step() -> None:
         with torch.no_grad():
-            module.model.gates.hold_near(module.model.target, module.sparsity.band, module.model.budget.counts)
+            module.model.gates.shift_to_target(module.model.target, module.sparsity.band, module.model.budget.counts)
         AnnealSparsity.state_of_mask(module)
         module.training_step(batch, 0).backward()
         optimizer.step()
@@ -97,7 +97,7 @@ def koff_step(
 
 
 def timed(step: Step, device: str) -> float:
-    """Seconds of one step."""
+    """Seconds that one step takes."""
     start = time.perf_counter()
     step()
     if device == "cuda":

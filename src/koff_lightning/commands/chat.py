@@ -36,13 +36,13 @@ def chat(
             without it the bare pruned backbone.
         system: Instruction that stands before the talk.
         max_new_tokens: Most tokens of an answer.
-        temperature: Of sampling; 0, or nothing asked for, takes the most likely token each time.
+        temperature: Temperature of sampling; 0, or nothing asked for, takes the most likely token each time.
         top_p: Sample from the likeliest tokens that together have this probability; used with --temperature.
         generation_config: `model` starts from what the model's generation_config.json says (temperature, penalties and
             so on); options given here go before it.
-        seed: Of sampling.
+        seed: Seed of sampling.
         device: Torch device; by default a GPU if there is one.
-        dtype: Of the backbone; by default as exported.
+        dtype: Dtype of the backbone; by default as exported.
     """
     options = sampling(max_new_tokens, temperature, top_p)
     import torch

@@ -97,7 +97,7 @@ def talk(backend: str, timeout: float = TIMEOUT) -> str:
     """Let two processes on this machine add up a number; returns what goes wrong, or nothing.
 
     Args:
-        backend: Of torch.distributed: `gloo` on processors, `nccl` on GPUs.
+        backend: Backend of torch.distributed: `gloo` on processors, `nccl` on GPUs.
         timeout: Seconds until they are given up.
     """
     from tempfile import TemporaryDirectory

@@ -42,14 +42,14 @@ def generate(
             the bare pruned backbone.
         compare: `dense` shows the dense model, the pruned one without memory and the one with it side by side.
         max_new_tokens: Most tokens to add.
-        temperature: Of sampling; 0, or nothing asked for, takes the most likely token each time.
+        temperature: Temperature of sampling; 0, or nothing asked for, takes the most likely token each time.
         top_p: Sample from the likeliest tokens that together have this probability; used with --temperature.
         generation_config: `model` starts from what the model's generation_config.json says (temperature, penalties and
             so on); options given here go before it.
-        seed: Of sampling.
+        seed: Seed of sampling.
         batch_size: Prompts that are continued at a time.
         device: Torch device; by default a GPU if there is one.
-        dtype: Of the backbone; by default as exported.
+        dtype: Dtype of the backbone; by default as exported.
     """
     prompts = _prompts(prompt, file)
     options = sampling(max_new_tokens, temperature, top_p)

@@ -10,10 +10,10 @@ class KnownBad:
     """Releases of a package with a fault that matters here.
 
     Args:
-        name: Of the package, as on the index.
+        name: Name of the package, as on the index.
         versions: Those that have the fault, as pip writes ranges.
-        fault: What they do.
-        advisory: Where to read about it.
+        fault: What these versions do wrong.
+        advisory: Address of the advisory.
     """
 
     name: str

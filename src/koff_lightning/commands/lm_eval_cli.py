@@ -309,7 +309,7 @@ def refuse_cached_nan(samples: Iterable[dict[str, Any]], cache: str) -> None:
     """Raise KoffError when an answer is no finite number: lm-eval keeps answers before they can be checked.
 
     Args:
-        samples: Of all tasks, as lm-eval logs them.
+        samples: Samples of all tasks, as lm-eval logs them.
         cache: As from `cache_of`.
     """
     if broken := sum(not math.isfinite(value) for row in samples for value in _numbers(row["resps"])):

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from koff_lightning.artifact.memories import backbone_of
 from koff_lightning.data import DomainDataModule, DomainSource
 from koff_lightning.data.hub_copy import make_copy
-from koff_lightning.data.patience import patiently
+from koff_lightning.data.retries import with_retries
 from koff_lightning.data.shards import fetch_hub, hub_shards
 from koff_lightning.data.sources import domain_shards
 from koff_lightning.data.split import BadLines
@@ -31,7 +31,7 @@ class Need:
     """Something that a run needs.
 
     Args:
-        what: Its name.
+        what: Name of it, for messages.
         find: Raises KoffError unless it is on this machine.
         fetch: Brings it here, where a network can.
     """
@@ -42,10 +42,10 @@ class Need:
 
 
 def needs_of(config: Any) -> Iterator[Need]:
-    """What a run needs.
+    """List the models, text and task data that a run needs.
 
     Args:
-        config: Of a verb of training, with sections model, data and lm_eval.
+        config: Config of a verb of training, with sections model, data and lm_eval.
     """
     model = config.model
     if not model.artifact:
@@ -82,7 +82,7 @@ def task_needs(names: Iterable[str], include_path: str | None) -> Iterator[Need]
 
 
 def refuse_missing(needs: Iterable[Need]) -> None:
-    """Look for everything.
+    """Refuse a run that lacks something on this machine.
 
     Raises:
         KoffError: Something is neither on this machine's disk nor in its caches; all such things are listed.
@@ -104,7 +104,7 @@ def fetch_all(needs: Iterable[Need]) -> None:
     """
 
     def fetch(need: Need) -> None:
-        patiently(need.fetch, need.what)
+        with_retries(need.fetch, need.what)
         print(f"{need.what}: is here", flush=True)
 
     failed = _failures((need.what, partial(fetch, need)) for need in needs if need.fetch)
@@ -158,8 +158,7 @@ def _copy_heads(data: DomainDataModule, name: str, num_bytes: int | None) -> Non
             f"got {num_bytes}"
         )
     for repo in source.hub_entries:
-        fields = source.text_field, source.id_field, bool(source.chat), source.wanted
-        shards = hub_shards(repo, source.subset, source.split, *fields)
+        shards = hub_shards(repo, source.subset, source.split, source.fields)
         make_copy(repo, shards, num_bytes, BadLines(name, data.on_bad_line, endless=True))
 
 

@@ -75,7 +75,7 @@ def planned(options: list[str], gpus: int = 1, foreach: bool = True) -> tuple[in
     """Tokens of a micro-batch and bytes at the peak, both on each device, of `koff fit` with these options.
 
     Args:
-        options: Of `koff fit`.
+        options: Options of `koff fit`.
         gpus: Processes of the run.
         foreach: As for `planning.memory`; not so on CPUs.
     """
@@ -99,7 +99,7 @@ class _Run:
     sharded: bool
 
     def about(self, size: float) -> list[str]:
-        """What is planned."""
+        """The line that says what is planned."""
         model, ways = self.options["model"], "sharded weights" if self.sharded else "whole weights on each"
         many = f", {ways}" if self.gpus > 1 else ""
         return [

@@ -21,58 +21,48 @@ from koff_lightning.support.offline import is_asked
 class VerbTrainer(KoffTrainer):
     """The trainer whose methods are all verbs of training."""
 
+    @staticmethod
     def prepare(
-        self,
-        model: Any,
-        datamodule: Any,
+        config: Any,
         out: str | None = None,
         prefetch_only: bool = False,
         prefetch_bytes: int | None = None,
         teacher: bool = False,
     ) -> None:
-        """Tokenise the text of a run into a cache that it then uses; see `prepare`, which does it without a trainer.
+        """Tokenise the text of a run into a cache that it then uses; neither model nor trainer is built for it.
 
         Args:
-            model: Not built.
-            datamodule: Not built.
+            config: Options of the run, in the sections of `koff fit`.
             out: Folder for the tokenised text, to be given to runs as data.cache; by default where they look anyway.
             prefetch_only: Do not tokenise; fetch the model, hub datasets and the data of evaluation tasks, for a
                 machine without network.
             prefetch_bytes: UTF-8 bytes of text to copy of each hub dataset that is streamed, from its head.
             teacher: Store what the dense model says of every training row too, its loss.top_k likeliest tokens, for
                 runs with loss.teacher `stored`. Says how much that is before it starts; goes on after a kill.
+
+        Raises:
+            KoffError: Text, tokenizer or network that are not there, or no room.
         """
+        if teacher:
+            _check_teacher(config, prefetch_only)
+        if prefetch_only:
+            if is_asked():
+                raise KoffError("--prefetch-only fetches, --offline forbids it: give one of them")
+            fetch_all(needs_of(config))
+            return
+        if prefetch_bytes is not None:
+            raise KoffError("--prefetch_bytes is the size of what --prefetch-only copies: give both, or neither")
+        data = DomainDataModule(**config.data.as_dict() | ({"cache": out} if out else {}))
+        for name, made in data.prepare(tokenizer_of(config)).items():
+            print(f"{name}: {'tokenised' if made else 'is there already'}", flush=True)
+        if teacher:
+            store_teacher(config, data)
+        print(f"in {data.cache.folder}" + (f"; give it to runs: --data.cache {out}" if out else ""))
 
 
-def prepare(config: Any) -> None:
-    """Tokenise the text of every domain into the cache, or fetch what a run needs; prints what was done.
-
-    Args:
-        config: Of the verb: sections as those of `koff fit`, and out, prefetch_only, prefetch_bytes, teacher.
-
-    Raises:
-        KoffError: Text, tokenizer or network that are not there, or no room.
-    """
-    if config.teacher:
-        _check_teacher(config)
-    if config.prefetch_only:
-        if is_asked():
-            raise KoffError("--prefetch-only fetches, --offline forbids it: give one of them")
-        fetch_all(needs_of(config))
-        return
-    if config.prefetch_bytes is not None:
-        raise KoffError("--prefetch_bytes is the size of what --prefetch-only copies: give both, or neither")
-    data = DomainDataModule(**config.data.as_dict() | ({"cache": config.out} if config.out else {}))
-    for name, made in data.prepare(tokenizer_of(config)).items():
-        print(f"{name}: {'tokenised' if made else 'is there already'}", flush=True)
-    if config.teacher:
-        store_teacher(config, data)
-    print(f"in {data.cache.folder}" + (f"; give it to runs: --data.cache {config.out}" if config.out else ""))
-
-
-def _check_teacher(config: Any) -> None:
+def _check_teacher(config: Any, prefetch_only: bool) -> None:
     """Raise KoffError for options under which there is no teacher to store."""
-    if config.prefetch_only:
+    if prefetch_only:
         raise KoffError("--prefetch-only fetches, --teacher computes: give one after the other")
     if config.model.artifact:
         raise KoffError("an artifact holds no dense model to learn from, so --teacher has nothing to store")
@@ -86,7 +76,7 @@ def store_teacher(config: Any, data: DomainDataModule) -> None:
     """Store the teacher of all training rows beside the tokenised text; prints the size first, then what was done.
 
     Args:
-        config: As `prepare`.
+        config: Options of the run, in the sections of `koff fit`.
         data: Prepared.
 
     Raises:

@@ -38,7 +38,7 @@ def fit(
         epochs: Passes over the text that an encoder takes.
         train_bytes: Training text to use, of each domain, about.
         none_rate: Share of the domains' own text that may be sent to none of them, by which the threshold is set.
-        seed: Of what is drawn.
+        seed: Seed of what is drawn.
         device: Torch device of an encoder; by default a GPU if there is one.
     """
     for name, value in (("epochs", epochs), ("train_bytes", train_bytes)):

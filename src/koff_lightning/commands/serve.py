@@ -48,7 +48,7 @@ def serve(
         time_limit: Seconds that a request may take.
         max_tokens: Most tokens of an answer; by default what the context leaves.
         device: Torch device; by default a GPU if there is one.
-        dtype: Of the backbone; by default as exported.
+        dtype: Dtype of the backbone; by default as exported.
     """
     batch_size = (32 if engine == "own" else 4) if batch_size is None else batch_size
     unread = {"own": {"--gguf": gguf}, "llamacpp": {"--device": device, "--dtype": dtype}}[engine]

@@ -53,7 +53,7 @@ def bench_serving(
         multiple_of: FFN neurons that stay in a layer are a multiple of this many, as by `sparsity.multiple_of`.
         rounds: Counted pairs of each comparison.
         device: Torch device.
-        dtype: Of the backbone.
+        dtype: Dtype of the backbone.
         threads: CPU threads; torch's own choice when null.
     """
     if memories < 16:

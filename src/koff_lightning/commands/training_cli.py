@@ -60,7 +60,7 @@ from koff_lightning.commands.parsing.trainer_options import (
     refuse_options,
     refuse_separate_copies,
 )
-from koff_lightning.commands.prepare import VerbTrainer, prepare
+from koff_lightning.commands.prepare import VerbTrainer
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.support.ending import Ended, ended_by
@@ -123,7 +123,7 @@ class KoffCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:
         """The verb at hand, with the arguments that are no options; parsers of the others would take half a second."""
-        ours = {verb: {"model", "datamodule"} for verb in ("baseline", "prepare")}
+        ours = {"baseline": {"model", "datamodule"}, "prepare": {"config"}}
         return {self._verb: (LightningCLI.subcommands() | ours)[self._verb]}
 
     def before_instantiate_classes(self) -> None:
@@ -198,7 +198,8 @@ class KoffCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; RunReport has said what was saved when that is cut short."""
         if subcommand == "prepare":
-            prepare(self.config.prepare)
+            config = self.config.prepare
+            VerbTrainer.prepare(config, config.out, config.prefetch_only, config.prefetch_bytes, config.teacher)
             return
         if subcommand not in ("fit", "baseline") and not self._get(self.config_init, "ckpt_path"):
             raise KoffError(f"koff {subcommand} scores what a run has trained: give its --ckpt_path")

@@ -61,9 +61,9 @@ def domain_rows(
     """Tokenise and pack a domain's texts; the end token, if it is wanted, goes into training text only.
 
     Args:
-        name: Of the domain.
+        name: Name of the domain.
         texts: Its documents; of talks their messages as JSON.
-        tokenizer: Of the backbone.
+        tokenizer: Tokenizer of the backbone.
         seq_len: Tokens per row.
         append_eos: Put the end token behind each training document; a talk ends as its template ends it.
         chat: Texts are talks, and what of them is predicted.
@@ -119,14 +119,14 @@ class TokenCache:
     """Tokenised domains by what they are made of.
 
     Args:
-        folder: Where the entries lie.
+        folder: Folder that holds the entries.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def key(self, source: DomainSource, **options: Any) -> str:
-        """Name of an entry.
+        """Name of the folder that holds a domain's tokens.
 
         Text from the hub counts by its name: pin a revision (``hub:name@commit``) where it may change.
 
@@ -137,6 +137,7 @@ class TokenCache:
         Raises:
             KoffError: Files that are not there.
         """
+        fields = source.fields
         shipped = [bundled_file(name, split) for split in ("heldout", "train") for name in source.bundled_entries]
         what = {
             "release": __version__,
@@ -144,7 +145,7 @@ class TokenCache:
             "bundled": self._digests(shipped),
             "files": self._digests(expand_files(source.file_entries)),
             "hub": source.hub_entries,
-            "fields": [source.text_field, source.id_field, source.subset, source.split, source.chat, *source.wanted],
+            "fields": [fields.text, fields.id, source.subset, source.split, source.chat, *fields.where],
             **options,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

@@ -15,9 +15,9 @@ class CalibrationText:
 
     Args:
         train: Packed training rows by domain; rows that hold padding are left out.
-        num_tokens: Of all domains together, rounded up to whole rows of every domain.
+        num_tokens: Tokens of all domains together, rounded up to whole rows of every domain.
         batch_size: Rows per batch.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Attributes:
         num_tokens: Tokens of all batches together.

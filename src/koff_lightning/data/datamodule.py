@@ -14,7 +14,6 @@ from koff_lightning.data.bundled_tokens import tokens_of
 from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
 from koff_lightning.data.calibration import CalibrationText, most_tokens
 from koff_lightning.data.encoding import TokenStream, fingerprint, start_tokens
-from koff_lightning.data.head import IsTraining, read_head
 from koff_lightning.data.loader import Batch, HeldoutLoader, Rows, TrainLoader
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import PackedRows
@@ -23,6 +22,7 @@ from koff_lightning.data.sources import DomainSource, as_shares, as_sources, dom
 from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
+from koff_lightning.data.streamed_split import IsTraining, split_streamed
 from koff_lightning.data.talks import check_template, template_of
 from koff_lightning.data.teacher import FOLDER, Belongs, StoredTeacher, TeacherStore, rows_hash
 from koff_lightning.loading import load_config, load_tokenizer
@@ -165,7 +165,7 @@ class DomainDataModule(LightningDataModule):
             KoffError: As `setup`, but no tokenizer is asked.
         """
         refuse_missing_files(self.sources)
-        read = self._read_head if self.streaming else self._read_all
+        read = self._split_streamed if self.streaming else self._read_all
         return {name: read(name, source) for name, source in self.sources.items()}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
@@ -210,7 +210,7 @@ class DomainDataModule(LightningDataModule):
         return self.cache.load(self._key(source)) if wanted else None
 
     def _make(self, name: str, source: DomainSource) -> DomainRows:
-        texts = self._read_head(name, source) if self.streaming else self._read_all(name, source)
+        texts = self._split_streamed(name, source) if self.streaming else self._read_all(name, source)
         chat, on_bad, tokenise = source.chat, BadLines(name, self.on_bad_line), tokens_of(source)
         rows = domain_rows(name, texts, self.tokenizer, self.seq_len, self.append_eos, chat, on_bad, tokenise)
         on_bad.report()
@@ -226,10 +226,10 @@ class DomainDataModule(LightningDataModule):
             on_bad_line=self.on_bad_line,
         )
 
-    def _read_head(self, name: str, source: DomainSource) -> Texts:
+    def _split_streamed(self, name: str, source: DomainSource) -> Texts:
         """Held-out text and a sample of the training text; takes note of what is to be streamed."""
         shards, on_bad = domain_shards(source, streamed=True), BadLines(name, self.on_bad_line)
-        texts = read_head(
+        texts = split_streamed(
             name,
             shards,
             heldout_fraction=self.heldout_fraction,
@@ -296,7 +296,7 @@ class DomainDataModule(LightningDataModule):
 
     @property
     def teachers(self) -> TeacherStore:
-        """Where stored teachers lie."""
+        """Stored teachers of this text."""
         return TeacherStore(self.cache.folder / FOLDER)
 
     def belongs(self, rows: PackedRows, backbone_hash: str) -> Belongs:
@@ -311,7 +311,7 @@ class DomainDataModule(LightningDataModule):
         """Let training batches bring what `koff prepare --teacher` has stored of the likeliest k tokens.
 
         Args:
-            backbone_hash: Of the dense model's weights.
+            backbone_hash: Hash of the dense model's weights.
             k: Tokens at each place.
 
         Raises:
@@ -332,10 +332,10 @@ class DomainDataModule(LightningDataModule):
         split = [self.heldout_fraction, self.max_heldout_bytes, self.on_bad_line] + ["append_eos"] * self.append_eos
         identity: dict[str, object] = {"tokenizer": fingerprint(self.tokenizer), "seq_len": self.seq_len}
         for name, text in self._texts.items():
-            fields = self.sources[name].text_field, self.sources[name].id_field
+            fields = self.sources[name].fields
             talks = [[text.chat, template_of(self.tokenizer)]] if text.chat else []
-            talks += [self.sources[name].wanted] if self.sources[name].where else []
-            identity |= text.identity(fields, split, *talks)
+            talks += [fields.where] if fields.where else []
+            identity |= text.identity((fields.text, fields.id), split, *talks)
         return Reading(self._texts, self.tokenizer, self.seq_len, identity)
 
     def _window(self, accumulate: int) -> int:

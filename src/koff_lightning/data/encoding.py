@@ -24,7 +24,7 @@ CHARACTERS_PER_CALL, LONGEST_PART = 2**20, 2**19
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Tokenised documents, end to end."""
+    """Tokenised documents, joined end to end."""
 
     tokens: NDArray[np.int32]  # [N]
     lengths: NDArray[np.int64]  # [D] tokens of each document, 2 or more
@@ -72,7 +72,7 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
 
     Args:
         texts: The documents.
-        tokenizer: Of the backbone.
+        tokenizer: Tokenizer of the backbone.
         append_eos: Put the end token behind each document, if there is one; it stands for no bytes.
     """
     start = start_tokens(tokenizer)

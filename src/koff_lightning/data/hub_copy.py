@@ -13,8 +13,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from koff_lightning.data.patience import read_patiently
-from koff_lightning.data.readers import Document, OnBad, Where
+from koff_lightning.data.readers import Document, Fields, OnBad
+from koff_lightning.data.retries import read_with_retries
 from koff_lightning.data.shards import FileShard, HubShard
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import new_folder, own_cache
@@ -23,21 +23,13 @@ PIECE = 64 * 2**20  # bytes of text in a file: some dozens of files in a few GB,
 MANIFEST = "copy.json"
 
 
-def find_copy(
-    repo: str,
-    subset: str | None,
-    split: str,
-    text_field: str,
-    id_field: str,
-    chat: bool = False,
-    where: Where = (),
-) -> list[FileShard]:
+def find_copy(repo: str, subset: str | None, split: str, fields: Fields) -> list[FileShard]:
     """The files of a dataset's copy, in its order; none where there is no copy.
 
     Raises:
         KoffError: A copy whose files are not those that were written.
     """
-    folder = _folder(repo, subset, split, text_field, id_field, chat, where)
+    folder = _folder(repo, subset, split, fields)
     if (manifest := _manifest(folder)) is None:
         return []
     for name, size in manifest["files"].items():
@@ -50,7 +42,7 @@ def find_copy(
         f"no network: of hub:{repo} only the {manifest['num_bytes']:,} bytes of text are read that `koff prepare "
         "--prefetch-only` has copied"
     )
-    return [FileShard(folder / name, "text", "id") for name in manifest["files"]]
+    return [FileShard(folder / name) for name in manifest["files"]]
 
 
 def make_copy(repo: str, shards: Sequence[HubShard], num_bytes: int, on_bad: OnBad) -> None:
@@ -58,7 +50,7 @@ def make_copy(repo: str, shards: Sequence[HubShard], num_bytes: int, on_bad: OnB
 
     Args:
         repo: Its name as the config has it.
-        shards: All of the dataset's.
+        shards: All shards of the dataset.
         num_bytes: UTF-8 bytes of text to copy; with the last document it may be more.
         on_bad: What to do with a record that cannot be used.
 
@@ -66,8 +58,7 @@ def make_copy(repo: str, shards: Sequence[HubShard], num_bytes: int, on_bad: OnB
         KoffError: The dataset cannot be read, or the copy not be written.
     """
     first = shards[0]
-    names = first.text_field, first.id_field
-    folder = _folder(repo, first.subset, first.split, *names, first.chat, first.where)
+    folder = _folder(repo, first.subset, first.split, first.fields)
     manifest = _manifest(folder)
     if manifest and (manifest["whole"] or manifest["asked"] >= num_bytes):
         return
@@ -83,11 +74,9 @@ def make_copy(repo: str, shards: Sequence[HubShard], num_bytes: int, on_bad: OnB
         (work / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _folder(
-    repo: str, subset: str | None, split: str, text_field: str, id_field: str, chat: bool, where: Where
-) -> Path:
-    what: list[Any] = [repo, subset, split, text_field, id_field]
-    what += ["chat"] * chat + [where] * bool(where)  # talks lie there as the JSON of their messages
+def _folder(repo: str, subset: str | None, split: str, fields: Fields) -> Path:
+    what: list[Any] = [repo, subset, split, fields.text, fields.id]
+    what += ["chat"] * fields.chat + [fields.where] * bool(fields.where)  # of talks the JSON of their messages is kept
     named = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     return own_cache() / "hub" / f"{re.sub('[^A-Za-z0-9]+', '-', repo)[-60:]}-{named}"
 
@@ -106,7 +95,7 @@ def _pieces(shards: Sequence[HubShard], num_bytes: int, on_bad: OnBad) -> Iterat
     piece: list[Document] = []
     size = 0
     for shard in shards:
-        for _, document in read_patiently(shard, on_bad):
+        for _, document in read_with_retries(shard, on_bad):
             piece.append(document)
             size += len(document.text.encode())
             if size >= min(PIECE, num_bytes):

@@ -7,11 +7,6 @@ from typing import Any
 TALK = ("messages", "prompt", "completion")  # fields that hold a talk: the first, or both others
 
 
-def field_names(text_field: str, chat: bool) -> tuple[str, ...]:
-    """The fields in which a record's text may lie; of a talk they are `TALK` where text_field names none."""
-    return TALK if chat and text_field == "text" else (text_field,)
-
-
 def as_talk(record: Mapping[str, Any], names: Sequence[str]) -> str:
     """The messages of a record as JSON.
 

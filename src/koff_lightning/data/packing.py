@@ -69,7 +69,7 @@ class PackedRows:
 
 
 def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -> PackedRows:
-    """Lay documents out in rows.
+    """Pack documents into rows of equal length.
 
     Args:
         stream: The documents.

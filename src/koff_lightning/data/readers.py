@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from koff_lightning.data.messages import TALK, as_talk, field_names
+from koff_lightning.data.messages import TALK, as_talk
 from koff_lightning.support.errors import KoffError
 
 FORMATS = (".jsonl", ".csv", ".txt", ".parquet")
@@ -29,7 +29,7 @@ Where = tuple[tuple[str, tuple[str, ...]], ...]  # field and its wanted values, 
 
 
 def refuse(message: str) -> None:
-    """Stop at what cannot be used."""
+    """Raise a KoffError: an `on_bad` that stops at the first bad record."""
     raise KoffError(message)
 
 
@@ -38,6 +38,32 @@ class Document(NamedTuple):
 
     id: str
     text: str
+
+
+class Fields(NamedTuple):
+    """Where a record (a line of jsonl, a row of a table) holds its document.
+
+    Attributes:
+        text: Field (jsonl) or column (csv, parquet) of the text; txt files are one document each.
+        id: Field or column of the id; where it is absent, null or empty the text is the id.
+        chat: Records are talks: see `as_talk`.
+        where: Records with other values of these fields are passed over.
+    """
+
+    text: str = "text"
+    id: str = "id"
+    chat: bool = False
+    where: Where = ()
+
+    @property
+    def of_text(self) -> tuple[str, ...]:
+        """The fields in which the text may lie; of a talk they are `TALK` where `text` names none."""
+        return TALK if self.chat and self.text == "text" else (self.text,)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The other fields that are read."""
+        return self.id, *(name for name, _ in self.where)
 
 
 class Part(NamedTuple):
@@ -54,44 +80,27 @@ class Part(NamedTuple):
 ALL = Part()
 
 
-def read_file(path: Path, text_field: str, id_field: str, on_bad: OnBad, chat: bool = False) -> Iterator[Document]:
-    """Yield the non-empty documents of one file: `read_records` without the numbers."""
-    return (document for _, document in read_records(path, text_field, id_field, on_bad, chat=chat))
-
-
-def read_records(
-    path: Path,
-    text_field: str,
-    id_field: str,
-    on_bad: OnBad,
-    part: Part = ALL,
-    chat: bool = False,
-    where: Where = (),
-) -> Iterator[tuple[int, Document]]:
+def read_records(path: Path, fields: Fields, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
     """Yield (number, document) of the non-empty documents of one file.
 
     Args:
         path: A file whose name ends in one of `FORMATS`, all but parquet optionally followed by one of `COMPRESSIONS`.
-        text_field: Field (jsonl) or column (csv, parquet) that holds the text; txt files are one document each.
-        id_field: Field or column that holds the id; where it is absent, null or empty the text is the id.
+        fields: Where the documents are in it.
         on_bad: Called with "file:line: what is wrong" for each line (csv: record, parquet: row) that cannot be used;
             it raises to stop, or returns to leave that line out.
         part: The records to read; the others are passed over as cheaply as the format allows.
-        chat: Records are talks: see `as_talk`.
-        where: Records with other values of these fields are passed over.
 
     Raises:
         KoffError: Unknown suffix, unreadable file, or a table without the text column.
     """
     read = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt, ".parquet": _read_parquet}[format_of(path)]
-    if chat and format_of(path) == ".txt":
+    if fields.chat and format_of(path) == ".txt":
         raise KoffError(f"cannot read {path}: a txt file holds no talks (chat): give jsonl, csv or parquet")
-    if where and format_of(path) == ".txt":
-        raise KoffError(f"cannot read {path}: a txt file has no field '{where[0][0]}' to choose by (where)")
-    names = field_names(text_field, chat)
+    if fields.where and format_of(path) == ".txt":
+        raise KoffError(f"cannot read {path}: a txt file has no field '{fields.where[0][0]}' to choose by (where)")
     try:
-        for number, line, fields, problem in read(path, names, (id_field, *(name for name, _ in where)), part):
-            document = None if problem else as_document(fields, text_field, id_field, chat, where)
+        for number, line, record, problem in read(path, fields, part):
+            document = None if problem else as_document(record, fields)
             if isinstance(document, Document):
                 if document.text:  # an empty text predicts nothing and has no bytes: leaving it out changes no figure
                     yield number, document
@@ -116,29 +125,29 @@ def format_of(path: Path) -> str:
 Record = tuple[int, int, Any, str | None]  # number, line, fields by name, what is wrong with it (None: nothing)
 
 
-def as_document(fields: Any, text_field: str, id_field: str, chat: bool = False, where: Where = ()) -> Document | str:
+def as_document(record: Any, fields: Fields) -> Document | str:
     """Return the document in one record, or a phrase that says why there is none; an unwanted one is empty."""
-    if not isinstance(fields, dict):
-        names = " or ".join(f"'{name}'" for name in field_names(text_field, chat)[:2])
-        return f"expected a JSON object with a field {names}, got a {type(fields).__name__}"
-    for name, wanted in where:
-        if name not in fields:
-            return f"no field '{name}', only {_listed(fields)}: set where to the right one"
-        values = fields[name] if isinstance(fields[name], list) else [fields[name]]
+    if not isinstance(record, dict):
+        names = " or ".join(f"'{name}'" for name in fields.of_text[:2])
+        return f"expected a JSON object with a field {names}, got a {type(record).__name__}"
+    for name, wanted in fields.where:
+        if name not in record:
+            return f"no field '{name}', only {_listed(record)}: set where to the right one"
+        values = record[name] if isinstance(record[name], list) else [record[name]]
         if not any(str(value) in wanted for value in values):
             return Document("", "")
-    if chat:
+    if fields.chat:
         try:
-            text = as_talk(fields, field_names(text_field, chat))
+            text = as_talk(record, fields.of_text)
         except ValueError as error:
             return str(error)
-    elif text_field not in fields:
-        return f"no field '{text_field}', only {_listed(fields)}: set text_field to the right one{_about_chat(fields)}"
+    elif fields.text not in record:
+        return f"no field '{fields.text}', only {_listed(record)}: set text_field to the right one{_about_chat(record)}"
     else:
-        text = fields[text_field]
-    doc_id = fields.get(id_field)
+        text = record[fields.text]
+    doc_id = record.get(fields.id)
     if not isinstance(text, str):
-        return f"field '{text_field}' should be text, got {'null' if text is None else type(text).__name__}"
+        return f"field '{fields.text}' should be text, got {'null' if text is None else type(text).__name__}"
     document = Document(text if doc_id in (None, "") else str(doc_id), text)  # csv has no other word for null
     try:
         "".join(document).encode()  # fails on the surrogates that stand for bad bytes, and on a lone "\ud800" in JSON
@@ -152,7 +161,7 @@ def _about_chat(names: Any) -> str:
     return ", or for talks chat: answers" if TALK[0] in names or {*TALK[1:]} <= {*names} else ""
 
 
-def _read_jsonl(path: Path, names: Sequence[str], others: Sequence[str], part: Part) -> Iterator[Record]:
+def _read_jsonl(path: Path, fields: Fields, part: Part) -> Iterator[Record]:
     number = -1
     with _open(path) as file:
         for line, raw in enumerate(file, start=1):
@@ -173,13 +182,13 @@ def _read_jsonl(path: Path, names: Sequence[str], others: Sequence[str], part: P
                 yield number, line, None, "not usable JSON (a number of thousands of digits)"
 
 
-def _read_csv(path: Path, names: Sequence[str], others: Sequence[str], part: Part) -> Iterator[Record]:
+def _read_csv(path: Path, fields: Fields, part: Part) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than many documents
     with _open(path) as file:
         rows = csv.DictReader((_decode(raw, line) for line, raw in enumerate(file, start=1)), strict=True)
         try:
             if rows.fieldnames is not None:  # None: the file is empty
-                require_column(path, list(rows.fieldnames), names)
+                require_column(path, list(rows.fieldnames), fields)
             for number, row in enumerate(rows):
                 if number in part:
                     yield number, rows.reader.line_num, row, _misfit(row)
@@ -197,21 +206,21 @@ def _misfit(row: dict[Any, Any]) -> str | None:
     return None
 
 
-def _read_txt(path: Path, names: Sequence[str], others: Sequence[str], part: Part) -> Iterator[Record]:
+def _read_txt(path: Path, fields: Fields, part: Part) -> Iterator[Record]:
     if 0 in part:
         with _open(path) as file:
-            yield 0, 1, {names[0]: _decode(file.read(), 1)}, None
+            yield 0, 1, {fields.text: _decode(file.read(), 1)}, None
 
 
-def _read_parquet(path: Path, names: Sequence[str], others: Sequence[str], part: Part) -> Iterator[Record]:
+def _read_parquet(path: Path, fields: Fields, part: Part) -> Iterator[Record]:
     import pyarrow  # here: importing it costs a fifth of a second, and only parquet needs it
     import pyarrow.parquet
 
     try:
         source = path if isinstance(path, Path) else _with_places(path)
         with pyarrow.parquet.ParquetFile(source) as table:
-            require_column(path, table.schema_arrow.names, names)
-            columns = [name for name in dict.fromkeys((*names, *others)) if name in table.schema_arrow.names]
+            require_column(path, table.schema_arrow.names, fields)
+            columns = read_columns(table.schema_arrow.names, fields)
             count, limit = 0, _most_bytes(path)
             number, groups = 0, list(range(table.num_row_groups))
             while groups and number + table.metadata.row_group(groups[0]).num_rows <= part.first:
@@ -248,8 +257,14 @@ def _python_values(columns: list[str], values: tuple[Any, ...]) -> tuple[dict[st
         return None, "not valid UTF-8"
 
 
-def require_column(path: object, columns: list[str], names: Sequence[str]) -> None:
+def read_columns(columns: Sequence[str], fields: Fields) -> list[str]:
+    """Those of a table's columns that are read, each once."""
+    return [name for name in dict.fromkeys((*fields.of_text, *fields.others)) if name in columns]
+
+
+def require_column(path: object, columns: list[str], fields: Fields) -> None:
     """Raise a KoffError unless a table has the columns that hold a document."""
+    names = fields.of_text
     if names[0] not in columns and not (names[1:] and {*names[1:]} <= {*columns}):
         others, advice = (f" (nor {' with '.join(names[1:])})", "") if names[1:] else ("", _about_chat(columns))
         raise KoffError(
@@ -280,7 +295,7 @@ class _Bounded(io.RawIOBase):
         self.path, self.file, self.count, self.limit = path, file, 0, _most_bytes(path)
 
     def readable(self) -> bool:
-        """Always."""
+        """True; RawIOBase asks."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -291,7 +306,7 @@ class _Bounded(io.RawIOBase):
         return read
 
     def close(self) -> None:
-        """With the packed file."""
+        """Close the packed file too."""
         self.file.close()
         super().close()
 

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from koff_lightning.data.patience import patiently
+from koff_lightning.data.retries import with_retries
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.secrets import without_secrets
@@ -87,14 +87,14 @@ def find_remote(pattern: str) -> list[RemoteFile]:
                 raise KoffError(f"there is no file {shown}") from error
             raise error.__cause__ from error
 
-    files = [file for file in patiently(look, shown) if file is not None]
+    files = [file for file in with_retries(look, shown) if file is not None]
     if not files:
         raise KoffError(f"no file matches {shown}")
     return files
 
 
 def _described(url: str, info: dict[str, Any]) -> RemoteFile | None:
-    """None for a folder."""
+    """The file that a listing describes; None for a folder."""
     if info.get("type") == "directory":
         return None
     version = json.dumps([url, [str(info.get(key)) for key in VERSION]])

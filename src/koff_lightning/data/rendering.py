@@ -60,7 +60,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
 
     Args:
         tokenizer: With a chat template.
-        messages: Of the talk.
+        messages: Messages of the talk.
         add_generation_prompt: Add the words that ask the assistant to speak.
 
     Raises:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +11,19 @@ from typing import Any, Protocol
 import numpy as np
 from huggingface_hub import snapshot_download
 
-from koff_lightning.data.messages import field_names
-from koff_lightning.data.patience import patiently
-from koff_lightning.data.readers import ALL, Document, OnBad, Part, Where, as_document, read_records, require_column
+from koff_lightning.data.readers import (
+    ALL,
+    Document,
+    Fields,
+    OnBad,
+    Part,
+    as_document,
+    read_columns,
+    read_records,
+    require_column,
+)
 from koff_lightning.data.remote import RemoteFile
+from koff_lightning.data.retries import with_retries
 
 UNEVEN = 1.05  # readers get whole shards where the largest load is at most this much above the smallest
 OFFLINE_SHARDS = 64  # into which a dataset in the cache is divided
@@ -36,10 +45,7 @@ class FileShard:
     """A file of any kind in `readers`."""
 
     path: Path | RemoteFile
-    text_field: str
-    id_field: str
-    chat: bool = False
-    where: Where = ()
+    fields: Fields = field(default_factory=Fields)
 
     @property
     def name(self) -> str:
@@ -53,7 +59,7 @@ class FileShard:
 
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
         """Yield (number, document) of the usable records in `part`."""
-        return read_records(self.path, self.text_field, self.id_field, on_bad, part, self.chat, self.where)
+        return read_records(self.path, self.fields, on_bad, part)
 
 
 @dataclass(frozen=True)
@@ -63,13 +69,10 @@ class HubShard:
     repo: str  # name@commit, or a local folder that `datasets` can load
     subset: str | None
     split: str
-    text_field: str
-    id_field: str
+    fields: Fields
     index: int
     of: int
     size: None = None
-    chat: bool = False
-    where: Where = ()
 
     @property
     def name(self) -> str:
@@ -80,11 +83,8 @@ class HubShard:
         """Yield (number, document) of the usable records in `part`; to go on in the middle, the shard is read again."""
         stream = _open_hub(self.repo, self.subset, self.split, os.getpid())
         if stream.features:
-            fields = field_names(self.text_field, self.chat)
-            require_column(f"hub:{self.repo}", list(stream.features), fields)
-            others = self.id_field, *(name for name, _ in self.where)
-            names = [name for name in dict.fromkeys((*fields, *others)) if name in stream.features]
-            stream = stream.select_columns(names)
+            require_column(f"hub:{self.repo}", list(stream.features), self.fields)
+            stream = stream.select_columns(read_columns(list(stream.features), self.fields))
         stream = stream.shard(num_shards=self.of, index=self.index).skip(part.first)
         number = part.first - 1
         for batch in stream.iter(batch_size=100):  # not iter(stream): that would deal shards to torch's workers again
@@ -92,23 +92,14 @@ class HubShard:
                 number += 1
                 if number not in part:
                     continue
-                record = dict(zip(batch, values, strict=True))
-                document = as_document(record, self.text_field, self.id_field, self.chat, self.where)
+                document = as_document(dict(zip(batch, values, strict=True)), self.fields)
                 if not isinstance(document, Document):
                     on_bad(f"{self.name}:{number + 1}: {document}")
                 elif document.text:
                     yield number, document
 
 
-def hub_shards(
-    repo: str,
-    subset: str | None,
-    split: str,
-    text_field: str,
-    id_field: str,
-    chat: bool = False,
-    where: Where = (),
-) -> list[HubShard]:
+def hub_shards(repo: str, subset: str | None, split: str, fields: Fields) -> list[HubShard]:
     """The shards of a dataset, held to the commit that it is at now: whoever reads them later reads the same.
 
     Raises:
@@ -119,8 +110,8 @@ def hub_shards(
         fixed = _at_commit(repo, subset)
         return fixed, max(1, _open_hub(fixed, subset, split, os.getpid()).num_shards)
 
-    fixed, of = patiently(look, f"hub:{repo}")
-    return [HubShard(fixed, subset, split, text_field, id_field, i, of, chat=chat, where=where) for i in range(of)]
+    fixed, of = with_retries(look, f"hub:{repo}")
+    return [HubShard(fixed, subset, split, fields, index, of) for index in range(of)]
 
 
 def is_out_of_reach(repo: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from koff_lightning.data.hub_copy import find_copy
-from koff_lightning.data.readers import Where, format_of
+from koff_lightning.data.readers import Fields, format_of
 from koff_lightning.data.remote import RemoteFile, find_remote, is_remote
 from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_out_of_reach
 from koff_lightning.support.errors import KoffError
@@ -54,10 +54,11 @@ class DomainSource:
     chat: Chat | None = None
 
     @property
-    def wanted(self) -> Where:
-        """`where` in the order of its names, each with all its values."""
-        items = sorted((self.where or {}).items())
-        return tuple((name, tuple(map(str, value if isinstance(value, list) else [value]))) for name, value in items)
+    def fields(self) -> Fields:
+        """Where a record holds its document; `where` in the order of its names, each with all its values."""
+        items = [(name, value if isinstance(value, list) else [value]) for name, value in (self.where or {}).items()]
+        where = tuple((name, tuple(map(str, values))) for name, values in sorted(items))
+        return Fields(self.text_field, self.id_field, bool(self.chat), where)
 
     @property
     def entries(self) -> list[str]:
@@ -188,7 +189,7 @@ def domain_shards(source: DomainSource, streamed: bool = False) -> list[tuple[Sh
 
     Args:
         source: The domain.
-        streamed: Of hub datasets the copies of their heads will do where there is no network.
+        streamed: Take the copy of a hub dataset's first documents where there is no network.
 
     Raises:
         KoffError: Files, bundled text or hub datasets that are not there, or a file on both sides.
@@ -201,14 +202,14 @@ def domain_shards(source: DomainSource, streamed: bool = False) -> list[tuple[Sh
             f"{without_secrets(min(map(str, both)))} is among the files and the heldout_files of one "
             "domain: name it in one of them"
         )
-    fields = source.text_field, source.id_field, bool(source.chat), source.wanted
+    fields = source.fields
     rest: Side = "training" if heldout_files else "by hash"
-    shards: list[tuple[Shard, Side]] = [(FileShard(path, *fields), "held out") for path in heldout_files]
+    shards: list[tuple[Shard, Side]] = [(FileShard(path, fields), "held out") for path in heldout_files]
     for split, side in (("heldout", "held out"), ("train", "training")):
-        shards += [(FileShard(bundled_file(name, split), "text", "id"), side) for name in source.bundled_entries]
-    shards += [(FileShard(path, *fields), rest) for path in files]
+        shards += [(FileShard(bundled_file(name, split)), side) for name in source.bundled_entries]
+    shards += [(FileShard(path, fields), rest) for path in files]
     for repo in source.hub_entries:
-        what = repo, source.subset, source.split, *fields
+        what = repo, source.subset, source.split, fields
         copied = find_copy(*what) if streamed and is_out_of_reach(repo) else []
         shards += [(shard, rest) for shard in copied or hub_shards(*what)]
     return shards
@@ -249,7 +250,7 @@ def expand_files(patterns: list[str]) -> list[Path | RemoteFile]:
 
 
 def _itself(file: Path | RemoteFile) -> object:
-    """The same for all names of a file."""
+    """What tells two files apart, whatever names they are given by."""
     return file.resolve() if isinstance(file, Path) else file.url
 
 

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from koff_lightning.data.patience import read_patiently
 from koff_lightning.data.readers import Document, OnBad
+from koff_lightning.data.retries import read_with_retries
 from koff_lightning.data.sources import DomainSource, Side, domain_shards
 from koff_lightning.support.errors import KoffError
 
@@ -60,7 +60,7 @@ class BadLines:
             rank_zero_warn(f"domain '{self.domain}': leaves out lines that cannot be used, first {message}")
 
     def report(self) -> None:
-        """Warn if there were any."""
+        """Warn if there were bad lines."""
         if self.count:
             rank_zero_warn(
                 f"domain '{self.domain}': left out {self.count} line(s) that could not be used, first {self.first}"
@@ -124,7 +124,7 @@ def read_domain(
 def _labelled(source: DomainSource, fraction: float, on_bad: OnBad) -> Iterator[tuple[bool, Document]]:
     """Yield (held out?, document); held-out shards first, because reading stops when the training text is full."""
     for shard, side in domain_shards(source):
-        for _, document in read_patiently(shard, on_bad):
+        for _, document in read_with_retries(shard, on_bad):
             yield on_heldout_side(side, document, fraction), document
 
 

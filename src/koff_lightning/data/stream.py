@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.packing import PackedRows, pack
-from koff_lightning.data.patience import read_patiently
 from koff_lightning.data.readers import Document, OnBad, Part
+from koff_lightning.data.retries import read_with_retries
 from koff_lightning.data.shards import HubShard, Shard
 from koff_lightning.data.sources import Chat
 from koff_lightning.data.talks import tokenize_talks
@@ -69,11 +69,11 @@ class RowStream:
     Args:
         text: The domain's text.
         parts: (shard, turn, of) that this reader reads: see `shards.deal`.
-        tokenizer: Of the backbone.
+        tokenizer: Tokenizer of the backbone.
         seq_len: T.
-        seed: Of all orders.
+        seed: Seed of all orders.
         reader: Number of this reader, over all ranks and workers.
-        place: Where to go on.
+        place: Place to start from.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class RowStream:
         for index in range(first.shard, len(order)):
             shard, turn, of = self.parts[order[index]]
             part = Part(first.record if index == first.shard else 0, turn, of)
-            for number, document in read_patiently(self.text.shards[shard], self.text.on_bad, part):
+            for number, document in read_with_retries(self.text.shards[shard], self.text.on_bad, part):
                 if self.text.wanted(shard, document):
                     yield Place(shard=index, record=number + 1), document.text
 
@@ -164,5 +164,5 @@ class RowStream:
         return np.random.default_rng([*self.seed, len(which), *which])
 
     def state(self) -> list[int]:
-        """The place as plain numbers."""
+        """The stream's place as plain numbers, for a checkpoint."""
         return list(astuple(self.place))

@@ -35,7 +35,7 @@ class Reading:
 
     Args:
         texts: By domain.
-        tokenizer: Of the backbone.
+        tokenizer: Tokenizer of the backbone.
         seq_len: Tokens per row.
         identity: What the meaning of a place depends on, in plain values.
     """

@@ -60,7 +60,7 @@ def tokenize_talks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cha
 
     Args:
         texts: JSON of the messages of each talk, as `readers` gives it.
-        tokenizer: Of the backbone, with a chat template.
+        tokenizer: Tokenizer of the backbone, with a chat template.
         chat: `answers` predicts the answers alone, `all` every token behind the first.
         on_bad: Called with what is wrong with a talk; it raises, or returns to leave the talk out.
     """

@@ -95,7 +95,7 @@ def index_type(vocabulary: int) -> np.dtype:
 
 
 def stored_bytes(rows: PackedRows, k: int, vocabulary: int) -> int:
-    """Bytes on disk of a store."""
+    """Bytes that a stored teacher takes on disk."""
     return len(rows) * (rows.tokens.shape[1] - 1) * k * (index_type(vocabulary).itemsize + 2)
 
 
@@ -110,7 +110,7 @@ class TeacherStore:
     """Stored teachers in a folder.
 
     Args:
-        folder: Where they lie, each in a folder of its own.
+        folder: Folder that holds them, each in a folder of its own.
     """
 
     def __init__(self, folder: Path) -> None:

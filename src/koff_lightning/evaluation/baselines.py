@@ -50,7 +50,7 @@ def scores(
             `fisher` wants `labels` too; `magnitude` and `random` read none.
         method: `magnitude`, `wanda_sp`, `flap`, `random` or `fisher`.
         groups: The units, by default all prunable ones of the model.
-        seed: Of `random`.
+        seed: Seed of `random`.
 
     Returns:
         fp32 [U] on the CPU.

@@ -51,7 +51,7 @@ class Reader:
     """One way to read text with a model, as HFLM asks a model: call it for logits, or `generate`.
 
     Args:
-        model: Its backbone reads.
+        model: The model whose backbone reads.
         domain: Whose memory every row reads; None for none, "auto" for what the router picks.
         dense: Read with gates and memories off.
     """
@@ -62,7 +62,7 @@ class Reader:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.device
 
     @property
@@ -117,7 +117,7 @@ class KoffLM(HFLM):
         tokenizer: By default the model's own.
         backbone: Where the backbone of a checkpoint is, if it has moved.
         device: Torch device; by default a GPU if there is one.
-        dtype: Of the backbone; by default as it is stored.
+        dtype: Dtype of the backbone; by default as it is stored.
         options: Further arguments of HFLM: `batch_size`, `max_batch_size`, `max_length`, `softmax_dtype` ...
 
     Raises:
@@ -210,7 +210,7 @@ class KoffLM(HFLM):
             self.batch_size_per_gpu, self._rows = self._rows, None
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """HFLM's own."""
+        """Continue texts, as HFLM does."""
         if self._routes:
             texts = [request.args[0] for request in requests]
             return self._by_domain(requests, texts, lambda part: self.generate_until(part, disable_tqdm))
@@ -348,7 +348,7 @@ def score(
         tasks: As `load_tasks` gives them.
         num_fewshot: Examples before each question; None for what the task says.
         limit: Samples per task, or a share of them below 1.
-        seed: Of the choice of examples.
+        seed: Seed of the choice of examples.
 
     Raises:
         KoffError: A log-likelihood that is no finite number.

@@ -30,8 +30,8 @@ def confusion(
 
     Args:
         router: Asked.
-        texts: Of each domain; also of domains that it does not know.
-        tokenizer: Of the backbone.
+        texts: Texts of each domain; also of domains that it does not know.
+        tokenizer: Tokenizer of the backbone.
         tokens: What is seen of each text; of a shorter one, all.
     """
     table: Confusion = {}

@@ -29,7 +29,7 @@ class EncoderClassifier:
 
     Args:
         model: transformers' model for sequence classification, with D labels.
-        tokenizer: Its own, not the backbone's.
+        tokenizer: The encoder's own tokenizer, not the backbone's.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -24,10 +24,10 @@ CALIBRATION = 10  # one part in so many is kept for the thresholds
 
 
 class Classifier(Protocol):
-    """What a router asks."""
+    """What a router needs of a classifier."""
 
     def probabilities(self, texts: Sequence[str]) -> Any:
-        """Of each domain, [N, D] in [0, 1]."""
+        """Probability of each domain for each text, [N, D] in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def calibrated(
     Args:
         domains: In the order of the classifier's columns.
         classifier: Trained.
-        texts: Of each domain, none of which it was trained on.
+        texts: Texts of each domain, none of which it was trained on.
         none_rate: Share in [0, 1).
     """
     best: list[list[float]] = [[] for _ in range(len(SIZES) + 1)]
@@ -101,7 +101,7 @@ def training_pieces(documents: Sequence[str], size: int, seed: int = 0) -> tuple
     Args:
         documents: Training text of one domain.
         size: Characters of all pieces together, about.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Raises:
         KoffError: There is no text.

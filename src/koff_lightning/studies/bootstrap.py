@@ -44,7 +44,7 @@ def bits_per_byte(
         nats: For each of M domains, nats by run and document, [N, D_m]; N runs in all.
         num_bytes: For each domain, UTF-8 bytes by document, [D_m].
         resamples: R.
-        seed: Of the draws; the same one gives the same documents.
+        seed: Seed of the draws; the same one gives the same documents.
 
     Returns:
         [N] as measured and [R, N] resampled.
@@ -74,7 +74,7 @@ def over_seeds(drawn: Array, measured: Array, seed: int = 0) -> Array:
     Args:
         drawn: Resampled figures of the same seeds for each arm, [R, A, S]; with one seed nothing is moved.
         measured: Those on all documents, [A, S].
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         [R, A].

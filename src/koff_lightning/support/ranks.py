@@ -65,7 +65,7 @@ def all_meet(group: dist.ProcessGroup) -> bool:
     """Whether every rank comes here within `MEETING`; False on those that came when one does not.
 
     Args:
-        group: Of `side_group`: a rank that does not come may wait in another call, which this must not answer.
+        group: Group of `side_group`: a rank that does not come may wait in another call, which this must not answer.
     """
     try:
         dist.monitored_barrier(group)

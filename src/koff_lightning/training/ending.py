@@ -83,7 +83,7 @@ class EndsBetweenSteps(Callback):
 
     @contextmanager
     def left_at_once(self) -> Iterator[None]:
-        """See `may_be_left`."""
+        """Let a signal end the block at once, without waiting for a step; see `may_be_left`."""
         if self._handler.asked:
             raise Ended(self._handler.asked)
         self._scoring += 1

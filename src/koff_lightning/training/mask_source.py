@@ -43,7 +43,7 @@ def read_mask_source(
     Args:
         mask: Checkpoint whose mask is taken.
         prior: Checkpoint whose logits give the order.
-        spec: What the run's options say.
+        spec: The run's sparsity options.
         others: Options that bring a mask of their own, by name; None where not given.
 
     Raises:

@@ -314,7 +314,7 @@ class KOFFModule(LightningModule):
             return {d: {mode: float(self.bpb[f"{mode}/{d}"].compute()) for mode in modes} for d in self.domains}
 
     def on_validation_epoch_start(self) -> None:
-        """Start the counts anew."""
+        """Reset the metrics."""
         self.documents.reset()
         for metric in self.bpb.values():
             metric.reset()
@@ -334,7 +334,7 @@ class KOFFModule(LightningModule):
         self._evaluate(batch, self.modes)
 
     def on_test_epoch_end(self) -> None:
-        """Log all modes by domain."""
+        """Log bits per byte in all modes, by domain."""
         self._log_table("test", self.modes)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:

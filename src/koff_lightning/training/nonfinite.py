@@ -34,7 +34,7 @@ class NonFiniteGuard:
     def check_loss(
         self, loss: Tensor, tokens: Tensor, predicted: Tensor, domains: Sequence[str | None], step: int
     ) -> None:
-        """Look at the loss of a micro-batch.
+        """Check the loss of a micro-batch.
 
         Args:
             loss: Loss of the micro-batch over all ranks, scalar, nats per token.

@@ -59,7 +59,7 @@ class Objective:
         Args:
             batch: Rows.
             gates: Gate values [R, U], None for all open.
-            memories: Of each row, None for none.
+            memories: Memories of each row, None for none.
             groups: Number of each row's group, [B] in 0..len(domains).
         """
         model, spec = self.model, self.spec
@@ -89,7 +89,7 @@ def take_stored_teacher(spec: LossSpec, data: Any, backbone_hash: str) -> None:
     Args:
         spec: Options of the loss.
         data: The datamodule.
-        backbone_hash: Of the dense model's weights.
+        backbone_hash: Hash of the dense model's weights.
 
     Raises:
         KoffError: There is none that fits, or a datamodule that knows of none.

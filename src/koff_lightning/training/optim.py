@@ -16,7 +16,7 @@ from koff_lightning.support.errors import KoffError
 
 @dataclass
 class OptimSpec:
-    """Learning rates and their course.
+    """Learning rates and how they change over a run.
 
     Args:
         mask_lr: For the mask logits, in hard-concrete logits per step; scaled for other gates; constant.
@@ -91,7 +91,7 @@ class ResumableLambdaLR(LambdaLR):
     """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the saved step."""
+        """Restore the step that was saved."""
         super().load_state_dict(state | {"base_lrs": self.base_lrs})
         groups = self.optimizer.param_groups
         for group, rate, factor in zip(groups, self.base_lrs, self.lr_lambdas, strict=True):

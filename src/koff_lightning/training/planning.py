@@ -51,14 +51,14 @@ class Step:
     """A micro-batch of a run, as far as memory and arithmetic depend on it.
 
     Args:
-        config: Of the backbone.
-        domains: All of the run.
+        config: Config of the backbone.
+        domains: All domains of the run.
         rows: B, on one device.
         length: T.
-        dtype: Of the frozen weights.
-        precision: Of the trainer.
+        dtype: Dtype of the frozen weights.
+        precision: Precision of the trainer.
         checkpointing: Recompute activations.
-        sparsity: Its units and gates.
+        sparsity: Units and kind of the gates.
         lora: Adapter of each domain.
         kv: KV memory of each domain.
         loss: Its chunk, and whether there is a teacher.
@@ -120,7 +120,7 @@ def memory(
 
     Args:
         step: A micro-batch.
-        counts: Of it.
+        counts: What `count` found for that micro-batch.
         devices: Processes of the run.
         sharded: The layers' weights are split over them.
         foreach: The optimizer works on all tensors at a time, as it does on GPUs, and so needs room for one more copy.

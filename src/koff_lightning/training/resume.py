@@ -148,8 +148,8 @@ def refuse_unfit(checkpoint: Mapping[str, Any], model: Decomposition, some_domai
     """Refuse a checkpoint of another backbone, make or fixed mask.
 
     Args:
-        checkpoint: As read.
-        model: What is to take it.
+        checkpoint: Content of the file.
+        model: The model that is to load it.
         some_domains: The model may have other domains, as when some are scored alone.
 
     Raises:

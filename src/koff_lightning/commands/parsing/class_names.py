@@ -102,7 +102,7 @@ def refuse_remote_code(trusted: bool, words: Sequence[str]) -> None:
 
     Args:
         trusted: Its `model.trust_remote_code`.
-        words: Of the command line, which may say the same.
+        words: Words of the command line, which may say the same.
     """
     said = " ".join(words).replace(f"{TRUST} ", f"{TRUST}=").split()
     if trusted and SWITCH not in words and f"{TRUST}=true" not in said:

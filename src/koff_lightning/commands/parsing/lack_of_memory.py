@@ -8,7 +8,7 @@ from koff_lightning.support.errors import KoffError
 
 @contextmanager
 def lack_of_memory_told(advice: str) -> Iterator[None]:
-    """Turn it into a KoffError.
+    """Turn errors of the block that mean a lack of memory into a KoffError.
 
     Args:
         advice: What to make smaller: a sentence without its dot.
@@ -29,7 +29,7 @@ def lack_of_memory_told(advice: str) -> Iterator[None]:
 
 
 def _is_loss_of_a_worker(error: BaseException) -> bool:
-    """Torch has only words for it."""
+    """Whether a worker process of a data loader was lost; torch raises no type of its own for that."""
     return str(error).startswith("DataLoader worker") and any(
         text in str(error) for text in ("is killed by signal", "exited unexpectedly")
     )

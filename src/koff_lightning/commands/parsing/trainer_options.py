@@ -64,7 +64,7 @@ def refuse_no_steps(trainer: Trainer) -> None:
     """Refuse a run that would end before its first step, with nothing to show.
 
     Raises:
-        KoffError: So it is.
+        KoffError: One of the trainer's limits is 0.
     """
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:
@@ -79,7 +79,7 @@ def refuse_separate_copies(trainer: Trainer) -> None:
     With fewer in use each would train a model of its own in the one folder; with more they would wait for ever.
 
     Raises:
-        KoffError: So it is.
+        KoffError: The launcher has started another number of processes.
     """
     environment = trainer._accelerator_connector.cluster_environment  # as Lightning has detected it
     if isinstance(environment, LightningEnvironment):  # Lightning starts the others itself

@@ -44,11 +44,11 @@ class Activations:
 
     Attributes:
         domains: Names of the domains.
-        base_hash: Of the dense model's weights (`backbone.fingerprint`).
+        base_hash: Hash of the dense model's weights (`backbone.fingerprint`).
         layer: Layer of each neuron, int64 [N].
         down_norm: L2 norm of each neuron's column of the down projection, fp64 [N].
         tokens: Tokens counted, int64 [2, D].
-        positive: Of them those with a positive gate pre-activation, int64 [2, D, N].
+        positive: How many of these tokens come with a positive gate pre-activation, int64 [2, D, N].
         total: Sum of silu(gate) * up, fp64 [2, D, N].
         square: Sum of its square, fp64 [2, D, N].
         batches: Batches read.
@@ -163,7 +163,7 @@ def collect(
         batches: Text as the data module gives it: `input_ids` and `labels` [B, T] (-100 = not counted), `domains`,
             and `position_ids`, `attention_mask` or `documents` [B, T] where it has them.
         domains: Names of the domains.
-        base_hash: Of the model's weights; by default computed here.
+        base_hash: Hash of the model's weights; by default computed here.
         folder: Where the sums are kept. A pass that was cut short goes on there, with the same text.
         every: Batches between two saves.
         progress: Called with the number of batches done.

@@ -55,7 +55,7 @@ def reinsertion(
         domains: Names of the D domains.
         batches: Held-out text, of these domains at least.
         controls: Random sets to compare with.
-        seed: Of these sets.
+        seed: Seed of these sets.
 
     Returns:
         One line per domain: `domain`; `neurons` put back, how many of its specialists were removed; bits per byte of

@@ -58,9 +58,9 @@ def odds_ratio_ratio(
         first: Removed neurons by seed, bool [N] each.
         second: The same of the other way.
         marked: Members of the class, bool [N].
-        layer: Of each neuron, or its cell, [N].
-        draws: Of the bootstrap.
-        seed: Of the bootstrap.
+        layer: Layer of each neuron, or its cell, [N].
+        draws: Draws of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
         KoffError: Masks of another length, or one that removes nothing, or everything.

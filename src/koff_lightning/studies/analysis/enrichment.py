@@ -33,7 +33,7 @@ class Enrichment:
         mh_odds_ratio: Mantel-Haenszel over layers.
         mh_low: Lower end of its 95 % interval.
         mh_high: Upper end.
-        cmh_p: Of the Cochran-Mantel-Haenszel test over layers, two-sided.
+        cmh_p: p-value of the Cochran-Mantel-Haenszel test over layers, two-sided.
         cell_odds_ratio: Mantel-Haenszel over cells.
         cell_low: Lower end of its 95 % interval.
         cell_high: Upper end.
@@ -71,10 +71,10 @@ def enrichment(
     Args:
         removed: Removed neurons, bool [N].
         marked: Members of the class, bool [N].
-        layer: Of each neuron, [N].
-        cells: Of each neuron (`strata`), [N]; by default the layers.
+        layer: Layer of each neuron, [N].
+        cells: Cell of each neuron (`strata`), [N]; by default the layers.
         draws: Permutations.
-        seed: Of the permutations.
+        seed: Seed of the permutations.
 
     Raises:
         KoffError: Arguments of different lengths, or a mask that removes nothing, or everything.

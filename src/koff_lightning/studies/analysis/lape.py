@@ -34,7 +34,7 @@ class Specialists:
         assigned: To which domains each of them belongs (its rate there exceeds the bar), bool [N, D].
         general: Three kinds of language-general neurons by name, bool [N] each; see `general`.
         tied: Neurons that were left out though their entropy is that of the last one selected.
-        weight: Of the rate's size in the variant; None for LAPE itself.
+        weight: Weight of the rate's size in the variant; None for LAPE itself.
     """
 
     domains: list[str]

@@ -33,13 +33,14 @@ class Mask:
 
     Attributes:
         name: Where it comes from.
-        base_hash: Of the dense model's weights.
+        base_hash: Hash of the dense model's weights.
         domains: Those that have a memory.
-        layer: Of each neuron, [N].
+        layer: Layer of each neuron, [N].
         removed: bool [N]. Where gate and up channels are gated each by itself, a neuron is removed if either is.
-        kv_layer: Of each kv group, [G].
+        kv_layer: Layer of each kv group, [G].
         kv_removed: bool [G].
-        logits: Of the neurons' gates when the mask was fixed, [N]; None in an artifact, and where only halves have any.
+        logits: Logits of the neurons' gates when the mask was fixed, [N]; None in an artifact, and where only halves
+            have any.
         importance: Squared gradients of the neurons' gates before anything was removed, [N]; None as the logits.
         halves: `gate_channel` and `up_channel`, as far as they are gated -> `removed`, `logit`, `importance`, each [N].
     """

@@ -36,10 +36,10 @@ def questions(
         run: Its name.
         module: Opened.
         heldout: Held-out text.
-        specialists: Of the dense model; None where there are none.
-        tokenizer: Of the dense model.
+        specialists: Specialists of the dense model; None where there are none.
+        tokenizer: Tokenizer of the dense model.
         controls: Random sets of neurons beside each one that is put back.
-        seed: Of these sets.
+        seed: Seed of these sets.
     """
 
     def told(**tables: "pd.DataFrame") -> dict[str, "pd.DataFrame"]:

@@ -45,7 +45,7 @@ def promoted_tokens(
     Args:
         module: From `open_run`.
         batches: Held-out text; rows of domains without a memory are passed over.
-        tokenizer: Of the backbone.
+        tokenizer: Tokenizer of the backbone.
         count: Tokens on either side.
 
     Returns:

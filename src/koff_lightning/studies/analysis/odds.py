@@ -16,7 +16,7 @@ class CommonOdds:
         ratio: 1 when being marked makes no difference; nan where no stratum can tell.
         low: Lower end of the 95 % interval; nan where the ratio is 0, infinite or nan.
         high: Its upper end.
-        p: Of the Cochran-Mantel-Haenszel test that the ratio is 1, without continuity correction.
+        p: p-value of the Cochran-Mantel-Haenszel test that the ratio is 1, without continuity correction.
         used: Strata that can tell: with marked and other, with removed and kept neurons.
     """
 

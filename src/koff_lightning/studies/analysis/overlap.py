@@ -47,7 +47,7 @@ def overlap(first: Bools, second: Bools, layer: Ints) -> Overlap:
     Args:
         first: Removed neurons, bool [N].
         second: The same of the other mask.
-        layer: Of each neuron, [N].
+        layer: Layer of each neuron, [N].
 
     Raises:
         KoffError: The masks are of different models.

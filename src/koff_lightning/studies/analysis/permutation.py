@@ -38,7 +38,7 @@ def permutation(tables: Floats, draws: int = 10_000, seed: int = 0) -> Permutati
     Args:
         tables: [K, 2, 2] as `tables.count` gives them.
         draws: Permutations.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     both = int(tables[:, 0, 0].sum())
     marked, removed, size = tables[:, 0].sum(1), tables[:, :, 0].sum(1), tables.sum((1, 2))  # [K] each

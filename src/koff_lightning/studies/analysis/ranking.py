@@ -23,7 +23,7 @@ def ends(rates: Floats, share: float = END) -> tuple[Bools, Bools]:
 
     Args:
         rates: Rates of activity by domain, [N, D]. A neuron that is never active is at neither end.
-        share: Of all neurons, at each end; of the neurons that are ever active at most half.
+        share: Share of all neurons, at each end; of the neurons that are ever active at most half.
     """
     score, active = entropy(rates), rates.sum(1) > 0
     order = np.argsort(np.where(active, score, np.inf), kind="stable")[: int(active.sum())]
@@ -40,7 +40,7 @@ def ranking(rates: Floats, removed: dict[str, Bools], share: float = END) -> "pd
     Args:
         rates: [N, D].
         removed: What is removed by name, bool [N] each: `gate`, `up`, `either`; or `neuron` where they leave together.
-        share: Of all neurons, at each end.
+        share: Share of all neurons, at each end.
     """
     import pandas as pd
 

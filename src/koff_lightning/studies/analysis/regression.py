@@ -43,8 +43,8 @@ def logistic(
         specific: Specific neurons, bool [N].
         general: Neurons that serve all domains, bool [N].
         rates: Rates of activity, [N, D].
-        importance: Of each neuron, [N].
-        layer: Of each neuron, [N].
+        importance: Importance of each neuron, [N].
+        layer: Layer of each neuron, [N].
 
     Raises:
         KoffError: A mask that removes nothing, or everything, of every layer.

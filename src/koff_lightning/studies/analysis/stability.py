@@ -22,7 +22,7 @@ class Stability:
     """How far two halves of the text agree.
 
     Attributes:
-        jaccard: Of the neurons that either half selects, the share that both select.
+        jaccard: Share of the neurons selected by either half that both select.
         by_domain: The same of the neurons assigned to each domain; nan where neither half assigns any.
         chance: What two random selections of that size would share.
         tokens: Tokens counted of the domain that has the fewest, both halves.

@@ -52,9 +52,9 @@ class Settings:
         rate: Share of neurons that LAPE selects.
         bar: Quantile of all rates that counts as active.
         draws: Permutations.
-        resamples: Of the bootstrap over seeds and neurons.
+        resamples: Resamples of the bootstrap over seeds and neurons.
         controls: Random sets of neurons beside each one that is put back.
-        seed: Of all that is drawn.
+        seed: Seed of all that is drawn.
         skip: Questions to leave out.
     """
 

@@ -25,9 +25,9 @@ def strata(layer: Ints, rates: Floats, importance: Floats, bins: int | None = No
     full; equal values are told apart by their place.
 
     Args:
-        layer: Of each neuron, [N].
+        layer: Layer of each neuron, [N].
         rates: Rates of activity, [N, D].
-        importance: Of each neuron, [N] (`Activations.importance`).
+        importance: Importance of each neuron, [N] (`Activations.importance`).
         bins: Quantiles of each of the two; by default at most 10, fewer in narrow layers.
     """
     narrowest = int(np.bincount(layer)[np.unique(layer)].min())
@@ -84,7 +84,7 @@ def layer_table(removed: Bools, marked: Bools, layer: Ints) -> "pd.DataFrame":
     Args:
         removed: bool [N].
         marked: Members of a class, bool [N].
-        layer: Of each neuron, [N].
+        layer: Layer of each neuron, [N].
 
     Raises:
         KoffError: As `count`.

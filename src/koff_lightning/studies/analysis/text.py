@@ -21,7 +21,7 @@ def open_text(
         options: Section `data` of a run's options.
         tokenizer: Where the dense model's tokenizer is.
         tokens: To watch, of each domain; fewer where the domain with the least text has fewer.
-        heldout_bytes: Of held-out text per domain, at most.
+        heldout_bytes: Bytes of held-out text per domain, at most.
 
     Returns:
         The data module, set up, and batches of training text, equally much of every domain.

@@ -31,7 +31,7 @@ class Arm:
 
     Args:
         overlays: Configs that ship with the package, laid over it in this order.
-        options: Of `koff fit`.
+        options: Options of `koff fit`.
         steps: Share of the config's steps.
     """
 
@@ -116,7 +116,7 @@ def command(run: Run, arm: Arm, out: Path, max_steps: int) -> list[str]:
         run: Which one.
         arm: Its arm.
         out: Folder of all runs; `config.yaml` there is the resolved config.
-        max_steps: Of the config.
+        max_steps: Steps of the config.
     """
     overlays = [word for name in arm.overlays for word in ("--config", name)]
     seeds = [f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]

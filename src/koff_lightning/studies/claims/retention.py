@@ -33,7 +33,7 @@ def load_suites(names: str, domains: Sequence[str]) -> Suites:
 
     Args:
         names: Suites with commas, `{domain}` standing for the name of a domain.
-        domains: Of the runs.
+        domains: Domains of the runs.
 
     Raises:
         KoffError: No such task or no data, or one that has no chance to compare with.

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from koff_lightning.data.patience import read_patiently
 from koff_lightning.data.readers import Document, OnBad
+from koff_lightning.data.retries import read_with_retries
 from koff_lightning.data.shards import Shard
 from koff_lightning.data.sources import Side
 from koff_lightning.data.split import Texts, on_heldout_side
@@ -16,7 +16,7 @@ class IsTraining:
     """Whether a document is training text: neither on the held-out side nor a copy of a text that is.
 
     Args:
-        sides: Of each shard.
+        sides: Sides of each shard.
         fraction: Held out by hash.
         heldout: Texts that serve validation.
     """
@@ -63,7 +63,7 @@ class _AtLeast(list[str]):
             self.room -= len(text.encode())
 
 
-def read_head(
+def split_streamed(
     name: str,
     shards: Sequence[tuple[Shard, Side]],
     *,
@@ -78,9 +78,9 @@ def read_head(
     stops when both sides are full.
 
     Args:
-        name: Of the domain, for messages.
-        shards: Of the domain, with their sides.
-        heldout_fraction: Where the split is by hash.
+        name: Name of the domain, for messages.
+        shards: Shards of the domain, with their sides.
+        heldout_fraction: Share of documents to hold out where the split is by hash.
         max_heldout_bytes: UTF-8 bytes of held-out text; None for all of it, where it comes already split.
         train_bytes: About how many UTF-8 bytes of training text to return.
         on_bad: What to do with a bad line.
@@ -96,7 +96,7 @@ def read_head(
     heldout, train = _AtMost(max_heldout_bytes), _AtLeast(train_bytes)
     for shard, side in shards:
         wanted = {"held out": [heldout], "training": [train], "by hash": [heldout, train]}[side]
-        documents = read_patiently(shard, on_bad)
+        documents = read_with_retries(shard, on_bad)
         while not all(texts.full for texts in wanted) and (numbered := next(documents, None)):
             document = numbered[1]
             (heldout if on_heldout_side(side, document, heldout_fraction) else train).add(document.text)

@@ -1,4 +1,4 @@
-"""Patience with sources that fail: faults that may pass are waited out, the others stop at once."""
+"""Try again when reading fails: transient faults are waited out, with longer and longer waits; others stop at once."""
 
 import errno
 import time
@@ -13,7 +13,7 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.secrets import without_secrets
 
 WAITS = (1, 2, 4, 8, 16, 32, 64, 128)  # seconds before each new attempt; 4 minutes, less than ranks wait for each other
-PASSING = {
+TRANSIENT_ERRNO = {
     getattr(errno, name)
     for name in (
         "EAGAIN",
@@ -28,15 +28,15 @@ PASSING = {
     )
     if hasattr(errno, name)
 }
-PASSING_STATUS = (408, 425, 429)  # of a web server; and all from 500
+TRANSIENT_STATUS = (408, 425, 429)  # of a web server; and all from 500
 NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
 
 
-def read_patiently(shard: Any, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
-    """Read a `Shard`; after a fault that may pass, wait and go on where it stopped.
+def read_with_retries(shard: Any, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
+    """Read a `Shard`; after a transient fault, wait and go on where it stopped.
 
     Raises:
-        KoffError: A fault that does not pass, or one that is still there after the last wait.
+        KoffError: A lasting fault, or one that is still there after the last wait.
     """
     faults = _Faults(shard.name)
     while True:
@@ -50,11 +50,11 @@ def read_patiently(shard: Any, on_bad: OnBad, part: Part = ALL) -> Iterator[tupl
             faults.wait_after(error)
 
 
-def patiently(attempt: Callable[[], Any], what: str) -> Any:
-    """Return what `attempt` returns; after a fault that may pass, wait and try again.
+def with_retries(attempt: Callable[[], Any], what: str) -> Any:
+    """Return what `attempt` returns; after a transient fault, wait and try again.
 
     Raises:
-        KoffError: A fault that does not pass, or one that is still there after the last wait.
+        KoffError: A lasting fault, or one that is still there after the last wait.
     """
     faults = _Faults(what)
     while True:
@@ -71,7 +71,7 @@ class _Faults:
         self.what, self.count = what, 0
 
     def wait_after(self, error: Exception) -> None:
-        if not _may_pass(error):
+        if not _is_transient(error):
             raise (
                 error if isinstance(error, KoffError) else KoffError(f"cannot read {self.what}: {_line(error)}")
             ) from error
@@ -85,13 +85,13 @@ class _Faults:
         self.count += 1
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _is_transient(error: BaseException | None) -> bool:
     """Whether it is worth trying again: a fault of the network or of a network disk, not a wrong name or a bad file."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
         if isinstance(status, int) and status:
-            return status in PASSING_STATUS or status >= 500
-        if getattr(error, "errno", None) in PASSING:
+            return status in TRANSIENT_STATUS or status >= 500
+        if getattr(error, "errno", None) in TRANSIENT_ERRNO:
             return True
         if isinstance(error, (ConnectionError, TimeoutError)) or _package(error) in NETWORK_PACKAGES:
             return not constants.HF_HUB_OFFLINE  # then it is the switch that speaks, and it stays

@@ -55,23 +55,20 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_is_one_on_a_cpu(monkeypatch, a
 
 
 def test_half_precision_is_slow_where_the_processor_has_none_and_the_saved_config_says_what_ran(
-    folder, tmp_path, monkeypatch, capfd
+    folder, tmp_path, monkeypatch, caplog
 ):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
     words = ["fit", "--model.backbone", str(folder), "--export.enabled=false", "--trainer.accelerator=cpu"]
     words += [f"--data.domains.{name}={folder / 'text' / f'{name}.jsonl'}" for name in ("en", "law")]
-    words += [
-        "--data.seq_len=32",
-        "--trainer.max_steps=1",
-        "--trainer.log_every_n_steps=1",
-        f"--trainer.default_root_dir={tmp_path}",
-    ]
+    words += ["--data.seq_len=32", "--trainer.max_steps=1", "--trainer.log_every_n_steps=1"]
+    words += [f"--trainer.default_root_dir={tmp_path}"]
     words += ["--trainer.limit_val_batches=0", "--trainer.limit_test_batches=1", "--data.heldout_fraction=0.2"]
     assert main([*words, "--trainer.precision=bf16-mixed"]) == 0
-    assert "no instructions for half precision" in capfd.readouterr().err
+    assert "no instructions for half precision" in caplog.text
+    caplog.clear()
     assert main(words) == 0
-    assert "half precision" not in capfd.readouterr().err
+    assert "half precision" not in caplog.text
     saved = [yaml.safe_load((tmp_path / f"version_{n}" / "config.yaml").read_text()) for n in (0, 1)]
     assert [(c["model"]["dtype"], c["trainer"]["precision"]) for c in saved] == [
         ("float32", "bf16-mixed"),
@@ -96,12 +93,12 @@ def recomputed(folder, tmp_path, **options):
 
 
 @pytest.mark.parametrize(("free", "due"), [(2**40, False), (None, False), (2**10, True)])
-def test_activations_are_kept_unless_they_find_no_room(folder, tmp_path, monkeypatch, capfd, free, due):
+def test_activations_are_kept_unless_they_find_no_room(folder, tmp_path, monkeypatch, caplog, free, due):
     monkeypatch.setattr(recomputation, "free_memory", lambda _: free)
     if not due:  # seconds of counting would be spent for nothing
         monkeypatch.setattr(recomputation, "count", lambda _: pytest.fail("counted"))
     assert recomputed(folder, tmp_path) == due
-    assert ("are computed again in the backward: kept" in capfd.readouterr().err) == due
+    assert ("are computed again in the backward: kept" in caplog.text) == due
 
 
 def test_what_is_counted_decides_where_the_bound_does_not(folder, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from tiny_models import tiny_model
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
-from koff_lightning import AnnealSparsity, DomainDataModule, KOFFModule, KVSpec, LoraSpec, SparsitySpec
+from koff_lightning import AnnealSparsity, DomainDataModule, KOFFModule, KVSpec, LoraSpec, SparsitySpec, losses
 from koff_lightning.backbone import decoder_layers
 from koff_lightning.cli import main
 from koff_lightning.commands.parsing import precision
@@ -74,6 +74,31 @@ def test_half_precision_is_slow_where_the_processor_has_none_and_the_saved_confi
         ("float32", "bf16-mixed"),
         ("float32", None),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_head_is_multiplied_in_fp32_where_half_precision_is_slow(monkeypatch, slow, dtype):
+    seen, real = [], losses.fused_head_loss
+    monkeypatch.setattr(losses, "half_is_slow", lambda _: slow)
+    monkeypatch.setattr(losses, "fused_head_loss", lambda *words: seen.append(words) or real(*words))
+    torch.manual_seed(0)
+    student, teacher, head = (torch.randn(size, 8).to(dtype) for size in (5, 5, 30))
+    about = torch.arange(5), torch.full((5,), 0.2), losses.LossSpec(1.0, 2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, *_ = losses.head_loss(student.requires_grad_(), teacher, head, *about)
+        nats = losses.head_nats(student.detach(), head, about[0], 2)
+    loss.backward()
+    assert student.grad.dtype == dtype
+    assert {tensor.dtype for tensor in seen[0][:3]} == {torch.float32 if slow else dtype}
+    wide = student.detach().float().requires_grad_()
+    exact, *_ = real(wide, teacher.float(), head.float(), *about)
+    exact.backward()
+    bounds = {"rtol": 1e-6, "atol": 1e-6} if slow else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(loss, exact, **bounds)
+    torch.testing.assert_close(student.grad, wide.grad.to(dtype), **bounds)
+    expected = torch.nn.functional.cross_entropy(wide @ head.float().T, about[0], reduction="none")
+    torch.testing.assert_close(nats, expected.detach(), **bounds)
 
 
 # ------------------------------------------------------------------------------------------ activations

@@ -9,6 +9,7 @@ Shapes: N predicted tokens, d hidden, V vocabulary, C tokens per chunk.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -207,6 +208,25 @@ def fused_head_loss(
     return _FusedHeadLoss.apply(student, teacher, head, labels, weights, spec)
 
 
+def half_is_slow(device: torch.device) -> bool:
+    """Whether torch has only its plainest code for products of bf16 matrices: on CPUs for which oneDNN has none.
+
+    There one product with a head of 49 thousand words takes a hundred times as long as in fp32.
+    """
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def head_loss(
+    student: Tensor, teacher: Tensor | TopK | None, head: Tensor, labels: Tensor, weights: Tensor, spec: LossSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fused_head_loss`, in fp32 where half precision is slow, whatever the dtypes are and autocast says."""
+    if not half_is_slow(head.device):
+        return fused_head_loss(student, teacher, head, labels, weights, spec)
+    with torch.autocast("cpu", enabled=False):
+        teacher = teacher.float() if isinstance(teacher, Tensor) else teacher
+        return fused_head_loss(student.float(), teacher, head.float(), labels, weights, spec)
+
+
 def domain_weights(domain_of_token: Tensor, domains: int) -> Tensor:
     """Token weights [N] under which a weighted sum is the mean over present domains of the mean over their tokens.
 
@@ -249,8 +269,11 @@ def settled(loss: Tensor, inputs: Sequence[Tensor], scale: float = 1.0) -> Tenso
 @torch.no_grad()
 def head_nats(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:
     """Negative log-likelihood of `labels` [N] given hidden states [N, d], in nats, [N] fp32; for evaluation."""
-    parts = [
-        torch.nn.functional.cross_entropy((h @ head.T).float(), y, reduction="none")
-        for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    ]
+    slow = half_is_slow(head.device)
+    hidden, head = (hidden.float(), head.float()) if slow else (hidden, head)
+    with torch.autocast("cpu", enabled=False) if slow else nullcontext():
+        parts = [
+            torch.nn.functional.cross_entropy((h @ head.T).float(), y, reduction="none")
+            for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+        ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

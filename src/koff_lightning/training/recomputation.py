@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from koff_lightning.training.planning import Step, count, memory
+from koff_lightning.training.strategies import ShardedStrategy
 
 if TYPE_CHECKING:
     from koff_lightning.training.module import KOFFModule
@@ -35,10 +36,13 @@ def recomputes(module: "KOFFModule") -> bool:
         return False
     device = trainer.strategy.root_device
     free = free_memory(device)
+    if free is not None and device.type == "cpu":  # all processes here take from it
+        free //= trainer.num_devices
     step, trained = _step(module), sum(p.numel() for p in module.parameters() if p.requires_grad)
     if free is None or _at_most(step) + 16 * trained <= ROOM * free:  # values, gradients, AdamW's two
         return False
-    parts = memory(step, count(step), foreach=device.type != "cpu")
+    sharded = isinstance(trainer.strategy, ShardedStrategy)
+    parts = memory(step, count(step), trainer.world_size, sharded, foreach=device.type != "cpu")
     if device.type == "cpu":  # they are there already
         del parts["frozen weights"]
     total = sum(parts.values())

@@ -91,6 +91,7 @@ def trainer(options: argparse.Namespace) -> Step:
     about = {"report_to": [], "use_cpu": True, "bf16": options.dtype == "bf16", "optim": "adamw_torch"}
     with TemporaryDirectory() as folder:
         run = Trainer(model, TrainingArguments(folder, **about))
+    run.current_gradient_accumulation_steps = 1  # `train` sets it, which is not called
     optimizer, ids = run.create_optimizer(), rows(options)
 
     def step() -> None:

@@ -4,16 +4,13 @@ Computing them again costs a third more arithmetic and changes no result, so pro
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from koff_lightning.training.planning import Step, count, memory
 from koff_lightning.training.strategies import ShardedStrategy
-
-if TYPE_CHECKING:
-    from koff_lightning.training.module import KOFFModule
 
 AUTO = "auto"
 ROOM = 0.9  # share of what is free now that a step may take: others come and go, and memory is left in pieces
@@ -22,11 +19,11 @@ ROOM = 0.9  # share of what is free now that a step may take: others come and go
 HIDDEN, FFN = 32, 16
 
 
-def recomputes(module: "KOFFModule") -> bool:
+def recomputes(module: LightningModule) -> bool:
     """Whether layers compute their activations again in the backward; what `auto` comes to is said where it is so.
 
     Args:
-        module: With its model; outside of `koff fit`, or with a datamodule of another kind, `auto` is no.
+        module: A KOFFModule with its model; outside of `koff fit`, or with a datamodule of another kind, `auto` is no.
     """
     wanted = module.activation_checkpointing
     if wanted != AUTO:
@@ -71,7 +68,7 @@ def free_memory(device: torch.device) -> int | None:
     return min(free, limit - used)
 
 
-def _step(module: "KOFFModule") -> Step:
+def _step(module: LightningModule) -> Step:
     """A micro-batch of the run under way."""
     data, trainer = module.trainer.datamodule, module.trainer
     return Step(

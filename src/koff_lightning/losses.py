@@ -168,7 +168,8 @@ class _FusedHeadLoss(torch.autograd.Function):
             log_p = (student[part] @ head.T).float().log_softmax(-1)  # [C, V]
             ce[part] = -log_p.gather(1, target).squeeze(1)
             p = log_p.exp()
-            slope = (spec.ce + (spec.kl if isinstance(seen, Tensor) else 0)) * p  # d/d logits of ce + kl, [C, V]
+            share = spec.ce + (spec.kl if isinstance(seen, Tensor) else 0)
+            slope = share * p if isinstance(seen, TopK) else p.mul_(share)  # d/d logits of ce + kl, [C, V]
             if isinstance(seen, Tensor):
                 log_q = (seen @ head.T).float().log_softmax(-1)  # [C, V]
                 q = log_q.exp()
@@ -178,7 +179,7 @@ class _FusedHeadLoss(torch.autograd.Function):
                 kl[part], further = _among_all(log_p, p, seen, spec.tail)
                 slope.add_(further, alpha=spec.kl)
             slope.scatter_add_(1, target, torch.full_like(target, -spec.ce, dtype=slope.dtype))
-            grad[part] = (slope * weights[part].unsqueeze(1)).to(head.dtype) @ head
+            grad[part] = slope.mul_(weights[part].unsqueeze(1)).to(head.dtype) @ head
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(ce, kl)
         return (weights * (spec.ce * ce + spec.kl * kl)).sum(), ce, kl

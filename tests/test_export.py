@@ -52,6 +52,7 @@ def here(monkeypatch):
         return SimpleNamespace(returncode=proof.main(*command[3:]), stderr="")
 
     monkeypatch.setattr(proof.subprocess, "run", run)
+    monkeypatch.setattr(proof, "begin", lambda: None)
 
 
 def counted(folder):
@@ -345,6 +346,26 @@ def test_a_proof_that_dies(made, tmp_path, monkeypatch):
     monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: died)
     with pytest.raises(KoffError, match="the process ended with status -9: Killed"):
         export(made.module, tmp_path / "out")
+
+
+def test_a_process_that_was_begun_before_compares_alike(made, tmp_path):
+    begun = proof.begin()
+    report = export(made.module, tmp_path / "out", begun=begun)
+    assert report["passed"] and begun.returncode == 0
+    dead = proof.begin()
+    dead.kill()
+    with pytest.raises(KoffError, match="the process ended with status -9: it said nothing"):
+        export(made.module, tmp_path / "other", begun=dead)
+
+
+def test_a_begun_process_ends_without_a_word_when_nothing_is_to_be_proven():
+    begun = proof.begin()
+    assert begun.communicate("") == ("", "")
+    assert begun.returncode == 0
+    callback = ExportArtifact()
+    callback._begun = begun = proof.begin()
+    callback.on_exception(None, None, KeyboardInterrupt())
+    assert begun.returncode == -9 and callback._begun is None
 
 
 def test_greedy_tokens_may_differ_only_at_a_tie(made, tmp_path, here, monkeypatch):

@@ -94,6 +94,7 @@ def here(monkeypatch):
         return SimpleNamespace(returncode=proof.main(*command[3:]), stderr="")
 
     monkeypatch.setattr(proof.subprocess, "run", run)
+    monkeypatch.setattr(proof, "begin", lambda: None)
 
 
 # ------------------------------------------------------------------------------------------------- the checkpoint

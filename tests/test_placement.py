@@ -50,6 +50,7 @@ def here(monkeypatch):
         return SimpleNamespace(returncode=proof.main(*command[3:]), stderr="")
 
     monkeypatch.setattr(proof.subprocess, "run", run)
+    monkeypatch.setattr(proof, "begin", lambda: None)
 
 
 def filled(lora, kv, depth=4, family="llama"):

@@ -3,7 +3,7 @@
 #
 #   bash recipes/gpu/all.sh rows.jsonl            # all parts
 #   bash recipes/gpu/all.sh rows.jsonl correct    # one part
-#   DEVICE=cpu TINY=--tiny bash recipes/gpu/all.sh rows.jsonl
+#   DEVICE=cpu TINY=--tiny STEPS=2 bash recipes/gpu/all.sh rows.jsonl "all run"    # small shapes, parts.py once for all
 #
 # Every finding is in the file as soon as it is known. A part that fails or runs out of time does not stop the others.
 # torch, transformers, peft and lightning must be installed; what else the package needs lies in $EXTRA, a folder that
@@ -15,6 +15,8 @@ parts=${2:-correct step attention run decode}
 export PYTHONPATH="$PWD/src:${EXTRA:-}:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 device=${DEVICE:-cuda}
 [ "$device" = cuda ] && accelerator=gpu || accelerator=cpu
+small=  # rows and texts that take no time
+[ -n "${TINY:-}" ] && small="--data.seq_len=64 --data.max_train_bytes=20000 --data.max_heldout_bytes=1500"
 status=0
 for part in $parts; do
   echo "== $part"
@@ -23,7 +25,7 @@ for part in $parts; do
       for precision in 32-true bf16-mixed; do
         timeout "${LIMIT:-300}" python -m koff_lightning fit demo.yaml --trainer.accelerator=$accelerator \
           --trainer.precision=$precision --trainer.max_steps="${STEPS:-200}" \
-          --trainer.default_root_dir="$out.run-$precision" || status=1
+          --trainer.default_root_dir="$out.run-$precision" $small || status=1
       done ;;
     decode)  # prefill and decode of cut backbones beside the dense one
       timeout "${LIMIT:-300}" python -m koff_lightning bench serve --device="$device" || status=1 ;;

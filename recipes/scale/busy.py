@@ -1,9 +1,9 @@
-"""Time a short `koff fit` alone and beside processes that take every core, its threads spinning or asleep at barriers.
+"""Time a short `koff fit` alone and beside processes that take every core: threads that spin, that sleep, or only one.
 
 Usage: python recipes/scale/busy.py [--rounds 2] [--beside 8] [--steps 12]
 
 Prints a line per run (wall seconds, processor seconds) and the medians. "spin" is OpenMP's own default; "sleep" is what
-`koff` asks for. Runs of both kinds alternate, so what else the machine does meets both.
+`koff` asks for. Runs of all kinds take turns, so what else the machine does meets all of them.
 """
 
 import argparse
@@ -17,7 +17,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-WAYS = {"spin": {"GOMP_SPINCOUNT": "300000"}, "sleep": {}}  # libgomp's default where nothing is set
+WAYS = {  # of the first, libgomp's default where nothing is set
+    "spin": {"GOMP_SPINCOUNT": "300000"},
+    "sleep": {},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
 
 
 @contextmanager

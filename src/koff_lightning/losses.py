@@ -9,6 +9,7 @@ Shapes: N predicted tokens, d hidden, V vocabulary, C tokens per chunk.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,7 +168,8 @@ class _FusedHeadLoss(torch.autograd.Function):
             log_p = (student[part] @ head.T).float().log_softmax(-1)  # [C, V]
             ce[part] = -log_p.gather(1, target).squeeze(1)
             p = log_p.exp()
-            slope = (spec.ce + (spec.kl if isinstance(seen, Tensor) else 0)) * p  # d/d logits of ce + kl, [C, V]
+            share = spec.ce + (spec.kl if isinstance(seen, Tensor) else 0)
+            slope = share * p if isinstance(seen, TopK) else p.mul_(share)  # d/d logits of ce + kl, [C, V]
             if isinstance(seen, Tensor):
                 log_q = (seen @ head.T).float().log_softmax(-1)  # [C, V]
                 q = log_q.exp()
@@ -177,7 +179,7 @@ class _FusedHeadLoss(torch.autograd.Function):
                 kl[part], further = _among_all(log_p, p, seen, spec.tail)
                 slope.add_(further, alpha=spec.kl)
             slope.scatter_add_(1, target, torch.full_like(target, -spec.ce, dtype=slope.dtype))
-            grad[part] = (slope * weights[part].unsqueeze(1)).to(head.dtype) @ head
+            grad[part] = slope.mul_(weights[part].unsqueeze(1)).to(head.dtype) @ head
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(ce, kl)
         return (weights * (spec.ce * ce + spec.kl * kl)).sum(), ce, kl
@@ -205,6 +207,25 @@ def fused_head_loss(
         and KL [N] (for logging).
     """
     return _FusedHeadLoss.apply(student, teacher, head, labels, weights, spec)
+
+
+def half_is_slow(device: torch.device) -> bool:
+    """Whether torch has only its plainest code for products of bf16 matrices: on CPUs for which oneDNN has none.
+
+    There one product with a head of 49 thousand words takes a hundred times as long as in fp32.
+    """
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def head_loss(
+    student: Tensor, teacher: Tensor | TopK | None, head: Tensor, labels: Tensor, weights: Tensor, spec: LossSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fused_head_loss`, in fp32 where half precision is slow, whatever the dtypes are and autocast says."""
+    if not half_is_slow(head.device):
+        return fused_head_loss(student, teacher, head, labels, weights, spec)
+    with torch.autocast("cpu", enabled=False):
+        teacher = teacher.float() if isinstance(teacher, Tensor) else teacher
+        return fused_head_loss(student.float(), teacher, head.float(), labels, weights, spec)
 
 
 def domain_weights(domain_of_token: Tensor, domains: int) -> Tensor:
@@ -249,8 +270,11 @@ def settled(loss: Tensor, inputs: Sequence[Tensor], scale: float = 1.0) -> Tenso
 @torch.no_grad()
 def head_nats(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:
     """Negative log-likelihood of `labels` [N] given hidden states [N, d], in nats, [N] fp32; for evaluation."""
-    parts = [
-        torch.nn.functional.cross_entropy((h @ head.T).float(), y, reduction="none")
-        for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    ]
+    slow = half_is_slow(head.device)
+    hidden, head = (hidden.float(), head.float()) if slow else (hidden, head)
+    with torch.autocast("cpu", enabled=False) if slow else nullcontext():
+        parts = [
+            torch.nn.functional.cross_entropy((h @ head.T).float(), y, reduction="none")
+            for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+        ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def export(
     overwrite: bool = False,
     prove: bool = True,
     config: dict[str, Any] | None = None,
+    begun: Popen[str] | None = None,
 ) -> proof.Report:
     """Write an artifact and prove it. The module stays as it is.
 
@@ -68,6 +70,7 @@ def export(
         overwrite: Replace an artifact that is there.
         prove: Load the artifact in a fresh process and compare it with the module.
         config: Resolved options of the run, for the manifest; what looks like a secret is left out.
+        begun: The process that proves it, if it was started already (`proof.begin`).
 
     Returns:
         The proof's report, as in `export_report.json`.
@@ -91,7 +94,7 @@ def export(
         if not prove:
             return proof.write_report(folder, {"passed": None, "error": "written without proof"})
         arms = memories if domain else {None: None} | memories
-        report = proof.prove(module, folder, arms, tokenizer)
+        report = proof.prove(module, folder, arms, tokenizer, begun)
         if not report["passed"]:
             raise KoffError(
                 f"{out} was not written: {proof.fault(report)}; what failed is in {_set_aside(folder, out)}"

@@ -2,6 +2,8 @@
 
 The exporting process writes down logits and greedy continuations of the gated model (`write_reference`); a process that
 has never seen that model loads the artifact and compares (`python -m koff_lightning.artifact.proof DIR REFERENCE`).
+A run starts that process before its end is scored (`begin`), so that its imports are done when the artifact is there;
+it reads the two paths from its standard input then.
 
 Shapes: A arms (no memory, then each memory), R probe rows of T tokens, M rows of the mixed batch, V vocabulary.
 """
@@ -46,8 +48,27 @@ SENTENCES = (
 Report = dict[str, Any]
 
 
+def begin() -> subprocess.Popen[str]:
+    """Start the process that will compare; it imports what it needs and waits. Whoever leaves it unused kills it."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(_command(), env=_environment(), text=True, **pipes)
+
+
+def _command(*paths: Path) -> list[str]:
+    return [sys.executable, "-m", "koff_lightning.artifact.proof", *map(str, paths)]
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+
+
 def prove(
-    module: "Decomposition", folder: Path, arms: Mapping[str | None, str | None], tokenizer: PreTrainedTokenizerBase
+    module: "Decomposition",
+    folder: Path,
+    arms: Mapping[str | None, str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    begun: subprocess.Popen[str] | None = None,
 ) -> Report:
     """Compare an artifact, in a fresh process, with the gated model that it was made from.
 
@@ -57,6 +78,7 @@ def prove(
         arms: What to compare: name of a memory in the artifact -> domain of the module that reads it, and None for the
             bare pruned backbone.
         tokenizer: Tokenizer of the backbone.
+        begun: The process, if it was started already.
 
     Returns:
         The report; `passed` says whether the artifact may be used, `error` what kept it from being compared.
@@ -64,18 +86,17 @@ def prove(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.proof.") as work:
         reference = Path(work) / "reference.safetensors"
         write_reference(module, arms, tokenizer, reference)
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        done = subprocess.run(
-            [sys.executable, "-m", "koff_lightning.artifact.proof", str(folder), str(reference)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        if begun is None:
+            command = _command(folder, reference)
+            done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+            status, said = done.returncode, done.stderr
+        else:
+            said = begun.communicate(json.dumps([str(folder), str(reference)]))[1]
+            status = begun.returncode
     if (folder / REPORT).is_file():
         return json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return write_report(folder, {"passed": False, "error": f"the process ended with status {done.returncode}: {last}"})
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    return write_report(folder, {"passed": False, "error": f"the process ended with status {status}: {last}"})
 
 
 def write_report(folder: Path, report: Report) -> Report:
@@ -274,4 +295,5 @@ def main(folder: str, reference: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    if words := sys.argv[1:] or json.loads(sys.stdin.read() or "[]"):  # nothing: whoever began it has gone
+        sys.exit(main(*words))

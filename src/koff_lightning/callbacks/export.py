@@ -1,9 +1,11 @@
 """ExportArtifact: at the end of a run, write what it has learned as a folder that others can use."""
 
 from pathlib import Path
+from subprocess import Popen
 
 from lightning.pytorch import Callback, Trainer
 
+from koff_lightning.artifact import proof
 from koff_lightning.artifact.export import export, summary
 from koff_lightning.artifact.layouts import layout_named
 from koff_lightning.artifact.memories import add_from_bank, check_new
@@ -34,6 +36,7 @@ class ExportArtifact(Callback):
         if layout is not None:
             layout_named(layout)  # refuses an unknown one
         self.enabled, self.layout, self.with_code, self.prove = enabled, layout, with_code, prove
+        self._begun: Popen[str] | None = None  # the process that will prove it
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Refuse now what would fail at the end."""
@@ -42,14 +45,35 @@ class ExportArtifact(Callback):
         elif self._writes(trainer):
             check_free(_folder(trainer), overwrite=True)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """After the last step: let the process that will prove the artifact import what it needs meanwhile."""
+        last = 0 < trainer.max_steps <= trainer.global_step
+        if last and self.prove and self._writes(trainer) and pl_module.extends is None and pl_module.mask_is_fixed:
+            self._begun = proof.begin()
+
+    def on_exception(self, trainer: Trainer, pl_module: KOFFModule, exception: BaseException) -> None:
+        """Nothing will be proven."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._begun is not None and self._begun.poll() is None:
+            self._begun.kill()
+            self._begun.communicate()
+        self._begun = None
+
     def on_fit_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Write, after the report and the last checkpoint.
 
         Raises:
             KoffError: The disk did not take it, the layout cannot express the mask, or the proof failed.
         """
-        if not self._writes(trainer):
-            return
+        if self._writes(trainer):
+            try:
+                self._write(trainer, pl_module)
+            finally:
+                self._leave()
+
+    def _write(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         if pl_module.extends is not None:
             add_from_bank(pl_module.artifact, pl_module.model.memories, pl_module.domains)
             print(f"added {', '.join(pl_module.domains)} to {pl_module.artifact}", flush=True)
@@ -61,8 +85,8 @@ class ExportArtifact(Callback):
         if any(hasattr(p, "to_local") for p in pl_module.parameters()):
             print(f"no {out}: the weights are spread over several processes; `koff export --ckpt` makes it", flush=True)
             return
-        proof = ", and loading it in a fresh process to compare its answers" if self.prove else ""
-        print(f"writing {out}{proof}", flush=True)
+        how = ", and loading it in a fresh process to compare its answers" if self.prove else ""
+        print(f"writing {out}{how}", flush=True)
         report = export(
             pl_module.model,
             out,
@@ -71,6 +95,7 @@ class ExportArtifact(Callback):
             overwrite=True,
             prove=self.prove,
             config=resolved_config(trainer, pl_module),
+            begun=self._begun,
         )
         print(summary(out, report), flush=True)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from koff_lightning.commands.published_sizes import PUBLISHED
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from koff_lightning.training.planning import Counts, Step
 
 GIB = 2**30
+AUTO = "auto"  # of model.activation_checkpointing
 # Dense bf16 TFLOP/s and GiB by the vendors' data sheets (H100, H200, B200: SXM).
 GPUS = {
     "a100": (312, 80),
@@ -60,8 +62,11 @@ def plan(
     from koff_lightning.training.planning import count  # imports what is heavy
 
     options = [*(word for name in config for word in ("--config", name)), *(further or [])]
-    run = _read(options, gpus, model_config)
+    run = _read(options, gpus, model_config, bf16=True)
     counts = count(run.step)
+    if run.options["model"]["activation_checkpointing"] == AUTO and _needs(run, counts) > size * ROOM * GIB:
+        run = replace(run, step=replace(run.step, checkpointing=True))
+        counts = count(run.step)
     for line in [*run.about(size), "", *_memory(run, counts, size), "", *_time(run, counts, tflops, peak)]:
         print(line)
 
@@ -76,7 +81,7 @@ def planned(options: list[str], gpus: int = 1, foreach: bool = True) -> tuple[in
     """
     from koff_lightning.training.planning import count, memory
 
-    run = _read(options, gpus, None)
+    run = _read(options, gpus, None, bf16=None)
     return run.step.rows * run.step.length, sum(memory(run.step, count(run.step), gpus, run.sharded, foreach).values())
 
 
@@ -115,8 +120,9 @@ class _Run:
         return self.options["trainer"]["accumulate_grad_batches"]
 
 
-def _read(words: list[str], gpus: int, model_config: str | None) -> _Run:
-    """Resolve the options of a run as `koff fit` does."""
+def _read(words: list[str], gpus: int, model_config: str | None, bf16: bool | None) -> _Run:
+    """Resolve the options of a run as `koff fit` does on devices with bf16 or without; None: on those that are here."""
+    from koff_lightning.commands.parsing.precision import choose, has_bf16
     from koff_lightning.commands.training_cli import resolved
     from koff_lightning.loading import torch_dtype
     from koff_lightning.losses import LossSpec
@@ -127,10 +133,12 @@ def _read(words: list[str], gpus: int, model_config: str | None) -> _Run:
 
     options = resolved(["fit", *words])
     model, data, trainer = options["model"], options["data"], options["trainer"]
+    sections = SimpleNamespace(**model), SimpleNamespace(**trainer)
+    choose(*sections, has_bf16(trainer["accelerator"]) if bf16 is None else bf16)
+    model["dtype"], trainer["precision"] = sections[0].dtype, sections[1].precision or "32-true"
     if model.get("artifact"):
         raise KoffError("koff plan knows runs on a whole backbone; model.artifact names one that was cut already")
     config, source = _sizes(model, model_config)
-    trainer["precision"] = trainer["precision"] or "32-true"
     step = Step(
         config,
         list(data["domains"]),
@@ -138,7 +146,7 @@ def _read(words: list[str], gpus: int, model_config: str | None) -> _Run:
         data["seq_len"],
         torch_dtype(model["dtype"]),
         trainer["precision"],
-        model["activation_checkpointing"],
+        model["activation_checkpointing"] is True,  # of `auto` see `plan`
         SparsitySpec(**model["sparsity"]),
         model["lora"] and LoraSpec(**model["lora"]),
         model["kv"] and KVSpec(**model["kv"]),
@@ -177,6 +185,13 @@ def _sizes(model: dict[str, Any], given: str | None) -> tuple["PreTrainedConfig"
 # ------------------------------------------------------------------------------------------------- what is told
 
 
+def _needs(run: _Run, counts: "Counts") -> float:
+    """Bytes on each GPU at the peak."""
+    from koff_lightning.training.planning import memory
+
+    return sum(memory(run.step, counts, run.gpus, run.sharded).values())
+
+
 def _memory(run: _Run, counts: "Counts", size: float) -> list[str]:
     """The table of memory, the verdict, and what would help."""
     from koff_lightning.training.planning import memory
@@ -193,10 +208,10 @@ def _memory(run: _Run, counts: "Counts", size: float) -> list[str]:
 
 def _advice(run: _Run, room: float) -> list[str]:
     """What to change, the cheapest first, until it fits."""
-    from koff_lightning.training.planning import count, memory
+    from koff_lightning.training.planning import count
 
     def needs(run: _Run) -> float:
-        return sum(memory(run.step, count(run.step), run.gpus, run.sharded).values())
+        return _needs(run, count(run.step))
 
     words: list[str] = []
     if not run.step.checkpointing:

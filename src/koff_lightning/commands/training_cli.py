@@ -52,6 +52,7 @@ from koff_lightning.commands.parsing.foreign_errors import (
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.parsing.option_table import NO_DOMAINS
 from koff_lightning.commands.parsing.option_values import refuse_meaningless
+from koff_lightning.commands.parsing.precision import AUTO, choose, has_bf16, told
 from koff_lightning.commands.parsing.quiet_terminal import keep_the_terminal_quiet
 from koff_lightning.commands.parsing.trainer_options import (
     refuse_callbacks,
@@ -115,6 +116,7 @@ class KoffCLI(LightningCLI):
         for section, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, section)
         parser.set_defaults({"checkpoint.every_n_train_steps": 100, "checkpoint.save_last": True})
+        parser.set_defaults({"model.dtype": AUTO})
         parser.link_arguments("data.domains", "model.domains", compute_fn=_names)
         take_paths_as_paths(parser, "data.domains")
         take_paths_as_paths(parser, "data.retention")
@@ -128,13 +130,16 @@ class KoffCLI(LightningCLI):
         """Some options stand for others; what a config may not say, and what lacks without network, is said now."""
         for section, kind in {"model": KOFFModule, "data": DomainDataModule, "trainer": Trainer, **CALLBACKS}.items():
             refuse_meaningless(kind, self.config[self.subcommand][section], section)
-        refuse_options(self.config[self.subcommand].trainer)
+        model, trainer = self.config[self.subcommand].model, self.config[self.subcommand].trainer
+        refuse_options(trainer)
+        choose(model, trainer, has_bf16(trainer.accelerator))
+        if self.subcommand == "fit" and (line := told(model, trainer)):
+            rank_zero_info(line)
         lm_eval = self.config[self.subcommand].lm_eval
         if not self._allow_custom:
             refuse_task_files(lm_eval.include_path, [spec.task for spec in lm_eval.tasks or ()])
-            refuse_remote_code(self.config[self.subcommand].model.trust_remote_code, self._words)
+            refuse_remote_code(model.trust_remote_code, self._words)
         if DRY_RUN in self._words:  # whatever a config says; two steps of the optimizer, of so many batches each
-            trainer = self.config[self.subcommand].trainer
             trainer.fast_dev_run = 2 * max(1, trainer.accumulate_grad_batches)
         if self.subcommand == "baseline":
             resolve(self.config.baseline)

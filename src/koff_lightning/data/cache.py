@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from koff_lightning import __version__
+from koff_lightning.data.bundled_tokens import Tokenise
 from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.readers import OnBad, format_of, refuse
@@ -55,6 +56,7 @@ def domain_rows(
     append_eos: bool = False,
     chat: Chat | None = None,
     on_bad: OnBad = refuse,
+    tokenise: Tokenise = tokenize,
 ) -> DomainRows:
     """Tokenise and pack a domain's texts; the end token, if it is wanted, goes into training text only.
 
@@ -66,6 +68,7 @@ def domain_rows(
         append_eos: Put the end token behind each training document; a talk ends as its template ends it.
         chat: Texts are talks, and what of them is predicted.
         on_bad: Called with what is wrong with a talk.
+        tokenise: How text that is no talk becomes tokens.
 
     Raises:
         KoffError: A side has no document that is two tokens or longer, or the tokenizer cannot read most of it.
@@ -74,7 +77,7 @@ def domain_rows(
         check_template(tokenizer, name)
         train, heldout = (tokenize_talks(side, tokenizer, chat, on_bad) for side in texts)
     else:
-        train, heldout = tokenize(texts.train, tokenizer, append_eos), tokenize(texts.heldout, tokenizer)
+        train, heldout = tokenise(texts.train, tokenizer, append_eos), tokenise(texts.heldout, tokenizer, False)
     for split, stream in (("training", train), ("held-out", heldout)):
         if not len(stream.tokens):
             raise KoffError(f"domain '{name}': no {split} document is two tokens or longer; give it longer text")

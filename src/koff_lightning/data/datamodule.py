@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from koff_lightning.data.bundled_tokens import tokens_of
 from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
 from koff_lightning.data.calibration import CalibrationText, most_tokens
 from koff_lightning.data.encoding import TokenStream, fingerprint, start_tokens
@@ -210,8 +211,8 @@ class DomainDataModule(LightningDataModule):
 
     def _make(self, name: str, source: DomainSource) -> DomainRows:
         texts = self._split_streamed(name, source) if self.streaming else self._read_all(name, source)
-        on_bad = BadLines(name, self.on_bad_line)
-        rows = domain_rows(name, texts, self.tokenizer, self.seq_len, self.append_eos, source.chat, on_bad)
+        chat, on_bad, tokenise = source.chat, BadLines(name, self.on_bad_line), tokens_of(source)
+        rows = domain_rows(name, texts, self.tokenizer, self.seq_len, self.append_eos, chat, on_bad, tokenise)
         on_bad.report()
         return rows
 

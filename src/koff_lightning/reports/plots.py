@@ -174,6 +174,8 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         OSError: The disk did not take it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    figure.draw_without_rendering()  # lays it out once for both files
+    figure.set_layout_engine(None)
     figure.savefig(folder / f"{name}.png", dpi=150)
     figure.savefig(folder / f"{name}.svg")
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -38,6 +38,7 @@ from koff_lightning.training.mask_source import load_mask, read_mask_source
 from koff_lightning.training.nonfinite import NonFiniteGuard
 from koff_lightning.training.objective import Objective, take_stored_teacher
 from koff_lightning.training.optim import OptimSpec, ResumableLambdaLR, clip_by_group, parameter_groups, rate_lambdas
+from koff_lightning.training.recomputation import recomputes
 from koff_lightning.training.resume import (
     give_data_its_place,
     load_warm_start,
@@ -70,8 +71,8 @@ class KOFFModule(LightningModule):
         mask: Checkpoint of `koff baseline` or `koff fit` whose mask and `sparsity` options are taken; memories train.
         prior: Checkpoint whose logits order those of the mask to learn when the ramp begins; replaces `sparsity.prior`.
         revision: Branch, tag or commit of a hub model.
-        dtype: Torch dtype of the frozen weights; what is trained stays fp32.
-        activation_checkpointing: Recompute activations in the backward to save memory.
+        dtype: Torch dtype of the frozen weights; `auto` (command line): bfloat16 on a GPU that has it, else float32.
+        activation_checkpointing: Recompute activations in the backward; auto where kept they would find no room.
         compile: Backend of torch.compile for each layer, such as inductor (an experiment); null for none.
         trust_remote_code: Allow code from the model repository to run; to be said on the command line, not in a config.
     """
@@ -94,7 +95,7 @@ class KOFFModule(LightningModule):
         prior: str | None = None,
         revision: str | None = None,
         dtype: str = "float32",
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | Literal["auto"] = "auto",
         compile: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -128,7 +129,6 @@ class KOFFModule(LightningModule):
         plain |= {"mask": mask, "prior": prior} | loading
         specs = {name: spec and asdict(spec) for name, spec in specs.items()}
         self.save_hyperparameters(specs | {"domains": self.domains} | without_secrets(plain))
-
         if sparsity.uniform:  # what the family's configs cannot say is refused now
             check_layout(load_config(source, revision=revision, trust_remote_code=trust_remote_code), sparsity)
 
@@ -142,7 +142,7 @@ class KOFFModule(LightningModule):
         )
         self.model.chunk = self.loss.chunk
         hold_closed(self.model.backbone, self.extends)
-        self.objective = Objective(self.model, self.loss, self.activation_checkpointing)
+        self.objective = Objective(self.model, self.loss, recomputes(self))
         check_top_k(self.loss.top_k, len(self.model.head))
         if self._trainer is not None and self.trainer.training:
             check_text(self.retention, self.trainer.datamodule)
@@ -154,7 +154,7 @@ class KOFFModule(LightningModule):
         if self.mask_source is not None:
             load_mask(self.model, self.mask_source)
             self.penalty.requires_grad_(not self.mask_source.fixed)
-        if self.activation_checkpointing:
+        if self.objective.recompute:
             self.model.backbone.activation_checkpointing_enable()
         if self.hparams.compile:
             compile_layers(self.model.backbone, self.hparams.compile)

@@ -13,7 +13,7 @@ from torch import Tensor
 from koff_lightning.backbone import recomputed
 from koff_lightning.data.teacher import INDEX, LOG_Q
 from koff_lightning.decomposition import Batch, Decomposition
-from koff_lightning.losses import LossSpec, TopK, domain_weights, fused_head_loss
+from koff_lightning.losses import LossSpec, TopK, domain_weights, head_loss
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 
@@ -87,7 +87,7 @@ class Objective:
     ) -> TextLoss:
         """The loss, given hidden states [N, d], what the teacher says there, and the next tokens [N]."""
         weights = self.weights(predicted, groups)
-        loss, ce, kl = fused_head_loss(student, teacher, self.model.head, labels, weights, self.spec)
+        loss, ce, kl = head_loss(student, teacher, self.model.head, labels, weights, self.spec)
         all_loss, all_ce, all_kl = ranks.total(torch.stack([loss.detach(), weights @ ce, weights @ kl])) / ranks.count()
         return TextLoss(loss + (all_loss - loss.detach()), all_ce, all_kl, ce + kl, predicted)
 

@@ -1,0 +1,51 @@
+"""What frozen weights are kept in and a step is computed in, where a config does not say it.
+
+On a GPU with bfloat16 both are bfloat16: half the memory and, on matrix units, many times the speed; what is trained
+stays fp32. Everywhere else both are fp32. The choice goes into the saved config, so nothing depends on it later.
+"""
+
+from typing import Any
+
+import torch
+
+from koff_lightning.loading import TINY
+
+AUTO = "auto"
+SLOW = (
+    15  # times that the layers' products take in bf16 of those in fp32 without the instructions: docs/results/bench.md
+)
+
+
+def has_bf16(accelerator: str) -> bool:
+    """Whether a run with this `trainer.accelerator` is on a GPU that computes in bfloat16."""
+    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def choose(model: Any, trainer: Any, bf16: bool) -> None:
+    """Fill in `model.dtype: auto` and a `trainer.precision` of null.
+
+    Args:
+        model: Options of the model, by attributes.
+        trainer: Those of the trainer.
+        bf16: Whether the device computes in bfloat16.
+    """
+    if model.dtype == AUTO:  # koff-tiny is too small to gain anything
+        model.dtype = "bfloat16" if bf16 and model.backbone != TINY else "float32"
+    if trainer.precision is None and bf16 and model.dtype == "bfloat16":
+        trainer.precision = "bf16-mixed"
+
+
+def told(model: Any, trainer: Any) -> str | None:
+    """What to say of a choice: that it is half precision, or that it is slow here; None where it is plain fp32."""
+    half = model.dtype != "float32" or str(trainer.precision) in ("bf16-mixed", "16-mixed", "bf16-true", "16-true")
+    if not half:
+        return None
+    if trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+            return None
+        return (
+            f"this processor has no instructions for half precision: a step of a real model takes some {SLOW} times as "
+            "long as in fp32 (--model.dtype float32 --trainer.precision 32-true)"
+        )
+    return f"frozen weights in {model.dtype}, steps in {trainer.precision or '32-true'}, what is trained in fp32"

@@ -22,7 +22,7 @@ def serve(
     port: int = 8000,
     keys: str | None = None,
     name: str | None = None,
-    engine: Literal["own", "llamacpp"] = "own",
+    engine: Literal["own", "llamacpp", "vllm"] = "own",
     gguf: str | None = None,
     batch_size: int | None = None,
     queue: int = 256,
@@ -40,19 +40,21 @@ def serve(
         port: Port to listen at.
         keys: YAML file of who may use which domains, NAME: {key: ..., domains: [...] or all, admin: true}.
         name: What the model is called; by default as its dense model.
-        engine: What computes: the project's own runtime, or llama.cpp (extra `llamacpp`), faster on a CPU.
+        engine: What computes: the project's own runtime; llama.cpp (extra `llamacpp`), faster on a CPU; or vLLM, from an
+            environment of its own (docs/vllm.md), for GPUs and many users.
         gguf: Folder of `koff convert gguf`, for llamacpp; by default the artifact is converted at start, as f16.
-        batch_size: Most texts that are continued together; by default 32, or 4 of llamacpp, which holds the token cache
-            of each from the start.
+        batch_size: Most texts that are continued together; by default 32, 128 of vllm, or 4 of llamacpp, which holds the
+            token cache of each from the start.
         queue: Most texts that wait for their turn; who comes then is told to come again (status 429).
         time_limit: Seconds that a request may take.
         max_tokens: Most tokens of an answer; by default what the context leaves.
         device: Torch device; by default a GPU if there is one.
         dtype: Of the backbone; by default as exported.
     """
-    batch_size = (32 if engine == "own" else 4) if batch_size is None else batch_size
-    unread = {"own": {"--gguf": gguf}, "llamacpp": {"--device": device, "--dtype": dtype}}[engine]
-    if odd := [option for option, value in unread.items() if value is not None]:
+    batch_size = {"own": 32, "llamacpp": 4, "vllm": 128}[engine] if batch_size is None else batch_size
+    given = {"--gguf": gguf, "--device": device, "--dtype": dtype}
+    unread = {"own": ["--gguf"], "llamacpp": ["--device", "--dtype"], "vllm": ["--gguf", "--device"]}[engine]
+    if odd := [option for option in unread if given[option] is not None]:
         raise KoffError(f"{odd[0]} is not for --engine {engine}: leave it out")
     _check(batch_size, queue, time_limit, max_tokens)
     _check_installed()
@@ -71,7 +73,10 @@ def serve(
     with listening(host, port) as at:
         from koff_lightning.serving.app import Settings, create_app
 
-        made = _own(folder, batch_size, device, dtype) if engine == "own" else _llamacpp(folder, batch_size, gguf)
+        if engine == "own":
+            made = _own(folder, batch_size, device, dtype)
+        else:
+            made = _llamacpp(folder, batch_size, gguf) if engine == "llamacpp" else _vllm(folder, batch_size, dtype)
         settings = Settings(called, allowed, batch_size + queue, time_limit, max_tokens, folder=folder)
         _run(create_app(made, settings), at, time_limit)
 
@@ -87,6 +92,12 @@ def _llamacpp(folder: Path, batch_size: int, gguf: str | None) -> "Engine":
     from koff_lightning.serving.llamacpp import LlamaCppEngine
 
     return LlamaCppEngine(folder, batch_size, gguf)
+
+
+def _vllm(folder: Path, batch_size: int, dtype: str | None) -> "Engine":
+    from koff_lightning.serving.vllm.engine import VllmEngine
+
+    return VllmEngine(folder, batch_size, dtype)
 
 
 def _check(batch_size: int, queue: int, time_limit: float, max_tokens: int | None) -> None:

@@ -27,7 +27,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_
 from vllm.model_executor.models.utils import extract_layer_index
 
 from koff_lightning.artifact.memory_files import read_memory
-from koff_lightning.serving.vllm.slots import FOLDER, Held, asked, find, inv_freq, is_salt, placed
+from koff_lightning.serving.vllm.slots import FOLDER, Held, asked, check_layers, find, inv_freq, is_salt, placed
 from koff_lightning.support.errors import KoffError
 
 _MOST = 64  # memories that a worker keeps
@@ -116,10 +116,12 @@ class KoffMemories(KVConnectorBase_V1, SupportsHMA):
 
     def _refused(self, request: Any, computed: int, error: Exception) -> int:
         """Let a request fail: one token is promised that will not come."""
-        if request.num_tokens - computed < 2:
-            _log.error("request %s is ANSWERED WITHOUT A MEMORY: %s", request.request_id, error)
+        can_fail = request.num_tokens - computed > 1
+        if request.request_id not in self._told:  # while it waits, the scheduler asks again and again
+            what = "fails" if can_fail else "is ANSWERED WITHOUT A MEMORY"
+            _log.error("request %s %s: %s", request.request_id, what, error)
+        if not can_fail:
             return 0
-        _log.error("request %s fails: %s", request.request_id, error)
         request.skip_reading_prefix_cache = False  # with it nothing is loaded, so nothing could fail
         self._told[request.request_id] = Load(None, computed, computed + 1)
         return 1
@@ -191,6 +193,7 @@ class KoffMemories(KVConnectorBase_V1, SupportsHMA):
             if find(self._folder, held.name) != held:
                 raise KoffError("it was replaced since the request came")
             _, _, memory = read_memory(self._folder / held.name, self._config.num_hidden_layers)
+            check_layers(memory, self._config)
             rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             dtype = next(iter(layers)).kv_cache_torch_dtype
             self._kept[held.salt] = placed(memory, self._freq, dtype, rank, size)

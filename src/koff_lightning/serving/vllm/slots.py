@@ -127,6 +127,22 @@ def heads_of(total: int, rank: int, size: int) -> slice:
     return slice(first, first + 1)
 
 
+def check_layers(memory: KVMemory, config: PreTrainedConfig) -> None:
+    """Refuse a memory that does not fit a model, or whose slots vLLM cannot hold.
+
+    Raises:
+        KoffError: It has other key-value heads, or slots in some layers only: vLLM has one row of places for all.
+    """
+    widths = getattr(config, "koff_layers", None) or [{}] * config.num_hidden_layers
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    memory.check_shapes([(layer.get("num_key_value_heads", config.num_key_value_heads), size) for layer in widths])
+    if len(memory.layers) < memory.depth:
+        raise KoffError(
+            f"vLLM has one row of places for all layers, and a memory has slots in {len(memory.layers)} of "
+            f"{memory.depth} only: serve it with --engine own"
+        )
+
+
 def placed(memory: KVMemory, freq: Tensor, dtype: torch.dtype, rank: int = 0, size: int = 1) -> list[list[Tensor]]:
     """The keys and the values of each layer as they are written into vLLM's cache, each [P, R, dh].
 
@@ -136,15 +152,7 @@ def placed(memory: KVMemory, freq: Tensor, dtype: torch.dtype, rank: int = 0, si
         dtype: Of the cache.
         rank: Of tensor parallelism.
         size: Its ranks.
-
-    Raises:
-        KoffError: Layers without slots: vLLM has one row of places for all layers.
     """
-    if len(memory.layers) < memory.depth:
-        raise KoffError(
-            f"vLLM has one row of places for all layers, and a memory has slots in {len(memory.layers)} of "
-            f"{memory.depth} only: serve it with --engine own"
-        )
     found = []
     for index in range(memory.depth):
         key, value = (part.detach().float() for part in memory.layer(index))  # [K, P, dh]

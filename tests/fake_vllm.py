@@ -1,4 +1,4 @@
-"""What koff_lightning.serving.vllm uses of vLLM, as far as it can be told without it: names, and requests that are kept."""
+"""What koff_lightning.serving.vllm uses of vLLM: names, and an engine that keeps what it is asked."""
 
 import sys
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ def module(name: str, **content: Any) -> ModuleType:
     return made
 
 
-def install(monkeypatch, release: str = "0.32.0") -> SimpleNamespace:
+def install(monkeypatch, release: str = "0.32.0", cpu: bool = False) -> SimpleNamespace:
     """Let `import vllm` find this; gives what was registered."""
     models, connectors = {}, {}
     llm = Llm()
@@ -101,15 +101,14 @@ def install(monkeypatch, release: str = "0.32.0") -> SimpleNamespace:
         module("vllm.lora.punica_wrapper.punica_cpu", PunicaWrapperCPU=wrapper),
         module(
             "vllm.lora.request",
-            LoRARequest=lambda name, number, path: SimpleNamespace(
-                lora_name=name, lora_int_id=number, lora_path=path
-            ),
+            LoRARequest=lambda name, number, path: SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path),
         ),
         module("vllm.sampling_params", RequestOutputKind=SimpleNamespace(DELTA="delta")),
         module("vllm.v1.engine.exceptions", EngineDeadError=dead, EngineGenerateError=failed),
         module("vllm.v1.engine.async_llm", AsyncLLM=SimpleNamespace(from_engine_args=start)),
         module("vllm.engine.arg_utils", AsyncEngineArgs=SimpleNamespace),
         module("vllm.v1.sample.logits_processor", LogitsProcessor=object),
+        module("vllm.platforms", current_platform=SimpleNamespace(is_cpu=lambda: cpu)),
     ]
     for one in made:
         parts = one.__name__.split(".")

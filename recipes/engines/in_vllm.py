@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -73,7 +72,9 @@ def make(work: Path, names: list[str]) -> None:
             print(name, "made", flush=True)
 
 
-def artifact(folder: Path, family: str = "llama", layout: str = "ragged", uniform: bool = False, **options: Any) -> None:
+def artifact(
+    folder: Path, family: str = "llama", layout: str = "ragged", uniform: bool = False, **options: Any
+) -> None:
     """One small artifact with all memories."""
     import torch
 
@@ -84,7 +85,7 @@ def artifact(folder: Path, family: str = "llama", layout: str = "ragged", unifor
     from koff_lightning.memory import KVSpec, LoraSpec
 
     changes = {"head_dim": 32} | options.pop("changes", {})
-    module = tiny_decomposition(folder, family, uniform=uniform, changes=changes, domains=["de"], **options)
+    module = tiny_decomposition(folder, family, changes=changes, domains=["de"], **options)
     for name, (rank, slots) in DOMAINS.items():
         if name != "de":
             module.memories.add(name, rank and LoraSpec(rank=rank, alpha=2.0 * rank), slots and KVSpec(slots=slots))
@@ -112,7 +113,8 @@ def answers(folder: Path) -> list[dict[str, Any]]:
             with torch.no_grad():
                 scores = model(ids, domains=memories).logits[:, -1].float().log_softmax(-1)
             best = scores.topk(TOP)
-            steps.append([list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist())])
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            steps.append([list(zip(*pair, strict=True)) for pair in pairs])
             ids = torch.cat([ids, best.indices[:, :1]], dim=1)
         for place, memory in enumerate(memories):
             tokens, top = ids[place, length:].tolist(), [step[place] for step in steps]

@@ -40,11 +40,11 @@ def serve(
         port: Port to listen at.
         keys: YAML file of who may use which domains, NAME: {key: ..., domains: [...] or all, admin: true}.
         name: What the model is called; by default as its dense model.
-        engine: What computes: the project's own runtime; llama.cpp (extra `llamacpp`), faster on a CPU; or vLLM, from an
-            environment of its own (docs/vllm.md), for GPUs and many users.
+        engine: What computes: the project's own runtime; llama.cpp (extra `llamacpp`), faster on a CPU; or vLLM, from
+            an environment of its own (docs/vllm.md), for GPUs and many users.
         gguf: Folder of `koff convert gguf`, for llamacpp; by default the artifact is converted at start, as f16.
-        batch_size: Most texts that are continued together; by default 32, 128 of vllm, or 4 of llamacpp, which holds the
-            token cache of each from the start.
+        batch_size: Most texts that are continued together; by default 32, 128 of vllm, or 4 of llamacpp, which holds
+            the token cache of each from the start.
         queue: Most texts that wait for their turn; who comes then is told to come again (status 429).
         time_limit: Seconds that a request may take.
         max_tokens: Most tokens of an answer; by default what the context leaves.

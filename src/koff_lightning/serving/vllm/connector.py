@@ -123,6 +123,8 @@ class KoffMemories(KVConnectorBase_V1, SupportsHMA):
         if not can_fail:
             return 0
         request.skip_reading_prefix_cache = False  # with it nothing is loaded, so nothing could fail
+        if request.sampling_params is not None:
+            request.sampling_params.prompt_logprobs = None  # with LoRA on a CPU they end the engine
         self._told[request.request_id] = Load(None, computed, computed + 1)
         return 1
 

@@ -10,16 +10,16 @@ import itertools
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
-from koff_lightning.artifact.folder import BACKBONE, CARD, MEMORIES, Manifest, verify
+from koff_lightning.artifact.folder import BACKBONE, CARD, MEMORIES, Manifest, read_manifest, verify
 from koff_lightning.artifact.memory_files import check_memories, read_memory
 from koff_lightning.artifact.router_files import check_fit, read_router
-from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.router.routing import Router
 from koff_lightning.serving.engine import Failed, Options, Piece, Token, Unknown
@@ -75,7 +75,8 @@ class VllmEngine:
         self._config = self._manifest.form.read_config(folder / BACKBONE, self._manifest.base["family"])
         self.vocabulary = self._config.vocab_size
         self._ends = _ends(folder / BACKBONE, self._config)
-        self._work = TemporaryDirectory(prefix="koff-vllm-")
+        self._work = Path(mkdtemp(prefix="koff-vllm-"))
+        self._clean = weakref.finalize(self, shutil.rmtree, self._work, ignore_errors=True)
         self._copies, self._loras = itertools.count(), itertools.count(1)
         self._broken: dict[str, str] = {}  # domain -> hash of the card of a memory that could not be used
         self._read: tuple[Any, Router] | None = None  # what the manifest said of the router, and the router
@@ -100,7 +101,7 @@ class VllmEngine:
             "generation_config": "vllm",  # how to sample and where to end is said with every request
             "enable_prefix_caching": True,
             "disable_log_stats": True,
-            "kv_transfer_config": _CONNECTOR | {"kv_connector_extra_config": {FOLDER: self._work.name}},
+            "kv_transfer_config": _CONNECTOR | {"kv_connector_extra_config": {FOLDER: str(self._work)}},
             **(lora if adapted else {}),
             **options,
         }
@@ -176,7 +177,8 @@ class VllmEngine:
             prompt["cache_salt"] = salt_of(held.folder.name, held.sha256)
             extra = {"kv_transfer_params": {KEY: held.folder.name}}
         name = f"koff-{next(self._copies)}"
-        return _failing(self._llm.generate(prompt, _sampling(options, self._ends, extra), name, lora_request=held and held.lora))
+        parameters, lora = _sampling(options, self._ends, extra), held.lora if held else None
+        return _failing(self._llm.generate(prompt, parameters, name, lora_request=lora))
 
     # ----------------------------------------------------------------------------------------------- memories
 
@@ -186,11 +188,11 @@ class VllmEngine:
         Raises:
             KoffError: It cannot be used here.
         """
-        copy = Path(self._work.name) / f"{domain[:40]}-{next(self._copies)}"
+        copy = self._work / f"{domain[:40]}-{next(self._copies)}"
         try:
             shutil.copytree(self.folder / MEMORIES / domain, copy)
             if hash_file(copy / CARD) != sha256:
-                raise KoffError(f"{self.folder / MEMORIES / domain / CARD} is another than the artifact's manifest says")
+                raise KoffError(f"{self.folder / MEMORIES / domain / CARD} is not the one in the artifact's manifest")
             card, weights, slots = read_memory(copy, self._config.num_hidden_layers, manifest)
             if slots is not None:
                 check_layers(slots, self._config)
@@ -247,7 +249,7 @@ class VllmEngine:
         """End vLLM's processes."""
         self._closed = True
         await asyncio.to_thread(self._llm.shutdown)
-        self._work.cleanup()
+        self._clean()
 
 
 def check_installed() -> None:
@@ -262,7 +264,7 @@ def check_installed() -> None:
 
 
 def _started(settings: dict[str, Any]) -> Any:
-    """vLLM at work.
+    """Start vLLM.
 
     Raises:
         KoffError: It does not start.
@@ -332,7 +334,7 @@ async def _failing(come: AsyncIterator[Any]) -> AsyncIterator[Any]:
             if output.outputs[0].finish_reason in ("error", "abort"):
                 raise Failed("the engine could not answer; its log says why")
             yield output
-    except (EngineDeadError, EngineGenerateError, ValueError) as error:
+    except (EngineDeadError, EngineGenerateError) as error:
         raise Failed(f"the engine failed ({type(error).__name__})") from error
 
 

@@ -33,7 +33,7 @@ def said_of(release: str) -> str | None:
     """One line about a release of vLLM that was not tried; None for one that was."""
     if f"{release}.".startswith(f"{TESTED}."):
         return None
-    return f"koff-lightning was not tried with vLLM {release}, only with {TESTED}: compare its answers with --engine own"
+    return f"koff-lightning was not tried with vLLM {release}, only with {TESTED}: compare its answers"
 
 
 def spare_bare_rows(wrapper: type) -> None:
@@ -50,7 +50,7 @@ def spare_bare_rows(wrapper: type) -> None:
         return
 
     def shrink(self, y, x, w_t_all, scale):  # noqa: ANN001, ANN202  (vLLM's signature)
-        """y += (x @ w) * scale, nothing for rows without an adapter; y [tokens, rank]."""
+        """Add (x @ w) * scale to y [tokens, rank], and nothing for rows without an adapter."""
         stock(self, y, x, w_t_all, scale)
         bare = self.token_lora_indices < 0  # [tokens]
         y.view(-1, y.shape[-1])[: len(bare)][bare] = 0

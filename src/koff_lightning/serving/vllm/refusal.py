@@ -8,6 +8,7 @@ It changes no logits; vLLM shows the parameters of a request to such a class bef
 from typing import Any
 
 from torch import Tensor
+from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from koff_lightning.serving.vllm.slots import asked
@@ -28,8 +29,12 @@ class Refusal(LogitsProcessor):
             memory = asked((sampling_params.extra_args or {}).get("kv_transfer_params"))
         except KoffError as error:
             raise ValueError(str(error)) from error
-        if memory is not None and sampling_params.prompt_logprobs is not None:
+        if sampling_params.prompt_logprobs is None:
+            return
+        if memory is not None:
             raise ValueError("prompt_logprobs are not told with a memory: leave them out")
+        if current_platform.is_cpu():
+            raise ValueError("prompt_logprobs are not told on a CPU, where with LoRA they end the engine")
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What vLLM is told of a memory with slots: which tokens stand in their places, what keeps its cache apart, its tensors.
+"""What vLLM is told of a memory with slots: tokens in their places, what keeps its cache apart, its tensors.
 
 A prompt that reads a memory of P slots begins with P tokens that stand for them. They may be any tokens, as what is
 computed of them is replaced: by the memory's keys, moved from the positions -P..-1 to 0..P-1, and its values. The text
@@ -104,7 +104,8 @@ def inv_freq(config: PreTrainedConfig) -> Tensor:
         KoffError: They change with the length of the text, so no memory can be placed.
     """
     check_movable(config)
-    return LlamaRotaryEmbedding(config, device="cpu").inv_freq
+    with torch.device("cpu"):  # whatever a worker has made the default
+        return LlamaRotaryEmbedding(config).inv_freq
 
 
 def heads_of(total: int, rank: int, size: int) -> slice:

@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
     "yarn-rope-ragged": {"changes": {"rope_parameters": YARN}},
     "linear-rope-ragged": {"changes": {"rope_parameters": LINEAR}},
 }
+SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
+SPEED = {"changes": SIZES | {"num_key_value_heads": 4}}  # of the model that is timed
 # What differs between the engines of the cases, so that each way of reading is met: shorter parts of a prompt than
 # slots, larger blocks, a cache that does not hold all texts at a time.
 ENGINES: dict[str, dict[str, Any]] = {
@@ -70,6 +73,8 @@ def make(work: Path, names: list[str]) -> None:
             artifact(work / name, **CASES[name])
             (work / name / "answers.json").write_text(json.dumps(answers(work / name / "artifact")), encoding="utf-8")
             print(name, "made", flush=True)
+    if not (work / "speed").exists():
+        artifact(work / "speed", **SPEED)
 
 
 def artifact(
@@ -246,6 +251,51 @@ def wrongs(engine: Engine, rows: list[dict[str, Any]]) -> dict[str, tuple[Any, A
     return {label: engine.request(ids, memory, **changes) for label, changes in made.items()}
 
 
+def speed(work: Path, rounds: int, record: Path | None) -> None:
+    """Tokens per second of processor time: texts of one domain, of every domain in turn, and of several together."""
+    engine = Engine(work / "speed" / "artifact", enable_prefix_caching=False, max_num_batched_tokens=1024)
+    kinds = {
+        "LoRA and slots": ["de", "fr", "law"],
+        "LoRA": ["lora-one", "lora-two"],
+        "slots": ["slots-one", "slots-two"],
+    }
+    rows, count = 24, 48
+    batches: dict[str, list[str | None]] = {"bare": [None] * rows}
+    for kind, names in kinds.items():
+        batches |= {f"{kind}: {name}": [name] * rows for name in names}
+        batches[f"{kind}: mixed"] = names * (rows // len(names))
+    times: dict[str, list[float]] = {name: [] for name in batches}
+    for number in range(rounds + 1):
+        for name, memories in batches.items():
+            made = [engine.request([3 + (place + at) % 300 for at in range(24)], m, count, logprobs=None)
+                    for place, m in enumerate(memories)]  # fmt: skip
+            start = time.process_time()
+            engine(made)
+            if number:  # the first round warms up
+                times[name].append(time.process_time() - start)
+    found: dict[str, Any] = {
+        name: [round(rows * count / t, 1) for t in (statistics.median(ts), max(ts), min(ts))]
+        for name, ts in times.items()
+    }
+    ratios = {}
+    for kind, names in kinds.items():  # what one domain takes is the mean of its kind, round by round
+        alone = [statistics.mean(ts) for ts in zip(*(times[f"{kind}: {name}"] for name in names), strict=True)]
+        pairs = zip(alone, times[f"{kind}: mixed"], strict=True)
+        ratios[kind] = round(statistics.median(one / mixed for one, mixed in pairs), 3)
+    print(json.dumps({"tokens_per_second": found, "mixed_by_one": ratios}, indent=2), flush=True)
+    if record is not None:
+        from record import write
+
+        write(
+            record,
+            "vllm-speed",
+            engine="vLLM",
+            compared=f"{rows} texts of 24 and {count} tokens of one domain, and of several domains together",
+            command=f"python recipes/engines/in_vllm.py speed DIR --rounds {rounds}",
+            figures={"rounds": rounds, "tokens_per_second": found, "mixed_by_one": ratios},
+        )
+
+
 def put(record: Path, name: str, layout: str, arms: dict[str, Any]) -> None:
     """Write a case into the record."""
     from record import write
@@ -268,6 +318,7 @@ def main() -> None:
     parser.add_argument("what", choices=["make", "check", "speed"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5, help="of `speed`")
     parser.add_argument("--record", type=Path, help="JSON to put what is found in")
     options = parser.parse_args()
     for name, value in SETTINGS.items():
@@ -275,6 +326,8 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     if options.what == "make":
         make(options.work, options.cases)
+    elif options.what == "speed":
+        speed(options.work, options.rounds, options.record)
     elif not check(options.work, options.cases, options.record):
         sys.exit("vLLM and our runtime differ")
 

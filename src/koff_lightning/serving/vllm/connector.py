@@ -84,7 +84,10 @@ class KoffMemories(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """How many tokens from `num_computed_tokens` on are slots."""
+        before = self._told.get(request.request_id)
         try:
+            if before is not None and before.held is None:
+                raise KoffError("it was refused before")
             held = self._wanted(request)
         except (KoffError, OSError) as error:
             return self._refused(request, num_computed_tokens, error), False

@@ -52,10 +52,7 @@ def serve(
         dtype: Of the backbone; by default as exported.
     """
     batch_size = {"own": 32, "llamacpp": 4, "vllm": 128}[engine] if batch_size is None else batch_size
-    given = {"--gguf": gguf, "--device": device, "--dtype": dtype}
-    unread = {"own": ["--gguf"], "llamacpp": ["--device", "--dtype"], "vllm": ["--gguf", "--device"]}[engine]
-    if odd := [option for option in unread if given[option] is not None]:
-        raise KoffError(f"{odd[0]} is not for --engine {engine}: leave it out")
+    _refuse_unread(engine, {"--gguf": gguf, "--device": device, "--dtype": dtype})
     _check(batch_size, queue, time_limit, max_tokens)
     _check_installed()
     from koff_lightning.artifact.folder import read_manifest
@@ -73,28 +70,33 @@ def serve(
     with listening(host, port) as at:
         from koff_lightning.serving.app import Settings, create_app
 
-        if engine == "own":
-            made = _own(folder, batch_size, device, dtype)
-        else:
-            made = _llamacpp(folder, batch_size, gguf) if engine == "llamacpp" else _vllm(folder, batch_size, dtype)
+        make = {"own": _own, "llamacpp": _llamacpp, "vllm": _vllm}[engine]
+        made = make(folder, batch_size, gguf=gguf, device=device, dtype=dtype)
         settings = Settings(called, allowed, batch_size + queue, time_limit, max_tokens, folder=folder)
         _run(create_app(made, settings), at, time_limit)
 
 
-def _own(folder: Path, batch_size: int, device: str | None, dtype: str | None) -> "Engine":
+def _refuse_unread(engine: str, given: dict[str, str | None]) -> None:
+    """Refuse an option that this engine does not read."""
+    unread = {"own": ["--gguf"], "llamacpp": ["--device", "--dtype"], "vllm": ["--gguf", "--device"]}[engine]
+    if odd := [option for option in unread if given[option] is not None]:
+        raise KoffError(f"{odd[0]} is not for --engine {engine}: leave it out")
+
+
+def _own(folder: Path, batch_size: int, *, gguf: None, device: str | None, dtype: str | None) -> "Engine":
     from koff_lightning.artifact.decomposed import default_device
     from koff_lightning.serving.own import OwnEngine
 
     return OwnEngine(folder, batch_size, default_device(device), dtype)
 
 
-def _llamacpp(folder: Path, batch_size: int, gguf: str | None) -> "Engine":
+def _llamacpp(folder: Path, batch_size: int, *, gguf: str | None, device: None, dtype: None) -> "Engine":
     from koff_lightning.serving.llamacpp import LlamaCppEngine
 
     return LlamaCppEngine(folder, batch_size, gguf)
 
 
-def _vllm(folder: Path, batch_size: int, dtype: str | None) -> "Engine":
+def _vllm(folder: Path, batch_size: int, *, gguf: None, device: None, dtype: str | None) -> "Engine":
     from koff_lightning.serving.vllm.engine import VllmEngine
 
     return VllmEngine(folder, batch_size, dtype)

@@ -10,6 +10,7 @@ import uvicorn
 
 from koff_lightning.commands.serve import listening
 from koff_lightning.serving.app import create_app
+from koff_lightning.serving.connection import config
 from koff_lightning.serving.front import Settings
 
 
@@ -18,8 +19,7 @@ def served(engine, close=True, **settings):
     """Gives the server's address while it runs."""
     app = create_app(engine, Settings(**{"name": "tiny", "look": 0.05} | settings), close)
     at = listening("127.0.0.1", 0)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=20, ws="none")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config(app, 19))
     server.capture_signals = contextlib.nullcontext  # the test's own stay
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[at])))
     thread.start()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,14 @@ from koff_lightning.artifact import engines
 from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import LAYOUTS
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "engines"))
+import record
+import table
+
 # peft asks a model under the name of an older transformers
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "engines.md", ROOT / "docs" / "results" / "engines.md"]
 
 
 def made(folder, layout, **options):
@@ -123,10 +129,94 @@ def test_names_of_engines():
         engines.names("vlm")
 
 
-def test_the_page_has_this_table():
-    found = re.search(r"<!-- engines -->\n(.*?)\n<!-- /engines -->", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert found[1] == engines.markdown(), (
-        "paste what `python -c 'from koff_lightning.artifact import engines as e; print(e.markdown())'` says"
-    )
-    every = " ".join(engines.FORMS.values())
-    assert all(f"`{layout}`" in every for layout in LAYOUTS)
+def test_the_pages_say_what_the_record_of_runs_gives():
+    pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    assert table.pages(record.read()) == pages, "python recipes/engines/table.py writes them"
+
+
+def test_every_layout_was_run_and_no_cell_is_empty():
+    runs = record.read()
+    assert set(record.LAYOUTS) == set(LAYOUTS)
+    for row in table.overview(runs).splitlines()[2:]:
+        cells = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+        assert len(cells) == len(record.ENGINES)
+        assert all("](results/engines.md#" in cell or cell == table.NOT_RUN for cell in cells), row
+    for engine in ("koff-lightning", "transformers", "PEFT", "llama.cpp"):
+        assert {run["layout"] for run in runs if run["engine"] == engine} >= set(LAYOUTS), engine
+    gaps = [
+        came["gap"] for run in runs for came in run.get("arms", {}).values() if came.get("equal") == came.get("of", -1)
+    ]
+    assert gaps and max(gaps) < 1e-4
+
+
+def test_what_inspect_promises_was_run():
+    """A promise of a form is kept by a run of one of its layouts, or its condition is in the promise."""
+    arms = {"backbone": "bare", "lora": "lora", "kv": "kv"}
+    for engine, parts in engines.RULES.items():
+        for part, forms in parts.items():
+            for form, (answer, why) in forms.items():
+                layouts = re.findall(r"`(\w+)`", engines.FORMS[form])
+                runs = [
+                    run
+                    for run in record.read()
+                    if run["engine"] == engines.ENGINES[engine] and run["layout"] in layouts
+                ]
+                computed = any(arms[part] in table.computed(run) for run in runs)
+                if answer == "yes":
+                    assert computed or ", if all layers" in why, (engine, part, form)
+                elif engine != "vllm":  # of which RULES knows the stock one alone; runs are with the plugin
+                    assert not computed, f"{engine}, {part}, {form}: a run of the record says yes, RULES says {answer}"
+
+
+def a_run(**changes):
+    run = {"run": "x", "engine": "vLLM", "layout": "deci", "compared": "a with b", "command": "c", "processor": "p"}
+    return run | {"date": "2026-11-28", "versions": {}, "arms": {"bare": {"equal": 2, "of": 3, "gap": 0.1}}} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"engine": "llama"}, "no engine 'llama'"),
+        ({"layout": "round"}, "no layout 'round'"),
+        ({"arms": {"kv": {"equal": 4, "of": 3}}}, "arm 'kv' cannot be"),
+        ({"arms": {"slots": {"refused": "x"}}}, "arm 'slots' cannot be"),
+        ({"arms": {"kv": {"equal": 0, "of": 0}}}, "arm 'kv' cannot be"),
+        ({"not_run": "no time"}, "`arms`, or `not_run`"),
+        ({"date": "yesterday"}, "isoformat"),
+        ({"note": "x"}, "unknown 'note'"),
+    ],
+)
+def test_a_record_that_says_nothing_is_refused(changes, says):
+    record.check(a_run())
+    with pytest.raises(ValueError, match=says):
+        record.check(a_run(**changes))
+
+
+def test_a_run_takes_the_place_of_the_last_of_its_name(tmp_path):
+    path = tmp_path / "runs.json"
+    about = {"engine": "vLLM", "compared": "a", "command": "b", "layout": "deci"}
+    record.write(path, "z", **about, not_run="no time")
+    record.write(path, "a", **about, not_run="no time")
+    record.write(path, "z", **about, arms={"bare": {"equal": 3, "of": 3, "gap": 1e-6}, "kv": {"refused": "what | is"}})
+    runs = record.read(path)
+    assert [run["run"] for run in runs] == ["a", "z"]
+    assert "bare: equal; KV: no ([z](results/engines.md#z))" in table.overview(runs)
+    assert '| <a id="z"></a>z | 3 of 3, 1.0e-06 |  | refused: what / is |  | `b` |' in table.details(runs)
+    assert "vLLM (bare everywhere)" in table.short(runs) and "SGLang" in table.short(runs).splitlines()[2]
+
+
+def test_the_short_form_says_where():
+    def came(layout, **arms):
+        return a_run(layout=layout, arms={a: {"equal": n, "of": 3} for a, n in arms.items()})
+
+    runs = [
+        came("ragged", bare=3, lora=3, kv=0),
+        came("masked", bare=3, lora=3, kv=3),
+        came("deci", bare=3, lora=2, kv=0),
+    ]
+    said = "bare everywhere, LoRA except in `deci`, KV in `masked`"
+    assert f"vLLM ({said})" in table.short(runs).splitlines()[1]
+    whole = [came(layout, bare=3, kv=3) for layout in LAYOUTS]
+    assert "vLLM" in table.short(whole).splitlines()[0]
+    assert "vLLM" in table.short(whole[1:]).splitlines()[1], "one layout was not run"
+    assert "vLLM" in table.short([came("deci", bare=2)]).splitlines()[2]

@@ -1,6 +1,7 @@
 """`koff serve` speaks OpenAI's protocol: what clients send is answered as they know it, and as the model says it."""
 
 import concurrent.futures
+import contextlib
 import json
 import re
 import shutil
@@ -13,15 +14,17 @@ import httpx2 as httpx
 import openai
 import pytest
 from served import Client, served
-from tiny_artifact import VOCABULARY, tiny_artifact
+from tiny_artifact import VOCABULARY, tiny_artifact, tiny_decomposition
 
-from koff_lightning import load_decomposed
+from koff_lightning import KVSpec, LoraSpec, load_decomposed
+from koff_lightning.artifact.export import export
 from koff_lightning.artifact.memories import add_memory, remove_memory
 from koff_lightning.evaluation.harness import KoffLM
 from koff_lightning.serving import ask, requests
 from koff_lightning.serving.batch import Batch
+from koff_lightning.serving.connection import Connection
 from koff_lightning.serving.errors import Refused
-from koff_lightning.serving.guard import LARGEST_BODY
+from koff_lightning.serving.guard import LARGEST_BODY, Guard
 from koff_lightning.serving.own import OwnEngine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "reliability"))
@@ -386,6 +389,57 @@ def test_a_client_that_goes_while_it_sends_is_no_failure(made, caplog):
         told = client.http.get("/metrics").text
     assert 'status="500"' not in told
     assert not [record for record in caplog.records if record.levelname == "ERROR"], caplog.text
+
+
+SLOW = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+SLOW += "Content-Length: 1000\r\n\r\n{"
+
+
+@pytest.mark.parametrize("sent", ["", SLOW[:9], SLOW], ids=["nothing", "half a head", "half a body"])
+def test_a_client_that_sends_slower_than_slow_is_left(made, monkeypatch, sent):
+    """It sends a byte now and then, so its connection is never idle; one who is answered meanwhile stays connected."""
+    monkeypatch.setattr(Connection, "seconds", 1.5)
+    monkeypatch.setattr(Guard, "seconds", 1.5)
+    with served(OwnEngine(made.folder)) as address:
+        client, began = Client(address), time.monotonic()
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as slow:
+            slow.settimeout(0.3)
+            slow.sendall(sent.encode())
+            told = b""
+            while time.monotonic() - began < 20 and not told:
+                with contextlib.suppress(TimeoutError):
+                    told = slow.recv(4096)
+                if sent and not told:
+                    slow.sendall(b"G")
+                assert client.complete("tiny:de", max_tokens=1)[0] == 200
+        assert told.startswith(b"HTTP/1.1 408") and 1.4 < time.monotonic() - began < 20
+        assert b"Connection: close" in told or b"connection: close" in told
+        if sent == SLOW:
+            assert b"the body did not come within" in told
+            assert 'path="/v1/completions",status="408"} 1.0' in client.http.get("/metrics").text
+
+
+def test_a_client_that_asks_for_a_websocket_gets_its_answer_and_no_line_of_the_log(client, caplog):
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x", "Sec-WebSocket-Version": "13"}
+    assert client.http.get("/v1/models", headers=upgrade).status_code == 200
+    assert not caplog.records
+
+
+def test_memories_of_each_kind_and_of_more_slots_than_the_context_serve(tmp_path):
+    """LoRA alone, slots alone, both, and 600 slots where the model takes 512 tokens: slots take none of them."""
+    module = tiny_decomposition(tmp_path)
+    for name, lora, kv in [("fr", LoraSpec(rank=2), None), ("law", None, KVSpec(slots=600))]:
+        module.memories.remove(name)
+        module.memories.add(name, lora, kv)
+    export(module, tmp_path / "artifact", prove=False)
+    model = load_decomposed(tmp_path / "artifact")
+    with served(OwnEngine(tmp_path / "artifact")) as address:
+        client = Client(address)
+        for name, domain in ARMS.items():
+            assert client.text(name, "fox") == due(model, "fox", domain)
+        assert client.complete("tiny:law", [5] * 500, max_tokens=12)[0] == 200
+        status, content = client.complete("tiny:law", [5] * 501, max_tokens=12)
+        assert status == 400 and "this model takes 512 in all" in content["error"]["message"]
 
 
 def test_a_request_ends_at_the_time_limit(made, slow):

@@ -6,6 +6,7 @@ Whether llama.cpp computes the same from it is in test_llamacpp.py.
 import json
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from test_gguf import write_gguf
@@ -94,9 +95,7 @@ def test_a_gguf_decomposed_and_written_again(tmp_path, monkeypatch):
     """`koff fit` on a GGUF, which removes nothing here, to a GGUF: the same logits."""
     monkeypatch.chdir(tmp_path)
     toy_tokenizer(tmp_path / "dense")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
-    tokenizer.add_special_tokens({"unk_token": "<|endoftext|>"})  # transformers gives one to all that it reads
-    tokenizer.save_pretrained(tmp_path / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")  # as koff-tiny's, without an `<|endoftext|>`
     tiny_model("llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1).save_pretrained(tmp_path / "dense")
     made = tiny_artifact(tmp_path, layout="uniform", uniform=True, lora=None, kv=None)
     to_gguf(made.folder, tmp_path / "one", "f32")
@@ -217,6 +216,26 @@ def test_a_tokenizer_that_a_gguf_gave(tmp_path):
     source = str(tmp_path / "out" / "model.gguf")
     own = AutoTokenizer.from_pretrained(str(tmp_path / "uniform" / "backbone"))
     assert load_tokenizer(source)("jumps während 跳过").input_ids == own("jumps während 跳过").input_ids
+
+
+def test_a_gguf_has_the_tokens_that_it_holds_and_no_others(tmp_path):
+    """Also when what was read is saved, as an artifact has it."""
+    tiny, file = load_tokenizer("koff-tiny"), tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    write_tokenizer(writer, tiny, 4096, [])
+    for name in ("context_length", "embedding_length", "block_count", "feed_forward_length", "head_count"):
+        getattr(writer, f"add_{name}")(16)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tensor("token_embd.weight", np.zeros((4096, 16), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    load_tokenizer(str(file)).save_pretrained(tmp_path / "saved")
+    for found in (load_tokenizer(str(file)), AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert found.get_vocab() == tiny.get_vocab()
+        assert found("jumps während 跳过").input_ids == tiny("jumps während 跳过").input_ids
+        assert found.unk_token is None and (found.bos_token, found.eos_token) == (tiny.bos_token, tiny.eos_token)
 
 
 def test_write_gguf_of_the_other_tests_has_the_same_tensors(tmp_path):

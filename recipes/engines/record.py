@@ -2,8 +2,8 @@
 
     run        its name, one of a kind: a new run of a name takes the place of the old one
     engine     a column of the table: koff-lightning, transformers, PEFT, vLLM, SGLang or llama.cpp
-    layout     whose artifact was run, a row of the table: ragged, merged, uniform, masked or deci; null for a run that is
-               about something else (speed, bits per byte)
+    layout     whose artifact was run, a row of the table: ragged, merged, uniform, masked or deci; null for a run
+               that is about something else (speed, bits per byte)
     compared   what was compared with what, a sentence without its full stop
     command    what was typed
     date       of the run, YYYY-MM-DD

@@ -13,6 +13,7 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -166,7 +167,21 @@ def load_tokenizer(
         check_tokenizer(folder)
     tokenizer = _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
     _loading(source, tokenizer, {"text": "A text."})  # some options are looked at only here
+    if "gguf_file" in where and tokenizer.is_fast:
+        _drop_beyond(tokenizer, read_head(folder / where["gguf_file"]).metadata["tokenizer.ggml.tokens"])
     return tokenizer
+
+
+def _drop_beyond(tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    """Take away what a file of `count` tokens does not hold.
+
+    transformers gives every byte-level tokenizer from a GGUF an `<|endoftext|>`; where the file has none, it gets an id
+    that the model has no row for.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    held = [token for token in content["added_tokens"] if token["id"] < count]
+    if len(held) < len(content["added_tokens"]):
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content | {"added_tokens": held}))
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -1,8 +1,8 @@
-"""Which engine can take which part of an artifact: what was tried, what follows from its own code, what is open.
+"""Which engine can take which part of one artifact: what was tried, what follows from its own code, what is open.
 
-"yes" is tried: here by `check`, and by the tests for every layout (llama.cpp: tests/test_llamacpp.py). "untested"
-should work by what the engine's sources and documents say (looked up in November 2026), but this project has not run
-it. "no" follows from the same sources.
+"yes" is tried: here by `check`, and by runs for every layout, docs/results/engines.json. "untested" should work by what
+the engine's sources and documents say (looked up in November 2026), but this project has not run it. "no" follows from
+the same sources.
 """
 
 import json
@@ -120,26 +120,6 @@ def text(found: dict[str, dict[str, Answer]]) -> str:
         for engine, answers in found.items()
         for part, (answer, why) in answers.items()
     )
-
-
-def markdown() -> str:
-    """The table of the README: layouts and memories by engine, reasons below it."""
-    reasons: dict[str, int] = {}
-
-    def cell(engine: str, cases: list[tuple[str, str]]) -> str:
-        marks: dict[str, str] = {}  # answer -> its reasons
-        for answer, why in dict.fromkeys(RULES[engine][part][form] for part, form in cases):
-            mark = f" [{reasons.setdefault(why, len(reasons) + 1)}]" if why else ""
-            marks[answer] = marks.get(answer, "") + mark
-        return " / ".join(answer + mark for answer, mark in marks.items())
-
-    rows = {f"{layouts}: backbone and LoRA": [("backbone", form), ("lora", form)] for form, layouts in FORMS.items()}
-    rows["KV memories of any layout"] = [("kv", form) for form in FORMS]
-    lines = [f"| | koff-lightning | {' | '.join(ENGINES.values())} |", "|---" * (2 + len(ENGINES)) + "|"]
-    lines += [
-        f"| {label} | yes | {' | '.join(cell(engine, cases) for engine in ENGINES)} |" for label, cases in rows.items()
-    ]
-    return "\n".join([*lines, "", *(f"[{number}] {why}." for why, number in reasons.items())])
 
 
 def _parts(manifest: Manifest) -> list[str]:

@@ -158,11 +158,10 @@ def _run(app: Any, at: socket.socket, patience: float) -> None:
     """Serve until a signal comes; requests under way are then answered first."""
     import uvicorn
 
+    from koff_lightning.serving.connection import config
+
     logging.basicConfig(format="koff: %(message)s", level=logging.WARNING)
     host, port = at.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port}", flush=True)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(patience) + 1, server_header=False
-    )
-    uvicorn.Server(config).run(sockets=[at])
+    uvicorn.Server(config(app, patience)).run(sockets=[at])

@@ -86,7 +86,7 @@ class Batch:
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, [B, K, S, dh] each
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # [B, S], 0 for padding
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def add(self, rows: Sequence[Row]) -> None:
         """Read the prompts of rows that come, tell their first tokens, and put those that go on beside the others."""
         layers, mask = self._read(rows)
@@ -105,7 +105,7 @@ class Batch:
         ]
         self.rows += [rows[index] for index in stay]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> None:
         """Read every row's last token and choose its next; rows that are done or gone leave."""
         self._drop()

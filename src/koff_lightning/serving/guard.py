@@ -1,5 +1,6 @@
 """What stands before the application: limits of a body, and pages of other sites in a browser on this machine."""
 
+import asyncio
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from koff_lightning.serving.errors import Refused
 
 LARGEST_BODY = 8 * 2**20  # bytes; a full context of 128 texts of 8,192 ids each
+READ = 60.0  # seconds in which a head must have come, and after it a body; 8 MiB at 1.2 Mbit/s
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -28,11 +30,13 @@ class Guard:
             page elsewhere could have its own name lead here (DNS rebinding).
     """
 
+    seconds = READ
+
     def __init__(self, app: ASGIApp, count: Callable[[str, int], None], hosts: Collection[str] | None = None) -> None:
         self.app, self.count, self.hosts = app, count, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on with the body counted."""
+        """Refuse, or pass on with the body counted and timed."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -47,14 +51,20 @@ class Guard:
         except Refused as error:
             await refusal(error)(scope, receive, noted)
             return
-        taken = 0
+        taken, due = 0, asyncio.get_running_loop().time() + self.seconds
 
         async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, due
+            try:
+                async with asyncio.timeout_at(due):
+                    message = await receive()
+            except TimeoutError:
+                raise _too_slow() from None
             taken += len(message.get("body", b""))
             if taken > LARGEST_BODY:
                 raise _too_large()
+            if not message.get("more_body", False):
+                due = None  # what is waited for now is that the client goes away
             return message
 
         await self.app(scope, counted, noted)
@@ -79,4 +89,10 @@ def _too_large() -> Refused:
         f"the body is larger than {LARGEST_BODY} bytes: send fewer or shorter prompts",
         413,
         headers={"Connection": "close"},
+    )
+
+
+def _too_slow() -> Refused:
+    return Refused(
+        f"the body did not come within {READ:g} s: send it faster, or less", 408, headers={"Connection": "close"}
     )

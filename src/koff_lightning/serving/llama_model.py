@@ -149,7 +149,7 @@ class LlamaModel:
     def _take_up(self, name: str) -> None:
         loaded, slots = _Loaded(), self.model.memories.slots(name)
         if slots is not None:
-            loaded.slots, loaded.state = slots.slots, self._state(slots)
+            loaded.slots, loaded.state = slots.slots, self._state(name, slots)
         with TemporaryDirectory() as work:
             path = Path(work) / LORA.format("memory")
             if write_lora(self.model, self._form, name, path):
@@ -158,16 +158,19 @@ class LlamaModel:
                     raise KoffError(f"llama.cpp cannot load the LoRA of {name}: {complaint()}")
         self._loaded[name] = loaded
 
-    def _state(self, memory: KVMemory) -> bytes:
+    def _state(self, name: str, memory: KVMemory) -> bytes:
         """A sequence that has read a memory's slots, as llama.cpp saves one."""
         slots = memory.slots
         if len(memory.layers) < memory.depth:
             raise KoffError(
-                f"llama.cpp has one row of places for all layers, and a memory has slots in {len(memory.layers)} of "
-                f"{memory.depth} only: serve it with --engine own"
+                f"llama.cpp has one row of places for all layers, and the memory {name} has slots in "
+                f"{len(memory.layers)} of {memory.depth} only: serve it with --engine own"
             )
         if slots >= self.room:
-            raise KoffError(f"a memory of {slots} slots does not fit in a context of {self.room} tokens: give more")
+            raise KoffError(
+                f"the {slots} slots of the memory {name} leave no place in a context of {self.room} tokens: give a "
+                "larger one if the model has it, or serve it with --engine own, where slots take none"
+            )
         if slots not in self._templates:
             text = self._open_text(None)
             try:

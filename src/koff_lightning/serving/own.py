@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.folder import MEMORIES, Manifest, read_manifest
 from koff_lightning.artifact.router_files import check_fit, read_router
@@ -54,7 +56,9 @@ class OwnEngine:
     scores = True
 
     def __init__(self, folder: Path, rows: int = 32, device: str = "cpu", dtype: str | None = None) -> None:
-        self._start(load_decomposed(folder, device, dtype), folder, rows)
+        with torch.inference_mode():  # of such tensors no changes are counted, which would be looked at in every layer
+            model = load_decomposed(folder, device, dtype)
+        self._start(model, folder, rows)
 
     def _start(self, model: DecomposedModel, folder: Path, rows: int) -> None:
         self.model, self.tokenizer = model, model.tokenizer
@@ -206,6 +210,7 @@ class OwnEngine:
             self._wake.notify()
         return future
 
+    @torch.inference_mode()
     def _work(self) -> None:
         """Until the engine is closed: what was asked for, who comes, a token for each row."""
         while not self._closed:

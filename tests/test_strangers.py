@@ -20,6 +20,7 @@ from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
 from koff_lightning.artifact.folder import describe_file
 from koff_lightning.callbacks import RunReport
 from koff_lightning.cli import main
+from koff_lightning.data import encoding
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.loading import load_config
 from koff_lightning.model_files import heads
@@ -598,20 +599,33 @@ def test_numbers_that_are_not_finite(artifact, file, kind):
         load_decomposed(artifact)
 
 
-def test_a_pattern_that_never_ends(artifact, capfd):
+def split_by(artifact, pattern):
     place = artifact / "backbone" / "tokenizer.json"
     content = json.loads(place.read_text())
-    content["pre_tokenizer"] = {
-        "type": "Split",
-        "pattern": {"Regex": "(a|aa)+$b"},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    place.write_text(json.dumps(content))
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    place.write_text(json.dumps(content | {"pre_tokenizer": split}))
     Bench._hash_anew(artifact)
+
+
+def test_a_pattern_that_never_ends(artifact, capfd):
+    split_by(artifact, "(a|aa)+$b")
     assert main(["generate", "--model", str(artifact), "--prompt", "a" * 60, "--max_new_tokens", "2"]) == 2
     said = capfd.readouterr().err.splitlines()
     assert "a tokenizer cannot be used, it failed in the middle of a text" in said[-1]
+
+
+@pytest.mark.parametrize("verb", ["generate", "lm-eval"])
+def test_a_pattern_that_goes_back_and_forth_at_each_character(artifact, capfd, monkeypatch, verb):
+    """At none of them long enough for the library to end it; all the text takes seconds, a book hours."""
+    split_by(artifact, "(?:.|.){18}[^ -~]")
+    monkeypatch.setattr(encoding, "SECONDS", 0.1)
+    monkeypatch.setattr(encoding, "SECONDS_PER_CHARACTER", 0.0)
+    rest = {
+        "generate": ["--prompt", "a" * 200, "--max_new_tokens", "2"],
+        "lm-eval": ["--domain", "de", "--tasks", "koff_cloze_de", "--limit", "1"],
+    }
+    assert main([verb, "--model", str(artifact), *rest[verb]]) == 2
+    assert "s of processor time: a pattern in its tokenizer.json goes" in capfd.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it can be read")

@@ -362,6 +362,13 @@ BAD = {
     "optimizers of nothing": put("optimizer_states", [{}]),
     "an optimizer that lost an average": lambda content: content["optimizer_states"][0]["state"][0].pop("exp_avg"),
     "an optimizer of another shape": put("optimizer_states", 0, "state", 0, "exp_avg", torch.zeros(1, 1)),
+    "an optimizer that counts in complex numbers": put(
+        "optimizer_states", 0, "state", 0, "step", torch.tensor(3.0, dtype=torch.complex64)
+    ),
+    "an optimizer rounded to halves": lambda content: content["optimizer_states"][0]["state"][0].update(
+        {name: part.half() for name, part in content["optimizer_states"][0]["state"][0].items()}
+    ),
+    "an optimizer that counts to infinity": put("optimizer_states", 0, "state", 0, "step", torch.tensor(float("inf"))),
     "an optimizer that keeps nothing": put("optimizer_states", 0, "state", 0, []),
     "loops without a fit": put("loops", {}),
     "loops of nothing": put("loops", "fit_loop", None),

@@ -204,7 +204,12 @@ def _fault_of_optimizers(states: Sequence[Mapping[str, Any]]) -> str | None:
         if any(entry.keys() != entries[0].keys() for entry in entries):
             return "optimizer_states keep other things of one parameter than of another"
         for entry in entries:
-            shapes = {part.shape for part in entry.values() if isinstance(part, Tensor) and part.ndim}
+            tensors = {name: part for name, part in entry.items() if isinstance(part, Tensor)}
+            if odd := [name for name, part in tensors.items() if part.dtype != torch.float32]:
+                return f"optimizer_states keep {odd[0]} of a parameter as {tensors[odd[0]].dtype}, not torch.float32"
+            if odd := [name for name, part in tensors.items() if not part.isfinite().all()]:
+                return f"optimizer_states keep {odd[0]} of a parameter in numbers that are not finite"
+            shapes = {part.shape for part in tensors.values() if part.ndim}
             if len(shapes) > 1 or not all(isinstance(part, Tensor | int | float) for part in entry.values()):
                 return "optimizer_states keep of a parameter what is no tensor, or tensors of several shapes"
     return None

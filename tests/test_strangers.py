@@ -333,6 +333,12 @@ def many(_):
 
 
 LORA = "model.backbone.model.layers.0.self_attn.q_proj.lora_A.koff_en.weight"
+
+
+def points_of(content):
+    return content["callbacks"]["RunReport"]["history"]["points"]
+
+
 BAD = {
     "a tensor that is none": put("state_dict", LORA, "text"),
     "a tensor that is a list": put("state_dict", LORA, [1.0]),
@@ -356,6 +362,10 @@ BAD = {
     "a history that is a number": put("callbacks", "RunReport", "history", 3),
     "a history without points": put("callbacks", "RunReport", "history", {"every": 1}),
     "points of nothing": put("callbacks", "RunReport", "history", "points", [None]),
+    "a point that lost a group": lambda content: points_of(content)[1]["removed"].pop(),
+    "points that changed places": lambda content: points_of(content).reverse(),
+    "a point of a later step": lambda content: points_of(content)[-1].update(step=10**6),
+    "a share of more than all": lambda content: points_of(content)[0]["removed"].__setitem__(0, 3.5),
     "schedulers that are text": put("lr_schedulers", "x"),
     "schedulers of nothing": put("lr_schedulers", [None]),
     "optimizers that are numbers": put("optimizer_states", 3),

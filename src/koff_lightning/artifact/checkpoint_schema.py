@@ -7,6 +7,7 @@ itself, a tensor may claim a million times the numbers that it has, `global_step
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -93,7 +94,9 @@ def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
     except ValueError as error:
         return str(error)
     form = _fault(checkpoint, _FORM, "it") or _fault_of_numbers(checkpoint["state_dict"])
-    return form or _fault_of_optimizers(checkpoint.get("optimizer_states", ())) or _contradiction(checkpoint)
+    if form or (form := _fault_of_optimizers(checkpoint.get("optimizer_states", ()))):
+        return form
+    return _fault_of_history(checkpoint) or _contradiction(checkpoint)
 
 
 def _count(value: Any, known: dict[int, int], depth: int) -> int:
@@ -212,6 +215,20 @@ def _fault_of_optimizers(states: Sequence[Mapping[str, Any]]) -> str | None:
             shapes = {part.shape for part in tensors.values() if part.ndim}
             if len(shapes) > 1 or not all(isinstance(part, Tensor | int | float) for part in entry.values()):
                 return "optimizer_states keep of a parameter what is no tensor, or tensors of several shapes"
+    return None
+
+
+def _fault_of_history(checkpoint: Mapping[str, Any]) -> str | None:
+    """Points of the mask's history are of the same groups, in the order of the steps, up to now, and in shares."""
+    points = checkpoint.get("callbacks", {}).get("RunReport", {}).get("history", {}).get("points", ())
+    if len({len(point["removed"]) for point in points}) > 1:
+        return "points of its history are of other groups of units than others"
+    steps = [-1, *(point["step"] for point in points), checkpoint["global_step"]]
+    if any(a >= b for a, b in pairwise(steps[:-1])) or steps[-2] > steps[-1]:
+        return f"the steps of its history, up to {steps[-2]}, are not in order, or go past its own, {steps[-1]}"
+    shares = [share for point in points for share in (*point["removed"], point["target"], point["realised"])]
+    if odd := [share for share in shares if not -1e-6 <= share <= 1 + 1e-6]:
+        return _other("a share in its history", "from 0 to 1", odd[0])
     return None
 
 

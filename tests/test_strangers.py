@@ -1,9 +1,11 @@
 """Files of strangers: what differs from what it should be is said in one line, and nothing else comes of it."""
 
 import json
+import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -379,6 +381,8 @@ BAD = {
         {name: part.half() for name, part in content["optimizer_states"][0]["state"][0].items()}
     ),
     "an optimizer that counts to infinity": put("optimizer_states", 0, "state", 0, "step", torch.tensor(float("inf"))),
+    "an optimizer of a parameter with a name": put("optimizer_states", 0, "state", "0x", {}),
+    "an optimizer of a parameter too many": put("optimizer_states", 0, "state", 10**4, {}),
     "an optimizer that keeps nothing": put("optimizer_states", 0, "state", 0, []),
     "loops without a fit": put("loops", {}),
     "loops of nothing": put("loops", "fit_loop", None),
@@ -432,6 +436,47 @@ def test_a_run_does_not_go_on_from_it(run, tmp_path, case):
     path = spoilt(run, tmp_path, BAD[case])
     with pytest.raises(KoffError, match="not as `koff fit` writes one"):
         tiny_trainer(tmp_path, [RunReport()]).fit(tiny_module(run), RandomText(8), ckpt_path=path, weights_only=True)
+
+
+def gone_on(run, folder, path):
+    """What is trained after the steps that a checkpoint leaves to come."""
+    module = tiny_module(run)
+    tiny_trainer(folder, [RunReport()], steps=12).fit(module, RandomText(12), ckpt_path=path, weights_only=True)
+    return {name: part for name, part in module.state_dict().items() if name in module.owned()}
+
+
+def other_options(content):
+    for group in content["optimizer_states"][0]["param_groups"]:
+        group |= {"betas": (0.1, 0.1), "eps": 3.0, "weight_decay": 0.5, "maximize": not group["maximize"], "lr": 7.0}
+    content["lr_schedulers"][0] |= {"lr_lambdas": [3], "base_lrs": [9.0], "more": 1}
+
+
+IN_MID_EPOCH = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+
+
+@IN_MID_EPOCH
+def test_a_run_that_goes_on_takes_no_options_of_the_optimizer_from_a_file(run, tmp_path):
+    wanted = gone_on(run, tmp_path, spoilt(run, tmp_path, lambda content: None))
+    found = gone_on(run, tmp_path, spoilt(run, tmp_path, other_options))
+    assert all(torch.equal(part, found[name]) for name, part in wanted.items())
+
+
+def flattened(content):
+    for entry in content["optimizer_states"][0]["state"].values():
+        entry |= {name: part.flatten() for name, part in entry.items() if part.ndim}
+
+
+@IN_MID_EPOCH
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: content["optimizer_states"][0]["param_groups"][0]["params"].append(999), "has groups of"),
+        (flattened, "for a parameter of shape"),
+    ],
+)
+def test_an_optimizer_of_other_parameters_is_refused(run, tmp_path, spoil, message):
+    with pytest.raises(KoffError, match=message):
+        gone_on(run, tmp_path, spoilt(run, tmp_path, spoil))
 
 
 @pytest.mark.parametrize("case", ["sparse", "units of nothing", "values in themselves"])
@@ -645,6 +690,23 @@ def test_a_pattern_that_goes_back_and_forth_at_each_character(artifact, capfd, m
     assert "s of processor time: a pattern in its tokenizer.json goes" in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("more", [{}, {"model.layers.0.more": torch.zeros(1)}])
+def test_transformers_says_nothing_while_it_loads(tmp_path, more):
+    """Neither of layers that no other device shares, which nobody asked for, nor in a table what we say in a line."""
+    tensors = load_file(saved(tmp_path) / "model.safetensors")
+    save_file(tensors | more, tmp_path / "model.safetensors", {"format": "pt"})
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with pytest.raises(KoffError, match="no place for") if more else nullcontext():
+            load_backbone(str(tmp_path))
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert [record.getMessage() for record in said] == []
+
+
 @pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it can be read")
 def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
     (saved(tmp_path) / "tokenizer.model").write_bytes(b"x" * 100)
@@ -653,6 +715,6 @@ def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
 
 def test_a_handful_of_the_fuzz():
     """recipes/reliability/strangers.py runs hundreds."""
-    found = run_fuzz(8, seed=7)
-    assert sum(found.values()) == 16
-    assert not [key for key in found if key[1] == "fault"], found
+    found = run_fuzz(4, seed=7)
+    assert sum(found.values()) == 8
+    assert not [key for key in found if key[2] == "fault"], found

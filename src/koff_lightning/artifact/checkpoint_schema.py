@@ -201,6 +201,11 @@ def _fault_of_numbers(state: Mapping[str, Tensor]) -> str | None:
 def _fault_of_optimizers(states: Sequence[Mapping[str, Any]]) -> str | None:
     """What an optimizer keeps of one parameter it keeps of all, in the parameter's shape, but for counts."""
     for state in states:
+        known = {number for group in state["param_groups"] for number in group["params"]}
+        if odd := [number for number in state["state"] if type(number) is not int or number not in known]:
+            return (
+                f"optimizer_states keep something of a parameter {odd[0]!r:.60}, which their param_groups do not have"
+            )
         entries = list(state["state"].values())
         if odd := [entry for entry in entries if not isinstance(entry, Mapping)]:
             return _other("an entry of optimizer_states", "a dictionary", odd[0])

@@ -78,7 +78,7 @@ import sys
 from pathlib import Path
 from koff_lightning.commands import lm_eval_cli
 
-options = lm_eval_cli._parser().parse_args(["--model", "x", "--config", "größe.yaml", *sys.argv[1:]])
+options = lm_eval_cli._parser().parse_args(["--model", "x", "--config", "c.yaml", *sys.argv[1:]])
 settings = lm_eval_cli._settings(options)
 Path("said").write_text(repr((settings.system_instruction, settings.samples)), encoding="utf-8")
 """
@@ -86,7 +86,7 @@ Path("said").write_text(repr((settings.system_instruction, settings.samples)), e
 
 def test_files_of_lm_eval_are_utf8_in_a_locale_that_is_not(tmp_path):
     """Its own reader takes the locale's encoding."""
-    (tmp_path / "größe.yaml").write_text("tasks: [koff_bpb]\nsystem_instruction: große Füchse 狐狸\n", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text("tasks: [koff_bpb]\nsystem_instruction: große Füchse 狐狸\n", encoding="utf-8")
     (tmp_path / "samples.json").write_text('{"koff_größe": [0]}', encoding="utf-8")
     (tmp_path / "look.py").write_text(LM_EVAL, encoding="utf-8")
     environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "LANG": "C"}

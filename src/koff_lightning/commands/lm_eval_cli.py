@@ -2,10 +2,11 @@
 
 import argparse
 import hashlib
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -192,7 +193,8 @@ def _settings(options: argparse.Namespace) -> Any:
             return super()._process_arguments()
 
     try:
-        return Settings.from_cli(argparse.Namespace(**given))
+        with redirect_stdout(io.StringIO()):  # it prints what a config says, which not every terminal can show
+            return Settings.from_cli(argparse.Namespace(**given))
     except (ValueError, TypeError, OSError) as error:
         raise KoffError(f"lm-eval: {' '.join(str(error).split())}") from error
 

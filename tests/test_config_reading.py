@@ -71,3 +71,27 @@ def test_configs_and_text_are_utf8_in_a_locale_that_is_not(tmp_path):
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert b"a: tokenised" in done.stdout
     assert "測試" in (tmp_path / "saved.yaml").read_text(encoding="utf-8")
+
+
+LM_EVAL = """
+import sys
+from pathlib import Path
+from koff_lightning.commands import lm_eval_cli
+
+options = lm_eval_cli._parser().parse_args(["--model", "x", "--config", "c.yaml", *sys.argv[1:]])
+settings = lm_eval_cli._settings(options)
+Path("said").write_text(repr((settings.system_instruction, settings.samples)), encoding="utf-8")
+"""
+
+
+def test_files_of_lm_eval_are_utf8_in_a_locale_that_is_not(tmp_path):
+    """Its own reader takes the locale's encoding."""
+    (tmp_path / "c.yaml").write_text("tasks: [koff_bpb]\nsystem_instruction: große Füchse 狐狸\n", encoding="utf-8")
+    (tmp_path / "samples.json").write_text('{"koff_größe": [0]}', encoding="utf-8")
+    (tmp_path / "look.py").write_text(LM_EVAL, encoding="utf-8")
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "LANG": "C"}
+    words = [sys.executable, "look.py", "--samples", "samples.json"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    said = (tmp_path / "said").read_text(encoding="utf-8")
+    assert said == repr(("große Füchse 狐狸", {"koff_größe": [0]}))

@@ -18,18 +18,31 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> ZipFile:
-    """A wheel built from a copy of the tree, as pip would from a clone."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+def clone(tmp_path_factory) -> Path:
+    """A copy of the tree."""
+    tree = tmp_path_factory.mktemp("tree")
     for name in ("src", "configs"):
         shutil.copytree(
             ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
-    for file in [*ROOT.glob("*.cfg"), *ROOT.glob("*.toml"), *ROOT.glob("*.md"), ROOT / "LICENSE"]:
+    for file in [*ROOT.glob("*.cfg"), *ROOT.glob("*.toml"), *ROOT.glob("*.md"), ROOT / "setup.py", ROOT / "LICENSE"]:
         shutil.copy(file, tree)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(clone, tmp_path_factory) -> ZipFile:
+    """A wheel built from it, as pip would from a clone."""
+    out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", out, tree], check=True, capture_output=True, text=True)
+    subprocess.run([*command, "--wheel-dir", out, clone], check=True, capture_output=True, text=True)
     return ZipFile(next(out.glob("*.whl")))
+
+
+def test_a_build_leaves_nothing_in_the_clone_but_its_metadata(clone, wheel):
+    assert not (clone / "build").exists()
+    known = {"src", "configs", "setup.py", "LICENSE"}
+    assert {path.name for path in clone.iterdir() if path.suffix not in (".cfg", ".toml", ".md")} == known
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """Files of strangers: what differs from what it should be is said in one line, and nothing else comes of it."""
 
 import json
+import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
 from koff_lightning.artifact.folder import describe_file
 from koff_lightning.callbacks import RunReport
 from koff_lightning.cli import main
+from koff_lightning.data import encoding
 from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.loading import load_config
 from koff_lightning.model_files import heads
@@ -332,6 +335,12 @@ def many(_):
 
 
 LORA = "model.backbone.model.layers.0.self_attn.q_proj.lora_A.koff_en.weight"
+
+
+def points_of(content):
+    return content["callbacks"]["RunReport"]["history"]["points"]
+
+
 BAD = {
     "a tensor that is none": put("state_dict", LORA, "text"),
     "a tensor that is a list": put("state_dict", LORA, [1.0]),
@@ -355,12 +364,25 @@ BAD = {
     "a history that is a number": put("callbacks", "RunReport", "history", 3),
     "a history without points": put("callbacks", "RunReport", "history", {"every": 1}),
     "points of nothing": put("callbacks", "RunReport", "history", "points", [None]),
+    "a point that lost a group": lambda content: points_of(content)[1]["removed"].pop(),
+    "points that changed places": lambda content: points_of(content).reverse(),
+    "a point of a later step": lambda content: points_of(content)[-1].update(step=10**6),
+    "a share of more than all": lambda content: points_of(content)[0]["removed"].__setitem__(0, 3.5),
     "schedulers that are text": put("lr_schedulers", "x"),
     "schedulers of nothing": put("lr_schedulers", [None]),
     "optimizers that are numbers": put("optimizer_states", 3),
     "optimizers of nothing": put("optimizer_states", [{}]),
     "an optimizer that lost an average": lambda content: content["optimizer_states"][0]["state"][0].pop("exp_avg"),
     "an optimizer of another shape": put("optimizer_states", 0, "state", 0, "exp_avg", torch.zeros(1, 1)),
+    "an optimizer that counts in complex numbers": put(
+        "optimizer_states", 0, "state", 0, "step", torch.tensor(3.0, dtype=torch.complex64)
+    ),
+    "an optimizer rounded to halves": lambda content: content["optimizer_states"][0]["state"][0].update(
+        {name: part.half() for name, part in content["optimizer_states"][0]["state"][0].items()}
+    ),
+    "an optimizer that counts to infinity": put("optimizer_states", 0, "state", 0, "step", torch.tensor(float("inf"))),
+    "an optimizer of a parameter with a name": put("optimizer_states", 0, "state", "0x", {}),
+    "an optimizer of a parameter too many": put("optimizer_states", 0, "state", 10**4, {}),
     "an optimizer that keeps nothing": put("optimizer_states", 0, "state", 0, []),
     "loops without a fit": put("loops", {}),
     "loops of nothing": put("loops", "fit_loop", None),
@@ -414,6 +436,47 @@ def test_a_run_does_not_go_on_from_it(run, tmp_path, case):
     path = spoilt(run, tmp_path, BAD[case])
     with pytest.raises(KoffError, match="not as `koff fit` writes one"):
         tiny_trainer(tmp_path, [RunReport()]).fit(tiny_module(run), RandomText(8), ckpt_path=path, weights_only=True)
+
+
+def gone_on(run, folder, path):
+    """What is trained after the steps that a checkpoint leaves to come."""
+    module = tiny_module(run)
+    tiny_trainer(folder, [RunReport()], steps=12).fit(module, RandomText(12), ckpt_path=path, weights_only=True)
+    return {name: part for name, part in module.state_dict().items() if name in module.owned()}
+
+
+def other_options(content):
+    for group in content["optimizer_states"][0]["param_groups"]:
+        group |= {"betas": (0.1, 0.1), "eps": 3.0, "weight_decay": 0.5, "maximize": not group["maximize"], "lr": 7.0}
+    content["lr_schedulers"][0] |= {"lr_lambdas": [3], "base_lrs": [9.0], "more": 1}
+
+
+IN_MID_EPOCH = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+
+
+@IN_MID_EPOCH
+def test_a_run_that_goes_on_takes_no_options_of_the_optimizer_from_a_file(run, tmp_path):
+    wanted = gone_on(run, tmp_path, spoilt(run, tmp_path, lambda content: None))
+    found = gone_on(run, tmp_path, spoilt(run, tmp_path, other_options))
+    assert all(torch.equal(part, found[name]) for name, part in wanted.items())
+
+
+def flattened(content):
+    for entry in content["optimizer_states"][0]["state"].values():
+        entry |= {name: part.flatten() for name, part in entry.items() if part.ndim}
+
+
+@IN_MID_EPOCH
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: content["optimizer_states"][0]["param_groups"][0]["params"].append(999), "has groups of"),
+        (flattened, "for a parameter of shape"),
+    ],
+)
+def test_an_optimizer_of_other_parameters_is_refused(run, tmp_path, spoil, message):
+    with pytest.raises(KoffError, match=message):
+        gone_on(run, tmp_path, spoilt(run, tmp_path, spoil))
 
 
 @pytest.mark.parametrize("case", ["sparse", "units of nothing", "values in themselves"])
@@ -598,20 +661,50 @@ def test_numbers_that_are_not_finite(artifact, file, kind):
         load_decomposed(artifact)
 
 
-def test_a_pattern_that_never_ends(artifact, capfd):
+def split_by(artifact, pattern):
     place = artifact / "backbone" / "tokenizer.json"
     content = json.loads(place.read_text())
-    content["pre_tokenizer"] = {
-        "type": "Split",
-        "pattern": {"Regex": "(a|aa)+$b"},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    place.write_text(json.dumps(content))
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    place.write_text(json.dumps(content | {"pre_tokenizer": split}))
     Bench._hash_anew(artifact)
+
+
+def test_a_pattern_that_never_ends(artifact, capfd):
+    split_by(artifact, "(a|aa)+$b")
     assert main(["generate", "--model", str(artifact), "--prompt", "a" * 60, "--max_new_tokens", "2"]) == 2
     said = capfd.readouterr().err.splitlines()
     assert "a tokenizer cannot be used, it failed in the middle of a text" in said[-1]
+
+
+@pytest.mark.parametrize("verb", ["generate", "lm-eval"])
+def test_a_pattern_that_goes_back_and_forth_at_each_character(artifact, capfd, monkeypatch, verb):
+    """At none of them long enough for the library to end it; all the text takes seconds, a book hours."""
+    split_by(artifact, "(?:.|.){18}[^ -~]")
+    monkeypatch.setattr(encoding, "SECONDS", 0.1)
+    monkeypatch.setattr(encoding, "SECONDS_PER_CHARACTER", 0.0)
+    rest = {
+        "generate": ["--prompt", "a" * 200, "--max_new_tokens", "2"],
+        "lm-eval": ["--domain", "de", "--tasks", "koff_cloze_de", "--limit", "1"],
+    }
+    assert main([verb, "--model", str(artifact), *rest[verb]]) == 2
+    assert "s of processor time: a pattern in its tokenizer.json goes" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("more", [{}, {"model.layers.0.more": torch.zeros(1)}])
+def test_transformers_says_nothing_while_it_loads(tmp_path, more):
+    """Neither of layers that no other device shares, which nobody asked for, nor in a table what we say in a line."""
+    tensors = load_file(saved(tmp_path) / "model.safetensors")
+    save_file(tensors | more, tmp_path / "model.safetensors", {"format": "pt"})
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with pytest.raises(KoffError, match="no place for") if more else nullcontext():
+            load_backbone(str(tmp_path))
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert [record.getMessage() for record in said] == []
 
 
 @pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it can be read")
@@ -622,6 +715,6 @@ def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
 
 def test_a_handful_of_the_fuzz():
     """recipes/reliability/strangers.py runs hundreds."""
-    found = run_fuzz(8, seed=7)
-    assert sum(found.values()) == 16
-    assert not [key for key in found if key[1] == "fault"], found
+    found = run_fuzz(4, seed=7)
+    assert sum(found.values()) == 8
+    assert not [key for key in found if key[2] == "fault"], found

@@ -290,14 +290,20 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def no_report() -> Iterator[None]:
-    """Keep transformers' table of what files and model do not share off the terminal: we say it in a line."""
+    """Keep transformers' table of what files and model do not share off the terminal: we say it in a line.
+
+    The logger's level stays: where one is set, transformers also lists the layers that no other device shares.
+    """
     log = logging.getLogger("transformers.modeling_utils")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    log.addFilter(_no_table)
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.removeFilter(_no_table)
+
+
+def _no_table(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @contextmanager

@@ -7,6 +7,7 @@ itself, a tensor may claim a million times the numbers that it has, `global_step
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -93,7 +94,9 @@ def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
     except ValueError as error:
         return str(error)
     form = _fault(checkpoint, _FORM, "it") or _fault_of_numbers(checkpoint["state_dict"])
-    return form or _fault_of_optimizers(checkpoint.get("optimizer_states", ())) or _contradiction(checkpoint)
+    if form or (form := _fault_of_optimizers(checkpoint.get("optimizer_states", ()))):
+        return form
+    return _fault_of_history(checkpoint) or _contradiction(checkpoint)
 
 
 def _count(value: Any, known: dict[int, int], depth: int) -> int:
@@ -198,15 +201,39 @@ def _fault_of_numbers(state: Mapping[str, Tensor]) -> str | None:
 def _fault_of_optimizers(states: Sequence[Mapping[str, Any]]) -> str | None:
     """What an optimizer keeps of one parameter it keeps of all, in the parameter's shape, but for counts."""
     for state in states:
+        known = {number for group in state["param_groups"] for number in group["params"]}
+        if odd := [number for number in state["state"] if type(number) is not int or number not in known]:
+            return (
+                f"optimizer_states keep something of a parameter {odd[0]!r:.60}, which their param_groups do not have"
+            )
         entries = list(state["state"].values())
         if odd := [entry for entry in entries if not isinstance(entry, Mapping)]:
             return _other("an entry of optimizer_states", "a dictionary", odd[0])
         if any(entry.keys() != entries[0].keys() for entry in entries):
             return "optimizer_states keep other things of one parameter than of another"
         for entry in entries:
-            shapes = {part.shape for part in entry.values() if isinstance(part, Tensor) and part.ndim}
+            tensors = {name: part for name, part in entry.items() if isinstance(part, Tensor)}
+            if odd := [name for name, part in tensors.items() if part.dtype != torch.float32]:
+                return f"optimizer_states keep {odd[0]} of a parameter as {tensors[odd[0]].dtype}, not torch.float32"
+            if odd := [name for name, part in tensors.items() if not part.isfinite().all()]:
+                return f"optimizer_states keep {odd[0]} of a parameter in numbers that are not finite"
+            shapes = {part.shape for part in tensors.values() if part.ndim}
             if len(shapes) > 1 or not all(isinstance(part, Tensor | int | float) for part in entry.values()):
                 return "optimizer_states keep of a parameter what is no tensor, or tensors of several shapes"
+    return None
+
+
+def _fault_of_history(checkpoint: Mapping[str, Any]) -> str | None:
+    """Points of the mask's history are of the same groups, in the order of the steps, up to now, and in shares."""
+    points = checkpoint.get("callbacks", {}).get("RunReport", {}).get("history", {}).get("points", ())
+    if len({len(point["removed"]) for point in points}) > 1:
+        return "points of its history are of other groups of units than others"
+    steps = [-1, *(point["step"] for point in points), checkpoint["global_step"]]
+    if any(a >= b for a, b in pairwise(steps[:-1])) or steps[-2] > steps[-1]:
+        return f"the steps of its history, up to {steps[-2]}, are not in order, or go past its own, {steps[-1]}"
+    shares = [share for point in points for share in (*point["removed"], point["target"], point["realised"])]
+    if odd := [share for share in shares if not -1e-6 <= share <= 1 + 1e-6]:
+        return _other("a share in its history", "from 0 to 1", odd[0])
     return None
 
 

@@ -128,12 +128,13 @@ def _answer(
     import torch
     from transformers import TextStreamer
 
+    from koff_lightning.data.encoding import encode
     from koff_lightning.data.rendering import render, writing
 
     tokenizer = model.tokenizer
     with writing():
         written = render(tokenizer, messages, add_generation_prompt=True)
-    ids = torch.tensor([tokenizer(written, add_special_tokens=False)["input_ids"]])  # [1, T]
+    ids = torch.tensor([encode(tokenizer, written, add_special_tokens=False)["input_ids"]])  # [1, T]
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -2,18 +2,20 @@
 
 import argparse
 import hashlib
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import one_line
 from koff_lightning.support.yaml_files import read_yaml
@@ -99,14 +101,20 @@ def lm_eval(argv: list[str]) -> None:
 
 def _refuse_code(path: Path) -> None:
     """Raise KoffError if a config says what runs code: whoever asks says that on the command line."""
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise KoffError(f"lm-eval: --config {path} must hold names and values")
+    content = _content(path)
     tasks = content.get("tasks") or []
     named = tasks.split(",") if isinstance(tasks, str) else tasks if isinstance(tasks, list) else [tasks]
     refuse_task_files(content.get("include_path"), [str(task).strip() for task in named])
     if odd := [name for name in _RUNS_CODE if content.get(name) not in (None, False)]:
         raise KoffError(f"lm-eval: --config {path} says {odd[0]}, which lets code of others run. {_BY_WORD}")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a config of lm-eval says."""
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise KoffError(f"lm-eval: --config {path} must hold names and values")
+    return content
 
 
 def _check_chat_template(lm: "KoffLM", asked: bool | str, model: str) -> None:
@@ -170,8 +178,23 @@ def _settings(options: argparse.Namespace) -> Any:
     given = {name: value for name, value in vars(options).items() if name not in own}
     if not options.config:
         given.setdefault("batch_size", ROWS)
+
+    class Settings(EvaluatorConfig):
+        """lm-eval's, whose files are read as all of ours are: in UTF-8 wherever that is, and with limits."""
+
+        @staticmethod
+        def load_yaml_config(config_path: str) -> dict[str, Any]:
+            return _content(Path(config_path).expanduser())
+
+        def _process_arguments(self) -> Self:
+            named = isinstance(self.samples, str) and not self.samples.lstrip().startswith("{")
+            if named and (path := Path(self.samples).expanduser()).is_file():
+                self.samples = read_json_object(path)
+            return super()._process_arguments()
+
     try:
-        return EvaluatorConfig.from_cli(argparse.Namespace(**given))
+        with redirect_stdout(io.StringIO()):  # it prints what a config says, which not every terminal can show
+            return Settings.from_cli(argparse.Namespace(**given))
     except (ValueError, TypeError, OSError) as error:
         raise KoffError(f"lm-eval: {' '.join(str(error).split())}") from error
 

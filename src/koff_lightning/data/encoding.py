@@ -9,6 +9,8 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +18,13 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from koff_lightning.loading import tokenizer_hash
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.time_limit import within
 
 TEXTS_PER_CALL = 1024  # large enough to keep all cores of a fast tokenizer busy, small enough for its Python lists
 # Characters that are tokenised at once, and those of one document: tokenizers take some 160 bytes of memory for each.
 CHARACTERS_PER_CALL, LONGEST_PART = 2**20, 2**19
+# Seconds of a call of a tokenizer, and more for each character: a hundred times what slow ones take.
+SECONDS, SECONDS_PER_CHARACTER = 10.0, 1e-4
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,38 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> BatchEncoding:
+    """What a tokenizer makes of text or texts, in bounded time: its patterns come with the model, from anyone.
+
+    A pattern that goes back and forth is ended by the library after ten million steps, but at each character anew.
+
+    Args:
+        tokenizer: Of the backbone.
+        text: To be encoded; of long text parts, as `tokenize` has them.
+        options: Of the tokenizer's call.
+
+    Raises:
+        KoffError: It takes a hundred times as long as tokenizers do.
+    """
+    size = len(text) if isinstance(text, str) else sum(map(len, text))
+
+    def too_long() -> KoffError:
+        return KoffError(
+            f"the tokenizer has not encoded {size:,} characters after {limit:.0f} s of processor time: a pattern in "
+            "its tokenizer.json goes back and forth over the text; take the tokenizer from its maker anew"
+        )
+
+    limit = SECONDS + SECONDS_PER_CHARACTER * size
+    return within(limit, partial(tokenizer, text, **options), too_long)
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of text that a model is to continue: the start token once, the text, no end token.
 
     What is written like a special token becomes one, as the text of a chat template needs it; so where the text begins
     with the start token, no second one is put before it.
     """
-    ids, start = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], start_tokens(tokenizer)
+    ids, start = encode(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"], start_tokens(tokenizer)
     return ids if ids[: len(start)] == start else start + ids
 
 
@@ -80,7 +110,8 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
     pieces: list[list[NDArray[np.int32]]] = [[] for _ in texts]  # the tokens of each document, in parts
     num_bytes, unknown_bytes = np.zeros((2, len(texts)), np.int64)
     for call in _calls(texts):
-        encoded = tokenizer(
+        encoded = encode(
+            tokenizer,
             [part for _, part in call],
             add_special_tokens=False,
             split_special_tokens=True,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.encoding import LONGEST_PART, TokenStream
+from koff_lightning.data.encoding import LONGEST_PART, TokenStream, encode
 from koff_lightning.data.readers import OnBad
 from koff_lightning.data.rendering import Message, render, writing
 from koff_lightning.data.sources import Chat
@@ -67,8 +67,12 @@ def tokenize_talks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cha
     found: list[tuple[NDArray[np.int32], NDArray[np.bool_], int, int]] = []
     special = np.array(sorted(_special(tokenizer)), dtype=np.int32)
     for group in _groups(_written(texts, tokenizer, on_bad)):
-        encoded = tokenizer(
-            [text for text, _ in group], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        encoded = encode(
+            tokenizer,
+            [text for text, _ in group],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
         for (text, spans), ids, offsets in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             tokens, places = np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2)

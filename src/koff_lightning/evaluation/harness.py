@@ -28,7 +28,7 @@ from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.decomposed import DecomposedModel, default_device, dense_of, load_decomposed
 from koff_lightning.artifact.folder import MANIFEST
 from koff_lightning.backbone import ask_nothing_
-from koff_lightning.data.encoding import encode_prompt
+from koff_lightning.data.encoding import encode, encode_prompt
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
@@ -167,7 +167,7 @@ class KoffLM(HFLM):
         """Ids of a prompt, by `encode_prompt`; where special tokens are declined the text's alone."""
         asked = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if asked is False:
-            ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+            ids = encode(self.tokenizer, string, add_special_tokens=False)["input_ids"]
         else:
             ids = encode_prompt(self.tokenizer, string)
         return ids[-left_truncate_len:] if left_truncate_len else ids

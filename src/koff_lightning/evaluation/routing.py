@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.artifact.decomposed import DecomposedModel
+from koff_lightning.data.encoding import encode
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.metrics import BitsPerByte
 from koff_lightning.router.routing import Router
@@ -46,7 +47,7 @@ def confusion(
 
 def beginning(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
     """The first tokens of a text, as text."""
-    ids = tokenizer(text[: 32 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encode(tokenizer, text[: 32 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
     return tokenizer.decode(ids[:tokens], skip_special_tokens=True)
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from koff_lightning.data.encoding import encode
 from koff_lightning.loading import no_report
 from koff_lightning.model_files import check_config, check_folder, check_tokenizer, not_finite
 from koff_lightning.support.errors import KoffError
@@ -134,7 +135,8 @@ def _batch(encoder: EncoderClassifier, texts: list[str]) -> dict[str, Any]:
     """Ids and mask [N, T] on the model's device, cut to what the encoder can hold."""
     positions = getattr(encoder.model.config, "max_position_embeddings", None) or TOKENS
     positions -= 2 * ("roberta" in encoder.model.config.model_type)  # which counts from behind its padding index
-    batch = encoder.tokenizer(
+    batch = encode(
+        encoder.tokenizer,
         texts,
         padding=True,
         truncation=True,

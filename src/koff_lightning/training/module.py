@@ -37,7 +37,7 @@ from koff_lightning.training.ending import EndsBetweenSteps
 from koff_lightning.training.mask_source import load_mask, read_mask_source
 from koff_lightning.training.nonfinite import NonFiniteGuard
 from koff_lightning.training.objective import Objective, take_stored_teacher
-from koff_lightning.training.optim import OptimSpec, ResumableLambdaLR, clip_by_group, parameter_groups, rate_lambdas
+from koff_lightning.training.optim import OptimSpec, clip_by_group, optimizer_and_rates
 from koff_lightning.training.recomputation import recomputes
 from koff_lightning.training.resume import (
     give_data_its_place,
@@ -282,13 +282,9 @@ class KOFFModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One AdamW: mask, multipliers (ascent), LoRA, KV."""
-        groups = parameter_groups(self.model.gates, self.penalty, self.model.memories, self.optim)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        lambdas = rate_lambdas(groups, self.optim, self._number_of_steps())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": ResumableLambdaLR(optimizer, lambdas), "interval": "step"},
-        }
+        parts = self.model.gates, self.penalty, self.model.memories
+        optimizer, rates = optimizer_and_rates(*parts, self.optim, self._number_of_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
         """Clip each memory group by its own norm: one global norm would let the multipliers eat the budget."""

@@ -83,6 +83,37 @@ def rate_lambdas(groups: list[dict[str, Any]], spec: OptimSpec, steps: int) -> l
     return [course if group["name"] in ("lora", "kv") else lambda _: 1.0 for group in groups]
 
 
+class ResumableAdamW(torch.optim.AdamW):
+    """Torch's AdamW which, in a run that goes on, takes from the checkpoint what it has averaged and nothing else.
+
+    Torch would take the groups' options as well, such as betas or the sign of the step, from a file that may come from
+    anyone.
+    """
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the saved averages.
+
+        Raises:
+            KoffError: They are of other groups of parameters, or of parameters of other shapes.
+        """
+        own = [{name: part for name, part in group.items() if name != "params"} for group in self.param_groups]
+        sizes = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], self.param_groups))
+        if (there := next(sizes)) != (here := next(sizes)):
+            raise KoffError(
+                f"the checkpoint's optimizer has groups of {there} parameters, this run's of {here}: use the model "
+                "options of that run"
+            )
+        super().load_state_dict(state)
+        for group, options in zip(self.param_groups, own, strict=True):
+            group.update(options)
+        for parameter, kept in self.state.items():
+            if odd := [name for name, part in kept.items() if part.ndim and part.shape != parameter.shape]:
+                raise KoffError(
+                    f"the checkpoint's optimizer keeps {odd[0]} of shape {list(kept[odd[0]].shape)} for a parameter of "
+                    f"shape {list(parameter.shape)}: use the model options of that run"
+                )
+
+
 class ResumableLambdaLR(LambdaLR):
     """Torch's LambdaLR which, in a run that goes on, keeps the rates that this run's options ask for.
 
@@ -91,12 +122,21 @@ class ResumableLambdaLR(LambdaLR):
     """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the step that was saved."""
-        super().load_state_dict(state | {"base_lrs": self.base_lrs})
+        """Go on at the saved step; all else is this run's own."""
+        super().load_state_dict(self.state_dict() | {name: state[name] for name in ("last_epoch", "_step_count")})
         groups = self.optimizer.param_groups
         for group, rate, factor in zip(groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["initial_lr"], group["lr"] = rate, rate * factor(self.last_epoch)
         self._last_lr = [group["lr"] for group in groups]
+
+
+def optimizer_and_rates(
+    gates: BackboneGates, penalty: nn.Module, memories: MemoryBank, spec: OptimSpec, steps: int
+) -> tuple[ResumableAdamW, ResumableLambdaLR]:
+    """The optimizer of a run of so many steps, and the course of its rates."""
+    groups = parameter_groups(gates, penalty, memories, spec)
+    optimizer = ResumableAdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    return optimizer, ResumableLambdaLR(optimizer, rate_lambdas(groups, spec, steps))
 
 
 def clip_by_group(optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Tensor]:

@@ -381,6 +381,10 @@ BAD = {
         {name: part.half() for name, part in content["optimizer_states"][0]["state"][0].items()}
     ),
     "an optimizer that counts to infinity": put("optimizer_states", 0, "state", 0, "step", torch.tensor(float("inf"))),
+    "an optimizer whose average is a number": put("optimizer_states", 0, "state", 0, "exp_avg", 0.5),
+    "an optimizer that has not begun": put("optimizer_states", 0, "state", 0, "step", torch.tensor(0.0)),
+    "an optimizer that is ahead of its run": put("optimizer_states", 0, "state", 0, "step", torch.tensor(99.0)),
+    "an optimizer that counts in halves": put("optimizer_states", 0, "state", 0, "step", torch.tensor(1.5)),
     "an optimizer of a parameter with a name": put("optimizer_states", 0, "state", "0x", {}),
     "an optimizer of a parameter too many": put("optimizer_states", 0, "state", 10**4, {}),
     "an optimizer that keeps nothing": put("optimizer_states", 0, "state", 0, []),
@@ -459,6 +463,33 @@ def test_a_run_that_goes_on_takes_no_options_of_the_optimizer_from_a_file(run, t
     wanted = gone_on(run, tmp_path, spoilt(run, tmp_path, lambda content: None))
     found = gone_on(run, tmp_path, spoilt(run, tmp_path, other_options))
     assert all(torch.equal(part, found[name]) for name, part in wanted.items())
+
+
+def test_a_run_does_not_begin_its_text_anew(tmp_path, capsys):
+    root = f"--trainer.default_root_dir={tmp_path}"
+    words = [
+        "fit",
+        "demo.yaml",
+        root,
+        "--data.max_heldout_bytes=3000",
+        "--data.max_train_bytes=20000",
+        "--export.enabled=false",
+    ]
+    assert main([*words, "--trainer.max_steps=2"]) == 0
+    path = next(tmp_path.glob("version_0/checkpoints/last.ckpt"))
+    content = torch.load(path, weights_only=True)
+    del content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    torch.save(content, path)
+    capsys.readouterr()
+    assert main([*words, "--trainer.max_steps=3", f"--ckpt_path={path}"]) == 2
+    assert "does not say where its text stood" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id"])
+def test_tokens_of_generation_config(tmp_path, name):
+    saved(tmp_path, "llama")
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: [1, 2]}))
+    refused(tmp_path, f"{name} is")
 
 
 def flattened(content):

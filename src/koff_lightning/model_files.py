@@ -169,7 +169,9 @@ def check_folder(folder: Path, source: str) -> None:
     """
     check_links(folder)
     if (folder / "generation_config.json").exists():
-        read_json_object(folder / "generation_config.json")  # transformers leaves out one that it cannot read
+        own = read_json_object(folder / "generation_config.json")  # transformers leaves out one that it cannot read
+        if fault := next(filter(None, (_wrong_token(own, name) for name in _TOKENS)), None):
+            raise KoffError(f"{folder / 'generation_config.json'} cannot be used: {fault}")
     if (folder / "adapter_config.json").exists():
         raise adapter_beside(source)
     if parts := sorted(path.name for path in folder.glob("shard-*-model-*-of-*.safetensors")):

@@ -94,7 +94,7 @@ def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
     except ValueError as error:
         return str(error)
     form = _fault(checkpoint, _FORM, "it") or _fault_of_numbers(checkpoint["state_dict"])
-    if form or (form := _fault_of_optimizers(checkpoint.get("optimizer_states", ()))):
+    if form or (form := _fault_of_optimizers(checkpoint.get("optimizer_states", ()), checkpoint["global_step"])):
         return form
     return _fault_of_history(checkpoint) or _contradiction(checkpoint)
 
@@ -198,8 +198,8 @@ def _fault_of_numbers(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _fault_of_optimizers(states: Sequence[Mapping[str, Any]]) -> str | None:
-    """What an optimizer keeps of one parameter it keeps of all, in the parameter's shape, but for counts."""
+def _fault_of_optimizers(states: Sequence[Mapping[str, Any]], steps: int) -> str | None:
+    """What an optimizer keeps of one parameter it keeps of all; `steps` is how many it has taken."""
     for state in states:
         known = {number for group in state["param_groups"] for number in group["params"]}
         if odd := [number for number in state["state"] if type(number) is not int or number not in known]:
@@ -211,15 +211,24 @@ def _fault_of_optimizers(states: Sequence[Mapping[str, Any]]) -> str | None:
             return _other("an entry of optimizer_states", "a dictionary", odd[0])
         if any(entry.keys() != entries[0].keys() for entry in entries):
             return "optimizer_states keep other things of one parameter than of another"
-        for entry in entries:
-            tensors = {name: part for name, part in entry.items() if isinstance(part, Tensor)}
-            if odd := [name for name, part in tensors.items() if part.dtype != torch.float32]:
-                return f"optimizer_states keep {odd[0]} of a parameter as {tensors[odd[0]].dtype}, not torch.float32"
-            if odd := [name for name, part in tensors.items() if not part.isfinite().all()]:
-                return f"optimizer_states keep {odd[0]} of a parameter in numbers that are not finite"
-            shapes = {part.shape for part in tensors.values() if part.ndim}
-            if len(shapes) > 1 or not all(isinstance(part, Tensor | int | float) for part in entry.values()):
-                return "optimizer_states keep of a parameter what is no tensor, or tensors of several shapes"
+        if fault := next(filter(None, (_fault_of_averages(entry, steps) for entry in entries)), None):
+            return f"optimizer_states keep of a parameter {fault}"
+    return None
+
+
+def _fault_of_averages(entry: Mapping[str, Any], steps: int) -> str | None:
+    """What is kept of one parameter is tensors of one shape, finite, and the count of steps that it has been moved."""
+    if odd := [name for name, part in entry.items() if not isinstance(part, Tensor)]:
+        return f"{odd[0]} that is no tensor"
+    if odd := [name for name, part in entry.items() if part.dtype != torch.float32]:
+        return f"{odd[0]} as {entry[odd[0]].dtype}, not torch.float32"
+    if odd := [name for name, part in entry.items() if not part.isfinite().all()]:
+        return f"{odd[0]} in numbers that are not finite"
+    if len({part.shape for part in entry.values() if part.ndim}) > 1:
+        return "tensors of several shapes"
+    count = entry.get("step")
+    if count is not None and (count.ndim or float(count) not in range(1, steps + 1)):
+        return f"a count of steps that is not one of 1 to {steps}"
     return None
 
 

@@ -12,6 +12,7 @@ from koff_lightning.artifact.checkpoint import (
     refuse_other_backbone,
     refuse_other_tensors,
 )
+from koff_lightning.data import DomainDataModule
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.placement import placed, shortest
@@ -122,12 +123,26 @@ def give_data_its_place(trainer: Trainer) -> None:
         loop._combined_loader_states_to_load = []
 
 
-def refuse_without_run(checkpoint: Mapping[str, Any]) -> None:
-    """Raise KoffError for a checkpoint that holds no state of a run, as `koff baseline` writes it, to train on from."""
+def refuse_without_run(checkpoint: Mapping[str, Any], data: object) -> None:
+    """Refuse to train on from what holds no run.
+
+    Args:
+        checkpoint: What was read.
+        data: The datamodule; ours always leaves in a checkpoint where its text stood.
+
+    Raises:
+        KoffError: There is no state of a run, as `koff baseline` writes it, or not the place in our data.
+    """
     if "optimizer_states" not in checkpoint:
         raise KoffError(
             "the checkpoint holds a model but no run that could go on: give it as model.mask or model.prior for its "
             "mask, or as model.warm_start for its memories too"
+        )
+    place = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
+    if isinstance(data, DomainDataModule) and not place:
+        raise KoffError(
+            "the checkpoint does not say where its text stood (loops.fit_loop.state_dict.combined_loader), so the run "
+            "would begin it anew: go on from another checkpoint, or start a new run with model.warm_start"
         )
 
 

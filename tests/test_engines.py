@@ -139,7 +139,7 @@ def test_what_the_plugin_of_vllm_refuses_is_said(tmp_path):
     assert found("rank", lora=LoraSpec(rank=513), kv=None) == {
         "lora": "it takes LoRA up to rank 512, a memory here has 513"
     }
-    assert engines.VLLM_RANK == RANKS[-1]
+    assert RANKS[-1] == engines.VLLM_RANK
 
 
 def test_biases_by_compensation_are_refused_for_vllm(tmp_path):

@@ -86,8 +86,8 @@ def check(folder: str | Path, engines: Sequence[str] = tuple(ENGINES)) -> dict[s
     """What each engine can take of one artifact.
 
     What is promised of transformers and PEFT is tried: the artifact is loaded with them and run on a few tokens. Of
-    llama.cpp it is tried whether one of its architectures holds the model. Of vLLM, which has an environment of its own,
-    it is looked whether the artifact has anything that the plugin refuses.
+    llama.cpp it is tried whether one of its architectures holds the model. vLLM has an environment of its own: it is
+    looked whether the artifact has anything that the plugin refuses.
 
     Returns:
         Engine -> part (`backbone`, `lora`, `kv`) -> answer and reason. Parts that the artifact lacks are left out.

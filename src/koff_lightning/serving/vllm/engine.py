@@ -40,7 +40,7 @@ class _Held:
 
     Args:
         folder: The copy of its folder.
-        sha256: Of its card.
+        sha256: Hash of its card.
         slots: 0 without.
         lora: vLLM's request of its adapter; None without.
     """
@@ -59,7 +59,7 @@ class VllmEngine:
     Args:
         folder: The artifact.
         rows: Most texts that are continued together.
-        dtype: Of the backbone; by default as exported.
+        dtype: Dtype of the backbone; by default as exported.
         options: More of vLLM's own, by the names of its `AsyncEngineArgs`.
 
     Raises:

@@ -79,7 +79,7 @@ class Engine(Protocol):
     """Computes for the front. All methods are called in one event loop.
 
     Attributes:
-        tokenizer: Of the backbone.
+        tokenizer: The backbone's.
         vocabulary: Token ids that the model takes, often more than the tokenizer names.
         scores: Whether it can tell log-probabilities of a prompt (`Options.echo` with `logprobs`).
         routes: Whether it can choose a memory by the text.

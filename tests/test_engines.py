@@ -15,6 +15,8 @@ from koff_lightning import KoffError
 from koff_lightning.artifact import engines
 from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import LAYOUTS
+from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.serving.vllm.engine import RANKS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "engines"))
 import record
@@ -94,17 +96,17 @@ def test_answers_follow_the_artifact(tmp_path):
     answer, why = kv("ragged")
     assert answer == "no" and "equally many key-value heads" in why
     found = engines.check(tmp_path / "ragged" / "ragged", ["vllm", "gguf"])
-    assert {engine: answers["backbone"][0] for engine, answers in found.items()} == {"vllm": "no", "gguf": "yes"}
-    folder = made(tmp_path / "deci", "deci").folder  # 96 neurons, no multiple of 256
+    assert {engine: answers["backbone"][0] for engine, answers in found.items()} == {"vllm": "yes", "gguf": "yes"}
+    folder = made(tmp_path / "deci", "deci").folder
     found = engines.check(folder)
     assert {engine: answers["backbone"][0] for engine, answers in found.items()} == {
         "hf": "no",
         "peft": "no",
-        "vllm": "untested",
-        "sglang": "no",
+        "vllm": "yes",
+        "sglang": "not run",
         "gguf": "yes",
     }
-    assert all((answers["kv"][0] == "yes") == (engine == "gguf") for engine, answers in found.items())
+    assert {engine for engine, answers in found.items() if answers["kv"][0] == "yes"} == {"vllm", "gguf"}
     assert len(engines.text(found).splitlines()) == 15
 
 
@@ -113,13 +115,40 @@ def test_what_llama_cpp_has_no_architecture_for(tmp_path):
     assert all(answer == "no" and "has no q/k norms" in why for answer, why in answers.values())
 
 
-def test_untested_is_said_of_what_is_not_tried():
+def test_every_engine_has_an_answer_for_every_part_and_form():
     for engine, parts in engines.RULES.items():
         assert set(parts) == set(engines.PARTS)
         for part, forms in parts.items():
             assert set(forms) == set(engines.FORMS)
-            allowed = {"yes", "no"} if engine in ("hf", "peft", "gguf") else {"untested", "no"}
+            allowed = {"not run"} if engine == "sglang" else {"yes", "no"}
             assert {answer for answer, _ in forms.values()} <= allowed, (engine, part)
+
+
+def test_what_the_plugin_of_vllm_refuses_is_said(tmp_path):
+    """As its engine and its connector refuse it when they are started: tests/test_vllm.py."""
+
+    def found(name, **options):
+        answers = engines.check(tiny_artifact(tmp_path / name, **options).folder, ["vllm"])["vllm"]
+        return {part: why for part, (answer, why) in answers.items() if answer == "no"}
+
+    assert found("plain", kv=KVSpec(slots=4)) == {}
+    assert set(found("some", kv=KVSpec(slots=4, layers=[1]))) == {"kv"}
+    moving = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    kept = found("moving", kv=None, changes={"rope_parameters": moving})
+    assert set(kept) == {"backbone", "lora"} and "those of 'dynamic' do" in kept["lora"]
+    assert found("rank", lora=LoraSpec(rank=513), kv=None) == {
+        "lora": "it takes LoRA up to rank 512, a memory here has 513"
+    }
+    assert RANKS[-1] == engines.VLLM_RANK
+
+
+def test_biases_by_compensation_are_refused_for_vllm(tmp_path):
+    folder = tiny_artifact(tmp_path).folder
+    config = folder / "backbone" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"koff_biases": ["mlp.down_proj"]}))
+    manifest = read_manifest(folder)
+    for part in engines.PARTS:
+        assert engines._answer("vllm", part, folder, manifest)[0] == "no", part
 
 
 def test_names_of_engines():
@@ -164,7 +193,7 @@ def test_what_inspect_promises_was_run():
                 computed = any(arms[part] in table.computed(run) for run in runs)
                 if answer == "yes":
                     assert computed or ", if all layers" in why, (engine, part, form)
-                elif engine != "vllm":  # of which RULES knows the stock one alone; runs are with the plugin
+                else:
                     assert not computed, f"{engine}, {part}, {form}: a run of the record says yes, RULES says {answer}"
 
 

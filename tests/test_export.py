@@ -598,7 +598,7 @@ def test_the_command_refuses_and_overwrites(run, tmp_path, here, capsys):
     assert export_by_command(run, tmp_path / "out", "--device", "mars") == 2
     assert "device 'mars' cannot be used here" in capsys.readouterr().err
     assert export_by_command(run, tmp_path / "other", "--layout", "masked", "--check", "vllm") == 0
-    assert re.search(r"^vLLM +backbone +untested", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^vLLM +backbone +yes +with this package beside it", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_backbone_that_has_moved(run, tmp_path, here, capsys):

@@ -507,6 +507,14 @@ def test_an_artifact_that_vllm_cannot_serve_is_refused(tmp_path, monkeypatch):
         engine(folder, monkeypatch)
 
 
+def test_a_rope_that_vllm_computes_otherwise_is_refused(tmp_path, monkeypatch):
+    """vLLM takes one row of frequencies for texts of any length: without a memory with slots nobody would look."""
+    moving = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    folder = tiny_artifact(tmp_path, kv=None, changes={"rope_parameters": moving}).folder
+    with pytest.raises(KoffError, match="as rope type 'dynamic' has them do: serve it with --engine own"):
+        engine(folder, monkeypatch)
+
+
 def test_the_command_says_what_to_install(folder, capsys):
     assert main(["serve", str(folder), "--engine", "vllm", "--port", "0"]) == 2
     assert "vLLM is not installed, and wants an environment of its own" in capsys.readouterr().err

@@ -53,7 +53,9 @@ def test_koff_serve_answers_as_our_runtime(work):
             assert max(abs(a - step[0][1]) for a, step in zip(values, row["top"], strict=True)) < 1e-4
     finally:
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) in (0, 128 + signal.SIGTERM)
+        ended = server.wait(60)
+        server.stdout.close()
+        assert ended in (0, 128 + signal.SIGTERM)
 
 
 def asked(address, body):

@@ -77,9 +77,7 @@ def make(work: Path, names: list[str]) -> None:
         artifact(work / "speed", **SPEED)
 
 
-def artifact(
-    folder: Path, family: str = "llama", layout: str = "ragged", uniform: bool = False, **options: Any
-) -> None:
+def artifact(folder: Path, family: str = "llama", layout: str = "ragged", **options: Any) -> None:
     """One small artifact with all memories."""
     import torch
 

@@ -21,7 +21,7 @@ from koff_lightning.support.errors import KoffError
 MAX_SLOTS = 8192  # the largest memory that was studied (Cartridges)
 
 # Rotary embeddings whose frequencies change with the length of the text: no one rotation moves their keys.
-_MOVING_ROPE = ("dynamic", "longrope")
+MOVING_ROPE = ("dynamic", "longrope")
 
 _KINDS = ("key", "value")
 
@@ -292,7 +292,7 @@ def check_movable(config: PreTrainedConfig) -> None:
         KoffError: It does.
     """
     kind = config.rope_parameters.get("rope_type", "default")
-    if kind in _MOVING_ROPE:
+    if kind in MOVING_ROPE:
         raise KoffError(
             f"rope type '{kind}' depends on the text's length, so no memory can be placed: use a model with rope type "
             "default, linear, llama3 or yarn, or set model.kv to null"

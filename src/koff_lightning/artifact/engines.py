@@ -1,8 +1,7 @@
-"""Which engine can take which part of one artifact: what was tried, what follows from its own code, what is open.
+"""Which engine can take which part of one artifact.
 
-"yes" is tried: here by `check`, and by runs for every layout, docs/results/engines.json. "untested" should work by what
-the engine's sources and documents say (looked up in November 2026), but this project has not run it. "no" follows from
-the same sources.
+"yes" and "no" are what runs gave for every layout, docs/results/engines.json; what is promised of an engine that is
+installed here is tried on the artifact itself, too. "not run" is an engine that this project has not run.
 """
 
 import json
@@ -23,7 +22,7 @@ from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freq
-from koff_lightning.kv_memory import KVMemory
+from koff_lightning.kv_memory import MOVING_ROPE, KVMemory
 from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
@@ -33,15 +32,17 @@ PARTS = {"backbone": "backbone", "lora": "LoRA of a domain", "kv": "KV memory"}
 # How the backbone's config looks -> the layouts that give it.
 FORMS = {"ragged": "`ragged`, `merged`", "plain": "`uniform`, `masked`", "deci": "`deci`"}
 
-Answer = tuple[str, str]  # yes, no or untested; and why
+Answer = tuple[str, str]  # yes, no or not run; and why
+
+VLLM_RANK = 512  # of LoRA, the largest that it takes
 
 _IMPORT = "after `import koff_lightning`"
-_NO_CLASS = ("no", "no class there has layers of unequal width in this form")
 _NO_DECI = ("no", "no class there reads block configs")
 _NO_SLOTS = ("no", "no place for learned keys and values")
-_MULTIPLES = "FFN widths only as multiples of 256"
 _CONVERTED = ("yes", "after `koff convert gguf`")
 _CONVERTED_RAGGED = ("yes", "after `koff convert gguf`; no qwen3, whose q/k norms have no place beside unequal widths")
+_PLUGIN = ("yes", "with this package beside it: docs/vllm.md")
+_NOT_RUN = ("not run", "")
 _CARTRIDGE = (
     "yes",
     "as CARTRIDGE (`koff memory cartridge`), if all layers keep equally many kv groups; one at a time, without LoRA",
@@ -58,20 +59,8 @@ RULES: dict[str, dict[str, dict[str, Answer]]] = {
         "lora": {"ragged": ("yes", ""), "plain": ("yes", ""), "deci": _NO_DECI},
         "kv": {"ragged": _CARTRIDGE, "plain": _CARTRIDGE, "deci": _NO_DECI},
     },
-    "vllm": {
-        "backbone": {"ragged": _NO_CLASS, "plain": ("untested", ""), "deci": ("untested", "by its DeciLMForCausalLM")},
-        "lora": {
-            "ragged": _NO_CLASS,
-            "plain": ("untested", "ranks above 16 want `--max-lora-rank`"),
-            "deci": ("untested", "ranks above 16 want `--max-lora-rank`"),
-        },
-        "kv": dict.fromkeys(FORMS, ("no", "prompt adapters were removed from it")),
-    },
-    "sglang": {
-        "backbone": {"ragged": _NO_CLASS, "plain": ("untested", ""), "deci": ("untested", _MULTIPLES)},
-        "lora": {"ragged": _NO_CLASS, "plain": ("untested", ""), "deci": ("untested", _MULTIPLES)},
-        "kv": dict.fromkeys(FORMS, _NO_SLOTS),
-    },
+    "vllm": {part: dict.fromkeys(FORMS, _PLUGIN) for part in PARTS},
+    "sglang": {part: dict.fromkeys(FORMS, _NOT_RUN) for part in PARTS},
     "gguf": {
         "backbone": {"ragged": _CONVERTED_RAGGED, "plain": _CONVERTED, "deci": _CONVERTED},
         "lora": {"ragged": _CONVERTED_RAGGED, "plain": _CONVERTED, "deci": _CONVERTED},
@@ -97,7 +86,8 @@ def check(folder: str | Path, engines: Sequence[str] = tuple(ENGINES)) -> dict[s
     """What each engine can take of one artifact.
 
     What is promised of transformers and PEFT is tried: the artifact is loaded with them and run on a few tokens. Of
-    llama.cpp it is tried whether one of its architectures holds the model.
+    llama.cpp it is tried whether one of its architectures holds the model. vLLM has an environment of its own: it is
+    looked whether the artifact has anything that the plugin refuses.
 
     Returns:
         Engine -> part (`backbone`, `lora`, `kv`) -> answer and reason. Parts that the artifact lacks are left out.
@@ -131,15 +121,14 @@ def _parts(manifest: Manifest) -> list[str]:
 def _answer(engine: str, part: str, folder: Path, manifest: Manifest) -> Answer:
     config = json.loads((folder / BACKBONE / "config.json").read_text(encoding="utf-8"))
     answer, why = RULES[engine][part][_form(manifest, config)]
-    if _MULTIPLES in why and any("ffn_mult" not in block["ffn"] for block in config["block_configs"]):
-        return "no", f"{_MULTIPLES}, and this model's own is none"
     trial = _TRIALS.get((engine, part))
     if answer != "yes" or trial is None:
         return answer, why
     try:
         trial(folder, manifest)
     except Exception as error:  # whatever theirs raise is the finding
-        return "no", f"tried, and failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return "no", reason if engine == "vllm" else f"tried, and failed: {reason}"
     return answer, why
 
 
@@ -208,8 +197,32 @@ def _architecture(folder: Path, manifest: Manifest) -> None:
 
 def _slots_in_llama_cpp(folder: Path, manifest: Manifest) -> None:
     _architecture(folder, manifest)
+    _check_all_layers(manifest)
+
+
+def _check_all_layers(manifest: Manifest) -> None:
+    """Refuse memories that have slots in some layers only, where all layers share one row of places."""
     if layers := [about["kv_layers"] for about in manifest.domains.values() if about.get("kv_layers")]:
         raise KoffError(f"its cache holds slots in all layers, a memory here has some in {shown(layers[0])} alone")
+
+
+def _layers_in_vllm(folder: Path, manifest: Manifest) -> None:
+    config = manifest.form.read_config(folder / BACKBONE, manifest.base["family"])
+    if getattr(config, "koff_biases", None):
+        raise KoffError("its layers have no place for the biases by which this mask makes up for what it removes")
+    if (kind := config.rope_parameters.get("rope_type")) in MOVING_ROPE:
+        raise KoffError(f"its rotary frequencies do not change with the length of a text, those of {kind!r} do")
+
+
+def _adapter_in_vllm(folder: Path, manifest: Manifest) -> None:
+    _layers_in_vllm(folder, manifest)
+    if (most := max(about["rank"] or 0 for about in manifest.domains.values())) > VLLM_RANK:
+        raise KoffError(f"it takes LoRA up to rank {VLLM_RANK}, a memory here has {most}")
+
+
+def _slots_in_vllm(folder: Path, manifest: Manifest) -> None:
+    _layers_in_vllm(folder, manifest)
+    _check_all_layers(manifest)
 
 
 _TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
@@ -218,6 +231,9 @@ _TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
     ("peft", "backbone"): _transformers,
     ("peft", "lora"): _adapter_in_peft,
     ("peft", "kv"): _slots_in_peft,
+    ("vllm", "backbone"): _layers_in_vllm,
+    ("vllm", "lora"): _adapter_in_vllm,
+    ("vllm", "kv"): _slots_in_vllm,
     ("gguf", "backbone"): _architecture,
     ("gguf", "lora"): _architecture,
     ("gguf", "kv"): _slots_in_llama_cpp,

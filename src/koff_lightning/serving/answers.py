@@ -19,8 +19,8 @@ class Form:
 
     Args:
         model: Name that the answer carries.
-        tokenizer: Of the backbone.
-        answers: Of the request.
+        tokenizer: The backbone's.
+        answers: The answers of the request.
         with_ids: Whether to say the tokens' ids too.
         copies: Answers to each prompt; the first of them counts the prompt.
         domains: Whether to say whose memory each choice read: it was chosen for the client.
@@ -97,7 +97,7 @@ class Form:
 
 
 class CompletionForm(Form):
-    """Of `/v1/completions`.
+    """The answers of `/v1/completions`.
 
     Args:
         echoes: The text of the prompt before each answer, None where it is not wanted.
@@ -147,7 +147,7 @@ class CompletionForm(Form):
 
 
 class ChatForm(Form):
-    """Of `/v1/chat/completions`."""
+    """The answers of `/v1/chat/completions`."""
 
     kind, part_kind = "chat.completion", "chat.completion.chunk"
     prefix = "chatcmpl"

@@ -56,7 +56,7 @@ def create_app(engine: Engine, settings: Settings, close: bool = True) -> FastAP
 
 
 def _routes(app: FastAPI, front: Front) -> None:
-    """OpenAI's."""
+    """The routes of OpenAI's protocol."""
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -83,7 +83,7 @@ def _routes(app: FastAPI, front: Front) -> None:
 
 
 def _koff_routes(app: FastAPI, front: Front) -> None:
-    """Our own."""
+    """The routes of this project's own."""
 
     @app.post("/koff/memories")
     async def add(request: Request) -> Response:

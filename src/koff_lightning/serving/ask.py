@@ -36,8 +36,8 @@ class Ask:
     """One request.
 
     Args:
-        front: Of the server.
-        rights: Of the caller.
+        front: What all requests of the server share.
+        rights: The rights of the caller.
         body: What is asked.
     """
 
@@ -244,7 +244,7 @@ class EventStream(StreamingResponse):
     Args:
         events: Ready to be sent.
         held: Closed at the end.
-        headers: Of the response.
+        headers: HTTP headers of the response.
         seconds: After which a client that does not read is left.
     """
 

@@ -157,10 +157,10 @@ def _scored(row: Row, before: Tensor | None, logits: Tensor, start: int, end: in
     Args:
         row: Padded on the left to `width` tokens.
         before: Logits [V] at the token before the part.
-        logits: Of the part, [T, V].
-        start: Of the part.
-        end: Of the part.
-        width: Of the batch.
+        logits: The logits at the tokens of the part, [T, V].
+        start: Place of the part's first token in the padded batch.
+        end: Place behind its last token.
+        width: Tokens of each row of the batch, padding included.
     """
     pad = width - len(row.ids)
     first = max(start, pad)

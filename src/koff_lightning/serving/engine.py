@@ -27,9 +27,9 @@ class Options:
 
     Args:
         max_tokens: Most tokens to add; 0 only scores the prompt.
-        temperature: Of sampling; 0 takes the most likely token each time.
+        temperature: Temperature of sampling; 0 takes the most likely token each time.
         top_p: Sample from the likeliest tokens that together have this probability.
-        seed: Of sampling; None for another one each time.
+        seed: Seed of sampling; None for another one each time.
         logprobs: How many of the likeliest tokens are told beside each token; None for no log-probabilities.
         echo: Tell those of the prompt's tokens too.
         ignore_end: Go on after an end token.
@@ -79,7 +79,7 @@ class Engine(Protocol):
     """Computes for the front. All methods are called in one event loop.
 
     Attributes:
-        tokenizer: Of the backbone.
+        tokenizer: The backbone's.
         vocabulary: Token ids that the model takes, often more than the tokenizer names.
         scores: Whether it can tell log-probabilities of a prompt (`Options.echo` with `logprobs`).
         routes: Whether it can choose a memory by the text.

@@ -8,10 +8,10 @@ class Refused(Exception):
 
     Args:
         message: One line: what was wanted, what came, what to do.
-        status: Of HTTP.
+        status: HTTP status of the answer.
         param: The parameter at fault.
         code: A word for machines.
-        headers: Of the answer.
+        headers: HTTP headers of the answer.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class Settings:
     """How a server serves.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         keys: Who may do what; None for everybody everything but administration, on this machine.
         texts: Most texts that are under way or wait.
         seconds: Time limit of a request.
@@ -64,7 +64,7 @@ class Front:
         self._changing, self._faults = asyncio.Lock(), ""
 
     def rights(self, request: Request) -> Rights:
-        """Of the caller.
+        """The rights of the caller.
 
         Raises:
             Refused: 401 for an unknown one.
@@ -77,7 +77,7 @@ class Front:
         return rights
 
     def admin(self, request: Request) -> Rights:
-        """Of a caller who may administer.
+        """The rights of a caller who may administer.
 
         Raises:
             Refused: The caller may not.

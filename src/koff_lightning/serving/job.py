@@ -62,7 +62,7 @@ class Answer:
         ids: The prompt.
         domain: Whose memory it reads.
         options: How it is continued.
-        tokenizer: Of the backbone.
+        tokenizer: The backbone's.
         stop: Words that end it.
     """
 

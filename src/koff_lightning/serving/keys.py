@@ -30,7 +30,7 @@ class Rights:
     """What a caller may do.
 
     Args:
-        name: Of the caller.
+        name: Name of the caller.
         domains: Whose memories it may read; None for all. The bare backbone may be read by everybody.
         admin: Whether it may add and remove memories and read the metrics.
     """

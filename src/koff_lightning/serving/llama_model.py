@@ -106,7 +106,7 @@ class LlamaModel:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the backbone."""
+        """The tokenizer of the backbone."""
         return self.model.tokenizer
 
     # ------------------------------------------------------------------------------------------ memories

@@ -31,7 +31,7 @@ class _Held:
 
     Args:
         name: Inside the model; the domain's, unless an older memory of that domain is still being read.
-        sha256: Of its card, which holds the hashes of the rest.
+        sha256: Hash of its card, which holds the hashes of the rest.
     """
 
     name: str
@@ -47,7 +47,7 @@ class OwnEngine:
         folder: The artifact.
         rows: Most texts that are continued together.
         device: Torch device.
-        dtype: Of the backbone; by default as exported.
+        dtype: Dtype of the backbone; by default as exported.
 
     Raises:
         KoffError: The artifact cannot be loaded.

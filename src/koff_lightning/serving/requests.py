@@ -26,7 +26,7 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against those who count bytes: never done here
@@ -110,7 +110,7 @@ class Completion(_Request):
         return self.prompt if several else [self.prompt]
 
     def told(self) -> int | None:
-        """As asked."""
+        """As many as were asked for."""
         return self.logprobs
 
 
@@ -147,7 +147,7 @@ class Chat(_Request):
     store: Literal[False, None] = None
 
     def told(self) -> int | None:
-        """As asked; with `logprobs` alone the tokens' own."""
+        """As many as were asked for; with `logprobs` alone only the tokens' own."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

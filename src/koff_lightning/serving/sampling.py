@@ -14,7 +14,7 @@ class Sampler:
     """Chooses the tokens of one answer. Its random numbers are its own, so rows beside it change nothing.
 
     Args:
-        options: Of the answer.
+        options: How the answer is continued.
     """
 
     def __init__(self, options: Options) -> None:
@@ -43,7 +43,7 @@ def described(ids: list[int], logits: Tensor, options: Options) -> list[Token]:
     Args:
         ids: T tokens.
         logits: That each of them was chosen by, [T, V].
-        options: Of the answer.
+        options: How the answer is continued.
     """
     if options.logprobs is None:
         return [Token(token) for token in ids]

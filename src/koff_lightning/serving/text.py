@@ -12,7 +12,7 @@ class Text:
     """The text of one answer.
 
     Args:
-        tokenizer: Of the backbone.
+        tokenizer: The backbone's.
         prompt: Tokens that stand before it.
         stop: It ends before the first of these.
     """

@@ -42,7 +42,7 @@ class Load:
         held: The memory; None lets the request fail.
         first: Slot from which on they are missing.
         end: Slot behind the last one.
-        blocks: Of the request, in the order of its tokens.
+        blocks: Blocks of the request, in the order of its tokens.
     """
 
     held: Held | None

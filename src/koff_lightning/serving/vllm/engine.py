@@ -20,6 +20,7 @@ from typing import Any
 from koff_lightning.artifact.folder import BACKBONE, CARD, MEMORIES, Manifest, read_manifest, verify
 from koff_lightning.artifact.memory_files import check_memories, read_memory
 from koff_lightning.artifact.router_files import check_fit, read_router
+from koff_lightning.kv_memory import MOVING_ROPE
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.router.routing import Router
 from koff_lightning.serving.engine import Failed, Options, Piece, Token, Unknown
@@ -39,7 +40,7 @@ class _Held:
 
     Args:
         folder: The copy of its folder.
-        sha256: Of its card.
+        sha256: Hash of its card.
         slots: 0 without.
         lora: vLLM's request of its adapter; None without.
     """
@@ -58,7 +59,7 @@ class VllmEngine:
     Args:
         folder: The artifact.
         rows: Most texts that are continued together.
-        dtype: Of the backbone; by default as exported.
+        dtype: Dtype of the backbone; by default as exported.
         options: More of vLLM's own, by the names of its `AsyncEngineArgs`.
 
     Raises:
@@ -73,6 +74,7 @@ class VllmEngine:
         check_memories(folder, self._manifest)
         self.folder, self.tokenizer = folder, load_tokenizer(str(folder / BACKBONE))
         self._config = self._manifest.form.read_config(folder / BACKBONE, self._manifest.base["family"])
+        _check_rope(self._config)
         self.vocabulary = self._config.vocab_size
         self._ends = _ends(folder / BACKBONE, self._config)
         self._work = Path(mkdtemp(prefix="koff-vllm-"))
@@ -278,6 +280,15 @@ def _started(settings: dict[str, Any]) -> Any:
     except (ValueError, RuntimeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise KoffError(f"vLLM does not start ({reason[:300]}); its own log has the rest") from error
+
+
+def _check_rope(config: Any) -> None:
+    """Refuse a model whose rotary frequencies change with the length of a text: vLLM computes them once, for all."""
+    if (kind := config.rope_parameters.get("rope_type")) in MOVING_ROPE:
+        raise KoffError(
+            f"vLLM's rotary frequencies do not change with the length of a text, as rope type {kind!r} has them do: "
+            "serve it with --engine own"
+        )
 
 
 def _rank_for(ranks: list[int | None]) -> int:

@@ -103,7 +103,7 @@ class KoffQwen2ForCausalLM(qwen2.Qwen2ForCausalLM):
 
 
 class Qwen3Layer(qwen3.Qwen3DecoderLayer):
-    """Of its own widths."""
+    """`Qwen3DecoderLayer` of its own widths."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Qwen3Layer(qwen3.Qwen3DecoderLayer):
 
 
 class Qwen3Model(qwen3.Qwen3Model):
-    """Of such layers."""
+    """`Qwen3Model` of layers of unequal width."""
 
     decoder_layer_type = Qwen3Layer
 

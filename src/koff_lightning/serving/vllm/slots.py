@@ -38,9 +38,9 @@ class Held:
     """A memory in a folder, as far as a scheduler needs it.
 
     Args:
-        name: Of its folder.
+        name: Name of its folder.
         slots: P; 0 where it has a LoRA alone.
-        salt: Of the requests that read it.
+        salt: Cache salt of the requests that read it.
     """
 
     name: str
@@ -52,8 +52,8 @@ def salt_of(name: str, card_sha256: str) -> str:
     """The cache salt of requests that read a memory.
 
     Args:
-        name: Of the memory.
-        card_sha256: Of its memory.json, which holds the hashes of its other files.
+        name: Name of the memory.
+        card_sha256: Hash of its memory.json, which holds the hashes of its other files.
     """
     return f"{_SALT}:{name}:{card_sha256}"
 
@@ -148,11 +148,11 @@ def placed(memory: KVMemory, freq: Tensor, dtype: torch.dtype, rank: int = 0, si
     """The keys and the values of each layer as they are written into vLLM's cache, each [P, R, dh].
 
     Args:
-        memory: Of all heads, its keys at the positions -P..-1.
+        memory: The memory with all heads, its keys at the positions -P..-1.
         freq: As `inv_freq`.
-        dtype: Of the cache.
-        rank: Of tensor parallelism.
-        size: Its ranks.
+        dtype: Dtype of the cache.
+        rank: This rank of tensor parallelism, from 0.
+        size: How many ranks there are.
     """
     found = []
     for index in range(memory.depth):

@@ -45,7 +45,7 @@ def test_a_second_run_tokenises_nothing_and_sees_the_same_rows(cache, tokenised)
     assert len(tokenised) == 4
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 nothing", "half", "one bit", "a field"])
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 nothing", "half", "one bit", "a field", "a method"])
 def test_a_damaged_file_is_made_anew(cache, tokenised, damage):
     first = rows()
     for file in cache.iterdir():
@@ -55,7 +55,9 @@ def test_a_damaged_file_is_made_anew(cache, tokenised, damage):
         if damage == "a field":
             np.savez(file, tokens=np.zeros(3, np.int32), something=np.zeros(1))
         else:
-            file.write_bytes({"half": whole[: len(whole) // 2], "one bit": bytes(changed)}.get(damage, damage))
+            packed = whole.replace(b"\x2d\0\0\0\0\0", b"\x2d\0\0\0\x63\0")  # by a method that there is not
+            kinds = {"half": whole[: len(whole) // 2], "one bit": bytes(changed), "a method": packed}
+            file.write_bytes(kinds.get(damage, damage))
     assert rows() == first
     assert len(tokenised) == 8
     assert rows() == first

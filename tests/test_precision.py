@@ -9,7 +9,16 @@ from lightning.pytorch import Trainer
 from tiny_models import tiny_model
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
-from koff_lightning import AnnealSparsity, DomainDataModule, KOFFModule, KVSpec, LoraSpec, SparsitySpec, losses
+from koff_lightning import (
+    AnnealSparsity,
+    DomainDataModule,
+    KoffError,
+    KOFFModule,
+    KVSpec,
+    LoraSpec,
+    SparsitySpec,
+    losses,
+)
 from koff_lightning.backbone import decoder_layers
 from koff_lightning.cli import main
 from koff_lightning.commands import training_cli
@@ -107,6 +116,18 @@ def test_a_run_that_goes_on_on_another_device_computes_as_it_did(folder, tmp_pat
     assert run("fit", first, "--trainer.max_steps=4", f"--ckpt_path={last}", f"--model.dtype={other}") == 2
     said = f"kept its frozen weights in {due[0]}, this one in {other}: give --model.dtype {due[0]}"
     assert said in capsys.readouterr().err
+
+
+def test_the_backbone_that_a_baseline_is_given_is_the_one_for_which_is_chosen(folder, monkeypatch, capsys):
+    """By its short option too: a mask belongs to weights of one dtype, those that `koff fit` will choose."""
+
+    def seen(model, trainer, bf16):
+        raise KoffError(f"chosen for {model.backbone}")
+
+    monkeypatch.setattr(training_cli, "choose", seen)
+    text = f"--data.domains.en={folder / 'text' / 'en.jsonl'}"
+    assert main(["baseline", "--method=magnitude", "--backbone=some/model", "--sparsity=0.5", "--out=o", text]) == 2
+    assert "chosen for some/model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -135,6 +135,8 @@ class KoffCLI(LightningCLI):
             refuse_meaningless(kind, self.config[self.subcommand][section], section)
         model, trainer = self.config[self.subcommand].model, self.config[self.subcommand].trainer
         refuse_options(trainer)
+        if self.subcommand == "baseline":
+            resolve(self.config.baseline)  # which may name the backbone, by which the dtype is chosen
         take_up(model, trainer, self._goes_on_from())
         choose(model, trainer, has_bf16(trainer.accelerator))
         if self.subcommand == "fit" and (line := told(model, trainer)):
@@ -145,8 +147,6 @@ class KoffCLI(LightningCLI):
             refuse_remote_code(model.trust_remote_code, self._words)
         if DRY_RUN in self._words:  # whatever a config says; two steps of the optimizer, of so many batches each
             trainer.fast_dev_run = 2 * max(1, trainer.accumulate_grad_batches)
-        if self.subcommand == "baseline":
-            resolve(self.config.baseline)
         if is_asked():
             refuse_missing(needs_of(self.config[self.subcommand]))
 

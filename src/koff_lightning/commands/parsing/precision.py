@@ -14,6 +14,7 @@ from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.loading import TINY
 
 AUTO = "auto"
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")  # in which what is trained stays fp32
 SLOW = (
     15  # times that the layers' products take in bf16 of those in fp32 without the instructions: docs/results/bench.md
 )
@@ -43,7 +44,8 @@ def take_up(model: Any, trainer: Any, checkpoint: str | Path | None) -> None:
     if model.dtype == AUTO:
         model.dtype = content["hyper_parameters"].get("dtype", AUTO)
     if checkpoint and trainer.precision is None:  # older ones do not say; where nothing was said theirs was this
-        trainer.precision = content["koff"].get("precision", "32-true")
+        said = content["koff"].get("precision", "32-true")
+        trainer.precision = said if said in PRECISIONS else None
 
 
 def choose(model: Any, trainer: Any, bf16: bool) -> None:

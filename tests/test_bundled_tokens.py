@@ -1,11 +1,13 @@
 """Tokens of bundled text are kept on the disk: they are those that tokenising gives, or they are made anew."""
 
 import json
+import pwd
 
 import numpy as np
 import pytest
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
+from koff_lightning import KoffError
 from koff_lightning.data import DomainDataModule, bundled_tokens
 from koff_lightning.loading import load_tokenizer
 
@@ -89,6 +91,18 @@ def test_where_nothing_can_be_kept_a_run_goes_on(cache, tokenised):
     cache.write_text("a file where the folder would be")
     assert rows() == first
     assert len(tokenised) == 8
+
+
+def test_without_a_home_nothing_is_kept_and_a_run_needs_to_be_told_where_its_own_files_go(
+    tokenised, monkeypatch, tmp_path
+):
+    monkeypatch.delenv("KOFF_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no such user"])
+    with pytest.raises(KoffError, match="no home folder to keep files in: set KOFF_CACHE"):
+        rows()
+    assert rows(cache=str(tmp_path / "own"))
+    assert len(tokenised) == 4
 
 
 def test_text_of_ones_own_is_not_kept(cache, tmp_path):

@@ -216,7 +216,7 @@ def test_in_a_container_what_files_that_were_read_take_counts_as_free(monkeypatc
     group.mkdir(parents=True)
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 800 kB\n")
-    for name, text in {"max": limit, "current": "900000", "stat": "anon 600000\ninactive_file 300000\n"}.items():
+    for name, text in {"max": limit, "current": "900000", "stat": "anon 600000\ninactive_file 300000"}.items():
         (group / f"memory.{name}").write_text(f"{text}\n")
     monkeypatch.setattr(recomputation, "Path", lambda name: tmp_path / name.lstrip("/"))
     assert recomputation.free_memory(torch.device("cpu")) == due

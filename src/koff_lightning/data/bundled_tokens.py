@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from koff_lightning.data import encoding
 from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.sources import DomainSource
+from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
 
 Tokenise = Callable[[Sequence[str], PreTrainedTokenizerBase, bool], TokenStream]
@@ -33,7 +34,10 @@ def kept_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append
     """As `tokenize`, from $KOFF_CACHE/bundled if it is there, and put there if it is not."""
     if not tokenizer.is_fast:  # it does not say what it is made of
         return tokenize(texts, tokenizer, append_eos)
-    file = own_cache() / "bundled" / f"{_key(texts, tokenizer, append_eos)}.npz"
+    try:
+        file = own_cache() / "bundled" / f"{_key(texts, tokenizer, append_eos)}.npz"
+    except KoffError:  # there is no place
+        return tokenize(texts, tokenizer, append_eos)
     with suppress(Exception):  # a damaged file raises whatever its damage leads to, some of a dozen kinds
         return _read(file)
     stream = tokenize(texts, tokenizer, append_eos)

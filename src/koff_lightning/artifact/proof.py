@@ -86,7 +86,10 @@ def prove(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.proof.") as work:
         reference = Path(work) / "reference.safetensors"
         write_reference(module, arms, tokenizer, reference)
-        if begun is None or begun.poll() is not None:  # ended as it waited, as for want of memory: no fault of this
+        if begun is not None and begun.poll() is not None:  # as it waited, for want of memory, say: no fault of this
+            begun.communicate()  # closes its pipes
+            begun = None
+        if begun is None:
             command = _command(folder, reference)
             done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
             status, said = done.returncode, done.stderr

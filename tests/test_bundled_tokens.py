@@ -1,11 +1,13 @@
 """Tokens of bundled text are kept on the disk: they are those that tokenising gives, or they are made anew."""
 
 import json
+import pwd
 
 import numpy as np
 import pytest
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
+from koff_lightning import KoffError
 from koff_lightning.data import DomainDataModule, bundled_tokens
 from koff_lightning.loading import load_tokenizer
 
@@ -45,7 +47,7 @@ def test_a_second_run_tokenises_nothing_and_sees_the_same_rows(cache, tokenised)
     assert len(tokenised) == 4
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 nothing", "half", "one bit", "a field"])
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 nothing", "half", "one bit", "a field", "a method"])
 def test_a_damaged_file_is_made_anew(cache, tokenised, damage):
     first = rows()
     for file in cache.iterdir():
@@ -55,7 +57,9 @@ def test_a_damaged_file_is_made_anew(cache, tokenised, damage):
         if damage == "a field":
             np.savez(file, tokens=np.zeros(3, np.int32), something=np.zeros(1))
         else:
-            file.write_bytes({"half": whole[: len(whole) // 2], "one bit": bytes(changed)}.get(damage, damage))
+            packed = whole.replace(b"\x2d\0\0\0\0\0", b"\x2d\0\0\0\x63\0")  # by a method that there is not
+            kinds = {"half": whole[: len(whole) // 2], "one bit": bytes(changed), "a method": packed}
+            file.write_bytes(kinds.get(damage, damage))
     assert rows() == first
     assert len(tokenised) == 8
     assert rows() == first
@@ -87,6 +91,18 @@ def test_where_nothing_can_be_kept_a_run_goes_on(cache, tokenised):
     cache.write_text("a file where the folder would be")
     assert rows() == first
     assert len(tokenised) == 8
+
+
+def test_without_a_home_nothing_is_kept_and_a_run_needs_to_be_told_where_its_own_files_go(
+    tokenised, monkeypatch, tmp_path
+):
+    monkeypatch.delenv("KOFF_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no such user"])
+    with pytest.raises(KoffError, match="no home folder to keep files in: set KOFF_CACHE"):
+        rows()
+    assert rows(cache=str(tmp_path / "own"))
+    assert len(tokenised) == 4
 
 
 def test_text_of_ones_own_is_not_kept(cache, tmp_path):

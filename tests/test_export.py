@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,10 +354,17 @@ def test_a_process_that_was_begun_before_compares_alike(made, tmp_path):
     begun = proof.begin()
     report = export(made.module, tmp_path / "out", begun=begun)
     assert report["passed"] and begun.returncode == 0
-    dead = proof.begin()
-    dead.kill()
-    with pytest.raises(KoffError, match="the process ended with status -9: it said nothing"):
-        export(made.module, tmp_path / "other", begun=dead)
+
+
+def test_a_begun_process_that_ended_as_it_waited_is_no_fault_of_the_artifact(made, tmp_path):
+    """One that ends as it compares is."""
+    words = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    waiting = subprocess.Popen([sys.executable, "-c", "raise SystemExit(9)"], **words)
+    waiting.wait()
+    assert export(made.module, tmp_path / "out", begun=waiting)["passed"]
+    comparing = subprocess.Popen([sys.executable, "-c", "input(); raise SystemExit(9)"], **words)
+    with pytest.raises(KoffError, match="the process ended with status 9: it said nothing"):
+        export(made.module, tmp_path / "other", begun=comparing)
 
 
 def test_a_begun_process_ends_without_a_word_when_nothing_is_to_be_proven():

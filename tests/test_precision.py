@@ -9,9 +9,19 @@ from lightning.pytorch import Trainer
 from tiny_models import tiny_model
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
-from koff_lightning import AnnealSparsity, DomainDataModule, KOFFModule, KVSpec, LoraSpec, SparsitySpec, losses
+from koff_lightning import (
+    AnnealSparsity,
+    DomainDataModule,
+    KoffError,
+    KOFFModule,
+    KVSpec,
+    LoraSpec,
+    SparsitySpec,
+    losses,
+)
 from koff_lightning.backbone import decoder_layers
 from koff_lightning.cli import main
+from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing import precision
 from koff_lightning.training import recomputation
 
@@ -74,6 +84,50 @@ def test_half_precision_is_slow_where_the_processor_has_none_and_the_saved_confi
         ("float32", "bf16-mixed"),
         ("float32", None),
     ]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["from a GPU", "to a GPU"])
+def test_a_run_that_goes_on_on_another_device_computes_as_it_did(folder, tmp_path, monkeypatch, capsys, first):
+    """What is chosen where nothing is said must not change in the middle; nor under a mask that a run has learned."""
+    words = ["--model.backbone", str(folder), "--export.enabled=false", "--trainer.accelerator=cpu"]
+    words += [f"--data.domains.{name}={folder / 'text' / f'{name}.jsonl'}" for name in ("en", "law")]
+    words += ["--data.seq_len=32", "--trainer.limit_val_batches=0", "--trainer.limit_test_batches=1"]
+    words += ["--data.heldout_fraction=0.2", "--model.loss.kl=0", "--trainer.log_every_n_steps=1"]
+    words += [f"--trainer.default_root_dir={tmp_path}"]
+
+    def run(verb, bf16, *further):
+        monkeypatch.setattr(training_cli, "has_bf16", lambda _: bf16)
+        return main([verb, *words, *further])
+
+    def choice(number):
+        saved = yaml.safe_load((tmp_path / f"version_{number}" / "config.yaml").read_text())
+        return saved["model"]["dtype"], saved["trainer"]["precision"] or "32-true"
+
+    due = MIXED if first else ("float32", "32-true")
+    assert run("fit", first, "--trainer.max_steps=2") == 0
+    assert run("fit", not first, "--trainer.max_steps=3", "--ckpt_path=last") == 0
+    assert run("validate", not first, "--ckpt_path=last") == 0
+    (last,) = (tmp_path / "version_1").rglob("last.ckpt")
+    sparsity = yaml.safe_load((tmp_path / "version_1" / "config.yaml").read_text())["model"]["sparsity"]["target"]
+    assert run("fit", not first, "--trainer.max_steps=1", f"--model.mask={last}") == 0
+    assert sparsity and [choice(0), choice(1)] == [due, due] and choice(2)[0] == due[0]
+    capsys.readouterr()
+    other = "float32" if first else "bfloat16"
+    assert run("fit", first, "--trainer.max_steps=4", f"--ckpt_path={last}", f"--model.dtype={other}") == 2
+    said = f"kept its frozen weights in {due[0]}, this one in {other}: give --model.dtype {due[0]}"
+    assert said in capsys.readouterr().err
+
+
+def test_the_backbone_that_a_baseline_is_given_is_the_one_for_which_is_chosen(folder, monkeypatch, capsys):
+    """By its short option too: a mask belongs to weights of one dtype, those that `koff fit` will choose."""
+
+    def seen(model, trainer, bf16):
+        raise KoffError(f"chosen for {model.backbone}")
+
+    monkeypatch.setattr(training_cli, "choose", seen)
+    text = f"--data.domains.en={folder / 'text' / 'en.jsonl'}"
+    assert main(["baseline", "--method=magnitude", "--backbone=some/model", "--sparsity=0.5", "--out=o", text]) == 2
+    assert "chosen for some/model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -154,3 +208,15 @@ def test_the_bound_is_above_what_is_counted(family, length):
 def test_memory_that_is_free_is_a_plausible_number():
     free = recomputation.free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
+
+
+@pytest.mark.parametrize(("limit", "due"), [("1000000", 400_000), ("max", 800 * 1024), ("90000000", 800 * 1024)])
+def test_in_a_container_what_files_that_were_read_take_counts_as_free(monkeypatch, tmp_path, limit, due):
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 800 kB\n")
+    for name, text in {"max": limit, "current": "900000", "stat": "anon 600000\ninactive_file 300000"}.items():
+        (group / f"memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr(recomputation, "Path", lambda name: tmp_path / name.lstrip("/"))
+    assert recomputation.free_memory(torch.device("cpu")) == due

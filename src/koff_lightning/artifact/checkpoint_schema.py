@@ -59,6 +59,7 @@ _FORM = {
         "backbone": str,
         "backbone_hash": str,
         "target": float,
+        "precision?": str,
         "domains?": [str],
         "units?": [str],
         "gate?": str,

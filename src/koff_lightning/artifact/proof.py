@@ -78,7 +78,7 @@ def prove(
         arms: What to compare: name of a memory in the artifact -> domain of the module that reads it, and None for the
             bare pruned backbone.
         tokenizer: Tokenizer of the backbone.
-        begun: The process, if it was started already.
+        begun: The process, if it was started already; where it has ended meanwhile another is started.
 
     Returns:
         The report; `passed` says whether the artifact may be used, `error` what kept it from being compared.
@@ -86,6 +86,9 @@ def prove(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.proof.") as work:
         reference = Path(work) / "reference.safetensors"
         write_reference(module, arms, tokenizer, reference)
+        if begun is not None and begun.poll() is not None:  # as it waited, for want of memory, say: no fault of this
+            begun.communicate()  # closes its pipes
+            begun = None
         if begun is None:
             command = _command(folder, reference)
             done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)

@@ -4,10 +4,13 @@ Every option is a typed, documented argument of a class; nothing is decided here
 """
 
 import json
+import os
 import signal
 import time
 from contextlib import nullcontext, redirect_stdout, suppress
+from functools import cached_property
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,7 +55,7 @@ from koff_lightning.commands.parsing.foreign_errors import (
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.parsing.option_table import NO_DOMAINS
 from koff_lightning.commands.parsing.option_values import refuse_meaningless
-from koff_lightning.commands.parsing.precision import AUTO, choose, has_bf16, told
+from koff_lightning.commands.parsing.precision import AUTO, choose, has_bf16, take_up, told
 from koff_lightning.commands.parsing.quiet_terminal import keep_the_terminal_quiet
 from koff_lightning.commands.parsing.trainer_options import (
     refuse_callbacks,
@@ -132,6 +135,9 @@ class KoffCLI(LightningCLI):
             refuse_meaningless(kind, self.config[self.subcommand][section], section)
         model, trainer = self.config[self.subcommand].model, self.config[self.subcommand].trainer
         refuse_options(trainer)
+        if self.subcommand == "baseline":
+            resolve(self.config.baseline)  # which may name the backbone, by which the dtype is chosen
+        take_up(model, trainer, self._goes_on_from())
         choose(model, trainer, has_bf16(trainer.accelerator))
         if self.subcommand == "fit" and (line := told(model, trainer)):
             rank_zero_info(line)
@@ -141,8 +147,6 @@ class KoffCLI(LightningCLI):
             refuse_remote_code(model.trust_remote_code, self._words)
         if DRY_RUN in self._words:  # whatever a config says; two steps of the optimizer, of so many batches each
             trainer.fast_dev_run = 2 * max(1, trainer.accumulate_grad_batches)
-        if self.subcommand == "baseline":
-            resolve(self.config.baseline)
         if is_asked():
             refuse_missing(needs_of(self.config[self.subcommand]))
 
@@ -237,16 +241,27 @@ class KoffCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
         """Let `--ckpt_path last` stand for the newest intact checkpoint of all runs in the folder."""
         options = super()._prepare_subcommand_kwargs(subcommand)
-        if options.get("ckpt_path") in ("best", "hpc"):
-            raise KoffError(f"--ckpt_path {options['ckpt_path']}: give a checkpoint file, or `last`")
         if options.get("ckpt_path") == "last":
             root = self.trainer.default_root_dir
-            folders = [root, *(c.dirpath for c in self.trainer.checkpoint_callbacks if c.dirpath)]
-            options["ckpt_path"] = newest = newest_checkpoint(folders)
+            options["ckpt_path"] = newest = self._newest
             if newest is None and subcommand != "fit":
                 raise KoffError(f"--ckpt_path last: there is no checkpoint below {root}")
             rank_zero_info(f"going on from {newest}" if newest else f"no checkpoint below {root} yet: starting anew")
         return options
+
+    def _goes_on_from(self) -> str | Path | None:
+        """The checkpoint that a verb takes up as a whole, if any."""
+        given = None if self.subcommand in ("baseline", "prepare") else self.config[self.subcommand].get("ckpt_path")
+        if given in ("best", "hpc"):
+            raise KoffError(f"--ckpt_path {given}: give a checkpoint file, or `last`")
+        return self._newest if given == "last" else given
+
+    @cached_property
+    def _newest(self) -> Path | None:
+        """The newest checkpoint of all runs in the folder; looked for once, since all of them are read for it."""
+        config = self.config[self.subcommand]
+        folders = config.trainer.default_root_dir or os.getcwd(), config.checkpoint.dirpath
+        return newest_checkpoint([folder for folder in folders if folder])
 
 
 def run(argv: list[str]) -> None:

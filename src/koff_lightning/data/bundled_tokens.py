@@ -6,7 +6,6 @@ to ask for it with `koff prepare`, which is for text of one's own. What cannot b
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from koff_lightning.data import encoding
 from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.sources import DomainSource
+from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
 
 Tokenise = Callable[[Sequence[str], PreTrainedTokenizerBase, bool], TokenStream]
@@ -34,8 +34,11 @@ def kept_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append
     """As `tokenize`, from $KOFF_CACHE/bundled if it is there, and put there if it is not."""
     if not tokenizer.is_fast:  # it does not say what it is made of
         return tokenize(texts, tokenizer, append_eos)
-    file = own_cache() / "bundled" / f"{_key(texts, tokenizer, append_eos)}.npz"
-    with suppress(OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
+    try:
+        file = own_cache() / "bundled" / f"{_key(texts, tokenizer, append_eos)}.npz"
+    except KoffError:  # there is no place
+        return tokenize(texts, tokenizer, append_eos)
+    with suppress(Exception):  # a damaged file raises whatever its damage leads to, some of a dozen kinds
         return _read(file)
     stream = tokenize(texts, tokenizer, append_eos)
     with suppress(OSError):

@@ -21,8 +21,15 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system witho
 
 
 def own_cache() -> Path:
-    """$KOFF_CACHE, or ~/.cache/koff: tokenised text in `tokens`, copies of hub datasets in `hub`, fetched models."""
-    return Path(os.environ.get("KOFF_CACHE") or "~/.cache/koff").expanduser()
+    """$KOFF_CACHE, or ~/.cache/koff: tokenised text in `tokens`, copies of hub datasets in `hub`, fetched models.
+
+    Raises:
+        KoffError: The user has no home folder, as one that is a mere number in a container.
+    """
+    try:
+        return Path(os.environ.get("KOFF_CACHE") or "~/.cache/koff").expanduser()
+    except RuntimeError:
+        raise KoffError("there is no home folder to keep files in: set KOFF_CACHE to a folder for them") from None
 
 
 def hash_file(path: Path) -> str:

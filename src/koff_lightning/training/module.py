@@ -365,6 +365,7 @@ class KOFFModule(LightningModule):
             "backbone": self.source,
             "backbone_hash": self.model.backbone_hash,
             "target": self.model.target,
+            "precision": str(self.trainer.precision),
         }
 
     @classmethod

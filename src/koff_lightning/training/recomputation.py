@@ -63,9 +63,11 @@ def free_memory(device: torch.device) -> int | None:
         return None
     try:  # of a container
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # there is none
+        parts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        gives_way = int(parts["inactive_file"])  # of files that were read, such as the weights'
+    except (OSError, ValueError, KeyError):  # there is none
         return free
-    return min(free, limit - used)
+    return min(free, limit - used + gives_way)
 
 
 def _step(module: LightningModule) -> Step:

@@ -175,6 +175,12 @@ def refuse_unfit(checkpoint: Mapping[str, Any], model: Decomposition, some_domai
         raise KoffError(
             "this checkpoint was not written by koff-lightning: it does not say which backbone it belongs to"
         )
+    dtypes = (checkpoint.get("hyper_parameters") or {}).get("dtype"), str(model.backbone.dtype).removeprefix("torch.")
+    if about["backbone_hash"] != model.backbone_hash and dtypes[0] and len(set(dtypes)) > 1:
+        raise KoffError(
+            f"the checkpoint's run kept its frozen weights in {dtypes[0]}, this one in {dtypes[1]}: give --model.dtype "
+            f"{dtypes[0]}"
+        )
     refuse_other_backbone(about, model)
     here, depth = make_of(model), model.memories.depth
     here.pop("placement")  # taken over below

@@ -1,16 +1,20 @@
 """What frozen weights are kept in and a step is computed in, where a config does not say it.
 
 On a GPU with bfloat16 both are bfloat16: half the memory and, on matrix units, many times the speed; what is trained
-stays fp32. Everywhere else both are fp32. The choice goes into the saved config, so nothing depends on it later.
+stays fp32. Everywhere else both are fp32. A run that takes up a checkpoint does as the run that wrote it did, wherever
+either runs: other weights would be another model. The choice goes into the saved config.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.loading import TINY
 
 AUTO = "auto"
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")  # in which what is trained stays fp32
 SLOW = (
     15  # times that the layers' products take in bf16 of those in fp32 without the instructions: docs/results/bench.md
 )
@@ -22,8 +26,30 @@ def has_bf16(accelerator: str) -> bool:
     return gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def take_up(model: Any, trainer: Any, checkpoint: str | Path | None) -> None:
+    """Fill in `model.dtype: auto` and a `trainer.precision` of null as the run of a checkpoint had them.
+
+    Args:
+        model: Options of the model, by attributes; where no run goes on, its mask, prior or warm_start may be of a run.
+        trainer: Options of the trainer.
+        checkpoint: Of the run that goes on, if one does.
+
+    Raises:
+        KoffError: A checkpoint cannot be read.
+    """
+    path = checkpoint or model.mask or model.prior or model.warm_start
+    if path is None or (model.dtype != AUTO and trainer.precision is not None):
+        return
+    content = read_checkpoint(path, mmap=True)
+    if model.dtype == AUTO:
+        model.dtype = content["hyper_parameters"].get("dtype", AUTO)
+    if checkpoint and trainer.precision is None:  # older ones do not say; where nothing was said theirs was this
+        said = content["koff"].get("precision", "32-true")
+        trainer.precision = said if said in PRECISIONS else None
+
+
 def choose(model: Any, trainer: Any, bf16: bool) -> None:
-    """Fill in `model.dtype: auto` and a `trainer.precision` of null.
+    """Fill in `model.dtype: auto` and a `trainer.precision` of null by what the device can do.
 
     Args:
         model: Options of the model, by attributes.

@@ -4,9 +4,9 @@
     python recipes/supply_chain/versions.py newest .venv-newest tests/test_backbone.py     # other tests than TESTS
 
 Makes a virtual environment in the folder named (kept: delete it to begin anew), installs this tree into it and runs
-pytest there. It needs uv. Floors that cannot be installed together are refused; a dependency of a dependency is the newest
-that fits. constraints.txt is what the whole suite runs on. What was found is in docs/dependencies.md. On Linux torch brings
-CUDA's libraries, 3 GB for each of the two environments, unless UV_TORCH_BACKEND=cpu is set.
+pytest there. It needs uv. Floors that cannot be installed together are refused; a dependency of a dependency is the
+newest that fits. constraints.txt is what the whole suite runs on. What was found is in docs/dependencies.md. On Linux
+torch brings CUDA's libraries, 3 GB for each of the two environments, unless UV_TORCH_BACKEND=cpu is set.
 """
 
 import configparser

@@ -57,9 +57,9 @@ audit: .venv/installed ## look for known-bad releases: installed, pinned, allowe
 options: .venv/installed ## write docs/options.md and the table behind --help anew from the classes
 	$(BIN)/python recipes/options.py
 
-versions: .venv/installed ## run some tests at the lowest allowed versions and at the newest, each in an environment of its own
-	$(BIN)/python recipes/supply_chain/versions.py lowest .venv-lowest
-	$(BIN)/python recipes/supply_chain/versions.py newest .venv-newest
+versions: ## run some tests (TESTS=...) at the lowest allowed versions and at the newest, each in its own environment (needs uv)
+	uv run --no-project --with packaging python recipes/supply_chain/versions.py lowest .venv-lowest $(TESTS)
+	uv run --no-project --with packaging python recipes/supply_chain/versions.py newest .venv-newest $(TESTS)
 
 hashes: ## write both files of hashes anew from constraints.txt (needs uv)
 	uv pip compile --no-config --generate-hashes --no-deps --no-annotate --no-header --quiet \

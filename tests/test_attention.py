@@ -4,10 +4,12 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from koff_lightning import attention
 from koff_lightning.attention import LayerMemory, attend_merged, attend_reference, koff_attention
+from koff_lightning.backbone import cache_argument
 from koff_lightning.support.errors import KoffError
 
 B, H, K, D, P = 3, 4, 2, 8, 5
@@ -331,8 +333,9 @@ def test_a_cache_read_in_chunks_is_one_reading(both_ways):
     model = tiny_model("llama")
     remember(model)
     text = ids(1, 12)
-    start = model(text[:, :5], use_cache=True)
-    rest = model(text[:, 5:], past_key_values=start.past_key_values, use_cache=True)
+    cache = {cache_argument(model): DynamicCache()}
+    model(text[:, :5], **cache)
+    rest = model(text[:, 5:], **cache)
     close(rest.logits, model(text, use_cache=False).logits[:, 5:])
 
 

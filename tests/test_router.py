@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_artifact import tiny_artifact
 from toy_text import toy_tokenizer
-from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
+from transformers import AutoTokenizer, DynamicCache, RobertaConfig, RobertaForSequenceClassification
 
 from koff_lightning import DomainDataModule, KoffError, load_decomposed
 from koff_lightning.artifact.folder import describe_file, read_manifest, verify
@@ -206,7 +206,8 @@ def test_auto_reads_what_telling_the_router_s_choice_reads(model):
 @torch.no_grad()
 def test_auto_in_the_middle_of_a_text_is_refused(model):
     ids, _ = padded(model.tokenizer, [GERMAN])
-    cache = model(ids, domains="auto", use_cache=True).past_key_values
+    cache = DynamicCache()
+    model(ids, domains="auto", past_key_values=cache)
     with pytest.raises(KoffError, match="token cache has no whole text to route"):
         model(ids[:, :1], domains="auto", past_key_values=cache)
 

@@ -49,6 +49,12 @@ def test_the_hashed_pins_are_the_pins():
     assert all("--hash=sha256:" in part for part in re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)[1:])
 
 
+def test_every_pin_lies_in_its_range():
+    pins, asked = audit.pins(), audit.requirements()
+    assert set(asked) - set(pins) == {"ipywidgets", "jupyterlab", "nbmake"}, "the notebooks' tools alone are not pinned"
+    assert [name for name in asked if name in pins and not asked[name].specifier.contains(pins[name])] == []
+
+
 def test_every_floor_is_a_release_that_may_be_used():
     floors = dict(line.split("==") for line in versions.lowest())
     asked = audit.requirements()

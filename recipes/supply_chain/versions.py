@@ -4,8 +4,9 @@
     python recipes/supply_chain/versions.py newest .venv-newest tests/test_backbone.py     # other tests than TESTS
 
 Makes a virtual environment in the folder named (kept: delete it to begin anew), installs this tree into it and runs
-pytest there. A dependency of a dependency is whatever pip takes. constraints.txt is what the whole suite runs on. What
-was found is in docs/dependencies.md. On Linux torch brings CUDA's libraries, 3 GB for each of the two environments.
+pytest there. It needs uv. Floors that cannot be installed together are refused; a dependency of a dependency is the
+newest that fits. constraints.txt is what the whole suite runs on. What was found is in docs/dependencies.md. On Linux
+torch brings CUDA's libraries, 3 GB for each of the two environments, unless UV_TORCH_BACKEND=cpu is set.
 """
 
 import configparser
@@ -62,12 +63,12 @@ def main(which: str, folder: str, *tests: str) -> int:
     home = Path(folder).absolute()
     python = home / "bin" / "python"
     if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, home], check=True)
     pins = home / "pins.txt"
     pins.write_text("".join(f"{line}\n" for line in lowest()) if which == "lowest" else "", encoding="utf-8")
-    pip = [python, "-m", "pip", "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager"]
+    pip = ["uv", "pip", "install", "--quiet", "--python", python, "--upgrade"]
     subprocess.run([*pip, "-e", f"{ROOT}[dev,serve]", "-c", pins], check=True)
-    subprocess.run([python, "-m", "pip", "list", "--format=freeze"], check=True)
+    subprocess.run(["uv", "pip", "freeze", "--quiet", "--python", python], check=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [python, "-m", "pytest", "-q", *(tests or TESTS)], cwd=ROOT, env=environment, check=False

@@ -56,7 +56,9 @@ def test_constructed_rates_have_a_known_answer():
     assert found.table().set_index("class")["neurons"].to_dict()["specific"] == 4
 
 
-@pytest.mark.parametrize(("neurons", "rate", "chosen"), [(17, 0.1, 2), (16, 0.1, 2), (14, 0.1, 1), (30, 0.05, 2)])
+@pytest.mark.parametrize(
+    ("neurons", "rate", "chosen"), [(17, 0.1, 2), (16, 0.1, 2), (14, 0.1, 1), (30, 0.05, 2), (6, 0.1, 1)]
+)
 def test_a_share_of_neurons_is_rounded_to_the_nearest_number(neurons, rate, chosen):
     """As in the released code, `round(len(entropy) * rate)`: a half goes to the even number."""
     rates = np.random.default_rng(0).uniform(0.1, 0.9, (neurons, 3))

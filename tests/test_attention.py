@@ -237,6 +237,13 @@ def test_the_merge_is_left_to_the_cuda_kernel_only_where_it_can_do_it(hidden, dt
     assert attention._merges(query, torch.ones(1) if hidden == "mask" else None, memory) == able
 
 
+def test_on_a_cpu_no_key_is_copied_for_the_heads_that_share_it(monkeypatch):
+    monkeypatch.setattr(attention, "repeat_kv", None)
+    query, key, value, *slots = tensors(6, 6)
+    out, _ = koff_attention(Layer(LayerMemory(*slots)), query, key, value, None)
+    close(out.transpose(1, 2), defined(query, key, value, *slots, None, None))
+
+
 def test_dropout_reaches_the_weights():
     query, key, value, *slots = tensors(6, 6)
     layer = Layer(LayerMemory(*slots))

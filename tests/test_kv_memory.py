@@ -142,6 +142,13 @@ def test_tensors_that_are_no_memory_are_refused(change, message):
         KVMemory.from_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
+def test_a_memory_of_one_layer_is_read_back():
+    memory = filled(shapes=SHAPES[:1])
+    again = KVMemory.from_tensors(memory.tensors())
+    assert len(again.tensors()) == 2
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in memory.tensors().items())
+
+
 def test_initialising_leaves_no_gradient_behind():
     memory = KVMemory(SHAPES, P)
     memory.initialise_(tiny_model("llama"), ids(1, P)[0])

@@ -81,6 +81,11 @@ def test_ties_are_taken_in_order_and_told():
     found = identify(rates, DOMAINS, rate=0.2, bar=0.5)
     assert list(np.flatnonzero(found.selected)) == [0, 1]
     assert found.tied == 2
+    rates = np.zeros((1000, 3))
+    rates[::2, 0] = 0.5  # so many that an unstable sort would not keep their order
+    found = identify(rates, DOMAINS, rate=0.2, bar=0.5)
+    assert list(np.flatnonzero(found.selected)) == list(range(0, 400, 2))
+    assert found.tied == 300
 
 
 def test_fewer_pass_the_filter_than_are_asked_for():

@@ -1,5 +1,7 @@
 """Attention with a memory: both ways against a definition in float64, and inside models against the plain model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
@@ -179,6 +181,9 @@ def test_without_memory_nothing_differs_from_sdpa_by_a_bit():
         arguments = (query, key, value, mask)
         wanted = sdpa_attention_forward(Layer(), *arguments, scaling=0.2)[0]
         assert torch.equal(koff_attention(Layer(), *arguments, scaling=0.2)[0], wanted)
+        if mask is None:  # and what else the layer says, such as that it is not causal
+            wanted = sdpa_attention_forward(Layer(), *arguments, scaling=0.2, is_causal=False)[0]
+            assert torch.equal(koff_attention(Layer(), *arguments, scaling=0.2, is_causal=False)[0], wanted)
 
 
 def test_memory_is_cast_to_the_tokens_dtype_and_its_gradient_is_full_precision():
@@ -221,6 +226,24 @@ def test_the_faster_way_is_chosen_by_length(monkeypatch, length, chosen):
     koff_attention(Layer(LayerMemory(*slots)), query, key, value, None)
     koff_attention(Layer(LayerMemory(*slots)), query, key, value, None, dropout=0.1)
     assert called == [chosen, "reference"]  # the merge defines no dropout
+
+
+@pytest.mark.parametrize("hidden", [None, "mask", "visible"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [64, 68, 256, 264])
+def test_the_merge_is_left_to_the_cuda_kernel_only_where_it_can_do_it(hidden, dtype, size):
+    """Flash attention takes no mask, half precision only, and heads of up to 256, in eights."""
+    query = SimpleNamespace(is_cuda=True, is_cpu=False, dtype=dtype, shape=(B, H, 600, size))
+    memory = LayerMemory(torch.empty(0), torch.empty(0), torch.ones(B, P) if hidden == "visible" else None)
+    able = hidden is None and dtype != torch.float32 and size in (64, 256)
+    assert attention._merges(query, torch.ones(1) if hidden == "mask" else None, memory) == able
+
+
+def test_on_a_cpu_no_key_is_copied_for_the_heads_that_share_it(monkeypatch):
+    monkeypatch.setattr(attention, "repeat_kv", None)
+    query, key, value, *slots = tensors(6, 6)
+    out, _ = koff_attention(Layer(LayerMemory(*slots)), query, key, value, None)
+    close(out.transpose(1, 2), defined(query, key, value, *slots, None, None))
 
 
 def test_dropout_reaches_the_weights():

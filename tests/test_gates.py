@@ -1,5 +1,7 @@
 """What a gate is: its distribution, its count, its order; and the mask as a module."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,6 +58,8 @@ def test_noise_at_its_ends_is_finite(monkeypatch):
     for noise in (0.0, 1.0):
         monkeypatch.setattr(torch, "rand", lambda *shape, noise=noise, **_: torch.full(shape, noise))
         assert HardConcrete().sample(LOGITS).tolist() == [[float(noise > 0)] * 25]
+        ends = torch.tensor([-torch.inf, torch.inf])
+        assert HardConcrete().sample(ends).tolist() == [[0.0, 1.0]], "no noise brings back what is closed for good"
 
 
 # ------------------------------------------------------------------------------------------ shrinking ReLU
@@ -216,6 +220,25 @@ def test_without_observations_the_logits_stay_equal():
     mask = BackboneGates(groups())
     mask.order_by_prior(torch.ones(8), 4.0)
     assert mask.logits.unique().numel() == 1
+
+
+def test_units_that_are_worth_the_same_start_in_their_own_order():
+    """Whatever the device's way of sorting: two runs, or two ranks, begin with one mask."""
+    mask = BackboneGates([PrunableGroup(0, "channel", 1000, (), "a", 1, 10)])
+    mask.order = torch.arange(1000) // 500  # two classes of 500 alike
+    mask.order_by_prior(torch.ones(1000), spread=1.0)
+    assert (mask.logits.diff() > 0).all()
+
+
+def test_runs_of_other_seeds_draw_other_gates():
+    drawn = []
+    for seed in (0, 1, 62, 2**31 - 1, 2**40 + 5):
+        torch.manual_seed(seed)
+        drawn.append(BackboneGates(groups()).draw(4, (7, 0)))
+        torch.manual_seed(seed)
+        assert torch.equal(BackboneGates(groups()).draw(4, (7, 0)), drawn[-1])
+    for one, other in combinations(drawn, 2):
+        assert not torch.equal(one, other)
 
 
 def test_probe_and_observe_collect_squared_gradients_per_row():

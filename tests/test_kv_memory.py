@@ -8,7 +8,9 @@ import torch
 from tiny_models import FAMILIES, YARN_ROPE, tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from koff_lightning import KVSpec
 from koff_lightning.kv_memory import KVMemory, read_memories, rotate_keys
+from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
 
 SHAPES = [(2, 16), (2, 16)]  # of tiny_model
@@ -138,6 +140,13 @@ def test_tensors_that_are_no_memory_are_refused(change, message):
     tensors = filled(slots=4).tensors() | change
     with pytest.raises(KoffError, match=message):
         KVMemory.from_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def test_a_memory_of_one_layer_is_read_back():
+    memory = filled(shapes=SHAPES[:1])
+    again = KVMemory.from_tensors(memory.tensors())
+    assert len(again.tensors()) == 2
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in memory.tensors().items())
 
 
 def test_initialising_leaves_no_gradient_behind():
@@ -296,3 +305,18 @@ def test_a_rotary_embedding_of_part_of_the_head():
 def test_rows_of_a_memory_that_does_not_exist(rows):
     with pytest.raises(KoffError, match=r"rows must be -1 \(none\) or 0 to 1"):
         read_memories([filled(), filled()], rows, 0)
+
+
+@pytest.mark.parametrize("domains", [["de"], ["de", "fr"]])
+def test_the_first_slots_of_a_model_make_its_attention_read_them(domains):
+    """Whatever attention it was loaded with: slots that nobody reads would be trained for nothing."""
+    read = []
+    for given in ("koff", "sdpa"):
+        torch.manual_seed(0)
+        model = tiny_model("llama", attn_implementation=given).requires_grad_(False)
+        torch.manual_seed(1)
+        bank = MemoryBank(model, domains, None, KVSpec(4, init="normal", std=1.0))
+        bank.activate(["de", None])
+        read.append(model(ids(1, 9).expand(2, -1), use_cache=False).logits)
+    assert torch.equal(*read)
+    assert (read[0][0] - read[0][1]).abs().max() > 1e-3

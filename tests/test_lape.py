@@ -56,7 +56,9 @@ def test_constructed_rates_have_a_known_answer():
     assert found.table().set_index("class")["neurons"].to_dict()["specific"] == 4
 
 
-@pytest.mark.parametrize(("neurons", "rate", "chosen"), [(17, 0.1, 2), (16, 0.1, 2), (14, 0.1, 1), (30, 0.05, 2)])
+@pytest.mark.parametrize(
+    ("neurons", "rate", "chosen"), [(17, 0.1, 2), (16, 0.1, 2), (14, 0.1, 1), (30, 0.05, 2), (6, 0.1, 1)]
+)
 def test_a_share_of_neurons_is_rounded_to_the_nearest_number(neurons, rate, chosen):
     """As in the released code, `round(len(entropy) * rate)`: a half goes to the even number."""
     rates = np.random.default_rng(0).uniform(0.1, 0.9, (neurons, 3))
@@ -79,6 +81,11 @@ def test_ties_are_taken_in_order_and_told():
     found = identify(rates, DOMAINS, rate=0.2, bar=0.5)
     assert list(np.flatnonzero(found.selected)) == [0, 1]
     assert found.tied == 2
+    rates = np.zeros((1000, 3))
+    rates[::2, 0] = 0.5  # so many that an unstable sort would not keep their order
+    found = identify(rates, DOMAINS, rate=0.2, bar=0.5)
+    assert list(np.flatnonzero(found.selected)) == list(range(0, 400, 2))
+    assert found.tied == 300
 
 
 def test_fewer_pass_the_filter_than_are_asked_for():

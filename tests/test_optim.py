@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_run import tiny_module
 
-from koff_lightning import LoraSpec, OptimSpec
+from koff_lightning import KoffError, LoraSpec, OptimSpec
 from koff_lightning.penalties import LagrangianPenalty
-from koff_lightning.training.optim import parameter_groups, rate_lambdas
+from koff_lightning.training.optim import ResumableLambdaLR, parameter_groups, rate_lambdas
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,42 @@ def test_rates_rise_from_the_first_step_and_fall_to_the_final_share(module):
     assert [factors["mask"](step) for step in (0, 20, 40)] == [factors["multipliers"](3)] * 3 == [1.0] * 3
     alone = rate_lambdas(groups, OptimSpec(warmup=0.0), steps)[-1]
     assert alone(0) == pytest.approx(1.0), "without a warm-up the first step has the whole rate"
+
+
+@pytest.mark.parametrize("shares", [{"warmup": 0.0}, {"final": 0.0}, {"final": 1.0}])
+def test_shares_may_lie_at_their_ends(shares):
+    OptimSpec(**shares)
+
+
+@pytest.mark.parametrize("shares", [{"warmup": 1.0}, {"warmup": -0.1}, {"final": 1.01}, {"final": -0.1}])
+def test_shares_beyond_their_ends_are_refused(shares):
+    with pytest.raises(KoffError, match="optim.warmup and optim.final are shares of 1"):
+        OptimSpec(**shares)
+
+
+@pytest.mark.parametrize("name", ["mask_lr", "multiplier_lr", "lora_lr", "kv_lr", "clip"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_rate_that_moves_nothing_or_everything_is_refused(name, value):
+    with pytest.raises(KoffError, match=f"rates and clip must be positive and finite; got {name}="):
+        OptimSpec(**{name: value})
+
+
+def test_a_run_that_goes_on_takes_the_rates_of_its_own_options_where_the_course_stands():
+    def course(rate):
+        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": rate}])
+        return optimizer, ResumableLambdaLR(optimizer, [lambda step: 1 / (1 + step)])
+
+    first, schedule = course(0.5)
+    for _ in range(3):
+        first.step()
+        schedule.step()
+    second, again = course(8.0)
+    second.load_state_dict(first.state_dict())
+    again.load_state_dict(schedule.state_dict())
+    assert second.param_groups[0]["lr"] == again.get_last_lr()[0] == 8.0 / 4
+    second.step()
+    again.step()
+    assert second.param_groups[0]["lr"] == 8.0 / 5
 
 
 def test_what_has_no_gradient_stays_where_it_is(module):

@@ -15,9 +15,10 @@ from tiny_models import FAMILIES, tiny_model
 from koff_lightning import KoffError, OptimSpec, SparsitySpec
 from koff_lightning.backbone import PrunableGroup, parameter_counts, prunable_groups
 from koff_lightning.callbacks import AnnealSparsity
-from koff_lightning.gates import BackboneGates
+from koff_lightning.gates import BackboneGates, HardConcrete
 from koff_lightning.penalties import FixedPenalty, LagrangianPenalty
 from koff_lightning.sparsity import Budget, SparsitySchedule
+from koff_lightning.tracking import shift_to_target
 from koff_lightning.training.optim import parameter_groups, rate_lambdas
 
 DENOMINATORS = ("body", "total", "units")
@@ -271,6 +272,11 @@ def test_shapes_at_half_way(shape, half):
     assert schedule.target_at(49) == pytest.approx(0.2)
 
 
+def test_the_course_of_the_gates_lasts_as_long_as_they_are_used():
+    schedule = SparsitySchedule(0.2, 100, 0.1, 0.4, 0.1)
+    assert [schedule.progress(step) for step in (0, 10, 35, 60, 99)] == pytest.approx([0, 0, 0.5, 1, 1])
+
+
 def test_memories_that_start_with_the_consolidation_start_where_the_docs_say():
     (course,) = rate_lambdas([{"name": "kv"}], OptimSpec(), 300)
     started = f"{course(SparsitySchedule(0.12, 300).harden_step):.0%}".replace("%", " %")
@@ -293,6 +299,14 @@ def test_penalties():
     assert FixedPenalty(3.0)(sparsity, 0.2).item() == pytest.approx(-0.9)
     assert FixedPenalty(3.0)(sparsity, 0.0).item() == 0
     assert not list(FixedPenalty(3.0).parameters())
+
+
+def test_where_a_count_stands_still_at_its_target_the_least_shift_is_taken():
+    """Half of the units are to go, and the other half is far away: these do not come near."""
+    logits = torch.tensor([-1.5] * 5 + [1000.0] * 5)  # a gate is as often closed as open at -1.6
+    moved = logits.clone()
+    shift_to_target(HardConcrete(), moved, 0.5, 0.0, lambda keep: ((keep < 0.5).float().mean(),) * 2)
+    assert 0.0986 < (logits - moved).max() < 2 * 0.0986
 
 
 # ------------------------------------------------------------------------------------------- the toy problem

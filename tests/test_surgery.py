@@ -20,7 +20,7 @@ from tiny_models import FAMILIES, tiny_model
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.backbone import KINDS, hidden_states, kv_shapes, parameter_counts, prunable_groups
 from koff_lightning.sparsity import Budget
-from koff_lightning.surgery import cut_kv, cut_state, masks, merge_lora, zero_kv, zero_state
+from koff_lightning.surgery import cut_kv, cut_state, masks, merge_lora, plain_state, zero_kv, zero_state
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
@@ -140,6 +140,15 @@ def test_nothing_is_edited_in_place_and_results_own_their_memory():
             assert cut[name].untyped_storage().nbytes() == cut[name].numel() * 4, f"{name} holds on to what it lost"
             assert zeroed[name].data_ptr() != tensor.data_ptr()
     assert merged.keys() == case.plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_plain_state_is_that_of_the_model_without_memories(tied):
+    case, plain = make_case("llama", tie_word_embeddings=tied), tiny_model("llama", tie_word_embeddings=tied)
+    found, wanted = plain_state(case.model), plain.state_dict()
+    assert wanted.keys() - found.keys() == ({"lm_head.weight"} if tied else set())
+    assert not found.keys() - wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
 def test_keeping_everything_changes_nothing():

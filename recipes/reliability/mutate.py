@@ -8,8 +8,9 @@ ones. Left alone: what is said in errors, and `strict` of zip, which guards and 
 
 A fault is killed when a test fails, or takes 10 s and three times the processor time that it takes otherwise. Those
 tests of the method run that execute the broken statement, or all of a module where one of its fixtures does: the
-cheapest, up to --seconds of processor time, so the score is a lower bound. What lives is printed with its line. A run
-that was stopped goes on where it was: delete the file of rows to begin anew.
+cheapest, up to --seconds of processor time, so the score is a lower bound. What lives is printed with its line; so is
+what no test executes, such as the ways that only a GPU takes. A run that was stopped goes on where it was: delete both
+files of --out to begin anew, as after any change of tests or files.
 
 One process imports and collects all; each fault runs in a fork of it, put into the functions and constants that are
 there already. So it costs its tests alone, some seconds.
@@ -53,6 +54,12 @@ FILES = [
 # The tests of the method; --more names others, for what lives.
 TESTS = ["gates", "sparsity", "uniform", "channels", "penalties", "losses", "optim", "lape", "attention", "kv_memory"]
 TESTS += ["memory", "memory_files", "surgery", "layouts", "equivalences"]
+# Of files whose other tests are whole runs.
+TESTS += [
+    "general_text::test_settled_is_the_gradient_of_the_loss_by_its_inputs_alone",
+    "placement::test_a_gate_that_is_closed_is_a_layer_that_is_not_there",
+    "precision::test_the_head_is_multiplied_in_fp32_where_half_precision_is_slow",
+]
 SWAPS = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -322,7 +329,11 @@ class Mutants:
                 self.run(tests)
             os.write(said, "".join(self.failed[:1]).encode())
 
+        if not tests:
+            return ""
         status, said = _fork(work)
+        if status == 99:
+            sys.exit("this script has failed, which kills nothing: see above")
         return said or (f"status {status}" if status else "")
 
     def rows(self) -> list[dict[str, object]]:
@@ -337,12 +348,13 @@ class Mutants:
         for line, number, what, change in drawn[start:end]:
             if (file, line, number, what) in done:
                 continue
-            by = self.killed(file, broken(self.trees[file], number, change), self.covering(file, line))
-            row = {"file": file, "line": line, "node": number, "what": what, "by": by}
+            tests = self.covering(file, line)
+            by = self.killed(file, broken(self.trees[file], number, change), tests)
+            row = {"file": file, "line": line, "node": number, "what": what, "tests": len(tests), "by": by}
             with self.options.out.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
             if not by:
-                print(f"lives: {file}:{line} {what}", flush=True)
+                print(f"lives: {file}:{line} {what} ({len(tests)} tests execute it)", flush=True)
         own = [row for row in self.rows() if row["file"] == file]
         print(f"{file}: {sum(bool(r['by']) for r in own)} of {len(own)} killed ({len(drawn)} possible)", flush=True)
 
@@ -355,7 +367,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="of tests for a fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/mutate.jsonl"), help="a row for each fault")
-    parser.add_argument("--more", nargs="*", default=[], help="further tests, as in tests/test_NAME.py")
+    parser.add_argument(
+        "--more", nargs="*", default=[], help="further tests, NAME as in tests/test_NAME.py, or NAME::TEST"
+    )
     options = parser.parse_args()
     options.out = options.out.absolute()
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -364,7 +378,8 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in [*TESTS, *options.more]]
+    names = [name.partition("::") for name in [*TESTS, *options.more]]
+    tests = [str(ROOT / "tests" / f"test_{file}.py{mark}{one}") for file, mark, one in names]
     return int(
         pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[Mutants(options)])
     )

@@ -5,7 +5,7 @@ import torch
 from rich.console import Console
 
 from koff_lightning.commands.lm_eval_cli import _few_questions, lm_eval
-from koff_lightning.evaluation import harness, lm_scores
+from koff_lightning.evaluation import harness, lm_scores, rolling
 from koff_lightning.support.errors import KoffError
 
 SEVEN = {name: {"koff_bpb_en": {"bits_per_byte": 1.25, "bits_per_byte_stderr": 0.01}} for name in "abcdefg"}
@@ -35,9 +35,11 @@ def rolled(lm, texts):
 def test_long_and_short_texts_are_scored_in_batches_of_like_length(monkeypatch, capsys):
     texts = ["a b c d e f g h " * 9, "a", "b c", "c d e f g h a b " * 7, "d"]
     lm = harness.KoffLM("koff-tiny", device="cpu", batch_size=2, max_length=16)
-    asked, call = [], lm._model_call
+    asked, call = [], harness.hidden_states
     monkeypatch.setattr(
-        lm, "_model_call", lambda ids, *rest, **more: asked.append(ids.shape) or call(ids, *rest, **more)
+        harness,
+        "hidden_states",
+        lambda model, input_ids: asked.append(input_ids.shape) or call(model, input_ids=input_ids),
     )
     together = rolled(lm, texts)
     assert capsys.readouterr().err.count("100%") == 1, "one bar"
@@ -48,6 +50,17 @@ def test_long_and_short_texts_are_scored_in_batches_of_like_length(monkeypatch, 
     assert lm.batch_size == 2
     alone = [rolled(lm, [text])[0] for text in texts]
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-5, atol=1e-4)
+
+
+def test_of_a_text_the_logits_of_predicted_tokens_alone_are_made_and_of_few_at_a_time():
+    """A last window is as long as the others, mostly context; logits of whole windows cost more than they say."""
+    lm = harness.KoffLM("koff-tiny", device="cpu", batch_size=2, max_length=300)
+    texts, made = ["a b c d e f g h " * 40, "a", "b c"], []
+    lm.model.get_output_embeddings().register_forward_hook(lambda *parts: made.append(parts[2].shape[:-1].numel()))
+    rolled(lm, texts)
+    lm.add_bos_token = False
+    assert sum(made) == sum(len(lm.tok_encode(text)) for text in texts) > 300
+    assert max(made) <= rolling.TOKENS
 
 
 def test_git_and_pip_are_asked_nothing_without_a_file_to_say_it_in():

@@ -12,7 +12,6 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.decomposed import DecomposedModel, default_device, dense_of, load_decomposed
 from koff_lightning.artifact.folder import MANIFEST
-from koff_lightning.backbone import ask_nothing_
+from koff_lightning.backbone import ask_nothing_, hidden_states
 from koff_lightning.data.encoding import encode, encode_prompt
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
@@ -42,6 +41,8 @@ check_version()  # before what may be elsewhere in another release
 from lm_eval.api.registry import register_model  # noqa: E402
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from koff_lightning.evaluation.rolling import log_likelihoods, windows_of  # noqa: E402
 
 SEED = 1234  # lm-eval's own, of the few-shot examples
 Model = Decomposition | DecomposedModel | PreTrainedModel
@@ -84,9 +85,12 @@ class Reader:
         """`.logits` [B, T, V] for ids [B, T] without padding on the left."""
         if isinstance(self.whole, DecomposedModel):
             return SimpleNamespace(logits=self.whole(input_ids, domains=self.domain).logits)
+        return SimpleNamespace(logits=self.model.get_output_embeddings()(self.hidden(input_ids)))
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Last hidden states [B, T, d], of the same."""
         with self._in_force(len(input_ids)):
-            hidden = self.whole.hidden({"input_ids": input_ids})  # [B, T, d]
-            return SimpleNamespace(logits=self.model.get_output_embeddings()(hidden))
+            return hidden_states(self.model, input_ids=input_ids)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
@@ -100,6 +104,10 @@ class Reader:
     @contextmanager
     def _in_force(self, rows: int) -> Iterator[None]:
         """Gates and memories of this way of reading, for so many rows."""
+        if isinstance(self.whole, DecomposedModel):
+            with self.whole.memories.scope(self.whole.memories.routes_of([self.domain] * rows)):
+                yield
+            return
         how = ((), None) if self.dense else ([self.domain] * rows, self.whole.hard_gates())
         with self.whole.under(*how):
             yield
@@ -141,7 +149,6 @@ class KoffLM(HFLM):
             super().__init__(reading(model, domain, dense), tokenizer=tokenizer, **options)
         self._rank = dist.get_rank() if ranks.count() > 1 else 0
         self._world_size = ranks.count()
-        self._rows: int | None = None  # of a batch, while `loglikelihood_rolling` collects its windows
         self.broken = 0  # requests whose log-likelihood is no number
 
     def __repr__(self) -> str:
@@ -189,25 +196,27 @@ class KoffLM(HFLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """HFLM's own, which puts the start token before the text itself: the text is encoded without one.
 
-        HFLM scores the windows of a few requests at a time, each with a progress bar of its own. In one process all
-        windows are handed over at once: sorted by length, so that rows of a batch hold little padding, under one bar.
+        In one process, with batches of a given size, the same windows are scored at less cost: `evaluation.rolling`.
         """
+        texts = [request.args[0] for request in requests]
         if self._routes:
-            texts = [request.args[0] for request in requests]
             return self._by_domain(requests, texts, lambda part: self.loglikelihood_rolling(part, disable_tqdm))
         before, self.add_bos_token = self.add_bos_token, False
-        if self.world_size == 1 and isinstance(self.batch_size_per_gpu, int):
-            self._rows, self.batch_size_per_gpu = self.batch_size_per_gpu, sys.maxsize
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm or self._rows is not None)
+            plain_way = self.world_size == 1 and self.mixed_precision_dtype is None
+            if not plain_way or not isinstance(self.batch_size_per_gpu, int):
+                return super().loglikelihood_rolling(requests, disable_tqdm)
+            windows = [windows_of(self.tok_encode(text), self.prefix_token_id, self.max_length) for text in texts]
         finally:
             self.add_bos_token = before
-            self._rows_again()
-
-    def _rows_again(self) -> None:
-        """Let batches have as many rows again as were asked for."""
-        if self._rows is not None:
-            self.batch_size_per_gpu, self._rows = self._rows, None
+        reader = self.model if isinstance(self.model, Reader) else None
+        hidden = reader.hidden if reader else lambda ids: hidden_states(self.model, input_ids=ids)
+        head = (reader.model if reader else self.model).get_output_embeddings()
+        found = log_likelihoods(windows, hidden, head, self.batch_size_per_gpu, self.softmax_dtype, disable_tqdm)
+        for text, value in zip(texts, found, strict=True):
+            self.broken += not math.isfinite(value)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), value)
+        return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue texts, as HFLM does."""
@@ -237,7 +246,6 @@ class KoffLM(HFLM):
         if self._routes:
             texts = [context for (context, _), _, _ in requests]
             return self._by_domain(requests, texts, lambda part: self._loglikelihood_tokens(part, *args, **kwargs))
-        self._rows_again()
         scores = super()._loglikelihood_tokens(requests, *args, **kwargs)
         self.broken += sum(not math.isfinite(value) for value, _ in scores)  # told later, by all ranks at once
         return scores

@@ -1,0 +1,71 @@
+"""Log-likelihood of whole texts, window by window as HFLM scores them, at less cost.
+
+Windows and arithmetic are HFLM's, so the scores are too. Left out is what a sum needs not: logits of what is context
+alone or padding, of all rows at once, and whether the likeliest token is the right one.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+TOKENS = 256  # whose logits stand in memory at a time: [256, V]
+Window = tuple[list[int], list[int]]  # what is read first, and what is predicted
+
+
+def windows_of(ids: list[int], prefix: int, length: int) -> list[Window]:
+    """The windows of a text's ids, at most `length` tokens long; the last one is as long as the text allows.
+
+    Args:
+        ids: Of the text, without a start token.
+        prefix: What stands before the first.
+        length: The longest that the model reads.
+    """
+    return [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, prefix, length, context_len=1)]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    texts: Sequence[Sequence[Window]],
+    hidden: Callable[[Tensor], Tensor],
+    head: nn.Module,
+    rows: int,
+    dtype: torch.dtype | None = None,
+    silent: bool = False,
+) -> list[float]:
+    """Of the predicted tokens of each text, in nats, summed.
+
+    Args:
+        texts: The windows of each; all are read longest first, so that rows of a batch hold little padding, and too
+            large a batch fails at once.
+        hidden: Last hidden states [B, T, d] of ids [B, T] that are padded on the right.
+        head: What makes logits of them.
+        rows: Windows at a time.
+        dtype: Of the softmax; None for that of the logits.
+        silent: Show no progress.
+    """
+    device, sums = head.weight.device, [0.0] * len(texts)
+    windows = [(text, *window) for text, parts in enumerate(texts) for window in parts]
+    windows.sort(key=lambda window: -len(window[1]) - len(window[2]))
+    with tqdm(total=len(windows), desc="windows of text", disable=silent) as bar:
+        for first in range(0, len(windows), rows):
+            batch = windows[first : first + rows]
+            read = [torch.tensor(context + predicted[:-1]) for _, context, predicted in batch]
+            states = hidden(pad_sequence(read, batch_first=True).to(device))  # [B, T, d]
+            for (text, _, predicted), ids, row in zip(batch, read, states, strict=True):
+                last = row[len(ids) - len(predicted) : len(ids)]  # [N, d]
+                sums[text] += _log_likelihood(last, torch.tensor(predicted, device=device), head, dtype)
+            bar.update(len(batch))
+    return sums
+
+
+def _log_likelihood(states: Tensor, labels: Tensor, head: nn.Module, dtype: torch.dtype | None) -> float:
+    """Of labels [N] given states [N, d]."""
+    parts = [
+        torch.log_softmax(head(state), -1, dtype=dtype).gather(1, label[:, None])
+        for state, label in zip(states.split(TOKENS), labels.split(TOKENS), strict=True)
+    ]
+    return float(torch.cat(parts).sum())

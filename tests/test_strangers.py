@@ -19,7 +19,7 @@ from tiny_tasks import toy_tasks
 
 from koff_lightning import KoffError, load_backbone, load_decomposed, load_tokenizer
 from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
-from koff_lightning.artifact.folder import describe_file
+from koff_lightning.artifact.folder import FORMAT, describe_file, read_manifest
 from koff_lightning.callbacks import RunReport
 from koff_lightning.cli import main
 from koff_lightning.data import encoding
@@ -390,6 +390,10 @@ BAD = {
     "an optimizer that keeps nothing": put("optimizer_states", 0, "state", 0, []),
     "loops without a fit": put("loops", {}),
     "loops of nothing": put("loops", "fit_loop", None),
+    "loops of other steps": put(
+        *("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total"),
+        {"ready": 3, "completed": 3},
+    ),
     "no place in the data": put("loops", "fit_loop", "epoch_progress", {}),
     "units of nothing": put("hyper_parameters", "sparsity", "units", None),
     "units that are numbers": put("hyper_parameters", "sparsity", "units", [1, 2]),
@@ -490,6 +494,12 @@ def test_tokens_of_generation_config(tmp_path, name):
     saved(tmp_path, "llama")
     (tmp_path / "generation_config.json").write_text(json.dumps({name: [1, 2]}))
     refused(tmp_path, f"{name} is")
+
+
+def test_a_manifest_with_what_is_no_number(tmp_path):
+    (tmp_path / "koff.json").write_text(json.dumps({"format_version": FORMAT, "sparsity": {"total": float("nan")}}))
+    with pytest.raises(KoffError, match="holds NaN or Infinity for a number"):
+        read_manifest(tmp_path)
 
 
 def flattened(content):

@@ -257,6 +257,10 @@ def _contradiction(checkpoint: Mapping[str, Any]) -> str | None:
     for name in ("gate", "units"):
         if name in about and name in sparsity and _sorted(about[name], True) != _sorted(sparsity[name], True):
             return f"hyper_parameters.sparsity.{name} and koff.{name} differ"
+    if loops := checkpoint.get("loops"):
+        progress = loops["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
+        if progress["completed"] not in (0, checkpoint["global_step"]):  # 0: a loop that steps by hand
+            return f"its loops have taken {progress['completed']} steps, and global_step is {checkpoint['global_step']}"
     return None
 
 

@@ -252,6 +252,10 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} has format version {version!r}, this koff-lightning reads {FORMAT}: "
             "use the release that wrote it, or write it again"
         )
+    try:
+        json.dumps(content, allow_nan=False)  # NaN is no JSON: what was read could not be written again
+    except ValueError as error:
+        raise KoffError(f"{path} holds NaN or Infinity for a number: it is damaged; get or write it again") from error
     return content
 
 

@@ -267,7 +267,7 @@ def test_verbs_that_read_an_artifact_take_its_name_on_the_hub(hub, artifact, mon
     for command in commands:
         assert main(command) == 0, command
     served = []
-    monkeypatch.setattr(serve, "_own", lambda folder, *_: served.append(folder))
+    monkeypatch.setattr(serve, "_own", lambda folder, *_, **__: served.append(folder))
     monkeypatch.setattr(serve, "_run", lambda *_: None)
     monkeypatch.setattr("koff_lightning.serving.app.create_app", lambda *_: None)
     assert main(["serve", REPO, "--port", "0"]) == 0

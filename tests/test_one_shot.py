@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -69,8 +70,9 @@ def place(tmp_path_factory):
 
 def baseline(place, out, method, *options, tokens=400):
     """Run the command; returns its exit status."""
-    common = ["--config", str(place / "tiny.yaml"), "--out", str(out), f"--calibration_tokens={tokens}"]
-    return main(["baseline", "--method", method, *common, *options])
+    common = ["--config", str(place / "tiny.yaml"), "--out", str(out)]
+    asked = [] if tokens is None else [f"--calibration_tokens={tokens}"]
+    return main(["baseline", "--method", method, *common, *asked, *options])
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,14 @@ def test_the_mask_is_a_checkpoint_at_the_exact_budget(masks, method):
     assert 0 <= TARGET - module.budget.report(module.gates.kept)["body"] < cheapest
     assert torch.equal(module.budget.harden(module.gates.logits.detach()), module.gates.kept), "the scores are there"
     assert (module.gates.bias is not None) == (method == "flap")
+
+
+def test_without_a_number_it_reads_what_the_shortest_domain_allows(place, tmp_path, capsys):
+    assert baseline(place, tmp_path / "most", "fisher", "--no-score", tokens=None) == 0
+    said = re.search("fisher, ([0-9,]+) tokens of calibration text", capsys.readouterr().out)
+    most = int(said[1].replace(",", ""))
+    assert 400 < most < 131_072
+    assert baseline(place, tmp_path / "more", "fisher", "--no-score", tokens=most + 1) != 0, "there is not one row more"
 
 
 def test_methods_differ_and_a_seed_repeats(place, masks, tmp_path):

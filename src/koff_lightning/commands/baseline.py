@@ -26,6 +26,8 @@ from koff_lightning.training.module import KOFFModule
 # Options of this verb alone.
 OWN = ("method", "out", "backbone", "sparsity", "seed", "calibration_tokens", "compensate", "score")
 
+CALIBRATION_TOKENS = 131_072  # 1,024 rows of 128, as FLAP reads (docs/baselines.md)
+
 
 class KoffTrainer(Trainer):
     """Lightning's trainer with one verb more."""
@@ -39,7 +41,7 @@ class KoffTrainer(Trainer):
         backbone: str | None = None,
         sparsity: float | None = None,
         seed: int = 0,
-        calibration_tokens: int = 131072,
+        calibration_tokens: int | None = None,
         compensate: bool = True,
         score: bool = True,
         ckpt_path: str | None = None,
@@ -60,7 +62,7 @@ class KoffTrainer(Trainer):
             sparsity: Short for --model.sparsity.target.
             seed: Seed of the draw of calibration text, and of `random`.
             calibration_tokens: Training tokens to read, of all domains together, equally many of each (`wanda_sp`,
-                `flap` and `fisher` read text).
+                `flap` and `fisher` read text). By default 131,072, or what there is where that is less.
             compensate: Let the mean of what `flap` removes stay behind as biases, which the layouts ragged, masked and
                 merged can store.
             score: Score held-out text under the mask afterwards; --no-score leaves it out.
@@ -121,7 +123,7 @@ def resolve(options: Namespace) -> None:
 
 @torch.no_grad()
 def harden_by(
-    module: KOFFModule, data: Any, method: baselines.Method, num_tokens: int, seed: int, compensate: bool = True
+    module: KOFFModule, data: Any, method: baselines.Method, num_tokens: int | None, seed: int, compensate: bool = True
 ) -> int:
     """Fix the module's mask by a one-shot method; the scores stay as its logits.
 
@@ -129,7 +131,7 @@ def harden_by(
         module: Built, with nothing learned yet.
         data: Set up, with `calibration_text`.
         method: Name of the method.
-        num_tokens: Tokens of calibration text.
+        num_tokens: Tokens of calibration text; None for CALIBRATION_TOKENS, or what there is where that is less.
         seed: Seed of the draw of text, and of `random`.
         compensate: Whether what `flap` removes leaves its mean behind as a bias.
 
@@ -137,7 +139,12 @@ def harden_by(
         How many tokens were read.
     """
     gates, backbone, read = module.model.gates, module.model.backbone, {}
-    text = data.calibration_text(num_tokens, seed) if method in baselines.READ_TEXT else None
+    text = None
+    if method in baselines.READ_TEXT:
+        if num_tokens is None:
+            most = data.most_calibration_text() * len(data.domain_names)
+            num_tokens = min(CALIBRATION_TOKENS, max(most, 1))  # where there are none, the next line says whose
+        text = data.calibration_text(num_tokens, seed)
     with gates.off(), module.model.memories.off():
         if method == "flap":
             read = baselines.input_moments(backbone, text, gates.groups)

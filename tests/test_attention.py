@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from koff_lightning import attention
 from koff_lightning.attention import LayerMemory, attend_merged, attend_reference, koff_attention
-from koff_lightning.backbone import cache_argument
+from koff_lightning.backbone import allow_recomputation, cache_argument
 from koff_lightning.support.errors import KoffError
 
 B, H, K, D, P = 3, 4, 2, 8, 5
@@ -384,7 +384,7 @@ def test_activation_checkpointing_gives_the_same_gradients(both_ways):
     grads = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable()
+            allow_recomputation(model)
         loss = model(ids(2, 9), labels=ids(2, 9), use_cache=False).loss
         grads.append(torch.autograd.grad(loss, leaves))
     assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*grads, strict=True))

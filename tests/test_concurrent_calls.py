@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from koff_lightning import KoffError, load_decomposed
+from koff_lightning.backbone import allow_recomputation
 from koff_lightning.support.in_force import InForce
 
 ARMS = ["de", "fr", "law", None]
@@ -158,7 +159,7 @@ def test_layers_that_are_computed_again_are_refused(made):
         return torch.autograd.grad(logits.square().sum(), model.memories.lora_parameters("de"))
 
     expected = gradients(model(ids, domains="de").logits)
-    model.backbone.activation_checkpointing_enable()
+    allow_recomputation(model.backbone)
     model.train()
     with pytest.raises(KoffError, match="compute layers again after this call, .* and call model.backbone"):
         model(ids, domains="de")

@@ -20,7 +20,7 @@ from tiny_cases import (
 )
 from tiny_models import FAMILIES
 
-from koff_lightning.backbone import hidden_states
+from koff_lightning.backbone import allow_recomputation, hidden_states
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.support.errors import KoffError
 
@@ -152,7 +152,7 @@ def test_checkpointing_changes_nothing(family):
     settings = [(BATCHES[shape](6, 21), ORDERS[order]) for shape in BATCHES for order in ("unsorted", "one", "blocks")]
     direct = [out_and_gradients(case, *setting) for setting in settings]
     assert len(calls) == len(settings)
-    case.model.activation_checkpointing_enable()
+    allow_recomputation(case.model)
     case.model.train()
     again = [out_and_gradients(case, *setting) for setting in settings]
     assert len(calls) == 3 * len(settings), "each checkpointed layer must be computed a second time in the backward"

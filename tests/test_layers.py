@@ -12,7 +12,7 @@ from tiny_run import Batches, RandomText, tiny_module, tiny_trainer
 
 from koff_lightning import KoffError
 from koff_lightning.artifact.checkpoint import read_checkpoint
-from koff_lightning.backbone import compile_layers, recomputed
+from koff_lightning.backbone import allow_recomputation, compile_layers, recomputed
 from koff_lightning.cli import main
 from koff_lightning.gates import BackboneGates
 from koff_lightning.training.checkpoints import newest_checkpoint
@@ -135,7 +135,7 @@ def test_layers_keep_their_inputs_alone_inside_the_block_only(tmp_path):
         return sum(sizes)
 
     before = kept()
-    model.activation_checkpointing_enable()
+    allow_recomputation(model)
     with recomputed(model):
         assert kept() < before / 2
     assert kept() == before

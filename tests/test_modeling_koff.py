@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from koff_lightning import KoffError, load_backbone
 from koff_lightning.artifact import modeling_koff
 from koff_lightning.artifact.modeling_koff import MODELS, WIDTHS, KoffLlamaConfig, KoffLlamaForCausalLM
-from koff_lightning.backbone import hidden_states, prunable_groups
+from koff_lightning.backbone import allow_recomputation, hidden_states, prunable_groups
 
 WINDOWS = {
     "mistral": {"sliding_window": 4},
@@ -141,7 +141,7 @@ def test_gradient_checkpointing_computes_the_layers_again(saved):
         model.zero_grad()
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-        model.train().activation_checkpointing_enable()
+        allow_recomputation(model.train())
     assert len(calls) == 3
     for direct, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, direct)

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from koff_lightning import KVSpec, LoraSpec, LossSpec, SparsitySpec
 from koff_lightning.attention import LayerMemory, attend_merged, attend_reference
+from koff_lightning.backbone import allow_recomputation
 from koff_lightning.commands.published_sizes import PUBLISHED
 from koff_lightning.data.teacher import INDEX, LOG_Q
 from koff_lightning.decomposition import Decomposition
@@ -125,7 +126,7 @@ def _recomputed(say: Say, device: str, family: str, name: str, dtype: torch.dtyp
         torch.manual_seed(1)
         with model_of(TINY | {"model_type": family}, dtype, device) as module:
             if again:
-                module.backbone.activation_checkpointing_enable()
+                allow_recomputation(module.backbone)
             torch.manual_seed(2)
             batch = batch_of(4, 48, TINY["vocab_size"], device)
             objective, groups = Objective(module, LossSpec(1.0, 1.0), again), module.domain_of_row(batch)
@@ -202,7 +203,7 @@ def _peft(sizes: dict[str, Any], rows: int, length: int, dtype: torch.dtype, dev
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LoraSpec().targets))
-    model.gradient_checkpointing_enable()
+    allow_recomputation(model)
     model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     batch = batch_of(rows, length, config.vocab_size, device)
@@ -225,7 +226,7 @@ def _koff(
 ) -> float:
     spec = LossSpec(1.0, 0.0) if kind == "no KL" else LossSpec(0.0, 1.0, top_k=100, teacher=kind)
     with model_of(sizes, dtype, device) as module:
-        module.backbone.activation_checkpointing_enable()
+        allow_recomputation(module.backbone)
         batch = batch_of(rows, length, module.backbone.config.vocab_size, device)
         objective, groups = Objective(module, spec, True), module.domain_of_row(batch)
         if kind == "stored":

@@ -256,6 +256,14 @@ def ask_nothing_(model: PreTrainedModel) -> GenerationConfig:
     return own
 
 
+def allow_recomputation(model: PreTrainedModel) -> None:
+    """Let the model's layers be computed again in the backward, in training mode: activation checkpointing."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:  # its name in transformers 5.17
+        model.gradient_checkpointing_enable()
+
+
 def is_recomputed(model: PreTrainedModel) -> bool:
     """Whether a backward would compute layers again: transformers does so in training mode only."""
     return any(layer.training and layer.gradient_checkpointing for layer in decoder_layers(model))
@@ -265,8 +273,8 @@ def is_recomputed(model: PreTrainedModel) -> bool:
 def recomputed(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     """Inside the block layers keep their inputs alone for the backward, which computes the rest again.
 
-    The model must have its `activation_checkpointing_enable` called before. transformers recomputes a layer in training
-    mode only, and drops its cache there: hence for one pass.
+    `allow_recomputation` comes first. transformers recomputes a layer in training mode only, and drops its cache there:
+    hence for one pass.
     """
     layers = decoder_layers(model) if wanted else []
     for layer in layers:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import PREFIX, check_content, read_checkpoint, refuse_other_tensors, target_of
 from koff_lightning.artifact.memories import artifact_to_extend, backbone_of, hold_closed
-from koff_lightning.backbone import compile_layers
+from koff_lightning.backbone import allow_recomputation, compile_layers
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import MODES, Batch, Decomposition, check_layout
 from koff_lightning.loading import load_config
@@ -155,7 +155,7 @@ class KOFFModule(LightningModule):
             load_mask(self.model, self.mask_source)
             self.penalty.requires_grad_(not self.mask_source.fixed)
         if self.objective.recompute:
-            self.model.backbone.activation_checkpointing_enable()
+            allow_recomputation(self.model.backbone)
         if self.hparams.compile:
             compile_layers(self.model.backbone, self.hparams.compile)
         if self.warm_start is not None:

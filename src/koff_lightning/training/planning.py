@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from koff_lightning.backbone import decoder_layers, prunable_groups
+from koff_lightning.backbone import allow_recomputation, decoder_layers, prunable_groups
 from koff_lightning.data.teacher import INDEX, LOG_Q
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.gates import BackboneGates
@@ -191,7 +191,7 @@ def _count(step: Step, layers: int) -> dict[str, Any]:
         model = _Outline(step, layers)
         memories, gates, backbone = model.memories, model.gates, model.backbone
         if step.checkpointing:
-            backbone.activation_checkpointing_enable()
+            allow_recomputation(backbone)
         frozen = {id(p): _bytes(p) for p in backbone.parameters() if not p.requires_grad}
         inside = sum(frozen.get(id(p), 0) for layer in decoder_layers(backbone) for p in layer.parameters())
         known = [*model.parameters(), *model.buffers()]

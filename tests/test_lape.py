@@ -110,6 +110,14 @@ def test_general_neurons_are_no_more_than_pass_the_filter():
     assert list(np.flatnonzero(found.general["G2"])) == [2], "the others are never active"
 
 
+def test_general_neurons_are_those_of_the_highest_entropy_that_pass_the_filter():
+    rates = np.zeros((10, 2))
+    rates[:5] = [[0.9, x] for x in (0.0, 0.1, 0.2, 0.3, 0.4)]  # above the bar, 0.4, in one domain each
+    found = identify(rates, ["de", "fr"], rate=0.2, bar=0.75)
+    assert list(np.flatnonzero(found.selected)) == [0, 1]
+    assert list(np.flatnonzero(found.general["G2"])) == [3, 4]
+
+
 def test_general_neurons_of_one_entropy_are_taken_in_order():
     rates = np.zeros((1000, 2))
     rates[:20, 0] = 0.5
@@ -166,9 +174,9 @@ def test_the_weight_is_found_to_a_thousandth_and_no_finer(third):
 
 
 def test_the_weight_at_its_ends():
-    rates = np.zeros((10, 2))
-    rates[:4, 0] = 0.5
-    rates[4] = [0.2, 0.1]  # the bar is 0.1, which this one does not exceed everywhere
+    rates = np.full((10, 2), 0.1)
+    rates[:4] = [0.5, 0.0]
+    rates[4] = [0.2, 0.1]  # the bar is 0.1, which the fifth to be taken does not exceed everywhere
     assert identify_weighted(rates, ["de", "fr"], rate=0.5, bar=0.75).weight == 0.2
     rates = np.full((10, 2), 0.1)
     rates[:4] = 0.5  # all are equal in everything but activity: even without a weight the first are taken

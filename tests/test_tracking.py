@@ -55,7 +55,7 @@ def test_the_limits_are_those_that_the_log_gives_reasons_for():
 def test_counts_that_are_near_enough_are_left_alone(gaps):
     """Mean in the band, six bands apart and four off at most: the edges are still in."""
     gate, place, number = track(lambda *_: gaps)
-    assert (gate.tried, place, number) == ([], 0.0, 0)
+    assert (gate.tried, gate.rounds, place, number) == ([], 0, 0.0, 0)
 
 
 @pytest.mark.parametrize("gaps", [(3.25 * BAND, -3.25 * BAND), (4.5 * BAND, -0.5 * BAND), (-2 * BAND, 6 * BAND)])
@@ -89,6 +89,13 @@ def test_the_first_shift_is_a_64th_of_the_gates_range_and_doubles_until_the_goal
     assert place == sign * 0.75
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_goal_nearer_than_the_first_shift_is_found(sign):
+    gate, place, _ = track(lambda place, _: (sign * (BAND + 1 / 16) - place,) * 2)
+    assert place == sign / 16
+    assert max(map(abs, gate.tried)) == 1 / 8
+
+
 def test_a_goal_that_a_doubled_shift_meets_is_between():
     """What stands still at the goal from there on is not passed by; the first place where it holds is near."""
     gate, place, _ = track(lambda place, _: (max(BAND + 0.5 - place, BAND),) * 2)
@@ -112,6 +119,13 @@ def test_counts_far_apart_are_brought_together_where_the_hard_one_is_on_target()
     assert number == gate.rounds == 0
     assert max(abs(soft), abs(hard)) <= WORST * BAND
     assert abs(soft + hard) / 2 <= BAND + 1e-5
+    assert gate.tried[:6] == [2.0**k for k in range(-3, 3)], "the hard count alone is near enough at 4, not at 2"
+
+
+def test_where_the_hard_count_is_on_target_and_so_is_the_mean_the_logits_go_there():
+    gate, place, _ = track(lambda place, _: (-place / 64, 1.5 - place / 2))
+    assert gate.rounds == 0
+    assert 1.5 - place / 2 == pytest.approx(BAND, abs=1e-5)
 
 
 ROUNDS_OF = {  # soft and hard gap of each round, in bands; further apart than any shift could mend

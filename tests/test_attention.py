@@ -115,6 +115,16 @@ def test_both_ways_and_all_their_gradients_are_the_definition(attend, case, visi
         close(got, expected)
 
 
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize("attend", [attend_reference, attend_merged])
+def test_heads_may_have_masks_of_their_own(attend, visible):
+    inputs, mask = tensors(6, 6), causal(6, 6).repeat(1, H, 1, 1)
+    mask[:, 1:, :, :2] = False
+    out = attend(*inputs[:3], LayerMemory(*inputs[3:], VISIBLE[visible]), mask, None, False)
+    for head in range(H):
+        close(out[:, head], defined(*inputs, VISIBLE[visible], mask[:, head : head + 1])[:, head])
+
+
 def test_merged_gradients_pass_gradcheck_in_double():
     inputs = tensors(6, 6, dtype=torch.float64)
     mask = left_padded(6, 6)

@@ -132,6 +132,25 @@ def test_a_prior_keeps_the_order_and_starts_nearly_dense(kind, order):
     assert gate.keep(gate.prior(torch.zeros(3))).min() > 0.98
 
 
+@pytest.mark.parametrize("beta", [2 / 3, 2.0])
+def test_sharpened_logits_lie_a_fifth_further_from_where_a_gate_is_half_open(beta):
+    gate = HardConcrete(beta)
+    sharp = gate.sharpen(LOGITS)
+    torch.testing.assert_close(sharp - gate.offset, 1.2 * (LOGITS - gate.offset))
+    soft, hard = gate.keep(LOGITS), (gate.keep(LOGITS) > 0.5).float()
+    assert ((gate.keep(sharp) - hard).abs() <= (soft - hard).abs()).all(), "nearer to the hard count, which stays"
+
+
+def test_sharpening_shrinking_relus_narrows_their_count_until_the_next_step():
+    gate = ShrinkingReLU()
+    gate.anneal(0.5)
+    mu = gate.mu
+    assert torch.equal(gate.sharpen(LOGITS), LOGITS)
+    assert (gate.mu, gate.width) == (mu, pytest.approx(mu / 1.2))
+    gate.anneal(0.5)
+    assert gate.width == mu
+
+
 @pytest.mark.parametrize("kind", GATES)
 def test_a_new_mask_is_nearly_dense(kind):
     mask = BackboneGates(groups(), kind)
@@ -234,7 +253,9 @@ def test_runs_of_other_seeds_draw_other_gates():
     drawn = []
     for seed in (0, 1, 62, 2**31 - 1, 2**40 + 5):
         torch.manual_seed(seed)
-        drawn.append(BackboneGates(groups()).draw(4, (7, 0)))
+        mask = BackboneGates(groups())
+        assert int(mask.seed) == seed % 2**31, "a run that goes on by a later release draws what it would have drawn"
+        drawn.append(mask.draw(4, (7, 0)))
         torch.manual_seed(seed)
         assert torch.equal(BackboneGates(groups()).draw(4, (7, 0)), drawn[-1])
     for one, other in combinations(drawn, 2):

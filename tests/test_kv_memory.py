@@ -149,6 +149,17 @@ def test_a_memory_of_one_layer_is_read_back():
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in memory.tensors().items())
 
 
+def test_a_memory_of_some_layers_is_read_back():
+    given = {f"layers.{i}.{kind}": torch.randn(2, 3, 4) for i in (0, 2) for kind in ("key", "value")}
+    memory = KVMemory.from_tensors(given, depth=4)
+    assert (memory.layers, memory.depth) == ([0, 2], 4)
+    assert all(torch.equal(part, given[name]) for name, part in memory.tensors().items())
+    with pytest.raises(KoffError, match=r"of some layers I from 0 to 3: layers.3.key is missing"):
+        KVMemory.from_tensors({}, depth=4)
+    with pytest.raises(KoffError, match=r"layers.4.key is left over"):
+        KVMemory.from_tensors(given | {"layers.4.key": torch.randn(2, 3, 4)}, depth=4)
+
+
 def test_initialising_leaves_no_gradient_behind():
     memory = KVMemory(SHAPES, P)
     memory.initialise_(tiny_model("llama"), ids(1, P)[0])

@@ -73,6 +73,57 @@ def test_the_bar_is_the_published_order_statistic():
 def test_entropy_at_its_ends():
     rates = np.array([[0.2, 0.2, 0.2], [0.0, 0.9, 0.0], [0.0, 0.0, 0.0]])
     assert entropy(rates) == pytest.approx([math.log(3), 0.0, 0.0])
+    assert not np.signbit(entropy(rates)).any(), "a negative zero would be shown as one"
+
+
+def test_the_published_shares_are_the_defaults():
+    """1 % of the neurons, and the rate below which 95 % of all rates lie."""
+    rates = np.random.default_rng(0).permutation(3000).reshape(1000, 3) / 3000
+    for found in (identify(rates, DOMAINS), identify_weighted(rates, DOMAINS)):
+        assert (found.selected.sum(), found.bar) == (10, 2849 / 3000)
+
+
+@pytest.mark.parametrize(("neurons", "bar", "place"), [(7, 0.9, 13), (7, 0.01, 1), (7, 0.75, 10), (15, 0.75, 22)])
+def test_a_share_of_rates_is_rounded_to_the_nearest_number(neurons, bar, place):
+    """Of 14 or 30 rates; a half goes to the even number, and the smallest rate is the lowest bar."""
+    rates = np.random.default_rng(0).permutation(2 * neurons).reshape(neurons, 2) + 1.0
+    assert identify(rates, ["de", "fr"], rate=0.1, bar=bar).bar == place
+
+
+def test_a_rate_at_the_bar_does_not_exceed_it():
+    """Neither to pass the filter, nor to belong to a domain, nor to count as general."""
+    rates = np.full((20, 2), 0.1)
+    rates[0], rates[1], rates[2] = [0.9, 0.5], [0.5, 0.5], [0.95, 0.96]
+    found = identify(rates, ["de", "fr"], rate=0.05, bar=0.925)
+    assert found.bar == 0.5
+    assert np.isinf(found.entropy[1])
+    assert list(np.flatnonzero(found.selected)) == [0]
+    assert found.assigned[0].tolist() == [True, False]
+    assert list(np.flatnonzero(found.general["G1"])) == [2]
+
+
+def test_general_neurons_are_no_more_than_pass_the_filter():
+    rates = np.zeros((10, 2))
+    rates[:3, 0], rates[:3, 1] = [0.5, 0.6, 0.7], [0.1, 0.2, 0.69]
+    found = identify(rates, ["de", "fr"], rate=0.2, bar=0.7)
+    assert list(np.flatnonzero(found.selected)) == [0, 1]
+    assert list(np.flatnonzero(found.general["G2"])) == [2], "the others are never active"
+
+
+def test_general_neurons_are_those_of_the_highest_entropy_that_pass_the_filter():
+    rates = np.zeros((10, 2))
+    rates[:5] = [[0.9, x] for x in (0.0, 0.1, 0.2, 0.3, 0.4)]  # above the bar, 0.4, in one domain each
+    found = identify(rates, ["de", "fr"], rate=0.2, bar=0.75)
+    assert list(np.flatnonzero(found.selected)) == [0, 1]
+    assert list(np.flatnonzero(found.general["G2"])) == [3, 4]
+
+
+def test_general_neurons_of_one_entropy_are_taken_in_order():
+    rates = np.zeros((1000, 2))
+    rates[:20, 0] = 0.5
+    rates[100:900] = 0.5
+    found = identify(rates, ["de", "fr"], rate=0.02, bar=0.1)
+    assert list(np.flatnonzero(found.general["G2"])) == list(range(100, 120))
 
 
 def test_ties_are_taken_in_order_and_told():
@@ -86,6 +137,11 @@ def test_ties_are_taken_in_order_and_told():
     found = identify(rates, DOMAINS, rate=0.2, bar=0.5)
     assert list(np.flatnonzero(found.selected)) == list(range(0, 400, 2))
     assert found.tied == 300
+    rates = np.zeros((10, 3))
+    rates[:4, 0] = 0.5
+    rates[1:4, 1] = 0.1  # three are alike, but not like the first
+    assert identify(rates, DOMAINS, rate=0.2, bar=0.5).tied == 2
+    assert identify(np.full((10, 3), 0.5), DOMAINS, rate=0.2, bar=0.5).tied == 0, "none passes, so none is left out"
 
 
 def test_fewer_pass_the_filter_than_are_asked_for():
@@ -105,16 +161,44 @@ def test_the_variant_avoids_neurons_that_are_active_everywhere():
     assert heavy.selected[:30].sum() > 10, "a large weight asks for nothing but activity"
 
 
+@pytest.mark.parametrize("third", [0.4, 0.3, 0.25, 0.22, 0.2])
+def test_the_weight_is_found_to_a_thousandth_and_no_finer(third):
+    """Ten neurons of one kind are to be taken; beyond a known weight it is those that are active everywhere."""
+    rates = np.array([[0.5, 0.5, third]] * 10 + [[0.9, 0.9, 0.9]] * 10)
+    found = identify_weighted(rates, DOMAINS, rate=0.5, bar=0.5)
+    even = (1 - entropy(rates)[0] / math.log(3)) * (1 + 1 / 2 + 1 / 3) / 3 / (0.9 - 0.5)  # both kinds score alike
+    assert 0.005 < even < 0.195
+    assert found.weight <= even < found.weight + 1e-3
+    assert list(np.flatnonzero(found.selected)) == list(range(10))
+    assert found.weight * 2**8 / 0.2 == pytest.approx(round(found.weight * 2**8 / 0.2)), "0.2 is halved eight times"
+
+
+def test_the_weight_at_its_ends():
+    rates = np.full((10, 2), 0.1)
+    rates[:4] = [0.5, 0.0]
+    rates[4] = [0.2, 0.1]  # the bar is 0.1, which the fifth to be taken does not exceed everywhere
+    assert identify_weighted(rates, ["de", "fr"], rate=0.5, bar=0.75).weight == 0.2
+    rates = np.full((10, 2), 0.1)
+    rates[:4] = 0.5  # all are equal in everything but activity: even without a weight the first are taken
+    assert identify_weighted(rates, ["de", "fr"], rate=0.5, bar=0.5).weight == 0.0
+
+
 def test_bad_input_is_named():
     rates = np.full((50, 1), 0.1)
     with pytest.raises(KoffError, match="compares domains and there is only 'de'.*two or more.*knock-out"):
         identify(rates, ["de"])
     with pytest.raises(KoffError, match=r"0\.01 of 30 neurons is less than one: raise rate to 0\.0333"):
         identify(np.full((30, 3), 0.1), DOMAINS)
-    with pytest.raises(KoffError, match="rate and bar must lie between 0 and 1"):
-        identify(np.full((30, 3), 0.1), DOMAINS, rate=2.0)
+    for share in (0.0, 1.0, 2.0):
+        with pytest.raises(KoffError, match="rate and bar must lie between 0 and 1"):
+            identify(np.full((30, 3), 0.1), DOMAINS, rate=share)
+        with pytest.raises(KoffError, match="rate and bar must lie between 0 and 1"):
+            identify(np.full((30, 3), 0.1), DOMAINS, rate=0.5, bar=share)
     with pytest.raises(KoffError, match=r"rates must be \[neurons, 3 domains\]"):
         identify(rates, DOMAINS)
+    for shape in ([50], [50, 3, 1], [3, 50]):
+        with pytest.raises(KoffError, match=r"rates must be \[neurons, 3 domains\]; got \[.*50"):
+            identify(np.full(shape, 0.1), DOMAINS)
 
 
 def sums_of(rates: np.ndarray, tokens: int, seed: int = 0) -> Activations:

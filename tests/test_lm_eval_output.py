@@ -52,6 +52,26 @@ def test_long_and_short_texts_are_scored_in_batches_of_like_length(monkeypatch, 
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-5, atol=1e-4)
 
 
+def test_a_batch_on_a_cpu_is_of_no_more_tokens_than_help(monkeypatch):
+    """Long windows go alone, so that none is padded to another's length for nothing; short ones share a forward."""
+    asked, call = [], harness.hidden_states
+    monkeypatch.setattr(
+        harness,
+        "hidden_states",
+        lambda model, input_ids: asked.append(tuple(input_ids.shape)) or call(model, input_ids=input_ids),
+    )
+    texts = ["a b c d e f g h " * 400, "a b c d e f g h " * 40, *["a b c d e f g h " * 8] * 20]
+    lm = harness.KoffLM("koff-tiny", device="cpu", batch_size=8)
+    rolled(lm, texts)
+    shapes, asked[:] = asked[:], []
+    assert max(rows * length for rows, length in shapes) <= rolling.ON_CPU == 1024
+    assert {rows for rows, length in shapes if length > 512} == {1}
+    assert max(rows for rows, _ in shapes) == 8
+    monkeypatch.setattr(rolling, "ON_CPU", 64)
+    rolled(lm, texts[1:2])
+    assert [rows for rows, _ in asked] == [1], "a longer window than that is read all the same"
+
+
 def test_of_a_text_the_logits_of_predicted_tokens_alone_are_made_and_of_few_at_a_time():
     """A last window is as long as the others, mostly context; logits of whole windows cost more than they say."""
     lm = harness.KoffLM("koff-tiny", device="cpu", batch_size=2, max_length=300)

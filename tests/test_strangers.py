@@ -394,6 +394,10 @@ BAD = {
         *("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total"),
         {"ready": 3, "completed": 3},
     ),
+    "loops of no steps": put(
+        *("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total"),
+        {"ready": 6, "completed": 0},
+    ),
     "no place in the data": put("loops", "fit_loop", "epoch_progress", {}),
     "units of nothing": put("hyper_parameters", "sparsity", "units", None),
     "units that are numbers": put("hyper_parameters", "sparsity", "units", [1, 2]),

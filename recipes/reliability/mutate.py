@@ -52,8 +52,8 @@ FILES = [
     "training/optim.py",
 ]
 # The tests of the method; --more names others, for what lives.
-TESTS = ["gates", "sparsity", "uniform", "channels", "penalties", "losses", "optim", "lape", "attention", "kv_memory"]
-TESTS += ["memory", "memory_files", "surgery", "layouts", "equivalences"]
+TESTS = ["gates", "sparsity", "tracking", "uniform", "channels", "penalties", "losses", "optim", "lape", "attention"]
+TESTS += ["kv_memory", "memory", "memory_files", "surgery", "layouts", "equivalences", "bounds"]
 # Of files whose other tests are whole runs.
 TESTS += [
     "general_text::test_settled_is_the_gradient_of_the_loss_by_its_inputs_alone",

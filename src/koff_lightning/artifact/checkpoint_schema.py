@@ -258,9 +258,11 @@ def _contradiction(checkpoint: Mapping[str, Any]) -> str | None:
         if name in about and name in sparsity and _sorted(about[name], True) != _sorted(sparsity[name], True):
             return f"hyper_parameters.sparsity.{name} and koff.{name} differ"
     if loops := checkpoint.get("loops"):
-        progress = loops["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
-        if progress["completed"] not in (0, checkpoint["global_step"]):  # 0: a loop that steps by hand
-            return f"its loops have taken {progress['completed']} steps, and global_step is {checkpoint['global_step']}"
+        loop = loops["fit_loop"]  # of the two ways of stepping a run goes one, and the other's count is 0
+        own = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+        by_hand = loop["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"]
+        if (own, by_hand) not in ((checkpoint["global_step"], 0), (0, checkpoint["global_step"])):
+            return f"its loops have taken {own or by_hand} steps, and global_step is {checkpoint['global_step']}"
     return None
 
 

@@ -76,6 +76,18 @@ def test_all_layouts_open_as_the_same_thing(home, opened):
         assert (tables[0] - tables[1]).abs().to_numpy().max() < 1e-5, "also with the removed units put back"
 
 
+def test_perplexity_is_that_of_the_predicted_tokens(opened):
+    found, rows = transfer(opened, iter(held_out())), list(held_out())
+    for domain in DOMAINS:
+        nats = tokens = 0.0
+        for batch in rows:
+            own = torch.tensor([name == domain for name in batch["domains"]])
+            nats += float(opened.row_nats(batch, "koff")[own].sum())
+            tokens += int((batch["labels"][own, 1:] != -100).sum())
+        assert found.perplexity.loc[domain, domain] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert list(found.perplexity.columns) == list(found.bpb.columns)
+
+
 def test_a_checkpoint_opens_as_its_own_export(tmp_path):
     module = tiny_module(tmp_path)
     trainer = tiny_trainer(tmp_path, [], steps=8)

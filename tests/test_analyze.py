@@ -69,8 +69,8 @@ def test_everything_is_written(whole):
     assert masks["removed"].tolist() == neurons["removed_koff_run1"].tolist()
     assert set(tables["enrichment"]["run"]) == {"run0", "run1", "bare"}
     assert set(tables["ratios"]["against"]) == {"bare"}
-    assert len(tables["transfer"]) == 2 * len(DOMAINS)
-    for name in ("removed_by_layer", "enrichment", "transfer", "attention", "sparsity"):
+    assert len(tables["transfer"]) == len(tables["perplexity"]) == 2 * len(DOMAINS)
+    for name in ("removed_by_layer", "enrichment", "transfer", "perplexity", "attention", "sparsity"):
         assert (whole / "plots" / f"{name}.png").stat().st_size > 1000
         assert (whole / "plots" / f"{name}.svg").is_file()
 

@@ -94,7 +94,10 @@ def test_each_recipe_of_the_paper_builds(name, built, stand_in, tmp_path):
     assert model.lora.alpha / model.lora.rank == 0.5
     assert model.lora.targets == [f"{kind}_proj" for kind in ("k", "v", "gate", "up", "down")]
     place = options["model"]["lora"]["layers"], options["model"]["kv"]["layers"]
-    assert place in (("top:18", "top:18"), ("top:64%", "top:64%"))
+    many = (
+        "top:16" if "8b" in name else "top:18" if "llama32_3b" in name else "top:64%"
+    )  # 16: see its size in test_plan
+    assert place == (many, many)
 
 
 def test_add_domain_builds_on_an_artifact(built, tmp_path):

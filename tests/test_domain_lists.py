@@ -20,7 +20,13 @@ COLUMNS = {  # of the datasets' cards
     "HuggingFaceFW/fineweb-edu": FINEWEB,
     "wikimedia/wikipedia": ("id", "url", "title", "text"),
     "wikimedia/wikisource": ("id", "url", "title", "text"),
-    "tarekziade/wikipedia-topics": ("id", "title", "text", "categories"),  # as far as is known: see the list
+    "tarekziade/wikipedia-topics": (
+        "id",
+        "title",
+        "summary",
+        "text",
+        "categories",
+    ),  # by its author's code: see the list
     "allenai/c4": ("text", "timestamp", "url"),
     "openai/gsm8k": ("question", "answer"),
     "allenai/ai2_arc": ("id", "question", "choices", "answerKey"),

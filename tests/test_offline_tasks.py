@@ -1,8 +1,10 @@
 """The tasks that ship: all names exist, averages count suites alike, and a trained model stands out in each domain."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval.tasks
+import lm_eval.tasks._factory
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
@@ -16,7 +18,7 @@ from koff_lightning.loading import load_config, load_tokenizer
 CHANCE = 0.25  # four choices, all as long
 DOMAINS = ("en", "de", "fr", "es", "ru", "zh", "python")
 BENCHMARKS = ("hellaswag", "piqa", "winogrande", "arc", "super_glue", "openbookqa")  # lm-eval's folders
-BENCHMARKS += ("belebele", "xnli", "xcopa", "xstorycloze", "global_mmlu", "bigbench/multiple_choice")
+BENCHMARKS += ("belebele", "xnli", "xcopa", "xstorycloze", "global_mmlu", "bigbench/multiple_choice", "mmlu/default")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,8 @@ def index():
 
 def children(entry):
     """What a group or a tag names; nothing for a task."""
-    return (entry.cfg or {}).get("task", []) if entry.kind.name == "GROUP" else sorted(entry.tags or ())
+    named = (entry.cfg or {}).get("task", []) if entry.kind.name == "GROUP" else sorted(entry.tags or ())
+    return [child if isinstance(child, str) else child.get("group", child.get("task")) for child in named]
 
 
 def leaves(index, name):
@@ -45,6 +48,7 @@ def leaves(index, name):
     [
         ("koff_general", 7),
         ("koff_paper_bbl", 18),
+        ("koff_paper", 57 + 18),
         ("koff_multilingual_en", 1 + 1 + 0 + 1 + 6),
         ("koff_multilingual_de", 1 + 1 + 0 + 0 + 6),
         ("koff_multilingual_fr", 1 + 1 + 0 + 0 + 6),
@@ -58,6 +62,24 @@ def test_every_benchmark_that_a_suite_names_is_in_lm_eval(index, suite, number):
     found = leaves(index, suite)
     assert len(set(found)) == len(found) == number
     assert "global_mmlu_ru" not in index, "lm-eval has a small Russian one now: take it, as for the other languages"
+
+
+def test_the_papers_mmlu_has_five_examples_and_its_bigbench_what_the_tasks_say(index, monkeypatch):
+    """Overrides of a group within a group are lm-eval's, and a release may lose them."""
+    shots = {}
+
+    class Noted(lm_eval.tasks._factory.ConfigurableTask):
+        def __init__(self, config):
+            shots[config["task"]] = config.get("num_fewshot")
+            self._config = SimpleNamespace(task=config["task"])
+
+        task_name = property(lambda self: self._config.task)
+
+    monkeypatch.setattr(lm_eval.tasks._factory, "ConfigurableTask", Noted)
+    lm_eval.tasks._factory.TaskFactory().build(index["koff_paper"], registry=index)
+    mmlu = {name: number for name, number in shots.items() if name.startswith("mmlu_")}
+    assert len(mmlu) == 57 and set(mmlu.values()) == {5}
+    assert len(shots) == 57 + 18 and 5 not in {shots[name] for name in shots.keys() - mmlu.keys()}
 
 
 def test_an_average_is_only_given_over_suites_that_count_alike(index):

@@ -1,5 +1,6 @@
 """What a run will take, told before it starts: against real runs, against published sizes, and in words."""
 
+import re
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/scale"))
 import peak
 
 TOTALS = {  # by the models' cards on the hub
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "meta-llama/Llama-3.2-3B": 3_212_749_824,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
 }
@@ -152,6 +155,26 @@ def test_an_8b_run_is_planned_without_weights_or_network(monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "frozen weights                     14.96" in told  # 8.03 billion, 2 bytes each
     assert "fits:" in told and "hours for 2,000 steps, 917,504,000 tokens" in told
+
+
+@pytest.mark.parametrize(
+    "name, memory",
+    [
+        ("llama31_8b_topics", 277e6),
+        ("llama32_3b_topics", None),
+        ("qwen25_3b_topics", None),
+        ("llama32_1b_topics", None),
+    ],
+)
+def test_the_papers_recipes_fit_on_one_gpu_without_asking_for_a_model(name, memory, monkeypatch, capsys):
+    """Six memories of its rank on one GPU of 80 GB, as the paper trains them; at 8B of the size that it gives."""
+    monkeypatch.setattr("koff_lightning.loading._loading", lambda *_: pytest.fail("looked for a model"))
+    words = ["plan", "--config", f"paper/{name}.yaml", "--config", "domains/wikipedia_topics.yaml"]
+    assert main([*words, "--config", "retention/paper.yaml", "--gpu-memory", "80"]) == 0
+    told = capsys.readouterr().out
+    assert "6 domains" in told and "fits:" in told and "general text" in told
+    trained = sum(float(re.search(rf"{part} +([\d.]+)\n", told)[1]) for part in ("LoRA", "KV memories"))  # GiB, fp32
+    assert memory is None or trained * 2**30 / 4 / 6 == pytest.approx(memory, rel=0.003)
 
 
 def test_what_does_not_fit_is_told_what_would(capsys):

@@ -25,7 +25,8 @@ def reproduce(
 ) -> None:
     """Run the rows of the paper's tables, and write them with the paper's figures beside ours (docs/reproduce.md).
 
-    Runs that are done already are not repeated. `reproduce.md` and `reproduce.json` lie in the folder `out`.
+    Runs that are done already are not repeated. `reproduce.md` and `reproduce.json` lie in the folder `out`, and
+    with `fig 2` its curve in `plots`.
 
     Args:
         config: Config of `koff fit` that all rows share: one of `configs/paper/`, or one of yours.
@@ -50,6 +51,7 @@ def reproduce(
     given = {"config": config, "backbone": backbone, "tables": tables, "seeds": seeds}
     share = resolved["model"]["sparsity"]["target"]
     wanted = [Run(arm, share, seed) for seed in range(seeds) for arm in protocol.needed(chosen.values())]
+    chosen = {name: table.of(resolved["model"]["backbone"]) for name, table in chosen.items()}
     folder = Path(out).expanduser()
     about = {"command": the_command("reproduce", given, further), "backbone": resolved["model"]["backbone"]}
     with alone_in(folder, "--out"):

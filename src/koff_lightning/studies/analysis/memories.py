@@ -61,9 +61,13 @@ def questions(
 
         return asked
 
+    def swapped() -> Mapping[str, "pd.DataFrame"]:
+        found = transfer(module, heldout)
+        return told(transfer=found.bpb.reset_index(), perplexity=found.perplexity.reset_index())
+
     return {
         "similarity": lambda: told(similarity=similarity(module, heldout)),
-        "transfer": with_memory(lambda: told(transfer=transfer(module, heldout).bpb.reset_index())),
+        "transfer": with_memory(swapped),
         "knockout": with_memory(lambda: told(knockout=knockout(module, heldout).reset_index())),
         "causal": causal,
         "attention": with_memory(lambda: told(attention=attention_mass(module, heldout))),

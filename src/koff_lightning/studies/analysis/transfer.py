@@ -1,6 +1,7 @@
 """What each domain's memory is worth on every domain's text."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Bits per byte of each domain's text (lines) under `dense`, `none` and each memory (columns)."""
+    """Bits per byte of each domain's text (lines) under `dense`, `none` and each memory (columns).
+
+    Attributes:
+        bpb: The table.
+        bytes_per_token: Of each domain's text; None where only `bpb` is known.
+    """
 
     bpb: "pd.DataFrame"
+    bytes_per_token: "pd.Series | None" = None
+
+    @property
+    def perplexity(self) -> "pd.DataFrame":
+        """The same table as perplexities per token, the paper's measure, which depend on the tokenizer."""
+        return (2.0 ** self.bpb.mul(self.bytes_per_token, axis=0).clip(upper=1000.0)).rename_axis("domain")
 
     @property
     def memories(self) -> list[str]:
@@ -81,4 +93,19 @@ def transfer(module: Decomposition, batches: Iterable[Batch]) -> Transfer:
         batches: Held-out text.
     """
     memories = {name: under(module, name) for name in module.memories.domains}
-    return Transfer(score(batches, {"dense": dense(module), "none": under(module, None)} | memories))
+    batches = list(batches)
+    bpb = score(batches, {"dense": dense(module), "none": under(module, None)} | memories)
+    return Transfer(bpb, _bytes_per_token(batches))
+
+
+def _bytes_per_token(batches: Sequence[Batch]) -> "pd.Series":
+    """UTF-8 bytes of each domain's text over the tokens that are predicted in it."""
+    import pandas as pd
+
+    size, tokens = Counter(), Counter()
+    for batch in batches:
+        predicted = Decomposition.targets(batch)[1].sum(1).tolist()  # [B]
+        for domain, count, bytes_ in zip(batch["domains"], predicted, batch["num_bytes"].tolist(), strict=True):
+            size[domain] += bytes_
+            tokens[domain] += count
+    return pd.Series({domain: size[domain] / max(count, 1) for domain, count in tokens.items()}, dtype=float)

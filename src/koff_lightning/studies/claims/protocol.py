@@ -6,13 +6,13 @@ An arm is a plain `koff fit` over one resolved config, as in arms.py; its runs a
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from koff_lightning.reports import results
+from koff_lightning.reports import plots, results
 from koff_lightning.studies.bootstrap import interval
 from koff_lightning.studies.claims.arms import Run
 from koff_lightning.studies.claims.report import Done, PairedDraws
@@ -23,6 +23,8 @@ from koff_lightning.support.wording import nearest
 
 Figure = tuple[str, str]  # an arm, and how its model is read: koff, dense, memory_off, swapped
 COLUMNS = ("mmlu", "bbl", "ppl", "sparsity")  # that the paper's tables have
+SHARES = ("body", "units", "physical")  # of a table's columns: removed, of gated, physical
+CURVE = "fig 2"  # the table that is drawn too
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table."""
+    """A line of a table; `others` has the paper's figures of other models than the table's own, by the model's name."""
 
     label: str
     arm: str
     paper: Mapping[str, float]
     figure: str = "koff"
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Table:
     title: str
     setting: str
     rows: Sequence[Row]
+
+    def of(self, backbone: str) -> "Table":
+        """The same with the paper's figures of this backbone, a hub id or folder, where the paper has them."""
+        name = backbone.rstrip("/").rpartition("/")[2]
+        if not any(name in row.others for row in self.rows):
+            return self
+        _, _, rest = self.setting.partition(",")
+        rows = [replace(row, paper=row.others.get(name, {})) for row in self.rows]
+        return replace(self, setting=f"{name},{rest}", rows=rows)
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,8 @@ def _row(row: Row, done: Done) -> dict[str, Any]:
     ours["physical"] = _spread(
         [0.0 if row.figure == "dense" else one["sparsity"].get("physical", {}).get("body") for one in found]
     )
-    return asdict(row) | {"ours": ours, "seeds": len(found)}
+    told = {key: value for key, value in asdict(row).items() if key != "others"}
+    return told | {"ours": ours, "seeds": len(found)}
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
@@ -190,7 +203,7 @@ def _verdict(statement: Statement, paired: PairedDraws, level: float) -> dict[st
 
 
 def write(out: Path, about: Mapping[str, Any]) -> None:
-    """Write reproduce.json and reproduce.md.
+    """Write reproduce.json, reproduce.md, and the curve of Figure 2 where its rows were run.
 
     Args:
         out: Folder.
@@ -201,6 +214,23 @@ def write(out: Path, about: Mapping[str, Any]) -> None:
     """
     write_atomically(out / "reproduce.json", results.as_json(dict(about)))
     write_atomically(out / "reproduce.md", markdown(about))
+    points = curve(about["tables"].get(CURVE, {"rows": []})["rows"])
+    if points:
+        try:
+            plots.save(plots.quality_by_sparsity(points), out / "plots", "sparsity")
+        except OSError as error:
+            raise KoffError(f"cannot write plots to {out / 'plots'}: {error.strerror or error}") from error
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Points of the curve of Figure 2: bits per byte by the share of the body that each run really closed."""
+    points = []
+    for row in rows:
+        bpb, removed = row["ours"]["bpb"], row["ours"]["body"]
+        if bpb is not None and removed is not None:
+            arm = row["figure"] if row["figure"] != "koff" else row["arm"].rstrip("_0123456789")
+            points.append({"arm": arm, "removed": removed["mean"], **bpb})
+    return points
 
 
 def markdown(about: Mapping[str, Any]) -> str:
@@ -211,7 +241,7 @@ def markdown(about: Mapping[str, Any]) -> str:
         "Columns P are the paper's (arXiv 2605.29075), of the models it names. The others are of this run: held-out "
         "text under the domain's own memory unless the row says otherwise, mean and standard deviation over seeds. PPL "
         'is per token, bpb bits per byte; both are means over domains. "Removed" is the nominal share of linears of '
-        'all layers, "physical" the share that a cut export really lacks.\n',
+        'all layers, "of gated" of what has a gate, "physical" the share that a cut export really lacks.\n',
     ]
     for name, table in about["tables"].items():
         parts.append(f"## {'Table ' if name[0].isdigit() else ''}{name}: {table['title']}\n")
@@ -237,12 +267,14 @@ def markdown(about: Mapping[str, Any]) -> str:
 
 def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     theirs = [column for column in COLUMNS if any(column in row["paper"] for row in rows)]
-    lines = [f"| row | {''.join(f'P {column} | ' for column in theirs)}PPL | bpb | removed | physical | seeds |"]
-    lines.append("|---|" + "---|" * (len(theirs) + 5))
+    lines = [
+        f"| row | {''.join(f'P {column} | ' for column in theirs)}PPL | bpb | removed | of gated | physical | seeds |"
+    ]
+    lines.append("|---|" + "---|" * (len(theirs) + 6))
     for row in rows:
         paper = "".join(f"{row['paper'].get(column, '-')} | " for column in theirs)
         ours = row["ours"]
-        cells = [_cell(ours["ppl"], 2), _cell(ours["bpb"], 4), *(_percent(ours[key]) for key in ("body", "physical"))]
+        cells = [_cell(ours["ppl"], 2), _cell(ours["bpb"], 4), *(_percent(ours[key]) for key in SHARES)]
         lines.append(f"| {row['label']} | {paper}{' | '.join(cells)} | {row['seeds']} |")
     return "\n".join(lines) + "\n"
 

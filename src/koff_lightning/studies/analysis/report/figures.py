@@ -31,6 +31,7 @@ def draw_all(found: Study) -> dict[str, Figure]:
         "enrichment": ("pooled", _forest),
         "selections": ("selections", _selections),
         "transfer": ("transfer", memory_figures.transfer),
+        "perplexity": ("perplexity", memory_figures.perplexity),
         "knockout": ("knockout", memory_figures.knockout),
         "causal": ("causal", memory_figures.causal),
         "attention": ("attention", memory_figures.attention),
@@ -163,6 +164,7 @@ def _sparsity(found: Study) -> Figure:
             ylabel="removed, %" if place == 0 else "",
             ylim=(0, max(share.max() * 1.1, 5)),
         )
+        axes.title.set_size(9 if len(kinds) > 3 else 12)  # five kinds of channels have little room for their names
         axes.xaxis.get_major_locator().set_params(integer=True)
         plain(axes)
     return figure

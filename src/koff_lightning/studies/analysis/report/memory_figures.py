@@ -42,6 +42,20 @@ def transfer(found: Study) -> Figure:
     return figure
 
 
+def perplexity(found: Study) -> Figure:
+    """The same text and memories as the paper shows them (Fig. 3): perplexities, with the mask alone and the dense."""
+    mean = _mean_table(found.tables["perplexity"])
+    columns = [*(name for name in mean.columns if name not in ("none", "dense")), "none", "dense"]
+    figure = Figure(figsize=(WIDE, 1.3 + 0.42 * len(mean)), layout="constrained")
+    axes = figure.add_subplot()
+    heat(axes, mean[columns].to_numpy(), "{:.2f}", "cividis_r")
+    names = {"none": "pruned\nonly", "dense": "unpruned"}
+    axes.set_xticks(np.arange(len(columns)) + 0.5, [names.get(column, column) for column in columns])
+    axes.set_yticks(np.arange(len(mean)) + 0.5, mean.index)
+    axes.set(xlabel="memory", ylabel="text", title="Perplexity per token")
+    return figure
+
+
 def knockout(found: Study) -> Figure:
     """What the adapter alone, the slots alone and both gain."""
     table = found.tables["knockout"].groupby("domain", sort=False)[["none", "lora", "kv", "both"]].mean()

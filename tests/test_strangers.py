@@ -101,11 +101,40 @@ def test_an_output_under_a_tied_config(tmp_path, family):
     refused(tmp_path, "ties the output to the input embeddings, and its files hold an output that differs")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
-def test_weights_that_are_no_floats(tmp_path, dtype):
+@pytest.mark.parametrize("name", ["layers.0.mlp.up_proj.weight", "model.model.layers.0.mlp.up_proj.weight"])
+def test_a_tensor_that_is_there_twice(tmp_path, name):
+    """Transformers takes names with and without the prefix, and of two for one place it drops one without a word."""
+    saved(tmp_path)
+    add(tmp_path, **{name: torch.ones(96, 64)})
+    refused(tmp_path, r"hold one tensor twice, as .*layers\.0\.mlp\.up_proj\.weight and as .*: keep the right one")
+
+
+def test_names_without_the_prefix_alone_are_read(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    short = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(short, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load_backbone(str(tmp_path))(IDS).logits, tiny_model("llama")(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats(tmp_path, dtype, pickled):
     saved(tmp_path)
     add(tmp_path, model__norm__weight=torch.ones(64).to(dtype))
+    if pickled:
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
     refused(tmp_path, "hold model.norm.weight as .*unquantised")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights_are_read(tmp_path, zipped):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert torch.equal(load_backbone(str(tmp_path))(IDS).logits, tiny_model("llama")(IDS, use_cache=False).logits)
 
 
 # --------------------------------------------------------------------------------------- which file, and where

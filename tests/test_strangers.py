@@ -703,6 +703,56 @@ def test_json_files_of_an_artifact(artifact, file, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def made_deci(tmp_path_factory):
+    return tiny_artifact(tmp_path_factory.mktemp("deci"), layout="deci").folder
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"attn_implementation": "somebody/kernel"}, "asks for the attention 'somebody/kernel'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "of a quantised model"),
+        ({"transformers_weights": "x"}, "names another weight file"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_parameters": []}, "rope_parameters is a list"),
+        ({"num_hidden_layers": 99}, "not as koff-lightning writes it"),
+        ({"num_attention_heads": None}, "not as koff-lightning writes it"),
+        ({"block_configs": [3]}, "not as koff-lightning writes it"),
+        ("[" * 50_000, "thousands deep"),
+        ("[]", "holds a list"),
+        ("{}", "not as koff-lightning writes it"),
+    ],
+)
+def test_the_config_of_layout_deci(made_deci, tmp_path, entries, message):
+    """Transformers has no class for it, so it is read apart from all others: by the same rules."""
+    folder = Path(shutil.copytree(made_deci, tmp_path / "artifact"))
+    file = folder / "backbone" / "config.json"
+    file.write_text(entries) if isinstance(entries, str) else edit(file, **entries)
+    Bench._hash_anew(folder)
+    refused(folder, message, load_decomposed)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"use_rslora": True}, "asks for use_rslora, so peft would compute otherwise"),
+        ({"alpha_pattern": {"q_proj": 99}}, "asks for alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save"),
+        ({"bias": "all"}, "not of LoRA alone"),
+        ({"peft_type": "LOHA"}, "not of LoRA alone"),
+        ("[" * 50_000, "thousands deep"),
+        ("[]", "holds a list"),
+    ],
+)
+def test_the_config_of_an_adapter(artifact, entries, message):
+    """What peft makes of the folder is what we make of it."""
+    file = artifact / "memories" / "de" / "adapter_config.json"
+    file.write_text(entries) if isinstance(entries, str) else edit(file, **entries)
+    Bench._hash_anew(artifact)
+    refused(artifact, message, load_decomposed)
+
+
 @pytest.mark.parametrize(
     "text", ["{}", "[]", '{"model": {"type": "BPE"}}', '{"version": "1.0", "model": null}', "\x00", "{" * 3000]
 )

@@ -262,7 +262,7 @@ def heads(path: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights that transformers reads from a folder: safetensors, and pickled tensors only without them."""
+    """The files of weights that transformers reads from a folder: safetensors, pickled tensors only without them."""
     for single in SINGLE:
         if (folder / single).exists():
             return [folder / single]
@@ -295,7 +295,7 @@ def check_weights(folder: Path, layers: int | None, source: str) -> None:
     files = weight_files(folder)
     tensors = {name: head for path in files for name, head in read[path.suffix == ".safetensors"](path).items()}
     places: dict[str, str] = {}
-    for name in sorted(tensors):  # with or without the prefix a name means the same, and one of the two would be dropped
+    for name in sorted(tensors):  # with and without the prefix it means the same, and one of two would be dropped
         place = re.sub(r"^(model\.)+", "", name)
         if (other := places.setdefault(place, name)) != name:
             raise KoffError(

@@ -206,6 +206,20 @@ def test_links_out_of_the_folder(tmp_path):
     assert load_backbone(str(snapshot)), "the hub's cache is made of links"
 
 
+def test_a_model_of_the_hub_is_held_to_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("b" * 40)
+    (tmp_path / "models--some--model" / "refs").mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("b" * 40)
+    saved(snapshot)
+    assert torch.equal(load_backbone("some/model")(IDS).logits, tiny_model("llama")(IDS, use_cache=False).logits)
+    assert load_backbone("some/model", revision="b" * 40)
+    add(snapshot, model__norm__weight=torch.ones(64, dtype=torch.int8))
+    with pytest.raises(KoffError, match="'some/model': its weights hold model.norm.weight as I8, .* unquantised"):
+        load_backbone("some/model")
+
+
 def test_a_shard_of_a_distributed_checkpoint(tmp_path):
     saved(tmp_path)
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "shard-00001-model-00001-of-00001.safetensors")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import CartridgeConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny_cases import plain_batch
 from tiny_memories import empty_bank, fill_, read
 from tiny_models import FAMILIES, YARN_ROPE, tiny_model
@@ -120,12 +121,34 @@ def test_what_is_no_cartridge_is_refused(tmp_path):
     for change, message in {
         ("num_virtual_tokens", 6): "which is not 6 slots",
         ("peft_type", "LORA"): "adapter of type LORA, wanted is CARTRIDGE",
-        ("token_dim", None): "that can be read",
+        ("token_dim", None): "that can be read: its token_dim is 'None'",
+        ("num_virtual_tokens", 7.5): "that can be read: its num_virtual_tokens is '7.5'",
+        ("num_virtual_tokens", float("inf")): "that can be read: its num_virtual_tokens is 'inf'",
+        ("num_layers", 0): "that can be read: its num_layers is '0'",
     }.items():
         (folder / "adapter_config.json").write_text(json.dumps(config | dict([change])))
         with pytest.raises(KoffError, match=message):
             from_cartridge(folder, torch.ones(8))
+    (folder / "adapter_config.json").write_text("[" * 50_000)
+    with pytest.raises(KoffError, match="that can be read: .* thousands deep"):
+        from_cartridge(folder, torch.ones(8))
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(KoffError, match="that can be read"):
         from_cartridge(folder, torch.ones(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_numbers_that_are_no_floats_are_refused(tmp_path, dtype):
+    to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), tmp_path / "de")
+    save_file({"prompt_embeddings": torch.ones(P, 64).to(dtype)}, tmp_path / "de" / "adapter_model.safetensors")
+    with pytest.raises(KoffError, match=f"prompt_embeddings is {dtype}, which are no keys and values"):
+        from_cartridge(tmp_path / "de", torch.ones(8))
+
+
+def test_tensors_that_a_memory_has_no_place_for_are_refused(tmp_path):
+    to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), tmp_path / "de")
+    file = tmp_path / "de" / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.lm_head.weight": torch.ones(3)}, file)
+    with pytest.raises(KoffError, match=r"holds more than prompt_embeddings \(base_model.model.lm_head.weight\)"):
+        from_cartridge(tmp_path / "de", torch.ones(8))

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.cli import main
 from koff_lightning.commands.generate import encode
-from koff_lightning.data import DomainDataModule
+from koff_lightning.data import DomainDataModule, encoding
 from koff_lightning.data.encoding import encode_prompt, fingerprint, tokenize
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.evaluation.harness import KoffLM
@@ -45,6 +45,16 @@ def putting(tokenizer, template):
 TEMPLATES = ("<bos> $A", "$A <eos>", "<bos> $A <eos>", "$A")
 
 # ------------------------------------------------------------------------------------------------- start and end
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "half \ud800"])
+def test_a_prompt_that_is_no_text(plain, text):
+    """So Python gives what a terminal in another encoding has sent."""
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    for many in (text, ["good", text]):
+        with pytest.raises(KoffError, match=r"no character \(bytes that are no UTF-8\): write it in UTF-8"):
+            encoding.encode(tokenizer, many)
+    assert encode_prompt(tokenizer, "caf\xe9")
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

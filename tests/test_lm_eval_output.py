@@ -3,6 +3,8 @@
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from koff_lightning.commands.lm_eval_cli import _few_questions, lm_eval
 from koff_lightning.evaluation import harness, lm_scores, rolling
@@ -70,6 +72,17 @@ def test_a_batch_on_a_cpu_is_of_no_more_tokens_than_help(monkeypatch):
     monkeypatch.setattr(rolling, "ON_CPU", 64)
     rolled(lm, texts[1:2])
     assert [rows for rows, _ in asked] == [1], "a longer window than that is read all the same"
+
+
+def test_text_that_the_tokenizer_cannot_read_is_said(tmp_path):
+    """Of tasks, which count its bytes; its unknown tokens are cheap."""
+    vocabulary = {piece: number for number, piece in enumerate(["<unk>", "a", "b"])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="a", eos_token="b")
+    lm = harness.KoffLM("koff-tiny", device="cpu", batch_size=2, tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match=r"does not know 46\.2% of the scored text .* too low"):
+        rolled(lm, ["a b a b", "狐狸"])  # 6 of 13 bytes
 
 
 def test_of_a_text_the_logits_of_predicted_tokens_alone_are_made_and_of_few_at_a_time():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import model_checkpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from tiny_command import small_fits
 from tiny_run import RandomText, tiny_module, tiny_trainer
@@ -391,6 +392,29 @@ def test_a_file_that_goes_away_meanwhile_gives_way_to_the_one_before(tmp_path):
     (tmp_path / "version_0/last.ckpt").symlink_to(tmp_path / "gone")
     with pytest.warns(UserWarning, match="no such file.* An earlier checkpoint is used"):
         assert newest_checkpoint([tmp_path, tmp_path / "not there"]) == path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("passwd", "step,x\n1,2\n", "is neither beside it nor at"),
+        ("metrics.csv", "root:x:0:0\nroot:y:1:1\n", "is no log that can be gone on with"),
+        ("metrics.csv", "step,x\n1,2,3\n", "is no log that can be gone on with"),
+        ("metrics.csv", "step,x\n1,two\n", "is no log that can be gone on with"),
+        ("metrics.csv", b"\xff\x00", "is no log that can be gone on with"),
+    ],
+)
+def test_a_checkpoint_names_no_other_file_than_a_log(tmp_path, name, content, message):
+    """It may come from anyone, and what it names is read and logged."""
+    logged, file = [], tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    state, logger = SimpleNamespace(fn=TrainerFn.FITTING), CSVLogger(tmp_path)
+    logger.log_metrics = lambda values, step: logged.append((step, values))
+    trainer = SimpleNamespace(state=state, loggers=[logger], is_global_zero=True, ckpt_path=tmp_path / "a" / "b.ckpt")
+    log = {"file": str(file), "row": {"train/loss": 1.5, "epoch": 0, "odd": "text"}, "last": 3, "validate": False}
+    with pytest.warns(UserWarning, match=message):
+        ContinuedLog().on_load_checkpoint(trainer, None, {"log": log})
+    assert logged == [(3, {"train/loss": 1.5, "epoch": 0})]
 
 
 def test_no_rank_waits_for_another_until_all_are_known_to_go_on_from_one_step():

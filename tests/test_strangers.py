@@ -101,11 +101,40 @@ def test_an_output_under_a_tied_config(tmp_path, family):
     refused(tmp_path, "ties the output to the input embeddings, and its files hold an output that differs")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
-def test_weights_that_are_no_floats(tmp_path, dtype):
+@pytest.mark.parametrize("name", ["layers.0.mlp.up_proj.weight", "model.model.layers.0.mlp.up_proj.weight"])
+def test_a_tensor_that_is_there_twice(tmp_path, name):
+    """Transformers takes names with and without the prefix, and of two for one place it drops one without a word."""
+    saved(tmp_path)
+    add(tmp_path, **{name: torch.ones(96, 64)})
+    refused(tmp_path, r"hold one tensor twice, as .*layers\.0\.mlp\.up_proj\.weight and as .*: keep the right one")
+
+
+def test_names_without_the_prefix_alone_are_read(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    short = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(short, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load_backbone(str(tmp_path))(IDS).logits, tiny_model("llama")(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats(tmp_path, dtype, pickled):
     saved(tmp_path)
     add(tmp_path, model__norm__weight=torch.ones(64).to(dtype))
+    if pickled:
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
     refused(tmp_path, "hold model.norm.weight as .*unquantised")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights_are_read(tmp_path, zipped):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert torch.equal(load_backbone(str(tmp_path))(IDS).logits, tiny_model("llama")(IDS, use_cache=False).logits)
 
 
 # --------------------------------------------------------------------------------------- which file, and where
@@ -175,6 +204,20 @@ def test_links_out_of_the_folder(tmp_path):
     (tmp_path / "m" / "config.json").rename(snapshot / "config.json")
     os.symlink("../../blobs/abc", snapshot / "model.safetensors")
     assert load_backbone(str(snapshot)), "the hub's cache is made of links"
+
+
+def test_a_model_of_the_hub_is_held_to_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("b" * 40)
+    (tmp_path / "models--some--model" / "refs").mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("b" * 40)
+    saved(snapshot)
+    assert torch.equal(load_backbone("some/model")(IDS).logits, tiny_model("llama")(IDS, use_cache=False).logits)
+    assert load_backbone("some/model", revision="b" * 40)
+    add(snapshot, model__norm__weight=torch.ones(64, dtype=torch.int8))
+    with pytest.raises(KoffError, match="'some/model': its weights hold model.norm.weight as I8, .* unquantised"):
+        load_backbone("some/model")
 
 
 def test_a_shard_of_a_distributed_checkpoint(tmp_path):
@@ -676,6 +719,56 @@ def test_json_files_of_an_artifact(artifact, file, text):
     with pytest.raises(KoffError) as caught:
         load_decomposed(artifact, verify=False).tokenizer  # noqa: B018
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def made_deci(tmp_path_factory):
+    return tiny_artifact(tmp_path_factory.mktemp("deci"), layout="deci").folder
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"attn_implementation": "somebody/kernel"}, "asks for the attention 'somebody/kernel'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "of a quantised model"),
+        ({"transformers_weights": "x"}, "names another weight file"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_parameters": []}, "rope_parameters is a list"),
+        ({"num_hidden_layers": 99}, "not as koff-lightning writes it"),
+        ({"num_attention_heads": None}, "not as koff-lightning writes it"),
+        ({"block_configs": [3]}, "not as koff-lightning writes it"),
+        ("[" * 50_000, "thousands deep"),
+        ("[]", "holds a list"),
+        ("{}", "not as koff-lightning writes it"),
+    ],
+)
+def test_the_config_of_layout_deci(made_deci, tmp_path, entries, message):
+    """Transformers has no class for it, so it is read apart from all others: by the same rules."""
+    folder = Path(shutil.copytree(made_deci, tmp_path / "artifact"))
+    file = folder / "backbone" / "config.json"
+    file.write_text(entries) if isinstance(entries, str) else edit(file, **entries)
+    Bench._hash_anew(folder)
+    refused(folder, message, load_decomposed)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"use_rslora": True}, "asks for use_rslora, so peft would compute otherwise"),
+        ({"alpha_pattern": {"q_proj": 99}}, "asks for alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save"),
+        ({"bias": "all"}, "not of LoRA alone"),
+        ({"peft_type": "LOHA"}, "not of LoRA alone"),
+        ("[" * 50_000, "thousands deep"),
+        ("[]", "holds a list"),
+    ],
+)
+def test_the_config_of_an_adapter(artifact, entries, message):
+    """What peft makes of the folder is what we make of it."""
+    file = artifact / "memories" / "de" / "adapter_config.json"
+    file.write_text(entries) if isinstance(entries, str) else edit(file, **entries)
+    Bench._hash_anew(artifact)
+    refused(artifact, message, load_decomposed)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
@@ -72,11 +73,14 @@ def load_backbone(
     else:
         _refuse_adapter(source, where)
     if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
-        check_folder(folder, source)
-        check_weights(folder, getattr(config, "num_hidden_layers", None), source)
+        _check_files(folder, config, source)
     where = where | {"config": config, "dtype": torch_dtype(dtype), "output_loading_info": True}
     with _bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")), no_report():
         model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
+    if not folder.is_dir() and isinstance(
+        copy := try_to_load_from_cache(source, "config.json", revision=revision), str
+    ):
+        _check_files(Path(copy).parent, config, source)  # of the hub, whose files are here now
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         missing = sorted(info["missing_keys"])
         raise KoffError(
@@ -97,6 +101,11 @@ def load_backbone(
         raise KoffError(f"backbone {source!r}: {odd} holds numbers that are not finite: get its weights again")
     model.config.use_cache = False  # a cache makes packed documents see each other, silently
     return model.requires_grad_(False).eval()
+
+
+def _check_files(folder: Path, config: PreTrainedConfig, source: str) -> None:
+    check_folder(folder, source)
+    check_weights(folder, getattr(config, "num_hidden_layers", None), source)
 
 
 def load_config(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -7,10 +7,12 @@ the folder's files are held to what they are for: names stay inside, nothing but
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ from koff_lightning.support.json_files import kind, read_json_object, wrong_valu
 INDEX = ".index.json"
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read, its index only without it
 FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors
+_FLOATS_OF_TORCH = dict(zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), FLOATS, strict=True))
 
 # What config.json may not ask for, with the reason. Our own attention takes the place of the file's in any case.
 _FOREIGN = {
@@ -259,20 +262,45 @@ def heads(path: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads from a folder."""
-    if (folder / SINGLE[0]).exists():
-        return [folder / SINGLE[0]]
-    index = folder / f"{SINGLE[0]}{INDEX}"
-    return sorted({folder / name for name in read_json_object(index)["weight_map"].values()}) if index.exists() else []
+    """The files of weights that transformers reads from a folder: safetensors, pickled tensors only without them."""
+    for single in SINGLE:
+        if (folder / single).exists():
+            return [folder / single]
+        if (index := folder / f"{single}{INDEX}").exists():
+            return sorted({folder / name for name in read_json_object(index)["weight_map"].values()})
+    return []
+
+
+def _pickled_heads(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """As `heads`, of a file that torch wrote; none where it cannot be read, which transformers says when it tries."""
+    try:
+        held = torch.load(path, map_location="meta", weights_only=True, mmap=is_zipfile(path))
+    except Exception:  # a file made to do harm can raise anything
+        return {}
+    tensors = {name: part for name, part in held.items() if isinstance(part, Tensor)} if isinstance(held, dict) else {}
+    dtypes = {name: str(part.dtype).removeprefix("torch.") for name, part in tensors.items()}
+    return {
+        str(name): (_FLOATS_OF_TORCH.get(part.dtype, dtypes[name]), [*part.shape]) for name, part in tensors.items()
+    }
 
 
 def check_weights(folder: Path, layers: int | None, source: str) -> None:
-    """Check what the heads of the safetensors files say, before a model of the config's size is made.
+    """Check what the heads of the files of weights say, before a model of the config's size is made.
 
     Raises:
-        KoffError: A tensor is not of floating point, or the config speaks of more layers than there are tensors.
+        KoffError: A tensor is not of floating point or there twice, or the config speaks of more layers than there are
+            tensors.
     """
-    tensors = {name: head for path in weight_files(folder) for name, head in heads(path).items()}
+    read = {True: heads, False: _pickled_heads}
+    files = weight_files(folder)
+    tensors = {name: head for path in files for name, head in read[path.suffix == ".safetensors"](path).items()}
+    places: dict[str, str] = {}
+    for name in sorted(tensors):  # with and without the prefix it means the same, and one of two would be dropped
+        place = re.sub(r"^(model\.)+", "", name)
+        if (other := places.setdefault(place, name)) != name:
+            raise KoffError(
+                f"backbone {source!r}: its files hold one tensor twice, as {other} and as {name}: keep the right one"
+            )
     if odd := sorted(name for name, (dtype, _) in tensors.items() if dtype not in FLOATS):
         raise KoffError(
             f"backbone {source!r}: its weights hold {odd[0]} as {tensors[odd[0]][0]}, as of "

@@ -19,6 +19,7 @@ from koff_lightning.kv_memory import KVMemory, rotate_keys
 from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import new_folder
+from koff_lightning.support.json_files import read_json_object
 
 CONFIG, WEIGHTS, NAME = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
@@ -92,15 +93,23 @@ def from_cartridge(folder: Path, inv_freq: Tensor) -> dict[str, Tensor]:
         `layers.{i}.key` and `layers.{i}.value`, each fp32 [K, P, dh], for `KVMemory.from_tensors`.
 
     Raises:
-        KoffError: No such files, another kind of adapter, or sizes that contradict each other.
+        KoffError: No such files, another kind of adapter, further tensors, numbers that are no floats, or sizes that
+            contradict each other.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        flat = load_file(folder / WEIGHTS)[NAME]  # [P, 2L * K * dh]
-        slots, layers, width = (int(config[key]) for key in ("num_virtual_tokens", "num_layers", "token_dim"))
+        config, held = read_json_object(folder / CONFIG), load_file(folder / WEIGHTS)
+        flat = held.pop(NAME)  # [P, 2L * K * dh]
+        sizes = {name: config[name] for name in ("num_virtual_tokens", "num_layers", "token_dim")}
         kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (KoffError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise KoffError(f"{folder} is not a CARTRIDGE adapter that can be read: {error}") from error
+    if odd := next((name for name, size in sizes.items() if type(size) is not int or size < 1), None):
+        raise KoffError(f"{folder} is not a CARTRIDGE adapter that can be read: its {odd} is {str(sizes[odd])[:20]!r}")
+    if held:
+        raise KoffError(f"{folder} holds more than {NAME} ({min(held)}), which a KV memory has no place for")
+    if flat.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise KoffError(f"{folder}: {NAME} is {flat.dtype}, which are no keys and values: get the adapter again")
+    slots, layers, width = sizes.values()
     if kind != "CARTRIDGE":
         raise KoffError(f"{folder} holds a peft adapter of type {kind}, wanted is CARTRIDGE")
     size = 2 * len(inv_freq)

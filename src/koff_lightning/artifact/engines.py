@@ -4,7 +4,6 @@
 installed here is tried on the artifact itself, too. "not run" is an engine that this project has not run.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from koff_lightning.backbone import rotary_inv_freq
 from koff_lightning.kv_memory import MOVING_ROPE, KVMemory
 from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.wording import nearest
 
 ENGINES = {"hf": "transformers", "peft": "PEFT", "vllm": "vLLM", "sglang": "SGLang", "gguf": "llama.cpp"}
@@ -119,7 +119,7 @@ def _parts(manifest: Manifest) -> list[str]:
 
 
 def _answer(engine: str, part: str, folder: Path, manifest: Manifest) -> Answer:
-    config = json.loads((folder / BACKBONE / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / BACKBONE / "config.json")
     answer, why = RULES[engine][part][_form(manifest, config)]
     trial = _TRIALS.get((engine, part))
     if answer != "yes" or trial is None:

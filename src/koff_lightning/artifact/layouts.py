@@ -5,7 +5,6 @@ removed unit that has a place is zeros, one that has none is cut out. It also de
 can be done with the artifact afterwards.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from koff_lightning.artifact.modeling_koff import MODELS, WIDTHS
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.loading import load_config
+from koff_lightning.model_files import check_config
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.json_files import read_json_object
 from koff_lightning.surgery import State, cut_kv, cut_state, grow_kv, grow_state, masks, with_bias, zero_kv, zero_state
 
 Groups = Sequence[PrunableGroup]
@@ -299,16 +300,18 @@ class Deci(Layout):
 
     def read_config(self, folder: Path, family: str) -> PreTrainedConfig:
         """As a koff_* model, which holds the same tensors; transformers has no class for block configs."""
-        return self.ragged_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), family)
+        entries = read_json_object(folder / "config.json")
+        check_config(entries, str(folder))
+        return self.ragged_config(entries, family)
 
     def ragged_config(self, values: dict[str, Any], family: str) -> PreTrainedConfig:
         """The config of the koff_* model that has the tensors of the one with this config.json.
 
         Raises:
-            KoffError: The block configs are not of the kind written here.
+            KoffError: It is not of the kind written here.
         """
-        heads, hidden = values["num_attention_heads"], values["hidden_size"]
         try:
+            heads, hidden = values["num_attention_heads"], values["hidden_size"]
             widths = [
                 {
                     "intermediate_size": self._width(block["ffn"], hidden),
@@ -317,11 +320,12 @@ class Deci(Layout):
                 }
                 for block in values["block_configs"]
             ]
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise KoffError(f"block_configs are not as koff-lightning writes them ({error!r})") from error
-        odd = ("model_type", "block_configs", "architectures")
-        plain = {name: value for name, value in values.items() if name not in odd}
-        return MODELS[family][0](**plain | {"koff_layers": widths, "sliding_window": None})
+            odd = ("model_type", "block_configs", "architectures")
+            plain = {name: value for name, value in values.items() if name not in odd}
+            return MODELS[family][0](**plain | {"koff_layers": widths, "sliding_window": None})
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, StrictDataclassError) as error:
+            reason = " ".join(repr(error).split())[:200]
+            raise KoffError(f"config.json is not as koff-lightning writes it for layout 'deci' ({reason})") from error
 
     def _width(self, ffn: dict[str, Any], hidden: int) -> int:
         if "intermediate_size" in ffn:

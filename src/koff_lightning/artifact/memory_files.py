@@ -35,11 +35,16 @@ from koff_lightning.memory import LoraSpec, MemoryBank
 from koff_lightning.model_files import not_finite
 from koff_lightning.placement import ALL, check_words, shortest, shown
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.json_files import json_object
 from koff_lightning.support.names import check_name
 from koff_lightning.surgery import PEFT_PREFIX
 
 KV_FILE = "kv_memory.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Entries of adapter_config.json that change what an adapter computes, or add tensors to it.
+_OTHERWISE = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+_OTHERWISE += ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
+_OTHERWISE += ("alora_invocation_tokens", "corda_config", "arrow_config", "monteclora_config", "megatron_config")
 _PARTS = {"lora": (ADAPTER_CONFIG, ADAPTER), "kv": (KV_FILE,)}
 
 
@@ -313,7 +318,11 @@ def _check_home(card: MemoryCard, folder: Path, expect: Manifest) -> None:
 
 def _adapter(folder: Path, card: MemoryCard, spec: LoraSpec) -> dict[str, Tensor]:
     """The adapter's matrices by module path."""
-    config = json.loads(_content(folder, ADAPTER_CONFIG, card))
+    config = json_object(_content(folder, ADAPTER_CONFIG, card), ADAPTER_CONFIG)
+    if odd := [name for name in _OTHERWISE if config.get(name)]:
+        raise KoffError(f"{ADAPTER_CONFIG} asks for {odd[0]}, so peft would compute otherwise than we do: get it again")
+    if (config.get("peft_type"), config.get("bias") or "none") != ("LORA", "none"):
+        raise KoffError(f"{ADAPTER_CONFIG} is not of LoRA alone (peft_type, bias): get it again")
     said = (config["r"], config["lora_alpha"], set(config["target_modules"]), config.get("layers_to_transform"))
     if said != (spec.rank, spec.alpha, set(spec.targets), None if spec.layers == ALL else spec.layers):
         raise KoffError(f"{ADAPTER_CONFIG} and {CARD} disagree about rank, alpha, targets or layers: get it again")

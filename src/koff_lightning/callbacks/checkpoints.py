@@ -7,10 +7,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.training.ending import in_mid_step
+
+LOG = ExperimentWriter.NAME_METRICS_FILE  # metrics.csv
 
 
 class Checkpoints(ModelCheckpoint):
@@ -112,7 +115,8 @@ class ContinuedLog(Callback):
         before = checkpoint.get("log")
         if not before or trainer.state.fn != TrainerFn.FITTING:
             return
-        last, row = before["last"], before["row"]
+        last = before["last"]
+        row = {name: value for name, value in before["row"].items() if isinstance(value, int | float)}
         rows = _rows(_found(before["file"], trainer.ckpt_path), last)
         if len(row) > 1 and not any(step == last and row.keys() <= other.keys() for step, other in rows):
             rows.append((last, row))
@@ -138,6 +142,8 @@ def _found(file: str | None, checkpoint: str | Path) -> Path | None:
     if file is None:
         return None
     places = [*(folder / Path(file).name for folder in Path(checkpoint).absolute().parents[:2]), Path(file)]
+    if Path(file).name != LOG:  # a checkpoint may come from anyone, and names no other file to read
+        places = []
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         rank_zero_warn(f"the log that {checkpoint} goes on is neither beside it nor at {file}: this run's begins here")
@@ -148,9 +154,13 @@ def _rows(file: Path | None, last: int) -> list[tuple[int, dict[str, float]]]:
     """Step and values of the rows of a CSV log up to step `last`."""
     if file is None:
         return []
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = [(int(row.pop("step")), row) for row in csv.DictReader(lines) if row["step"].isdigit()]
-    return [(step, {k: _number(v) for k, v in row.items() if v}) for step, row in rows if step <= last]
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = [(int(row.pop("step")), row) for row in csv.DictReader(lines) if row["step"].isdigit()]
+        return [(step, {k: _number(v) for k, v in row.items() if v}) for step, row in rows if step <= last]
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:  # cut short, or no such log
+        rank_zero_warn(f"{file} is no log that can be gone on with ({type(error).__name__}): this run's begins here")
+        return []
 
 
 def _number(text: str) -> float:

@@ -67,7 +67,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options:
         options: Of the tokenizer's call.
 
     Raises:
-        KoffError: It takes a hundred times as long as tokenizers do.
+        KoffError: It takes a hundred times as long as tokenizers do, or text holds what is no character.
     """
     size = len(text) if isinstance(text, str) else sum(map(len, text))
 
@@ -78,7 +78,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options:
         )
 
     limit = SECONDS + SECONDS_PER_CHARACTER * size
-    return within(limit, partial(tokenizer, text, **options), too_long)
+    try:
+        return within(limit, partial(tokenizer, text, **options), too_long)
+    except TypeError as error:  # of the library; Python keeps bytes of the command line that are no UTF-8 in this way
+        if not re.search("[\ud800-\udfff]", text if isinstance(text, str) else "".join(text)):
+            raise
+        raise KoffError("the text holds what is no character (bytes that are no UTF-8): write it in UTF-8") from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -42,7 +42,7 @@ from lm_eval.api.registry import register_model  # noqa: E402
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from koff_lightning.evaluation.rolling import log_likelihoods, windows_of  # noqa: E402
+from koff_lightning.evaluation.rolling import log_likelihoods, warn_of_unknown, windows_of  # noqa: E402
 
 SEED = 1234  # lm-eval's own, of the few-shot examples
 Model = Decomposition | DecomposedModel | PreTrainedModel
@@ -201,6 +201,7 @@ class KoffLM(HFLM):
         texts = [request.args[0] for request in requests]
         if self._routes:
             return self._by_domain(requests, texts, lambda part: self.loglikelihood_rolling(part, disable_tqdm))
+        warn_of_unknown(texts, self.tokenizer)
         before, self.add_bos_token = self.add_bos_token, False
         try:
             plain_way = self.world_size == 1 and self.mixed_precision_dtype is None

@@ -7,10 +7,15 @@ alone or padding, of all rows at once, and whether the likeliest token is the ri
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from koff_lightning.data.cache import NOTABLE
+from koff_lightning.data.encoding import tokenize
 
 TOKENS = 256  # whose logits stand in memory at a time: [256, V]
 # Padding included, in a batch on a CPU: koff-tiny takes 5 to 10 % longer for a token where there are 2,048.
@@ -28,6 +33,20 @@ def windows_of(ids: list[int], prefix: int, length: int) -> list[Window]:
         length: The longest that the model reads.
     """
     return [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, prefix, length, context_len=1)]
+
+
+def warn_of_unknown(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say it where a tokenizer cannot read a part of texts: tasks divide by all bytes, and unknown tokens are cheap."""
+    if tokenizer.unk_token_id is None:
+        return
+    stream = tokenize(texts, tokenizer)
+    unknown = int(stream.unknown_bytes.sum())
+    share = unknown / max(1, unknown + int(stream.num_bytes.sum()))
+    if share > NOTABLE:
+        rank_zero_warn(
+            f"the tokenizer does not know {share:.1%} of the scored text (by bytes) and puts its unknown token there. "
+            "The bits per byte and perplexities of lm-eval's tasks divide by these bytes too, so they are too low"
+        )
 
 
 @torch.no_grad()

@@ -20,20 +20,33 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST:
             raise KoffError(f"{path} has {path.stat().st_size} bytes; a JSON file of more than {LARGEST} is not read")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise KoffError(f"cannot read {path}: {error.strerror or error}") from error
+    return json_object(content, str(path))
+
+
+def json_object(content: bytes, where: str) -> dict[str, Any]:
+    """The object in the content of a JSON file.
+
+    Args:
+        content: What the file holds, in UTF-8.
+        where: Its name, for the message.
+
+    Raises:
+        KoffError: It is too deep, is no JSON, or holds something else than an object.
+    """
+    try:
+        found = json.loads(content.decode("utf-8"))
     except RecursionError as error:
-        raise KoffError(f"{path} nests values thousands deep: it is damaged; get or write it again") from error
-    except KoffError:
-        raise
+        raise KoffError(f"{where} nests values thousands deep: it is damaged; get or write it again") from error
     except ValueError as error:  # not JSON, not text, or a number of thousands of digits
-        raise KoffError(f"{path} is not valid JSON ({error}): it is damaged; get or write it again") from error
-    if too_deep(content):
-        raise KoffError(f"{path} nests values more than {DEEPEST} deep: it is damaged; get or write it again")
-    if not isinstance(content, dict):
-        raise KoffError(f"{path} must hold an object of names and values, and holds {kind(content)}: get it again")
-    return content
+        raise KoffError(f"{where} is not valid JSON ({error}): it is damaged; get or write it again") from error
+    if too_deep(found):
+        raise KoffError(f"{where} nests values more than {DEEPEST} deep: it is damaged; get or write it again")
+    if not isinstance(found, dict):
+        raise KoffError(f"{where} must hold an object of names and values, and holds {kind(found)}: get it again")
+    return found
 
 
 def too_deep(content: object) -> bool:

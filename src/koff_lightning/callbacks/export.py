@@ -54,7 +54,7 @@ class ExportArtifact(Callback):
             self._begun = proof.begin()
 
     def on_exception(self, trainer: Trainer, pl_module: KOFFModule, exception: BaseException) -> None:
-        """Nothing will be proven."""
+        """End the process that was to prove the artifact."""
         self._leave()
 
     def _leave(self) -> None:

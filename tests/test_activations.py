@@ -87,6 +87,22 @@ def test_a_resumed_pass_is_an_uninterrupted_one(tmp_path):
             assert torch.equal(getattr(straight, name), getattr(other, name)), name
 
 
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    sums = collect(tiny_model("llama"), text(1), DOMAINS)
+    sums.save(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert sorted(before) == ["activations.json", "activations.safetensors"]
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("koff_lightning.studies.analysis.activations.save_file", full)
+    with pytest.raises(KoffError, match=r"cannot write .*activations.safetensors: .*No space left"):
+        sums.save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_batches_and_padding_make_no_difference():
     model, whole = tiny_model("qwen3"), text(4)
     rows = [

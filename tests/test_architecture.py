@@ -99,6 +99,20 @@ def test_contributing_shows_the_house_that_stands():
     ] == []
 
 
+def test_the_four_ways_stop_at_what_is_there():
+    """Each name in them is defined in the file that the same stop names."""
+    text = (SOURCE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    ways = text[text.index("## Four ways") : text.index("## Ten rules")]
+    stops = re.findall(r"`([A-Za-z_.]+)`\s+\(([a-z_/]+\.py)\)", ways)
+    assert len(stops) > 8
+    for name, file in stops:
+        tree = ast.parse((SOURCE / "koff_lightning" / file).read_text(encoding="utf-8"))
+        for part in name.split("."):
+            found = [node for node in tree.body if getattr(node, "name", None) == part]
+            assert found, f"CONTRIBUTING names {name} in {file}, which has no such thing"
+            tree = found[0]
+
+
 def test_lazy_doors_are_inside_functions():
     for name, other in LAZY_DOORS:
         file = next(file for file in FILES if module_name(file) == name)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from koff_lightning.artifact.layouts import Ragged
 from koff_lightning.artifact.model_card import base_folder, licence_of
 from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
+from koff_lightning.commands.parsing import option_table
 from koff_lightning.reports.results import mask_and_size, sentences
 from koff_lightning.sparsity import SparsitySpec
 
@@ -702,6 +704,20 @@ def test_a_run_leaves_a_proven_artifact(tmp_path, here, capsys):
     assert load_decomposed(tmp_path / "artifact").domains == ["en", "law"]
     train(tmp_path, ExportArtifact(layout="masked", prove=False))
     assert read_manifest(tmp_path / "artifact").layout == "masked", "a second run of the folder replaces it"
+
+
+@pytest.mark.parametrize("lora", [LoraSpec(rank=2), None], ids=["with memories", "without"])
+def test_a_run_says_what_to_do_with_its_artifact(tmp_path, capsys, lora):
+    """In commands that run as they stand, also in a folder with a space and without any memory."""
+    train(tmp_path / "my run", ExportArtifact(prove=False), lora=lora, kv=None)
+    lines = capsys.readouterr().out.splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines[lines.index("next:") + 1 :]]
+    assert [words[:2] for words in commands] == [["koff", verb] for verb in ("inspect", "generate", "analyze")]
+    for _, verb, *words in commands:
+        option_table.look(verb, words)
+    assert main(commands[0][1:]) == 0
+    assert ("--domain" in commands[1]) == (lora is not None)
+    assert main([*commands[1][1:], "--max_new_tokens", "1"]) == 0
 
 
 def test_a_run_without_a_fixed_mask_says_so(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -531,6 +532,15 @@ def test_a_gate_that_is_closed_is_a_layer_that_is_not_there():
         closed = read(bank, ["de", None])
     assert torch.equal(closed, read(small, ["de", None]))
     assert (closed - before).abs().max() > 0.01
+    with bank.closed("lora"), bank.closed("kv"):
+        assert torch.equal(read(bank, ["de", None]), read(bank, [None, None])), "all layers, both parts: no memory"
+    for part in ("lora", "kv"):
+        with ExitStack() as stack:
+            for layer in range(4):
+                stack.enter_context(bank.closed(part, layer))
+            one_by_one = read(bank, ["de", None])
+        with bank.closed(part):
+            assert torch.equal(read(bank, ["de", None]), one_by_one)
     assert torch.equal(read(bank, ["de", None]), before), "it opens again"
     listed = filled(LoraSpec(3, 6.0, layers=[0, 2, 3]), KVSpec(5, layers=[0, 1, 2]))
     assert small.state_dict().keys() == listed.state_dict().keys() and small.sizes("de") == listed.sizes("de")

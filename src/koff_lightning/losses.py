@@ -94,7 +94,7 @@ def top_k_of(hidden: Tensor, head: Tensor, k: int) -> TopK:
     """The dense model's k likeliest next tokens, from its hidden states [n, d] and the head [V, d].
 
     Raises:
-        KoffError: The vocabulary is smaller.
+        KoffError: k is larger than the vocabulary.
     """
     check_top_k(k, len(head))
     logits = (hidden @ head.T).float()  # [n, V]

@@ -228,11 +228,19 @@ class MemoryBank(nn.Module):
     # ---------------------------------------------------------------------------------------------- placement
 
     @contextmanager
-    def closed(self, part: Part, layer: int) -> Iterator[None]:
-        """Inside the block no row reads one part of its memory in one layer; rows are to be activated inside it."""
-        linears = [linear for path, linear in self._linears.items() if layer_of(path) == layer and part == "lora"]
-        scalings, attention = [linear.scaling for linear in linears], attention_modules(self.model)[layer]
-        read = vars(attention).pop("koff_memory", None) if part == "kv" else None
+    def closed(self, part: Part, layer: int | None = None) -> Iterator[None]:
+        """Inside the block no row reads one part of its memory: in one layer, or (None) in any.
+
+        Rows are to be activated inside it: what was stacked for the last ones is not looked at again.
+        """
+        linears, attentions = [], []
+        if part == "lora":
+            linears = [linear for path, linear in self._linears.items() if layer in (None, layer_of(path))]
+        else:
+            modules = attention_modules(self.model)
+            attentions = [m for m in (modules if layer is None else [modules[layer]]) if "koff_memory" in vars(m)]
+        scalings = [linear.scaling for linear in linears]
+        reads = [vars(attention).pop("koff_memory") for attention in attentions]
         for linear in linears:
             linear.scaling = {}
         try:
@@ -240,7 +248,7 @@ class MemoryBank(nn.Module):
         finally:
             for linear, scaling in zip(linears, scalings, strict=True):
                 linear.scaling = scaling
-            if read is not None:
+            for attention, read in zip(attentions, reads, strict=True):
                 attention.koff_memory = read
 
     def keep_layers(self, part: Part, layers: Sequence[int]) -> None:

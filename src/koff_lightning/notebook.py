@@ -36,7 +36,7 @@ def koff(line: str) -> None:
 
     Raises:
         UsageError: The command failed, so that the cell, and a notebook that is run from top to bottom, stops here.
-            What was wrong the command has said itself.
+            The command has printed what was wrong.
     """
     if status := main(shlex.split(line)):
         raise UsageError(f"koff ended with status {status}")

@@ -175,7 +175,7 @@ def refuse_other_tensors(
         others: Domains that the checkpoint has and the model does not, whose memories may be left out.
 
     Raises:
-        KoffError: So it is; the first such tensor is named.
+        KoffError: A tensor is missing, has another shape or dtype, or is left over; the first one is named.
     """
     needed = sorted(needed)
     if missing := [name for name in needed if name not in there]:

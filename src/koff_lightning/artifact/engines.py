@@ -70,10 +70,10 @@ RULES: dict[str, dict[str, dict[str, Answer]]] = {
 
 
 def names(words: str) -> list[str]:
-    """Engines from a list with commas.
+    """Engines from a list with commas; all of them from an empty one.
 
     Raises:
-        KoffError: One that is not known.
+        KoffError: A word is not the name of an engine.
     """
     found = [word.strip() for word in words.split(",") if word.strip()]
     for word in found:

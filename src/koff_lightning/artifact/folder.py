@@ -225,7 +225,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read `koff.json` of an artifact.
 
     Raises:
-        KoffError: There is none, or it cannot be used.
+        KoffError: The file is missing, damaged, or of another format version.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():

@@ -48,7 +48,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
         llama.cpp's name of its pre-tokenizer.
 
     Raises:
-        KoffError: llama.cpp has no such tokenizer.
+        KoffError: llama.cpp would tokenise a text otherwise, or a GGUF cannot hold this kind of tokenizer.
     """
     content = _content(tokenizer)
     name = _pre_tokenizer(content)

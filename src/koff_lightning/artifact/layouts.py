@@ -69,7 +69,7 @@ class Layout:
             biases: Paths, inside a layer, of the linears that have a bias by compensation.
 
         Raises:
-            KoffError: The layout cannot say this.
+            KoffError: The layout has no way to write this config down.
         """
         raise NotImplementedError
 
@@ -135,7 +135,7 @@ class Layout:
             family: Model type of the dense model.
 
         Raises:
-            KoffError: It is of a kind that is not known here.
+            KoffError: The backbone is of a family that is not supported.
         """
         return load_config(str(folder))
 
@@ -340,7 +340,7 @@ def layout_named(name: object) -> Layout:
     """Look up a layout by its name.
 
     Raises:
-        KoffError: There is none.
+        KoffError: No layout has that name.
     """
     if not isinstance(name, str) or name not in LAYOUTS:
         raise KoffError(f"layout must be one of {', '.join(LAYOUTS)}; got {name!r}")

@@ -174,7 +174,7 @@ def read_card(folder: Path) -> MemoryCard:
     """Read `memory.json`.
 
     Raises:
-        KoffError: There is none, or it cannot be used.
+        KoffError: The file is missing, damaged, or of another format version.
     """
     path = folder / CARD
     if not path.is_file():

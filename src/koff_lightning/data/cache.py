@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -31,7 +30,7 @@ from koff_lightning.data.sources import Chat, DomainSource, bundled_file, expand
 from koff_lightning.data.split import Texts
 from koff_lightning.data.talks import check_template, tokenize_talks
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import hash_file, lock, new_folder
+from koff_lightning.support.files import hash_file, lock, new_folder, write_atomically
 
 MANIFEST = "entry.json"  # of an entry: its files with size and SHA-256
 ARRAYS = ("tokens", "starts", "first_segment", "documents", "shares", "predicted")  # of PackedRows
@@ -175,18 +174,14 @@ class TokenCache:
 
     def _remember(self, digests: dict[str, Any]) -> None:
         """Keep digests where the folder can be written; of two writers at once one is forgotten."""
-        part = self.folder / f".{DIGESTS}.{uuid4().hex}"
-        with suppress(OSError):
-            part.write_text(json.dumps(digests), encoding="utf-8")
-            part.replace(self.folder / DIGESTS)
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        with suppress(KoffError):
+            write_atomically(self.folder / DIGESTS, json.dumps(digests))
 
     def load(self, key: str) -> DomainRows | None:
         """An entry mapped into memory, or None where there is none.
 
         Raises:
-            KoffError: It is damaged.
+            KoffError: The entry is damaged.
         """
         folder = self.folder / key
         if not folder.is_dir():

@@ -28,7 +28,7 @@ def writing(seconds: float = SECONDS) -> Iterator[None]:
     Python code by the time it runs, so an exception that is raised in its thread from outside ends it.
 
     Raises:
-        KoffError: It took longer.
+        KoffError: A template took longer.
     """
     lock, over, thread = threading.Lock(), threading.Event(), ctypes.c_ulong(threading.get_ident())
 

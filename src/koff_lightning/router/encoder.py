@@ -100,7 +100,7 @@ def fine_tune(
     Every domain counts alike, however much text it has.
 
     Raises:
-        KoffError: The loss is no number.
+        KoffError: The loss is not a finite number.
     """
     model, generator = encoder.model.train().requires_grad_(True), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)

@@ -50,7 +50,7 @@ class Router:
         A text's answer does not depend on the others.
 
         Raises:
-            KoffError: Something that is no text.
+            KoffError: `texts` is not a list of texts.
         """
         if isinstance(texts, str) or (odd := [text for text in texts if not isinstance(text, str)]):
             given = "one text" if isinstance(texts, str) else type(odd[0]).__name__
@@ -104,7 +104,7 @@ def training_pieces(documents: Sequence[str], size: int, seed: int = 0) -> tuple
         seed: Seed of the draw.
 
     Raises:
-        KoffError: There is no text.
+        KoffError: The documents are too few or too short to be cut into pieces.
     """
     rng = np.random.default_rng(seed)
     documents = [documents[i] for i in rng.permutation(len(documents)) if documents[i].strip()]

@@ -282,10 +282,10 @@ async def _again(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives, unless the client goes away before.
+    """The result of `work`, unless the client goes away before.
 
     Raises:
-        Gone: It did.
+        Gone: The client went away first; the work is cancelled.
     """
     task, leaving = asyncio.ensure_future(work), asyncio.create_task(_left(request))
     try:

@@ -10,7 +10,7 @@ from koff_lightning.serving.guard import READ
 
 
 class Connection(AutoHTTPProtocol):
-    """uvicorn's, closed where the head of a request does not come in time; of its body the guard thinks.
+    """uvicorn's connection, closed when the head of a request does not come in time; guard.py does so for its body.
 
     uvicorn's own limit is on idle connections, and a byte now and then is not idle.
     """

@@ -21,10 +21,10 @@ def refusal(error: Refused) -> JSONResponse:
 
 
 class Guard:
-    """ASGI middleware.
+    """ASGI middleware that limits the size of a body and the time it takes, and turns away pages of other sites.
 
     Args:
-        app: Behind it.
+        app: The application behind it.
         count: Takes the path and the status of each request that was answered.
         hosts: Names that the server may be called by; None for any. Without keys it must be called by a local name: a
             page elsewhere could have its own name lead here (DNS rebinding).

@@ -38,20 +38,37 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+@contextmanager
+def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the block ends well and vanishes when it does not.
+
+    It lies beside `path`, so that the last step is a rename: the file is there in full or as it was before.
+
+    Args:
+        path: The file; its folder is made if need be.
+        alone: No other process writes this file, so what a killed one has left is overwritten by the next write.
+
+    Raises:
+        OSError: The folder or the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part" if alone else f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a UTF-8 file so that it is there in full or as it was before.
 
     Raises:
         KoffError: The disk did not take it.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as part:
             part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
     except OSError as error:
         raise KoffError(f"cannot write {path}: {error.strerror or error}") from error
 

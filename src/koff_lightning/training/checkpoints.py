@@ -16,13 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.artifact.checkpoint import read_checkpoint, reason_of
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import flush
+from koff_lightning.support.files import flush, replacing
 
 _VERSION = re.compile(r"version_(\d+)")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to and from files, for checkpoints that survive a kill at any moment."""
+    """Lightning's CheckpointIO (how it reads and writes checkpoints), safe against a kill at any moment."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Write a file so that it is there in full or as it was before, also after a power cut.
@@ -31,16 +31,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             KoffError: The disk did not take it; what was saved before is untouched.
         """
         path = Path(path)
-        part = path.with_name(f".{path.name}.part")  # a killed save leaves one, which the next save there overwrites
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replacing(path, alone=True) as part:
                 with part.open("wb") as file:
                     torch.save(checkpoint, file)
                 flush(part)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
             flush(path.parent)
         except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
             earlier = _checkpoints_below(_run_of(path))

@@ -133,7 +133,7 @@ class ResumableLambdaLR(LambdaLR):
 def optimizer_and_rates(
     gates: BackboneGates, penalty: nn.Module, memories: MemoryBank, spec: OptimSpec, steps: int
 ) -> tuple[ResumableAdamW, ResumableLambdaLR]:
-    """The optimizer of a run of so many steps, and the course of its rates."""
+    """The optimizer of a run of so many steps, and the scheduler of its learning rates."""
     groups = parameter_groups(gates, penalty, memories, spec)
     optimizer = ResumableAdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     return optimizer, ResumableLambdaLR(optimizer, rate_lambdas(groups, spec, steps))

@@ -109,7 +109,7 @@ def check_text(spec: RetentionSpec | None, data: Any) -> None:
         data: The datamodule.
 
     Raises:
-        KoffError: One is there without the other.
+        KoffError: Only one of retention and its text is given.
     """
     general = getattr(data, "general", None)
     if spec is not None and general is None:

@@ -65,7 +65,7 @@ def find_config(name: str) -> Path:
     """Path of a config: a file as named, else the shipped one of that name.
 
     Raises:
-        KoffError: Neither exists.
+        KoffError: There is neither a file nor a shipped config of that name.
     """
     for path in (Path(name).expanduser(), SHIPPED / name):
         if path.is_file():

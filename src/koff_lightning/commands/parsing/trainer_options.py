@@ -52,7 +52,7 @@ def refuse_callbacks(trainer: Trainer) -> None:
     """Refuse callbacks that replace weights, rates or batches.
 
     Raises:
-        KoffError: The trainer has one.
+        KoffError: The trainer has such a callback.
     """
     for callback in trainer.callbacks:
         for kind, reason in REFUSED_CALLBACKS.items():

@@ -8,7 +8,7 @@ from koff_lightning.studies.analysis.attention_mass import attention_mass
 from koff_lightning.studies.analysis.causal import reinserted, reinsertion
 from koff_lightning.studies.analysis.comparison import OddsOfRuns, RatioOfOdds, odds_of_runs, odds_ratio_ratio
 from koff_lightning.studies.analysis.enrichment import Enrichment, corrected, enrichment, enrichment_table
-from koff_lightning.studies.analysis.knockout import knockout, part_off
+from koff_lightning.studies.analysis.knockout import knockout
 from koff_lightning.studies.analysis.lape import Specialists, entropy, identify, identify_weighted
 from koff_lightning.studies.analysis.masks import Mask, NothingRemoved, mask_of, read_mask
 from koff_lightning.studies.analysis.memory_use import adapter_norms, promoted_tokens
@@ -51,7 +51,6 @@ __all__ = [
     "open_run",
     "overlap",
     "overlap_table",
-    "part_off",
     "promoted_tokens",
     "read_mask",
     "reinserted",

@@ -28,6 +28,7 @@ from koff_lightning.artifact.folder import FORMAT, read_json
 from koff_lightning.backbone import hidden_states, neuron_linears
 from koff_lightning.loading import fingerprint
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,11 +122,9 @@ class Activations:
         about |= {"tokens": dict(zip(self.domains, self.tokens.sum(0).tolist(), strict=True)), "batches": self.batches}
         about["neurons_by_layer"] = torch.bincount(self.layer).tolist()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / f".{TENSORS}.part")
-            (folder / f".{ABOUT}.part").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            for name in (TENSORS, ABOUT):
-                (folder / f".{name}.part").replace(folder / name)
+            with replacing(folder / ABOUT) as said, replacing(folder / TENSORS) as sums:
+                save_file(tensors, sums)
+                said.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise KoffError(f"cannot write {folder / TENSORS}: {error}") from error
 

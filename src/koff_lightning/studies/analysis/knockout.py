@@ -1,43 +1,20 @@
 """What the two parts of a memory, LoRA adapter and KV slots, are worth alone and together."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from koff_lightning.decomposition import Batch, Decomposition
-from koff_lightning.lora import RoutedLinear
-from koff_lightning.memory import MemoryBank
+from koff_lightning.memory import MemoryBank, Part
 from koff_lightning.studies.analysis.scoring import Condition, own_memory, score
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OFF = {"none": ("lora", "kv"), "lora": ("kv",), "kv": ("lora",), "both": ()}  # what stays on -> what is switched off
-
-
-@contextmanager
-def part_off(bank: MemoryBank, part: str) -> Iterator[None]:
-    """Inside the block no row has one part of its memory: `lora` or `kv`.
-
-    Rows are to be activated inside it: what was stacked for the last ones is not looked at again.
-    """
-    if part == "kv":
-        slots, bank.kv = bank.kv, nn.ModuleDict()
-    else:
-        linears = [module for module in bank.model.modules() if isinstance(module, RoutedLinear)]
-        scalings = [linear.scaling for linear in linears]
-        for linear in linears:
-            linear.scaling = {}
-    try:
-        yield
-    finally:
-        if part == "kv":
-            bank.kv = slots
-        else:
-            for linear, scaling in zip(linears, scalings, strict=True):
-                linear.scaling = scaling
+# What stays on -> what is switched off.
+OFF: dict[str, tuple[Part, ...]] = {"none": ("lora", "kv"), "lora": ("kv",), "kv": ("lora",), "both": ()}
 
 
 def knockout(module: Decomposition, batches: Iterable[Batch]) -> "pd.DataFrame":
@@ -57,13 +34,13 @@ def knockout(module: Decomposition, batches: Iterable[Batch]) -> "pd.DataFrame":
     return table.assign(synergy=gains["both"] - gains["lora"] - gains["kv"])
 
 
-def _without(bank: MemoryBank, parts: tuple[str, ...], inner: Condition) -> Callable[[Batch], Tensor]:
+def _without(bank: MemoryBank, parts: Iterable[Part], inner: Condition) -> Condition:
     """The condition that some parts are off."""
-    if not parts:
-        return inner
 
     def condition(batch: Batch) -> Tensor:
-        with part_off(bank, parts[0]):
-            return _without(bank, parts[1:], inner)(batch)
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(bank.closed(part))
+            return inner(batch)
 
     return condition

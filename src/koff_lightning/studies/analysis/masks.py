@@ -123,7 +123,7 @@ def mask_of(module: Decomposition, name: str = "this decomposition") -> Mask:
     """The mask of a decomposition that is hardened.
 
     Raises:
-        KoffError: It is not.
+        KoffError: The mask is not fixed yet, or there is none.
     """
     gates = module.gates
     _check_fixed(name, bool(gates.hardened), module.sparsity.target)

@@ -24,7 +24,7 @@ def find_runs(places: Iterable[str]) -> dict[str, Path]:
             checkpoint), or a pattern of any of these.
 
     Raises:
-        KoffError: Nothing there.
+        KoffError: A place holds no run, or is given twice.
     """
     paths = [_of_run(path) for place in places for path in _expanded(place)]
     if twice := [path for number, path in enumerate(paths) if path in paths[:number]]:
@@ -43,7 +43,7 @@ def find_others(given: Iterable[str]) -> dict[str, dict[str, Path]]:
         given: NAME=PLACE each; of one name several times are several seeds.
 
     Raises:
-        KoffError: No name, or nothing there.
+        KoffError: A name is missing, or a place holds no run.
     """
     places: dict[str, list[str]] = {}
     for words in given:
@@ -108,7 +108,7 @@ def one_dense_model(hashes: Mapping[str, str]) -> str:
         hashes: By name of the run.
 
     Raises:
-        KoffError: They are of different ones.
+        KoffError: The masks are of different dense models.
     """
     first = next(iter(hashes))
     for name, other in hashes.items():

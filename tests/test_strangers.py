@@ -81,7 +81,7 @@ def test_a_tensor_without_a_place(tmp_path, family, name):
     refused(tmp_path, "hold 1 tensors that the model of its config has no place for, first .*" + name.split(".")[-1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3_text"])  # newer than such files
 def test_rotary_buffers_are_harmless(tmp_path, family):
     model = tiny_model(family)
     saved(tmp_path, family)

@@ -41,7 +41,7 @@ def test_it_counts_what_the_formula_says(family):
         for row, domain in enumerate(part["domains"]):
             place = DOMAINS.index(domain)
             positive[place] += (gates[row] > 0).sum(0).numpy()
-            values[place].append((torch.nn.functional.silu(gates[row]) * ups[row]).detach().double().numpy())
+            values[place].append((blocks[0].act_fn(gates[row]) * ups[row]).detach().double().numpy())
             tokens[place] += 9
     for hook in hooks:
         hook.remove()

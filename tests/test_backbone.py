@@ -20,7 +20,7 @@ from koff_lightning.backbone import (
     kv_shapes,
     parameter_counts,
     prunable_groups,
-    rotary_inv_freq,
+    rotary_inv_freqs,
 )
 from koff_lightning.loading import fingerprint
 
@@ -92,7 +92,8 @@ def test_counts(family, tied):
     counts, d = parameter_counts(model), 64
     units = sum(group.size * group.params_per_unit for group in prunable_groups(model))
     assert counts["body"] == units, "all of the body is prunable where consumers have no bias"
-    norms = (2 * 2 + 1) * d + (2 * 2 * 16 if family == "qwen3" else 0)
+    around, within = (4 if family == "gemma3_text" else 2), family in ("qwen3", "gemma3_text")
+    norms = (2 * around + 1) * d + (2 * 2 * 16 if within else 0)
     assert counts["total"] == units + norms + 97 * d * (1 if tied else 2)
 
 
@@ -123,7 +124,7 @@ def test_the_inside_of_a_model(family):
     model = tiny_model(family)
     assert len(decoder_layers(model)) == len(attention_modules(model)) == 2
     assert kv_shapes(model) == [(2, 16)] * 2
-    assert rotary_inv_freq(model).shape == (8,)
+    assert [freq.shape for freq in rotary_inv_freqs(model)] == [(8,)] * model.config.num_hidden_layers
 
 
 def test_the_fingerprint_tells_weights_apart():

@@ -16,7 +16,7 @@ from koff_lightning.data.packing import pack
 from koff_lightning.evaluation.baselines import Moments, compensation, input_moments, scores
 from koff_lightning.sparsity import Budget
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16  # of tiny_model
 
 

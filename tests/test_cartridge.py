@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from koff_lightning import KoffError, KVSpec
 from koff_lightning.artifact.cartridge import from_cartridge, to_cartridge
 from koff_lightning.artifact.layouts import LAYOUTS
-from koff_lightning.backbone import prunable_groups, rotary_inv_freq
+from koff_lightning.backbone import prunable_groups, rotary_inv_freqs
 from koff_lightning.kv_memory import KVMemory
 
 # peft asks transformers for something by its former name
@@ -33,7 +33,7 @@ def backbone(variant):
         cut = AutoModelForCausalLM.from_config(config, attn_implementation="koff")
         cut.load_state_dict(state)
         return cut.eval()
-    overrides = {"rope_parameters": YARN_ROPE} if variant == "yarn" else {}
+    overrides = {"yarn": {"rope_parameters": YARN_ROPE}, "gemma3_text": {"sliding_window": 64}}.get(variant, {})
     return tiny_model(variant if variant in FAMILIES else "llama", **overrides)
 
 
@@ -48,8 +48,8 @@ def memory_of(model, seed=0):
 @torch.no_grad()
 def test_pefts_model_gives_our_logits(tmp_path, variant):
     memories = memory_of(backbone(variant))
-    inv_freq = rotary_inv_freq(memories.model)
-    to_cartridge(memories.slots("de"), inv_freq, tmp_path / "de", "tiny/model")
+    freqs = rotary_inv_freqs(memories.model)
+    to_cartridge(memories.slots("de"), freqs, tmp_path / "de", "tiny/model")
     theirs = PeftModel.from_pretrained(backbone(variant), tmp_path / "de")
     batch = plain_batch(2)
     expected = read(memories, ["de"] * 2, batch)
@@ -65,7 +65,7 @@ def test_an_adapter_that_peft_made_gives_its_logits_here(tmp_path):
     theirs = get_peft_model(tiny_model("llama"), config).eval()
     theirs.save_pretrained(tmp_path)
     memories = empty_bank()
-    tensors = from_cartridge(tmp_path, rotary_inv_freq(memories.model))
+    tensors = from_cartridge(tmp_path, rotary_inv_freqs(memories.model))
     memories.add("theirs", None, KVMemory.from_tensors(tensors))
     batch = plain_batch(2)
     expected = theirs(**batch, attention_mask=torch.ones_like(batch["input_ids"]), use_cache=True).logits
@@ -76,13 +76,13 @@ def test_there_and_back_again(tmp_path):
     model = tiny_model("llama3_rope")
     memory = memory_of(model).slots("de")
     tensors = memory.tensors()
-    to_cartridge(memory, rotary_inv_freq(model), tmp_path / "de")
-    back = from_cartridge(tmp_path / "de", rotary_inv_freq(model))
+    to_cartridge(memory, rotary_inv_freqs(model), tmp_path / "de")
+    back = from_cartridge(tmp_path / "de", rotary_inv_freqs(model))
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(back[name], tensor, atol=1e-6 if "key" in name else 0, rtol=0)
     assert (
-        from_cartridge(tmp_path / "de", rotary_inv_freq(model)).keys() == KVMemory.from_tensors(back).tensors().keys()
+        from_cartridge(tmp_path / "de", rotary_inv_freqs(model)).keys() == KVMemory.from_tensors(back).tensors().keys()
     )
 
 

@@ -39,7 +39,7 @@ def copy(made, tmp_path):
 # ------------------------------------------------------------------------------------------------------- forward
 
 
-@pytest.mark.parametrize("family", ["llama3_rope", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama3_rope", "qwen2", "qwen3", "mistral", "gemma3_text"])
 @pytest.mark.parametrize("parts", [{}, {"kv": None}, {"lora": None}], ids=["lora_kv", "lora", "kv"])
 def test_logits_are_those_of_the_gated_model(tmp_path, family, parts):
     made = tiny_artifact(tmp_path, family, **parts)

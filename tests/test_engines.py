@@ -115,6 +115,17 @@ def test_what_llama_cpp_has_no_architecture_for(tmp_path):
     assert all(answer == "no" and "has no q/k norms" in why for answer, why in answers.values())
 
 
+def test_what_of_gemma_other_engines_take(tmp_path):
+    found = engines.check(made(tmp_path, "masked", family="gemma3_text").folder, ["hf", "peft", "gguf"])
+    answers = {engine: {part: answer for part, (answer, _) in parts.items()} for engine, parts in found.items()}
+    assert answers == {
+        "hf": {"backbone": "yes", "lora": "yes", "kv": "no"},
+        "peft": {"backbone": "yes", "lora": "yes", "kv": "no"},
+        "gguf": {"backbone": "no", "lora": "no", "kv": "no"},
+    }
+    assert "sliding window of 8 leaves it behind" in found["peft"]["kv"][1]
+
+
 def test_every_engine_has_an_answer_for_every_part_and_form():
     for engine, parts in engines.RULES.items():
         assert set(parts) == set(engines.PARTS)
@@ -136,6 +147,10 @@ def test_what_the_plugin_of_vllm_refuses_is_said(tmp_path):
     moving = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     kept = found("moving", kv=None, changes={"rope_parameters": moving})
     assert set(kept) == {"backbone", "lora"} and "those of 'dynamic' do" in kept["lora"]
+    two = found("two", family="gemma3_text")
+    assert set(two) == {"backbone", "lora", "kv"} and all(
+        "those of 'gemma3_text' have two" in why for why in two.values()
+    )
     assert found("rank", lora=LoraSpec(rank=513), kv=None) == {
         "lora": "it takes LoRA up to rank 512, a memory here has 513"
     }

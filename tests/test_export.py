@@ -142,7 +142,7 @@ def test_the_same_export_gives_the_same_files(made, tmp_path):
 # --------------------------------------------------------------------------------------------- what is written
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 def test_numbers_are_those_of_results_json_and_of_the_files(tmp_path, family):
     module = tiny_decomposition(tmp_path, family)
     export(module, tmp_path / "out", prove=False)

@@ -9,6 +9,7 @@ import torch
 from tiny_models import LLAMA3_ROPE, YARN_ROPE, tiny_model
 
 from koff_lightning import KoffError, load_backbone
+from koff_lightning.backbone import rope_of
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 IDS = torch.arange(3, 97).repeat(4)[None, :300]  # long enough for every scaling to show
@@ -16,10 +17,14 @@ NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 PARTS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
 PARTS |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"}
 PARTS |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
+OF_GEMMA = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm"}
+OF_GEMMA |= {"post_feedforward_layernorm": "post_ffw_norm"}
 
 
 def write_gguf(path, model, entries=(), tensors=None, arch="llama", leave=()):
-    """A GGUF as llama.cpp's converter writes it; for `llama` rotary halves are interleaved.
+    """A GGUF as llama.cpp's converter writes it.
+
+    For `llama` rotary halves are interleaved, for `gemma3` norms are written as what they multiply by, 1 + w.
 
     Args:
         path: Where to.
@@ -39,19 +44,22 @@ def write_gguf(path, model, entries=(), tensors=None, arch="llama", leave=()):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if "rope.dimension_count" not in leave:
         writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(rope_of(config)["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     for name, value in entries:
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
         add[type(value)](f"{arch}.{name}", value)
+    parts = PARTS | (OF_GEMMA if arch == "gemma3" else {})
     names = NAMES | {
-        f"model.layers.{i}.{a}": f"blk.{i}.{b}" for i in range(config.num_hidden_layers) for a, b in PARTS.items()
+        f"model.layers.{i}.{a}": f"blk.{i}.{b}" for i in range(config.num_hidden_layers) for a, b in parts.items()
     }
     for name, tensor in model.state_dict().items():
         stem, _, kind = name.rpartition(".")
         if arch == "llama" and stem.endswith(("q_proj", "k_proj")):
             rows = tensor.shape[0] // config.head_dim
             tensor = tensor.view(rows, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        if arch == "gemma3" and stem.endswith("norm"):
+            tensor = tensor + 1
         writer.add_tensor(f"{names[stem]}.{kind}", tensor.contiguous().numpy())
     for name, tensor in (tensors or {}).items():
         writer.add_tensor(name, tensor)
@@ -158,6 +166,33 @@ def test_what_cannot_be_read_is_refused(tmp_path, entries, tensors, message):
     with pytest.raises(KoffError, match=message) as caught:
         load_backbone(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gemma(tmp_path, scaled):
+    """The file tells one base and one window: layers with the window have the base that its architecture is made of."""
+    linear = LINEAR_ROPE | {"rope_theta": 1_000_000.0}
+    model = tiny_model(
+        "gemma3_text",
+        num_hidden_layers=6,
+        layer_types=["sliding_attention"] * 5 + ["full_attention"],
+        tie_word_embeddings=False,
+        head_dim=24,
+        rope_parameters={
+            "full_attention": linear if scaled else {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        query_pre_attn_scalar=256,  # has no place in the file
+    )
+    entries = [("attention.sliding_window", 8), ("attention.key_length", 24), ("attention.value_length", 24)]
+    told = [("rope.scaling.type", "linear"), ("rope.scaling.factor", 4.0)] if scaled else []
+    write_gguf(tmp_path / "x.gguf", model, entries + told, None, "gemma3")
+    loaded = load_backbone(str(tmp_path / "x.gguf"))
+    assert loaded.config.rope_parameters == model.config.rope_parameters
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS, use_cache=False).logits, atol=1e-4, rtol=0)
+    write_gguf(tmp_path / "y.gguf", model, entries[1:], None, "gemma3")
+    with pytest.raises(KoffError, match="metadata lacks gemma3.attention.sliding_window, the tokens that most"):
+        load_backbone(str(tmp_path / "y.gguf"))
 
 
 def test_rope_of_a_part_of_the_head(tmp_path):

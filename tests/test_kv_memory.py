@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from tiny_models import FAMILIES, YARN_ROPE, tiny_model
+from transformers import AttentionInterface, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from koff_lightning import KVSpec
+from koff_lightning.backbone import cache_argument
 from koff_lightning.kv_memory import KVMemory, read_memories, rotate_keys
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
@@ -43,6 +45,7 @@ def filled(slots=4, seed=0, shapes=SHAPES):
 @torch.no_grad()
 def test_reading_after_a_memory_is_reading_after_its_text(variant):
     overrides = {"yarn": {"rope_parameters": YARN_ROPE}, "bias": {"attention_bias": True}}.get(variant, {})
+    overrides |= {"sliding_window": 64} if variant == "gemma3_text" else {}  # none ends inside the text
     model = tiny_model(variant if variant in FAMILIES else "llama", **overrides)
     text = ids(1, 40)
     memory = KVMemory(SHAPES, P)
@@ -56,9 +59,44 @@ def test_reading_after_a_memory_is_reading_after_its_text(variant):
     assert (without - in_context).abs().max() > 1
 
 
+def by_hand(module, query, key, value, attention_mask, scaling, sliding_window=None, **_):
+    """Attention from its definition: all slots, and of the tokens those of the layer's window."""
+    slots, length = module.koff_memory(), query.shape[2]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = seen if sliding_window is None else seen.triu(1 - sliding_window)
+    seen = torch.cat([torch.ones(length, slots.key.shape[2], dtype=torch.bool), seen], dim=1)  # [T, P + T]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (torch.cat(pair, dim=2) for pair in ((slots.key, key), (slots.value, value)))  # [B, K, P + T, dh]
+    key, value = (part.double().repeat_interleave(groups, dim=1) for part in (key, value))
+    scores = (query.double() @ key.transpose(2, 3) * scaling).masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1) @ value).to(query.dtype).transpose(1, 2), None
+
+
+AttentionInterface.register("by_hand", by_hand)
+
+
+@pytest.mark.parametrize("parts", [[40], [5, 20, *[1] * 15]], ids=["at once", "with a cache"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 @torch.no_grad()
-def test_a_text_longer_than_the_sliding_window_is_kept_whole():
-    model = tiny_model("mistral", sliding_window=6)
+def test_slots_stay_in_sight_beyond_the_sliding_window(family, parts):
+    text, models = ids(1, 40), []
+    for attention in ("koff", "by_hand"):
+        models.append(tiny_model(family, sliding_window=8, attn_implementation=attention))
+        attach(models[-1], [filled()], [0])
+    expected, cache, found = models[1](text, use_cache=False).logits, DynamicCache(config=models[0].config), []
+    for part in text.split(parts, dim=1):
+        options = {"use_cache": True, cache_argument(models[0]): cache} if len(parts) > 1 else {"use_cache": False}
+        found.append(models[0](part, **options).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-4)
+    attach(models[0], [filled()], [-1])
+    without = models[0](text, use_cache=False).logits
+    assert (without - expected)[:, 30:].abs().max() > 0.1, "far behind the window too"
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+@torch.no_grad()
+def test_a_text_longer_than_the_sliding_window_is_kept_whole(family):
+    model = tiny_model(family, sliding_window=6)
     memory = KVMemory(SHAPES, P)
     memory.initialise_(model, ids(1, P)[0])
     assert all(part.abs().sum(-1).min() > 0 for layer in range(2) for part in memory.layer(layer))

@@ -15,7 +15,7 @@ from koff_lightning.artifact.cartridge import to_cartridge
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.folder import read_manifest, verify
 from koff_lightning.artifact.memory_files import read_card
-from koff_lightning.backbone import rotary_inv_freq
+from koff_lightning.backbone import rotary_inv_freqs
 from koff_lightning.cli import main
 from koff_lightning.kv_memory import KVMemory
 from koff_lightning.memory import LoraSpec
@@ -236,11 +236,18 @@ def test_a_kv_memory_goes_to_peft_and_back(uniform, tmp_path):
     assert memory("cartridge", folder, "de", "--out", folder) == 2, "not into a folder that holds something"
 
 
+def test_a_sliding_window_is_no_place_for_a_cartridge(tmp_path, capsys):
+    made = tiny_artifact(tmp_path, "gemma3_text", "masked")
+    assert memory("cartridge", made.folder, "de", "--out", tmp_path / "cartridge") == 2
+    assert "sliding window of 8 leaves it behind in a text longer than that" in capsys.readouterr().err
+    assert not (tmp_path / "cartridge").exists()
+
+
 def test_a_cartridge_of_one_slot_is_a_memory(uniform, tmp_path):
     folder = shutil.copytree(uniform.folder, tmp_path / "artifact")
     model = load_decomposed(folder, domains=["de"])
     one = {name: slots[:, :1] for name, slots in model.memories.slots("de").tensors().items()}
-    to_cartridge(KVMemory.from_tensors(one), rotary_inv_freq(model.backbone), tmp_path / "cartridge")
+    to_cartridge(KVMemory.from_tensors(one), rotary_inv_freqs(model.backbone), tmp_path / "cartridge")
     assert memory("cartridge", folder, "one", "--from", tmp_path / "cartridge") == 0
     assert manifest(folder)["domains"]["one"]["slots"] == 1
     assert (logits(folder, ["one"] * 4) - logits(folder, [None] * 4)).abs().max() > 0.01

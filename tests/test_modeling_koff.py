@@ -21,6 +21,7 @@ WINDOWS = {
     "mistral": {"sliding_window": 4},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "gemma3_text": {"sliding_window": 4},
 }
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -161,7 +162,7 @@ def test_a_head_size_that_is_not_given_is_the_whole_models(family):
     """Qwen2's config has none, and a layer's own heads must not be asked."""
     config_class, model_class = MODELS[family]
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    given = {"head_dim": 16} if family == "qwen3" else {}  # there the default is 128
+    given = {"head_dim": 16} if family in ("qwen3", "gemma3_text") else {}  # there the class has one, 128 and 256
     narrow = [{"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 8}]
     model = model_class(config_class(**sizes, **given, vocab_size=97, pad_token_id=0, koff_layers=narrow))
     assert model.config.head_dim == 16

@@ -191,7 +191,7 @@ def compensated(folder, family, **options):
     return Made(folder, module), read
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
 @pytest.mark.parametrize("layout", ["ragged", "masked", "merged"])
 def test_cut_is_gated_with_compensation(family, layout, tmp_path):
     made, _ = compensated(tmp_path, family)

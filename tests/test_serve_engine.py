@@ -79,7 +79,7 @@ def test_mixed_texts_give_what_each_gives_alone(made, model, rows):
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3_text"])
 def test_other_families(tmp_path, family):
     made = tiny_artifact(tmp_path, family)
     model = load_decomposed(made.folder)

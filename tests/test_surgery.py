@@ -54,6 +54,18 @@ def test_counted_parameters_are_the_accounted_ones(family, config):
         assert rate == pytest.approx(budget.report(kept)["body"], abs=1e-12)
 
 
+def test_one_kv_head_whose_size_is_no_share_of_the_hidden_size():
+    """As of Gemma 3 270M; the head itself must stay."""
+    case, batch, order = make_case("gemma3_text", num_key_value_heads=1, head_dim=24), left_padded_batch(), ["de"] * 3
+    assert kv_shapes(case.plain) == [(1, 24)] * 2
+    kept, chosen = only(("channel",), case.groups, random_mask(case.groups)), real(batch)
+    expected = run(case, batch, order, kept)[chosen]
+    torch.testing.assert_close(run(cut_case(case, kept), batch, order)[chosen], expected, atol=1e-5, rtol=0)
+    gone = torch.cat([torch.zeros(g.size) if g.kind == "kv_group" else torch.ones(g.size) for g in case.groups]).bool()
+    with pytest.raises(KoffError, match="layer 0 keeps no kv_group at all: raise sparsity.min_kv_groups"):
+        cut_model(case.plain, case.groups, gone)
+
+
 @pytest.mark.parametrize("kinds", [("channel",), ("kv_group",), KINDS], ids="+".join)
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -75,7 +75,13 @@ def test_a_uniform_llama_that_cannot_lose_kv_groups_says_so_before_weights_load(
 
 
 @pytest.mark.parametrize(
-    ("family", "allowed"), [("llama", [4, 2, 1]), ("qwen2", [4, 3, 2, 1]), ("mistral", [4, 3, 2, 1])]
+    ("family", "allowed"),
+    [
+        ("llama", [4, 2, 1]),
+        ("gemma3_text", [4, 2, 1]),
+        ("qwen2", [4, 3, 2, 1]),
+        ("mistral", [4, 3, 2, 1]),
+    ],
 )
 def test_kv_groups_that_a_plain_config_can_have(family, allowed):
     config = tiny_model(family, num_attention_heads=8, num_key_value_heads=4, head_dim=8).config

@@ -68,6 +68,11 @@ def test_a_rotary_embedding_that_moves_is_refused():
         slots.inv_freq(config)
 
 
+def test_two_rotary_embeddings_are_refused():
+    with pytest.raises(KoffError, match="layers that have one rotary embedding, those of 'gemma3_text' have two"):
+        slots.inv_freq(AutoConfig.for_model("koff_gemma3_text"))
+
+
 @pytest.mark.parametrize(("total", "size"), [(8, 2), (2, 2), (2, 1), (1, 2), (2, 4), (3, 3), (2, 8)])
 def test_ranks_hold_the_heads_as_vllm_deals_them_out(tmp_path, total, size):
     """Its weight loaders give rank r the part number r // (ranks of one part)."""

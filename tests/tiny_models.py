@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -17,7 +19,7 @@ from transformers import (
 
 import koff_lightning.attention  # noqa: F401  registers the attention function "koff"
 
-FAMILIES = ("llama", "llama3_rope", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "llama3_rope", "qwen2", "qwen3", "mistral", "gemma3_text")
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -40,6 +42,7 @@ _CLASSES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
 
 
@@ -68,12 +71,17 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
+    if family == "gemma3_text":  # a window that the texts of most tests are longer than, and a scale that is not 1/sqrt
+        sizes |= {"sliding_window": 8, "query_pre_attn_scalar": 24}
+        kinds = ("sliding_attention", "full_attention")
+        sizes["layer_types"] = [kinds[i % 2] for i in range(overrides.get("num_hidden_layers", 2))]
     if family == "llama3_rope":
         sizes["rope_parameters"] = LLAMA3_ROPE
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config_class(**sizes | overrides))
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # made as zeros, which would hide a lost bias
+            # made as zeros, which would hide a lost bias; of Gemma's norms, weights of 1 + w
+            if name.endswith("bias") or (family == "gemma3_text" and name.endswith("norm.weight")):
                 torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()

@@ -27,7 +27,7 @@ from koff_lightning import load_decomposed
 from koff_lightning.artifact.cartridge import to_cartridge
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.memory_files import KV_FILE
-from koff_lightning.backbone import rotary_inv_freq
+from koff_lightning.backbone import rotary_inv_freqs
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.kv_memory import KVMemory
 from koff_lightning.memory import KVSpec, LoraSpec
@@ -130,7 +130,7 @@ def in_peft(folder: Path, memory: str | None) -> tuple[Greedy, How]:
         return _plain(PeftModel.from_pretrained(model, place).eval()), {}
     slots = KVMemory.from_tensors(load_file(place / KV_FILE), depth=model.config.num_hidden_layers)
     with tempfile.TemporaryDirectory() as cartridge:
-        to_cartridge(slots, rotary_inv_freq(model), Path(cartridge))
+        to_cartridge(slots, rotary_inv_freqs(model), Path(cartridge))
         return _plain(PeftModel.from_pretrained(model, cartridge).eval()), {"by": "koff memory cartridge"}
 
 

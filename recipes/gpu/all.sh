@@ -16,7 +16,10 @@ export PYTHONPATH="$PWD/src:${EXTRA:-}:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 TOKENIZ
 device=${DEVICE:-cuda}
 [ "$device" = cuda ] && accelerator=gpu || accelerator=cpu
 small=  # rows and texts that take no time
-[ -n "${TINY:-}" ] && small="--data.seq_len=64 --data.max_train_bytes=20000 --data.max_heldout_bytes=1500"
+if [ -n "${TINY:-}" ]; then
+  small="--data.domains={\"de\":\"bundled:de\",\"python\":\"bundled:python\"} --data.batch_size=2"
+  small="$small --data.seq_len=64 --data.max_train_bytes=20000 --data.max_heldout_bytes=1500"
+fi
 status=0
 for part in $parts; do
   echo "== $part"

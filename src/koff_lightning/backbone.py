@@ -1,8 +1,9 @@
 """What is inside a frozen LLM: its layers, and what can be removed from them. The only file that knows their names.
 
 To add a family, check that its decoder layer has the names in `_FFN` and `_ATTENTION` below and add its `model_type`
-to `FAMILIES`. Qwen2's q/k/v biases are counted and cut with their rows; Qwen3's q/k norms act inside one head and are
-shared by all heads, so there is nothing of them to cut.
+to `FAMILIES`. Qwen2's q/k/v biases are counted and cut with their rows; the q/k norms of Qwen3 and Gemma 3 act inside
+one head and are shared by all heads, so there is nothing of them to cut. Gemma 3 rotates the layers that slide a window
+over the text with another base than the others, so rotary embeddings are asked for layer by layer.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +19,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from koff_lightning.support.errors import KoffError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 KINDS = ("channel", "kv_group")
 GRAPHS = 16  # of a compiled layer: dense or gated, with memories or without, rows in blocks or not, training or scoring
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _FFN = ("mlp", ("gate_proj", "up_proj"), "down_proj")
 _ATTENTION = ("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj")
+_GLOBAL = "full_attention"  # the layers that see the whole text, as configs with two rotary embeddings name them
 # A kind of channel -> the block and the linear whose output channels are gated one by one: gate_channel, k_channel ...
 _CHANNELS = {f"{name[:-5]}_channel": (block, name) for block in (_FFN, _ATTENTION) for name in (*block[1], block[2])}
 CHANNELS = tuple(_CHANNELS)
@@ -119,9 +122,30 @@ def refuse_masked_packing(mask: Tensor | None, positions: Tensor | None) -> None
         raise KoffError("packed rows (positions that restart) and a padding mask cannot be combined: give one of them")
 
 
-def rotary_inv_freq(model: PreTrainedModel) -> Tensor:
-    """Inverse frequencies of the rotary embedding, static scaling included, [head_dim / 2], radians per position."""
-    return model.model.rotary_emb.inv_freq
+def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The rotary embedding of the layers that see the whole text, as the config describes it.
+
+    Layers with a sliding window have the same, but those of Gemma 3: theirs has a base of its own and no scaling.
+    """
+    return config.rope_parameters.get(_GLOBAL, config.rope_parameters)
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Tokens that a layer sees at most, itself included; None if all layers see the whole text."""
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
+
+
+def rotary_inv_freqs(model: PreTrainedModel) -> list[Tensor]:
+    """Each layer's inverse frequencies of the rotary embedding, static scaling included.
+
+    Returns:
+        For each layer [head_dim / 2], radians per position.
+    """
+    rotary, config = model.model.rotary_emb, model.config
+    if _GLOBAL not in config.rope_parameters:
+        return [rotary.inv_freq] * config.num_hidden_layers
+    return [getattr(rotary, f"{kind}_inv_freq") for kind in config.layer_types]
 
 
 def rotary_scaling(model: PreTrainedModel) -> float:
@@ -201,10 +225,11 @@ def _group(
 def uniform_kv_groups(config: PreTrainedConfig) -> list[int]:
     """How many kv groups a plain config of this family can have in all layers when some are removed, most first.
 
-    A Llama config takes only head counts that divide the hidden size, whatever its head size; the others take any.
+    A config of Llama or Gemma 3 takes only head counts that divide the hidden size, whatever its head size; the others
+    take any.
     """
     groups, queries = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    bound = config.model_type == "llama"
+    bound = config.model_type in ("llama", "gemma3_text")
     return [n for n in range(groups, 0, -1) if not bound or config.hidden_size % (n * queries) == 0]
 
 

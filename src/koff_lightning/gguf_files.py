@@ -25,6 +25,7 @@ _FLOAT32 = 0
 _SIZES = ("context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base")
 _SIZES += ("rope.dimension_count", "attention.head_count", "attention.head_count_kv")
 _SIZES += ("attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length")
+_WINDOW = "attention.sliding_window"  # transformers reads that of Gemma 3, and of no other family here
 _SCALING = ("type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "finetuned")
 # Parts of names that change what a model computes: entries with one that are not in these lists are refused.
 _MATTERS = ("rope", "attention", "expert", "scale", "softcap", "window", "norm", "ssm")
@@ -169,12 +170,13 @@ def _freqs(path: Path, start: int, places: Mapping[str, tuple[tuple[int, ...], i
 def check_head(head: GgufHead, source: str) -> None:
     """Raise KoffError if the metadata says what no model here computes, or the weights lie in several files."""
     pre, said = f"{head.family}.", f"backbone {source!r}: its metadata"
+    sizes = (*_SIZES, _WINDOW) if head.family == "gemma3" else _SIZES
     for name in head.metadata:
         own, scaling = name.removeprefix(pre), name.removeprefix(f"{pre}rope.scaling.")
-        known = own in _SIZES or scaling in _SCALING
+        known = own in sizes or scaling in _SCALING
         if name.startswith(pre) and not known and any(part in own for part in _MATTERS):
             raise KoffError(f"{said} has {name}, which is not supported: take the model's safetensors")
-        if name.startswith(pre) and known and own in _SIZES and not _is_number(head.metadata[name]):
+        if name.startswith(pre) and known and own in sizes and not _is_number(head.metadata[name]):
             raise KoffError(f"{said} says {head.metadata[name]!r} for {name}, where a number is due")
     if (count := head.metadata.get("split.count", 0)) not in (0, 1):
         raise KoffError(f"backbone {source!r} is one of {count} files: join them with llama-gguf-split --merge")
@@ -184,6 +186,8 @@ def check_head(head: GgufHead, source: str) -> None:
         )
     if head.own("attention.key_length") != head.own("attention.value_length"):
         raise KoffError(f"{said} gives keys and values different lengths, which is not supported")
+    if _WINDOW in sizes and head.own(_WINDOW) is None:  # transformers takes its default
+        raise KoffError(f"{said} lacks {pre}{_WINDOW}, the tokens that most of its layers see: get the file again")
 
 
 def _is_number(value: object) -> bool:

@@ -1,7 +1,9 @@
 """A domain's learned memory: for each layer that has one, the keys and values of P slots that every token can see.
 
 The slots live at the positions -P..-1, before the first token. Tokens keep the positions that they have without a
-memory, so domains of unequal P share a batch, and a row without a memory gives what the plain model gives.
+memory, so domains of unequal P share a batch, and a row without a memory gives what the plain model gives. Every token
+sees every slot, however far behind it, in layers whose sliding window ends before them too: a memory is for the whole
+text, and training finds keys that work at any distance.
 
 Source: Cartridges (arXiv 2506.06266): initialised from the cache of real text, first slot frozen.
 """
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
-from koff_lightning.backbone import attention_modules, cache_argument, rotary_inv_freq
+from koff_lightning.backbone import attention_modules, cache_argument, rope_of, rotary_inv_freqs
 from koff_lightning.support.errors import KoffError
 
 MAX_SLOTS = 8192  # the largest memory that was studied (Cartridges)
@@ -117,7 +119,7 @@ class KVMemory(nn.Module):
                 cannot be moved, or a memory is active.
         """
         check_movable(model.config)
-        inv_freq = rotary_inv_freq(model)
+        freqs = rotary_inv_freqs(model)
         _check_text(input_ids, self.slots)
         _check_memories_off(model)
         cache = DynamicCache()  # made without the config: with it, sliding-window layers would drop the first tokens
@@ -131,7 +133,7 @@ class KVMemory(nn.Module):
         self.check_shapes([(key.shape[0], key.shape[2]) for key, _ in pairs])
         for index in self.layers:
             key, value = pairs[index]
-            self._write_(index, rotate_keys(key, inv_freq, -self.slots), value)
+            self._write_(index, rotate_keys(key, freqs[index], -self.slots), value)
         self.initialised.fill_(True)
         text = input_ids[: self.slots].cpu().numpy().astype("<i8").tobytes()  # the same on every machine
         self.source.copy_(torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8))
@@ -291,11 +293,25 @@ def check_movable(config: PreTrainedConfig) -> None:
     Raises:
         KoffError: It does.
     """
-    kind = config.rope_parameters.get("rope_type", "default")
+    kind = rope_of(config).get("rope_type", "default")
     if kind in MOVING_ROPE:
         raise KoffError(
             f"rope type '{kind}' depends on the text's length, so no memory can be placed: use a model with rope type "
             "default, linear, llama3 or yarn, or set model.kv to null"
+        )
+
+
+def check_one_rope(config: PreTrainedConfig) -> None:
+    """Refuse, for vLLM, a model whose layers rotate by different frequencies.
+
+    Raises:
+        KoffError: They do.
+    """
+    if rope_of(config) is not config.rope_parameters:
+        kind = config.model_type.removeprefix("koff_")
+        raise KoffError(
+            f"the plugin for vLLM takes layers that have one rotary embedding, those of {kind!r} have two: serve it "
+            "with --engine own"
         )
 
 

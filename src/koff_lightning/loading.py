@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from koff_lightning.backbone import FAMILIES, head_size
+from koff_lightning.backbone import FAMILIES, head_size, rope_of
 from koff_lightning.gguf_files import check_head, expected_tensors, read_head, rope_parameters
 from koff_lightning.model_files import (
     adapter_beside,
@@ -132,8 +132,10 @@ def load_config(source: str, *, revision: str | None = None, trust_remote_code: 
     if head is not None:
         if (size := head.own("attention.key_length")) is not None:  # transformers takes its default
             config.head_dim = int(size)
-        size = head_size(config)
-        config.rope_parameters = rope_parameters(head, config.rope_parameters["rope_theta"], size, source)
+        rope = rope_of(config)
+        told = rope_parameters(head, rope["rope_theta"], head_size(config), source)
+        rope.clear()
+        rope.update(told)
     return config
 
 

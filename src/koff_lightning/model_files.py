@@ -35,6 +35,11 @@ _FOREIGN = {
     "use_kernels": "asks for kernels",
     "distributed_config": "asks for several processes",
 }
+_UNKNOWN = {
+    "final_logit_softcapping": "caps its logits, and losses here are computed from the plain ones",
+    "attn_logit_softcapping": "caps its attention scores, and slots of a memory would be read without a cap",
+    "use_bidirectional_attention": "lets tokens see those that come after them",
+}
 _ATTENTION = ("eager", "sdpa", "flex_attention", "koff")  # the others may be fetched from the hub, and run
 _NEUTRAL = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 
@@ -47,16 +52,19 @@ _SIZES = {
     "head_dim": 2**12,
     "vocab_size": 2**24,
     "max_position_embeddings": 2**40,
+    "sliding_window": 2**40,
 }
 _NUMBERS = {
     "rms_norm_eps": (0, 1),
     "rope_theta": (1e-3, 1e18),
     "attention_dropout": (0, 1),
     "initializer_range": (0, 1e3),
+    "query_pre_attn_scalar": (1e-3, 1e6),
 }
 _KINDS = {
     "model_type": (str,),
     "hidden_act": (str,),
+    "hidden_activation": (str,),
     "tie_word_embeddings": (bool,),
     "attention_bias": (bool,),
     "mlp_bias": (bool,),
@@ -97,6 +105,8 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         raise KoffError(f"{where} is of {_quantised(config['quantization_config'])}: get the unquantised weights")
     if found := [name for name in _FOREIGN if config.get(name) not in (None, False)]:
         raise KoffError(f"{where} {_FOREIGN[found[0]]} ({found[0]}), which a backbone does not do: remove that entry")
+    if found := [name for name in _UNKNOWN if config.get(name) not in (None, False)]:
+        raise KoffError(f"{where} sets {found[0]}: it {_UNKNOWN[found[0]]}; take another backbone")
     for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
         if config.get(name) not in (None, *_ATTENTION):
             raise KoffError(

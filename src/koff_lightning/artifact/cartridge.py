@@ -8,13 +8,16 @@ must have equally many key-value heads. Source: peft/tuners/cartridge.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from koff_lightning.backbone import sliding_window
 from koff_lightning.kv_memory import KVMemory, rotate_keys
 from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
@@ -24,7 +27,7 @@ from koff_lightning.support.json_files import read_json_object
 CONFIG, WEIGHTS, NAME = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
 
-def to_cartridge(memory: KVMemory, inv_freq: Tensor, folder: Path, base: str | None = None) -> None:
+def to_cartridge(memory: KVMemory, freqs: Sequence[Tensor], folder: Path, base: str | None = None) -> None:
     """Write a KV memory as a CARTRIDGE adapter.
 
     `PeftModel.from_pretrained(backbone, folder)` reads it where the backbone's own config names its key-value heads:
@@ -32,7 +35,7 @@ def to_cartridge(memory: KVMemory, inv_freq: Tensor, folder: Path, base: str | N
 
     Args:
         memory: The memory; it must have slots in all layers.
-        inv_freq: Inverse frequencies of the backbone's rotary embedding, [dh / 2] (`backbone.rotary_inv_freq`).
+        freqs: Each layer's inverse frequencies of the rotary embedding, [dh / 2] (`backbone.rotary_inv_freqs`).
         folder: A new or empty folder.
         base: Id of the model, as peft notes it.
 
@@ -55,7 +58,7 @@ def to_cartridge(memory: KVMemory, inv_freq: Tensor, folder: Path, base: str | N
     heads, size = shapes[0]
     parts = []
     for index in range(layers):
-        key = rotate_keys(tensors[f"layers.{index}.key"].float(), inv_freq, slots)
+        key = rotate_keys(tensors[f"layers.{index}.key"].float(), freqs[index], slots)
         parts += [key, tensors[f"layers.{index}.value"].float()]
     flat = torch.stack(parts).permute(2, 0, 1, 3).reshape(slots, -1)  # [2L, K, P, dh] -> [P, 2L * K * dh]
     if folder.is_dir() and any(folder.iterdir()):
@@ -63,6 +66,16 @@ def to_cartridge(memory: KVMemory, inv_freq: Tensor, folder: Path, base: str | N
     with new_folder(folder, overwrite=True) as work:
         save_file({NAME: flat.cpu().contiguous()}, work / WEIGHTS, {"format": "pt"})
         (work / CONFIG).write_text(_config(slots, layers, heads, size, base), encoding="utf-8")
+
+
+def check_in_sight(config: PreTrainedConfig) -> None:
+    """Raise KoffError for a model in which slots that stand among the tokens, as peft's do, go out of sight."""
+    window = sliding_window(config)
+    if window is not None and window < config.max_position_embeddings:
+        raise KoffError(
+            f"peft keeps a CARTRIDGE among the tokens, where the model's sliding window of {window} leaves it behind "
+            "in a text longer than that: use the memory through koff_lightning, where slots are always in sight"
+        )
 
 
 def _config(slots: int, layers: int, heads: int, size: int, base: str | None) -> str:
@@ -82,12 +95,12 @@ def _config(slots: int, layers: int, heads: int, size: int, base: str | None) ->
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def from_cartridge(folder: Path, inv_freq: Tensor) -> dict[str, Tensor]:
+def from_cartridge(folder: Path, freqs: Sequence[Tensor]) -> dict[str, Tensor]:
     """Read a CARTRIDGE adapter, ours or one that peft trained.
 
     Args:
         folder: Where `adapter_config.json` and `adapter_model.safetensors` are.
-        inv_freq: Inverse frequencies of the backbone's rotary embedding, [dh / 2].
+        freqs: Each layer's inverse frequencies of the backbone's rotary embedding, [dh / 2].
 
     Returns:
         `layers.{i}.key` and `layers.{i}.value`, each fp32 [K, P, dh], for `KVMemory.from_tensors`.
@@ -112,7 +125,7 @@ def from_cartridge(folder: Path, inv_freq: Tensor) -> dict[str, Tensor]:
     slots, layers, width = sizes.values()
     if kind != "CARTRIDGE":
         raise KoffError(f"{folder} holds a peft adapter of type {kind}, wanted is CARTRIDGE")
-    size = 2 * len(inv_freq)
+    size = 2 * len(freqs[0])
     if flat.shape != (slots, 2 * layers * width) or width % size:
         raise KoffError(
             f"{folder}: {NAME} is {list(flat.shape)}, which is not {slots} slots of {layers} layers with whole heads "
@@ -121,6 +134,6 @@ def from_cartridge(folder: Path, inv_freq: Tensor) -> dict[str, Tensor]:
     parts = flat.float().view(slots, 2 * layers, width // size, size).permute(1, 2, 0, 3)  # [2L, K, P, dh]
     tensors = {}
     for index in range(layers):
-        tensors[f"layers.{index}.key"] = rotate_keys(parts[2 * index], inv_freq, -slots)
+        tensors[f"layers.{index}.key"] = rotate_keys(parts[2 * index], freqs[index], -slots)
         tensors[f"layers.{index}.value"] = parts[2 * index + 1].contiguous()
     return tensors

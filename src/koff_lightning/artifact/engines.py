@@ -16,12 +16,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from koff_lightning.artifact.cartridge import to_cartridge
+from koff_lightning.artifact.cartridge import check_in_sight, to_cartridge
 from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import KV_FILE
-from koff_lightning.backbone import rotary_inv_freq
-from koff_lightning.kv_memory import MOVING_ROPE, KVMemory
+from koff_lightning.backbone import rotary_inv_freqs
+from koff_lightning.kv_memory import MOVING_ROPE, KVMemory, check_one_rope
 from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import read_json_object
@@ -165,8 +165,9 @@ def _adapter_in_peft(folder: Path, manifest: Manifest) -> None:
 def _slots_in_peft(folder: Path, manifest: Manifest) -> None:
     model, tensors = _transformers(folder, manifest), load_file(_memory(folder, manifest, "slots") / KV_FILE)
     slots = KVMemory.from_tensors(tensors, depth=model.config.num_hidden_layers)
+    check_in_sight(model.config)
     with TemporaryDirectory() as work, _strict():
-        to_cartridge(slots, rotary_inv_freq(model), Path(work))
+        to_cartridge(slots, rotary_inv_freqs(model), Path(work))
         _run(PeftModel.from_pretrained(model, work))
 
 
@@ -210,6 +211,7 @@ def _layers_in_vllm(folder: Path, manifest: Manifest) -> None:
     config = manifest.form.read_config(folder / BACKBONE, manifest.base["family"])
     if getattr(config, "koff_biases", None):
         raise KoffError("its layers have no place for the biases by which this mask makes up for what it removes")
+    check_one_rope(config)
     if (kind := config.rope_parameters.get("rope_type")) in MOVING_ROPE:
         raise KoffError(f"its rotary frequencies do not change with the length of a text, those of {kind!r} do")
 

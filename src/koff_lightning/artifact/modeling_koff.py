@@ -1,4 +1,4 @@
-"""Model types whose layers differ in width: `koff_llama`, `koff_mistral`, `koff_qwen2`, `koff_qwen3`.
+"""Model types whose layers differ in width: `koff_llama`, `koff_mistral`, `koff_qwen2` and so on (`MODELS`).
 
 Each is the stock class of its family with every decoder layer built from the layer's own widths; no forward is copied.
 Importing this file makes them known to transformers. It needs nothing but transformers, because an export may carry a
@@ -12,6 +12,8 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -105,6 +107,14 @@ class KoffQwen3Config(_Widths, Qwen3Config):
     koff_biases: list[str] | None = None
 
 
+class KoffGemma3TextConfig(_Widths, Gemma3TextConfig):
+    """`Gemma3TextConfig` and the widths of every layer."""
+
+    model_type = "koff_gemma3_text"
+    koff_layers: list[dict[str, int]] | None = None
+    koff_biases: list[str] | None = None
+
+
 class KoffLlamaForCausalLM(_Ragged, LlamaForCausalLM):
     """`LlamaForCausalLM` with layers of unequal width."""
 
@@ -127,6 +137,12 @@ class KoffQwen3ForCausalLM(_Ragged, Qwen3ForCausalLM):
     """`Qwen3ForCausalLM` with layers of unequal width."""
 
     config: KoffQwen3Config
+
+
+class KoffGemma3ForCausalLM(_Ragged, Gemma3ForCausalLM):
+    """`Gemma3ForCausalLM` with layers of unequal width."""
+
+    config: KoffGemma3TextConfig
 
 
 class _Block(dict):
@@ -155,6 +171,7 @@ MODELS = {  # family -> (config class, model class)
     "mistral": (KoffMistralConfig, KoffMistralForCausalLM),
     "qwen2": (KoffQwen2Config, KoffQwen2ForCausalLM),
     "qwen3": (KoffQwen3Config, KoffQwen3ForCausalLM),
+    "gemma3_text": (KoffGemma3TextConfig, KoffGemma3ForCausalLM),
 }
 for _config, _model in MODELS.values():  # exist_ok: a copy of this file may have come with an export
     AutoConfig.register(_config.model_type, _config, exist_ok=True)

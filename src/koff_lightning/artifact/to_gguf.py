@@ -24,7 +24,7 @@ from koff_lightning import __version__
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.gguf_readme import readme
 from koff_lightning.artifact.gguf_tokenizer import write_tokenizer
-from koff_lightning.backbone import head_size, kv_shapes, rotary_inv_freq, rotary_scaling
+from koff_lightning.backbone import head_size, kv_shapes, rotary_inv_freqs, rotary_scaling
 from koff_lightning.gguf_files import ROPE_FREQS
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_free, new_folder
@@ -94,6 +94,11 @@ def form_of(model: DecomposedModel) -> Form:
     """
     config = model.backbone.config
     family, head = model.manifest.base["family"], head_size(config)
+    if family not in _OWN:
+        raise KoffError(
+            f"koff convert gguf writes {', '.join(_OWN)} models, this one is {family}, with sliding windows and two "
+            "rotary embeddings that no architecture of llama.cpp has beside unequal widths: use --engine own"
+        )
     layers = range(config.num_hidden_layers)
     state = {name: tensor.shape for name, tensor in plain_state(model.backbone).items()}
     kv_heads = [heads for heads, _ in kv_shapes(model.backbone)]
@@ -233,7 +238,7 @@ def _write_rope(writer: gguf.GGUFWriter, model: DecomposedModel, form: Form) -> 
     writer.add_rope_freq_base(rope["rope_theta"])
     if kind == "llama3":
         plain = rope["rope_theta"] ** -(torch.arange(0, form.head, 2).double() / form.head)
-        return (plain / rotary_inv_freq(model.backbone).double().cpu()).float()
+        return (plain / rotary_inv_freqs(model.backbone)[0].double().cpu()).float()
     if kind == "default":
         return None
     writer.add_rope_scaling_type(gguf.RopeScalingType(kind))

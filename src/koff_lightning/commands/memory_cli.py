@@ -79,22 +79,23 @@ def cartridge(folder: str, domain: str, *, out: str | None = None, from_: str | 
     """
     if (out is None) == (from_ is None):
         raise KoffError("memory cartridge: give either --out FOLDER to write an adapter or --from FOLDER to read one")
-    from koff_lightning.artifact.cartridge import from_cartridge, to_cartridge
+    from koff_lightning.artifact.cartridge import check_in_sight, from_cartridge, to_cartridge
     from koff_lightning.artifact.memories import add_from_bank
-    from koff_lightning.backbone import rotary_inv_freq
+    from koff_lightning.backbone import rotary_inv_freqs
     from koff_lightning.kv_memory import KVMemory
 
     model = _loaded(folder, [] if out is None else [domain], domain if out is None else None)
-    inv_freq = rotary_inv_freq(model.backbone)
+    freqs = rotary_inv_freqs(model.backbone)
     if from_ is not None:
-        slots = KVMemory.from_tensors(from_cartridge(Path(from_).expanduser(), inv_freq))
+        slots = KVMemory.from_tensors(from_cartridge(Path(from_).expanduser(), freqs))
         model.memories.add(domain, None, slots)
         add_from_bank(folder, model.memories, [domain])
         print(f"added {domain} to {folder}")
     elif (slots := model.memories.slots(domain)) is None:
         raise KoffError(f"the memory {domain!r} of {folder} has no KV slots, so there is nothing for a CARTRIDGE")
     else:
-        to_cartridge(slots, inv_freq, Path(out).expanduser(), model.manifest.base["id"])
+        check_in_sight(model.backbone.config)
+        to_cartridge(slots, freqs, Path(out).expanduser(), model.manifest.base["id"])
         print(f"wrote {out}")
 
 

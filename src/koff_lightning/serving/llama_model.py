@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.to_gguf import LORA, MODEL, Form, check_same, form_of, to_gguf, write_lora
-from koff_lightning.backbone import rotary_inv_freq
+from koff_lightning.backbone import rotary_inv_freqs
 from koff_lightning.kv_memory import KVMemory, rotate_keys
 from koff_lightning.serving.llama_library import complaint, library
 from koff_lightning.serving.llama_state import data_of, with_slots
@@ -181,11 +181,11 @@ class LlamaModel:
         return with_slots(self._templates[slots], self._pairs(memory))
 
     def _pairs(self, memory: KVMemory) -> list[tuple[np.ndarray, np.ndarray]]:
-        inv_freq = rotary_inv_freq(self.model.backbone)
+        freqs = rotary_inv_freqs(self.model.backbone)
         found = []
         for index in range(memory.depth):
             key, value = (part.detach().float() for part in memory.layer(index))  # [K, P, dh]
-            key = self._form.rotated(rotate_keys(key, inv_freq, memory.slots))
+            key = self._form.rotated(rotate_keys(key, freqs[index], memory.slots))
             found.append(tuple(part.transpose(0, 1).flatten(1).numpy() for part in (key, value)))
         return found
 

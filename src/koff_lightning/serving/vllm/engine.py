@@ -20,7 +20,7 @@ from typing import Any
 from koff_lightning.artifact.folder import BACKBONE, CARD, MEMORIES, Manifest, read_manifest, verify
 from koff_lightning.artifact.memory_files import check_memories, read_memory
 from koff_lightning.artifact.router_files import check_fit, read_router
-from koff_lightning.kv_memory import MOVING_ROPE
+from koff_lightning.kv_memory import MOVING_ROPE, check_one_rope
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.router.routing import Router
 from koff_lightning.serving.engine import Failed, Options, Piece, Token, Unknown
@@ -283,7 +283,8 @@ def _started(settings: dict[str, Any]) -> Any:
 
 
 def _check_rope(config: Any) -> None:
-    """Refuse a model whose rotary frequencies change with the length of a text: vLLM computes them once, for all."""
+    """Refuse a model whose rotary frequencies change with the layer or the text's length: here they are one for all."""
+    check_one_rope(config)
     if (kind := config.rope_parameters.get("rope_type")) in MOVING_ROPE:
         raise KoffError(
             f"vLLM's rotary frequencies do not change with the length of a text, as rope type {kind!r} has them do: "

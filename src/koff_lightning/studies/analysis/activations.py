@@ -1,7 +1,7 @@
 """How often and how strongly every FFN neuron of the dense model is active, by domain: one pass over text.
 
 A neuron is active at a token when its gate pre-activation is positive (LAPE, Tang et al. 2024). What it contributes is
-what the down projection reads, silu(gate) * up; its mean and variance are noted too. Only tokens with a label count:
+what the down projection reads, act(gate) * up; its mean and variance are noted too. Only tokens with a label count:
 neither padding nor the first token of a document (BOS). Documents are dealt to two halves in turn, so that whatever is
 found can be looked for in either half alone.
 
@@ -50,7 +50,7 @@ class Activations:
         down_norm: L2 norm of each neuron's column of the down projection, fp64 [N].
         tokens: Tokens counted, int64 [2, D].
         positive: How many of these tokens come with a positive gate pre-activation, int64 [2, D, N].
-        total: Sum of silu(gate) * up, fp64 [2, D, N].
+        total: Sum of act(gate) * up, act the model's activation function, fp64 [2, D, N].
         square: Sum of its square, fp64 [2, D, N].
         batches: Batches read.
         digest: SHA-256 over the text of these batches, uint8 [32].

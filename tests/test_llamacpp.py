@@ -447,6 +447,36 @@ def test_as_an_engine_it_answers_as_the_own_one(tmp_path):
     asyncio.run(run())
 
 
+def test_as_an_engine_a_prompt_that_fails_fails_alone(tmp_path):
+    """As often as it comes: its place is free again."""
+    from koff_lightning.serving.engine import Failed, Options
+    from koff_lightning.serving.llamacpp import LlamaCppEngine
+
+    folder, options = tiny_artifact(tmp_path).folder, Options(40, ignore_end=True)
+
+    async def run():
+        llama = LlamaCppEngine(folder, rows=2, kind="f32", cache="f32")
+        (due,) = await answers(llama, [([3, 4], "fr")], options)
+        read = llama._llama.read
+
+        def failing(parts, everywhere=False):
+            if any(299 in ids for _, ids in parts):
+                raise KoffError("llama.cpp failed at a step")
+            return read(parts, everywhere)
+
+        llama._llama.read = failing
+        stream = llama.stream([3, 4], "fr", options)
+        found = [await anext(stream)]
+        for echo in (False, True, False, True):
+            with pytest.raises(Failed, match="the engine failed .KoffError."):
+                await answers(llama, [([5, 299], "law")], Options(4, echo=echo))
+        found += [piece async for piece in stream]
+        assert [t.id for p in found for t in p.tokens] == [t.id for p in due for t in p.tokens]
+        await llama.close()
+
+    asyncio.run(run())
+
+
 def test_over_http_it_answers_as_the_own_one(tmp_path):
     from served import Client, served
 

@@ -100,7 +100,7 @@ def test_texts_that_come_later_join_those_under_way(made, model):
 
 def test_prompts_are_read_in_parts(made, model, monkeypatch):
     monkeypatch.setattr(batch, "CHUNK", 4)
-    monkeypatch.setattr(batch, "SCORED", 12)
+    monkeypatch.setattr(batch, "AT_ONCE", 12)
     jobs = [
         (ids, ARMS[i % 4], Options(6, logprobs=2, echo=i % 3 == 0, ignore_end=True)) for i, ids in enumerate(prompts())
     ]
@@ -302,6 +302,73 @@ def test_a_memory_that_fails_in_a_way_of_its_own_is_left_out_too(made, model, tm
         return await answer(engine, [5, 6, 7], "law")
 
     assert run(folder, change)[0] == alone(model, [5, 6, 7], "law")
+
+
+def watched(engine, fails=lambda ids: False):
+    """Let an engine's model fail at some token ids; notes of each call its tokens a row, mask and texts under way."""
+    forward, notes = engine.model.forward, []
+
+    def noting(ids, mask, **options):
+        if fails(ids):
+            raise RuntimeError("out of memory")
+        notes.append((ids.shape[1], mask, len(engine._batch.rows)))
+        return forward(ids, mask, **options)
+
+    engine.model.forward = noting
+    return notes
+
+
+def test_a_prompt_that_fails_fails_alone(made, model):
+    """Who comes with it is answered, and nothing at all changes for who is under way."""
+    bad, options = [9, 299, 9], Options(30, logprobs=2, ignore_end=True)
+
+    async def told(engine, *newcomers):
+        watched(engine, lambda ids: 299 in ids.flatten().tolist())
+        stream = engine.stream([5, 6, 7], "de", options)
+        first = await anext(stream)
+        came = await asyncio.gather(*(answer(engine, *job) for job in newcomers), return_exceptions=True)
+        return [*first.tokens, *[token async for piece in stream for token in piece.tokens]], came
+
+    undisturbed, _ = run(made.folder, told)
+    tokens, (failed,) = run(made.folder, lambda engine: told(engine, (bad, "fr")))
+    assert isinstance(failed, Failed) and "the engine failed (RuntimeError)" in str(failed)
+    assert tokens == undisturbed, "to the last bit of each log-probability"
+    others = [([8, 9, 10], "law"), ([4] * 30, None)]
+    tokens, (good, failed, long) = run(made.folder, lambda engine: told(engine, others[0], (bad, "fr"), others[1]))
+    assert isinstance(failed, Failed)
+    assert [good[0], long[0]] == [alone(model, *job) for job in others]
+    assert [token.id for token in tokens] == alone(model, [5, 6, 7], "de", 30)
+
+
+def test_a_long_prompt_holds_up_nobody(made, model, monkeypatch):
+    """It is read a part at a time, a token of the others between two, and does not widen their cache."""
+    monkeypatch.setattr(batch, "CHUNK", 16)
+    shorts = [([*ids, 5, 5], ARMS[i % 4], Options(60 - i, ignore_end=True)) for i, ids in enumerate(prompts())]
+    long = [3 + (7 * place) % 290 for place in range(304)], "fr", Options(90, ignore_end=True)
+
+    async def scene(engine):
+        notes = watched(engine)
+        streams = [engine.stream(*job) for job in shorts]
+        first = [await anext(stream) for stream in streams]
+        waiting = asyncio.create_task(answer(engine, *long))
+        rest = await asyncio.gather(*(rest_of(stream) for stream in streams))
+        found = [[piece.tokens[0].id, *ids] for piece, ids in zip(first, rest, strict=True)]
+        return notes, found, (await waiting)[0]
+
+    async def rest_of(stream):
+        return [token.id async for piece in stream for token in piece.tokens]
+
+    notes, found, late = run(made.folder, scene)
+    assert found == [alone(model, ids, arm, options.max_tokens) for ids, arm, options in shorts]
+    assert late == alone(model, *long[:2], 90)
+    reading = [count > 1 for count, _, _ in notes]
+    read = [place for place, is_part in enumerate(reading) if is_part][-19:]
+    assert all(notes[place][0] == 16 for place in read), "19 parts of the long prompt"
+    assert not any(reading[place + 1] for place in read), "a token of the others after each"
+    config = model.backbone.config
+    cell = sum(2 * layer["num_key_value_heads"] * config.head_dim for layer in config.koff_layers)
+    padding = [int((mask == 0).sum()) for (_, mask, _), is_part in zip(notes, reading, strict=True) if not is_part]
+    assert 0 < max(padding) <= model.active_parameters() / cell < 8 * 270, "less than one more pass over the weights"
 
 
 def test_a_step_that_fails_ends_its_answers_and_no_others(made, model, monkeypatch):

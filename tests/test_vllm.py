@@ -492,6 +492,29 @@ def test_memories_come_and_go(tmp_path, monkeypatch):
     assert told.llm.adapters == [1, 4]
 
 
+def test_an_engine_that_dies_hides_no_answer_and_keeps_no_memory(tmp_path, monkeypatch):
+    """What the engine says when it is to forget a memory is not the client's affair."""
+    folder = tiny_artifact(tmp_path).folder
+    made, told = engine(folder, monkeypatch, lambda prompt, parameters: [out([7]), out([], "error")])
+
+    async def lost(number):
+        raise told.dead("the engine is gone")
+
+    async def scene():
+        stream = made.stream([4], "law", Options(2))
+        assert (await anext(stream)).tokens[0].id == 7
+        remove_memory(folder, "law")
+        remove_memory(folder, "fr")
+        assert await made.refresh() == ["removed fr", "removed law"], "whatever vLLM says of fr's adapter"
+        with pytest.raises(Failed, match="could not answer; its log says why"):
+            await anext(stream)
+
+    monkeypatch.setattr(told.llm, "remove_lora", lost)
+    asyncio.run(scene())
+    assert made.load == (0, 0) and list(made.memories()) == ["de"]
+    assert [path.name.rpartition("-")[0] for path in made._work.iterdir()] == ["de"]
+
+
 def test_a_memory_that_cannot_be_used_is_left_out(tmp_path, monkeypatch):
     folder = tiny_artifact(tmp_path).folder
     made, _ = engine(folder, monkeypatch)

@@ -250,7 +250,11 @@ def wrongs(engine: Engine, rows: list[dict[str, Any]]) -> dict[str, tuple[Any, A
 
 
 def speed(work: Path, rounds: int, record: Path | None) -> None:
-    """Tokens per second of processor time: texts of one domain, of every domain in turn, and of several together."""
+    """Tokens per second: texts of one domain, of every domain in turn, and of several together.
+
+    A round runs every batch once, every other round backwards. One domain's time is the mean over the domains of a kind
+    in the same round. Processor time says what is computed, wall time what was waited for, other programs included.
+    """
     engine = Engine(work / "speed" / "artifact", enable_prefix_caching=False, max_num_batched_tokens=1024)
     kinds = {
         "LoRA and slots": ["de", "fr", "law"],
@@ -262,25 +266,24 @@ def speed(work: Path, rounds: int, record: Path | None) -> None:
     for kind, names in kinds.items():
         batches |= {f"{kind}: {name}": [name] * rows for name in names}
         batches[f"{kind}: mixed"] = names * (rows // len(names))
-    times: dict[str, list[float]] = {name: [] for name in batches}
+    clocks = {"processor": time.process_time, "wall": time.perf_counter}
+    times: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in batches} for clock in clocks}
+    found: dict[str, Any] = {}
     for number in range(rounds + 1):
-        for name, memories in batches.items():
+        for name in list(batches)[:: 1 if number % 2 else -1]:
             made = [engine.request([3 + (place + at) % 300 for at in range(24)], m, count, logprobs=None)
-                    for place, m in enumerate(memories)]  # fmt: skip
-            start = time.process_time()
-            engine(made)
+                    for place, m in enumerate(batches[name])]  # fmt: skip
+            start = {clock: read() for clock, read in clocks.items()}
+            outputs = engine(made)
+            took = {clock: read() - start[clock] for clock, read in clocks.items()}
+            if any(len(output.outputs[0].token_ids) != count for output in outputs):
+                raise SystemExit(f"{name}: not all {rows} texts have {count} tokens")
             if number:  # the first round warms up
-                times[name].append(time.process_time() - start)
-    found: dict[str, Any] = {
-        name: [round(rows * count / t, 1) for t in (statistics.median(ts), max(ts), min(ts))]
-        for name, ts in times.items()
-    }
-    ratios = {}
-    for kind, names in kinds.items():  # what one domain takes is the mean of its kind, round by round
-        alone = [statistics.mean(ts) for ts in zip(*(times[f"{kind}: {name}"] for name in names), strict=True)]
-        pairs = zip(alone, times[f"{kind}: mixed"], strict=True)
-        ratios[kind] = round(statistics.median(one / mixed for one, mixed in pairs), 3)
-    print(json.dumps({"tokens_per_second": found, "mixed_by_one": ratios}, indent=2), flush=True)
+                for clock, one in took.items():
+                    times[clock][name].append(one)
+        if number:
+            found = {"rounds": number} | {clock: rates(times[clock], kinds, rows * count) for clock in clocks}
+            print(json.dumps(found), flush=True)
     if record is not None:
         from record import write
 
@@ -290,8 +293,24 @@ def speed(work: Path, rounds: int, record: Path | None) -> None:
             engine="vLLM",
             compared=f"{rows} texts of 24 and {count} tokens of one domain, and of several domains together",
             command=f"python recipes/engines/in_vllm.py speed DIR --rounds {rounds}",
-            figures={"rounds": rounds, "tokens_per_second": found, "mixed_by_one": ratios},
+            figures=found,
         )
+
+
+def rates(times: dict[str, list[float]], kinds: dict[str, list[str]], tokens: int) -> dict[str, Any]:
+    """Batch -> tokens per second, kind -> those of mixed domains by those of one; median, least and greatest."""
+    found = {"tokens_per_second": {name: spread([tokens / one for one in ts], 1) for name, ts in times.items()}}
+    ratios = {}
+    for kind, names in kinds.items():
+        alone = [statistics.mean(ts) for ts in zip(*(times[f"{kind}: {name}"] for name in names), strict=True)]
+        pairs = zip(alone, times[f"{kind}: mixed"], strict=True)
+        ratios[kind] = spread([one / mixed for one, mixed in pairs], 3)
+    return found | {"mixed_by_one": ratios}
+
+
+def spread(values: list[float], digits: int) -> list[float]:
+    """Median, least, greatest."""
+    return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
 
 
 def put(record: Path, name: str, layout: str, arms: dict[str, Any]) -> None:

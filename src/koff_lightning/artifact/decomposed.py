@@ -33,6 +33,7 @@ Domains = str | Sequence[str | None] | None
 # Kinds of token cache that `generate` was checked with. A paged one goes round the attention function that reads the
 # memories, a quantised one needs packages that are not ours, an offloaded one a GPU.
 CACHES = (None, "dynamic", "static")
+_CALLS = 4  # whose rows are remembered: texts that are continued in several caches take turns
 
 
 def load_decomposed(
@@ -105,7 +106,7 @@ class DecomposedModel(nn.Module):
             settings.disable_compile = True  # correct, but every change of rows would compile anew
         self.backbone, self.manifest, self.folder = backbone, manifest, folder
         self.memories = MemoryBank(backbone)
-        self._last: tuple[list[str | None], Routes | None] = [], None  # with what decoding has stacked for these rows
+        self._last: tuple[tuple[list[str | None], Routes], ...] = ()  # of calls, with what decoding has stacked
         self.eval()
 
     @property
@@ -233,7 +234,7 @@ class DecomposedModel(nn.Module):
         """Drop a memory from the loaded ones and free its room."""
         self._check_loaded([name])
         self.memories.remove(name)
-        self._last = [], None
+        self._last = ()
 
     def active_parameters(self, domain: str | None = None) -> int:
         """Parameters in use for a row of this domain: the backbone's, tied embeddings once, and its memory's."""
@@ -260,13 +261,12 @@ class DecomposedModel(nn.Module):
         return chosen
 
     def _routes(self, chosen: Sequence[str | None], copies: int = 1) -> Routes:
-        """What a call reads. Those of the last call where it was for the same rows: they hold what decoding stacks."""
+        """What a call reads. Those of a call not long ago for the same rows: they hold what decoding stacks."""
         copied = [domain for domain in chosen for _ in range(copies)]
-        last, routes = self._last
-        if last != copied or routes is None or not routes.hold:
-            routes = self.memories.routes_of(copied)
-            self._last = copied, routes
-        return routes
+        known = [(rows, routes) for rows, routes in self._last if routes.hold]
+        found = next((one for one in known if one[0] == copied), None) or (copied, self.memories.routes_of(copied))
+        self._last = (found, *[one for one in known if one is not found])[:_CALLS]  # anew, for threads that read it
+        return found[1]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an artifact of what is loaded: the backbone as it was read, and the memories that are here now.
@@ -287,7 +287,7 @@ class DecomposedModel(nn.Module):
 
         As after loading in that dtype: memories stay fp32, and so do the frequencies of the rotary embedding.
         """
-        self._last = [], None  # what was stacked stays behind when the model moves
+        self._last = ()  # what was stacked stays behind when the model moves
         memories = [*self.memories.lora_parameters(), *self.memories.kv_parameters()]
         exact = {id(tensor) for tensor in (*self.buffers(), *memories, *(p.grad for p in memories))}
 
@@ -299,7 +299,7 @@ class DecomposedModel(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; with `assign=True` tensors are replaced, and what was stacked is of the old ones."""
-        self._last = [], None
+        self._last = ()
         return super().load_state_dict(*args, **kwargs)
 
     def _check_loaded(self, domains: Sequence[str | None]) -> None:

@@ -1,13 +1,17 @@
 """Texts that are continued together, a token each at a time. Rows come and go between two steps.
 
-Every row has its own memory, prompt and options. Rows stand in one token cache, padded on the left; who comes is read
-apart, in a batch of all that come at once, and put beside the others.
+Every row has its own memory, prompt and options. Rows stand in token caches, padded on the left. A long row does not
+widen short ones: they share a cache only while the padding costs a step less than reading the weights once more. Who
+comes is read apart, beside prompts of like length, a part of them between two tokens of the others.
 
 Shapes: B rows, S cached tokens, T new tokens, V vocabulary, K key-value heads, dh head size.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +22,12 @@ from koff_lightning.artifact.decomposed import DecomposedModel
 from koff_lightning.serving.engine import Failed, Options, Piece, Token
 from koff_lightning.serving.sampling import Sampler, described
 
+Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, K, S, dh] each
+
 CHUNK = 512  # tokens of a prompt that are read at a time: bounds the attention scores that are held
-SCORED = 2048  # the same over all rows of a batch, where the logits at all of them are wanted: 1.2 GB at V = 150,000
+AT_ONCE = 2048  # the same over all rows: how long others wait, and the logits of scored prompts: 1.2 GB at V = 150,000
+ALIKE = 64  # prompts up to this length are read together, longer ones with those of more than half their length
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -62,14 +70,157 @@ class Row:
         token = described([self.last], logits[None], self.options)[0]
         self._tell(Piece((token,), "length" if self.count == self.options.max_tokens else None, prompt))
 
+    @property
+    def cells(self) -> int:
+        """Tokens that its cache holds, once the prompt is read."""
+        return len(self.ids) + self.count - 1
+
     def fail(self, error: Exception) -> None:
-        """End the answer."""
+        """End the answer, unless it has ended."""
+        if self.done or self.gone:
+            return
         self.done = True
-        self.tell(error)
+        try:
+            self.tell(error)
+        except RuntimeError:  # the loop that waited is closed
+            _log.debug("nobody was left to be told")
 
     def _tell(self, piece: Piece) -> None:
         self.done = piece.finish is not None
         self.tell(piece)
+
+
+@contextlib.contextmanager
+def failing(rows: Sequence[Row]) -> Iterator[None]:
+    """What goes wrong inside, a lack of memory among it, fails these rows and no others."""
+    try:
+        yield
+    except Exception as error:
+        _fail(rows, error)
+
+
+def _fail(rows: Sequence[Row], error: Exception) -> None:
+    _log.error("the engine failed at %d of its texts", len(rows), exc_info=error)
+    for row in rows:
+        row.fail(Failed(f"the engine failed ({type(error).__name__})"))
+
+
+def _staying(rows: Sequence[Row]) -> list[int]:
+    """Places of those that go on."""
+    return [place for place, row in enumerate(rows) if not (row.done or row.gone)]
+
+
+class Prompts:
+    """Prompts that are read together, padded on the left.
+
+    Args:
+        model: Reads them.
+        rows: Whose they are.
+    """
+
+    def __init__(self, model: DecomposedModel, rows: Sequence[Row]) -> None:
+        self.model, self.rows = model, list(rows)
+        width = self._width = max(len(row.ids) for row in rows)
+        self._ids = torch.tensor([[row.ids[0]] * (width - len(row.ids)) + row.ids for row in rows])  # [B, width]
+        real = torch.arange(width) >= width - torch.tensor([len(row.ids) for row in rows])[:, None]
+        self._mask = real.long().to(model.device)
+        self._start, self._layers = 0, Layers()
+        self._before: Tensor | None = None  # logits [B, V] at the token before the part
+        self._told: dict[Row, list[Token]] = {row: [] for row in rows}
+
+    def read(self) -> bool:
+        """Read the next part. Whether it was the last, or nobody waits any longer."""
+        self._drop()
+        if not self.rows:
+            return True
+        start, echo = self._start, any(row.options.echo for row in self.rows)
+        end = min(self._width, start + max(1, min(CHUNK, AT_ONCE // len(self.rows))))
+        cache, kept = DynamicCache(self._layers or None), {} if echo else {"logits_to_keep": 1}
+        domains = [row.memory for row in self.rows]
+        ids, mask = self._ids[:, start:end], self._mask[:, :end]
+        logits = self.model(ids, mask, domains=domains, past_key_values=cache, **kept).logits
+        if echo:
+            for place, row in enumerate(self.rows):
+                shown = None if self._before is None else self._before[place]
+                self._told[row] += _scored(row, shown, logits[place], start, end, self._width)
+        self._layers, self._before, self._start = _layers(cache), logits[:, -1], end
+        return end == self._width
+
+    def first(self, ends: frozenset[int]) -> "Together":
+        """Tell the first tokens; the rows as they go on."""
+        for row, scores in zip(self.rows, self._before if self.rows else (), strict=True):
+            with failing([row]):
+                row.take(scores, ends, tuple(self._told[row]) if row.options.echo else None)
+        return Together(self.model, self.rows, self._layers, self._mask)
+
+    def _drop(self) -> None:
+        """Let go of rows that nobody waits for: their memories may be taken away between two parts."""
+        stay = _staying(self.rows)
+        if len(stay) < len(self.rows):
+            self.rows, self._ids, self._mask = [self.rows[place] for place in stay], self._ids[stay], self._mask[stay]
+            self._layers = [(key[stay], value[stay]) for key, value in self._layers]
+            self._before = None if self._before is None else self._before[stay]
+
+
+class Together:
+    """Rows under way that stand in one token cache, padded on the left.
+
+    Args:
+        model: Continues them.
+        rows: One or more.
+        layers: Their cache.
+        mask: [B, S], 0 for padding.
+    """
+
+    def __init__(self, model: DecomposedModel, rows: Sequence[Row], layers: Layers, mask: Tensor) -> None:
+        self.model, self.rows, self._layers, self._mask = model, list(rows), layers, mask
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(row.cells for row in self.rows)
+
+    @property
+    def cell(self) -> int:
+        """Numbers that are held for a token."""
+        return sum(part.shape[1] * part.shape[3] for layer in self._layers for part in layer)
+
+    def drop(self) -> None:
+        """Let go of rows that are done or gone, and of the columns that are padding in all others."""
+        stay = _staying(self.rows)
+        rows = [self.rows[place] for place in stay]
+        start = self._mask.shape[1] - max((row.cells for row in rows), default=0)
+        if start or len(rows) < len(self.rows):
+            self.rows = rows
+            self._mask = self._mask[stay, start:]
+            self._layers = [(key[stay, :, start:], value[stay, :, start:]) for key, value in self._layers]
+
+    def step(self, ends: frozenset[int]) -> None:
+        """Read every row's last token and choose its next."""
+        ids = torch.tensor([[row.last] for row in self.rows], device=self.model.device)  # [B, 1]
+        self._mask = F.pad(self._mask, (0, 1), value=1)  # [B, S + 1]
+        cache, domains = DynamicCache(self._layers), [row.memory for row in self.rows]
+        logits = self.model(ids, self._mask, domains=domains, past_key_values=cache).logits  # [B, 1, V]
+        self._layers = _layers(cache)
+        for row, scores in zip(self.rows, logits[:, -1], strict=True):
+            with failing([row]):
+                row.take(scores, ends)
+
+    def padding(self, wider: "Together") -> int:
+        """Cells of padding in one cache of these rows and of others, which are as wide or wider."""
+        rows = [*self.rows, *wider.rows]
+        return len(rows) * wider.width - sum(row.cells for row in rows)
+
+    def join(self, wider: "Together") -> "Together":
+        """One cache of all."""
+        more = wider._mask.shape[1] - self._mask.shape[1]
+        pairs = zip(self._layers, wider._layers, strict=True)
+        layers = [
+            tuple(torch.cat([F.pad(part, (0, 0, more, 0)), wide]) for part, wide in zip(*pair, strict=True))
+            for pair in pairs
+        ]
+        mask = torch.cat([F.pad(self._mask, (more, 0)), wider._mask])
+        return Together(self.model, [*self.rows, *wider.rows], layers, mask)
 
 
 class Batch:
@@ -82,73 +233,58 @@ class Batch:
 
     def __init__(self, model: DecomposedModel, ends: frozenset[int]) -> None:
         self.model, self.ends = model, ends
-        self.rows: list[Row] = []
-        self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, [B, K, S, dh] each
-        self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # [B, S], 0 for padding
+        self._weights = model.active_parameters()
+        self._prompts: list[Prompts] = []
+        self._together: list[Together] = []
 
-    @torch.inference_mode()
+    @property
+    def rows(self) -> list[Row]:
+        """Those whose prompts are read and those that are continued."""
+        return [row for part in (*self._together, *self._prompts) for row in part.rows]
+
     def add(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of rows that come, tell their first tokens, and put those that go on beside the others."""
-        layers, mask = self._read(rows)
-        stay = [index for index, row in enumerate(rows) if not (row.done or row.gone)]
-        if not stay:
-            return
-        layers, mask = _cut(layers, mask, stay)
-        width = max(mask.shape[1], self._mask.shape[1])
-        parts = [(self._layers, self._mask), (layers, mask)] if self.rows else [(layers, mask)]
-        self._mask = torch.cat([F.pad(mask, (width - mask.shape[1], 0)) for _, mask in parts])
-        self._layers = [
-            tuple(
-                torch.cat([F.pad(t, (0, 0, width - t.shape[2], 0)) for t in same]) for same in zip(*pairs, strict=True)
-            )
-            for pairs in zip(*(layers for layers, _ in parts), strict=True)
-        ]
-        self.rows += [rows[index] for index in stay]
+        """Take in rows whose prompts are to be read."""
+        key = _likeness
+        self._prompts += [Prompts(self.model, [*few]) for _, few in groupby(sorted(rows, key=key), key)]
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Read every row's last token and choose its next; rows that are done or gone leave."""
-        self._drop()
-        if not self.rows:
-            return
-        device = self.model.device
-        ids = torch.tensor([[row.last] for row in self.rows], device=device)  # [B, 1]
-        self._mask = F.pad(self._mask, (0, 1), value=1)  # [B, S + 1]
-        cache = DynamicCache(self._layers)
-        domains = [row.memory for row in self.rows]
-        logits = self.model(ids, self._mask, domains=domains, past_key_values=cache).logits  # [B, 1, V]
-        self._layers = _layers(cache)
-        for row, scores in zip(self.rows, logits[:, -1], strict=True):
-            row.take(scores, self.ends)
+        """Read a part of some prompts, tell their first tokens after the last; a token more for each other row."""
+        for part in self._together:
+            part.drop()
+        self._join()
+        for part in self._together:
+            with failing(part.rows):
+                part.step(self.ends)
+        if self._prompts:
+            self._read(*self._prompts)
 
-    def _drop(self) -> None:
-        stay = [index for index, row in enumerate(self.rows) if not (row.done or row.gone)]
-        if len(stay) < len(self.rows):
-            self.rows = [self.rows[index] for index in stay]
-            self._layers, self._mask = _cut(self._layers, self._mask, stay)
+    def _read(self, prompts: Prompts, *others: Prompts) -> None:
+        """Read a part; then it is the others' turn."""
+        try:
+            go_on = [] if prompts.read() else [prompts]
+            if not go_on:
+                self._together.append(prompts.first(self.ends))
+        except Exception as error:
+            alone = [row for row in prompts.rows if len(prompts.rows) > 1]
+            go_on = [Prompts(self.model, [row]) for row in alone]  # whose fault it was is seen when each is read alone
+            if not alone:
+                _fail(prompts.rows, error)
+        self._prompts = [*others, *go_on]
 
-    def _read(self, rows: Sequence[Row]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Prompts, part by part. Returns the cache's layers and its mask [B, S]."""
-        width = max(len(row.ids) for row in rows)
-        ids = torch.tensor([[row.ids[0]] * (width - len(row.ids)) + row.ids for row in rows])  # [B, S]
-        mask = (torch.arange(width) >= width - torch.tensor([len(row.ids) for row in rows])[:, None]).long()
-        mask, domains = mask.to(self.model.device), [row.memory for row in rows]
-        cache, echo = DynamicCache(), any(row.options.echo for row in rows)
-        before: Tensor | None = None  # logits [B, V] at the token before the part
-        prompts: list[list[Token]] = [[] for _ in rows]
-        part = max(1, min(CHUNK, SCORED // len(rows))) if echo else CHUNK
-        for start in range(0, width, part):
-            end = min(start + part, width)
-            kept = {} if echo else {"logits_to_keep": 1}
-            out = self.model(ids[:, start:end], mask[:, :end], domains=domains, past_key_values=cache, **kept)
-            if echo:
-                for index, row in enumerate(rows):
-                    shown = None if before is None else before[index]
-                    prompts[index] += _scored(row, shown, out.logits[index], start, end, width)
-            before = out.logits[:, -1]
-        for row, scores, prompt in zip(rows, before, prompts, strict=True):
-            row.take(scores, self.ends, tuple(prompt) if row.options.echo else None)
-        return _layers(cache), mask
+    def _join(self) -> None:
+        """Put caches together where the padding costs a step less than reading the weights for one more."""
+        joined: list[Together] = []
+        for part in sorted((part for part in self._together if part.rows), key=lambda part: part.width):
+            if joined and joined[-1].padding(part) * part.cell <= self._weights:
+                part = joined.pop().join(part)
+            joined.append(part)
+        self._together = joined
+
+
+def _likeness(row: Row) -> int:
+    """The same for prompts that are read together."""
+    return (max(len(row.ids), ALIKE) - 1).bit_length()
 
 
 def _scored(row: Row, before: Tensor | None, logits: Tensor, start: int, end: int, width: int) -> list[Token]:
@@ -174,14 +310,5 @@ def _scored(row: Row, before: Tensor | None, logits: Tensor, start: int, end: in
     return found
 
 
-def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+def _layers(cache: DynamicCache) -> Layers:
     return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _cut(
-    layers: list[tuple[Tensor, Tensor]], mask: Tensor, stay: list[int]
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Only these rows, and without the columns that are padding in all of them."""
-    mask = mask[stay]
-    start = mask.shape[1] - int(mask.sum(1).max()) if stay else mask.shape[1]
-    return [(key[stay, :, start:], value[stay, :, start:]) for key, value in layers], mask[:, start:]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from koff_lightning.artifact.decomposed import DecomposedModel
-from koff_lightning.serving.batch import Row
+from koff_lightning.serving.batch import Row, failing
 from koff_lightning.serving.engine import Token
 from koff_lightning.serving.llama_model import LlamaModel, Text
 from koff_lightning.serving.own import OwnEngine, ends_of
@@ -80,18 +80,13 @@ class LlamaBatch:
         self._texts: dict[Row, Text] = {}
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of rows that come, and tell their first tokens."""
+        """Read the prompts of rows that come, each by itself, and tell their first tokens."""
         self._drop()
         for row in rows:
-            self._texts[row] = self.model.begin(row.memory)
-        self.rows += rows
-        plain = [row for row in rows if not row.options.echo]
-        logits = self.model.read([(self._texts[row], row.ids) for row in plain])
-        for row, scores in zip(plain, logits, strict=True):
-            row.take(scores[-1], self.ends)
-        for row in rows:
-            if row.options.echo:
-                self._scored(row)
+            with failing([row]):
+                self._texts[row] = self.model.begin(row.memory)
+                self.rows.append(row)
+                self._scored(row) if row.options.echo else self._plain(row)
 
     def step(self) -> None:
         """Read every row's last token and choose its next; rows that are done or gone leave."""
@@ -105,6 +100,10 @@ class LlamaBatch:
             if row.done or row.gone:
                 self.model.end(self._texts.pop(row))
         self.rows = [row for row in self.rows if row in self._texts]
+
+    def _plain(self, row: Row) -> None:
+        """Read a prompt."""
+        row.take(self.model.read([(self._texts[row], row.ids)])[0][-1], self.ends)
 
     def _scored(self, row: Row) -> None:
         """Read a prompt, and tell its tokens with their log-probabilities."""

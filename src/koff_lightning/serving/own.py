@@ -243,11 +243,7 @@ class OwnEngine:
     def _fail(self, rows: list[Row], error: Failed) -> None:
         """Tell rows that they have failed, and begin anew with none."""
         for row in rows:
-            if not (row.done or row.gone):
-                try:
-                    row.fail(error)
-                except RuntimeError:  # the loop that waited is closed
-                    _log.debug("nobody was left to be told")
+            row.fail(error)
         self._batch = self._empty()
 
 

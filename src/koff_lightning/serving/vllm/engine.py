@@ -244,7 +244,12 @@ class VllmEngine:
         if held.current or held.rows or self._closed:
             return
         if held.lora is not None:
-            await self._llm.remove_lora(held.lora.lora_int_id)
+            try:
+                await self._llm.remove_lora(held.lora.lora_int_id)
+            except (
+                Exception
+            ) as error:  # an engine that has died: what is told of it is `Failed`, to who waits for an answer
+                _log.warning("vLLM did not let go of the LoRA %s (%r)", held.lora.lora_name, error)
         shutil.rmtree(held.folder, ignore_errors=True)
 
     async def close(self) -> None:

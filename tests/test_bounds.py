@@ -28,6 +28,15 @@ def test_defaults_are_those_of_the_page(name):
         assert told == ("" if value is None else value if isinstance(value, str) else json.dumps(value)), option
 
 
+def test_a_gate_gets_the_options_that_it_has():
+    assert SparsitySpec(beta=2.0, beta_end=0.5, initial=1.5).gate_options() == {
+        "initial": 1.5,
+        "beta": 2.0,
+        "beta_end": 0.5,
+    }
+    assert SparsitySpec(gate="ddp", initial=1.5).gate_options() == {"initial": 1.5}
+
+
 @pytest.mark.parametrize(
     ("make", "options"),
     [

@@ -154,6 +154,13 @@ def test_of_two_units_alike_the_lower_score_goes(problem):
             assert score[~part].max() < score[part].min(), "within a group the order of scores decides"
 
 
+def test_of_units_that_score_alike_the_first_go():
+    """Whatever the way of sorting: every rank and every machine cuts the same mask."""
+    scores = (torch.arange(2000) % 2).float()
+    kept = budget_of([group(0, "channel", 2000, 3)], target=0.25, denominator="units").harden(scores)
+    assert (~kept).nonzero()[:, 0].tolist() == list(range(0, 1000, 2))
+
+
 def test_harden_is_deterministic_and_takes_logits_that_require_grad():
     budget = budget_of([group(0, "channel", 40, 3), group(0, "kv_group", 2, 10)], target=0.3, min_channels=4)
     scores = torch.zeros(42, requires_grad=True)

@@ -202,7 +202,13 @@ def test_comparison_with_another_dense_model_is_refused(tmp_path, capsys):
         (["--prompt", "a", "--generation-config", "file"], "generation_config must be 'none', 'model'; got 'file'."),
         (["--prompt", "a", "--compare", "dens"], "generate: compare must be 'dense' or null; got 'dens'."),
         (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens must be at least 1; got 0"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 (most likely token) or a positive number"),
+        (
+            ["--prompt", "a", "--temperature", "-1"],
+            "temperature must be 0 (most likely token) or a number from 1e-6 on",
+        ),
+        (["--prompt", "a", "--temperature", "1e-300"], "temperature must be 0 (most likely token) or a number from 1e"),
+        (["--prompt", "a", "--seed", str(2**70)], f"seed must be from 0 to 2^63 - 1; got {2**70}"),
+        (["--prompt", "a", "--device", "meta"], "device 'meta' cannot be used here: it holds no numbers"),
         (["--prompt", "a", "--top_p", "0"], "top_p must lie in (0, 1]; got 0.0"),
         (["--prompt", "a", "--batch_size", "0"], "batch_size must be at least 1; got 0"),
         (["--prompt", "a", "--device", "gpu"], "device 'gpu' cannot be used here"),
@@ -222,6 +228,14 @@ def test_an_empty_prompt_needs_a_token_before_it(tmp_path, capsys):
     made = tiny_artifact(tmp_path, bos=False)
     assert main(["generate", "--model", str(made.folder), "--prompt", "fox", "--prompt", "", *NEW]) == 2
     assert "prompt 2 is empty" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_of_prompts_may_begin_with_the_mark_that_windows_writes(made, capsys, tmp_path):
+    said = []
+    for mark in ("", "\ufeff"):
+        (tmp_path / "prompts.txt").write_text(f"{mark}the quick\n", encoding="utf-8")
+        said.append(koff(capsys, "generate", "--model", made.folder, "--file", tmp_path / "prompts.txt", *NEW))
+    assert said[0] == said[1]
 
 
 def test_a_file_of_prompts_must_hold_some(made, capsys, tmp_path):

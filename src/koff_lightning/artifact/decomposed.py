@@ -360,7 +360,10 @@ def _check_packing(mask: Tensor | None, positions: Tensor, use_cache: bool) -> N
 
 def _device(name: str | torch.device) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        found = torch.empty(0, device=name).device
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return found
     except (RuntimeError, AssertionError) as error:
         raise KoffError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 

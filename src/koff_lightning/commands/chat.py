@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from koff_lightning.commands.generate import asked, sampling
+from koff_lightning.commands.generate import asked, check_seed, sampling
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
 
@@ -44,6 +44,7 @@ def chat(
         device: Torch device; by default a GPU if there is one.
         dtype: Dtype of the backbone; by default as exported.
     """
+    check_seed(seed)
     options = sampling(max_new_tokens, temperature, top_p)
     import torch
 

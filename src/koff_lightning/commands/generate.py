@@ -54,6 +54,7 @@ def generate(
     prompts = _prompts(prompt, file)
     options = sampling(max_new_tokens, temperature, top_p)
     domains = _per_prompt(domain, len(prompts))
+    check_seed(seed)
     if batch_size < 1:
         raise KoffError(f"batch_size must be at least 1; got {batch_size}")
     if compare and not domain:
@@ -86,12 +87,18 @@ def routed(model: "DecomposedModel", domains: list[str | None], prompts: list[st
     return [next(picked) if name == AUTO else name for name in domains]
 
 
+def check_seed(seed: int) -> None:
+    """Raise KoffError unless torch takes it."""
+    if not 0 <= seed < 2**63:
+        raise KoffError(f"seed must be from 0 to 2^63 - 1; got {seed}")
+
+
 def sampling(max_new_tokens: int, temperature: float | None, top_p: float) -> dict[str, Any]:
     """Checked options of transformers' `generate`; temperature None leaves it to the settings that they go before."""
     if max_new_tokens < 1:
         raise KoffError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    if temperature is not None and not 0 <= temperature < math.inf:
-        raise KoffError(f"temperature must be 0 (most likely token) or a positive number; got {temperature}")
+    if temperature is not None and temperature != 0 and not 1e-6 <= temperature < math.inf:  # lower ones overflow
+        raise KoffError(f"temperature must be 0 (most likely token) or a number from 1e-6 on; got {temperature}")
     if not 0 < top_p <= 1:
         raise KoffError(f"top_p must lie in (0, 1]; got {top_p}")
     if temperature is None:
@@ -119,7 +126,7 @@ def _prompts(prompt: list[str] | None, file: str | None) -> list[str]:
     if file is None:
         return prompt
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()  # Windows puts a mark first
     except (OSError, UnicodeDecodeError) as error:
         raise KoffError(f"cannot read prompts from {file}: {getattr(error, 'strerror', None) or error}") from error
     if prompts := [line for line in lines if line.strip()]:

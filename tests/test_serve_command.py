@@ -1,6 +1,5 @@
 """`koff serve` as a command: what it refuses before it serves, how it begins and how it ends."""
 
-import gc
 import os
 import re
 import signal
@@ -18,8 +17,6 @@ from tiny_artifact import tiny_artifact
 from koff_lightning.cli import main
 from koff_lightning.commands import serve as command
 from koff_lightning.commands.serve import is_local
-from koff_lightning.serving import own
-from koff_lightning.support.errors import KoffError
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +69,6 @@ def test_what_is_not_installed_is_said(made, capsys, monkeypatch):
     monkeypatch.setattr(command, "_NEEDED", ("fastapi", "no_such_package"))
     assert main(["serve", str(made.folder)]) == 2
     assert "koff serve needs no_such_package: pip install 'koff-lightning[serve]'" in capsys.readouterr().err
-
-
-def test_garbage_is_collected_again_once_the_model_is_there_or_is_not(made, capsys, monkeypatch):
-    seen = []
-
-    def load(*options):
-        seen.append(gc.isenabled())
-        raise KoffError("no model today")
-
-    monkeypatch.setattr(own, "load_decomposed", load)
-    assert main(["serve", str(made.folder), "--port", "0"]) == 2
-    assert "no model today" in capsys.readouterr().err
-    assert (seen, gc.isenabled()) == ([False], True)
 
 
 def test_which_addresses_are_this_machines_own():

@@ -1,11 +1,8 @@
 """`koff serve`: an exported model behind OpenAI's protocol, a domain per request."""
 
-import contextlib
-import gc
 import ipaddress
 import logging
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,24 +83,11 @@ def _refuse_unread(engine: str, given: dict[str, str | None]) -> None:
         raise KoffError(f"{odd[0]} is not for --engine {engine}: leave it out")
 
 
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Do not look for cycles: among the 3,000 modules of torch and transformers that takes a second, and they stay."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
 def _own(folder: Path, batch_size: int, *, gguf: None, device: str | None, dtype: str | None) -> "Engine":
-    with _uncollected():
-        from koff_lightning.artifact.decomposed import default_device
-        from koff_lightning.serving.own import OwnEngine
+    from koff_lightning.artifact.decomposed import default_device
+    from koff_lightning.serving.own import OwnEngine
 
-        return OwnEngine(folder, batch_size, default_device(device), dtype)
+    return OwnEngine(folder, batch_size, default_device(device), dtype)
 
 
 def _llamacpp(folder: Path, batch_size: int, *, gguf: str | None, device: None, dtype: None) -> "Engine":

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
@@ -137,6 +138,17 @@ def test_a_resumed_run_with_other_data_options_is_warned(text):
         for part in ("text", "seq_len"):  # which older checkpoints do not say
             del state["order"][part]
         ready(text, batch_size=4).train_dataloader().load_state_dict(state)
+
+
+def test_batches_of_one_domain(text):
+    options = {"batch_size": 4, "one_domain_batches": True}
+    drawn = list(islice(ready(text, **options).train_dataloader(), 12))
+    assert all(len(set(batch["domains"])) == 1 for batch in drawn)
+    assert {batch["domains"][0] for batch in drawn} == set(ready(text).domain_names)
+    assert ready(text, **options).batch_number(5)["input_ids"].equal(drawn[5]["input_ids"])
+    state = ready(text, batch_size=4).train_dataloader().state_dict()
+    with pytest.warns(UserWarning, match="differs from the checkpoint's in .*shares"):
+        ready(text, **options).train_dataloader().load_state_dict(state)
 
 
 def test_a_resumed_run_with_other_text_is_refused(text, tmp_path):

@@ -103,3 +103,31 @@ def test_a_wider_window_holds_every_domain_once_per_optimizer_step():
     drawn = batches([1] * 7, 3, 40, window=4)
     for first in range(0, 40, 4):
         assert len({domain for batch in drawn[first : first + 4] for domain, _ in batch}) == 7
+
+
+@settings(deadline=None)
+@given(weights=WEIGHTS, batch_size=st.integers(1, 6), world_size=st.integers(1, 3))
+def test_batches_of_one_domain_take_turns_by_weight(weights, batch_size, world_size):
+    options = {"one_domain": True, "world_size": world_size, "rows": 300 * batch_size * world_size}
+    drawn = batches(weights, batch_size, 200, **options)
+    turns = np.zeros((len(drawn) + 1, len(weights)))
+    for number, batch in enumerate(drawn):
+        ((domain,), rows) = {domain for domain, _ in batch}, {row for _, row in batch}
+        assert len(rows) == len(batch) == batch_size
+        turns[number + 1] = turns[number]
+        turns[number + 1, int(domain[1:])] += 1
+    due = np.arange(len(turns))[:, None] * np.array(weights) / sum(weights)
+    assert np.abs(turns - due).max() < 4, "after every batch each domain has had its share of them"
+    assert drawn[7:] == batches(weights, batch_size, 193, first=7, **options)
+    others = [batches(weights, batch_size, 200, rank=rank, **options) for rank in range(1, world_size)]
+    for shared in zip(drawn, *others, strict=True):
+        rows = [ref for batch in shared for ref in batch]
+        assert len({domain for domain, _ in rows}) == 1, "all ranks train the same memory"
+        assert len(set(rows)) == len(rows)
+
+
+def test_a_run_of_batches_of_one_domain_does_not_go_on_from_one_of_mixed_batches():
+    same = named([50] * 4), named([1, 2, 1, 1])
+    for size in (2, 4, 8):
+        alone, mixed = (DomainBatches(*same, size, one_domain=one).identity() for one in (True, False))
+        assert alone != mixed

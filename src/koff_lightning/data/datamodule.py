@@ -1,6 +1,7 @@
 """DomainDataModule: text sources of several domains -> training, validation, test and prediction batches."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +57,7 @@ class DomainDataModule(LightningDataModule):
         tokenizer: Hub id or folder of a tokenizer; by default that of the module's backbone.
         seq_len: Tokens per row.
         batch_size: Rows per batch on each device.
+        one_domain_batches: Each batch is of one domain, in turn, as in the paper (section 3.4); by default of all.
         heldout_fraction: Part of the documents of local files, chosen by hash of their id, kept for validation and
             test. Bundled text and domains with heldout_files come already split.
         max_heldout_bytes: At most this much held-out text per domain (UTF-8 bytes, whole documents), to validate fast.
@@ -82,6 +84,7 @@ class DomainDataModule(LightningDataModule):
         tokenizer: str | None = None,
         seq_len: int = 256,
         batch_size: int = 8,
+        one_domain_batches: bool = False,
         heldout_fraction: float = 0.05,
         max_heldout_bytes: int | None = None,
         max_train_bytes: int | None = None,
@@ -115,6 +118,7 @@ class DomainDataModule(LightningDataModule):
         self.streaming, self.shares = streaming, as_shares(self.sources, temperature)
         self.tokenizer_source, self.append_eos = tokenizer, append_eos
         self.seq_len, self.batch_size, self.num_workers, self.seed = seq_len, batch_size, num_workers, seed
+        self.one_domain_batches = one_domain_batches
         self.heldout_fraction, self.on_bad_line = heldout_fraction, on_bad_line
         self.max_heldout_bytes, self.max_train_bytes = max_heldout_bytes, max_train_bytes
         self.cache = TokenCache(Path(cache).expanduser() if cache else own_cache() / "tokens")
@@ -264,32 +268,19 @@ class DomainDataModule(LightningDataModule):
         """
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         max_steps = self.trainer.max_steps if self.trainer else -1
-        rank, world_size = self._place()
         num_rows = {name: 1 if self.streaming else len(rows) for name, rows in self._train.items()}
-        batches = DomainBatches(
-            num_rows,
-            self.shares,
-            self.batch_size,
-            seed=self.seed,
-            window=self._window(accumulate),
-            rank=rank,
-            world_size=world_size,
-        )
+        batches = self._mixture(num_rows, self._window(accumulate))
         if self.streaming:
             _require(max_steps > 0, "data.streaming needs trainer.max_steps: nobody knows how long one pass will be")
             return StreamLoader(self._reading(), batches, max_steps * accumulate, self.num_workers)
-        one_pass = -(-sum(num_rows.values()) // (self.batch_size * world_size))
+        one_pass = -(-sum(num_rows.values()) // (self.batch_size * batches.world_size))
         length = max_steps * accumulate if max_steps > 0 else one_pass
         return TrainLoader(self._train, batches, length, self.num_workers, self._teachers)
 
     def batch_number(self, number: int) -> Batch:
         """Training batch `number` (from 0) of this rank, a pure function of the number and of `seed`."""
         if self._numbered is None:
-            rows = {name: len(rows) for name, rows in self._train.items()}
-            rank, world_size = self._place()
-            self._numbered = DomainBatches(
-                rows, self.shares, self.batch_size, seed=self.seed, rank=rank, world_size=world_size
-            )
+            self._numbered = self._mixture({name: len(rows) for name, rows in self._train.items()})
         return Rows(self._train, self._teachers)[next(self._numbered.start_at(number))]
 
     # ------------------------------------------------------------------------------------- the stored teacher
@@ -337,6 +328,12 @@ class DomainDataModule(LightningDataModule):
             talks += [fields.where] if fields.where else []
             identity |= text.identity((fields.text, fields.id), split, *talks)
         return Reading(self._texts, self.tokenizer, self.seq_len, identity)
+
+    def _mixture(self, num_rows: Mapping[str, int], window: int | None = None) -> DomainBatches:
+        place = self._place()
+        return DomainBatches(
+            num_rows, self.shares, self.batch_size, self.seed, window, *place, one_domain=self.one_domain_batches
+        )
 
     def _window(self, accumulate: int) -> int:
         """Batches that together must hold every domain: one if it has room, else an optimizer step's if those have."""

@@ -6,6 +6,9 @@ domain. Whole rows are dealt by systematic sampling: lay the q_d end to end on a
 on each after a shift u in [0, 1). Any u gives each domain floor(q_d) or ceil(q_d) rows and fills the window exactly.
 The golden-ratio sequence of shifts, the most even there is, keeps every domain within a few rows of its share for good.
 
+Batches of one domain, the paper's way, are windows of one batch in which not rows are dealt but the batch: domain d is
+due w_d of it, and the same shifts let the domains take turns by their shares.
+
 Rows. Each pass over a domain follows a new seeded permutation of its rows. All ranks draw the same number of rows of
 each domain in each batch, and different rows.
 """
@@ -32,6 +35,7 @@ class DomainBatches:
         batch_size: Rows per batch on each rank.
         seed: Seed of the row order.
         window: Batches that must together hold every domain; by default as few as have room for all.
+        one_domain: All rows of a batch are of one domain; there is no window then.
         rank: This process among `world_size`.
         world_size: Number of processes that draw disjoint rows.
     """
@@ -45,12 +49,15 @@ class DomainBatches:
         window: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        one_domain: bool = False,
     ) -> None:
         self.domains = list(num_rows)
         self.num_rows = dict(num_rows)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.window = window or -(-len(self.domains) // batch_size)
-        quotas = _quotas([weights[domain] for domain in self.domains], self.window * batch_size)
+        self.window = 1 if one_domain else window or -(-len(self.domains) // batch_size)
+        self._unit = batch_size if one_domain else 1  # rows that are dealt together
+        size = self.window * batch_size // self._unit
+        quotas = _quotas([weights[domain] for domain in self.domains], size, least=0 if one_domain else 1)
         self._edges = np.concatenate([[0], np.cumsum(quotas)])  # [D + 1] the line of the file's head
         self._orders: dict[str, tuple[int, NDArray[np.int64]]] = {}  # the pass each domain is in, and its order
 
@@ -78,7 +85,7 @@ class DomainBatches:
     def counts(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of each domain in each of these windows on each rank, [W, D]."""
         shifts = windows.astype(np.uint64) * np.uint64(GOLDEN) % np.uint64(UNIT)  # overflow is harmless: UNIT | 2^64
-        return np.diff((self._edges + shifts.astype(np.int64)[:, None]) // UNIT, axis=1)
+        return np.diff((self._edges + shifts.astype(np.int64)[:, None]) // UNIT, axis=1) * self._unit
 
     def _draw(self, domain: str, taken: int, count: int) -> Iterator[RowRef]:
         size = self.num_rows[domain]
@@ -94,14 +101,14 @@ class DomainBatches:
         return self._orders[domain][1]
 
 
-def _quotas(weights: list[float], size: int) -> NDArray[np.int64]:
-    """Average rows per window of each domain in units of 1/UNIT: proportional to weight, at least one row each."""
+def _quotas(weights: list[float], size: int, least: int) -> NDArray[np.int64]:
+    """Average rows per window of each domain in units of 1/UNIT: proportional to weight, at least `least` (0 or 1)."""
     weight = np.array(weights, dtype=np.float64)
-    least = np.zeros(len(weight), dtype=bool)  # domains raised to one row because their proportional share is less
+    raised = np.zeros(len(weight), dtype=bool)  # domains raised to one row because their proportional share is less
     share = weight * size / weight.sum()
-    while (below := ~least & (share < 1 - 1e-9)).any():
-        least |= below
-        share = np.where(least, 1.0, weight * (size - least.sum()) / weight[~least].sum())
-    quotas = np.rint(np.maximum(share, 1.0) * UNIT).astype(np.int64)
+    while (below := ~raised & (share < least - 1e-9)).any():
+        raised |= below
+        share = np.where(raised, 1.0, weight * (size - raised.sum()) / weight[~raised].sum())
+    quotas = np.rint(np.maximum(share, least) * UNIT).astype(np.int64)
     quotas[np.argmax(quotas)] += size * UNIT - quotas.sum()
     return quotas

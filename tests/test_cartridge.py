@@ -89,14 +89,14 @@ def test_there_and_back_again(tmp_path):
 def test_layers_of_unequal_heads_are_refused(tmp_path):
     memory = KVMemory([(2, 16), (1, 16)], P)
     with pytest.raises(KoffError, match="equally many key-value heads; these have 1 to 2: export with --lay"):
-        to_cartridge(memory, torch.ones(8), tmp_path / "de")
+        to_cartridge(memory, [torch.ones(8)], tmp_path / "de")
     assert not (tmp_path / "de").exists()
 
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(KoffError, match="is not empty"):
-        to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), tmp_path)
+        to_cartridge(KVMemory([(2, 16)], P), [torch.ones(8)], tmp_path)
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -106,17 +106,17 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr("koff_lightning.artifact.cartridge.save_file", full)
     with pytest.raises(KoffError, match=r"cannot write .*de: .*No space left on device"):
-        to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), tmp_path / "de")
+        to_cartridge(KVMemory([(2, 16)], P), [torch.ones(8)], tmp_path / "de")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_cartridge_is_refused(tmp_path):
     with pytest.raises(KoffError, match="is not a CARTRIDGE adapter that can be read"):
-        from_cartridge(tmp_path / "none", torch.ones(8))
+        from_cartridge(tmp_path / "none", [torch.ones(8)])
     folder = tmp_path / "de"
-    to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), folder)
+    to_cartridge(KVMemory([(2, 16)], P), [torch.ones(8)], folder)
     with pytest.raises(KoffError, match=r"\[7, 64\], which is not 7 slots of 1 layers with whole heads of size 24"):
-        from_cartridge(folder, torch.ones(12))
+        from_cartridge(folder, [torch.ones(12)])
     config = json.loads((folder / "adapter_config.json").read_text())
     for change, message in {
         ("num_virtual_tokens", 6): "which is not 6 slots",
@@ -128,27 +128,27 @@ def test_what_is_no_cartridge_is_refused(tmp_path):
     }.items():
         (folder / "adapter_config.json").write_text(json.dumps(config | dict([change])))
         with pytest.raises(KoffError, match=message):
-            from_cartridge(folder, torch.ones(8))
+            from_cartridge(folder, [torch.ones(8)])
     (folder / "adapter_config.json").write_text("[" * 50_000)
     with pytest.raises(KoffError, match="that can be read: .* thousands deep"):
-        from_cartridge(folder, torch.ones(8))
+        from_cartridge(folder, [torch.ones(8)])
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(KoffError, match="that can be read"):
-        from_cartridge(folder, torch.ones(8))
+        from_cartridge(folder, [torch.ones(8)])
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
 def test_numbers_that_are_no_floats_are_refused(tmp_path, dtype):
-    to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), tmp_path / "de")
+    to_cartridge(KVMemory([(2, 16)], P), [torch.ones(8)], tmp_path / "de")
     save_file({"prompt_embeddings": torch.ones(P, 64).to(dtype)}, tmp_path / "de" / "adapter_model.safetensors")
     with pytest.raises(KoffError, match=f"prompt_embeddings is {dtype}, which are no keys and values"):
-        from_cartridge(tmp_path / "de", torch.ones(8))
+        from_cartridge(tmp_path / "de", [torch.ones(8)])
 
 
 def test_tensors_that_a_memory_has_no_place_for_are_refused(tmp_path):
-    to_cartridge(KVMemory([(2, 16)], P), torch.ones(8), tmp_path / "de")
+    to_cartridge(KVMemory([(2, 16)], P), [torch.ones(8)], tmp_path / "de")
     file = tmp_path / "de" / "adapter_model.safetensors"
     save_file(load_file(file) | {"base_model.model.lm_head.weight": torch.ones(3)}, file)
     with pytest.raises(KoffError, match=r"holds more than prompt_embeddings \(base_model.model.lm_head.weight\)"):
-        from_cartridge(tmp_path / "de", torch.ones(8))
+        from_cartridge(tmp_path / "de", [torch.ones(8)])

@@ -109,12 +109,17 @@ def test_what_decoding_stacks_is_kept_for_the_same_rows_and_no_longer(made, monk
     assert len(calls) == 1
     model(ids, mask, domains="fr")
     assert torch.equal(model(ids, mask, domains=ROWS).logits, first)
+    assert len(calls) == 2, "a few calls' rows are kept: caches of other rows take turns"
+    for others in ("de", "law", ["fr", "fr", "de", "de"], ["law"] * 3 + [None]):
+        model(ids, mask, domains=others)
+    assert torch.equal(model(ids, mask, domains=ROWS).logits, first)
+    assert len(calls) == 7, "after as many others they are made anew"
     model.remove_memory("de")
     model.add_memory(made.folder / "memories" / "de")
     assert torch.equal(model(ids, mask, domains=ROWS).logits, first)
     double = model.double()(ids, mask, domains=ROWS).logits
     torch.testing.assert_close(double[mask.bool()].float(), first[mask.bool()], atol=1e-5, rtol=0)
-    assert len(calls) == 5
+    assert len(calls) == 9
 
 
 @torch.no_grad()

@@ -57,7 +57,6 @@ class DomainDataModule(LightningDataModule):
         tokenizer: Hub id or folder of a tokenizer; by default that of the module's backbone.
         seq_len: Tokens per row.
         batch_size: Rows per batch on each device.
-        one_domain_batches: Each batch is of one domain, in turn, as in the paper (section 3.4); by default of all.
         heldout_fraction: Part of the documents of local files, chosen by hash of their id, kept for validation and
             test. Bundled text and domains with heldout_files come already split.
         max_heldout_bytes: At most this much held-out text per domain (UTF-8 bytes, whole documents), to validate fast.
@@ -76,6 +75,7 @@ class DomainDataModule(LightningDataModule):
         retention: General text by name, each entry as in `domains`, for runs with model.retention; kept in memory or
             prepared, also where the domains are streamed.
         max_retention_bytes: At most this much of each of them (UTF-8 bytes, whole documents in file order).
+        one_domain_batches: Each batch is of one domain, in turn, as in the paper (section 3.4); by default of all.
     """
 
     def __init__(
@@ -84,7 +84,6 @@ class DomainDataModule(LightningDataModule):
         tokenizer: str | None = None,
         seq_len: int = 256,
         batch_size: int = 8,
-        one_domain_batches: bool = False,
         heldout_fraction: float = 0.05,
         max_heldout_bytes: int | None = None,
         max_train_bytes: int | None = None,
@@ -97,6 +96,7 @@ class DomainDataModule(LightningDataModule):
         cache: str | None = None,
         retention: dict[str, DomainSource | str | list[str]] | None = None,
         max_retention_bytes: int | None = None,
+        one_domain_batches: bool = False,
     ) -> None:
         super().__init__()
         _require(seq_len >= MIN_SEQ_LEN, f"data.seq_len must be {MIN_SEQ_LEN} or more, got {seq_len}")

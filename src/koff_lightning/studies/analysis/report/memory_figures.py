@@ -49,7 +49,7 @@ def perplexity(found: Study) -> Figure:
     figure = Figure(figsize=(WIDE, 1.3 + 0.42 * len(mean)), layout="constrained")
     axes = figure.add_subplot()
     heat(axes, mean[columns].to_numpy(), "{:.2f}", "cividis_r")
-    names = {"none": "pruned\nonly", "dense": "unpruned"}
+    names = {"none": "pruned\nonly", "dense": "un-\npruned"}
     axes.set_xticks(np.arange(len(columns)) + 0.5, [names.get(column, column) for column in columns])
     axes.set_yticks(np.arange(len(mean)) + 0.5, mean.index)
     axes.set(xlabel="memory", ylabel="text", title="Perplexity per token")

@@ -3,6 +3,7 @@
     .venv/bin/python recipes/engines/in_vllm.py make DIR
     .venv-vllm/bin/python recipes/engines/in_vllm.py check DIR --record docs/results/engines.json
     .venv-vllm/bin/python recipes/engines/in_vllm.py speed DIR --record docs/results/engines.json
+    .venv-vllm/bin/python recipes/engines/in_vllm.py stock DIR --record docs/results/engines.json
 
 `make` writes small random models of every family, layout and scaled rotary embedding, head size 32 (vLLM's attention on
 a CPU takes no 16), pruned, with seven memories: LoRA and slots, LoRA alone, slots alone; and what our runtime continues
@@ -17,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ SETTINGS = {
     "TORCHDYNAMO_DISABLE": "1",  # else what samples is compiled first, for half a minute
 }
 TOKENS, TOP = 24, 5
+ROWS, COUNT = 24, 48  # texts and new tokens of what is timed
+TIMED = {"enable_prefix_caching": False, "max_num_batched_tokens": 1024}
 DOMAINS = {  # name -> LoRA's rank, slots
     "de": (3, 5), "fr": (3, 5), "law": (3, 40), "lora-one": (2, None), "lora-two": (8, None),
     "slots-one": (None, 9), "slots-two": (None, 33),
@@ -49,8 +53,10 @@ CASES: dict[str, dict[str, Any]] = {
     "yarn-rope-ragged": {"changes": {"rope_parameters": YARN}},
     "linear-rope-ragged": {"changes": {"rope_parameters": LINEAR}},
 }
+# Of the model that is timed: the same shapes in our classes (ragged) and, as plain Llama, in vLLM's own (uniform).
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
-SPEED = {"changes": SIZES | {"num_key_value_heads": 4}}  # of the model that is timed
+SIZES |= {"num_key_value_heads": 4, "head_dim": 32}
+KINDS = {"LoRA and slots": (8, 32), "LoRA": (8, None), "slots": (None, 32)}  # three domains each, for equal work
 # What differs between the engines of the cases, so that each way of reading is met: shorter parts of a prompt than
 # slots, larger blocks, a cache that does not hold all texts at a time.
 ENGINES: dict[str, dict[str, Any]] = {
@@ -63,8 +69,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 # ------------------------------------------------------------------------------------------- in the project's venv
 
 
-def make(work: Path, names: list[str]) -> None:
-    """Artifacts and our answers."""
+def make(work: Path, names: list[str], sizes: list[int]) -> None:
+    """Artifacts and our answers; `sizes` are of the model that is timed."""
     import torch
 
     torch.set_num_threads(1)
@@ -74,10 +80,24 @@ def make(work: Path, names: list[str]) -> None:
             (work / name / "answers.json").write_text(json.dumps(answers(work / name / "artifact")), encoding="utf-8")
             print(name, "made", flush=True)
     if not (work / "speed").exists():
-        artifact(work / "speed", **SPEED)
+        timed = {name: KINDS[kind] for kind, names in timed_domains().items() for name in names}
+        for layout in ("ragged", "uniform"):
+            changes = dict(zip(SIZES, sizes, strict=True))
+            artifact(work / "speed" / layout, layout=layout, domains=timed, changes=changes, uniform=True)
 
 
-def artifact(folder: Path, family: str = "llama", layout: str = "ragged", **options: Any) -> None:
+def timed_domains() -> dict[str, list[str]]:
+    """Kind of memory -> the names of its domains, in the model that is timed."""
+    return {kind: [f"{kind.lower().replace(' ', '-')}-{number}" for number in range(3)] for kind in KINDS}
+
+
+def artifact(
+    folder: Path,
+    family: str = "llama",
+    layout: str = "ragged",
+    domains: dict[str, tuple[int | None, int | None]] = DOMAINS,
+    **options: Any,
+) -> None:
     """One small artifact with all memories."""
     import torch
 
@@ -88,15 +108,17 @@ def artifact(folder: Path, family: str = "llama", layout: str = "ragged", **opti
     from koff_lightning.memory import KVSpec, LoraSpec
 
     changes = {"head_dim": 32} | options.pop("changes", {})
-    module = tiny_decomposition(folder, family, changes=changes, domains=["de"], **options)
-    for name, (rank, slots) in DOMAINS.items():
-        if name != "de":
+    folder.parent.mkdir(exist_ok=True)
+    first = next(iter(domains))
+    module = tiny_decomposition(folder, family, changes=changes, domains=[first], **options)
+    for name, (rank, slots) in domains.items():
+        if name != first:
             module.memories.add(name, rank and LoraSpec(rank=rank, alpha=2.0 * rank), slots and KVSpec(slots=slots))
     torch.manual_seed(1)
     sinks = [buffer for name, buffer in module.memories.named_buffers() if "sink" in name]
     for tensor in (*module.memories.lora_parameters(), *module.memories.kv_parameters(), *sinks):
         torch.nn.init.normal_(tensor, std=0.3 if tensor.ndim == 3 else 0.1)
-    domain = "de" if layout == "merged" else None
+    domain = first if layout == "merged" else None
     export(module, folder / "artifact", layout=layout, domain=domain, prove=False)
 
 
@@ -133,15 +155,22 @@ class Engine:
 
     Args:
         folder: The artifact.
+        bare: The backbone alone: no LoRA, no connector.
         options: Of `vllm.LLM`.
     """
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, bare: bool = False, **options: Any) -> None:
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
         from koff_lightning.serving.vllm.slots import FOLDER, find
 
+        given = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 32, "max_num_batched_tokens": 256}
+        given |= {"enforce_eager": True, "block_size": 32, "enable_prefix_caching": True}
+        if bare:
+            self.held, self.loras = {}, {}
+            self.llm = LLM(str(folder / "backbone"), **given | options)
+            return
         homes = sorted(path for path in (folder / "memories").iterdir() if path.is_dir())
         self.held = {home.name: find(folder / "memories", home.name) for home in homes}
         adapted = [home for home in homes if (home / "adapter_config.json").is_file()]
@@ -150,8 +179,6 @@ class Engine:
         connector["kv_connector_extra_config"] = {FOLDER: str(folder / "memories")}
         # As many places as adapters: a row without one must not take the last.
         lora = {"enable_lora": True, "max_loras": len(adapted), "max_lora_rank": 8} if adapted else {}
-        given = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 32, "max_num_batched_tokens": 256}
-        given |= {"enforce_eager": True, "block_size": 32, "enable_prefix_caching": True}
         self.llm = LLM(str(folder / "backbone"), kv_transfer_config=connector, **given | lora | options)
 
     def request(self, ids: list[int], memory: str | None, count: int = TOKENS, **changes: Any) -> tuple[Any, Any, Any]:
@@ -249,63 +276,94 @@ def wrongs(engine: Engine, rows: list[dict[str, Any]]) -> dict[str, tuple[Any, A
     return {label: engine.request(ids, memory, **changes) for label, changes in made.items()}
 
 
-def speed(work: Path, rounds: int, record: Path | None) -> None:
+def speed(work: Path, rounds: int, record: Path | None, dtype: str) -> None:
     """Tokens per second: texts of one domain, of every domain in turn, and of several together.
 
-    A round runs every batch once, every other round backwards. One domain's time is the mean over the domains of a kind
-    in the same round. Processor time says what is computed, wall time what was waited for, other programs included.
+    One domain's time is the mean over the domains of a kind in the same round.
     """
-    engine = Engine(work / "speed" / "artifact", enable_prefix_caching=False, max_num_batched_tokens=1024)
-    kinds = {
-        "LoRA and slots": ["de", "fr", "law"],
-        "LoRA": ["lora-one", "lora-two"],
-        "slots": ["slots-one", "slots-two"],
-    }
-    rows, count = 24, 48
-    batches: dict[str, list[str | None]] = {"bare": [None] * rows}
+    engine = Engine(work / "speed" / "ragged" / "artifact", dtype=dtype, **TIMED)
+    kinds = timed_domains()
+    batches: dict[str, tuple[Engine, list[str | None]]] = {"bare": (engine, [None] * ROWS)}
     for kind, names in kinds.items():
-        batches |= {f"{kind}: {name}": [name] * rows for name in names}
-        batches[f"{kind}: mixed"] = names * (rows // len(names))
+        batches |= {f"{kind}: {name}": (engine, [name] * ROWS) for name in names}
+        batches[f"{kind}: mixed"] = (engine, names * (ROWS // len(names)))
+
+    def mixed(times: dict[str, list[float]]) -> dict[str, list[float]]:
+        ratios = {}
+        for kind, names in kinds.items():
+            alone = [statistics.mean(ts) for ts in zip(*(times[f"{kind}: {name}"] for name in names), strict=True)]
+            ratios[kind] = ratio(alone, times[f"{kind}: mixed"])
+        return ratios
+
+    compared = f"{ROWS} texts of 24 and {COUNT} tokens of one domain, and of several domains together"
+    race("speed", batches, rounds, mixed, record, compared)
+
+
+def stock(work: Path, rounds: int, record: Path | None, dtype: str) -> None:
+    """Tokens per second of a bare backbone: in our class for unequal widths, and as plain Llama in vLLM's own class.
+
+    Both have the same shapes, so the same arithmetic; an engine that reads no memory cannot stand beside one that does.
+    """
+    layouts = {"ours": "ragged", "stock": "uniform"}
+    options = {"bare": True, "dtype": dtype} | TIMED
+    engines = {name: Engine(work / "speed" / layout / "artifact", **options) for name, layout in layouts.items()}
+    batches: dict[str, tuple[Engine, list[str | None]]] = {name: (one, [None] * ROWS) for name, one in engines.items()}
+    compared = f"{ROWS} texts of 24 and {COUNT} tokens, the same shapes in our class and in vLLM's own"
+    race("stock", batches, rounds, lambda ts: {"ours": ratio(ts["stock"], ts["ours"])}, record, compared)
+
+
+def race(
+    name: str,
+    batches: dict[str, tuple[Engine, list[str | None]]],
+    rounds: int,
+    ratios: Callable[[dict[str, list[float]]], dict[str, list[float]]],
+    record: Path | None,
+    compared: str,
+) -> None:
+    """Run every batch once in each round, every other round backwards, and print and record what it took.
+
+    Processor time says what is computed, wall time what was waited for, other programs included.
+
+    Args:
+        name: Of the record's entry, and of the command.
+        batches: Label -> engine, and the memory of each row.
+        rounds: After one that warms up.
+        ratios: Label -> seconds of each round, into label -> how much faster.
+        record: JSON to put it in.
+        compared: What the entry says of it.
+    """
     clocks = {"processor": time.process_time, "wall": time.perf_counter}
-    times: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in batches} for clock in clocks}
+    times: dict[str, dict[str, list[float]]] = {clock: {label: [] for label in batches} for clock in clocks}
     found: dict[str, Any] = {}
     for number in range(rounds + 1):
-        for name in list(batches)[:: 1 if number % 2 else -1]:
-            made = [engine.request([3 + (place + at) % 300 for at in range(24)], m, count, logprobs=None)
-                    for place, m in enumerate(batches[name])]  # fmt: skip
+        for label in list(batches)[:: 1 if number % 2 else -1]:
+            engine, memories = batches[label]
+            made = [engine.request([3 + (place + at) % 300 for at in range(24)], m, COUNT, logprobs=None)
+                    for place, m in enumerate(memories)]  # fmt: skip
             start = {clock: read() for clock, read in clocks.items()}
             outputs = engine(made)
             took = {clock: read() - start[clock] for clock, read in clocks.items()}
-            if any(len(output.outputs[0].token_ids) != count for output in outputs):
-                raise SystemExit(f"{name}: not all {rows} texts have {count} tokens")
-            if number:  # the first round warms up
+            if any(len(output.outputs[0].token_ids) != COUNT for output in outputs):
+                raise SystemExit(f"{label}: not all {ROWS} texts have {COUNT} tokens")
+            if number:
                 for clock, one in took.items():
-                    times[clock][name].append(one)
+                    times[clock][label].append(one)
         if number:
-            found = {"rounds": number} | {clock: rates(times[clock], kinds, rows * count) for clock in clocks}
+            found = {"rounds": number}
+            for clock, by_label in times.items():
+                rates = {label: spread([ROWS * COUNT / one for one in ts], 1) for label, ts in by_label.items()}
+                found[clock] = {"tokens_per_second": rates, "ratio": ratios(by_label)}
             print(json.dumps(found), flush=True)
     if record is not None:
         from record import write
 
-        write(
-            record,
-            "vllm-speed",
-            engine="vLLM",
-            compared=f"{rows} texts of 24 and {count} tokens of one domain, and of several domains together",
-            command=f"python recipes/engines/in_vllm.py speed DIR --rounds {rounds}",
-            figures=found,
-        )
+        command = f"python recipes/engines/in_vllm.py {name} DIR --rounds {rounds}"
+        write(record, f"vllm-{name}", engine="vLLM", compared=compared, command=command, figures=found)
 
 
-def rates(times: dict[str, list[float]], kinds: dict[str, list[str]], tokens: int) -> dict[str, Any]:
-    """Batch -> tokens per second, kind -> those of mixed domains by those of one; median, least and greatest."""
-    found = {"tokens_per_second": {name: spread([tokens / one for one in ts], 1) for name, ts in times.items()}}
-    ratios = {}
-    for kind, names in kinds.items():
-        alone = [statistics.mean(ts) for ts in zip(*(times[f"{kind}: {name}"] for name in names), strict=True)]
-        pairs = zip(alone, times[f"{kind}: mixed"], strict=True)
-        ratios[kind] = spread([one / mixed for one, mixed in pairs], 3)
-    return found | {"mixed_by_one": ratios}
+def ratio(slow: list[float], fast: list[float]) -> list[float]:
+    """How many times as fast the second are, pair by pair: median, least, greatest."""
+    return spread([one / other for one, other in zip(slow, fast, strict=True)], 3)
 
 
 def spread(values: list[float], digits: int) -> list[float]:
@@ -332,19 +390,22 @@ def put(record: Path, name: str, layout: str, arms: dict[str, Any]) -> None:
 def main() -> None:
     """Do what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "check", "speed"])
+    parser.add_argument("what", choices=["make", "check", "speed", "stock"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--rounds", type=int, default=5, help="of `speed`")
+    parser.add_argument("--rounds", type=int, default=5, help="of `speed` and `stock`")
+    parser.add_argument("--sizes", type=int, nargs=len(SIZES), default=list(SIZES.values()), metavar="N",
+                        help=f"of the model that is timed, {', '.join(SIZES)}; on a GPU take a real one's")  # fmt: skip
+    parser.add_argument("--dtype", default="float32", help="of `speed` and `stock`; bfloat16 on a GPU")
     parser.add_argument("--record", type=Path, help="JSON to put what is found in")
     options = parser.parse_args()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     sys.path.insert(0, str(Path(__file__).parent))
     if options.what == "make":
-        make(options.work, options.cases)
-    elif options.what == "speed":
-        speed(options.work, options.rounds, options.record)
+        make(options.work, options.cases, options.sizes)
+    elif options.what in ("speed", "stock"):
+        {"speed": speed, "stock": stock}[options.what](options.work, options.rounds, options.record, options.dtype)
     elif not check(options.work, options.cases, options.record):
         sys.exit("vLLM and our runtime differ")
 

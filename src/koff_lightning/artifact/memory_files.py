@@ -35,6 +35,7 @@ from koff_lightning.memory import LoraSpec, MemoryBank
 from koff_lightning.model_files import not_finite
 from koff_lightning.placement import ALL, check_words, shortest, shown
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import check_sha256
 from koff_lightning.support.json_files import json_object
 from koff_lightning.support.names import check_name
 from koff_lightning.surgery import PEFT_PREFIX
@@ -342,8 +343,7 @@ def _tensors(folder: Path, name: str, card: MemoryCard) -> dict[str, Tensor]:
 def _content(folder: Path, name: str, card: MemoryCard) -> bytes:
     """A file's bytes, read once: what was hashed is what is used."""
     content = (folder / name).read_bytes()
-    if hashlib.sha256(content).hexdigest() != card.files[name]["sha256"]:
-        raise KoffError(f"{name} was changed after it was written (its sha256 is another): get it again")
+    check_sha256(hashlib.sha256(content).hexdigest(), card.files[name]["sha256"], name)
     return content
 
 

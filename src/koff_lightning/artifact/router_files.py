@@ -35,6 +35,7 @@ from koff_lightning.model_files import not_finite
 from koff_lightning.router.ngrams import BITS, BYTES, LONGEST, NgramClassifier
 from koff_lightning.router.routing import AUTO, SIZES, Router
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import check_sha256
 from koff_lightning.support.names import check_names
 
 CARD, WEIGHTS, ENCODER = "router.json", "router.safetensors", "encoder"
@@ -164,8 +165,7 @@ def _ngrams(folder: Path, manifest: Manifest, count: int) -> NgramClassifier:
     if listed is None:
         raise KoffError(f"{path} is missing: fit the router anew (koff router fit)")
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != listed["sha256"]:
-        raise KoffError(f"{path} was changed after it was written (its sha256 is another): get it again")
+    check_sha256(hashlib.sha256(content).hexdigest(), listed["sha256"], path)
     try:
         tensors = load(content)
     except (SafetensorError, KeyError, ValueError) as error:  # a dtype that torch does not have is a KeyError

@@ -54,7 +54,7 @@ class OwnEngine(Engine):
         self._held = {name: self._known(name, model.manifest.domains[name]["card_sha256"]) for name in model.domains}
         self._numbers = 0  # of memories that took the place of another
         self._context = int(getattr(model.backbone.config, "max_position_embeddings", 0) or 2**31)
-        self._ends = frozenset(end_tokens(model.backbone.generation_config.eos_token_id))
+        self._ends = ends_of(model)
         self._batch = self._empty()
         self._waiting: deque[Row] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -172,3 +172,8 @@ def _do(what: Callable[[], T], future: "Future[T]") -> None:
         future.set_result(what())
     except Exception as error:
         future.set_exception(error)
+
+
+def ends_of(model: DecomposedModel) -> frozenset[int]:
+    """The tokens that end a text, as `generate` has them."""
+    return frozenset(end_tokens(model.backbone.generation_config.eos_token_id))

@@ -152,6 +152,11 @@ class Manifest:
             if (len(bits := _unpack(group)), int(bits.sum())) != (group["of"], group["kept"]):
                 raise KoffError(f"the bits of layer {group['layer']} are not {group['kept']} of {group['of']}")
 
+    def refuse_others(self, domains: Iterable[str], where: object) -> None:
+        """Raise KoffError unless the artifact, which lies at `where`, has a memory for each of these domains."""
+        if unknown := [name for name in domains if name not in self.domains]:
+            raise KoffError(f"{where} has no memory for {unknown[0]!r}; it has {', '.join(self.domains) or 'none'}")
+
     @property
     def form(self) -> Layout:
         """How the backbone and its memories are stored."""
@@ -170,6 +175,11 @@ class Manifest:
     def mask(self) -> Tensor:
         """The mask, bool [U], over the groups in the order of `kept`."""
         return torch.cat([_unpack(group) for group in self.kept])
+
+
+def backbone_of(folder: str) -> str:
+    """Folder of an artifact's backbone."""
+    return str(Path(folder).expanduser() / BACKBONE)
 
 
 # ------------------------------------------------------------------------------------------------------ the mask

@@ -1,4 +1,4 @@
-"""The memories of an artifact on disk: put one in, take one out, train one more for its mask and backbone.
+"""The memories of an artifact on disk: put one in, take one out.
 
 The folder is replaced as a whole, so no crash leaves half. The backbone and the other memories are not written: the new
 folder links to their files.
@@ -8,31 +8,25 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from koff_lightning.artifact.folder import BACKBONE, MANIFEST, MEMORIES, Manifest, read_manifest, verify
-from koff_lightning.artifact.layouts import LAYOUTS
 from koff_lightning.artifact.memory_files import (
     CARD,
-    card_of,
     listed,
     load_memory,
-    lora_state,
     read_card,
     unlisted,
-    write_memory,
+    write_loaded,
 )
-from koff_lightning.losses import LossSpec
 from koff_lightning.memory import MemoryBank
 from koff_lightning.model_files import check_links
-from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, new_folder
 from koff_lightning.support.names import check_name
@@ -68,12 +62,10 @@ def add_from_bank(folder: str | Path, bank: MemoryBank, domains: Sequence[str]) 
     """
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
-    about = {"base": manifest.base, "mask_hash": manifest.mask_hash, "tokenizer_hash": manifest.tokenizer_hash}
     with tempfile.TemporaryDirectory() as work:
         sources = {domain: Path(work) / domain for domain in domains}
         for domain, source in sources.items():
-            card, slots = card_of(bank, domain, **about, shapes=manifest.form.shapes), bank.slots(domain)
-            write_memory(source, card, lora_state(bank, domain), None if slots is None else slots.tensors())
+            write_loaded(source, bank, domain, manifest)
         _add(folder, sources)
 
 
@@ -105,8 +97,7 @@ def remove_memory(folder: str | Path, domain: str) -> None:
     read_manifest(folder)
     with revised(folder) as work:
         manifest = read_manifest(work)
-        if domain not in manifest.domains:
-            raise KoffError(f"{folder} has no memory for {domain!r}; it has {', '.join(manifest.domains) or 'none'}")
+        manifest.refuse_others([domain], folder)
         if manifest.form.folds:
             raise KoffError(f"{folder} is {domain!r} merged into its backbone: there is no model without it in it")
         if (work / MEMORIES / domain).is_dir():
@@ -126,61 +117,6 @@ def check_free_name(manifest: Manifest, folder: Path, domain: str) -> None:
         raise KoffError(
             f"{folder} has a memory {domain!r} already: `koff memory remove {folder} {domain}`, or give another name"
         )
-
-
-# ----------------------------------------------------------------------------------------- domains trained later
-
-
-def artifact_to_extend(folder: str, sparsity: SparsitySpec, loss: LossSpec) -> Manifest:
-    """Check that an artifact can take memories that are trained under these options.
-
-    Raises:
-        KoffError: No sound artifact, one in whose layout a memory would not fit, or options that need the dense model.
-    """
-    manifest = verify(folder)
-    if not manifest.form.takes_domains:
-        wanted = " and ".join(repr(name) for name, layout in LAYOUTS.items() if layout.takes_domains)
-        raise KoffError(
-            f"artifact {folder} has layout {manifest.layout!r}; domains are added to {wanted} ones: "
-            "export the run again with --layout ragged"
-        )
-    if sparsity.target:
-        raise KoffError(
-            f"the mask of an artifact is fixed: set model.sparsity.target to 0, as add_domain.yaml does; got "
-            f"{sparsity.target}"
-        )
-    if loss.kl:
-        raise KoffError(
-            "an artifact holds no dense model to learn from: set model.loss.kl to 0, as add_domain.yaml does; got "
-            f"{loss.kl}"
-        )
-    return manifest
-
-
-def hold_closed(backbone: PreTrainedModel, manifest: Manifest | None) -> None:
-    """Let the closed channels of an artifact say zero for good: y = z (W x + b + s B A x), as while it was learned.
-
-    Args:
-        backbone: With its adapters; what they add at these channels has no gradient from here on.
-        manifest: Manifest of the artifact; None for a backbone that was not cut.
-    """
-    for path, closed in manifest.closed().items() if manifest else ():
-
-        def multiply(_: nn.Module, __: object, output: Tensor, kept: Tensor = ~closed) -> Tensor:
-            return output * kept.to(output.device, output.dtype)  # [B, T, out]
-
-        backbone.get_submodule(path).register_forward_hook(multiply)
-
-
-def check_new(manifest: Manifest, folder: str, domains: Iterable[str]) -> None:
-    """Raise KoffError if an artifact has a memory for one of these domains already."""
-    for domain in domains:
-        check_free_name(manifest, Path(folder), domain)
-
-
-def backbone_of(folder: str) -> str:
-    """Folder of an artifact's backbone."""
-    return str(Path(folder).expanduser() / BACKBONE)
 
 
 # -------------------------------------------------------------------------------------------------- the folder

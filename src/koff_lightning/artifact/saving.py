@@ -17,7 +17,7 @@ from koff_lightning.artifact.folder import (
     read_manifest,
     verify,
 )
-from koff_lightning.artifact.memory_files import CARD, card_of, listed, lora_state, unlisted, write_memory
+from koff_lightning.artifact.memory_files import CARD, listed, unlisted, write_loaded
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_free, hash_file, new_folder
@@ -54,13 +54,11 @@ def save_artifact(backbone: PreTrainedModel, bank: MemoryBank, manifest: Manifes
                 shutil.copyfile(source / name, work / name)
         if manifest.router is not None:  # with other memories it is refused when it is asked
             shutil.copytree(source / ROUTER, work / ROUTER)
-        about = {"base": manifest.base, "mask_hash": manifest.mask_hash, "tokenizer_hash": manifest.tokenizer_hash}
         for domain in manifest.domains:
             manifest = unlisted(manifest, domain)
         for domain in bank.domains:
-            card, slots = card_of(bank, domain, **about, shapes=manifest.form.shapes), bank.slots(domain)
             home = work / MEMORIES / domain
-            card = write_memory(home, card, lora_state(bank, domain), None if slots is None else slots.tensors())
+            card = write_loaded(home, bank, domain, manifest)
             manifest = listed(manifest, card, hash_file(home / CARD))
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         verify(work)

@@ -15,13 +15,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.evaluation import lm_tasks
-from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.evaluation.lm_scores import Scores, show
 from koff_lightning.support import ranks
 from koff_lightning.support.ending import Ended
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 from koff_lightning.training.ending import may_be_left
+from koff_lightning.training.eval_mode import eval_mode
 from koff_lightning.training.module import KOFFModule
 from koff_lightning.training.strategies import ShardedStrategy
 

@@ -277,7 +277,7 @@ class DecomposedModel(nn.Module):
             KoffError: The folder is taken, or what would be written is not what its manifest says: the backbone was
                 changed or has another dtype than in the artifact, or the artifact is no longer the one that was loaded.
         """
-        from koff_lightning.artifact.saving import save_artifact  # what is only used is loaded faster without
+        from koff_lightning.artifact.memories import save_artifact  # what is only used is loaded faster without
 
         save_artifact(self.backbone, self.memories, self.manifest, self.folder, Path(folder).expanduser())
 

@@ -156,14 +156,12 @@ class LMEval(Callback):
             self._evaluate(trainer, pl_module)
 
     def _parts_of(self, spec: LMEvalTask, trainer: Trainer, module: KOFFModule) -> list[_Part]:
-        from koff_lightning.evaluation.lm_tasks import quiet
-
         if spec.domain not in module.domains:
             raise KoffError(
                 f"lm_eval: task {spec.task!r} is asked of domain {spec.domain!r}, but this run has memories for "
                 f"{', '.join(module.domains)}"
             )
-        with quiet():
+        with lm_tasks.quiet():
             tasks = lm_tasks.load_tasks([spec.task], self.include_path)
         lm_tasks.check_safe(tasks)
         lm_tasks.check_counts(tasks, spec.limit, spec.num_fewshot, trainer.world_size)
@@ -286,9 +284,7 @@ def _flat(columns: dict[str, Scores]) -> dict[str, float]:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keep lm-eval's bars and notices off the terminal, where the run shows its own."""
-    from koff_lightning.evaluation.lm_tasks import quiet
-
-    with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with lm_tasks.quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.evaluation import lm_tasks
-from koff_lightning.evaluation.lm_scores import Scores, show
+from koff_lightning.evaluation.lm_scores import CLASH, Scores, show
 from koff_lightning.support import ranks
 from koff_lightning.support.ending import Ended
 from koff_lightning.support.errors import KoffError
@@ -116,7 +116,7 @@ class LMEval(Callback):
         if self.tasks and "dense" in self.modes and "dense" not in pl_module.modes:
             raise KoffError("lm_eval.dense: a run that extends an artifact has no dense model at hand")
         if clash := set(self.modes) & set(pl_module.domains):
-            raise KoffError(f"lm_eval.{clash.pop()}: a domain has that name, so their scores could not be told apart")
+            raise KoffError(f"lm_eval.{clash.pop()}: {CLASH}")
         self._parts = []
         # Sharded weights are gathered in each forward: after an error the ranks may be out of step whoever met it
         if self.tasks and trainer.world_size > 1 and not isinstance(trainer.strategy, ShardedStrategy):

@@ -121,11 +121,11 @@ def _parts(manifest: Manifest) -> list[str]:
 def _answer(engine: str, part: str, folder: Path, manifest: Manifest) -> Answer:
     config = read_json_object(folder / BACKBONE / "config.json")
     answer, why = RULES[engine][part][_form(manifest, config)]
-    trial = _TRIALS.get((engine, part))
-    if answer != "yes" or trial is None:
+    if answer != "yes":
         return answer, why
     try:
-        trial(folder, manifest)
+        for trial in _TRIALS.get((engine, part), ()):
+            trial(folder, manifest)
     except Exception as error:  # whatever theirs raise is the finding
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return "no", reason if engine == "vllm" else f"tried, and failed: {reason}"
@@ -196,12 +196,7 @@ def _architecture(folder: Path, manifest: Manifest) -> None:
     form_of(load_decomposed(folder, domains=[], verify=False))
 
 
-def _slots_in_llama_cpp(folder: Path, manifest: Manifest) -> None:
-    _architecture(folder, manifest)
-    _check_all_layers(manifest)
-
-
-def _check_all_layers(manifest: Manifest) -> None:
+def _check_all_layers(folder: Path, manifest: Manifest) -> None:
     """Refuse memories that have slots in some layers only, where all layers share one row of places."""
     if layers := [about["kv_layers"] for about in manifest.domains.values() if about.get("kv_layers")]:
         raise KoffError(f"its cache holds slots in all layers, a memory here has some in {shown(layers[0])} alone")
@@ -216,27 +211,21 @@ def _layers_in_vllm(folder: Path, manifest: Manifest) -> None:
         raise KoffError(f"its rotary frequencies do not change with the length of a text, those of {kind!r} do")
 
 
-def _adapter_in_vllm(folder: Path, manifest: Manifest) -> None:
-    _layers_in_vllm(folder, manifest)
+def _rank_in_vllm(folder: Path, manifest: Manifest) -> None:
     if (most := max(about["rank"] or 0 for about in manifest.domains.values())) > VLLM_RANK:
         raise KoffError(f"it takes LoRA up to rank {VLLM_RANK}, a memory here has {most}")
 
 
-def _slots_in_vllm(folder: Path, manifest: Manifest) -> None:
-    _layers_in_vllm(folder, manifest)
-    _check_all_layers(manifest)
-
-
-_TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
-    ("hf", "backbone"): _transformers,
-    ("hf", "lora"): _adapter_in_transformers,
-    ("peft", "backbone"): _transformers,
-    ("peft", "lora"): _adapter_in_peft,
-    ("peft", "kv"): _slots_in_peft,
-    ("vllm", "backbone"): _layers_in_vllm,
-    ("vllm", "lora"): _adapter_in_vllm,
-    ("vllm", "kv"): _slots_in_vllm,
-    ("gguf", "backbone"): _architecture,
-    ("gguf", "lora"): _architecture,
-    ("gguf", "kv"): _slots_in_llama_cpp,
+_TRIALS: dict[tuple[str, str], Sequence[Callable[[Path, Manifest], object]]] = {
+    ("hf", "backbone"): (_transformers,),
+    ("hf", "lora"): (_adapter_in_transformers,),
+    ("peft", "backbone"): (_transformers,),
+    ("peft", "lora"): (_adapter_in_peft,),
+    ("peft", "kv"): (_slots_in_peft,),
+    ("vllm", "backbone"): (_layers_in_vllm,),
+    ("vllm", "lora"): (_layers_in_vllm, _rank_in_vllm),
+    ("vllm", "kv"): (_layers_in_vllm, _check_all_layers),
+    ("gguf", "backbone"): (_architecture,),
+    ("gguf", "lora"): (_architecture,),
+    ("gguf", "kv"): (_architecture, _check_all_layers),
 }

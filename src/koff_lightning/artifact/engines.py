@@ -121,11 +121,11 @@ def _parts(manifest: Manifest) -> list[str]:
 def _answer(engine: str, part: str, folder: Path, manifest: Manifest) -> Answer:
     config = read_json_object(folder / BACKBONE / "config.json")
     answer, why = RULES[engine][part][_form(manifest, config)]
-    if answer != "yes":
+    trial = _TRIALS.get((engine, part))
+    if answer != "yes" or trial is None:
         return answer, why
     try:
-        for trial in _TRIALS.get((engine, part), ()):
-            trial(folder, manifest)
+        trial(folder, manifest)
     except Exception as error:  # whatever theirs raise is the finding
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return "no", reason if engine == "vllm" else f"tried, and failed: {reason}"
@@ -216,16 +216,20 @@ def _rank_in_vllm(folder: Path, manifest: Manifest) -> None:
         raise KoffError(f"it takes LoRA up to rank {VLLM_RANK}, a memory here has {most}")
 
 
-_TRIALS: dict[tuple[str, str], Sequence[Callable[[Path, Manifest], object]]] = {
-    ("hf", "backbone"): (_transformers,),
-    ("hf", "lora"): (_adapter_in_transformers,),
-    ("peft", "backbone"): (_transformers,),
-    ("peft", "lora"): (_adapter_in_peft,),
-    ("peft", "kv"): (_slots_in_peft,),
-    ("vllm", "backbone"): (_layers_in_vllm,),
-    ("vllm", "lora"): (_layers_in_vllm, _rank_in_vllm),
-    ("vllm", "kv"): (_layers_in_vllm, _check_all_layers),
-    ("gguf", "backbone"): (_architecture,),
-    ("gguf", "lora"): (_architecture,),
-    ("gguf", "kv"): (_architecture, _check_all_layers),
+def _each(*trials: Callable[[Path, Manifest], object]) -> Callable[[Path, Manifest], object]:
+    return lambda folder, manifest: [trial(folder, manifest) for trial in trials]
+
+
+_TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
+    ("hf", "backbone"): _transformers,
+    ("hf", "lora"): _adapter_in_transformers,
+    ("peft", "backbone"): _transformers,
+    ("peft", "lora"): _adapter_in_peft,
+    ("peft", "kv"): _slots_in_peft,
+    ("vllm", "backbone"): _layers_in_vllm,
+    ("vllm", "lora"): _each(_layers_in_vllm, _rank_in_vllm),
+    ("vllm", "kv"): _each(_layers_in_vllm, _check_all_layers),
+    ("gguf", "backbone"): _architecture,
+    ("gguf", "lora"): _architecture,
+    ("gguf", "kv"): _each(_architecture, _check_all_layers),
 }

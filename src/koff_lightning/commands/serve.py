@@ -70,7 +70,8 @@ def serve(
     with listening(host, port) as at:
         from koff_lightning.serving.app import Settings, create_app
 
-        made = _engine(engine, folder, batch_size, gguf, device, dtype)
+        make = {"own": _own, "llamacpp": _llamacpp, "vllm": _vllm}[engine]
+        made = make(folder, batch_size, gguf=gguf, device=device, dtype=dtype)
         settings = Settings(called, allowed, batch_size + queue, time_limit, max_tokens, folder=folder)
         _run(create_app(made, settings), at, time_limit)
 
@@ -82,20 +83,23 @@ def _refuse_unread(engine: str, given: dict[str, str | None]) -> None:
         raise KoffError(f"{odd[0]} is not for --engine {engine}: leave it out")
 
 
-def _engine(name: str, folder: Path, rows: int, gguf: str | None, device: str | None, dtype: str | None) -> "Engine":
-    """The engine of that name over an artifact; it continues at most `rows` texts together."""
-    if name == "own":
-        from koff_lightning.artifact.decomposed import default_device
-        from koff_lightning.serving.own import OwnEngine
+def _own(folder: Path, batch_size: int, *, gguf: None, device: str | None, dtype: str | None) -> "Engine":
+    from koff_lightning.artifact.decomposed import default_device
+    from koff_lightning.serving.own import OwnEngine
 
-        return OwnEngine(folder, rows, default_device(device), dtype)
-    if name == "llamacpp":
-        from koff_lightning.serving.llamacpp import LlamaCppEngine
+    return OwnEngine(folder, batch_size, default_device(device), dtype)
 
-        return LlamaCppEngine(folder, rows, gguf)
+
+def _llamacpp(folder: Path, batch_size: int, *, gguf: str | None, device: None, dtype: None) -> "Engine":
+    from koff_lightning.serving.llamacpp import LlamaCppEngine
+
+    return LlamaCppEngine(folder, batch_size, gguf)
+
+
+def _vllm(folder: Path, batch_size: int, *, gguf: None, device: None, dtype: str | None) -> "Engine":
     from koff_lightning.serving.vllm.engine import VllmEngine
 
-    return VllmEngine(folder, rows, dtype)
+    return VllmEngine(folder, batch_size, dtype)
 
 
 def _check(batch_size: int, queue: int, time_limit: float, max_tokens: int | None) -> None:

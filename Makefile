@@ -72,7 +72,7 @@ hashes: ## write both files of hashes anew from constraints.txt (needs uv)
 		constraints-hashed-cuda.txt
 
 bench: .venv/installed ## cost of a training step against LoRA alone; speed of exported models
-	$(BIN)/python -m koff_lightning.commands.bench
+	$(BIN)/python recipes/scale/bench.py
 	$(BIN)/koff bench serve
 
 notebooks: .venv/notebooks-installed ## run every notebook from top to bottom

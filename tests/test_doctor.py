@@ -67,3 +67,11 @@ def test_processes_that_cannot_talk(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "talk", lambda backend: "a wall")
     with pytest.raises(KoffError, match="two processes cannot work together by gloo: a wall"):
         doctor.doctor()
+
+
+def test_no_process_is_started_where_none_is_wanted(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    assert main(["doctor", "--skip-processes"]) == 0
+    said = capsys.readouterr().out
+    assert "\nprocessor  " in said
+    assert "gloo" not in said

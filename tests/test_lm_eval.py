@@ -23,10 +23,10 @@ from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.callbacks.lm_eval import _Part, score_names
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
-from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.evaluation.harness import KoffLM, quiet, score
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.support import ranks
+from koff_lightning.training.eval_mode import eval_mode
 
 TASK = "koff_cloze_en"
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_artifact import tiny_decomposition
 from tiny_run import BYTES, DOMAINS, Batches, RandomText, tiny_module, tiny_trainer
 
 from koff_lightning import KoffError, SparsitySpec
@@ -87,6 +88,17 @@ def test_figures_are_those_of_the_hardened_mask(run):
     assert figures["sparsity"]["body"] == pytest.approx(0.2, abs=0.01)
     assert {"target", "denominator", "body", "total", "units", "ffn", "attention"} <= set(figures["sparsity"])
     assert sum(unit["kept"] for unit in figures["kept_units"]) == int(module.model.gates.kept.sum())
+
+
+def test_the_target_is_the_schedules_until_the_mask_is_fixed_and_that_of_the_options_after_it(tmp_path):
+    model = tiny_decomposition(tmp_path)
+    assert model.gates.hardened and model.target == model.sparsity.target > 0, "nobody has to write it"
+    model.target = 0.01
+    assert model.target == model.sparsity.target
+    model.gates.hardened.fill_(False)
+    model.target = 0.01
+    assert model.target == 0.01
+    assert int((~model.hard_mask()).sum()) < int((~model.gates.kept).sum()), "where it stood, the mask would be smaller"
 
 
 def test_parameters_add_up(run):

@@ -24,8 +24,8 @@ from koff_lightning.data.sources import (
     expand_files,
 )
 from koff_lightning.data.split import is_heldout, read_domain
-from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.yaml_files import refuse_duplicate_keys
 
 TEXTS = ["first document\nwith two lines", 'zweites, größeres "Dokument"', "третий 狐狸"]
 

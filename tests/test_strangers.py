@@ -23,10 +23,9 @@ from koff_lightning.artifact.folder import FORMAT, describe_file, read_manifest
 from koff_lightning.callbacks import RunReport
 from koff_lightning.cli import main
 from koff_lightning.data import encoding
-from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.loading import load_config
 from koff_lightning.model_files import heads
-from koff_lightning.support.yaml_files import read_yaml
+from koff_lightning.support.yaml_files import read_yaml, refuse_duplicate_keys
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "reliability"))
 from strangers import Bench

@@ -5,7 +5,7 @@
 Everything runs in this process on one core, without workers, and is measured in seconds of the processor, so that other
 programs on the machine hardly matter. The text is the bundled training text of all domains, in documents of the size of
 web pages and in each kind of file.
-Training steps are those of `python -m koff_lightning.commands.bench` (no KL, the faster kind), measured in turn with
+Training steps are those of `python recipes/scale/bench.py` (no KL, the faster kind), measured in turn with
 the data. Prints the tables of docs/results/data.md.
 """
 
@@ -14,6 +14,7 @@ import gzip
 import json
 import lzma
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +26,12 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from koff_lightning.commands.bench import batch_of, koff_step
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.data.readers import Fields, read_records
 from koff_lightning.data.sources import bundled_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scale"))
+from bench import batch_of, koff_step
 
 SEQ_LEN, ROWS = 256, 7
 PAGE = 4000  # characters of a document

@@ -6,7 +6,7 @@ one head and are shared by all heads, so there is nothing of them to cut. Gemma 
 over the text with another base than the others, so rotary embeddings are asked for layer by layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -111,6 +111,12 @@ def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
     """Last hidden states [B, T, d] after the final norm; `lm_head` is left to the loss, which works on token chunks."""
     refuse_masked_packing(inputs.get("attention_mask"), inputs.get("position_ids"))
     return model.model(use_cache=False, **inputs).last_hidden_state
+
+
+def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """What `hidden_states` takes of a batch, as far as it has it, each [B, T]."""
+    names = ("input_ids", "position_ids", "attention_mask")
+    return {name: batch[name].to(device) for name in names if batch.get(name) is not None}
 
 
 def refuse_masked_packing(mask: Tensor | None, positions: Tensor | None) -> None:

@@ -98,7 +98,7 @@ class Decomposition(nn.Module):
         self.source, self.domains, self.loading = source, list(domains), loading
         self.sparsity, self.lora, self.kv, self.shared_memory = sparsity, lora, kv, shared_memory
         self.placement: dict[Part, list[int]] = {}  # layers that a run has chosen for a part, see `place`
-        self.target = 0.0  # sparsity at which a mask that is not fixed yet is cut, see `hard_mask`
+        self._target = 0.0  # of a mask that is not fixed yet, see `target`
         self.chunk = 1024  # tokens whose logits exist at one time
         self.backbone = load_backbone(source, **loading)
         self.own_settings = ask_nothing_(self.backbone)  # generation_config.json, for the export
@@ -127,6 +127,15 @@ class Decomposition(nn.Module):
     def learns_mask(self) -> bool:
         """Whether anything is pruned at all."""
         return self.sparsity.target > 0
+
+    @property
+    def target(self) -> float:
+        """Sparsity at which the mask is cut: that of the options once it is fixed, until then what was set last."""
+        return self.sparsity.target if self.gates.hardened else self._target
+
+    @target.setter
+    def target(self, sparsity: float) -> None:
+        self._target = sparsity
 
     def _keep(self) -> Tensor:
         """Probability that each unit stays, [U]; 0 or 1 once hardened."""

@@ -16,6 +16,7 @@ from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from koff_lightning.support.errors import KoffError
@@ -200,6 +201,18 @@ def check_folder(folder: Path, source: str) -> None:
             _check_index(index)
         if (folder / single).exists() or index.exists():
             break
+
+
+def tensors_in(content: bytes, name: str | Path) -> dict[str, Tensor]:
+    """The tensors in the content of a safetensors file.
+
+    Raises:
+        KoffError: It is none; `name` is the file's, for the message.
+    """
+    try:
+        return load(content)
+    except (SafetensorError, KeyError, ValueError) as error:  # a dtype that torch does not have is a KeyError
+        raise KoffError(f"{name} is not a sound safetensors file ({error}): get it again") from error
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

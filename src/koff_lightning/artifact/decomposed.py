@@ -63,8 +63,7 @@ def load_decomposed(
     chosen = list(manifest.domains) if domains is None else [domains] if isinstance(domains, str) else list(domains)
     if auto := AUTO in chosen and AUTO not in manifest.domains:
         chosen = list(manifest.domains)
-    if unknown := [name for name in chosen if name not in manifest.domains]:
-        raise KoffError(f"{folder} has no memory for {unknown[0]!r}; it has {_listed(manifest.domains)}")
+    manifest.refuse_others(chosen, folder)
     where = _device(device)
     if verify:
         verify_files(folder, backbone=True)
@@ -278,7 +277,7 @@ class DecomposedModel(nn.Module):
             KoffError: The folder is taken, or what would be written is not what its manifest says: the backbone was
                 changed or has another dtype than in the artifact, or the artifact is no longer the one that was loaded.
         """
-        from koff_lightning.artifact.saving import save_artifact  # what is only used is loaded faster without
+        from koff_lightning.artifact.memories import save_artifact  # what is only used is loaded faster without
 
         save_artifact(self.backbone, self.memories, self.manifest, self.folder, Path(folder).expanduser())
 
@@ -304,7 +303,7 @@ class DecomposedModel(nn.Module):
 
     def _check_loaded(self, domains: Sequence[str | None]) -> None:
         if missing := [name for name in domains if name is not None and name not in self.memories.domains]:
-            raise KoffError(f"domain {missing[0]!r} is not loaded; loaded: {_listed(self.domains)}")
+            raise KoffError(f"domain {missing[0]!r} is not loaded; loaded: {', '.join(self.domains) or 'none'}")
 
     def _option(self, options: dict[str, Any], name: str) -> Any:
         """An option of `generate` by transformers' precedence: given by name, in a config given, in the model's own."""
@@ -366,10 +365,6 @@ def _device(name: str | torch.device) -> torch.device:
         return found
     except (RuntimeError, AssertionError) as error:
         raise KoffError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
 
 
 def dense_of(model: DecomposedModel) -> PreTrainedModel:

@@ -196,12 +196,7 @@ def _architecture(folder: Path, manifest: Manifest) -> None:
     form_of(load_decomposed(folder, domains=[], verify=False))
 
 
-def _slots_in_llama_cpp(folder: Path, manifest: Manifest) -> None:
-    _architecture(folder, manifest)
-    _check_all_layers(manifest)
-
-
-def _check_all_layers(manifest: Manifest) -> None:
+def _check_all_layers(folder: Path, manifest: Manifest) -> None:
     """Refuse memories that have slots in some layers only, where all layers share one row of places."""
     if layers := [about["kv_layers"] for about in manifest.domains.values() if about.get("kv_layers")]:
         raise KoffError(f"its cache holds slots in all layers, a memory here has some in {shown(layers[0])} alone")
@@ -216,15 +211,13 @@ def _layers_in_vllm(folder: Path, manifest: Manifest) -> None:
         raise KoffError(f"its rotary frequencies do not change with the length of a text, those of {kind!r} do")
 
 
-def _adapter_in_vllm(folder: Path, manifest: Manifest) -> None:
-    _layers_in_vllm(folder, manifest)
+def _rank_in_vllm(folder: Path, manifest: Manifest) -> None:
     if (most := max(about["rank"] or 0 for about in manifest.domains.values())) > VLLM_RANK:
         raise KoffError(f"it takes LoRA up to rank {VLLM_RANK}, a memory here has {most}")
 
 
-def _slots_in_vllm(folder: Path, manifest: Manifest) -> None:
-    _layers_in_vllm(folder, manifest)
-    _check_all_layers(manifest)
+def _each(*trials: Callable[[Path, Manifest], object]) -> Callable[[Path, Manifest], object]:
+    return lambda folder, manifest: [trial(folder, manifest) for trial in trials]
 
 
 _TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
@@ -234,9 +227,9 @@ _TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
     ("peft", "lora"): _adapter_in_peft,
     ("peft", "kv"): _slots_in_peft,
     ("vllm", "backbone"): _layers_in_vllm,
-    ("vllm", "lora"): _adapter_in_vllm,
-    ("vllm", "kv"): _slots_in_vllm,
+    ("vllm", "lora"): _each(_layers_in_vllm, _rank_in_vllm),
+    ("vllm", "kv"): _each(_layers_in_vllm, _check_all_layers),
     ("gguf", "backbone"): _architecture,
     ("gguf", "lora"): _architecture,
-    ("gguf", "kv"): _slots_in_llama_cpp,
+    ("gguf", "kv"): _each(_architecture, _check_all_layers),
 }

@@ -26,7 +26,7 @@ from koff_lightning.backbone import PrunableGroup, channel_linear
 from koff_lightning.model_files import check_links
 from koff_lightning.placement import check_words
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import hash_file
+from koff_lightning.support.files import check_sha256, hash_file
 from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import check_name
 
@@ -152,6 +152,11 @@ class Manifest:
             if (len(bits := _unpack(group)), int(bits.sum())) != (group["of"], group["kept"]):
                 raise KoffError(f"the bits of layer {group['layer']} are not {group['kept']} of {group['of']}")
 
+    def refuse_others(self, domains: Iterable[str], where: object) -> None:
+        """Raise KoffError unless the artifact, which lies at `where`, has a memory for each of these domains."""
+        if unknown := [name for name in domains if name not in self.domains]:
+            raise KoffError(f"{where} has no memory for {unknown[0]!r}; it has {', '.join(self.domains) or 'none'}")
+
     @property
     def form(self) -> Layout:
         """How the backbone and its memories are stored."""
@@ -170,6 +175,11 @@ class Manifest:
     def mask(self) -> Tensor:
         """The mask, bool [U], over the groups in the order of `kept`."""
         return torch.cat([_unpack(group) for group in self.kept])
+
+
+def backbone_of(folder: str) -> str:
+    """Folder of an artifact's backbone."""
+    return str(Path(folder).expanduser() / BACKBONE)
 
 
 # ------------------------------------------------------------------------------------------------------ the mask
@@ -285,8 +295,8 @@ def verify(folder: str | Path, backbone: bool = True) -> Manifest:
         raise KoffError(f"{folder / MEMORIES / missing[0]} is missing: {MANIFEST} lists it; copy the artifact again")
     for name, about in manifest.domains.items():
         card = folder / MEMORIES / name / CARD
-        if card.is_file() and hash_file(card) != about["card_sha256"]:
-            raise KoffError(f"{card} was changed after it was written (its sha256 is another): get it again")
+        if card.is_file():
+            check_sha256(hash_file(card), about["card_sha256"], card)
     return manifest
 
 
@@ -311,8 +321,8 @@ def check_files(folder: Path, files: Files, below: str = ".", hashes: bool = Tru
         size = path.stat().st_size
         if size != expected["size"]:
             raise KoffError(f"{path} has {size} bytes instead of {expected['size']}: it is damaged; get it again")
-        if hashes and hash_file(path) != expected["sha256"]:
-            raise KoffError(f"{path} was changed after it was written (its sha256 is another): get it again")
+        if hashes:
+            check_sha256(hash_file(path), expected["sha256"], path)
 
 
 def describe_files(folder: Path, below: str = ".") -> Files:

@@ -59,8 +59,7 @@ def push(folder: str | Path, repo: str, memories: Sequence[str] | None = None, p
 
     folder = Path(folder).expanduser()
     manifest, repo = verify(folder), _name(repo)
-    if unknown := [name for name in memories or () if name not in manifest.domains]:
-        raise KoffError(f"{folder} has no memory for {unknown[0]!r}; it has {', '.join(manifest.domains) or 'none'}")
+    manifest.refuse_others(memories or (), folder)
     check_memories(folder, manifest)
     with _said(repo), TemporaryDirectory() as work:
         api = HfApi(library_name="koff-lightning")
@@ -153,8 +152,7 @@ def _download(name: str, commit: str, target: Path, begun: Path, memories: Seque
     first = Path(api.hf_hub_download(name, MANIFEST, revision=commit, local_dir=begun))
     manifest = Manifest.from_json(read_json(first), first)
     wanted = list(manifest.domains) if memories is None else list(memories)
-    if unknown := [domain for domain in wanted if domain not in manifest.domains]:
-        raise KoffError(f"{name} has no memory for {unknown[0]!r}; it has {', '.join(manifest.domains) or 'none'}")
+    manifest.refuse_others(wanted, name)
     for domain in set(manifest.domains) - set(wanted):
         manifest = replace(unlisted(manifest, domain), router=None)  # it picks among all of them
     patterns = [*_KEPT, *(f"{MEMORIES}/{domain}/*" for domain in wanted), *([f"{ROUTER}/*"] if manifest.router else [])]

@@ -1,41 +1,30 @@
-"""The memories of an artifact on disk: put one in, take one out, train one more for its mask and backbone.
+"""The memories of an artifact on disk: put one in, take one out, write the loaded ones as an artifact of their own.
 
-The folder is replaced as a whole, so no crash leaves half. The backbone and the other memories are not written: the new
-folder links to their files.
+The folder is replaced as a whole, so no crash leaves half. Where one memory changes the backbone and the others are not
+written: the new folder links to their files.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from koff_lightning.artifact.folder import BACKBONE, MANIFEST, MEMORIES, Manifest, read_manifest, verify
-from koff_lightning.artifact.layouts import LAYOUTS
-from koff_lightning.artifact.memory_files import (
-    CARD,
-    card_of,
-    listed,
-    load_memory,
-    lora_state,
-    read_card,
-    unlisted,
-    write_memory,
-)
-from koff_lightning.losses import LossSpec
+from koff_lightning.artifact.folder import BACKBONE, MANIFEST, MEMORIES, REPORT, ROUTER, Manifest, read_manifest, verify
+from koff_lightning.artifact.memory_files import CARD, listed, load_memory, read_card, unlisted, write_loaded
 from koff_lightning.memory import MemoryBank
 from koff_lightning.model_files import check_links
-from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import hash_file, new_folder
+from koff_lightning.support.files import check_free, hash_file, new_folder
 from koff_lightning.support.names import check_name
+from koff_lightning.surgery import plain_state
 
 
 def add_memory(folder: str | Path, source: str | Path, name: str | None = None) -> str:
@@ -68,12 +57,10 @@ def add_from_bank(folder: str | Path, bank: MemoryBank, domains: Sequence[str]) 
     """
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
-    about = {"base": manifest.base, "mask_hash": manifest.mask_hash, "tokenizer_hash": manifest.tokenizer_hash}
     with tempfile.TemporaryDirectory() as work:
         sources = {domain: Path(work) / domain for domain in domains}
         for domain, source in sources.items():
-            card, slots = card_of(bank, domain, **about, shapes=manifest.form.shapes), bank.slots(domain)
-            write_memory(source, card, lora_state(bank, domain), None if slots is None else slots.tensors())
+            write_loaded(source, bank, domain, manifest)
         _add(folder, sources)
 
 
@@ -105,8 +92,7 @@ def remove_memory(folder: str | Path, domain: str) -> None:
     read_manifest(folder)
     with revised(folder) as work:
         manifest = read_manifest(work)
-        if domain not in manifest.domains:
-            raise KoffError(f"{folder} has no memory for {domain!r}; it has {', '.join(manifest.domains) or 'none'}")
+        manifest.refuse_others([domain], folder)
         if manifest.form.folds:
             raise KoffError(f"{folder} is {domain!r} merged into its backbone: there is no model without it in it")
         if (work / MEMORIES / domain).is_dir():
@@ -128,59 +114,66 @@ def check_free_name(manifest: Manifest, folder: Path, domain: str) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------- domains trained later
+# --------------------------------------------------------------------------------------- what is loaded, anew
 
 
-def artifact_to_extend(folder: str, sparsity: SparsitySpec, loss: LossSpec) -> Manifest:
-    """Check that an artifact can take memories that are trained under these options.
-
-    Raises:
-        KoffError: No sound artifact, one in whose layout a memory would not fit, or options that need the dense model.
-    """
-    manifest = verify(folder)
-    if not manifest.form.takes_domains:
-        wanted = " and ".join(repr(name) for name, layout in LAYOUTS.items() if layout.takes_domains)
-        raise KoffError(
-            f"artifact {folder} has layout {manifest.layout!r}; domains are added to {wanted} ones: "
-            "export the run again with --layout ragged"
-        )
-    if sparsity.target:
-        raise KoffError(
-            f"the mask of an artifact is fixed: set model.sparsity.target to 0, as add_domain.yaml does; got "
-            f"{sparsity.target}"
-        )
-    if loss.kl:
-        raise KoffError(
-            "an artifact holds no dense model to learn from: set model.loss.kl to 0, as add_domain.yaml does; got "
-            f"{loss.kl}"
-        )
-    return manifest
-
-
-def hold_closed(backbone: PreTrainedModel, manifest: Manifest | None) -> None:
-    """Let the closed channels of an artifact say zero for good: y = z (W x + b + s B A x), as while it was learned.
+@torch.no_grad()
+def save_artifact(backbone: PreTrainedModel, bank: MemoryBank, manifest: Manifest, source: Path, out: Path) -> None:
+    """Copy an artifact's backbone and write the memories of a bank beside it.
 
     Args:
-        backbone: With its adapters; what they add at these channels has no gradient from here on.
-        manifest: Manifest of the artifact; None for a backbone that was not cut.
+        backbone: As it was loaded from `source`; it is compared with the files.
+        bank: Hangs on it.
+        manifest: What `source` said when it was loaded.
+        source: Folder of the artifact.
+        out: A new folder.
+
+    Raises:
+        KoffError: As `DecomposedModel.save_pretrained`.
     """
-    for path, closed in manifest.closed().items() if manifest else ():
+    check_free(out)
+    if read_manifest(source) != manifest:
+        raise KoffError(f"{source} is no longer the artifact that was loaded: load it again, then save")
+    if manifest.form.folds and bank.domains != [manifest.domain]:
+        raise KoffError(
+            f"{manifest.domain!r} is merged into this backbone, so an artifact of it holds that memory and no other; "
+            f"loaded is {', '.join(bank.domains) or 'none'}"
+        )
+    with new_folder(out) as work:
+        shutil.copytree(source / BACKBONE, work / BACKBONE)
+        _refuse_changed(backbone, work / BACKBONE)
+        for name in (REPORT, "README.md", "LICENSE"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, work / name)
+        if manifest.router is not None:  # with other memories it is refused when it is asked
+            shutil.copytree(source / ROUTER, work / ROUTER)
+        for domain in manifest.domains:
+            manifest = unlisted(manifest, domain)
+        for domain in bank.domains:
+            home = work / MEMORIES / domain
+            card = write_loaded(home, bank, domain, manifest)
+            manifest = listed(manifest, card, hash_file(home / CARD))
+        (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        verify(work)
 
-        def multiply(_: nn.Module, __: object, output: Tensor, kept: Tensor = ~closed) -> Tensor:
-            return output * kept.to(output.device, output.dtype)  # [B, T, out]
 
-        backbone.get_submodule(path).register_forward_hook(multiply)
-
-
-def check_new(manifest: Manifest, folder: str, domains: Iterable[str]) -> None:
-    """Raise KoffError if an artifact has a memory for one of these domains already."""
-    for domain in domains:
-        check_free_name(manifest, Path(folder), domain)
-
-
-def backbone_of(folder: str) -> str:
-    """Folder of an artifact's backbone."""
-    return str(Path(folder).expanduser() / BACKBONE)
+def _refuse_changed(backbone: PreTrainedModel, folder: Path) -> None:
+    """Raise KoffError unless a backbone holds what its files hold."""
+    here = plain_state(backbone)
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dict)
+                there = file.get_tensor(name)
+                if here[name].dtype != there.dtype:
+                    raise KoffError(
+                        f"the backbone is {here[name].dtype} here and {there.dtype} in its artifact: load it without "
+                        "another dtype, then save"
+                    )
+                if not torch.equal(here[name], there):
+                    raise KoffError(
+                        f"the backbone was changed after it was loaded (first: {name}), and memories belong to the one "
+                        "that they were trained on: save it with model.backbone.save_pretrained, which is no artifact"
+                    )
 
 
 # -------------------------------------------------------------------------------------------------- the folder

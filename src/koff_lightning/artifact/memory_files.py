@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from koff_lightning.artifact.folder import (
@@ -32,9 +32,10 @@ from koff_lightning.artifact.folder import (
 )
 from koff_lightning.kv_memory import MAX_SLOTS, KVMemory
 from koff_lightning.memory import LoraSpec, MemoryBank
-from koff_lightning.model_files import not_finite
+from koff_lightning.model_files import not_finite, tensors_in
 from koff_lightning.placement import ALL, check_words, shortest, shown
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import check_sha256
 from koff_lightning.support.json_files import json_object
 from koff_lightning.support.names import check_name
 from koff_lightning.surgery import PEFT_PREFIX
@@ -144,6 +145,13 @@ def write_memory(
     card = replace(card, parameters=count, files=describe_files(folder))
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
     return card
+
+
+def write_loaded(folder: Path, bank: MemoryBank, domain: str, manifest: Manifest) -> MemoryCard:
+    """Write a memory of a bank that hangs on an artifact's backbone, as `write_memory`."""
+    about = {"base": manifest.base, "mask_hash": manifest.mask_hash, "tokenizer_hash": manifest.tokenizer_hash}
+    card, slots = card_of(bank, domain, **about, shapes=manifest.form.shapes), bank.slots(domain)
+    return write_memory(folder, card, lora_state(bank, domain), None if slots is None else slots.tensors())
 
 
 def _adapter_config(card: MemoryCard) -> str:
@@ -330,10 +338,7 @@ def _adapter(folder: Path, card: MemoryCard, spec: LoraSpec) -> dict[str, Tensor
 
 
 def _tensors(folder: Path, name: str, card: MemoryCard) -> dict[str, Tensor]:
-    try:
-        tensors = load(_content(folder, name, card))
-    except (SafetensorError, KeyError, ValueError) as error:  # a dtype that torch does not have is a KeyError
-        raise KoffError(f"{name} is not a sound safetensors file ({error}): get it again") from error
+    tensors = tensors_in(_content(folder, name, card), name)
     if odd := not_finite(tensors):
         raise KoffError(f"{name} holds numbers that are not finite, in {odd}: get it again")
     return tensors
@@ -342,8 +347,7 @@ def _tensors(folder: Path, name: str, card: MemoryCard) -> dict[str, Tensor]:
 def _content(folder: Path, name: str, card: MemoryCard) -> bytes:
     """A file's bytes, read once: what was hashed is what is used."""
     content = (folder / name).read_bytes()
-    if hashlib.sha256(content).hexdigest() != card.files[name]["sha256"]:
-        raise KoffError(f"{name} was changed after it was written (its sha256 is another): get it again")
+    check_sha256(hashlib.sha256(content).hexdigest(), card.files[name]["sha256"], name)
     return content
 
 

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
 from koff_lightning.artifact.folder import (
     FORMAT,
@@ -31,10 +30,11 @@ from koff_lightning.artifact.folder import (
     read_manifest,
     verify,
 )
-from koff_lightning.model_files import not_finite
+from koff_lightning.model_files import not_finite, tensors_in
 from koff_lightning.router.ngrams import BITS, BYTES, LONGEST, NgramClassifier
 from koff_lightning.router.routing import AUTO, SIZES, Router
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import check_sha256
 from koff_lightning.support.names import check_names
 
 CARD, WEIGHTS, ENCODER = "router.json", "router.safetensors", "encoder"
@@ -164,12 +164,8 @@ def _ngrams(folder: Path, manifest: Manifest, count: int) -> NgramClassifier:
     if listed is None:
         raise KoffError(f"{path} is missing: fit the router anew (koff router fit)")
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != listed["sha256"]:
-        raise KoffError(f"{path} was changed after it was written (its sha256 is another): get it again")
-    try:
-        tensors = load(content)
-    except (SafetensorError, KeyError, ValueError) as error:  # a dtype that torch does not have is a KeyError
-        raise KoffError(f"{path} is not a sound safetensors file ({error}): get it again") from error
+    check_sha256(hashlib.sha256(content).hexdigest(), listed["sha256"], path)
+    tensors = tensors_in(content, path)
     due = {"weight": (count, 2**BITS), "bias": (count,)}
     have = {name: tuple(part.shape) for name, part in tensors.items()}
     if have != due or any(part.dtype != torch.float32 for part in tensors.values()) or not_finite(tensors):

@@ -70,7 +70,7 @@ class AnnealSparsity(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: object, batch_idx: int) -> None:
         """Prepare step `trainer.global_step`."""
         step, schedule, model = trainer.global_step, pl_module.schedule, pl_module.model
-        model.target = pl_module.sparsity.target if pl_module.mask_is_fixed else schedule.target_at(step)
+        model.target = schedule.target_at(step)
         model.gates.gate.anneal(schedule.progress(step))
         if not pl_module.learns_mask:
             return

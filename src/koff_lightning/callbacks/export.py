@@ -10,7 +10,7 @@ from koff_lightning.artifact import proof
 from koff_lightning.artifact.export import export, summary
 from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import layout_named
-from koff_lightning.artifact.memories import add_from_bank, check_new
+from koff_lightning.artifact.memories import add_from_bank, check_free_name
 from koff_lightning.callbacks.report import resolved_config
 from koff_lightning.support.files import check_free
 from koff_lightning.training.module import KOFFModule
@@ -43,7 +43,8 @@ class ExportArtifact(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Refuse now what would fail at the end."""
         if self._writes(trainer) and pl_module.extends is not None:
-            check_new(pl_module.extends, pl_module.artifact, pl_module.domains)
+            for domain in pl_module.domains:
+                check_free_name(pl_module.extends, Path(pl_module.artifact), domain)
         elif self._writes(trainer):
             check_free(_folder(trainer), overwrite=True)
 

@@ -15,13 +15,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.evaluation import lm_tasks
-from koff_lightning.evaluation.eval_mode import eval_mode
-from koff_lightning.evaluation.lm_scores import Scores, show
+from koff_lightning.evaluation.lm_scores import CLASH, Scores, show
 from koff_lightning.support import ranks
 from koff_lightning.support.ending import Ended
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 from koff_lightning.training.ending import may_be_left
+from koff_lightning.training.eval_mode import eval_mode
 from koff_lightning.training.module import KOFFModule
 from koff_lightning.training.strategies import ShardedStrategy
 
@@ -116,7 +116,7 @@ class LMEval(Callback):
         if self.tasks and "dense" in self.modes and "dense" not in pl_module.modes:
             raise KoffError("lm_eval.dense: a run that extends an artifact has no dense model at hand")
         if clash := set(self.modes) & set(pl_module.domains):
-            raise KoffError(f"lm_eval.{clash.pop()}: a domain has that name, so their scores could not be told apart")
+            raise KoffError(f"lm_eval.{clash.pop()}: {CLASH}")
         self._parts = []
         # Sharded weights are gathered in each forward: after an error the ranks may be out of step whoever met it
         if self.tasks and trainer.world_size > 1 and not isinstance(trainer.strategy, ShardedStrategy):
@@ -156,14 +156,12 @@ class LMEval(Callback):
             self._evaluate(trainer, pl_module)
 
     def _parts_of(self, spec: LMEvalTask, trainer: Trainer, module: KOFFModule) -> list[_Part]:
-        from koff_lightning.evaluation.lm_tasks import quiet
-
         if spec.domain not in module.domains:
             raise KoffError(
                 f"lm_eval: task {spec.task!r} is asked of domain {spec.domain!r}, but this run has memories for "
                 f"{', '.join(module.domains)}"
             )
-        with quiet():
+        with lm_tasks.quiet():
             tasks = lm_tasks.load_tasks([spec.task], self.include_path)
         lm_tasks.check_safe(tasks)
         lm_tasks.check_counts(tasks, spec.limit, spec.num_fewshot, trainer.world_size)
@@ -286,9 +284,7 @@ def _flat(columns: dict[str, Scores]) -> dict[str, float]:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keep lm-eval's bars and notices off the terminal, where the run shows its own."""
-    from koff_lightning.evaluation.lm_tasks import quiet
-
-    with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with lm_tasks.quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
 

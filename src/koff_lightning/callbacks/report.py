@@ -20,13 +20,13 @@ from koff_lightning.callbacks.anneal import AnnealSparsity
 from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.callbacks.lm_eval import LMEval
 from koff_lightning.callbacks.progress import LINE_SECONDS, predicted_tokens
-from koff_lightning.evaluation.eval_mode import eval_mode
 from koff_lightning.reports import plots, results
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
 from koff_lightning.training.ending import may_be_left
+from koff_lightning.training.eval_mode import eval_mode
 from koff_lightning.training.module import KOFFModule
 
 MOST = 200  # points of the mask's history that are kept

@@ -152,7 +152,6 @@ def harden_by(
         else:
             values = baselines.scores(backbone, text, method, gates.groups, seed)
     gates.logits.copy_(values)
-    module.model.target = module.sparsity.target
     gates.harden(module.model.budget.harden(values))  # scores are no logits: there is no threshold in them
     if compensate and method == "flap":
         gates.bias = baselines.compensation(backbone, read, gates.groups, gates.kept).to(gates.logits.device)

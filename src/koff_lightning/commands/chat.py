@@ -56,8 +56,8 @@ def chat(
             f"the tokenizer of {model} has no chat template, so this is no chat model: "
             f"koff generate --model {model} --prompt '...' continues text"
         )
-    if domain not in (None, AUTO, *decomposed.domains):
-        raise KoffError(f"{model} has no memory for {domain!r}; it has {', '.join(decomposed.domains) or 'none'}")
+    if domain not in (None, AUTO):
+        decomposed.manifest.refuse_others([domain], model)
     opening = [{"role": "system", "content": system}] if system else []
     _check_template(decomposed.tokenizer, opening)
     options = asked(decomposed, options, generation_config)

@@ -60,9 +60,7 @@ def claims(
         curve: Arms of the further sparsities, with commas, or `all`.
         further: Options of `koff fit` for all arms, as they stand after a lone `--`.
     """
-    for name, value in (("seeds", seeds), ("jobs", jobs)):
-        if value < 1:
-            raise KoffError(f"{name} must be 1 or more, got {value}")
+    check_counts(seeds=seeds, jobs=jobs)
     chosen = all_arms.chosen(arms)
     if tasks and "koff" not in chosen:
         raise KoffError(
@@ -88,6 +86,13 @@ def claims(
     with alone_in(folder, "--out"):
         keep_config(folder / "config.yaml", resolved)
         _measure(folder, chosen, on_curve, shares, seeds, jobs, suites, about)
+
+
+def check_counts(**given: int) -> None:
+    """Raise KoffError unless each is 1 or more."""
+    for name, value in given.items():
+        if value < 1:
+            raise KoffError(f"{name} must be 1 or more, got {value}")
 
 
 def _measure(

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-from koff_lightning.artifact.memories import backbone_of
+from koff_lightning.artifact.folder import backbone_of
 from koff_lightning.data import DomainDataModule, DomainSource
 from koff_lightning.data.hub_copy import make_copy
 from koff_lightning.data.retries import with_retries

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koff_lightning.commands.claims import keep_config, resolved_config, the_command, trust_words
+from koff_lightning.commands.claims import check_counts, keep_config, resolved_config, the_command, trust_words
 from koff_lightning.data.sources import as_sources
 from koff_lightning.studies.claims.arms import Run
 from koff_lightning.support.errors import KoffError
@@ -39,9 +39,7 @@ def reproduce(
     """
     from koff_lightning.studies.claims import protocol
 
-    for name, value in (("seeds", seeds), ("jobs", jobs)):
-        if value < 1:
-            raise KoffError(f"{name} must be 1 or more, got {value}")
+    check_counts(seeds=seeds, jobs=jobs)
     chosen = protocol.paper().chosen(tables)
     resolved = resolved_config(config, backbone, further or [])
     as_sources(resolved["data"]["domains"])  # names and weights that no row would take

@@ -192,8 +192,7 @@ def _text(
     manifest = read_manifest(folder)
     options = data_section(config) if config else dict((manifest.config or {}).get("data") or {})
     given = named_texts(data or [])
-    if odd := [name for name in given if name not in manifest.domains]:
-        raise KoffError(f"--data: {folder} has no memory for {odd[0]!r}; it has {', '.join(manifest.domains)}")
+    manifest.refuse_others(given, f"--data: {folder}")
     sources = {**(options.get("domains") or {}), **given}
     if missing := [name for name in manifest.domains if name not in sources]:
         origin = config or f"the run of {folder}"

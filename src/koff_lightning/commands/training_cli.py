@@ -65,12 +65,12 @@ from koff_lightning.commands.parsing.trainer_options import (
 )
 from koff_lightning.commands.prepare import VerbTrainer
 from koff_lightning.data import DomainDataModule, bundled_domains
-from koff_lightning.data.yaml_keys import refuse_duplicate_keys
 from koff_lightning.support.ending import Ended, ended_by
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.support.wording import one_line
+from koff_lightning.support.yaml_files import refuse_duplicate_keys
 from koff_lightning.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from koff_lightning.training.ending import GRACE, is_loss_of_a_rank
 from koff_lightning.training.module import KOFFModule

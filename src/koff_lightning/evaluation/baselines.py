@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
+from koff_lightning.backbone import PrunableGroup, hidden_states, inputs_of, prunable_groups
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.gates import BackboneGates
 from koff_lightning.losses import LossSpec, fused_head_loss
@@ -147,8 +147,7 @@ def input_moments(
     hooks = [model.get_submodule(path).register_forward_pre_hook(note(place)) for path, place in moments.items()]
     try:
         for batch in batches:
-            names = ("input_ids", "position_ids", "attention_mask")
-            inputs = {name: batch[name].to(model.device) for name in names if batch.get(name) is not None}
+            inputs = inputs_of(batch, model.device)
             mask = inputs.get("attention_mask")
             real = None if mask is None else mask.bool()
             hidden_states(model, **inputs)
@@ -238,8 +237,7 @@ def _gate_slopes(
     model: PreTrainedModel, batch: Mapping[str, Any], groups: Sequence[PrunableGroup]
 ) -> tuple[Tensor, ...]:
     """Gradient of each row's mean cross-entropy by its own gates, [B, U_g] of each group."""
-    names = ("input_ids", "position_ids", "attention_mask")
-    inputs = {name: batch[name].to(model.device) for name in names if batch.get(name) is not None}
+    inputs = inputs_of(batch, model.device)
     labels = batch["labels"][:, 1:].to(model.device)  # [B, T - 1]
     gates = BackboneGates(list(groups)).to(model.device)
     handles = gates.attach(model)

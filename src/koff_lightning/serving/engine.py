@@ -1,15 +1,24 @@
-"""What the front wants of an engine. It knows tokens and names of memories; text, HTTP and rights are the front's.
+"""What the front wants of an engine, and what all engines have in common: the memories that they hold.
+
+An engine knows tokens and names of memories; text, HTTP and rights are the front's.
 
 Everything that an engine needs beyond tokens to read a memory (places for slots, adapters, cache salts) is its own
 affair and never shows: not in `room`, not in counts of tokens.
 """
 
+import asyncio
+import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from koff_lightning.artifact.folder import Manifest, read_manifest
+from koff_lightning.artifact.router_files import check_fit, read_router
+from koff_lightning.router.routing import Router
 from koff_lightning.support.errors import KoffError
 
 
@@ -75,43 +84,49 @@ class Piece:
     prompt: tuple[Token, ...] | None = None
 
 
-class Engine(Protocol):
-    """Computes for the front. All methods are called in one event loop.
+@dataclass(eq=False)
+class Held:
+    """A memory that an engine has taken up.
+
+    Args:
+        name: Inside the engine, where an older memory of the domain may still be read.
+        sha256: Hash of its card, which holds the hashes of the rest.
+        slots: Places of the context that it takes.
+    """
+
+    name: str
+    sha256: str
+    slots: int = 0
+    rows: int = 0  # texts that read it
+    current: bool = True  # whether new texts get it
+
+
+class Engine(ABC):
+    """Computes for the front, and holds the memories of an artifact. All methods are called in one event loop.
 
     Attributes:
         tokenizer: The backbone's.
         vocabulary: Token ids that the model takes, often more than the tokenizer names.
         scores: Whether it can tell log-probabilities of a prompt (`Options.echo` with `logprobs`).
-        routes: Whether it can choose a memory by the text.
-        load: Texts under way and texts that wait, for the metrics.
     """
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
-    scores: bool
+    scores = True
+    _context: int  # tokens of prompt, answer and a memory's places together
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self._manifest = folder, manifest
+        self._held: dict[str, Held] = {}
+        self._broken: dict[str, str] = {}  # domain -> hash of the card of a memory that could not be used
+        self._read: tuple[Any, Router] | None = None  # what the manifest said of the router, and the router
 
     @property
-    def routes(self) -> bool: ...  # noqa: D102
+    @abstractmethod
+    def load(self) -> tuple[int, int]:
+        """Texts under way and texts that wait, for the metrics."""
 
-    @property
-    def load(self) -> tuple[int, int]: ...  # noqa: D102
-
-    def memories(self) -> dict[str, str]:
-        """The memories that can be asked for -> a hash of their content."""
-        ...
-
-    def room(self, memory: str | None) -> int:
-        """Tokens of prompt and answer together that it can take with this memory."""
-        ...
-
-    def route(self, texts: list[str]) -> list[str | None]:
-        """The memory for each text, None for the bare backbone. May compute; called in a thread of its own.
-
-        Raises:
-            KoffError: The artifact has no router.
-        """
-        ...
-
+    @abstractmethod
     def stream(self, ids: list[int], memory: str | None, options: Options) -> AsyncIterator[Piece]:
         """Continue a prompt. Closing the iterator early frees its place.
 
@@ -119,7 +134,81 @@ class Engine(Protocol):
             Unknown: No such memory.
             Failed: It could not be computed.
         """
-        ...
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the answers under way with `Failed` and free what is held."""
+
+    @abstractmethod
+    async def _take_up(self, domain: str, sha256: str, manifest: Manifest) -> Held:
+        """Load a memory of the artifact beside those that are held; raises whatever is wrong with it."""
+
+    @abstractmethod
+    async def _drop(self, held: Held) -> None:
+        """Free a memory that nobody reads and nobody can ask for."""
+
+    # ------------------------------------------------------------------------------------------ what is known
+
+    def memories(self) -> dict[str, str]:
+        """The domains whose memories can be asked for -> a hash of their content."""
+        return {domain: held.sha256 for domain, held in self._held.items()}
+
+    def room(self, memory: str | None) -> int:
+        """Tokens of prompt and answer together that it can take with this memory."""
+        held = self._held.get(memory) if memory is not None else None
+        return self._context - (held.slots if held else 0)
+
+    @property
+    def routes(self) -> bool:
+        """Whether it can choose a memory by the text: the artifact has a router that knows its memories."""
+        try:
+            self._router()
+        except KoffError:
+            return False
+        return True
+
+    def route(self, texts: list[str]) -> list[str | None]:
+        """The memory for each text, None for the bare backbone. May compute; called in a thread of its own.
+
+        Raises:
+            KoffError: The artifact has no router that can be used.
+        """
+        return self._router().route(texts)
+
+    def _router(self) -> Router:
+        """The router of the artifact as it is now.
+
+        Raises:
+            KoffError: There is none, it is damaged, or it was fitted for other memories.
+        """
+        if self._read is None or self._read[0] != self._manifest.router:
+            self._read = self._manifest.router, read_router(self.folder, self._manifest)
+        router = self._read[1]
+        check_fit(router.domains, list(self._held), self.folder)
+        return router
+
+    # ----------------------------------------------------------------------------------------------- memories
+
+    @contextlib.asynccontextmanager
+    async def _reading(self, memory: str | None) -> AsyncIterator[Held | None]:
+        """The memory of a domain, which stays while the block runs.
+
+        Raises:
+            Unknown: No such memory.
+        """
+        if memory is None:
+            yield None
+            return
+        held = self._held.get(memory)
+        if held is None:
+            raise Unknown(f"there is no memory {memory!r}")
+        held.rows += 1
+        try:
+            yield held
+        finally:
+            held.rows -= 1
+            if not held.rows and not held.current:
+                await self._drop(held)
 
     async def refresh(self) -> list[str]:
         """Take up the memories that the artifact has now, let go of those that it no longer has.
@@ -129,8 +218,37 @@ class Engine(Protocol):
         Returns:
             A line for each change and each fault that is new.
         """
-        ...
+        manifest = await asyncio.to_thread(read_manifest, self.folder)
+        if manifest.mask_hash != self._manifest.mask_hash or manifest.base != self._manifest.base:
+            raise KoffError(f"{self.folder} is another model now: start the server again to serve it")
+        due = {name: about["card_sha256"] for name, about in manifest.domains.items()}
+        said = [f"removed {name}" for name in [*self._held] if name not in due and await self._let_go(name)]
+        self._broken = {name: sha256 for name, sha256 in self._broken.items() if due.get(name) == sha256}
+        for name, sha256 in due.items():
+            if sha256 in (self._broken.get(name), self._held[name].sha256 if name in self._held else None):
+                continue
+            try:
+                held = await self._take_up(name, sha256, manifest)
+                replaced = await self._let_go(name)
+                self._held[name] = held
+                said.append(f"{'replaced' if replaced else 'added'} {name}")
+            except Exception as error:  # whatever is wrong with one, the others go on
+                self._broken[name] = sha256
+                said.append(f"left out {name}, which cannot be used: {error}")
+        self._manifest = manifest
+        return said
 
-    async def close(self) -> None:
-        """End the answers under way with `Failed` and free what is held."""
-        ...
+    async def _let_go(self, domain: str) -> bool:
+        """Give a memory to no new text, and free it once no text reads it."""
+        held = self._held.pop(domain, None)
+        if held is None:
+            return False
+        held.current = False
+        if not held.rows:
+            await self._drop(held)
+        return True
+
+
+def end_tokens(given: int | list[int] | None) -> list[int]:
+    """The tokens that end a text, of an `eos_token_id` of transformers."""
+    return [] if given is None else [given] if isinstance(given, int) else list(given)

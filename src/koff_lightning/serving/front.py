@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -19,11 +20,11 @@ from koff_lightning.serving.engine import Engine
 from koff_lightning.serving.errors import Refused, no_model
 from koff_lightning.serving.job import Places
 from koff_lightning.serving.keys import ANYBODY, Keys, Rights
-from koff_lightning.serving.metrics import Metrics
 from koff_lightning.support.errors import KoffError
 
 AUTO = "auto"
 _PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/koff/memories", "/health", "/metrics", "/")
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +49,26 @@ class Settings:
     max_tokens: int | None = None
     look: float = 1.0
     folder: Path | None = None
+
+
+class Metrics:
+    """What one server counts, in Prometheus' form. No prompt, key or name of a caller is in it."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter("koff_requests", "Requests answered", ["path", "status"], registry=registry)
+        self.tokens = Counter("koff_tokens", "Tokens read and made", ["kind"], registry=registry)
+        self.running = Gauge("koff_texts_running", "Texts under way", registry=registry)
+        self.waiting = Gauge("koff_texts_waiting", "Texts that wait", registry=registry)
+        self.memories = Gauge("koff_memories", "Memories that can be asked for", registry=registry)
+        self.first = Histogram(
+            "koff_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry
+        )
+        self.whole = Histogram("koff_request_seconds", "From request to end", buckets=_SECONDS, registry=registry)
+
+    def text(self) -> bytes:
+        """As Prometheus reads it."""
+        return generate_latest(self._registry)
 
 
 class Front:

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import torch
 
-from koff_lightning.artifact.decomposed import DecomposedModel
 from koff_lightning.serving.batch import Row, failing
-from koff_lightning.serving.engine import Token
+from koff_lightning.serving.engine import Held, Token
 from koff_lightning.serving.llama_model import LlamaModel, Text
-from koff_lightning.serving.own import OwnEngine, ends_of
+from koff_lightning.serving.own import OwnEngine
 from koff_lightning.serving.sampling import described
 
 _PART = 256  # tokens of a prompt whose logits are held at a time, where they are wanted
 
 
 class LlamaCppEngine(OwnEngine):
-    """An engine (engine.py) over `LlamaModel`.
+    """An engine over `LlamaModel`.
 
     Args:
         folder: The artifact.
@@ -44,31 +43,21 @@ class LlamaCppEngine(OwnEngine):
         cache: str = "f16",
     ) -> None:
         self._llama = LlamaModel(folder, gguf, kind=kind, rows=rows, context=context, cache=cache)
-        self._start(_Both(self._llama), folder, rows)
+        self._start(self._llama.model, folder, rows, self._llama)
+        self._context = self._llama.room
 
     def _empty(self) -> "LlamaBatch":
         self._llama.clear()
-        return LlamaBatch(self._llama, ends_of(self._llama.model))
+        return LlamaBatch(self._llama, self._ends)
 
-    def room(self, memory: str | None) -> int:
-        """The context without the places of the memory's slots."""
-        held = self._held.get(memory) if memory is not None else None
-        return self._llama.room - (self._llama.slots(held.name) if held else 0)
+    def _known(self, name: str, sha256: str) -> Held:
+        """With the places that its slots take of a text's context."""
+        return Held(name, sha256, self._llama.slots(name))
 
     async def close(self) -> None:
         """End what is under way, and free what the library holds."""
         await super().close()
         self._llama.close()
-
-
-class _Both:
-    """What the own engine asks of its model, where a memory is added and removed in the library too."""
-
-    def __init__(self, llama: LlamaModel) -> None:
-        model: DecomposedModel = llama.model
-        self.add_memory, self.remove_memory = llama.add_memory, llama.remove_memory
-        self.backbone, self.memories, self.tokenizer = model.backbone, model.memories, model.tokenizer
-        self.manifest, self.domains = model.manifest, model.domains
 
 
 class LlamaBatch:

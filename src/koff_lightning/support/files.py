@@ -38,6 +38,12 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def check_sha256(found: str, listed: str, name: str | Path) -> None:
+    """Raise KoffError unless a file has the SHA-256 that is listed for it; both in hex digits."""
+    if found != listed:
+        raise KoffError(f"{name} was changed after it was written (its sha256 is another): get it again")
+
+
 @contextmanager
 def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block ends well and vanishes when it does not.

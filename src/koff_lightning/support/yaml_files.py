@@ -38,11 +38,6 @@ def load_yaml(text: str, where: str) -> Any:
         raise KoffError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
 
 
-def compose_file(path: Path) -> yaml.Node | None:
-    """The nodes of a YAML file in UTF-8, as `compose` gives them."""
-    return compose(_text(path), str(path))
-
-
 def compose(text: str, where: str) -> yaml.Node | None:
     """The nodes of a YAML text, None of an empty one.
 
@@ -94,3 +89,34 @@ def _text(path: Path) -> str:
         raise KoffError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}): save it as UTF-8") from error
     except OSError as error:
         raise KoffError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def refuse_duplicate_keys(path: Path) -> None:
+    """Check a config file, as for two domains of one name: loaders keep the last one and lose the other without a word.
+
+    Raises:
+        KoffError: A mapping in the file has the same key twice (names file and line), or `read_yaml` would refuse it.
+    """
+    root = compose(_text(path), str(path))
+    seen: set[int] = set()
+    pending = [root] if root else []
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            _check_mapping(path, node)
+            pending += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            pending += node.value
+
+
+def _check_mapping(path: Path, node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        name = str(key.value)
+        if name in lines:
+            raise KoffError(f"{path}:{line}: '{name}' is given twice, first in line {lines[name]}: keep one")
+        lines[name] = line

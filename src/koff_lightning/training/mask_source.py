@@ -94,4 +94,3 @@ def load_mask(model: Decomposition, source: MaskSource) -> None:
         return
     gates.load_state_dict(source.tensors)
     gates.logits.requires_grad_(False)
-    model.target = model.sparsity.target

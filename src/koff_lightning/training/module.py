@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import PREFIX, check_content, read_checkpoint, refuse_other_tensors, target_of
-from koff_lightning.artifact.memories import artifact_to_extend, backbone_of, hold_closed
+from koff_lightning.artifact.folder import backbone_of
 from koff_lightning.backbone import allow_recomputation, compile_layers
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import MODES, Batch, Decomposition, check_layout
@@ -34,6 +34,7 @@ from koff_lightning.support.names import check_names
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training import strategies
 from koff_lightning.training.ending import EndsBetweenSteps
+from koff_lightning.training.extending import artifact_to_extend, hold_closed
 from koff_lightning.training.mask_source import load_mask, read_mask_source
 from koff_lightning.training.nonfinite import NonFiniteGuard
 from koff_lightning.training.objective import Objective, take_stored_teacher

@@ -32,8 +32,7 @@ def data_section(config: str) -> dict[str, Any]:
         KoffError: There is no such config, or it names no text.
     """
     from koff_lightning.commands.parsing.config_files import find_config
-    from koff_lightning.data.yaml_keys import refuse_duplicate_keys
-    from koff_lightning.support.yaml_files import read_yaml
+    from koff_lightning.support.yaml_files import read_yaml, refuse_duplicate_keys
 
     path = find_config(config)
     refuse_duplicate_keys(path)

@@ -12,18 +12,15 @@ import os
 import shutil
 import weakref
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from koff_lightning.artifact.folder import BACKBONE, CARD, MEMORIES, Manifest, read_manifest, verify
+from koff_lightning.artifact.folder import BACKBONE, CARD, MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import check_memories, read_memory
-from koff_lightning.artifact.router_files import check_fit, read_router
 from koff_lightning.kv_memory import MOVING_ROPE, check_one_rope
 from koff_lightning.loading import load_tokenizer
-from koff_lightning.router.routing import Router
-from koff_lightning.serving.engine import Failed, Options, Piece, Token, Unknown
+from koff_lightning.serving.engine import Engine, Failed, Held, Options, Piece, Token, end_tokens
 from koff_lightning.serving.vllm.slots import FOLDER, KEY, check_layers, salt_of, with_places
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
@@ -34,27 +31,8 @@ _CONNECTOR = {"kv_connector": "KoffMemories", "kv_role": "kv_consumer"}
 _log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class _Held:
-    """A memory that was taken up.
-
-    Args:
-        folder: The copy of its folder.
-        sha256: Hash of its card.
-        slots: 0 without.
-        lora: vLLM's request of its adapter; None without.
-    """
-
-    folder: Path
-    sha256: str
-    slots: int
-    lora: Any = None
-    rows: int = 0  # texts that read it
-    current: bool = True  # whether new texts get it
-
-
-class VllmEngine:
-    """An engine (serving/engine.py) over vLLM's `AsyncLLM`.
+class VllmEngine(Engine):
+    """An engine over vLLM's `AsyncLLM`.
 
     Args:
         folder: The artifact.
@@ -70,30 +48,28 @@ class VllmEngine:
 
     def __init__(self, folder: Path, rows: int = 128, dtype: str | None = None, **options: Any) -> None:
         check_installed()
-        self._manifest = verify(folder, backbone=False)
+        super().__init__(folder, verify(folder, backbone=False))
         check_memories(folder, self._manifest)
-        self.folder, self.tokenizer = folder, load_tokenizer(str(folder / BACKBONE))
+        self.tokenizer = load_tokenizer(str(folder / BACKBONE))
         self._config = self._manifest.form.read_config(folder / BACKBONE, self._manifest.base["family"])
         _check_rope(self._config)
         self.vocabulary = self._config.vocab_size
         self._ends = _ends(folder / BACKBONE, self._config)
         self._work = Path(mkdtemp(prefix="koff-vllm-"))
         self._clean = weakref.finalize(self, shutil.rmtree, self._work, ignore_errors=True)
-        self._copies, self._loras = itertools.count(), itertools.count(1)
-        self._broken: dict[str, str] = {}  # domain -> hash of the card of a memory that could not be used
-        self._read: tuple[Any, Router] | None = None  # what the manifest said of the router, and the router
+        self._copies, self._numbers = itertools.count(), itertools.count(1)
+        self._loras: dict[str, Any] = {}  # name of a copy -> vLLM's request of its adapter
         self._rank = _rank_for([about["rank"] for about in self._manifest.domains.values()])
-        self._held: dict[str, _Held] = {}
         self._under_way = 0
         self._closed = False
         for name, about in self._manifest.domains.items():
-            self._held[name] = self._take_up(name, about["card_sha256"], self._manifest)
+            self._held[name] = self._copied(name, about["card_sha256"], self._manifest)
         self._llm = _started(self._settings(rows, dtype, options))
-        self._most: int = self._llm.model_config.max_model_len
+        self._context = self._llm.model_config.max_model_len
 
     def _settings(self, rows: int, dtype: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """What vLLM is started with."""
-        adapted = sum(held.lora is not None for held in self._held.values())
+        adapted = len(self._loras)
         lora = {"enable_lora": True, "max_loras": min(adapted, MOST_LORAS), "max_lora_rank": self._rank}
         return {
             "model": str(self.folder / BACKBONE),
@@ -108,83 +84,51 @@ class VllmEngine:
             **options,
         }
 
-    # ------------------------------------------------------------------------------------------ what is known
-
-    @property
-    def routes(self) -> bool:
-        """Whether the artifact has a router that knows its memories."""
-        try:
-            self._router()
-        except KoffError:
-            return False
-        return True
-
     @property
     def load(self) -> tuple[int, int]:
         """Texts under way; which of them wait is vLLM's affair."""
         return self._under_way, 0
 
-    def memories(self) -> dict[str, str]:
-        """Domain -> hash of its memory's card."""
-        return {domain: held.sha256 for domain, held in self._held.items()}
-
-    def room(self, memory: str | None) -> int:
-        """The context without the places of the memory's slots."""
-        held = self._held.get(memory) if memory is not None else None
-        return self._most - (held.slots if held else 0)
-
-    def route(self, texts: list[str]) -> list[str | None]:
-        """By the artifact's router."""
-        return self._router().route(texts)
-
-    def _router(self) -> Router:
-        if self._read is None or self._read[0] != self._manifest.router:
-            self._read = self._manifest.router, read_router(self.folder, self._manifest)
-        router = self._read[1]
-        check_fit(router.domains, list(self._held), self.folder)
-        return router
-
     # ------------------------------------------------------------------------------------------------ answers
 
     async def stream(self, ids: list[int], memory: str | None, options: Options) -> AsyncIterator[Piece]:
         """Let vLLM continue a text, and give what comes without the end token."""
-        held = self._held.get(memory) if memory is not None else None
-        if memory is not None and held is None:
-            raise Unknown(f"there is no memory {memory!r}")
-        if self._closed:
-            raise Failed("the server is ending")
-        prompt = tuple(Token(token) for token in ids) if options.echo else None
-        if options.max_tokens == 0:
-            yield Piece((), "length", prompt)
-            return
-        self._under_way += 1
-        if held is not None:
-            held.rows += 1
-        try:
-            async for output in self._come(ids, held, options):
-                piece = _piece(output.outputs[0], options, self._ends, prompt)
-                prompt = None
-                yield piece
-        finally:
-            self._under_way -= 1
-            if held is not None:
-                held.rows -= 1
-                await self._free(held)
+        async with self._reading(memory) as held:
+            if self._closed:
+                raise Failed("the server is ending")
+            prompt = tuple(Token(token) for token in ids) if options.echo else None
+            if options.max_tokens == 0:
+                yield Piece((), "length", prompt)
+                return
+            self._under_way += 1
+            try:
+                async for output in self._come(ids, held, options):
+                    piece = _piece(output.outputs[0], options, self._ends, prompt)
+                    prompt = None
+                    yield piece
+            finally:
+                self._under_way -= 1
 
-    def _come(self, ids: list[int], held: _Held | None, options: Options) -> AsyncIterator[Any]:
+    def _come(self, ids: list[int], held: Held | None, options: Options) -> AsyncIterator[Any]:
         """What vLLM makes of a request."""
         prompt: dict[str, Any] = {"prompt_token_ids": with_places(ids, held.slots if held else 0)}
         extra = None
         if held is not None:
-            prompt["cache_salt"] = salt_of(held.folder.name, held.sha256)
-            extra = {"kv_transfer_params": {KEY: held.folder.name}}
+            prompt["cache_salt"] = salt_of(held.name, held.sha256)
+            extra = {"kv_transfer_params": {KEY: held.name}}
         name = f"koff-{next(self._copies)}"
-        parameters, lora = _sampling(options, self._ends, extra), held.lora if held else None
+        parameters, lora = _sampling(options, self._ends, extra), self._loras.get(held.name) if held else None
         return _failing(self._llm.generate(prompt, parameters, name, lora_request=lora))
 
     # ----------------------------------------------------------------------------------------------- memories
 
-    def _take_up(self, domain: str, sha256: str, manifest: Manifest) -> _Held:
+    async def _take_up(self, domain: str, sha256: str, manifest: Manifest) -> Held:
+        held = await asyncio.to_thread(self._copied, domain, sha256, manifest)
+        if (lora := self._loras.get(held.name)) is not None:
+            await self._llm.add_lora(lora)  # what does not fit is found out here, not in an answer
+        return held
+
+    def _copied(self, domain: str, sha256: str, manifest: Manifest) -> Held:
         """Copy a memory and look at the copy.
 
         Raises:
@@ -204,53 +148,21 @@ class VllmEngine:
         except (OSError, KoffError) as error:
             shutil.rmtree(copy, ignore_errors=True)
             raise KoffError(str(error)) from error
-        return _Held(copy, sha256, slots.slots if slots else 0, _lora(copy, next(self._loras)) if weights else None)
+        if weights:
+            self._loras[copy.name] = _lora(copy, next(self._numbers))
+        return Held(copy.name, sha256, slots.slots if slots else 0)
 
-    async def refresh(self) -> list[str]:
-        """Compare the artifact's manifest with what is held."""
-        manifest = await asyncio.to_thread(read_manifest, self.folder)
-        if manifest.mask_hash != self._manifest.mask_hash or manifest.base != self._manifest.base:
-            raise KoffError(f"{self.folder} is another model now: start the server again to serve it")
-        due = {name: about["card_sha256"] for name, about in manifest.domains.items()}
-        said = [f"removed {name}" for name in [*self._held] if name not in due and await self._let_go(name)]
-        self._broken = {name: sha256 for name, sha256 in self._broken.items() if due.get(name) == sha256}
-        for name, sha256 in due.items():
-            if sha256 in (self._broken.get(name), self._held[name].sha256 if name in self._held else None):
-                continue
-            try:
-                held = await asyncio.to_thread(self._take_up, name, sha256, manifest)
-                if held.lora is not None:
-                    await self._llm.add_lora(held.lora)  # what does not fit is found out here, not in an answer
-                replaced = await self._let_go(name)
-                self._held[name] = held
-                said.append(f"{'replaced' if replaced else 'added'} {name}")
-            except Exception as error:  # whatever is wrong with one, the others go on
-                self._broken[name] = sha256
-                said.append(f"left out {name}, which cannot be used: {error}")
-        self._manifest = manifest
-        return said
-
-    async def _let_go(self, domain: str) -> bool:
-        """Give a memory to no new text, and free it once no text reads it."""
-        held = self._held.pop(domain, None)
-        if held is None:
-            return False
-        held.current = False
-        await self._free(held)
-        return True
-
-    async def _free(self, held: _Held) -> None:
-        """Forget a memory that nobody reads and nobody can ask for."""
-        if held.current or held.rows or self._closed:
+    async def _drop(self, held: Held) -> None:
+        """Let vLLM free a memory."""
+        if self._closed:
             return
-        if held.lora is not None:
+        lora = self._loras.pop(held.name, None)
+        if lora is not None:
             try:
-                await self._llm.remove_lora(held.lora.lora_int_id)
-            except (
-                Exception
-            ) as error:  # an engine that has died: what is told of it is `Failed`, to who waits for an answer
-                _log.warning("vLLM did not let go of the LoRA %s (%r)", held.lora.lora_name, error)
-        shutil.rmtree(held.folder, ignore_errors=True)
+                await self._llm.remove_lora(lora.lora_int_id)
+            except Exception as error:  # of an engine that has died: who waits for an answer is told `Failed`
+                _log.warning("vLLM did not let go of the LoRA %s (%r)", lora.lora_name, error)
+        shutil.rmtree(self._work / held.name, ignore_errors=True)
 
     async def close(self) -> None:
         """End vLLM's processes."""
@@ -320,7 +232,7 @@ def _ends(backbone: Path, config: Any) -> list[int]:
         given = GenerationConfig.from_pretrained(backbone).eos_token_id
     except OSError:  # it has none of its own
         given = config.eos_token_id
-    return [] if given is None else [given] if isinstance(given, int) else list(given)
+    return end_tokens(given)
 
 
 def _sampling(options: Options, ends: list[int], extra: dict[str, Any] | None) -> Any:

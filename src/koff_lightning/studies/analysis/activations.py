@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from koff_lightning.artifact.folder import FORMAT, read_json
-from koff_lightning.backbone import hidden_states, neuron_linears
+from koff_lightning.backbone import hidden_states, inputs_of, neuron_linears
 from koff_lightning.loading import fingerprint
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import replacing
@@ -238,8 +238,7 @@ def _add(sums: Activations, model: PreTrainedModel, batch: Mapping[str, Any]) ->
     half = torch.arange(len(domain))[:, None] % 2 if documents is None else documents % 2  # [B, T|1]
     owner = (half.to(model.device) * len(places) + domain[:, None]).expand_as(counted)[counted]  # [n] in 0..2D-1
     member = nn.functional.one_hot(owner, 2 * len(places)).T.float()  # [2D, n]
-    names = ("input_ids", "position_ids", "attention_mask")
-    inputs = {name: batch[name].to(model.device) for name in names if batch.get(name) is not None}
+    inputs = inputs_of(batch, model.device)
     with _watched(model, sums, counted, member):
         hidden_states(model, **inputs)
     sums.tokens += member.sum(1).long().cpu().view(2, -1)

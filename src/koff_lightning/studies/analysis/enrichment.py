@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from koff_lightning.studies.analysis.odds import common_odds
-from koff_lightning.studies.analysis.permutation import permutation
+from koff_lightning.studies.analysis.odds import common_odds, permutation
 from koff_lightning.studies.analysis.tables import Bools, Ints, count, haldane, informative
 
 if TYPE_CHECKING:

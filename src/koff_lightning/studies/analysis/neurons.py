@@ -199,9 +199,5 @@ def removed_by(masks: Masks, kind: str) -> list[Bools]:
 
 
 def _named(table: "pd.DataFrame", kind: str, run: str) -> "pd.DataFrame":
-    front = {"kind": kind, "run": run}
-    return table.rename(columns={"kind": "unit_kind"}).assign(**front)[[*front, *_renamed(table)]]
-
-
-def _renamed(table: "pd.DataFrame") -> list[str]:
-    return ["unit_kind" if name == "kind" else name for name in table.columns]
+    front, table = {"kind": kind, "run": run}, table.rename(columns={"kind": "unit_kind"})
+    return table.assign(**front)[[*front, *table.columns]]

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 RAW = ("neurons", "masks", "attention", "adapters")  # tables so long that analysis.json only says where they are
 PAGE = "report.html"
 
@@ -32,9 +29,12 @@ def write(found: Study, folder: Path) -> Path:
     """
     figures = draw_all(found)
     said = findings(found)
-    content = {"format_version": FORMAT, "findings": [asdict_of(line) for line in said]} | found.about
+    content = {
+        "format_version": FORMAT,
+        "findings": [{"verdict": line.verdict, "text": line.text} for line in said],
+    } | found.about
     content |= {"missing": found.missing, "versions": versions()}
-    content["tables"] = {name: _records(table) for name, table in found.tables.items() if name not in RAW}
+    content["tables"] = {name: table.to_dict("records") for name, table in found.tables.items() if name not in RAW}
     content["files"] = {name: f"tables/{name}.parquet" for name in found.tables}
     try:
         (folder / "tables").mkdir(parents=True, exist_ok=True)
@@ -47,15 +47,6 @@ def write(found: Study, folder: Path) -> Path:
     write_atomically(folder / "analysis.json", json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / PAGE, render(found, said, figures))
     return folder / PAGE
-
-
-def asdict_of(line: Any) -> dict[str, Any]:
-    """A finding as plain values."""
-    return {"verdict": line.verdict, "text": line.text}
-
-
-def _records(table: "pd.DataFrame") -> list[dict[str, Any]]:
-    return table.to_dict("records")
 
 
 def _plain(value: Any) -> Any:

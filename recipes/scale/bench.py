@@ -1,4 +1,6 @@
-"""`python -m koff_lightning.commands.bench`: what a KOFF training step costs beside the same step with plain peft LoRA.
+"""What a KOFF training step costs beside the same step with plain peft LoRA.
+
+    python recipes/scale/bench.py
 
 With `--teacher K`: what a step with the stored teacher's K likeliest tokens costs beside one with a live teacher.
 
@@ -108,7 +110,7 @@ def timed(step: Step, device: str) -> float:
 def peak(kind: str, options: argparse.Namespace) -> float:
     """Peak memory of three steps in a fresh process, MiB: of the GPU, or of the process beyond what it held before."""
     passed = [f"--{k}={v}" for k, v in vars(options).items() if k not in ("measure", "rounds", "teacher")]
-    command = [sys.executable, "-m", "koff_lightning.commands.bench", f"--measure={kind}", *passed]
+    command = [sys.executable, __file__, f"--measure={kind}", *passed]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 

@@ -20,7 +20,13 @@ from koff_lightning.support.versions import versions
 if TYPE_CHECKING:
     import pandas as pd
 
-RAW = ("neurons", "masks", "attention", "adapters")  # tables so long that analysis.json only says where they are
+RAW = (
+    "neurons",
+    "masks",
+    "attention",
+    "adapters",
+    "similarity_draws",
+)  # tables so long that analysis.json only says where they are
 PAGE = "report.html"
 
 

@@ -114,7 +114,7 @@ class Planted:
 
 
 def test_the_intervals_hold_for_all_statements_at_once():
-    """A difference 2.5 standard errors from zero would decide a lone statement, and does not decide one of 19."""
+    """A difference 2.5 standard errors from zero would decide a lone statement, and does not decide one of 20."""
     whole = protocol.paper()
     one = statements.Statement("x", "y", ("a", "koff"), ("b", "koff"))
 
@@ -122,9 +122,9 @@ def test_the_intervals_hold_for_all_statements_at_once():
         planted = Planted({"a koff": -0.01 * errors, "b koff": 0.0}, noise=0.01 / 2**0.5)
         return statements.verdict(one, planted, level, {}.get)["verdict"]
 
-    assert len(whole.statements) == 19 and whole.level == pytest.approx(1 - 0.05 / 19)
+    assert len(whole.statements) == 20 and whole.level == pytest.approx(1 - 0.05 / 20)
     page = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
-    assert "19 statements, so the interval has level 1 - 0.05 / 19 = 99.7 %" in page
+    assert "20 statements, so the interval has level 1 - 0.05 / 20 = 99.8 %" in page
     figures, side = sum(len(list(one.parts({}.get))) for one in whole.statements), (1 - whole.level) / 2
     assert f"{figures} figures x {side:.2%} = {figures * side:.1%}".replace("%", " %") in page
     assert (word(2.5, 0.95), word(2.5, whole.level)) == ("supported", "not decided")
@@ -257,5 +257,9 @@ def test_every_arm_is_a_config_that_parses(name):
     assert (sparsity["harden"] == "threshold") == ends
     assert not ends or sparsity["target"] == 0.2
     assert (sparsity["beta_end"] == 0.5) == name.startswith("annealed_"), "the grid of Table 9"
+    places = {"learned_placement": ("all", 0.5), "top_half": ("top:50%", None), "all_blocks": ("all", None)}
+    memory = next((resolved["model"][part] for part in ("lora", "kv") if resolved["model"][part]), None)
+    if memory:
+        assert (memory["layers"], resolved["placement"]["keep"]) == places.get(name, ("top:64%", None))
     both = resolved["model"]["retention"], resolved["data"]["retention"]
     assert all(both) or not any(both), "a run refuses one without the other"

@@ -3,7 +3,7 @@
 A statement is made of figures that it needs below zero. It is supported when the intervals of all of them lie below
 zero, contradicted when that of one lies above, else not decided. The intervals are wide enough for all statements at
 once (Bonferroni), as in verdicts.py: a wrong "supported" needs all figures of a statement; a wrong "contradicted" needs
-one, so its chance adds up over the figures, to 3.3 % over all of them.
+one, so its chance adds up over the figures, to about 3 % over all of them.
 """
 
 import math

@@ -36,6 +36,7 @@ def test_documents_of_a_wheel(topics, tmp_path):
         "own/b.py": f'"""{LONG}"""\n',
         "own/broken.py": "def (",
         "own/tests/c.py": f'"""{LONG} c"""\n',
+        "own/ext/other.py": f'"""{LONG} other"""\n',
         "own/test_d.py": f'"""{LONG} d"""\n',
         "own/e.txt": LONG,
     }

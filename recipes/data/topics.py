@@ -3,9 +3,10 @@
     python recipes/data/topics.py corpora/topics     # then: koff fit --config ... --config domains/topics_offline.yaml
 
 A document is the docstring of a module, class or function, as it stands, with its doctests; tests are left out, as are
-docstrings under 300 bytes and exact copies. The wheels are fetched by pip from the configured index, nothing of them is
-installed or run, and nothing of their text is part of this project. It is reference prose about the subject and about a
-library at once, and far less than an encyclopedia's: topics of the paper's kind, not the paper's.
+copies of other packages, docstrings under 300 bytes and exact copies. The wheels are fetched by pip from the configured
+index, nothing of them is installed or run, and nothing of their text is part of this project. It is reference prose
+about a subject and about a library at once, and far less than an encyclopedia's: topics of the paper's kind, not the
+paper's.
 """
 
 import argparse
@@ -27,6 +28,7 @@ PACKAGES = {
     "biology": ("biopython", "1.85", "Biopython License Agreement or BSD-3-Clause"),
     "music": ("music21", "9.7.1", "BSD-3-Clause"),
 }
+OTHERS = {"tests", "test", "testing", "extern", "ext", "_vendor"}  # the last three: copies of other packages
 SHORTEST = 300  # bytes of a document
 
 
@@ -42,7 +44,7 @@ def documents(wheel: Path, version: str) -> Iterator[dict[str, str]]:
     seen: set[str] = set()
     with zipfile.ZipFile(wheel) as files:
         for path in sorted(name for name in files.namelist() if name.endswith(".py")):
-            if {"tests", "test", "testing"} & set(path.split("/")) or path.rpartition("/")[2].startswith("test"):
+            if OTHERS & set(path.split("/")) or path.rpartition("/")[2].startswith("test"):
                 continue
             try:
                 tree = ast.parse(files.read(path))

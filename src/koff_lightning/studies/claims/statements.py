@@ -17,9 +17,8 @@ from koff_lightning.studies.bootstrap import Sample, interval
 
 Figure = tuple[str, str]  # an arm, and how its model is read: koff, dense, memory_off, swapped
 Removed = Callable[[Figure], float | None]  # share of the body that a figure's runs closed, mean over seeds
-SHARP = (
-    0.5  # a stretch is gradual where a point of sparsity costs less than this share of what it costs in the sharp one
-)
+# A stretch is gradual where a point of sparsity costs less than this share of what it costs in the sharp one.
+SHARP = 0.5
 
 
 class Paired(Protocol):

@@ -14,6 +14,7 @@ from toy_text import toy_documents, write_jsonl
 from koff_lightning.artifact.export import export
 from koff_lightning.cli import main
 from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.studies.analysis import paper
 
 FEW = [
     "--tokens=600",
@@ -70,6 +71,12 @@ def test_everything_is_written(whole):
     assert set(tables["enrichment"]["run"]) == {"run0", "run1", "bare"}
     assert set(tables["ratios"]["against"]) == {"bare"}
     assert len(tables["transfer"]) == len(tables["perplexity"]) == 2 * len(DOMAINS)
+    judged = tables["statements"]
+    assert {paper.SPECIFIC, paper.GENERAL, paper.STAYS} <= set(judged["says"])
+    assert set(judged["runs"]) == {2} and (judged["low"] <= judged["high"]).all()
+    assert len(tables["similarity_draws"]) == 2 * 10_000
+    said = [line for line in content["findings"] if line["text"].startswith("The paper, ")]
+    assert [line["text"].split(": ")[1].split(". ")[0] for line in said] == list(dict.fromkeys(judged["says"]))
     for name in ("removed_by_layer", "enrichment", "transfer", "perplexity", "attention", "sparsity"):
         assert (whole / "plots" / f"{name}.png").stat().st_size > 1000
         assert (whole / "plots" / f"{name}.svg").is_file()

@@ -70,6 +70,8 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("name", LISTS)
 def test_each_list_is_read_to_the_first_batch(name, built, stand_in, asked, tmp_path):  # noqa: F811
     write_jsonl(tmp_path / "corpora" / "medicine" / "own.jsonl", toy_documents(40, seed=99))
+    for topic in ("mathematics", "statistics", "networks", "astronomy", "biology", "music"):
+        write_jsonl(tmp_path / "corpora" / "topics" / f"{topic}.jsonl", toy_documents(40, seed=len(topic)))
     tokenizer = toy_tokenizer(tmp_path / "tokenizer")
     words = ["--data.tokenizer", tokenizer, "--data.num_workers=0", "--data.seq_len=64"]
     cli = built(
@@ -105,6 +107,13 @@ def test_the_papers_general_text_is_read(built, stand_in, asked, tmp_path):  # n
     cli.datamodule.setup()
     assert set(cli.datamodule.general._train) == {"c4", "gsm8k", "arc"}
     assert {path for path, _ in asked} == {"allenai/c4", "openai/gsm8k", "allenai/ai2_arc"}
+
+
+@pytest.mark.parametrize("name", ["domains/wikipedia_topics.yaml", "domains/wikisource.yaml"])
+def test_the_papers_lists_take_as_many_documents_as_the_paper(name):
+    data = yaml.safe_load((SHIPPED / name).read_text())["data"]
+    assert {source["max_documents"] for source in data["domains"].values()} == {30_000}
+    assert data["heldout_fraction"] == 0.05
 
 
 def test_there_are_lists_of_languages_and_subjects():

@@ -1,16 +1,21 @@
 """The paper's own analyses: the ends of the LAPE ranking (Table 3), embeddings beside the dense model's (app. B)."""
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_run import DOMAINS, RandomText, tiny_module
 
 from koff_lightning import KoffError
+from koff_lightning.studies.analysis import paper
 from koff_lightning.studies.analysis.ranking import ends, ranking
 from koff_lightning.studies.analysis.similarity import (
     centroid_cosine,
     embedded,
     linear_cka,
+    resampled,
     shared_neighbours,
     similarity,
 )
@@ -57,6 +62,131 @@ def test_neighbours_and_centroids():
     assert centroid_cosine(line, line[[2, 3, 0, 1]], ["a", "a", "b", "b"]) == pytest.approx(0.0998, abs=1e-3)
 
 
+def test_drawn_rows_are_measured_as_if_they_were_the_text():
+    """Each draw's alignment and centroids are those of the rows that it drew, copies and all; they agree on average."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 6, dtype=torch.float64)
+    y = x + 0.5 * torch.randn(30, 6, dtype=torch.float64)
+    classes = ["a"] * 12 + ["b"] * 18
+    drawn = resampled(x, y, classes, k=4)
+    assert drawn.shape == (10_000, 3)
+    random = np.random.default_rng(0)
+    first = [random.multinomial(n, np.full(n, 1 / n), 10_000)[0] for n in (12, 18)]
+    rows = torch.from_numpy(np.repeat(np.arange(30), np.concatenate(first)))
+    kinds = [classes[row] for row in rows]
+    assert drawn[0, 0] == pytest.approx(linear_cka(x[rows], y[rows]), abs=1e-9)
+    assert drawn[0, 2] == pytest.approx(centroid_cosine(x[rows], y[rows], kinds), abs=1e-9)
+    assert drawn[:, 1].mean() == pytest.approx(shared_neighbours(x, y, 4), abs=0.01)
+
+
+# ------------------------------------------------------------------- the paper's statements, on planted figures
+
+
+def words(lines):
+    return {verdict.says: verdict.word for verdict in paper.judge(pd.DataFrame(lines))}
+
+
+def ranked(specific, general, other, runs=6, size=4000, seed=0):
+    """Verdicts on Table 3, of gate alike in every run but by chance: shares removed of both ends and of the rest."""
+    random = np.random.default_rng(seed)
+    rates = np.column_stack([np.linspace(0.2, 0.01, size), np.linspace(0.001, 0.2, size)])
+    ends_of = ends(rates)
+    share = np.where(ends_of[0], specific, np.where(ends_of[1], general, other))
+    return paper.ends_lines(rates, {"gate": [random.random(size) < share for _ in range(runs)]})
+
+
+@pytest.mark.parametrize(
+    "shares, verdicts",
+    [
+        ((0.3, 0.02, 0.15), ("supported", "supported")),
+        ((0.02, 0.3, 0.15), ("contradicted", "contradicted")),
+        ((0.15, 0.15, 0.15), ("not decided", "not decided")),
+        ((0.3, 0.3, 0.05), ("supported", "contradicted")),
+    ],
+)
+def test_table_3_is_judged_against_the_average(shares, verdicts):
+    lines = ranked(*shares)
+    assert tuple(words(lines).values()) == verdicts
+    assert set(words(ranked(*shares, runs=1)).values()) == {"not decided"}, "one run tells nothing of the next"
+    gone = shares[0] - (0.15 * shares[0] + 0.15 * shares[1] + 0.7 * shares[2])
+    assert lines[0]["value"] == pytest.approx(gone, abs=0.02)
+    assert lines[0]["low"] < lines[0]["value"] < lines[0]["high"]
+
+
+def test_runs_that_disagree_decide_nothing():
+    """The spread of the runs counts: of one run the specific are spared, of the other two hit hard."""
+    rates = np.column_stack([np.linspace(0.2, 0.01, 4000), np.linspace(0.001, 0.2, 4000)])
+    random, (specific, _) = np.random.default_rng(0), ends(rates)
+    masks = [random.random(4000) < np.where(specific, share, 0.15) for share in (0.05, 0.4, 0.4)]
+    lines = paper.ends_lines(rates, {"neuron": masks})
+    assert lines[0]["value"] > 0.08 and words(lines)[paper.SPECIFIC] == "not decided"
+
+
+def test_gate_and_up_must_both_show_it():
+    random, (specific, _) = np.random.default_rng(0), ends(RATES := np.random.default_rng(1).random((4000, 3)))
+    hit, not_hit = ([random.random(4000) < np.where(specific, share, 0.15) for _ in range(6)] for share in (0.4, 0.15))
+    assert words(paper.ends_lines(RATES, {"gate": hit, "up": hit}))[paper.SPECIFIC] == "supported"
+    assert words(paper.ends_lines(RATES, {"gate": hit, "up": not_hit}))[paper.SPECIFIC] == "not decided"
+
+
+def layered(k, v, runs=3, noise=0.005, kind=None):
+    """Verdicts on Figure 4 of shares removed of k and v by layer."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(runs):
+        found.append([])
+        for name, shares in (("k_channel", k), ("v_channel", v)) if kind is None else ((kind, k),):
+            for layer, share in enumerate(shares):
+                kept = 1 - share - noise * random.standard_normal()
+                found[-1].append({"layer": layer, "kind": name, "kept": 10_000 * kept, "of": 10_000})
+    lines = paper.layer_lines(found)
+    return words(lines) if lines else {}
+
+
+HILL, FLAT, VALLEY = [0.05, 0.2, 0.3, 0.3, 0.2, 0.05], [0.15] * 6, [0.3, 0.2, 0.05, 0.05, 0.2, 0.3]
+
+
+def test_figure_4_is_judged_by_layers_and_by_kind():
+    less = [share - 0.05 for share in HILL]
+    assert layered(HILL, less) == {paper.MIDDLE: "supported", paper.K_MORE: "supported"}
+    assert layered(VALLEY, HILL)[paper.MIDDLE] == "not decided", "on average there is neither hill nor valley"
+    assert layered(VALLEY, VALLEY)[paper.MIDDLE] == "contradicted"
+    assert layered(less, HILL)[paper.K_MORE] == "contradicted"
+    assert layered(FLAT, FLAT) == {paper.MIDDLE: "not decided", paper.K_MORE: "not decided"}
+    assert layered([*HILL[:5], 0.3], [*HILL[:5], 0.3])[paper.MIDDLE] == "not decided", "one end is no valley"
+    assert set(layered(HILL, less, runs=1).values()) == {"not decided"}
+    assert layered(HILL, None, kind="kv_group") == {paper.MIDDLE: "supported"}, "k and v go together there"
+    assert layered([0.1, 0.3], [0.1, 0.2]) == {paper.K_MORE: "supported"}, "two layers have no middle"
+    assert layered(HILL, None, kind="channel") == {}
+
+
+def aligned(values, runs=3, noise=0.001):
+    """Verdict on appendix B of three measures with memories off; `koff` lines of the table are not looked at."""
+    random, lines, drawn = np.random.default_rng(0), [], []
+    for run in range(runs):
+        own = np.array(values) + noise * random.standard_normal(3)
+        both = (("memory_off", own), ("koff", np.full(3, 0.5)))
+        lines += [{"run": run, "view": view, **dict(zip(paper.MEASURES, one, strict=True))} for view, one in both]
+        draws = own + noise * random.standard_normal((10_000, 3))
+        drawn.append(pd.DataFrame(draws, columns=list(paper.MEASURES)).assign(run=run))
+    return words(paper.similarity_lines(pd.DataFrame(lines), pd.concat(drawn)))[paper.STAYS]
+
+
+def test_appendix_b_needs_all_three_measures_near_one():
+    assert aligned([0.99, 0.95, 0.999]) == "supported"
+    assert aligned([0.99, 0.85, 0.999]) == "contradicted"
+    assert aligned([0.99, 0.9005, 0.999]) == "not decided"
+    assert aligned([0.99, 0.95, 0.999], noise=0.05) == "not decided"
+    assert aligned([0.99, 0.95, 0.999], runs=1) == "not decided"
+
+
+def test_the_rules_stand_on_the_page():
+    """Five statements share 5 %; the page has each statement with its bound."""
+    page = (Path(__file__).parents[1] / "docs" / "analysis.md").read_text(encoding="utf-8")
+    assert pytest.approx(0.99) == paper.LEVEL
+    assert "level 1 - 0.05 / 5 = 99 %" in page and f"above {paper.NEAR}" in page
+    assert all(f"| {says} |" in page for says in paper.SOURCES)
+
+
 @pytest.fixture(scope="module")
 def module(tmp_path_factory):
     module = tiny_module(tmp_path_factory.mktemp("similar"))
@@ -67,7 +197,9 @@ def module(tmp_path_factory):
 def test_an_open_mask_without_memory_is_the_dense_model(module):
     module.gates.harden(torch.ones_like(module.gates.kept))
     batches = list(RandomText().test_dataloader()) * 2
-    table = similarity(module, batches, k=3).set_index("view")
+    found = similarity(module, batches, k=3)
+    table = found["similarity"].set_index("view")
+    assert found["similarity_draws"].to_numpy() == pytest.approx(1), "whichever rows are drawn"
     assert table.loc["memory_off", ["cka", "neighbours", "centroids"]].tolist() == pytest.approx([1, 1, 1])
     assert table["rows"].tolist() == [16, 16]
 
@@ -77,7 +209,7 @@ def test_what_is_removed_shows(module):
     closed[: len(closed) // 2] = False
     module.gates.harden(closed)
     batches = list(RandomText().test_dataloader())
-    assert similarity(module, batches, k=3).set_index("view")["cka"]["memory_off"] < 0.9999
+    assert similarity(module, batches, k=3)["similarity"].set_index("view")["cka"]["memory_off"] < 0.9999
     assert not torch.equal(embedded(module, batches, "dense"), embedded(module, batches, "memory_off"))
     assert {domain for batch in batches for domain in batch["domains"]} == set(DOMAINS)
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from koff_lightning.cli import main
 from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing.config_files import shipped_configs
 from koff_lightning.studies.bootstrap import Sample
-from koff_lightning.studies.claims import protocol
+from koff_lightning.studies.claims import protocol, statements
 from koff_lightning.studies.claims import runs as arm_runs
 
 # Writes what a run leaves; bits per byte tell the arm, and fewer with every seed.
@@ -93,34 +94,90 @@ def test_a_difference_that_the_seeds_do_not_agree_on_is_not_decided(go, tmp_path
     """Better with one seed, worse with the other: the interval holds zero, though the mean lies on one side."""
     assert go("--tables=12", "--seeds=2")[0] == 0
     found = json.loads((tmp_path / "out" / "reproduce.json").read_text(encoding="utf-8"))
-    (one,) = [one for one in found["statements"] if one["than"][0] == "kv_gates"]
+    (one,) = [one for one in found["statements"] if one.get("than", [""])[0] == "kv_gates"]
     assert one["difference"]["low"] < 0 < one["difference"]["high"] and one["difference"]["value"] == pytest.approx(
         -0.01
     )
     assert one["verdict"] == "not decided"
 
 
+class Planted:
+    """Bits per byte of figures by name, each with its own noise of a normal draw."""
+
+    def __init__(self, figures, noise=1e-4, seeds=(0, 1, 2)):
+        self.figures, self.seeds = figures, list(seeds)
+        normal = np.random.default_rng(0).normal(size=(len(figures), 10_000))
+        self.draws = {name: figures[name] + noise * row for name, row in zip(figures, normal, strict=True)}
+
+    def of(self, arms):
+        return Sample({a: self.figures[a] for a in arms}, {a: self.draws[a] for a in arms}, self.seeds)
+
+
 def test_the_intervals_hold_for_all_statements_at_once():
-    """A difference 2.5 standard errors from zero would decide a lone statement, and does not decide one of 17."""
+    """A difference 2.5 standard errors from zero would decide a lone statement, and does not decide one of 20."""
     whole = protocol.paper()
-    normal = np.random.default_rng(0).normal(size=10_000)
-    one = whole.statements[0]
-
-    class Paired:
-        def __init__(self, errors):
-            self.draws = {"a": -0.01 * errors + 0.01 * normal, "b": np.zeros(10_000)}
-
-        def of(self, arms):
-            names = dict(zip(arms, ("a", "b"), strict=True))
-            measured = {arm: float(self.draws[name].mean()) for arm, name in names.items()}
-            return Sample(measured, {arm: self.draws[name] for arm, name in names.items()}, [0, 1])
+    one = statements.Statement("x", "y", ("a", "koff"), ("b", "koff"))
 
     def word(errors, level):
-        return protocol._verdict(one, Paired(errors), level)["verdict"]
+        planted = Planted({"a koff": -0.01 * errors, "b koff": 0.0}, noise=0.01 / 2**0.5)
+        return statements.verdict(one, planted, level, {}.get)["verdict"]
 
-    assert len(whole.statements) == 17 and whole.level == pytest.approx(1 - 0.05 / 17)
+    assert len(whole.statements) == 20 and whole.level == pytest.approx(1 - 0.05 / 20)
+    page = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    assert "20 statements, so the interval has level 1 - 0.05 / 20 = 99.8 %" in page
+    figures, side = sum(len(list(one.parts({}.get))) for one in whole.statements), (1 - whole.level) / 2
+    assert f"{figures} figures x {side:.2%} = {figures * side:.1%}".replace("%", " %") in page
     assert (word(2.5, 0.95), word(2.5, whole.level)) == ("supported", "not decided")
-    assert (word(4, whole.level), word(-4, whole.level)) == ("supported", "contradicted")
+    assert (word(4.5, whole.level), word(-4.5, whole.level)) == ("supported", "contradicted")
+
+
+# Of the dense model, then of KOFF at each target; the mask alone is worse by 0.05.
+SHAPE = {"dense": 1.0, "05": 1.001, "10": 1.002, "": 1.004, "20": 1.01, "30": 1.05, "37": 1.1}
+
+
+def figure_2(shape=None, removed=None, noise=1e-4, seeds=(0, 1, 2), alone=0.05):
+    """Verdicts on the two statements of Figure 2, by how each begins."""
+    shape = SHAPE | (shape or {})
+    named = {f"koff_{name}".rstrip("_") + " koff": value for name, value in shape.items() if name != "dense"}
+    figures = {"koff dense": shape["dense"]} | named
+    figures |= {name.replace("koff", "no_memory", 1): value + alone for name, value in named.items()}
+    shares = {("koff", "dense"): 0.0, ("koff_10", "koff"): 0.08, ("koff_20", "koff"): 0.16, ("koff_37", "koff"): 0.3}
+    planted, whole = Planted(figures, noise, seeds), protocol.paper()
+    found = [one for one in whole.statements if one.source == "figure 2"]
+    told = [statements.verdict(one, planted, whole.level, (shares | (removed or {})).get) for one in found]
+    assert [len(one["parts"]) for one in told] == [6, 2]
+    return [one["verdict"] for one in told]
+
+
+@pytest.mark.parametrize(
+    "changed, verdicts",
+    [
+        ({}, ["supported", "supported"]),
+        ({"shape": {"10": 1.04}}, ["supported", "contradicted"]),  # 0.5 a point there, 0.64 beyond: as good as straight
+        ({"shape": {"37": 1.0}}, ["supported", "contradicted"]),  # nothing is lost at all
+        ({"shape": {"10": 0.9, "37": 1.0}}, ["supported", "contradicted"]),  # nor here, though the rise is the steeper
+        ({"shape": {"10": 1.0256}, "noise": 1e-3}, ["supported", "not decided"]),  # about half, within the noise
+        ({"alone": -0.05}, ["contradicted", "supported"]),
+        ({"alone": 0.0}, ["not decided", "supported"]),
+        ({"seeds": (0,)}, ["not decided", "not decided"]),
+        ({"seeds": ()}, ["not decided", "not decided"]),
+        ({"removed": {("koff_37", "koff"): 0.16}}, ["supported", "not decided"]),  # a stretch of no width
+        ({"removed": {("koff_10", "koff"): None}}, ["supported", "not decided"]),
+        # The same losses over other widths: what counts is what was closed, not the target.
+        ({"removed": {("koff_10", "koff"): 0.004}}, ["supported", "contradicted"]),
+    ],
+)
+def test_figure_2_is_judged_by_what_a_point_of_sparsity_costs(changed, verdicts):
+    assert figure_2(**changed) == verdicts
+
+
+def test_one_target_at_which_the_mask_alone_does_better_decides():
+    whole = protocol.paper()
+    (below,) = [one for one in whole.statements if isinstance(one, statements.Below)]
+    figures = {" ".join(figure): 1.0 + 0.1 * figure[0].startswith("no_memory") for figure in below.figures}
+    assert statements.verdict(below, Planted(figures), whole.level, {}.get)["verdict"] == "supported"
+    figures["no_memory_30 koff"] = 0.9
+    assert statements.verdict(below, Planted(figures), whole.level, {}.get)["verdict"] == "contradicted"
 
 
 def test_the_papers_figures_are_those_of_the_backbone(go, tmp_path):
@@ -152,6 +209,11 @@ def test_figure_2_is_drawn_over_what_was_really_closed(go, tmp_path):
     assert {point["removed"] for point in points if point["arm"] != "dense"} == {0.11}
     assert sum(point["arm"] == "koff" for point in points) == sum(point["arm"] == "no_memory" for point in points) == 6
     assert (tmp_path / "out" / "plots" / "sparsity.png").stat().st_size > 1000
+    below, bend = [one for one in found["statements"] if one["source"] == "figure 2"]
+    assert [part["value"] for part in below["parts"]] == pytest.approx([-0.0] * 2 + [-0.1] + [-0.0] * 3)
+    assert bend["parts"][1]["value"] is None, "the stub closes as much at every target: a stretch of no width"
+    text = (tmp_path / "out" / "reproduce.md").read_text(encoding="utf-8")
+    assert "(koff_10 - dense) / sparsity - 0.5 (koff_37 - koff_20) / sparsity: -" in text
 
 
 def test_a_failing_row_leaves_the_others_and_is_said(go, tmp_path, capsys, monkeypatch):
@@ -180,7 +242,7 @@ def test_every_arm_is_used_and_every_row_has_one():
     paper = protocol.paper()
     used = set(protocol.needed(paper.tables.values()))
     assert used == set(paper.arms)
-    assert {arm for one in paper.statements for arm, _ in (one.fewer, one.than)} <= used
+    assert {arm for one in paper.statements for arm, _ in one.figures} <= used
 
 
 @pytest.mark.parametrize("name", list(protocol.paper().arms))
@@ -195,5 +257,9 @@ def test_every_arm_is_a_config_that_parses(name):
     assert (sparsity["harden"] == "threshold") == ends
     assert not ends or sparsity["target"] == 0.2
     assert (sparsity["beta_end"] == 0.5) == name.startswith("annealed_"), "the grid of Table 9"
+    places = {"learned_placement": ("all", 0.5), "top_half": ("top:50%", None), "all_blocks": ("all", None)}
+    memory = next((resolved["model"][part] for part in ("lora", "kv") if resolved["model"][part]), None)
+    if memory:
+        assert (memory["layers"], resolved["placement"]["keep"]) == places.get(name, ("top:64%", None))
     both = resolved["model"]["retention"], resolved["data"]["retention"]
     assert all(both) or not any(both), "a run refuses one without the other"

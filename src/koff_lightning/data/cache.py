@@ -144,7 +144,8 @@ class TokenCache:
             "bundled": self._digests(shipped),
             "files": self._digests(expand_files(source.file_entries)),
             "hub": source.hub_entries,
-            "fields": [fields.text, fields.id, source.subset, source.split, source.chat, *fields.where],
+            "fields": [fields.text, fields.id, source.subset, source.split, source.chat, *fields.where]
+            + ([{"max_documents": source.max_documents}] if source.max_documents else []),
             **options,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

@@ -23,7 +23,7 @@ from koff_lightning.data.sources import DomainSource, as_shares, as_sources, dom
 from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
-from koff_lightning.data.streamed_split import IsTraining, split_streamed
+from koff_lightning.data.streamed_split import IsTraining, first_documents, split_streamed
 from koff_lightning.data.talks import check_template, template_of
 from koff_lightning.data.teacher import FOLDER, Belongs, StoredTeacher, TeacherStore, rows_hash
 from koff_lightning.loading import load_config, load_tokenizer
@@ -52,8 +52,8 @@ class DomainDataModule(LightningDataModule):
         domains: Text of each domain, by name. An entry is ``bundled:<name>`` (text that ships with the package), a
             file or glob, ``hub:<dataset>``, a list of these, or a mapping with the fields of `DomainSource`: files,
             text_field (default text), id_field (default id), weight (default 1), heldout_files (default: split by
-            hash), subset and split (of hub datasets), chat (``all`` or ``answers``: documents are talks). Files:
-            jsonl, csv, txt, each also .gz .xz .zst, and parquet.
+            hash), subset and split (of hub datasets), chat (``all`` or ``answers``: documents are talks), max_documents
+            (the first so many). Files: jsonl, csv, txt, each also .gz .xz .zst, and parquet.
         tokenizer: Hub id or folder of a tokenizer; by default that of the module's backbone.
         seq_len: Tokens per row.
         batch_size: Rows per batch on each device.
@@ -233,6 +233,8 @@ class DomainDataModule(LightningDataModule):
     def _split_streamed(self, name: str, source: DomainSource) -> Texts:
         """Held-out text and a sample of the training text; takes note of what is to be streamed."""
         shards, on_bad = domain_shards(source, streamed=True), BadLines(name, self.on_bad_line)
+        if source.max_documents:
+            shards = first_documents(shards, source.max_documents, BadLines(name, self.on_bad_line))
         texts = split_streamed(
             name,
             shards,
@@ -240,6 +242,7 @@ class DomainDataModule(LightningDataModule):
             max_heldout_bytes=self.max_heldout_bytes,
             train_bytes=SAMPLE,
             on_bad=on_bad,
+            bounded=bool(source.max_documents),
         )
         on_bad.report()
         streamed = [(shard, side) for shard, side in shards if side != "held out"]
@@ -325,8 +328,7 @@ class DomainDataModule(LightningDataModule):
         for name, text in self._texts.items():
             fields = self.sources[name].fields
             talks = [[text.chat, template_of(self.tokenizer)]] if text.chat else []
-            talks += [fields.where] if fields.where else []
-            identity |= text.identity((fields.text, fields.id), split, *talks)
+            identity |= text.identity((fields.text, fields.id), split, *talks, *self.sources[name].choice)
         return Reading(self._texts, self.tokenizer, self.seq_len, identity)
 
     def _mixture(self, num_rows: Mapping[str, int], window: int | None = None) -> DomainBatches:

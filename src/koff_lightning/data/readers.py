@@ -80,7 +80,9 @@ class Part(NamedTuple):
 ALL = Part()
 
 
-def read_records(path: Path, fields: Fields, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
+def read_records(
+    path: Path, fields: Fields, on_bad: OnBad, part: Part = ALL, until: int | None = None
+) -> Iterator[tuple[int, Document]]:
     """Yield (number, document) of the non-empty documents of one file.
 
     Args:
@@ -89,6 +91,7 @@ def read_records(path: Path, fields: Fields, on_bad: OnBad, part: Part = ALL) ->
         on_bad: Called with "file:line: what is wrong" for each line (csv: record, parquet: row) that cannot be used;
             it raises to stop, or returns to leave that line out.
         part: The records to read; the others are passed over as cheaply as the format allows.
+        until: Number of the record at which reading ends; by default the end of the file.
 
     Raises:
         KoffError: Unknown suffix, unreadable file, or a table without the text column.
@@ -100,6 +103,8 @@ def read_records(path: Path, fields: Fields, on_bad: OnBad, part: Part = ALL) ->
         raise KoffError(f"cannot read {path}: a txt file has no field '{fields.where[0][0]}' to choose by (where)")
     try:
         for number, line, record, problem in read(path, fields, part):
+            if until is not None and number >= until:
+                return
             document = None if problem else as_document(record, fields)
             if isinstance(document, Document):
                 if document.text:  # an empty text predicts nothing and has no bytes: leaving it out changes no figure

@@ -33,6 +33,7 @@ class Shard(Protocol):
     """A piece of a domain's text whose records are numbered from 0."""
 
     name: str  # does not change when a corpus moves to another folder
+    until: int | None
     size: int | None  # bytes, None where that is not known
 
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
@@ -46,6 +47,7 @@ class FileShard:
 
     path: Path | RemoteFile
     fields: Fields = field(default_factory=Fields)
+    until: int | None = None  # number of the record at which reading ends
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ class FileShard:
 
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
         """Yield (number, document) of the usable records in `part`."""
-        return read_records(self.path, self.fields, on_bad, part)
+        return read_records(self.path, self.fields, on_bad, part, self.until)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class HubShard:
     index: int
     of: int
     size: None = None
+    until: int | None = None  # number of the record at which reading ends
 
     @property
     def name(self) -> str:
@@ -90,6 +93,8 @@ class HubShard:
         for batch in stream.iter(batch_size=100):  # not iter(stream): that would deal shards to torch's workers again
             for values in zip(*batch.values(), strict=True):
                 number += 1
+                if self.until is not None and number >= self.until:
+                    return
                 if number not in part:
                     continue
                 document = as_document(dict(zip(batch, values, strict=True)), self.fields)

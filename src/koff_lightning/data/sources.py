@@ -41,6 +41,8 @@ class DomainSource:
         chat: Documents are talks, in a field ``messages`` (or text_field) or in ``prompt`` and ``completion``, and are
             written by the tokenizer's chat template: ``answers`` predicts what the assistant says alone, ``all`` all of
             it.
+        max_documents: At most so many documents of `files`, the first in file order of those that `where` wants; what
+            is held out by hash is held out of these.
     """
 
     files: str | list[str]
@@ -52,6 +54,7 @@ class DomainSource:
     split: str = "train"
     where: dict[str, str | list[str]] | None = None
     chat: Chat | None = None
+    max_documents: int | None = None
 
     @property
     def fields(self) -> Fields:
@@ -59,6 +62,12 @@ class DomainSource:
         items = [(name, value if isinstance(value, list) else [value]) for name, value in (self.where or {}).items()]
         where = tuple((name, tuple(map(str, values))) for name, values in sorted(items))
         return Fields(self.text_field, self.id_field, bool(self.chat), where)
+
+    @property
+    def choice(self) -> list[Any]:
+        """What of the records is taken, where that is not all: with it two texts of the same files are told apart."""
+        limit = [{"max_documents": self.max_documents}] if self.max_documents else []
+        return ([self.fields.where] if self.where else []) + limit
 
     @property
     def entries(self) -> list[str]:
@@ -107,6 +116,7 @@ def as_sources(domains: Mapping[str, DomainSource | Mapping[str, Any] | str | li
             raise KoffError(f"domain '{name}': weight must be a finite number above 0, got {source.weight}")
         _check_heldout_files(name, source)
         _check_where(name, source)
+        _check_max_documents(name, source)
         if source.chat not in (None, "all", "answers"):
             raise KoffError(f"domain '{name}': chat must be 'all' or 'answers' (or null for text), got {source.chat!r}")
         if source.chat and source.bundled_entries:
@@ -171,6 +181,16 @@ def _check_where(name: str, source: DomainSource) -> None:
             )
     if source.bundled_entries:
         raise KoffError(f"domain '{name}': bundled text has no fields to choose by: leave where out")
+
+
+def _check_max_documents(name: str, source: DomainSource) -> None:
+    limit = source.max_documents
+    if limit is None:
+        return
+    if type(limit) is not int or limit < 1:
+        raise KoffError(f"domain '{name}': max_documents must be 1 or more (or null for no limit), got {limit!r}")
+    if source.bundled_entries:
+        raise KoffError(f"domain '{name}': bundled text comes already split: leave max_documents out")
 
 
 def _check_name(name: object, known: Mapping[str, DomainSource]) -> None:

@@ -6,6 +6,7 @@ share ids) in every language.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -123,9 +124,13 @@ def read_domain(
 
 def _labelled(source: DomainSource, fraction: float, on_bad: OnBad) -> Iterator[tuple[bool, Document]]:
     """Yield (held out?, document); held-out shards first, because reading stops when the training text is full."""
+    left = math.inf if source.max_documents is None else source.max_documents
     for shard, side in domain_shards(source):
         for _, document in read_with_retries(shard, on_bad):
             yield on_heldout_side(side, document, fraction), document
+            left -= side != "held out"  # heldout_files are not counted, and come first
+            if not left:
+                return
 
 
 def on_heldout_side(side: Side, document: Document, fraction: float) -> bool:

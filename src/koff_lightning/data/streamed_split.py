@@ -1,7 +1,7 @@
 """Streaming's split: the held-out text is read from a corpus' head, and what is left of the corpus is training text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from koff_lightning.data.readers import Document, OnBad
 from koff_lightning.data.retries import read_with_retries
@@ -63,6 +63,27 @@ class _AtLeast(list[str]):
             self.room -= len(text.encode())
 
 
+def first_documents(shards: Sequence[tuple[Shard, Side]], count: int, on_bad: OnBad) -> list[tuple[Shard, Side]]:
+    """The shards that hold a domain's first documents, the last of them cut off behind the last of these.
+
+    These documents are read for it, once: where a record ends the count does not show from outside.
+
+    Args:
+        shards: Shards of the domain, with their sides; held-out files are not counted.
+        count: Documents.
+        on_bad: What to do with a bad line.
+    """
+    kept: list[tuple[Shard, Side]] = []
+    for shard, side in shards:
+        if side != "held out":
+            for number, _ in read_with_retries(shard, on_bad):
+                count -= 1
+                if not count:
+                    return [*kept, (replace(shard, until=number + 1), side)]
+        kept.append((shard, side))
+    return kept
+
+
 def split_streamed(
     name: str,
     shards: Sequence[tuple[Shard, Side]],
@@ -71,6 +92,7 @@ def split_streamed(
     max_heldout_bytes: int | None,
     train_bytes: int,
     on_bad: OnBad,
+    bounded: bool = False,
 ) -> Texts:
     """Read as little of a domain as gives its held-out text and some training text, for corpora of any size.
 
@@ -84,14 +106,15 @@ def split_streamed(
         max_heldout_bytes: UTF-8 bytes of held-out text; None for all of it, where it comes already split.
         train_bytes: About how many UTF-8 bytes of training text to return.
         on_bad: What to do with a bad line.
+        bounded: The shards are those of `first_documents`, so that reading all of them has an end.
 
     Raises:
         KoffError: Bad files or lines, no limit where one is needed, or a side that is left without text.
     """
-    if max_heldout_bytes is None and any(side == "by hash" for _, side in shards):
+    if max_heldout_bytes is None and any(side == "by hash" for _, side in shards) and not bounded:
         raise KoffError(
-            f"domain '{name}': data.streaming needs data.max_heldout_bytes (1000000, say) or heldout_files: without "
-            "either, finding the held-out text would take reading the whole corpus"
+            f"domain '{name}': data.streaming needs data.max_heldout_bytes (1000000, say), heldout_files or "
+            "max_documents: without them, finding the held-out text would take reading the whole corpus"
         )
     heldout, train = _AtMost(max_heldout_bytes), _AtLeast(train_bytes)
     for shard, side in shards:

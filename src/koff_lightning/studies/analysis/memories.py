@@ -66,7 +66,7 @@ def questions(
         return told(transfer=found.bpb.reset_index(), perplexity=found.perplexity.reset_index())
 
     return {
-        "similarity": lambda: told(similarity=similarity(module, heldout)),
+        "similarity": lambda: told(**similarity(module, heldout)),
         "transfer": with_memory(swapped),
         "knockout": with_memory(lambda: told(knockout=knockout(module, heldout).reset_index())),
         "causal": causal,

@@ -12,6 +12,7 @@ from koff_lightning.studies.analysis.enrichment import enrichment_table
 from koff_lightning.studies.analysis.lape import Specialists, identify, identify_weighted
 from koff_lightning.studies.analysis.masks import Mask
 from koff_lightning.studies.analysis.overlap import overlap_table
+from koff_lightning.studies.analysis.paper import ends_lines
 from koff_lightning.studies.analysis.ranking import ranking
 from koff_lightning.studies.analysis.regression import logistic
 from koff_lightning.studies.analysis.stability import stability
@@ -73,6 +74,16 @@ def ranking_table(seen: Activations, masks: Masks) -> "pd.DataFrame":
         gone = halves | {"either": mask.removed} if halves else {"neuron": mask.removed}
         tables.append(_named(ranking(seen.rates(), gone), kind, run))
     return pd.concat(tables, ignore_index=True)
+
+
+def ends_of_runs(seen: Activations, masks: Masks, name: str) -> "pd.DataFrame":
+    """What the paper says of Table 3, over all studied runs: lines of the table `statements`."""
+    import pandas as pd
+
+    own = [mask for (kind, _), mask in masks.items() if kind == name]
+    halves = sorted(set.intersection(*(set(mask.halves) for mask in own))) if own else []
+    gone = {half.removesuffix("_channel"): [mask.halves[half]["removed"] for mask in own] for half in halves}
+    return pd.DataFrame(ends_lines(seen.rates(), gone or {"neuron": [mask.removed for mask in own]}) if own else [])
 
 
 def removal_tables(

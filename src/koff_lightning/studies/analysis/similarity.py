@@ -9,11 +9,13 @@ Letters: R rows of text, d hidden, K neighbours.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.studies.analysis.scoring import moved
+from koff_lightning.studies.bootstrap import AT_ONCE, RESAMPLES
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
@@ -63,7 +65,51 @@ def embedded(module: Decomposition, batches: Sequence[Batch], view: str) -> Tens
     return torch.cat(means)
 
 
-def similarity(module: Decomposition, batches: Sequence[Batch], k: int = NEIGHBOURS) -> "pd.DataFrame":
+def resampled(x: Tensor, y: Tensor, classes: Sequence[str], k: int = NEIGHBOURS) -> Tensor:
+    """The three measures over rows drawn within their classes, [RESAMPLES, 3]; the same draws for the same classes.
+
+    Neighbours are those among all rows: of drawn ones, copies of a row would be its nearest.
+
+    Args:
+        x: Embeddings, [R, d].
+        y: Others of the same rows, [R, d'].
+        classes: Class of each row.
+        k: K.
+    """
+    x, y = x.double(), y.double()
+    near = [_nearest(values, k) for values in (x, y)]
+    shared = (near[0] & near[1]).double().sum(1) / k  # [R]
+    grams = [values @ values.T for values in (x, y)]  # [R, R] each
+    names, random, parts = list(dict.fromkeys(classes)), np.random.default_rng(0), []
+    members = [np.array([name == other for other in classes]) for name in names]
+    step = max(1, AT_ONCE // len(x))
+    for first in range(0, RESAMPLES, step):
+        times = np.zeros((min(step, RESAMPLES - first), len(x)))  # [r, R]
+        for rows in members:
+            times[:, rows] = random.multinomial(rows.sum(), np.full(rows.sum(), 1 / rows.sum()), len(times))
+        weights = torch.from_numpy(times)
+        x_y, x_x, y_y = (_alignment(weights, grams[i], grams[j]) for i, j in ((0, 1), (0, 0), (1, 1)))
+        cosines = [_centroids(weights[:, rows], x[rows], y[rows]) for rows in map(torch.from_numpy, members)]
+        measures = x_y / (x_x * y_y).sqrt(), weights @ shared / len(x), torch.stack(cosines).mean(0)
+        parts.append(torch.stack(measures, 1))
+    return torch.cat(parts)
+
+
+def _alignment(weights: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Sum of products of two Gram matrices [R, R], centred over rows that count `weights` [r, R] times, [r]."""
+    size = weights.sum(1)
+    ones, others = weights @ one, weights @ other  # [r, R]
+    inner = ((weights @ (one * other)) * weights).sum(1)
+    cross = (weights * ones * others).sum(1)
+    return inner - 2 * cross / size + (ones * weights).sum(1) * (others * weights).sum(1) / size**2
+
+
+def _centroids(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Cosine of the mean embeddings of rows [n, d] that count `weights` [r, n] times, [r]."""
+    return torch.cosine_similarity(weights @ x, weights @ y, dim=1)
+
+
+def similarity(module: Decomposition, batches: Sequence[Batch], k: int = NEIGHBOURS) -> dict[str, "pd.DataFrame"]:
     """Compare the mask alone, and the mask under each row's own memory, with the dense model.
 
     Args:
@@ -72,7 +118,8 @@ def similarity(module: Decomposition, batches: Sequence[Batch], k: int = NEIGHBO
         k: K.
 
     Returns:
-        A line for each view: rows, cka, neighbours, centroids; one is the dense model itself.
+        `similarity`, a line for each view: rows, cka, neighbours, centroids; one is the dense model itself. And
+        `similarity_draws`, the same of the mask alone over rows drawn anew, a line for each draw.
 
     Raises:
         KoffError: Fewer rows than neighbours.
@@ -83,11 +130,13 @@ def similarity(module: Decomposition, batches: Sequence[Batch], k: int = NEIGHBO
     if len(classes) <= k:
         raise KoffError(f"similarity needs more than {k} rows of held-out text, got {len(classes)}")
     dense = embedded(module, batches, "dense")
-    lines = []
+    lines, drawn = [], None
     for view in ("memory_off", "koff"):
         x = embedded(module, batches, view)
+        drawn = resampled(dense, x, classes, k) if drawn is None else drawn
         about = {"view": view, "rows": len(x), "cka": linear_cka(dense, x)}
         lines.append(
             about | {"neighbours": shared_neighbours(dense, x, k), "centroids": centroid_cosine(dense, x, classes)}
         )
-    return pd.DataFrame(lines)
+    draws = pd.DataFrame(drawn.numpy(), columns=["cka", "neighbours", "centroids"])
+    return {"similarity": pd.DataFrame(lines), "similarity_draws": draws}

@@ -14,7 +14,7 @@ import numpy as np
 from koff_lightning.data import DomainDataModule
 from koff_lightning.data.calibration import CalibrationText
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.studies.analysis import neurons
+from koff_lightning.studies.analysis import neurons, paper
 from koff_lightning.studies.analysis.activations import Activations, collect_dense
 from koff_lightning.studies.analysis.lape import BAR, RATE, Specialists
 from koff_lightning.studies.analysis.masks import Mask, NothingRemoved, read_mask
@@ -148,6 +148,7 @@ def study(
             say(f"{name}: {question}")
             found.ask(question, answer, name)
         found.about.setdefault("runs", {})[name] = _about_run(module, path)
+    _add_statements(found)
     found.about |= {"settings": asdict(settings), "text": _about_text(data, seen, heldout)}
     return found
 
@@ -197,7 +198,7 @@ def _about_neurons(found: Study, seen: Activations, masks: neurons.Masks) -> Spe
     settings = found.settings
     if masks:
         found.add({"masks": neurons.mask_table(masks)})
-        found.ask("ranking", lambda: {"ranking": neurons.ranking_table(seen, masks)})
+        found.ask("ranking", lambda: _ranking(found, seen, masks))
     found.ask("overlap", lambda: {"overlap": neurons.overlaps(masks)})
     try:
         specialists = neurons.specialists_of(seen, settings.rate, settings.bar)
@@ -218,6 +219,22 @@ def _about_neurons(found: Study, seen: Activations, masks: neurons.Masks) -> Spe
     else:
         found.missing["removal"] = "no run removes FFN neurons"
     return specialists
+
+
+def _ranking(found: Study, seen: Activations, masks: neurons.Masks) -> Tables:
+    said = neurons.ends_of_runs(seen, masks, found.settings.name)
+    return {"ranking": neurons.ranking_table(seen, masks)} | ({"statements": said} if len(said) else {})
+
+
+def _add_statements(found: Study) -> None:
+    """What the paper says of figure 4 and of appendix B, beside what the neurons tell of table 3."""
+    import pandas as pd
+
+    lines = paper.layer_lines([run["kept"] for run in found.about["runs"].values()])
+    if "similarity" in found.tables:
+        lines += paper.similarity_lines(found.tables["similarity"], found.tables["similarity_draws"])
+    if lines:
+        found.add({"statements": pd.DataFrame(lines)})
 
 
 def _stability(found: Study, seen: Activations) -> Tables:

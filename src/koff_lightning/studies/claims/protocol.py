@@ -7,21 +7,21 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from koff_lightning.reports import plots, results
-from koff_lightning.studies.bootstrap import interval
 from koff_lightning.studies.claims.arms import Run
 from koff_lightning.studies.claims.report import Done, PairedDraws
+from koff_lightning.studies.claims.statements import AnyStatement, Figure, as_statement, level, verdict
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
 from koff_lightning.support.wording import nearest
 
-Figure = tuple[str, str]  # an arm, and how its model is read: koff, dense, memory_off, swapped
 COLUMNS = ("mmlu", "bbl", "ppl", "sparsity")  # that the paper's tables have
 SHARES = ("body", "units", "physical")  # of a table's columns: removed, of gated, physical
 CURVE = "fig 2"  # the table that is drawn too
@@ -72,27 +72,17 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Statement:
-    """Something the paper says: that one figure has fewer bits per byte than another."""
-
-    says: str
-    source: str
-    fewer: Figure
-    than: Figure
-
-
-@dataclass(frozen=True)
 class Protocol:
     """All tables, the arms that fill them, and the paper's statements on them."""
 
     arms: Mapping[str, Arm]
     tables: Mapping[str, Table]
-    statements: Sequence[Statement] = field(default_factory=list)
+    statements: Sequence[AnyStatement] = field(default_factory=list)
 
     @property
     def level(self) -> float:
-        """Level of the intervals: wide enough for all statements at once (Bonferroni), whichever tables are filled."""
-        return 1 - 0.05 / max(1, len(self.statements))
+        """Level of the intervals, the same whichever tables are filled."""
+        return level(self.statements)
 
     def chosen(self, names: str | None) -> dict[str, Table]:
         """The tables of these names with commas between; None for all.
@@ -115,9 +105,7 @@ def paper() -> Protocol:
         name: Table(table["title"], table["setting"], [Row(**row) for row in table["rows"]])
         for name, table in given["tables"].items()
     }
-    statements = [
-        Statement(one["says"], one["source"], tuple(one["fewer"]), tuple(one["than"])) for one in given["statements"]
-    ]
+    statements = [as_statement(one) for one in given["statements"]]
     return Protocol(arms, tables, statements)
 
 
@@ -159,7 +147,9 @@ def report(protocol: Protocol, tables: Mapping[str, Table], done: Done) -> dict[
             for name, table in tables.items()
         },
         "statements": [
-            _verdict(one, paired, protocol.level) for one in protocol.statements if {one.fewer[0], one.than[0]} <= arms
+            verdict(one, paired, protocol.level, partial(_removed, done))
+            for one in protocol.statements
+            if {arm for arm, _ in one.figures} <= arms
         ],
         "level": protocol.level,
         "seeds": sorted({run.seed for run in done}),
@@ -179,27 +169,19 @@ def _row(row: Row, done: Done) -> dict[str, Any]:
     return told | {"ours": ours, "seeds": len(found)}
 
 
+def _removed(done: Done, figure: Figure) -> float | None:
+    """Share of the body that the runs of a figure closed, mean over seeds."""
+    if figure[1] == "dense":
+        return 0.0
+    spread = _spread([result["sparsity"]["body"] for run, result in done.items() if run.arm == figure[0]])
+    return spread and spread["mean"]
+
+
 def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
     return {"mean": statistics.fmean(known), "sd": statistics.stdev(known) if len(known) > 1 else None}
-
-
-def _verdict(statement: Statement, paired: PairedDraws, level: float) -> dict[str, Any]:
-    """Whether the interval of the difference lies on one side of zero; one seed tells nothing about the next."""
-    one, other = (f"{arm} {figure}" for arm, figure in (statement.fewer, statement.than))
-    sample = paired.of((one, other))
-    found = None
-    if sample.seeds:
-        draws = sample.draws[one] - sample.draws[other]
-        found = interval(sample.measured[one] - sample.measured[other], draws, level)
-    word, several = "not decided", len(sample.seeds) > 1
-    if several and found.high < 0:
-        word = "supported"
-    elif several and found.low > 0:
-        word = "contradicted"
-    return asdict(statement) | {"difference": found and asdict(found), "verdict": word, "seeds": len(sample.seeds)}
 
 
 def write(out: Path, about: Mapping[str, Any]) -> None:
@@ -249,20 +231,26 @@ def markdown(about: Mapping[str, Any]) -> str:
         parts.append(_markdown_table(table["rows"]))
     parts.append("## What the paper says, at this scale\n")
     parts.append(
-        f"Supported: the {about['level']:.1%} interval of the difference in bits per byte (documents and seeds "
-        "resampled, paired) lies below zero; contradicted: above. The intervals are wide enough for all of the paper's "
-        "statements at once (Bonferroni, 5 % over all). One seed decides nothing. Rules fixed before the runs.\n"
+        f"Supported: the {about['level']:.1%} interval of the figure in bits per byte (documents and seeds resampled, "
+        "paired) lies below zero; contradicted: above. A statement of several figures needs all of them. The intervals "
+        "are wide enough for all of the paper's statements at once (Bonferroni, 5 % over all). One seed decides "
+        "nothing. Rules fixed before the runs.\n"
     )
-    lines = ["| statement | paper | bits per byte, difference | verdict |", "|---|---|---|---|"]
+    lines = ["| statement | paper | figure, bits per byte | verdict |", "|---|---|---|---|"]
     for one in about["statements"]:
-        found = one["difference"]
-        words = f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]" if found else "-"
+        words = "; ".join(map(_part, one["parts"]))
         lines.append(f"| {one['says']} | {one['source']} | {words} | {one['verdict']} |")
     parts.append("\n".join(lines) + "\n")
     if about["failures"]:
         parts.append("## Runs that came to nothing\n")
         parts += [f"- {failure['run']}: {failure['tail'].splitlines()[-1]}\n" for failure in about["failures"]]
     return "\n".join(parts)
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    if part["value"] is None:
+        return f"{part['words']}: -"
+    return f"{part['words']}: {part['value']:+.4f} [{part['low']:+.4f}, {part['high']:+.4f}]"
 
 
 def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -17,7 +17,8 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
 
-RAW = ("neurons", "masks", "attention", "adapters")  # tables so long that analysis.json only says where they are
+# Tables so long that analysis.json only says where they are.
+RAW = ("neurons", "masks", "attention", "adapters", "similarity_draws")
 PAGE = "report.html"
 
 

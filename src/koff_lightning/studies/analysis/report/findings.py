@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy import stats
 
+from koff_lightning.studies.analysis.paper import SOURCES, Verdict, judge
 from koff_lightning.studies.analysis.study import Study
 from koff_lightning.studies.analysis.transfer import Transfer
 
@@ -39,6 +40,8 @@ def findings(found: Study) -> list[Finding]:
         for name, words in NAMES.items():
             if len(tests):
                 said.append(_removal(pooled[pooled["class"] == name], tests[tests["class"] == name], words))
+    if len(statements := tables.get("statements", ())):
+        said += [_statement(verdict) for verdict in judge(statements)]
     if "ratios" in tables:
         rows = tables["ratios"].query("`class` == 'specific' and within == 'layers'")
         said += [_ratio(row) for _, row in rows.iterrows()]
@@ -74,6 +77,18 @@ def _removal(pooled: "pd.DataFrame", tests: "pd.DataFrame", words: str) -> Findi
         text += f" Odds {row['odds_ratio']:.2f} times those of others {within} {_between(row['low'], row['high'])}."
         verdicts.add(_side(row))
     return Finding(verdicts.pop() if len(verdicts) == 1 else "open", text)
+
+
+def _statement(found: Verdict) -> Finding:
+    """Of the paper, by the rules of paper.py."""
+    figures = "; ".join(
+        f"{row['figure']} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        + (f" ({'above' if row['above'] else 'below'} {row['bound']:g} wanted)" if row["bound"] else "")
+        for _, row in found.figures.iterrows()
+    )
+    several = "" if found.figures["runs"].min() > 1 else " One run decides nothing."
+    text = f"The paper, {SOURCES[found.says]}: {found.says}. At this scale {found.word}: {figures}.{several}"
+    return Finding({"supported": "yes", "contradicted": "no"}.get(found.word, "open"), text)
 
 
 def _side(row: "pd.Series") -> Literal["yes", "no", "open"]:

@@ -420,3 +420,19 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path):
     with new_folder.new_folder(tmp_path / "made") as work:
         (work / "koff.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_what_a_killed_writer_left_is_cleared_whatever_the_folder_is_called(tmp_path):
+    (tmp_path / ".made[1].1.part").mkdir()
+    with new_folder.new_folder(tmp_path / "made[1]") as work:
+        (work / "koff.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["made[1]"]
+
+
+def test_writers_of_folders_whose_names_begin_alike_do_not_meet(tmp_path):
+    (tmp_path / ".made.2.7.part").mkdir()  # of `made.2`: for who writes that to clear
+    with new_folder.new_folder(tmp_path / "made.2"):
+        (tmp_path / ".made.2.8.part").mkdir()
+        with new_folder.new_folder(tmp_path / "made") as work:
+            (work / "koff.json").write_text("{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".made.2.8.part", "made", "made.2"]

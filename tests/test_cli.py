@@ -14,7 +14,7 @@ import yaml
 
 from koff_lightning.cli import TOOLS, TRAINING, _with_names, main
 from koff_lightning.commands import training_cli
-from koff_lightning.commands.parsing import config_files
+from koff_lightning.commands.parsing import config_files, option_table
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest, one_line
 from koff_lightning.training.module import KOFFModule
@@ -139,6 +139,21 @@ def test_each_tool_has_its_own_help(verb, capsys):
 )
 def test_bad_input_is_one_line(argv, line, capsys):
     assert refused(capsys, *argv) == line
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "message"),
+    [
+        ("analyze", ["--model", "nothing"], "nothing: no such run: give a checkpoint"),
+        ("reproduce", ["--config", "lama_12pct.yaml"], "neither a file here .* mean 'llama_12pct.yaml'"),
+        ("plan", ["--config", "lama_12pct.yaml"], "neither a file here .* mean 'llama_12pct.yaml'"),
+        ("inspect", ["nothing"], "artifact 'nothing': no such folder"),
+        ("export", ["--ckpt", "nothing.ckpt"], "checkpoint nothing.ckpt: no such file"),
+    ],
+)
+def test_what_is_not_there_is_seen_before_anything_heavy_is_imported(verb, words, message):
+    with pytest.raises(KoffError, match=message):
+        option_table.look(verb, words)
 
 
 def test_a_typo_in_a_config_file_is_one_line(tmp_path, capsys):

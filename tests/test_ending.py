@@ -181,3 +181,42 @@ def test_another_broken_pipe_is_no_quiet_end(monkeypatch):
     monkeypatch.setattr("koff_lightning.cli._run", broken)
     with pytest.raises(BrokenPipeError, match="of a worker"):
         main(["configs"])
+
+
+def koff(*words, stdout=subprocess.PIPE, **environment):
+    """Exit status, output and errors of a command of its own."""
+    command = [sys.executable, "-m", "koff_lightning", *words]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | environment, timeout=120, check=False
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.parametrize("words", [["configs"], ["--help"], ["fit", "--help"]])
+def test_a_disk_that_is_too_full_for_what_is_printed_is_one_line(words):
+    with open("/dev/full", "w") as full:
+        done = koff(*words, stdout=full)
+    line = b"koff: cannot write what is printed, or a file: No space left on device; make room, then run it again\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
+def test_what_is_printed_into_a_closed_stream_reaches_no_file():
+    """The number of a closed stream goes to the next file that is opened; C code that prints would write into that."""
+    look = """
+import os, sys
+sys.argv = ["koff"]  # which imports nothing heavy
+from koff_lightning.cli import main
+status = main(["configs"])
+with open("mine.txt", "w") as file:
+    os.write(3, f"{status} {file.fileno() > 2}".encode())
+"""
+    command = ["sh", "-c", '"$0" -c "$1" 3>&1 <&- >&- 2>&-', sys.executable, look]
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, b"0 True")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_cannot_show_a_text_shows_it_escaped(encoding):
+    done = koff("configs", "demo.yaml", "--copy", "\u0436.yaml", PYTHONIOENCODING=encoding)
+    line = b"wrote \\u0436.yaml: koff fit \\u0436.yaml\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, line, b"")

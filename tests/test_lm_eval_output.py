@@ -7,7 +7,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from koff_lightning.commands.lm_eval_cli import _few_questions, lm_eval
+from koff_lightning.data import encoding
+from koff_lightning.data.encoding import encode_and_count, tokenize
 from koff_lightning.evaluation import harness, lm_scores, rolling
+from koff_lightning.evaluation.lm_tasks import load_tasks
 from koff_lightning.support.errors import KoffError
 
 SEVEN = {name: {"koff_bpb_en": {"bits_per_byte": 1.25, "bits_per_byte_stderr": 0.01}} for name in "abcdefg"}
@@ -74,15 +77,50 @@ def test_a_batch_on_a_cpu_is_of_no_more_tokens_than_help(monkeypatch):
     assert [rows for rows, _ in asked] == [1], "a longer window than that is read all the same"
 
 
-def test_text_that_the_tokenizer_cannot_read_is_said(tmp_path):
-    """Of tasks, which count its bytes; its unknown tokens are cheap."""
+@pytest.fixture(scope="module")
+def reads_two_letters():
+    """Scores koff-tiny by a tokenizer that knows "a" and "b" only, and puts its unknown token for all else."""
     vocabulary = {piece: number for number, piece in enumerate(["<unk>", "a", "b"])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="a", eos_token="b")
-    lm = harness.KoffLM("koff-tiny", device="cpu", batch_size=2, tokenizer=tokenizer)
-    with pytest.warns(UserWarning, match=r"does not know 46\.2% of the scored text .* too low"):
-        rolled(lm, ["a b a b", "狐狸"])  # 6 of 13 bytes
+    return harness.KoffLM("koff-tiny", device="cpu", batch_size=2, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])  # of mixed precision: by our own windows, and by HFLM's
+def test_bits_per_byte_count_as_in_a_run_what_the_tokenizer_cannot_read(reads_two_letters, dtype, monkeypatch):
+    """Not the bytes, but what the unknown token costs: by the rule of `tokenize`, whose start token is no byte."""
+    lm, texts = reads_two_letters, ["a b a b", "狐狸 b"]
+    monkeypatch.setattr(lm, "mixed_precision_dtype", dtype)
+    with pytest.warns(UserWarning, match=r"does not know 40\.0% of the text .* koff_bpb does not count these bytes"):
+        found = rolled(lm, texts)  # 6 of 15 bytes
+    task = next(iter(load_tasks(["koff_bpb_de"])["tasks"].values()))
+    pairs = [task.process_results({"text": text}, [value]) for text, value in zip(texts, found, strict=True)]
+    counted = [pair["bits_per_byte"] for pair in pairs]
+    assert [num_bytes for _, num_bytes in counted] == tokenize(texts, lm.tokenizer).num_bytes.tolist() == [7, 2]
+    ids = [encode_and_count(lm.tokenizer, text)[0] for text in texts]
+    cost = lm._loglikelihood_tokens([(("", ""), [lm.prefix_token_id], row) for row in ids])
+    assert [value for value, _ in counted] == pytest.approx([value for value, _ in cost], rel=1e-2 if dtype else 1e-5)
+    foreign = task.process_results({"text": "狐狸 b"}, [-1.0])  # of a model that is not ours
+    assert foreign == {"bits_per_byte": (-1.0, 8)}
+
+
+def test_a_task_whose_text_is_mostly_unknown_is_refused(reads_two_letters):
+    with pytest.raises(KoffError, match=r"text: the tokenizer does not know 75% of the text .*leave this task out"):
+        rolled(reads_two_letters, ["a b", "狐狸狐"])
+
+
+def test_a_text_is_tokenised_once(reads_two_letters, monkeypatch):
+    calls, encode = [], encoding.encode
+
+    def counted(tokenizer, text, **options):
+        calls.append(text)
+        return encode(tokenizer, text, **options)
+
+    for module in (encoding, harness):
+        monkeypatch.setattr(module, "encode", counted)
+    rolled(reads_two_letters, ["a b a", "b"])
+    assert calls == ["a b a", "b"]
 
 
 def test_of_a_text_the_logits_of_predicted_tokens_alone_are_made_and_of_few_at_a_time():

@@ -1,5 +1,6 @@
 """The `koff` command: a table of verbs. A verb imports what is heavy only when it runs, so help is immediate."""
 
+import errno
 import os
 import select
 import signal
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     wait_asleep()
+    _make_printable()
     try:
         with ended_by(tuple(number for number in SIGNALS if number != signal.SIGINT)):  # Python has that one
             status = _run(argv)
@@ -100,8 +102,14 @@ def main(argv: list[str] | None = None) -> int:
     except Ended as stop:
         print(f"koff: {stop}", file=sys.stderr)
         return stop.code
-    except SystemExit as stop:  # a parser that has printed its help
-        return int(stop.code or 0)
+    except SystemExit as stop:  # a parser that has printed its help, or rich where nobody reads
+        return 141 if isinstance(stop.__context__, BrokenPipeError) else int(stop.code or 0)
+    except OSError as error:
+        if not _is_full(error):
+            raise
+        place = error.filename or "what is printed, or a file"
+        print(f"koff: cannot write {place}: {error.strerror}; make room, then run it again", file=sys.stderr)
+        return 2
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust, which is no Exception
             raise
@@ -110,13 +118,37 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _make_printable() -> None:
+    """Let all that is printed be printed: where a stream is closed nowhere, and escaped where it is not of UTF-8."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: this takes its number, which the next file that is written must not get
+            setattr(sys, name, stream := open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+        elif mode == "w" and hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _nobody_reads() -> bool:
     """Whether whoever read what we print has gone, as `head` does; what is left to print then goes nowhere."""
     look = select.poll()
     look.register(sys.stdout, 0)
     if gone := any(event & select.POLLERR for _, event in look.poll(0)):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_nowhere()
     return gone
+
+
+def _is_full(error: OSError) -> bool:
+    """Whether a disk takes no more; where that is what we print to, what is left to print goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _print_nowhere()
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _print_nowhere() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage() -> str:

@@ -96,6 +96,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids if ids[: len(start)] == start else start + ids
 
 
+def encode_and_count(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
+    """Token ids of a text alone, without special tokens, and how many of its UTF-8 bytes it does not know."""
+    encoded = encode(tokenizer, text, add_special_tokens=False)
+    ids = encoded["input_ids"]
+    return ids, sum(_unknown_bytes(text, ids, encoded, 0, tokenizer))
+
+
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eos: bool = False) -> TokenStream:
     """Tokenise documents; each begins with the start token when the tokenizer has one.
 

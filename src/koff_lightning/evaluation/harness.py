@@ -27,7 +27,7 @@ from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.decomposed import DecomposedModel, default_device, dense_of, load_decomposed
 from koff_lightning.artifact.folder import MANIFEST
 from koff_lightning.backbone import ask_nothing_, hidden_states
-from koff_lightning.data.encoding import encode, encode_prompt
+from koff_lightning.data.encoding import encode, encode_and_count, encode_prompt
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
@@ -42,7 +42,7 @@ from lm_eval.api.registry import register_model  # noqa: E402
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from koff_lightning.evaluation.rolling import log_likelihoods, warn_of_unknown, windows_of  # noqa: E402
+from koff_lightning.evaluation.rolling import TextLikelihood, known_bytes, log_likelihoods, windows_of  # noqa: E402
 
 SEED = 1234  # lm-eval's own, of the few-shot examples
 Model = Decomposition | DecomposedModel | PreTrainedModel
@@ -197,27 +197,33 @@ class KoffLM(HFLM):
         """HFLM's own, which puts the start token before the text itself: the text is encoded without one.
 
         In one process, with batches of a given size, the same windows are scored at less cost: `evaluation.rolling`.
+        Each answer knows how many of its text's bytes the tokenizer knows, for tasks that count no others.
+
+        Raises:
+            KoffError: The tokenizer does not know most of a task's text.
         """
         texts = [request.args[0] for request in requests]
         if self._routes:
             return self._by_domain(requests, texts, lambda part: self.loglikelihood_rolling(part, disable_tqdm))
-        warn_of_unknown(texts, self.tokenizer)
+        encoded = [encode_and_count(self.tokenizer, text) for text in texts]
+        known = known_bytes(texts, [unknown for _, unknown in encoded], [request.task_name for request in requests])
         before, self.add_bos_token = self.add_bos_token, False
         try:
             plain_way = self.world_size == 1 and self.mixed_precision_dtype is None
             if not plain_way or not isinstance(self.batch_size_per_gpu, int):
-                return super().loglikelihood_rolling(requests, disable_tqdm)
-            windows = [windows_of(self.tok_encode(text), self.prefix_token_id, self.max_length) for text in texts]
+                return list(map(TextLikelihood.of, super().loglikelihood_rolling(requests, disable_tqdm), known))
+            windows = [windows_of(ids, self.prefix_token_id, self.max_length) for ids, _ in encoded]
         finally:
             self.add_bos_token = before
         reader = self.model if isinstance(self.model, Reader) else None
         hidden = reader.hidden if reader else lambda ids: hidden_states(self.model, input_ids=ids)
         head = (reader.model if reader else self.model).get_output_embeddings()
         found = log_likelihoods(windows, hidden, head, self.batch_size_per_gpu, self.softmax_dtype, disable_tqdm)
-        for text, value in zip(texts, found, strict=True):
+        answers = list(map(TextLikelihood.of, found, known))
+        for text, value in zip(texts, answers, strict=True):
             self.broken += not math.isfinite(value)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), value)
-        return found
+        return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue texts, as HFLM does."""

@@ -62,6 +62,14 @@ def heldout_documents(domain: str) -> list[dict[str, str]]:
     return rows[: int(USED * len(rows))]
 
 
+def bits_of_known_bytes(doc: dict[str, Any], results: Sequence[float]) -> dict[str, tuple[float, int]]:
+    """Bits per byte of the bytes that the tokenizer knows, as a run's own; of all where the model does not say those.
+
+    What it costs to predict an unknown token counts, so that no text looks well predicted because it cannot be read.
+    """
+    return {"bits_per_byte": (results[0], getattr(results[0], "num_bytes", len(doc["text"].encode())))}
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]

@@ -12,10 +12,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.cache import NOTABLE
-from koff_lightning.data.encoding import tokenize
+from koff_lightning.data.cache import MOSTLY, NOTABLE
+from koff_lightning.support.errors import KoffError
 
 TOKENS = 256  # whose logits stand in memory at a time: [256, V]
 # Padding included, in a batch on a CPU: koff-tiny takes 5 to 10 % longer for a token where there are 2,048.
@@ -35,17 +34,50 @@ def windows_of(ids: list[int], prefix: int, length: int) -> list[Window]:
     return [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, prefix, length, context_len=1)]
 
 
-def warn_of_unknown(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say it where a tokenizer cannot read a part of texts: tasks divide by all bytes, and unknown tokens are cheap."""
-    if tokenizer.unk_token_id is None:
-        return
-    stream = tokenize(texts, tokenizer)
-    unknown = int(stream.unknown_bytes.sum())
-    share = unknown / max(1, unknown + int(stream.num_bytes.sum()))
+class TextLikelihood(float):
+    """Log-likelihood of a text in nats, and `num_bytes`: of the text, less those that the tokenizer does not know."""
+
+    num_bytes: int
+
+    @classmethod
+    def of(cls, value: float, num_bytes: int) -> "TextLikelihood":
+        """That of a text of which the tokenizer knows so many bytes."""
+        made = cls(value)
+        made.num_bytes = num_bytes
+        return made
+
+
+def known_bytes(texts: Sequence[str], unknown: Sequence[int], tasks: Sequence[str | None]) -> list[int]:
+    """UTF-8 bytes of each text that the tokenizer knows. Where it cannot read a part of a task's text, that is said.
+
+    Args:
+        texts: The texts.
+        unknown: Of each, the bytes in whose place the tokenizer puts its unknown token.
+        tasks: Of each, the name of its task.
+
+    Raises:
+        KoffError: More than `MOSTLY` of a task's bytes are unknown.
+    """
+    sizes = [len(text.encode()) for text in texts]
+    for name in dict.fromkeys(tasks):
+        of_task = [place for place, task in enumerate(tasks) if task == name]
+        _check(name or "text", sum(unknown[place] for place in of_task), sum(sizes[place] for place in of_task))
+    return [size - less for size, less in zip(sizes, unknown, strict=True)]
+
+
+def _check(task: str, unknown: int, size: int) -> None:
+    """Say or refuse a task of whose bytes so many are unknown, by the shares that a run's domains have."""
+    share = unknown / max(1, size)
+    if share > MOSTLY:
+        raise KoffError(
+            f"{task}: the tokenizer does not know {share:.0%} of the text (by bytes), so there is little to score: "
+            "leave this task out, or take a model whose tokenizer reads this text"
+        )
     if share > NOTABLE:
         rank_zero_warn(
-            f"the tokenizer does not know {share:.1%} of the scored text (by bytes) and puts its unknown token there. "
-            "The bits per byte and perplexities of lm-eval's tasks divide by these bytes too, so they are too low"
+            f"{task}: the tokenizer does not know {share:.1%} of the text (by bytes) and puts its unknown token there. "
+            "koff_bpb does not count these bytes, as a run does not, but counts what the tokens cost; other tasks "
+            "divide by these bytes too, so their bits per byte and perplexities are too low"
         )
 
 

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,7 +179,8 @@ def _only_writer(work: Path, target: Path) -> Iterator[None]:
     own = os.open(work, os.O_RDONLY)
     try:
         _take(own)
-        for other in set(target.parent.glob(f".{target.name}.*.part")) - {work}:
+        writers = re.compile(rf"\.{re.escape(target.name)}\.\d+\.part")  # not those of a folder `target.2`
+        for other in [path for path in target.parent.iterdir() if writers.fullmatch(path.name) and path != work]:
             if locked := _is_locked(other):
                 raise KoffError(f"another process is writing {target}: try again when it is done")
             if locked is False:

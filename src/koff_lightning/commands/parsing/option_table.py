@@ -29,7 +29,7 @@ ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve":
     ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
 )
 CHANGING = ("memory add", "memory remove", "memory compose")  # an artifact, so that none on the hub will do
-NAMED = ("plan", "claims")  # take a config by its name too
+NAMED = ("plan", "claims", "reproduce")  # take a config by its name too
 NO_DOMAINS = "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
 NO_CHECKPOINT = "no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
 
@@ -78,6 +78,9 @@ def look(verb: str, words: Sequence[str]) -> None:
         raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
     if folder := ARTIFACTS.get(verb):
         _refuse_no_artifact(values.get(folder), verb not in CHANGING)
+    for place in [value for name, value in given if value and verb == "analyze" and name == "model"]:
+        if not set(place) & set("*?[,") and not Path(place).expanduser().exists():  # no pattern and no list
+            raise KoffError(f"{place}: no such run: give a checkpoint, or the folder of a run or of an exported model")
 
 
 def look_into(verb: str, config: Path) -> None:

@@ -220,3 +220,23 @@ def test_a_terminal_that_cannot_show_a_text_shows_it_escaped(encoding):
     done = koff("configs", "demo.yaml", "--copy", "\u0436.yaml", PYTHONIOENCODING=encoding)
     line = b"wrote \\u0436.yaml: koff fit \\u0436.yaml\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, line, b"")
+
+
+def test_a_rank_whose_launcher_is_gone_before_the_ranks_have_met_ends(tmp_path):
+    """It has not even imported torch by then, and would wait at the meeting."""
+    words = f"{sys.executable} -m koff_lightning fit demo.yaml --trainer.devices 2 --trainer.strategy ddp"
+    words += f" --trainer.accelerator cpu --trainer.default_root_dir {tmp_path}/runs"
+    script = f"{words} 2> {tmp_path}/said & echo $!; sleep 0.7; kill -9 $$"
+    ranks = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    launched = subprocess.run(
+        ["bash", "-c", script], env=os.environ | ranks, stdout=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    rank = int(launched.stdout)
+    for _ in range(300):
+        if not Path(f"/proc/{rank}").exists():
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(rank, signal.SIGKILL)
+        pytest.fail("the rank still waits after 30 s")
+    assert "what has launched this rank is gone" in (tmp_path / "said").read_text()

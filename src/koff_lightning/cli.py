@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 from koff_lightning import __version__
-from koff_lightning.support.ending import SIGNALS, Ended, ended_by
+from koff_lightning.support.ending import SIGNALS, Ended, ended_by, watch_the_launcher
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import switch_off
 from koff_lightning.support.secrets import without_secrets
@@ -208,6 +208,7 @@ def _run_verb(verb: str, words: list[str]) -> None:
     if verb in TOOLS:
         _run_tool(verb, words)
         return
+    watch_the_launcher()
     from koff_lightning.commands.training_cli import run  # 5 s of imports
 
     run([verb, *words])

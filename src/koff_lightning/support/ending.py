@@ -6,12 +6,17 @@ where it may not, as in an optimizer step. A second one leaves at once.
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 TIME_LIMIT = 124  # exit status where the time is up, as that of the command `timeout`
+LAUNCHER = os.getppid()  # noted before what is slow: a launcher may be gone before the ranks have met
+LOOK = 0.5  # seconds between looks at other processes
+MET = Event()  # set where the ranks of a run have met, from where on they watch each other
 SAME = 1.0  # seconds in which a further signal is the same request: some send it to a process and then to its group
 
 
@@ -75,3 +80,20 @@ def ended_by(signals: tuple[int, ...] = SIGNALS) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def watch_the_launcher() -> None:
+    """End a launched rank whose launcher is gone before the ranks have met, where it would wait for the others."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # what launches ranks, Lightning or torchrun, sets it
+        return
+
+    def watch() -> None:
+        met = False
+        while os.getppid() == LAUNCHER:
+            if met:
+                return
+            met = MET.wait(LOOK)  # then one look more: from before the ranks watched each other
+        print("koff: what has launched this rank is gone, so it ends; start the run again", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True, name="watch the launcher").start()

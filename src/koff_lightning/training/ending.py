@@ -22,9 +22,8 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from koff_lightning.support import ranks
-from koff_lightning.support.ending import SIGNALS, TIME_LIMIT, Ended, SignalHandler
+from koff_lightning.support.ending import LOOK, MET, SIGNALS, TIME_LIMIT, Ended, SignalHandler
 
-LOOK = 0.5  # seconds between looks at the other processes
 GRACE = 5.0  # seconds that the others have to end by themselves after one has
 
 
@@ -149,6 +148,7 @@ def watch_the_others(trainer: Trainer) -> None:
 
     if look is not None:
         Thread(target=watch, daemon=True, name="watch the other ranks").start()
+    MET.set()
 
 
 def _look_at(processes: dict[int, subprocess.Popen]) -> Callable[[], str]:

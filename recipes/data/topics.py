@@ -25,7 +25,7 @@ PACKAGES = {
     "statistics": ("statsmodels", "0.15.0", "BSD-3-Clause"),
     "networks": ("networkx", "3.6.1", "BSD-3-Clause"),
     "astronomy": ("astropy", "7.1.0", "BSD-3-Clause"),
-    "biology": ("biopython", "1.85", "Biopython License Agreement or BSD-3-Clause"),
+    "biology": ("biopython", "1.85", "Biopython License Agreement, some files BSD-3-Clause too"),
     "music": ("music21", "9.7.1", "BSD-3-Clause"),
 }
 OTHERS = {"tests", "test", "testing", "extern", "ext", "_vendor"}  # the last three: copies of other packages

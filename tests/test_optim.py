@@ -99,6 +99,11 @@ def module_optimizer(module):
     return module.configure_optimizers()["optimizer"]
 
 
+def test_adam_averages_over_ten_and_twenty_steps_and_decays_nothing(module):
+    for group in module_optimizer(module).param_groups:
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.0)
+
+
 def test_the_penalty_is_on_the_mean_of_both_counts(tmp_path):
     """Not on the soft one, behind which the hard one lags, nor on the hard one, which has no gradient."""
     from koff_lightning.sparsity import SparsitySchedule

@@ -48,6 +48,8 @@ def test_local_multipliers_are_one_of_each_kind():
     penalty = LagrangianPenalty(kinds=3)
     assert [p.shape for p in penalty.parameters()] == [(3,), (3,)]
     assert LagrangianPenalty().linear.shape == (), "a checkpoint of a global target fits as before"
+    for name in ("lagrangian", "plain_lagrangian"):
+        assert [p.shape for p in make_penalty(name, 1.0, kinds=3).parameters()] == [(3,), (3,)]
     gaps = torch.tensor([0.1, 0.2, 0.3])
     assert penalty(gaps, 0.1).item() == pytest.approx(20 * (0.01 + 0.04))
 

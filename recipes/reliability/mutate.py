@@ -58,6 +58,7 @@ TESTS += ["kv_memory", "memory", "memory_files", "surgery", "layouts", "equivale
 TESTS += [
     "general_text::test_settled_is_the_gradient_of_the_loss_by_its_inputs_alone",
     "placement::test_a_gate_that_is_closed_is_a_layer_that_is_not_there",
+    "placement::test_slots_of_noise_need_no_text_and_may_all_be_trained",
     "precision::test_the_head_is_multiplied_in_fp32_where_half_precision_is_slow",
 ]
 SWAPS = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
 from tiny_artifact import tiny_artifact
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
@@ -86,7 +87,7 @@ def appending(tmp_path_factory):
 def scores(model):
     """Log-likelihoods of a continuation and of a text, and what is generated, by the adapter of lm-eval."""
     lm = KoffLM(model, batch_size=2)
-    request = lambda *args: type("Request", (), {"args": args})  # noqa: E731
+    request = lambda *args: Instance("", {}, args, 0)  # noqa: E731
     pair, rolling = lm.loglikelihood([request(PROMPT, " jumps")]), lm.loglikelihood_rolling([request(PROMPT)])
     answer = lm.generate_until([request(PROMPT, {"max_gen_toks": 4, "until": ["\n"]})])
     return pair, rolling, answer

@@ -79,7 +79,9 @@ def look(verb: str, words: Sequence[str]) -> None:
     if folder := ARTIFACTS.get(verb):
         _refuse_no_artifact(values.get(folder), verb not in CHANGING)
     for place in [value for name, value in given if value and verb == "analyze" and name == "model"]:
-        if not set(place) & set("*?[,") and not Path(place).expanduser().exists():  # no pattern and no list
+        if set(place) & set("*?[,") or HUB_ID.fullmatch(place):  # a pattern, a list, or perhaps a model on the hub
+            continue
+        if not Path(place).expanduser().exists():
             raise KoffError(f"{place}: no such run: give a checkpoint, or the folder of a run or of an exported model")
 
 

@@ -7,6 +7,8 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ import yaml
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.cli import main
 from koff_lightning.support.ending import TIME_LIMIT, Ended, SignalHandler, ended_by
+from koff_lightning.training import ending
 from koff_lightning.training.checkpoints import newest_checkpoint
 
 # `koff`, which says "begun" when KOFFModule comes to a method in a step, and goes on once it is told to.
@@ -220,6 +223,14 @@ def test_a_terminal_that_cannot_show_a_text_shows_it_escaped(encoding):
     done = koff("configs", "demo.yaml", "--copy", "\u0436.yaml", PYTHONIOENCODING=encoding)
     line = b"wrote \\u0436.yaml: koff fit \\u0436.yaml\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, line, b"")
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_a_rank_that_has_met_the_others_is_no_longer_ended_with_its_launcher(stage, monkeypatch):
+    """Of ranks that score, the launcher may be the first that is done."""
+    monkeypatch.setattr(ending, "MET", met := Event())
+    ending.EndsBetweenSteps().setup(SimpleNamespace(world_size=1), None, stage)
+    assert met.is_set()
 
 
 def test_a_rank_whose_launcher_is_gone_before_the_ranks_have_met_ends(tmp_path):

@@ -21,6 +21,7 @@ from koff_lightning.cli import main
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.serving import llama_library
+from koff_lightning.serving.llama_library import library
 from koff_lightning.serving.llama_state import data_of, with_slots
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: `make install` does it, on Linux")
@@ -297,15 +298,15 @@ def test_what_cannot_be_done_is_said(tmp_path, monkeypatch):
 
 
 def test_other_releases_and_none_are_refused(monkeypatch):
-    llama_library.library.cache_clear()
+    library.cache_clear()
     monkeypatch.setattr(llama_library, "TESTED", {"xllamacpp": "1.0"})
     with pytest.raises(KoffError, match=r"xllamacpp 2026\S+ has not been tried, 1.0 has: pip install"):
-        llama_library.library()
+        library()
     monkeypatch.setattr(llama_library, "TESTED", {"no-such-package": "1.0"})
     with pytest.raises(KoffError, match="llama.cpp is not installed .no-such-package is missing."):
-        llama_library.library()
+        library()
     monkeypatch.undo()
-    llama_library.library()
+    library()
     text = (Path(__file__).parents[1] / "setup.cfg").read_text(encoding="utf-8")
     assert all(f"{name}=={release}" in text for name, release in llama_library.TESTED.items())
 

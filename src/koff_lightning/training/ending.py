@@ -39,9 +39,10 @@ class EndsBetweenSteps(Callback):
         self._scoring = 0  # blocks of `may_be_left` that are open
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch the other processes of the run from here on."""
+        """Watch the other processes of the run from here on; what only scores may see its launcher end before it."""
         if stage == "fit" and trainer.world_size > 1:
             watch_the_others(trainer)
+        MET.set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to go on where the time of all parts of a run was up before."""
@@ -148,7 +149,6 @@ def watch_the_others(trainer: Trainer) -> None:
 
     if look is not None:
         Thread(target=watch, daemon=True, name="watch the other ranks").start()
-    MET.set()
 
 
 def _look_at(processes: dict[int, subprocess.Popen]) -> Callable[[], str]:

@@ -11,6 +11,7 @@ from tiny_run import DOMAINS, RandomText, tiny_module
 from koff_lightning import KoffError
 from koff_lightning.studies.analysis import paper
 from koff_lightning.studies.analysis.ranking import ends, ranking
+from koff_lightning.studies.analysis.report.findings import _statement
 from koff_lightning.studies.analysis.similarity import (
     centroid_cosine,
     embedded,
@@ -143,6 +144,13 @@ def layered(k, v, runs=3, noise=0.005, kind=None):
 
 
 HILL, FLAT, VALLEY = [0.05, 0.2, 0.3, 0.3, 0.2, 0.05], [0.15] * 6, [0.3, 0.2, 0.05, 0.05, 0.2, 0.3]
+
+
+def test_a_figure_without_an_interval_is_told_without_one():
+    group = [{"layer": layer, "kind": "kv_group", "kept": 9, "of": 10} for layer in range(6)]
+    (verdict,) = paper.judge(pd.DataFrame(paper.layer_lines([group])))
+    text = _statement(verdict).text
+    assert "inf" not in text and text.endswith("middle third 0.000. One run decides nothing."), text
 
 
 def test_figure_4_is_judged_by_layers_and_by_kind():

@@ -25,7 +25,7 @@ def export_checkpoint(
         out: Folder to write.
         layout: `ragged` gives each layer its own widths, `uniform` all the same ones, `deci` block configs for other
             engines, `masked` zeros in the original shapes, `merged` folds one domain's LoRA in. By default `ragged`,
-            or `uniform` for a run that was trained for it.
+            or `uniform` for a run that was trained for it. For llama.cpp: `koff convert gguf`, of what this writes.
         domain: Domain whose LoRA `merged` folds in.
         with_code: Put the code of the model type beside the weights, for people without koff-lightning.
         overwrite: Replace an artifact that is there.

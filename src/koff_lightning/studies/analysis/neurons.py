@@ -83,7 +83,7 @@ def ends_of_runs(seen: Activations, masks: Masks, name: str) -> "pd.DataFrame":
     own = [mask for (kind, _), mask in masks.items() if kind == name]
     halves = sorted(set.intersection(*(set(mask.halves) for mask in own))) if own else []
     gone = {half.removesuffix("_channel"): [mask.halves[half]["removed"] for mask in own] for half in halves}
-    return pd.DataFrame(ends_lines(seen.rates(), gone or {"neuron": [mask.removed for mask in own]}) if own else [])
+    return pd.DataFrame(ends_lines(seen.rates(), gone or {"neurons": [mask.removed for mask in own]}) if own else [])
 
 
 def removal_tables(

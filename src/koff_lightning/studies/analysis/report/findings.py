@@ -82,7 +82,8 @@ def _removal(pooled: "pd.DataFrame", tests: "pd.DataFrame", words: str) -> Findi
 def _statement(found: Verdict) -> Finding:
     """Of the paper, by the rules of paper.py."""
     figures = "; ".join(
-        f"{row['figure']} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        f"{row['figure']} {row['value']:.3f}"
+        + (f" [{row['low']:.3f}, {row['high']:.3f}]" if np.isfinite(row["low"]) else "")
         + (f" ({'above' if row['above'] else 'below'} {row['bound']:g} wanted)" if row["bound"] else "")
         for _, row in found.figures.iterrows()
     )

@@ -81,6 +81,21 @@ def test_a_table_has_a_run_for_each_arm_and_seed_and_none_twice(go, tmp_path, ca
     assert " ± 0.0001 | 11.00 % | 14.00 % | 20.00 % | 2 |" in text
 
 
+def test_rows_of_some_arms_alone(go, tmp_path, capsys):
+    status, made = go("--tables=contest,2", "--arms=koff,ours", "--seeds=1")
+    assert status == 0, capsys.readouterr()
+    assert sorted(name for name, *_ in made) == ["koff-0.12-0", "ours-0.12-0"]
+    found = json.loads((tmp_path / "out" / "reproduce.json").read_text(encoding="utf-8"))
+    labels = {name: [row["label"] for row in table["rows"]] for name, table in found["tables"].items()}
+    assert labels["2"] == ["with both", "with both, memories off"]
+    assert labels["contest"] == ["the paper's recipe", "ours: the same without retention", "ours, memories off"]
+    assert "--arms=koff,ours" in found["command"]
+    status, _ = go("--tables=2,8", "--arms=quarter", "--seeds=1")
+    assert status == 0, capsys.readouterr()
+    found = json.loads((tmp_path / "out" / "reproduce.json").read_text(encoding="utf-8"))
+    assert list(found["tables"]) == ["8"], "a table without a row left is not written"
+
+
 def test_one_seed_decides_nothing_and_two_may(go, tmp_path):
     for seeds, verdict in ((1, "not decided"), (2, "contradicted")):
         assert go("--tables=9", f"--seeds={seeds}")[0] == 0
@@ -228,6 +243,8 @@ def test_a_failing_row_leaves_the_others_and_is_said(go, tmp_path, capsys, monke
     "options, message",
     [
         (["--tables=3"], "no table '3'. "),
+        (["--tables=2", "--arms=koff,quarter"], "no row of arm 'quarter' in the tables. There are no_memory, "),
+        (["--tables=2", "--arms="], "no row of arm '' in the tables. There are no_memory, "),
         (["--seeds=0"], "seeds must be 1 or more, got 0"),
         (["--", "--trainer.max_steps=-1"], "koff reproduce needs trainer.max_steps"),
     ],

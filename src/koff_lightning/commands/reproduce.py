@@ -22,6 +22,7 @@ def reproduce(
     out: str = "runs/reproduce",
     jobs: int = 1,
     further: list[str] | None = None,
+    arms: str | None = None,
 ) -> None:
     """Run the rows of the paper's tables, and write them with the paper's figures beside ours (docs/reproduce.md).
 
@@ -36,17 +37,18 @@ def reproduce(
         out: Folder of all runs and of the report.
         jobs: Runs at one time, each with its share of the cores.
         further: Options of `koff fit` for all rows, as they stand after a lone `--`.
+        arms: Only their rows, with commas: `koff,ours`; by default all rows of the tables.
     """
     from koff_lightning.studies.claims import protocol
 
     check_counts(seeds=seeds, jobs=jobs)
-    chosen = protocol.paper().chosen(tables)
+    chosen = protocol.paper().chosen(tables, arms)
     resolved = resolved_config(config, backbone, further or [])
     as_sources(resolved["data"]["domains"])  # names and weights that no row would take
     steps = resolved["trainer"]["max_steps"]
     if not steps or steps < 1:
         raise KoffError(f"koff reproduce needs trainer.max_steps, of which rows take a share; got {steps}")
-    given = {"config": config, "backbone": backbone, "tables": tables, "seeds": seeds}
+    given = {"config": config, "backbone": backbone, "tables": tables, "seeds": seeds, "arms": arms}
     share = resolved["model"]["sparsity"]["target"]
     wanted = [Run(arm, share, seed) for seed in range(seeds) for arm in protocol.needed(chosen.values())]
     chosen = {name: table.of(resolved["model"]["backbone"]) for name, table in chosen.items()}

@@ -84,17 +84,29 @@ class Protocol:
         """Level of the intervals, the same whichever tables are filled."""
         return level(self.statements)
 
-    def chosen(self, names: str | None) -> dict[str, Table]:
-        """The tables of these names with commas between; None for all.
+    def chosen(self, names: str | None, arms: str | None = None) -> dict[str, Table]:
+        """The tables of these names with commas between, and of them the rows of these arms; None for all.
 
         Raises:
-            KoffError: No such table.
+            KoffError: No such table, or no row of an arm in them.
         """
         wanted = [name.strip() for name in names.split(",")] if names is not None else list(self.tables)
         for name in wanted:
             if name not in self.tables:
                 raise KoffError(f"no table {name!r}.{nearest(name, self.tables)} There are {', '.join(self.tables)}")
-        return {name: self.tables[name] for name in wanted}
+        tables = {name: self.tables[name] for name in wanted}
+        if arms is None:
+            return tables
+        kept, there = [arm.strip() for arm in arms.split(",")], needed(tables.values())
+        for arm in kept:
+            if arm not in there:
+                raise KoffError(
+                    f"no row of arm {arm!r} in the tables.{nearest(arm, there)} There are {', '.join(there)}"
+                )
+        tables = {
+            name: replace(table, rows=[row for row in table.rows if row.arm in kept]) for name, table in tables.items()
+        }
+        return {name: table for name, table in tables.items() if table.rows}
 
 
 def paper() -> Protocol:

@@ -1,5 +1,6 @@
 """What a gate is: its distribution, its count, its order; and the mask as a module."""
 
+import math
 from itertools import combinations
 
 import pytest
@@ -270,6 +271,10 @@ def test_probe_and_observe_collect_squared_gradients_per_row():
     torch.testing.assert_close(mask.importance, weight.square().sum(0))
     mask.observe()  # nothing new
     torch.testing.assert_close(mask.importance, weight.square().sum(0))
+    for bad in (math.nan, math.inf):
+        (mask.probe(2) * weight.index_fill(1, torch.tensor([3]), bad)).sum().backward()
+        mask.observe()  # a step that is skipped, whichever gate overflowed
+        torch.testing.assert_close(mask.importance, weight.square().sum(0))
 
 
 def test_a_value_acts_on_all_columns_of_its_unit():

@@ -275,6 +275,14 @@ def test_what_a_row_does_not_have_is_hidden():
     assert torch.equal(read.value[0], memories[1].layer(0)[1])
 
 
+@pytest.mark.parametrize("slots", [8, 16, 17])
+def test_a_smaller_memory_is_filled_up_whatever_the_head_size(slots):
+    memories = [filled(4), filled(slots, seed=1)]  # head size 16
+    read = read_memories(memories, [0, 1], 0)
+    assert read.key.shape == (2, 2, slots, 16) and read.visible.sum(1).tolist() == [4, slots]
+    assert torch.equal(read.key[0, :, :4], memories[0].layer(0)[0]) and not read.key[0, :, 4:].any()
+
+
 def test_only_memories_that_rows_read_get_a_gradient():
     memories = [filled(seed=seed) for seed in range(3)]
     read = read_memories(memories, [2, -1, 0, 2], 0)

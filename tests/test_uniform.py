@@ -55,14 +55,16 @@ def test_uniform_hardening_leaves_the_same_widths_and_spends_the_budget(seed, ta
     assert all(removed + step / units > target - 1e-9 for step in steps)  # one more step of neurons would overshoot
 
 
-def test_ragged_widths_can_be_multiples_too():
+@pytest.mark.parametrize("multiple", [2, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_ragged_widths_can_be_multiples_too(seed, multiple):
     groups = [group(i, "channel", 64, 30) for i in range(4)]
     units = sum(g.size * g.params_per_unit for g in groups)
-    spec = SparsitySpec(0.3, "units", multiple_of=8, min_channels=8)
+    spec = SparsitySpec(0.3, "units", multiple_of=multiple, min_channels=8)
     budget = Budget(groups, {"total": units, "body": units}, spec)
-    layers = widths(budget, budget.harden(torch.randn(256, generator=torch.Generator().manual_seed(1))))["channel"]
-    assert len(set(layers)) > 1 and all(width % 8 == 0 for width in layers)
-    assert 0 <= 0.3 - (256 - sum(layers)) / 256 < 8 / 256
+    layers = widths(budget, budget.harden(torch.randn(256, generator=torch.Generator().manual_seed(seed))))["channel"]
+    assert len(set(layers)) > 1 and all(width % multiple == 0 for width in layers)
+    assert 0 <= 0.3 - (256 - sum(layers)) / 256 < multiple / 256
 
 
 def test_a_uniform_llama_that_cannot_lose_kv_groups_says_so_before_weights_load(tmp_path):

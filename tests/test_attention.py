@@ -160,6 +160,15 @@ def test_a_row_that_sees_no_slot_is_plain_attention(attend):
     assert (out[2] - plain[2]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("visible", VISIBLE)
+def test_masks_are_made_where_the_tokens_lie(visible):
+    """No accelerator is at hand in every test: tensors that have only a shape stand for one."""
+    inputs = [tensor.detach().to("meta") for tensor in tensors(11, 11)]
+    seen = None if VISIBLE[visible] is None else VISIBLE[visible].to("meta")
+    out = attend_reference(*inputs[:3], LayerMemory(*inputs[3:], seen), None, None, True)
+    assert out.is_meta and out.shape == inputs[0].shape
+
+
 def test_merged_takes_a_gradient_without_strides():
     inputs = tensors(11, 11)
     out = attend_merged(*inputs[:3], LayerMemory(*inputs[3:]), None, None, True)

@@ -252,6 +252,13 @@ def test_a_fresh_adapter_is_the_one_peft_makes_of_the_seed():
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
+def test_a_fresh_memory_lies_where_the_model_does():
+    """No accelerator is at hand in every test: tensors that have only a shape stand for one."""
+    memories, model = bank(tiny_model("llama").to("meta"), lora=LoraSpec(3), kv=KVSpec(4))
+    made = [*model.parameters(), *memories.parameters()]
+    assert len(made) > 4 * 7 and {parameter.device.type for parameter in made} == {"meta"}
+
+
 @pytest.mark.parametrize("name", ["../x", "", "a/b", "a.b", "ä", "x" * 65, " de"])
 def test_an_unsafe_domain_name_is_refused(name):
     memories = empty_bank()

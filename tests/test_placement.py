@@ -179,6 +179,12 @@ def test_a_layer_without_slots_takes_the_plain_path(monkeypatch):
     assert [hasattr(a, "koff_memory") for a in attention_modules(bank.model)] == [False, True, False, True]
 
 
+def test_a_layer_whose_slots_are_let_go_takes_the_plain_path_again():
+    bank = filled(None, KVSpec(5))
+    bank.keep_layers("kv", [1, 3])
+    assert [hasattr(a, "koff_memory") for a in attention_modules(bank.model)] == [False, True, False, True]
+
+
 @torch.no_grad()
 def test_memories_of_unlike_placement_share_a_batch():
     bank = filled(LoraSpec(3, 6.0, layers="top:1"), KVSpec(5, layers=[0, 2]))

@@ -405,6 +405,7 @@ BAD = {
     "hardened is several": put("state_dict", "model.gates.hardened", torch.ones(3, dtype=torch.bool)),
     "hardened is a number": put("state_dict", "model.gates.hardened", torch.tensor(1.0)),
     "kept is numbers": put("state_dict", "model.gates.kept", lambda x: x.float()),
+    "no logits": lambda content: content["state_dict"].pop("model.gates.logits"),
     "no gates": lambda content: [content["state_dict"].pop(k) for k in list(content["state_dict"]) if "gates" in k],
     "a step that is a dictionary": put("global_step", {}),
     "a step that is true": put("global_step", True),
@@ -421,6 +422,8 @@ BAD = {
     "optimizers that are numbers": put("optimizer_states", 3),
     "optimizers of nothing": put("optimizer_states", [{}]),
     "an optimizer that lost an average": lambda content: content["optimizer_states"][0]["state"][0].pop("exp_avg"),
+    "an optimizer that lost a parameter": lambda content: content["optimizer_states"][0]["state"].pop(0),
+    "a release that is none": put("pytorch-lightning_version", "x"),
     "an optimizer of another shape": put("optimizer_states", 0, "state", 0, "exp_avg", torch.zeros(1, 1)),
     "an optimizer that counts in complex numbers": put(
         "optimizer_states", 0, "state", 0, "step", torch.tensor(3.0, dtype=torch.complex64)
@@ -481,7 +484,7 @@ def test_a_checkpoint_of_another_kind(run, tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["sparse", "units of nothing", "no gates", "kept is numbers", "a hash that is a number"]
+    "case", ["sparse", "units of nothing", "no gates", "no logits", "kept is numbers", "a hash that is a number"]
 )
 def test_a_mask_of_it(run, tmp_path, case):
     path = spoilt(run, tmp_path, BAD[case])
@@ -534,11 +537,19 @@ def test_a_run_does_not_begin_its_text_anew(tmp_path, capsys):
     assert main([*words, "--trainer.max_steps=2"]) == 0
     path = next(tmp_path.glob("version_0/checkpoints/last.ckpt"))
     content = torch.load(path, weights_only=True)
-    del content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
-    torch.save(content, path)
-    capsys.readouterr()
-    assert main([*words, "--trainer.max_steps=3", f"--ckpt_path={path}"]) == 2
-    assert "does not say where its text stood" in capsys.readouterr().err
+    places = content["loops"]["fit_loop"]["state_dict"].pop("combined_loader")
+    odd = {
+        "an entry of combined_loader must be a dictionary, and is str 'x'": ["x"],
+        "an entry of combined_loader lacks order": [{"batches": 2}],
+        "batches must be a count, and is int -1": [places[0] | {"batches": -1}],
+        "order must be dict, and is list": [places[0] | {"order": []}],
+    }
+    for message, found in {"does not say where its text stood": [], **odd}.items():
+        content["loops"]["fit_loop"]["state_dict"]["combined_loader"] = found
+        torch.save(content, path)
+        capsys.readouterr()
+        assert main([*words, "--trainer.max_steps=3", f"--ckpt_path={path}"]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id"])

@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from koff_lightning.memory import KVSpec, LoraSpec
@@ -67,6 +68,7 @@ _FORM = {
         "lora?": (LoraSpec, None),
         "kv?": (KVSpec, None),
         "placement?": {"lora?": [int], "kv?": [int]},
+        "moved?": [int],
     },
     "hyper_parameters": {
         "backbone?": str,
@@ -94,10 +96,22 @@ def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
         _count(checkpoint, {}, 0)
     except ValueError as error:
         return str(error)
-    form = _fault(checkpoint, _FORM, "it") or _fault_of_numbers(checkpoint["state_dict"])
+    form = (
+        _fault(checkpoint, _FORM, "it") or _fault_of_numbers(checkpoint["state_dict"]) or _fault_of_release(checkpoint)
+    )
     if form or (form := _fault_of_optimizers(checkpoint.get("optimizer_states", ()), checkpoint["global_step"])):
         return form
+    moved = [len(state["state"]) for state in checkpoint.get("optimizer_states", ())]
+    if moved and moved != (due := list(checkpoint["koff"].get("moved", moved))):
+        return f"optimizer_states keep something of {moved} parameters, where the run kept it of {due}"
     return _fault_of_history(checkpoint) or _contradiction(checkpoint)
+
+
+def fault_of_place(place: Any) -> str | None:
+    """What is wrong with the place in the text that a run of our data leaves in a checkpoint; None if it is one."""
+    if fault := _fault(place, [{"batches": int, "order": dict, "places?": dict}], "combined_loader"):
+        return fault
+    return next((_other("batches", "a count", one["batches"]) for one in place if one["batches"] < 0), None)
 
 
 def _count(value: Any, known: dict[int, int], depth: int) -> int:
@@ -196,6 +210,15 @@ def _fault_of_numbers(state: Mapping[str, Tensor]) -> str | None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"{name} holds numbers that are not finite"
+    return None
+
+
+def _fault_of_release(checkpoint: Mapping[str, Any]) -> str | None:
+    """Lightning reads the number of its release before anything else."""
+    try:
+        Version(checkpoint.get("pytorch-lightning_version", "2.6"))
+    except InvalidVersion:
+        return _other("pytorch-lightning_version", "the number of a release", checkpoint["pytorch-lightning_version"])
     return None
 
 

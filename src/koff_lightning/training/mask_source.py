@@ -60,6 +60,7 @@ def read_mask_source(
     try:
         found = SparsitySpec(**checkpoint["hyper_parameters"]["sparsity"])
         hardened = bool(tensors["hardened"])
+        tensors["logits"]  # by which its units are counted
     except (TypeError, KeyError) as error:
         raise KoffError(f"{path} was written by another release of koff-lightning ({error}): use that one") from error
     if not found.target:

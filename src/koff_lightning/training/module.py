@@ -367,6 +367,7 @@ class KOFFModule(LightningModule):
             "backbone_hash": self.model.backbone_hash,
             "target": self.model.target,
             "precision": str(self.trainer.precision),
+            "moved": [len(state.get("state", ())) for state in checkpoint.get("optimizer_states", ())],
         }
 
     @classmethod

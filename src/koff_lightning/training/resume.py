@@ -12,6 +12,7 @@ from koff_lightning.artifact.checkpoint import (
     refuse_other_backbone,
     refuse_other_tensors,
 )
+from koff_lightning.artifact.checkpoint_schema import fault_of_place
 from koff_lightning.data import DomainDataModule
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.memory import KVSpec, LoraSpec
@@ -144,6 +145,8 @@ def refuse_without_run(checkpoint: Mapping[str, Any], data: object) -> None:
             "the checkpoint does not say where its text stood (loops.fit_loop.state_dict.combined_loader), so the run "
             "would begin it anew: go on from another checkpoint, or start a new run with model.warm_start"
         )
+    if isinstance(data, DomainDataModule) and (fault := fault_of_place(place)):
+        raise KoffError(f"the checkpoint is not as `koff fit` writes one: {fault}. Give another one")
 
 
 def make_of(model: Decomposition) -> dict[str, Any]:

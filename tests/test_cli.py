@@ -1,5 +1,6 @@
 """The command as a user meets it: speed of help, one-line errors, names looked up, what a run's options become."""
 
+import errno
 import json
 import os
 import resource
@@ -309,6 +310,34 @@ def test_exit_status(monkeypatch, capsys, raised, status, line):
     monkeypatch.setattr(training_cli, "run", fail)
     assert main(["fit", "demo.yaml"]) == status
     assert capsys.readouterr().err == (f"koff: {line}\n" if line else "")
+
+
+def test_whoever_waits_at_a_terminal_is_told_for_what(monkeypatch, capsys):
+    monkeypatch.setattr(training_cli, "run", lambda argv: None)
+    assert main(["fit", "demo.yaml"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["fit", "demo.yaml"]) == 0 and capsys.readouterr().err == "loading torch and Lightning\n"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_what_may_not_be_read_or_written_is_one_line(monkeypatch, capsys, code):
+    def fail(argv: list[str]) -> None:
+        raise OSError(code, os.strerror(code), "here/a.bin")
+
+    monkeypatch.setattr(training_cli, "run", fail)
+    line = f"koff: cannot read or write here/a.bin: {os.strerror(code)}; correct its rights, or run as who may"
+    assert refused(capsys, "fit", "demo.yaml") == line
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: fail([]))
+    assert refused(capsys, "fit", "demo.yaml") == line  # already where configs are looked through
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
+    def fail(argv: list[str]) -> None:
+        raise OSError(errno.EBADF, "bad")
+
+    monkeypatch.setattr(training_cli, "run", fail)
+    with pytest.raises(OSError, match="bad"):
+        main(["fit", "demo.yaml"])
 
 
 # ---------------------------------------------------------------------------------------------------- real, tiny runs

@@ -105,10 +105,14 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # a parser that has printed its help, or rich where nobody reads
         return 141 if isinstance(stop.__context__, BrokenPipeError) else int(stop.code or 0)
     except OSError as error:
-        if not _is_full(error):
+        if _is_full(error):
+            place = error.filename or "what is printed, or a file"
+            print(f"koff: cannot write {place}: {error.strerror}; make room, then run it again", file=sys.stderr)
+        elif error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "correct its rights, or run as who may"
+            print(f"koff: cannot read or write {error.filename}: {error.strerror}; {advice}", file=sys.stderr)
+        else:
             raise
-        place = error.filename or "what is printed, or a file"
-        print(f"koff: cannot write {place}: {error.strerror}; make room, then run it again", file=sys.stderr)
         return 2
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust, which is no Exception
@@ -209,6 +213,8 @@ def _run_verb(verb: str, words: list[str]) -> None:
         _run_tool(verb, words)
         return
     watch_the_launcher()
+    if sys.stderr.isatty():
+        print("loading torch and Lightning", file=sys.stderr, flush=True)
     from koff_lightning.commands.training_cli import run  # 5 s of imports
 
     run([verb, *words])

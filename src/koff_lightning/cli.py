@@ -1,11 +1,13 @@
 """The `koff` command: a table of verbs. A verb imports what is heavy only when it runs, so help is immediate."""
 
 import errno
+import io
 import os
 import select
 import signal
 import sys
 from importlib import import_module
+from typing import Any
 
 from koff_lightning import __version__
 from koff_lightning.support.ending import SIGNALS, Ended, ended_by, watch_the_launcher
@@ -122,8 +124,25 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+class _Terminal(io.FileIO):
+    """Writes to a terminal, and nowhere once that was closed: whoever closes it does not mean the work to be lost.
+
+    The process is told by a signal too, which may come later, or not at all.
+    """
+
+    def write(self, data: Any) -> int:
+        """Number of bytes of `data` that are dealt with."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
 def _make_printable() -> None:
-    """Let all that is printed be printed: where a stream is closed nowhere, and escaped where it is not of UTF-8."""
+    """Let all that is printed be printed: escaped where a stream is not of UTF-8, and nowhere where it is closed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:  # closed: this takes its number, which the next file that is written must not get
@@ -131,6 +150,10 @@ def _make_printable() -> None:
             os.set_inheritable(stream.fileno(), True)
         elif mode == "w" and hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+        is_own = stream is getattr(sys, f"__{name}__") and hasattr(signal, "SIGHUP")  # not a notebook's, nor Windows'
+        if mode == "w" and is_own and stream.isatty():
+            raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 
 def _nobody_reads() -> bool:

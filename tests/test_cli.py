@@ -1,5 +1,6 @@
 """The command as a user meets it: speed of help, one-line errors, names looked up, what a run's options become."""
 
+import errno
 import json
 import os
 import resource
@@ -93,6 +94,18 @@ def test_each_tool_has_its_own_help(verb, capsys):
         (["fetch"], "koff: fetch: the following arguments are required: name"),
         (["fetch", "smollm2", "--otu", "x"], "koff: fetch: no option 'otu'. Did you mean 'out'?"),
         (["configs", "--out", "demo.yaml"], "koff: configs: no option 'out'."),
+        (["export"], "koff: export: the following arguments are required: --ckpt, --out"),
+        (
+            ["export", "a.ckpt"],
+            "koff: export: 'a.ckpt' stands alone, wanted is an option with a name. Perhaps --ckpt a.ckpt? "
+            "`koff export --help` lists them",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "ablations/lora_only.yaml"],
+            "koff: 'ablations/lora_only.yaml' stands alone: configs come first (koff fit demo.yaml), each other value "
+            "has a name",
+        ),
+        (["fit", "demo.yaml", "--model.backbone"], "koff: --model.backbone wants a value (str)"),
         (
             ["fit", "--config", "lama_12pct.yaml"],
             "koff: config 'lama_12pct.yaml' is neither a file here nor one that ships with the package. "
@@ -148,12 +161,41 @@ def test_bad_input_is_one_line(argv, line, capsys):
         ("reproduce", ["--config", "lama_12pct.yaml"], "neither a file here .* mean 'llama_12pct.yaml'"),
         ("plan", ["--config", "lama_12pct.yaml"], "neither a file here .* mean 'llama_12pct.yaml'"),
         ("inspect", ["nothing"], "artifact 'nothing': no such folder"),
-        ("export", ["--ckpt", "nothing.ckpt"], "checkpoint nothing.ckpt: no such file"),
+        ("export", ["--ckpt", "nothing.ckpt", "--out", "x"], "checkpoint nothing.ckpt: no such file"),
+        ("push", ["nothing", "me/it"], "artifact 'nothing': no such folder"),
+        ("router fit", ["--model", "nothing"], "artifact 'nothing': no such folder"),
+        ("test", ["--config", "demo.yaml"], "koff test scores what a run has trained: give its --ckpt_path"),
+        ("fit", ["--config", "demo.yaml", "--model.backbone", "./nothing"], "backbone './nothing': no such folder"),
+        ("fit", ["--data.domains.de", "bundled:de", "--model.backbone=a.gguf"], "backbone 'a.gguf': no such file"),
+        ("fit", ["--config", "demo.yaml", "--data.domains.de", "a.txt"], "domain 'de': no file matches 'a.txt'"),
+        ("prepare", ["--data.domains", "{de: [a.txt, 'bundled:klingon']}"], "no file matches 'a.txt'.*unknown bundled"),
     ],
 )
 def test_what_is_not_there_is_seen_before_anything_heavy_is_imported(verb, words, message):
     with pytest.raises(KoffError, match=message):
         option_table.look(verb, words)
+
+
+def test_looking_for_text_imports_nothing_heavy():
+    words = ["fit", "demo.yaml", "--data.domains.de", "nothing.jsonl", "--data.domains.en", "bundled:klingon"]
+    code = f"import sys; sys.argv[0] = 'koff'; from koff_lightning.cli import main; main({words}); print(*sys.modules)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "nothing.jsonl" in done.stderr and "klingon" in done.stderr and len(done.stderr.splitlines()) == 3
+    assert not {"torch", "lightning", "transformers", "jsonargparse"} & {*done.stdout.split()}
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5  # 0.4 on a quiet machine
+
+
+def test_what_a_later_word_says_counts(tmp_path):
+    """No file of an earlier config is missed where a later word names another, as in `demo.yaml mine.yaml`."""
+    (tmp_path / "a.yaml").write_text("data: {domains: {de: nothing.txt}}\nmodel: {backbone: ./nothing}\n")
+    (tmp_path / "b.yaml").write_text("data: {domains: {de: bundled:de}}\nmodel: {backbone: koff-tiny}\n")
+    first, second = ([f"--config={tmp_path / name}"] for name in ("a.yaml", "b.yaml"))
+    option_table.look("fit", first + second)
+    option_table.look("fit", [*first, "--data.domains.de", "bundled:de", "--model.backbone", "koff-tiny"])
+    with pytest.raises(KoffError, match=r"\./nothing"):
+        option_table.look("fit", second + first)
 
 
 def test_a_typo_in_a_config_file_is_one_line(tmp_path, capsys):
@@ -268,6 +310,34 @@ def test_exit_status(monkeypatch, capsys, raised, status, line):
     monkeypatch.setattr(training_cli, "run", fail)
     assert main(["fit", "demo.yaml"]) == status
     assert capsys.readouterr().err == (f"koff: {line}\n" if line else "")
+
+
+def test_whoever_waits_at_a_terminal_is_told_for_what(monkeypatch, capsys):
+    monkeypatch.setattr(training_cli, "run", lambda argv: None)
+    assert main(["fit", "demo.yaml"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["fit", "demo.yaml"]) == 0 and capsys.readouterr().err == "loading torch and Lightning\n"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_what_may_not_be_read_or_written_is_one_line(monkeypatch, capsys, code):
+    def fail(argv: list[str]) -> None:
+        raise OSError(code, os.strerror(code), "here/a.bin")
+
+    monkeypatch.setattr(training_cli, "run", fail)
+    line = f"koff: cannot read or write here/a.bin: {os.strerror(code)}; correct its rights, or run as who may"
+    assert refused(capsys, "fit", "demo.yaml") == line
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: fail([]))
+    assert refused(capsys, "fit", "demo.yaml") == line  # already where configs are looked through
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
+    def fail(argv: list[str]) -> None:
+        raise OSError(errno.EBADF, "bad")
+
+    monkeypatch.setattr(training_cli, "run", fail)
+    with pytest.raises(OSError, match="bad"):
+        main(["fit", "demo.yaml"])
 
 
 # ---------------------------------------------------------------------------------------------------- real, tiny runs

@@ -98,6 +98,48 @@ def test_a_signal_ends_a_run_within_a_step_and_nothing_is_lost(number, hook, ste
     assert Path("run/results.json").is_file()
 
 
+IN_A_TERMINAL = """
+import pty, sys
+from pathlib import Path
+pid, terminal = pty.fork()
+if not pid:
+    exec(sys.argv[1])
+import os
+said = b""
+while b"begun" not in said:
+    said += os.read(terminal, 4096)
+os.close(terminal)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+PRINTS = """
+import signal, sys, time
+from pathlib import Path
+from koff_lightning import cli
+def run(verb, words):
+    print("begun", flush=True)
+    signal.sigwait([signal.SIGHUP]) if HELD_BACK else time.sleep(60)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP]) if HELD_BACK else None
+def prints(verb, words):
+    try:
+        run(verb, words)
+    finally:
+        print("more", flush=True)
+        print("more", file=sys.stderr)
+        Path("saved").touch()
+cli._run_verb = prints
+sys.exit(cli.main(["fit", "demo.yaml"]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals of that kind")
+@pytest.mark.parametrize(("held_back", "status"), [(True, 0), (False, 128 + signal.SIGHUP)])
+def test_a_terminal_that_is_closed_breaks_nothing_that_prints(held_back, status):
+    """It fails at each write, whether the signal that tells of it comes before the next one, later, or not at all."""
+    program = PRINTS.replace("HELD_BACK", str(held_back))
+    done = subprocess.run([sys.executable, "-c", IN_A_TERMINAL, program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, Path("saved").exists()) == (status, True), done.stderr
+
+
 def test_a_second_signal_leaves_at_once():
     """While the step still waits to go on. What comes within a second of the first is one request with it."""
     run = held("training_step", 2)

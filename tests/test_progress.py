@@ -85,6 +85,34 @@ def test_on_a_terminal_one_bar_spans_all_epochs(tmp_path, monkeypatch):
         assert word in shown
 
 
+@pytest.mark.parametrize("total", [8, 99_999, 10_000_000])
+@pytest.mark.parametrize("seconds", [30, 40_000, 400_000])
+def test_the_bar_is_one_line_of_80_columns(tmp_path, monkeypatch, total, seconds):
+    """In every phase, however long the run; loss and sparsity are told while counts and times are not of days."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("koff_lightning.callbacks.progress.get_console", lambda: console)
+    monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.get_console", lambda: console)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    progress, trainer = fit(tmp_path)
+    task = progress.progress.tasks[0]
+    task.start_time, task.stop_time, task.finished_time = time.monotonic() - seconds, None, None
+    task.total, task.completed = total, total // 2
+    progress._figures |= {"loss": 12.345, "sparsity": 0.123, "target": 0.12, "rate": 1_234_567.0}
+    for phase in ("warmup", "ramp", "hold", "consolidate"):
+        module = SimpleNamespace(phase=phase, learns_mask=True, mask_is_fixed=phase[0] == "c")
+        task.description = f"{phase:<11}"
+        progress._metric_component.update(progress.get_metrics(trainer, module))
+        progress._renderable_cache = progress._metric_component._renderable_cache.clear()
+        trainer.state.fn, progress.train_progress_bar_id = "fit", task.id
+        lines = console.render_lines(progress.progress.make_tasks_table([task]), pad=False)
+        assert len(lines) == 1
+        line = "".join(segment.text for segment in lines[0])
+        assert len(line) <= 80 and line.startswith(phase) and "loss: 12.345" in line
+        assert "…" not in line and (max(total, seconds) > 99_999 or "sparsity: 12.3" in line)
+
+
 def test_throughput_and_memory_are_logged(tmp_path):
     _, trainer = fit(tmp_path, logger=CSVLogger(tmp_path, name=""), log_every_n_steps=2)
     head = (tmp_path / "version_0" / "metrics.csv").read_text().splitlines()[0]

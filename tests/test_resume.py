@@ -261,7 +261,7 @@ def test_a_source_that_stays_away_stops_a_streamed_run_which_goes_on_when_it_is_
     def unplug():
         patch.setattr(FileShard, "read", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "unplugged")))
         patch.setattr(retries.time, "sleep", lambda _: None)
-        patch.setattr(retries, "rank_zero_warn", lambda _: None)
+        patch.setattr(retries, "warn", lambda _: None)
 
     assert run_in("whole", *STREAMED) == 0
     with monkeypatch.context() as patch:

@@ -24,6 +24,7 @@ from koff_lightning.data.sources import (
     expand_files,
 )
 from koff_lightning.data.split import is_heldout, read_domain
+from koff_lightning.data.streamed_split import split_streamed
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.yaml_files import refuse_duplicate_keys
 
@@ -423,10 +424,13 @@ def test_sides_without_text_say_what_to_do(tmp_path):
     )
     with pytest.raises(KoffError, match="domain 'x' is empty: its files hold no document"):
         read(empty)
-    with pytest.raises(KoffError, match="domain 'x' has no held-out text: none of the 1 document.*heldout_fraction"):
-        read(one, heldout_fraction=1e-9)
+    with pytest.raises(KoffError, match="domain 'x' is empty: its files hold no document"):
+        read(empty, max_train_bytes=1000)
+    for fraction in (1e-9, 1 - 1e-9):  # no fraction helps
+        with pytest.raises(KoffError, match=r"is one document, 1 time\(s\).* divide it into several.*heldout_files"):
+            read(one, heldout_fraction=fraction, max_train_bytes=1000)
     with pytest.raises(KoffError, match="domain 'x' has no training text: its documents are held out"):
-        read(one, heldout_fraction=1 - 1e-9)
+        read(many, heldout_fraction=1 - 1e-9)
     with pytest.raises(KoffError, match="domain 'x' has no training text: .*max_train_bytes=1"):
         read(many, max_train_bytes=1)
     with pytest.raises(KoffError, match="none of its .* held-out document.* fits in data.max_heldout_bytes=1"):
@@ -442,8 +446,21 @@ def test_a_corpus_too_small_for_the_hash_holds_out_one_document(tmp_path):
     again = DomainSource(str(write_jsonl(tmp_path / "few.jsonl", texts[::-1])))  # ids are numbers of lines
     assert read(again, heldout_fraction=1e-9).heldout == [texts[2 - texts.index(split.heldout[0])]]
     copies = DomainSource(str(write_jsonl(tmp_path / "copies.jsonl", texts[:1] * 3)))
-    with pytest.raises(KoffError, match="has no held-out text"):
+    with pytest.raises(KoffError, match=r"is one document, 3 time\(s\)"):
         read(copies, heldout_fraction=1e-9)
+
+
+def test_streamed_the_same_document_of_a_small_corpus_is_held_out(tmp_path):
+    texts = toy_documents(3)
+    source = DomainSource(str(write_jsonl(tmp_path / "few.jsonl", texts)))
+    options = {"heldout_fraction": 1e-9, "max_heldout_bytes": 10_000, "train_bytes": 1, "on_bad": pytest.fail}
+    streamed = split_streamed("x", domain_shards(source), **options)
+    assert streamed.heldout == read(source, heldout_fraction=1e-9).heldout
+    copies = DomainSource(str(write_jsonl(tmp_path / "copies.jsonl", texts[:1] * 3)))
+    with pytest.raises(KoffError, match="has no held-out text"):
+        split_streamed("x", domain_shards(copies), **options)
+    with pytest.raises(KoffError, match="has no held-out text"):  # which is there, and too long
+        split_streamed("x", domain_shards(source), **options | {"heldout_fraction": 0.5, "max_heldout_bytes": 1})
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
@@ -465,6 +482,21 @@ def test_utf_16_without_a_mark_is_told(tmp_path, name, encoding):
         texts_of(tmp_path / name)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("words", ["привет мир ", "καλημέρα κόσμε ", "שלום עולם ", "مرحبا بالعالم "])
+def test_so_it_is_where_few_bytes_are_zeros(tmp_path, words, encoding):
+    content = (words * 100).encode(encoding)
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(KoffError, match=r"cannot read .*a\.txt: it is not UTF-8 but, as it seems, UTF-16"):
+        texts_of(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("content", ["1\n0\n" * 300, "a\tb\t" * 300, "one\0two\0three\0four " * 30, "\0 привет"])
+def test_utf_8_with_control_characters_is_read(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8", newline="")
+    assert texts_of(tmp_path / "a.txt") == [content]
+
+
 def test_what_may_not_be_read_is_told(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
 
@@ -483,12 +515,13 @@ def test_all_that_is_missing_is_told_at_once(tmp_path):
     domains = {
         "a": [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")],
         "b": str(write_jsonl(tmp_path / "there.jsonl", toy_documents(30))),
-        "c": "bundled:klingon",
+        "c": ["bundled:klingon", "bundled:en", str(tmp_path / "three.jsonl"), "bundled:elvish"],
     }
     with pytest.raises(KoffError) as error:
         DomainDataModule(domains, tokenizer="koff-tiny").setup()
     said = str(error.value)
-    for part in ("2 domains lack text", "domain 'a': ", "one.jsonl", "two.jsonl", "domain 'c': unknown bundled"):
+    missing = ("one.jsonl", "two.jsonl", "klingon", "three.jsonl", "elvish")
+    for part in ("2 domains lack text", "domain 'a': ", "domain 'c': ", *missing):
         assert part in said
     assert "domain 'b'" not in said
 

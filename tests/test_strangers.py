@@ -145,6 +145,15 @@ def sharded(folder):
     return folder / "model.safetensors.index.json"
 
 
+def test_weights_that_may_not_be_read(tmp_path, monkeypatch):
+    """safetensors calls them not there, which they are."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    (tmp_path / "model.safetensors").write_bytes(b"as unreadable as without the right to")
+    with pytest.raises(KoffError, match=r"cannot read .*model\.safetensors: you may not: correct its rights"):
+        load_backbone(str(tmp_path))
+
+
 def test_shards_are_read(tmp_path):
     sharded(tmp_path)
     assert torch.equal(load_backbone(str(tmp_path))(IDS).logits, tiny_model("llama")(IDS, use_cache=False).logits)
@@ -270,9 +279,10 @@ QUANTISED = {
 }
 
 
+@pytest.mark.parametrize("entry", ["quantization_config", "compression_config"])
 @pytest.mark.parametrize("method", QUANTISED)
-def test_quantised_folders(tmp_path, method):
-    edit(saved(tmp_path) / "config.json", quantization_config=QUANTISED[method])
+def test_quantised_folders(tmp_path, method, entry):
+    edit(saved(tmp_path) / "config.json", **{entry: QUANTISED[method]})
     for load in (load_backbone, load_config):
         refused(tmp_path, rf"is of a quantised model \({method}\).*get the unquantised weights", load)
 

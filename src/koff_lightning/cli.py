@@ -1,11 +1,13 @@
 """The `koff` command: a table of verbs. A verb imports what is heavy only when it runs, so help is immediate."""
 
 import errno
+import io
 import os
 import select
 import signal
 import sys
 from importlib import import_module
+from typing import Any
 
 from koff_lightning import __version__
 from koff_lightning.support.ending import SIGNALS, Ended, ended_by, watch_the_launcher
@@ -105,10 +107,14 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # a parser that has printed its help, or rich where nobody reads
         return 141 if isinstance(stop.__context__, BrokenPipeError) else int(stop.code or 0)
     except OSError as error:
-        if not _is_full(error):
+        if _is_full(error):
+            place = error.filename or "what is printed, or a file"
+            print(f"koff: cannot write {place}: {error.strerror}; make room, then run it again", file=sys.stderr)
+        elif error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "correct its rights, or run as who may"
+            print(f"koff: cannot read or write {error.filename}: {error.strerror}; {advice}", file=sys.stderr)
+        else:
             raise
-        place = error.filename or "what is printed, or a file"
-        print(f"koff: cannot write {place}: {error.strerror}; make room, then run it again", file=sys.stderr)
         return 2
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust, which is no Exception
@@ -118,8 +124,25 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+class _Terminal(io.FileIO):
+    """Writes to a terminal, and nowhere once that was closed: whoever closes it does not mean the work to be lost.
+
+    The process is told by a signal too, which may come later, or not at all.
+    """
+
+    def write(self, data: Any) -> int:
+        """Number of bytes of `data` that are dealt with."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
 def _make_printable() -> None:
-    """Let all that is printed be printed: where a stream is closed nowhere, and escaped where it is not of UTF-8."""
+    """Let all that is printed be printed: escaped where a stream is not of UTF-8, and nowhere where it is closed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:  # closed: this takes its number, which the next file that is written must not get
@@ -127,6 +150,10 @@ def _make_printable() -> None:
             os.set_inheritable(stream.fileno(), True)
         elif mode == "w" and hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+        is_own = stream is getattr(sys, f"__{name}__") and hasattr(signal, "SIGHUP")  # not a notebook's, nor Windows'
+        if mode == "w" and is_own and stream.isatty():
+            raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 
 def _nobody_reads() -> bool:
@@ -209,6 +236,8 @@ def _run_verb(verb: str, words: list[str]) -> None:
         _run_tool(verb, words)
         return
     watch_the_launcher()
+    if sys.stderr.isatty():
+        print("loading torch and Lightning", file=sys.stderr, flush=True)
     from koff_lightning.commands.training_cli import run  # 5 s of imports
 
     run([verb, *words])

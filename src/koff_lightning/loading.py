@@ -38,6 +38,7 @@ from koff_lightning.model_files import (
 )
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import read_json_object
+from koff_lightning.support.names import refuse_no_model
 
 TINY = "koff-tiny"
 LARGE = 2 * 2**30  # bytes of weights; fewer are loaded in a few seconds, before anybody reads a progress bar
@@ -230,11 +231,8 @@ def _resolve(
     path = Path(source).expanduser()
     if source == TINY:
         return {"pretrained_model_name_or_path": str(files("koff_lightning") / "tiny" / "model")}
+    refuse_no_model(source)
     if source.endswith(".gguf"):
-        if not path.is_file():
-            raise KoffError(
-                f"backbone {source!r}: no such file. `koff fetch smollm2` gets one; a hub id or a folder also works"
-            )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         if not any((path / name).is_file() for name in wanted):
@@ -242,10 +240,8 @@ def _resolve(
                 f"{source!r}: the folder holds no {' or '.join(wanted)}, so it is nothing transformers saved"
             )
         return where | {"pretrained_model_name_or_path": str(path)}
-    if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise KoffError(
-            f"backbone {source!r}: no such folder. Give a folder, a .gguf file, a hub id (owner/name) or {TINY!r}"
-        )
+    if path.exists():
+        raise KoffError(f"backbone {source!r}: that is a file, and none in GGUF: give the folder that it lies in")
     return where | {"pretrained_model_name_or_path": source}
 
 

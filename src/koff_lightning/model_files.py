@@ -102,8 +102,9 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         KoffError: It asks for more than weights, is of a quantised model, or has an entry of a wrong kind or size.
     """
     where = f"backbone {source!r}: its config"
-    if config.get("quantization_config") is not None:
-        raise KoffError(f"{where} is of {_quantised(config['quantization_config'])}: get the unquantised weights")
+    for name in ("quantization_config", "compression_config"):  # the second was compressed-tensors' own
+        if config.get(name) is not None:
+            raise KoffError(f"{where} is of {_quantised(config[name])}: get the unquantised weights")
     if found := [name for name in _FOREIGN if config.get(name) not in (None, False)]:
         raise KoffError(f"{where} {_FOREIGN[found[0]]} ({found[0]}), which a backbone does not do: remove that entry")
     if found := [name for name in _UNKNOWN if config.get(name) not in (None, False)]:
@@ -279,6 +280,8 @@ def heads(path: Path) -> dict[str, tuple[str, list[int]]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
+        if path.exists() and not os.access(path, os.R_OK):  # which safetensors calls "not there"
+            raise KoffError(f"cannot read {path}: you may not: correct its rights") from error
         raise KoffError(
             f"cannot load backbone {str(path)!r}: it is not a sound safetensors file ({error}): get it again"
         ) from error

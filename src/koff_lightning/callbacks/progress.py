@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich import get_console
 from rich.progress import ProgressColumn
+from rich.table import Column
 from torch import Tensor
 
 from koff_lightning.training.module import KOFFModule
@@ -22,7 +23,8 @@ except ImportError:  # Windows
     resource = None
 
 REFRESH = 0.5  # seconds between looks at the figures: each look waits for the device
-COLUMNS, BAR = 80, 52  # of a plain line; those of the bar before its figures
+COLUMNS = 80  # of a plain line
+BAR, SHORT_BAR, FIGURES = 20, 1, 34  # columns of the bar, which leaves room for `loss: 12.345 sparsity: 12.0/12.0%`
 LINE_SHARE, LINE_SECONDS = 0.05, 10.0  # a plain line comes after both this share of the run and this time
 
 
@@ -63,6 +65,8 @@ class KoffProgress(RichProgressBar):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         if self.progress is not None and self.is_enabled:
+            for column in self.progress.columns:  # one line, whatever comes
+                column._table_column = Column(no_wrap=True)
             self.train_progress_bar_id = self._add_task(self._total, "train")
             self._update(self.train_progress_bar_id, trainer.global_step)
 
@@ -118,10 +122,19 @@ class KoffProgress(RichProgressBar):
             words["held-out"] = f"{float(held_out):.4f} bits/byte"
         if math.isfinite(self._figures["peak"]):
             words["peak"] = f"{self._figures['peak']:.2f} GiB"
-        names = list(words)
-        while len(names) > 1 and sum(len(name) + len(words[name]) + 3 for name in names) > get_console().width - BAR:
+        names, room = list(words), self._make_room()
+        while len(names) > 1 and sum(len(f"{name}: {words[name]} ") for name in names) - 1 > room:
             names.pop()
         return {name: words[name] for name in names}
+
+    def _make_room(self) -> int:
+        """Shorten the bar where figures need its place; gives the columns for them."""
+        _, bar, count, times, *_ = self.progress.columns
+        task = self.progress.tasks[self.train_progress_bar_id]
+        others = len("consolidate ") + len(count.render(task)) + len(f" {times.render(task)} ")
+        left = get_console().width - others - 1
+        bar.bar_width = min(BAR, max(SHORT_BAR, left - FIGURES))
+        return left - bar.bar_width
 
     def _words(self, module: KOFFModule) -> dict[str, str]:
         now, words = self._figures, {}
@@ -158,7 +171,7 @@ class KoffProgress(RichProgressBar):
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """Lightning's columns without batches per second, which tokens per second say better."""
         columns = super().configure_columns(trainer)[:-1]
-        columns[1].bar_width = 20
+        columns[1].bar_width = BAR
         return columns
 
     # ------------------------------------------------------------------------------------ test and prediction

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
+from koff_lightning.commands.parsing.option_table import NO_CHECKPOINT
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import read_json_object
+from koff_lightning.support.names import refuse_no_model
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import one_line
 from koff_lightning.support.yaml_files import read_yaml
@@ -59,6 +61,10 @@ def lm_eval(argv: list[str]) -> None:
         raise KoffError("lm-eval: give --model (artifact, checkpoint or dense model) and --tasks")
     if options.config and not options.allow_custom_classes:
         _refuse_code(Path(options.config).expanduser())
+    if options.model.endswith(".ckpt") and not Path(options.model).expanduser().exists():
+        raise KoffError(f"checkpoint {options.model}: {NO_CHECKPOINT}")
+    if not options.model.endswith(".ckpt"):
+        refuse_no_model(options.model)
     settings = _settings(options)
     if (settings.output_path or "").endswith(".json"):
         raise KoffError(

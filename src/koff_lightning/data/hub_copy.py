@@ -11,10 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from koff_lightning.data.readers import Document, Fields, OnBad
-from koff_lightning.data.retries import read_with_retries
+from koff_lightning.data.retries import read_with_retries, warn
 from koff_lightning.data.shards import FileShard, HubShard
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import new_folder, own_cache
@@ -38,7 +36,7 @@ def find_copy(repo: str, subset: str | None, split: str, fields: Fields) -> list
                 f"the copy of hub:{repo} in {folder} is damaged ({name}): delete the folder, and where there is a "
                 "network `koff prepare --prefetch-only` makes it anew"
             )
-    rank_zero_warn(
+    warn(
         f"no network: of hub:{repo} only the {manifest['num_bytes']:,} bytes of text are read that `koff prepare "
         "--prefetch-only` has copied"
     )

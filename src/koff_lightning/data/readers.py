@@ -282,14 +282,23 @@ def _open(path: Path) -> BinaryIO:
     """Open for reading bytes: lines are decoded one by one so that a bad one has a number.
 
     Raises:
-        KoffError: Text in UTF-16 or UTF-32, much of whose bytes are zeros.
+        KoffError: Text in UTF-16 or UTF-32.
     """
     file = _open_any(path)
     head = file.peek(1024)[:1024]
-    if head.count(0) * 4 > len(head):
+    if _is_wide(head):
         file.close()
         raise KoffError(f"cannot read {path}: it is not UTF-8 but, as it seems, UTF-16 or UTF-32: save it as UTF-8")
     return file
+
+
+def _is_wide(head: bytes) -> bool:
+    """Whether a file begins in UTF-16 or UTF-32; the first may pass as UTF-8 where the text is Cyrillic, say.
+
+    There the higher byte of each pair is a control character's, and zero for what is ASCII, as spaces are.
+    """
+    halves = [part for part in (head[::2], head[1::2]) if 0 in part]
+    return head.count(0) * 4 > len(head) or any(sum(byte < 32 for byte in part) * 2 > len(part) for part in halves)
 
 
 class _Bounded(io.RawIOBase):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from huggingface_hub import constants
-from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.data.readers import ALL, Document, OnBad, Part
 from koff_lightning.support.errors import KoffError
@@ -80,9 +79,16 @@ class _Faults:
                 f"cannot read {self.what}: {_line(error)}. Tried {self.count + 1} times in {sum(WAITS)} s. Nothing "
                 "saved is lost: go on from the last checkpoint when it can be read again"
             ) from error
-        rank_zero_warn(f"cannot read {self.what} now, trying again in {WAITS[self.count]} s: {_line(error)}")
+        warn(f"cannot read {self.what} now, trying again in {WAITS[self.count]} s: {_line(error)}")
         time.sleep(WAITS[self.count])
         self.count += 1
+
+
+def warn(message: str) -> None:
+    """Warn once for all ranks."""
+    from lightning.pytorch.utilities import rank_zero_warn  # takes seconds, and whether files are there is asked before
+
+    rank_zero_warn(message)
 
 
 def _is_transient(error: BaseException | None) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from huggingface_hub import snapshot_download
 
 from koff_lightning.data.readers import (
     ALL,
@@ -171,6 +170,8 @@ def _at_commit(repo: str, subset: str | None) -> str:
 
 def _commit_in_cache(name: str, revision: str) -> str | None:
     """The commit that a branch or tag was when it was last asked for here."""
+    from huggingface_hub import snapshot_download  # takes a third of a second
+
     with suppress(OSError):  # huggingface_hub's word for "not there" is one
         return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)).name
     return None

@@ -4,6 +4,7 @@ import glob
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,12 +295,16 @@ def refuse_missing_files(sources: Mapping[str, DomainSource]) -> None:
     """
     problems: list[str] = []
     for name, source in sources.items():
-        try:
-            expand_files(source.file_entries + source.heldout_entries)
-            for bundled in source.bundled_entries:
-                bundled_file(bundled, "train")
-        except KoffError as error:
-            problems.append(f"domain '{name}': {error}")
+        looks = [partial(expand_files, source.file_entries + source.heldout_entries)]
+        looks += [partial(bundled_file, bundled, "train") for bundled in source.bundled_entries]
+        missing = []
+        for look in looks:
+            try:
+                look()
+            except KoffError as error:
+                missing.append(str(error))
+        if missing:
+            problems.append(f"domain '{name}': {'; '.join(missing)}")
     if problems:
         raise KoffError(
             f"{len(problems)} domains lack text:\n  " + "\n  ".join(problems) if problems[1:] else problems[0]

@@ -88,14 +88,19 @@ def read_domain(
         KoffError: Bad files or lines (see `readers`), or a side of the split that is left without text.
     """
     on_bad = BadLines(name, on_bad_line)
-    train, heldout = _split(_labelled(source, heldout_fraction, on_bad), max_train_bytes)
+    train, heldout, full = _split(_labelled(source, heldout_fraction, on_bad), max_train_bytes)
     on_bad.report()
     if not (heldout or source.heldout_entries):
         train, heldout = _hold_one(train)
     held_texts = {document.text for document in heldout}
     texts = Texts([d.text for d in train if d.text not in held_texts], fill(heldout, max_heldout_bytes))
-    if not (train or heldout or max_train_bytes):
+    if not (train or heldout or full):
         raise KoffError(f"domain '{name}' is empty: its files hold no document with text")
+    if not (full or source.heldout_entries) and len({document.text for document in train + heldout}) == 1:
+        raise KoffError(
+            f"domain '{name}' is one document, {len(train + heldout)} time(s), and none can be on both sides: divide "
+            "it into several, or name other text in its heldout_files"
+        )
     if not texts.train and source.heldout_entries and not max_train_bytes:
         raise KoffError(
             f"domain '{name}' has no training text: its files hold no document that its heldout_files do not hold too"
@@ -140,7 +145,8 @@ def on_heldout_side(side: Side, document: Document, fraction: float) -> bool:
 
 def _split(
     documents: Iterator[tuple[bool, Document]], max_train_bytes: int | None
-) -> tuple[list[Document], list[Document]]:
+) -> tuple[list[Document], list[Document], bool]:
+    """The documents of both sides, and whether one was left out since there is no room for it."""
     train: list[Document] = []
     heldout: list[Document] = []
     size = 0
@@ -150,9 +156,9 @@ def _split(
             continue
         size += len(document.text.encode())
         if max_train_bytes is not None and size > max_train_bytes:
-            break
+            return train, heldout, True
         train.append(document)
-    return train, heldout
+    return train, heldout, False
 
 
 def _hold_one(train: list[Document]) -> tuple[list[Document], list[Document]]:
@@ -160,8 +166,13 @@ def _hold_one(train: list[Document]) -> tuple[list[Document], list[Document]]:
     ids, texts = {document.id for document in train}, {document.text for document in train}
     if min(len(ids), len(texts)) < 2:
         return train, []
-    held = min(ids, key=lambda doc_id: (_hash(doc_id), doc_id))
+    held = min(train, key=first_by_hash).id
     return [d for d in train if d.id != held], [d for d in train if d.id == held]
+
+
+def first_by_hash(document: Document) -> tuple[int, str]:
+    """By what the document is chosen that is held out where the hash alone holds out none."""
+    return _hash(document.id), document.id
 
 
 def _about_ids(documents: list[Document]) -> str:

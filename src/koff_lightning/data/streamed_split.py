@@ -7,7 +7,7 @@ from koff_lightning.data.readers import Document, OnBad
 from koff_lightning.data.retries import read_with_retries
 from koff_lightning.data.shards import Shard
 from koff_lightning.data.sources import Side
-from koff_lightning.data.split import Texts, on_heldout_side
+from koff_lightning.data.split import Texts, first_by_hash, on_heldout_side
 from koff_lightning.support.errors import KoffError
 
 
@@ -35,7 +35,7 @@ class _AtMost(list[str]):
 
     def __init__(self, limit: int | None) -> None:
         super().__init__()
-        self.room, self.full = float("inf") if limit is None else limit, False
+        self.room, self.full, self.passed = float("inf") if limit is None else limit, False, False
 
     def add(self, text: str) -> None:
         size = len(text.encode())
@@ -43,7 +43,8 @@ class _AtMost(list[str]):
             self.append(text)
             self.room -= size
         else:
-            self.full = len(self) > 0  # a text larger than the limit itself is passed over
+            self.full = len(self) > 0
+            self.passed = True  # a text larger than the limit itself
 
 
 class _AtLeast(list[str]):
@@ -97,7 +98,8 @@ def split_streamed(
     """Read as little of a domain as gives its held-out text and some training text, for corpora of any size.
 
     Held-out documents are taken in file order while they fit; those larger than the limit are passed over. Reading
-    stops when both sides are full.
+    stops when both sides are full. Where the hash holds out none of two documents or more, the one that comes first by
+    its hash is held out.
 
     Args:
         name: Name of the domain, for messages.
@@ -117,12 +119,20 @@ def split_streamed(
             "max_documents: without them, finding the held-out text would take reading the whole corpus"
         )
     heldout, train = _AtMost(max_heldout_bytes), _AtLeast(train_bytes)
+    first: Document | None = None  # by its hash, where the hash decides
+    several = False
     for shard, side in shards:
         wanted = {"held out": [heldout], "training": [train], "by hash": [heldout, train]}[side]
         documents = read_with_retries(shard, on_bad)
         while not all(texts.full for texts in wanted) and (numbered := next(documents, None)):
             document = numbered[1]
-            (heldout if on_heldout_side(side, document, heldout_fraction) else train).add(document.text)
+            held = on_heldout_side(side, document, heldout_fraction)
+            (heldout if held else train).add(document.text)
+            if side == "by hash":
+                several |= first is not None and (held or document.text != first.text)
+                first = document if first is None else min(first, document, key=first_by_hash)
+    if several and not (heldout or heldout.passed):
+        heldout.add(first.text)
     held_texts = set(heldout)
     texts = Texts([text for text in train if text not in held_texts], list(heldout))
     for what, side in (("training", texts.train), ("held-out", texts.heldout)):

@@ -9,6 +9,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from koff_lightning.commands.parsing.config_files import find_config
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.names import HUB_ID
+from koff_lightning.support.names import HUB_ID, refuse_no_model
 from koff_lightning.support.wording import nearest
 
 FILE = Path(__file__).with_name("options.json")
@@ -25,12 +26,15 @@ LARGEST_CONFIG = 100_000  # bytes of a config that is looked through here
 HELD_BY_PARSER = ("print-config", "config", "allow-custom-classes")  # of every training verb
 # Options that name what an earlier command has left.
 CHECKPOINTS = ("ckpt_path", "model.mask", "model.prior", "model.warm_start")
-ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve": "artifact"} | dict.fromkeys(
+ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve": "artifact", "push": "artifact"}
+ARTIFACTS |= {"router fit": "model", "router test": "model"} | dict.fromkeys(
     ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
 )
-CHANGING = ("memory add", "memory remove", "memory compose")  # an artifact, so that none on the hub will do
+# Take what is on this machine alone, as to change it or to send it.
+CHANGING = ("memory add", "memory remove", "memory compose", "push", "router fit")
 NAMED = ("plan", "claims", "reproduce")  # take a config by its name too
 NO_DOMAINS = "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
+ALONE = ""  # stands for the name of a word that belongs to no option
 NO_CHECKPOINT = "no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
 
 Row = dict[str, Any]
@@ -64,16 +68,25 @@ def look(verb: str, words: Sequence[str]) -> None:
     given = list(_given(words, rows, trains))
     try:
         for name, value in given:
+            if name == ALONE:
+                _refuse_alone(verb, value, rows, trains)
+            if value is None and trains and name in rows and {"str", "int", "float"} & {*_parts(rows[name]["type"])}:
+                raise KoffError(f"--{name} wants a value ({rows[name]['type']})")
             _check(name, value, rows, trains)
     except KoffError as error:
         raise error if trains else KoffError(f"{verb}: {error}") from None
     values = dict(given)
+    due = [row for row in rows.values() if not trains and _is_due(row) and row["name"] not in values]
+    if due:
+        names = ", ".join(f"{'' if row.get('by_place') else '--'}{row['name']}" for row in due)
+        raise KoffError(f"{verb}: the following arguments are required: {names}")
     configs = [find_config(value) for name, value in given if value and name == "config" and (trains or verb in NAMED)]
     if trains:
         if verb != "baseline" and not configs and not any(name.startswith("data") for name, _ in given):
             raise KoffError(NO_DOMAINS)
         for config in configs:
             look_into(verb, config)
+        _look_at_the_run(verb, given)
     if (ckpt := values.get("ckpt")) is not None and not Path(ckpt).expanduser().exists():
         raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
     if folder := ARTIFACTS.get(verb):
@@ -85,24 +98,96 @@ def look(verb: str, words: Sequence[str]) -> None:
             raise KoffError(f"{place}: no such run: give a checkpoint, or the folder of a run or of an exported model")
 
 
+def _is_due(row: Row) -> bool:
+    """Whether a tool's option must be given: it has neither a default nor null."""
+    return row["default"] == "" and row["type"] and "null" not in _parts(row["type"])
+
+
+def _look_at_the_run(verb: str, given: Sequence[tuple[str, str | None]]) -> None:
+    """Refuse a run whose checkpoint, backbone or text is missing, as far as that shows; what is said last counts."""
+    values: dict[str, object] = {}
+    domains: dict[str, object] = {}
+    for name, value in _leaves_of(verb, given):
+        values[name] = value
+        if name == "data.domains":
+            domains = dict(_mapping(value))
+        elif name.startswith("data.domains."):
+            domain, *deeper = name.removeprefix("data.domains.").split(".")
+            domains = {other: text for other, text in domains.items() if other != domain}
+            domains |= {} if deeper else {domain: value}
+    if verb in ("validate", "test", "predict") and not values.get("ckpt_path"):
+        raise KoffError(f"koff {verb} scores what a run has trained: give its --ckpt_path")
+    backbone = values.get("model.backbone")
+    if isinstance(backbone, str) and not values.get("model.artifact"):
+        refuse_no_model(backbone)
+    if domains:
+        _refuse_missing_text(domains)
+
+
+def _leaves_of(verb: str, given: Sequence[tuple[str, str | None]]) -> Iterator[tuple[str, object]]:
+    """Names and values of the words and of the configs that they name, in their order, as far as they are read here."""
+    rows = {row["name"]: row for row in options_of(verb)}
+    for name, value in given:
+        if name == "config" and value:
+            yield from _leaves(_content(find_config(value)), rows)
+        else:
+            yield name, value
+
+
+def _refuse_missing_text(domains: dict[str, object]) -> None:
+    """Look for the files and bundled text of all domains, unless some are far away."""
+    from koff_lightning.data.remote import is_remote
+    from koff_lightning.data.sources import as_sources, refuse_missing_files
+
+    try:
+        sources = as_sources({name: _written_out(value) for name, value in domains.items()})
+        entries = [entry for source in sources.values() for entry in source.file_entries + source.heldout_entries]
+        far = any(map(is_remote, entries))
+    except (KoffError, TypeError, AttributeError, ValueError):  # for the parser to say
+        return
+    if not far:
+        refuse_missing_files(sources)
+
+
+def _mapping(value: object) -> dict[str, object]:
+    """An option's mapping, if it is one that can be read here."""
+    with suppress(ValueError):
+        value = _written_out(value)
+    return value if isinstance(value, dict) else {}
+
+
+def _written_out(value: object) -> object:
+    """A value as it is meant, of an option whose mappings and lists are YAML on the command line."""
+    import yaml
+
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError from error
+
+
 def look_into(verb: str, config: Path) -> None:
     """Refuse unknown options of a config file, and values of a wrong type.
 
     Raises:
         KoffError: As `look`.
     """
+    rows = {row["name"]: row for row in options_of(verb)}
+    for name, value in _leaves(_content(config), rows):
+        _check(name, value, rows, table()["verbs"][verb]["trains"])
+
+
+def _content(config: Path) -> object:
+    """What a config says; None where looking through it is for the parser."""
     import yaml
 
     if config.stat().st_size > LARGEST_CONFIG:
-        return
+        return None
     try:
         text = config.read_text(encoding="utf-8")
-        options = None if "&" in text else yaml.safe_load(text)  # anchors may stand for far more than they take
+        return None if "&" in text else yaml.safe_load(text)  # anchors may stand for far more than they take
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
-        return
-    rows = {row["name"]: row for row in options_of(verb)}
-    for name, value in _leaves(options, rows):
-        _check(name, value, rows, table()["verbs"][verb]["trains"])
+        return None
 
 
 def help_text(verb: str) -> str:
@@ -153,8 +238,8 @@ def _given(words: Sequence[str], rows: dict[str, Row], trains: bool) -> Iterator
         if not word.startswith("--"):
             if places and not word.startswith("-"):
                 yield places.pop(0), word
-            elif not trains and not places:
-                yield word, None
+            elif not places:
+                yield ALONE, word
             continue
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--") if trains else flag.removeprefix("--").replace("-", "_")
@@ -210,6 +295,17 @@ def _refuse_unknown(name: str, rows: dict[str, Row], trains: bool) -> None:
         return
     names = [row["name"] for row in rows.values() if trains or not row.get("by_place") or row["default"]]
     raise KoffError(f"no option {name!r}.{nearest(name, names)}")
+
+
+def _refuse_alone(verb: str, word: str, rows: dict[str, Row], trains: bool) -> None:
+    if trains:
+        raise KoffError(
+            f"{word!r} stands alone: configs come first (koff {verb} demo.yaml), each other value has a name"
+        )
+    named = [row["name"] for row in rows.values() if not row.get("by_place")]
+    due = [row["name"] for row in rows.values() if _is_due(row) and not row.get("by_place")]
+    hint = f" Perhaps --{(due or named)[0]} {word}?" if due or len(named) == 1 else ""
+    raise KoffError(f"{word!r} stands alone, wanted is an option with a name.{hint} `koff {verb} --help` lists them")
 
 
 def _is_simple(kind: str) -> bool:

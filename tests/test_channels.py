@@ -231,9 +231,11 @@ def test_local_counts_are_of_each_kind(penalty):
     budget = budget_of(target=0.25, scope="local", denominator="units", penalty=penalty)
     keep = torch.full((len(budget.costs),), 0.9)
     keep[budget.kinds["v_channel"]] = 0.3
+    keep[budget.kinds["up_channel"]] = 0.5  # as `threshold` has it: closed, unless more often open
     found = dict(zip(budget.kinds, budget.measured(keep).tolist(), strict=True))
     assert found["k_channel"] == pytest.approx(0.1 if penalty == "hinge" else 0.05)
     assert found["v_channel"] == pytest.approx(0.7 if penalty == "hinge" else 0.85)
+    assert found["up_channel"] == pytest.approx(0.5 if penalty == "hinge" else 0.75)
     whole = budget_of(target=0.25, penalty=penalty)
     assert whole.measured(keep).ndim == 0
 

@@ -103,6 +103,19 @@ def test_a_bf16_backbone_keeps_fp32_memories_that_learn():
         assert parameter.grad is not None
 
 
+def test_rows_of_unlike_memories_are_read_under_autocast_with_and_without_gradients():
+    memories, model = bank(lora=LoraSpec(rank=2))
+    for domain in memories.domains:
+        fill_(memories, domain)
+    memories.activate(["de", "fr"])
+    ids = plain_batch(2)["input_ids"]
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(ids, use_cache=False).logits.detach()
+        with torch.no_grad():
+            found = model(ids, use_cache=False).logits
+    assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
 def test_activating_for_another_number_of_rows_is_refused():
     case = make_case("llama")
     case.bank.activate(["de", "fr"])

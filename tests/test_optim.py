@@ -8,7 +8,13 @@ from tiny_run import tiny_module
 
 from koff_lightning import KoffError, LoraSpec, OptimSpec
 from koff_lightning.penalties import LagrangianPenalty
-from koff_lightning.training.optim import ResumableLambdaLR, parameter_groups, rate_lambdas
+from koff_lightning.training.optim import (
+    ResumableLambdaLR,
+    clip_by_group,
+    optimizer_and_rates,
+    parameter_groups,
+    rate_lambdas,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,26 @@ def test_rates_rise_from_the_first_step_and_fall_to_the_final_share(module):
     assert [factors["mask"](step) for step in (0, 20, 40)] == [factors["multipliers"](3)] * 3 == [1.0] * 3
     alone = rate_lambdas(groups, OptimSpec(warmup=0.0), steps)[-1]
     assert alone(0) == pytest.approx(1.0), "without a warm-up the first step has the whole rate"
+    assert alone(2) == pytest.approx(1.0 - 0.9 * (1 - math.cos(math.pi / (steps - 1))) / 2)
+    shortest = rate_lambdas(groups, OptimSpec(warmup=0.0, final=0.1), 2)[-1]
+    assert shortest(2) == pytest.approx(0.1), "also a run of two steps ends at the final share"
+
+
+def test_memories_are_clipped_each_by_its_own_norm_and_the_mask_is_not(module):
+    model = module.model
+    optimizer, _ = optimizer_and_rates(model.gates, module.penalty, model.memories, OptimSpec(), 10)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.full_like(parameter, 3.0)
+    norms = clip_by_group(optimizer, 0.5)
+    for group in optimizer.param_groups:
+        size = sum(parameter.numel() for parameter in group["params"])
+        assert norms[group["name"]].item() == pytest.approx(3 * math.sqrt(size), rel=1e-5)
+        after = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in group["params"]))
+        wanted = 0.5 if group["name"] in ("lora", "kv") else 3 * math.sqrt(size)
+        assert after == pytest.approx(wanted, rel=1e-4), group["name"]
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 @pytest.mark.parametrize("shares", [{"warmup": 0.0}, {"final": 0.0}, {"final": 1.0}])

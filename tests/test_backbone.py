@@ -156,7 +156,7 @@ def test_a_missing_folder(tmp_path):
 
 def test_a_file_that_is_no_model(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    refused(tmp_path / "notes.txt", "no such folder")
+    refused(tmp_path / "notes.txt", "that is a file, and none in GGUF")
 
 
 def test_a_folder_without_a_model(tmp_path):

@@ -155,7 +155,12 @@ def test_a_batch_size_that_is_none_is_one_line(place, capsys, size):
 
 def refused(place, capsys, *options, model="dense", task="toy_choose"):
     """The last line of a command that scores nothing."""
-    words = ["lm-eval", f"--model={place.folder / model}", f"--tasks={task}", "--device=cpu"]
+    words = [
+        "lm-eval",
+        f"--model={place.folder / model if '/' not in model else model}",
+        f"--tasks={task}",
+        "--device=cpu",
+    ]
     assert main([*words, f"--include_path={place.folder / 'tasks'}", *options]) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -196,12 +201,12 @@ def test_what_lm_eval_would_refuse_with_a_traceback_is_one_line(place, capsys, m
     ],
 )
 def test_samples_that_are_not_there_are_one_line_before_the_model_is_loaded(place, capsys, samples, message):
-    said = refused(place, capsys, f"--samples={samples}", model="nowhere")
+    said = refused(place, capsys, f"--samples={samples}", model="nobody/nowhere")
     assert said.startswith("koff: samples") and said.endswith(message)
 
 
 def test_samples_of_a_group(place, capsys):
-    said = refused(place, capsys, '--samples={"koff_cloze": [1]}', task="koff_cloze", model="nowhere")
+    said = refused(place, capsys, '--samples={"koff_cloze": [1]}', task="koff_cloze", model="nobody/nowhere")
     assert said == "koff: samples: 'koff_cloze' is a group: name its tasks"
 
 

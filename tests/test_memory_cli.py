@@ -179,7 +179,7 @@ def test_a_memory_of_other_widths_is_refused_even_if_its_card_lies(folder, tmp_p
         (["compose", "{}", "de", "it", "--as", "both"], "has no memory for 'it'"),
         (["compose", "{}", "de", "de", "--as", "both"], "name different domains"),
         (["compose", "{}", "de", "fr", "--as", "law"], "has a memory 'law' already"),
-        (["compose", "{}", "de", "fr"], "memory compose: the following arguments are required: as"),
+        (["compose", "{}", "de", "fr"], "memory compose: the following arguments are required: --as"),
         (["compose", "{}", "de", "fr", "--weigths", "x"], "no option 'weigths'. Did you mean 'weights'?"),
         (["compose", "{}", "de", "fr", "--as", "x", "--weights", "[1]"], "weights"),
         (["cartridge", "{}", "de"], "give either --out FOLDER to write an adapter or --from FOLDER to read one"),

@@ -96,7 +96,10 @@ def read_domain(
     texts = Texts([d.text for d in train if d.text not in held_texts], fill(heldout, max_heldout_bytes))
     if not (train or heldout or full):
         raise KoffError(f"domain '{name}' is empty: its files hold no document with text")
-    if not (full or source.heldout_entries) and len({document.text for document in train + heldout}) == 1:
+    if (
+        not (full or source.heldout_entries or source.max_documents == 1)
+        and len({document.text for document in train + heldout}) == 1
+    ):
         raise KoffError(
             f"domain '{name}' is one document, {len(train + heldout)} time(s), and none can be on both sides: divide "
             "it into several, or name other text in its heldout_files"

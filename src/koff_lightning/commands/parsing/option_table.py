@@ -18,6 +18,7 @@ from typing import Any
 from koff_lightning.commands.parsing.config_files import find_config
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import HUB_ID, refuse_no_model
+from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import nearest
 
 FILE = Path(__file__).with_name("options.json")
@@ -118,6 +119,8 @@ def _look_at_the_run(verb: str, given: Sequence[tuple[str, str | None]]) -> None
     if verb in ("validate", "test", "predict") and not values.get("ckpt_path"):
         raise KoffError(f"koff {verb} scores what a run has trained: give its --ckpt_path")
     backbone = values.get("model.backbone")
+    if is_asked():  # then all that is missing is told at once, also what would have to be fetched (needs.py)
+        return
     if isinstance(backbone, str) and not values.get("model.artifact"):
         refuse_no_model(backbone)
     if domains:

@@ -20,6 +20,7 @@ from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 
 SPARSE = 8  # a chunk is this much shorter where each token takes k rows of the head
+ON_CPU = 7 * 2**20  # logits at one time there, 28 MiB: what caches hold, and malloc keeps instead of mapping anew
 
 
 @dataclass
@@ -29,7 +30,7 @@ class LossSpec:
     Args:
         ce: Weight of next-token cross-entropy on the text.
         kl: Weight of the divergence from the dense model; 0 saves the teacher's forward pass.
-        chunk: Tokens whose logits exist at one time.
+        chunk: Tokens whose logits exist at one time, at most: on a CPU as many as make 32 MiB of them.
         top_k: Tokens of the vocabulary that the divergence looks at: those which the dense model finds likeliest, 100
             in the paper (appendix D). null for all.
         tail: With `top_k`, what becomes of the others: `drop` leaves them out of both distributions, which are
@@ -84,6 +85,11 @@ class TopK:
         return TopK(self.index[part], self.log_q[part])
 
 
+def at_once(head: Tensor, chunk: int) -> int:
+    """Tokens whose logits are to exist at one time, by the head [V, d]; `chunk` is the most."""
+    return max(1, min(chunk, ON_CPU // len(head))) if head.device.type == "cpu" else chunk
+
+
 def check_top_k(k: int | None, vocabulary: int) -> None:
     """Raise KoffError where `loss.top_k` is more than a vocabulary of so many tokens has."""
     if k is not None and k > vocabulary:
@@ -122,28 +128,31 @@ def _among(student: Tensor, seen: TopK, head: Tensor, weights: Tensor) -> tuple[
     return (q * (log_q - log_p)).sum(-1), (slope.unsqueeze(1) @ rows).squeeze(1)
 
 
-def _among_all(log_p: Tensor, p: Tensor, seen: TopK, tail: str) -> tuple[Tensor, Tensor]:
-    """KL over the teacher's k tokens where the logits of all are there: [C], and its gradient by these, [C, V].
+def _among_all(log_p: Tensor, p: Tensor, seen: TopK, spec: LossSpec) -> tuple[Tensor, Tensor | float, Tensor]:
+    """KL over the teacher's k tokens where the logits of all are there; the k are set to 0 in `p`.
 
     Args:
-        log_p: The student's log-probabilities, [C, V].
-        p: Their exponentials.
+        log_p: The student's log-probabilities of the k, [C, k].
+        p: Its probabilities of all, [C, V].
         seen: The teacher's likeliest tokens.
-        tail: See `LossSpec`.
+        spec: Loss weights, and what becomes of the other tokens.
+
+    Returns:
+        KL [C], and d/d logits of ce * CE + kl * KL but for CE's own token: that of the others as a factor of `p`
+        ([C, 1] or a number), that of the k [C, k].
     """
-    log_among = log_p.gather(1, seen.index)  # [C, k]
-    if tail == "drop":
-        log_among, log_q = log_among.log_softmax(-1), seen.log_q.log_softmax(-1)
+    p.scatter_(1, seen.index, 0.0)
+    if spec.tail == "drop":
+        among, log_q = log_p.log_softmax(-1), seen.log_q.log_softmax(-1)
         q = log_q.exp()
-        slope = torch.zeros_like(p).scatter_(1, seen.index, log_among.exp() - q)
-        return (q * (log_q - log_among)).sum(-1), slope
+        return (q * (log_q - among)).sum(-1), spec.ce, spec.ce * log_p.exp() + spec.kl * (among.exp() - q)
     q = seen.log_q.exp()  # [C, k]
     q_rest = (1 - q.sum(-1, keepdim=True)).clamp(min=0)  # [C, 1]
-    others = p.scatter(1, seen.index, 0.0)  # [C, V]
-    p_rest = others.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    kl = (q * (seen.log_q - log_among)).sum(-1) + (torch.xlogy(q_rest, q_rest / p_rest)).squeeze(1)
+    p_rest = p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)  # summed: 1 minus the k would cancel
+    kl = (q * (seen.log_q - log_p)).sum(-1) + torch.xlogy(q_rest, q_rest / p_rest).squeeze(1)
     # d/d logits of -sum q log p - q_rest log p_rest: p - q for the k, p (1 - q_rest / p_rest) for the others.
-    return kl, (p - others * (q_rest / p_rest)).scatter_add_(1, seen.index, -q)
+    share = spec.ce + spec.kl
+    return kl, share - spec.kl * (q_rest / p_rest), share * log_p.exp() - spec.kl * q
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -155,10 +164,10 @@ class _FusedHeadLoss(torch.autograd.Function):
         )
         grad = torch.empty_like(student)
         alone = teacher is not None and spec.top_k_alone
-        step = max(1, spec.chunk // SPARSE) if alone else spec.chunk
+        step = max(1, spec.chunk // SPARSE) if alone else at_once(head, spec.chunk)
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
-            seen = None if teacher is None else teacher[part]
+            seen, weight = None if teacher is None else teacher[part], weights[part].unsqueeze(1)  # [C, 1]
             if isinstance(seen, Tensor) and spec.top_k is not None:
                 seen = top_k_of(seen, head, spec.top_k)
             if alone:
@@ -167,19 +176,21 @@ class _FusedHeadLoss(torch.autograd.Function):
             target = labels[part].unsqueeze(1)
             log_p = (student[part] @ head.T).float().log_softmax(-1)  # [C, V]
             ce[part] = -log_p.gather(1, target).squeeze(1)
-            p = log_p.exp()
-            share = spec.ce + (spec.kl if isinstance(seen, Tensor) else 0)
-            slope = share * p if isinstance(seen, TopK) else p.mul_(share)  # d/d logits of ce + kl, [C, V]
+            # Below, what is as large as the logits is made in their place: each pass over them costs as a product does.
             if isinstance(seen, Tensor):
                 log_q = (seen @ head.T).float().log_softmax(-1)  # [C, V]
                 q = log_q.exp()
-                kl[part] = (q * log_q.sub_(log_p)).sum(-1)
-                slope.sub_(q, alpha=spec.kl)
+                kl[part] = (log_q.sub_(log_p).mul_(q)).sum(-1)
+                slope = log_p.exp_().mul_((spec.ce + spec.kl) * weight)  # d/d logits of the weighted loss, [C, V]
+                slope.sub_(q.mul_(spec.kl * weight))
             elif seen is not None:
-                kl[part], further = _among_all(log_p, p, seen, spec.tail)
-                slope.add_(further, alpha=spec.kl)
-            slope.scatter_add_(1, target, torch.full_like(target, -spec.ce, dtype=slope.dtype))
-            grad[part] = slope.mul_(weights[part].unsqueeze(1)).to(head.dtype) @ head
+                log_among = log_p.gather(1, seen.index)  # [C, k]
+                kl[part], others, among = _among_all(log_among, p := log_p.exp_(), seen, spec)
+                slope = p.mul_(others * weight).scatter_(1, seen.index, among.mul_(weight))
+            else:
+                slope = log_p.exp_().mul_(spec.ce * weight)
+            slope.scatter_add_(1, target, -spec.ce * weight)
+            grad[part] = slope.to(head.dtype) @ head
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(ce, kl)
         return (weights * (spec.ce * ce + spec.kl * kl)).sum(), ce, kl
@@ -270,11 +281,11 @@ def settled(loss: Tensor, inputs: Sequence[Tensor], scale: float = 1.0) -> Tenso
 @torch.no_grad()
 def head_nats(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:
     """Negative log-likelihood of `labels` [N] given hidden states [N, d], in nats, [N] fp32; for evaluation."""
-    slow = half_is_slow(head.device)
+    slow, step = half_is_slow(head.device), at_once(head, chunk)
     hidden, head = (hidden.float(), head.float()) if slow else (hidden, head)
     with torch.autocast("cpu", enabled=False) if slow else nullcontext():
         parts = [
             torch.nn.functional.cross_entropy((h @ head.T).float(), y, reduction="none")
-            for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+            for h, y in zip(hidden.split(step), labels.split(step), strict=True)
         ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

@@ -13,7 +13,7 @@ from koff_lightning.data import DomainDataModule, check_vocabulary
 from koff_lightning.data.packing import PackedRows
 from koff_lightning.data.teacher import stored_bytes
 from koff_lightning.loading import fingerprint, load_backbone
-from koff_lightning.losses import TopK, check_top_k, top_k_of
+from koff_lightning.losses import TopK, at_once, check_top_k, top_k_of
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 
@@ -119,5 +119,6 @@ def _likeliest(backbone: PreTrainedModel, batch: dict[str, Any], k: int, chunk: 
     inputs = {name: batch[name].to(backbone.device) for name in ("input_ids", "position_ids") if name in batch}
     with torch.no_grad():
         hidden = hidden_states(backbone, **inputs)[:, :-1].flatten(0, 1)  # [B (T - 1), d]
-        seen = [top_k_of(part, backbone.get_output_embeddings().weight, k) for part in hidden.split(chunk)]
+        head = backbone.get_output_embeddings().weight
+        seen = [top_k_of(part, head, k) for part in hidden.split(at_once(head, chunk))]
     return TopK(torch.cat([part.index for part in seen]), torch.cat([part.log_q for part in seen]))

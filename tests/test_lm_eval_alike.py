@@ -273,3 +273,25 @@ def test_batch_size_auto_gives_the_same_scores(place, tmp_path):
         found = lm_eval(place, "artifact", "toy_choose", tmp_path / size[:4], "--domain=en", f"--batch_size={size}")
         by_size[size] = likelihoods(found["en"][1])
     assert by_size["1"] == pytest.approx(by_size["auto:2"], abs=1e-4)
+
+
+def test_text_is_read_in_windows_of_the_length_that_was_asked_for(place, tmp_path, capsys):
+    ways = {16: ["--max_length=16"], 64: ["--max_length=64"], None: []}
+    cache = f"--use_cache={tmp_path / 'cache'}"
+    found = {
+        length: lm_eval(place, "artifact", "koff_bpb_en", tmp_path / str(length), "--limit=2", cache, *words)["none"]
+        for length, words in ways.items()
+    }
+    said = {
+        length: [float(sample["filtered_resps"][0]) for sample in samples] for length, (_, samples) in found.items()
+    }
+    texts = [SimpleNamespace(args=(sample["doc"]["text"],), task_name=None) for sample in found[16][1]]
+    for length in ways:
+        lm = KoffLM(str(place.folder / "artifact"), device="cpu", max_length=length)
+        assert said[length] == pytest.approx(lm.loglikelihood_rolling(texts, disable_tqdm=True), rel=1e-6)
+    assert len({round(score, 3) for scores in said.values() for score in scores}) == 6, "and no cache is of another"
+    assert found[16][0]["config"]["model_args"]["max_length"] == 16
+    most = place.module.model.backbone.config.max_position_embeddings
+    for length in ("1", "-4", str(most + 1)):
+        wanted = f"--max_length must be at least 2 and at most {most}, what the model allows; got {length}"
+        assert wanted in refused(place, capsys, f"--max_length={length}")

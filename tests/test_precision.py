@@ -1,5 +1,6 @@
 """What a config that says nothing gets: dtype and precision by the device, activations kept where they find room."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +62,27 @@ def test_what_was_said_stays_and_the_rest_is_fast_where_that_is_safe(bf16, backb
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_is_one_on_a_cpu(monkeypatch, accelerator):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
-    assert precision.has_bf16(accelerator) == (accelerator != "cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert precision.has_bf16(accelerator, "some/model") == (accelerator != "cpu")
+
+
+@pytest.mark.parametrize("has", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", None])
+def test_a_processor_that_multiplies_in_bf16_does_so_for_a_backbone_of_some_size(monkeypatch, tmp_path, has):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "weights.gguf").touch()
+    for size, faster in ((precision.SMALL - 1, False), (precision.SMALL, has is not None)):
+        os.truncate(tmp_path / "weights.gguf", size)
+        for place in (tmp_path, tmp_path / "weights.gguf"):
+            assert precision.has_bf16("auto", str(place)) == precision.has_bf16("cpu", str(place)) == faster
+            assert not precision.has_bf16("gpu", str(place)), "which it does not have"
+    assert precision.has_bf16("cpu", "some/model") == (has is not None)
+    assert not precision.has_bf16("cpu", "koff-tiny")
+    model, trainer = SimpleNamespace(dtype="bfloat16"), SimpleNamespace(precision="bf16-mixed", accelerator="auto")
+    said = precision.told(model, trainer)
+    assert ("steps in bf16-mixed, what is trained in fp32" if has else "no instructions for half precision") in said
 
 
 def test_half_precision_is_slow_where_the_processor_has_none_and_the_saved_config_says_what_ran(
@@ -96,7 +117,7 @@ def test_a_run_that_goes_on_on_another_device_computes_as_it_did(folder, tmp_pat
     words += [f"--trainer.default_root_dir={tmp_path}"]
 
     def run(verb, bf16, *further):
-        monkeypatch.setattr(training_cli, "has_bf16", lambda _: bf16)
+        monkeypatch.setattr(training_cli, "has_bf16", lambda *_: bf16)
         return main([verb, *words, *further])
 
     def choice(number):

@@ -99,7 +99,9 @@ def lm_eval(argv: list[str]) -> None:
                 column.dense,
                 batch_size=settings.batch_size,
                 max_batch_size=largest,
+                max_length=options.max_length,
             )
+            _check_max_length(lm, options.max_length)
             _check_chat_template(lm, settings.apply_chat_template, options.model)
             scores[column.name] = _score(lm, tasks, settings, options, column)
     show(scores)
@@ -131,6 +133,14 @@ def _check_chat_template(lm: "KoffLM", asked: bool | str, model: str) -> None:
         raise KoffError(f"lm-eval: {' '.join(str(error).split())}") from error
     if lacking:
         raise KoffError(f"lm-eval: the tokenizer of {model} has no chat template: leave --apply_chat_template out")
+
+
+def _check_max_length(lm: "KoffLM", asked: int | None) -> None:
+    """Refuse what is longer than the model allows, or too short for a word with something before it."""
+    allowed = getattr(lm.model.config, "max_position_embeddings", None)
+    if asked is not None and not 2 <= asked <= (allowed or asked):
+        most = f" and at most {allowed}, what the model allows" if allowed else ""
+        raise KoffError(f"lm-eval: --max_length must be at least 2{most}; got {asked}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument(SWITCH, action="store_true", help="let --config name task files, whose Python is run")
     ours.add_argument("--device", help="torch device; by default a GPU if there is one")
     ours.add_argument("--dtype", help="of the backbone; by default as it is stored")
+    ours.add_argument("--max_length", type=int, help="tokens read at once, at most; by default what the model allows")
 
     def refuse(message: str) -> NoReturn:
         names = [word.lstrip("-") for action in made._actions for word in action.option_strings]
@@ -180,7 +191,17 @@ def _settings(options: argparse.Namespace) -> Any:
     """lm-eval's own check of its options."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    own = ("model", "domain", "memory_off", "dense", "backbone", "device", "dtype", "allow_custom_classes")
+    own = (
+        "model",
+        "domain",
+        "memory_off",
+        "dense",
+        "backbone",
+        "device",
+        "dtype",
+        "max_length",
+        "allow_custom_classes",
+    )
     given = {name: value for name, value in vars(options).items() if name not in own}
     if not options.config:
         given.setdefault("batch_size", ROWS)
@@ -242,9 +263,10 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
     tracker = EvaluationTracker(output_path=where)
     seeds = settings.seed or [None] * 4
     cache = settings.use_cache and cache_of(
-        settings.use_cache, column.name, options.model, options.backbone, options.dtype
+        settings.use_cache, column.name, options.model, options.backbone, options.dtype, options.max_length
     )
     about = {"path": options.model, "domain": column.domain, "dense": column.dense}
+    about |= {"max_length": options.max_length} if options.max_length else {}
     with quiet(), _few_questions(bool(where)):
         found = simple_evaluate(
             lm,
@@ -309,7 +331,7 @@ def roots(tasks: "Loaded") -> list[Any]:
     return [made for part in (groups, tasks["tasks"]) for name, made in part.items() if name not in inner]
 
 
-def cache_of(path: str, column: str, model: str, *options: str | None) -> str:
+def cache_of(path: str, column: str, model: str, *options: str | int | None) -> str:
     """Beginning of a cache file's name; lm-eval adds `_rank0.db`.
 
     Args:

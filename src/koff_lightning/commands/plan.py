@@ -134,7 +134,7 @@ def _read(words: list[str], gpus: int, model_config: str | None, bf16: bool | No
     options = resolved(["fit", *words])
     model, data, trainer = options["model"], options["data"], options["trainer"]
     sections = SimpleNamespace(**model), SimpleNamespace(**trainer)
-    choose(*sections, has_bf16(trainer["accelerator"]) if bf16 is None else bf16)
+    choose(*sections, has_bf16(trainer["accelerator"], model["backbone"]) if bf16 is None else bf16)
     model["dtype"], trainer["precision"] = sections[0].dtype, sections[1].precision or "32-true"
     if model.get("artifact"):
         raise KoffError("koff plan knows runs on a whole backbone; model.artifact names one that was cut already")

@@ -138,7 +138,7 @@ class KoffCLI(LightningCLI):
         if self.subcommand == "baseline":
             resolve(self.config.baseline)  # which may name the backbone, by which the dtype is chosen
         take_up(model, trainer, self._goes_on_from())
-        choose(model, trainer, has_bf16(trainer.accelerator))
+        choose(model, trainer, has_bf16(trainer.accelerator, model.backbone))
         if self.subcommand == "fit" and (line := told(model, trainer)):
             rank_zero_info(line)
         lm_eval = self.config[self.subcommand].lm_eval

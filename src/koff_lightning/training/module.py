@@ -72,7 +72,8 @@ class KOFFModule(LightningModule):
         mask: Checkpoint of `koff baseline` or `koff fit` whose mask and `sparsity` options are taken; memories train.
         prior: Checkpoint whose logits order those of the mask to learn when the ramp begins; replaces `sparsity.prior`.
         revision: Branch, tag or commit of a hub model.
-        dtype: Torch dtype of the frozen weights; `auto` (command line): bfloat16 on a GPU that has it, else float32.
+        dtype: Torch dtype of the frozen weights; `auto` (command line): bfloat16 on a GPU or a processor
+            that computes in it, else float32.
         activation_checkpointing: Recompute activations in the backward; auto where kept they would find no room.
         compile: Backend of torch.compile for each layer, such as inductor (an experiment); null for none.
         trust_remote_code: Allow code from the model repository to run; to be said on the command line, not in a config.

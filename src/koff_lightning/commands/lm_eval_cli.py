@@ -90,17 +90,11 @@ def lm_eval(argv: list[str]) -> None:
     lm_tasks.check_counts(tasks, settings.limit, settings.num_fewshot, 1)
     lm_tasks.check_samples(tasks, settings.samples or options.samples)  # lm-eval takes {} for nothing said
     scores: dict[str, Scores] = {}
+    sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
     with lack_of_memory_told("Take a smaller --batch_size, or another --device"):
         model = harness.load_model(options.model, options.backbone, options.device, options.dtype)
         for column in _columns(options, model):
-            lm = harness.KoffLM(
-                model,
-                column.domain,
-                column.dense,
-                batch_size=settings.batch_size,
-                max_batch_size=largest,
-                max_length=options.max_length,
-            )
+            lm = harness.KoffLM(model, column.domain, column.dense, **sizes)
             _check_max_length(lm, options.max_length)
             _check_chat_template(lm, settings.apply_chat_template, options.model)
             scores[column.name] = _score(lm, tasks, settings, options, column)

@@ -2,7 +2,9 @@
 
     python recipes/scale/bench.py
 
-With `--teacher K`: what a step with the stored teacher's K likeliest tokens costs beside one with a live teacher.
+With `--teacher K`: what a step with the stored teacher's K likeliest tokens costs beside one with a live teacher. The
+first of two steps is also set against the machine's own rate: 4 N floating-point operations a token, forward and
+backward of N frozen parameters, at the rate at which it multiplies matrices of the FFN's shape in that dtype.
 
 Both steps see the same batch of the bundled corpora, adapt the same linears at the same rank, leave out KL and include
 the optimizer. They run in turn in one process, so that drift of the machine's speed cancels in the ratio; peak memory
@@ -45,9 +47,9 @@ def batch_of(domains: list[str], rows: int, length: int, device: str) -> tuple[d
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, data
 
 
-def lora_step(batch: dict[str, Any], rank: int, device: str, backbone: str) -> Step:
+def lora_step(batch: dict[str, Any], rank: int, device: str, backbone: str, dtype: str) -> Step:
     """Forward, backward and AdamW of one peft adapter on the frozen backbone."""
-    model = load_backbone(backbone).to(device)
+    model = load_backbone(backbone, dtype=dtype).to(device)
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LoraSpec().targets))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     inputs = {k: batch[k] for k in ("input_ids", "position_ids", "labels") if k in batch}
@@ -67,10 +69,12 @@ def koff_step(
     slots: int,
     device: str,
     backbone: str,
+    dtype: str = "float32",
     loss: LossSpec = LossSpec(kl=0),  # noqa: B008
 ) -> Step:
     """The same with gates being learned, an adapter and a KV memory per domain, rows routed to their own."""
-    module = KOFFModule(backbone, data.domain_names, lora=LoraSpec(rank, 2 * rank), kv=KVSpec(slots), loss=loss)
+    sizes = {"lora": LoraSpec(rank, 2 * rank), "kv": KVSpec(slots)}
+    module = KOFFModule(backbone, data.domain_names, **sizes, loss=loss, dtype=dtype)
     module.configure_model()
     module.to(device).train()
     if loss.teacher == "stored":  # what the loader would have read from the disk
@@ -119,9 +123,32 @@ def make(kind: str, options: argparse.Namespace) -> Step:
     domains = options.domains.split(",")
     batch, data = batch_of(domains, options.rows, options.length, options.device)
     if kind == "lora":
-        return lora_step(batch, options.rank, options.device, options.backbone)
+        return in_dtype(lora_step(batch, options.rank, options.device, options.backbone, options.dtype), options)
     loss = LossSpec(kl=0) if kind == "koff" else LossSpec(0.0, 1.0, top_k=options.teacher, teacher=kind)
-    return koff_step(batch, data, options.rank, options.slots, options.device, options.backbone, loss)
+    about = options.rank, options.slots, options.device, options.backbone, options.dtype
+    return in_dtype(koff_step(batch, data, *about, loss), options)
+
+
+def in_dtype(step: Step, options: argparse.Namespace) -> Step:
+    """The step as a trainer of precision bf16-mixed takes it, where the weights are bfloat16."""
+
+    def cast() -> None:
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            step()
+
+    return cast
+
+
+def of_the_products(options: argparse.Namespace, seconds: float) -> str:
+    """A step's tokens a second, and its share of what the machine's own matrix products would allow."""
+    config, dtype = load_backbone(options.backbone).config, getattr(torch, options.dtype)
+    parameters = sum(p.numel() for p in load_backbone(options.backbone).parameters())
+    x = torch.randn(2048, config.hidden_size, dtype=dtype, device=options.device)
+    weight = torch.randn(config.intermediate_size, config.hidden_size, dtype=dtype, device=options.device)
+    best = min(timed(lambda: torch.nn.functional.linear(x, weight), options.device) for _ in range(30))
+    rate = 2 * x.numel() * len(weight) / best
+    speed = options.rows * options.length / seconds
+    return f"{speed:.0f} tokens/s, {4 * parameters * speed / rate:.0%} of 4 N at {rate / 1e9:.0f} GFLOP/s"
 
 
 def measure_peak(kind: str, options: argparse.Namespace) -> float:
@@ -152,12 +179,13 @@ def _say_pairs(options: argparse.Namespace, one: str, kind: str, other: str, oth
     first, second = (statistics.median(times) for times in zip(*pairs, strict=True))
     print(
         f"{options.backbone}, {options.rows} x {options.length} tokens, rank {options.rank}, {options.slots} slots, "
-        f"{options.device}, {options.threads} threads, {options.rounds} pairs"
+        f"{options.device}, {options.dtype}, {options.threads} threads, {options.rounds} pairs"
     )
     print(
         f"step    {one} {first:.3f} s   {other} {second:.3f} s   "
         f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}; goal {goal})"
     )
+    print(f"        {one}: {of_the_products(options, first)}")
 
 
 def main() -> None:
@@ -172,6 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="counted pairs of steps, after two that are not")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 with autocast")
     parser.add_argument("--teacher", type=int, metavar="K", help="compare the stored and the live teacher instead")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()

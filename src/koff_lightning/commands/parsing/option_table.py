@@ -67,8 +67,8 @@ def look(verb: str, words: Sequence[str]) -> None:
     """
     rows = {row["name"]: row for row in options_of(verb)}
     trains = table()["verbs"][verb]["trains"]
-    given = list(_given(words, rows, trains))
     try:
+        given = list(_given(words, rows, trains))
         for name, value in given:
             if name == ALONE:
                 _refuse_alone(verb, value, rows, trains)
@@ -93,8 +93,7 @@ def look(verb: str, words: Sequence[str]) -> None:
         raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
     if folder := ARTIFACTS.get(verb):
         _refuse_no_artifact(values.get(folder), verb not in CHANGING)
-    if verb == "analyze":
-        _refuse_no_runs(given)
+    _refuse_no_runs(given if verb == "analyze" else [])
     _refuse_no_arm(verb, values)
 
 
@@ -115,10 +114,10 @@ def _refuse_no_arm(verb: str, values: dict[str, str | None]) -> None:
         from koff_lightning.studies.claims import paper_tables
 
         paper_tables.chosen(names.get("tables"), names.get("arms"))
-    elif names and verb == "claims":
-        from koff_lightning.studies.claims import arms
+    if names and verb == "claims":
+        from koff_lightning.studies.claims.arms import chosen
 
-        arms.chosen(names["arms"])
+        chosen(names["arms"])
 
 
 def _is_due(row: Row) -> bool:
@@ -268,6 +267,8 @@ def _given(words: Sequence[str], rows: dict[str, Row], trains: bool) -> Iterator
             continue
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--") if trains else flag.removeprefix("--").replace("-", "_")
+        if rows.get(name, {}).get("by_place") and rows[name]["default"] == "":
+            _refuse_unknown(name, rows, trains)
         yield name, value if equals else rest.pop(0) if rest and _takes(rows.get(name), rest[0], trains) else None
 
 
@@ -320,9 +321,10 @@ def _refuse_unknown(name: str, rows: dict[str, Row], trains: bool) -> None:
         return
     names = [row["name"] for row in rows.values() if trains or not row.get("by_place") or row["default"]]
     hint = nearest(name, names)
-    row = next((row for row in rows.values() if row["name"] in MODELS), {})
-    if row and not hint and not trains and name in MODELS:  # what other verbs call it
-        placed = f" Here the {row['name']} is the first word after the verb, without a name"
+    row = rows.get(name) or next((row for row in rows.values() if row["name"] in MODELS), {})
+    if row and not hint and not trains and name in (*MODELS, *rows):  # what other verbs call it, or its place has
+        places = " ".join(other["name"].upper() for other in rows.values() if other.get("by_place"))
+        placed = f" Here the {row['name']} goes without --, by its place: {places}"
         hint = placed if row.get("by_place") else f" Did you mean {row['name']!r}?"
     raise KoffError(f"no option {name!r}.{hint}")
 

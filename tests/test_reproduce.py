@@ -11,7 +11,7 @@ from koff_lightning.cli import main
 from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing.config_files import shipped_configs
 from koff_lightning.studies.bootstrap import Sample
-from koff_lightning.studies.claims import protocol, statements
+from koff_lightning.studies.claims import paper_tables, protocol, statements
 from koff_lightning.studies.claims import runs as arm_runs
 
 # Writes what a run leaves; bits per byte tell the arm, and fewer with every seed.
@@ -257,7 +257,7 @@ def test_bad_input_is_one_line_before_any_run(go, capsys, options, message):
 
 def test_every_arm_is_used_and_every_row_has_one():
     paper = protocol.paper()
-    used = set(protocol.needed(paper.tables.values()))
+    used = set(paper_tables.needed(paper.tables.values()))
     assert used == set(paper.arms)
     assert {arm for one in paper.statements for arm, _ in one.figures} <= used
 

@@ -141,6 +141,25 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, line, message):
     assert len(texts.train) + len(texts.heldout) == 30
 
 
+def test_a_file_that_is_not_what_its_name_says_is_told_so(tmp_path):
+    """To leave out bad lines is no advice where all are bad."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("id,text\n0,a\n1,b\n")
+    with pytest.raises(
+        KoffError, match=r"a\.jsonl:1: not valid JSON .*; the next 2 are no better\. .* name csv \.csv"
+    ) as e:
+        read(DomainSource(str(path)))
+    assert "on_bad_line" not in str(e.value)
+    path.write_text('{"content": "a"}\n' * 30)
+    with pytest.raises(
+        KoffError, match=r"a\.jsonl:1: no field 'text', only content: .*; the next 9 are no better\."
+    ) as e:
+        read(DomainSource(str(path)))
+    path.write_text("id,text\n" + '{"text": "a"}\n')
+    with pytest.raises(KoffError, match=r"a\.jsonl:1: not valid JSON \(.*\)\. Mend it, or set data\.on_bad_line=skip"):
+        read(DomainSource(str(path)))
+
+
 def test_skip_says_nothing_when_there_is_nothing_to_skip(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", toy_documents(30))
     with warnings.catch_warnings():

@@ -63,7 +63,7 @@ def lm_eval(argv: list[str]) -> None:
         _refuse_code(Path(options.config).expanduser())
     if options.model.endswith(".ckpt") and not Path(options.model).expanduser().exists():
         raise KoffError(f"checkpoint {options.model}: {NO_CHECKPOINT}")
-    if not options.model.endswith(".ckpt"):
+    if not options.model.endswith(".ckpt") and not is_asked():  # then all that is missing is told at once
         refuse_no_model(options.model)
     settings = _settings(options)
     if (settings.output_path or "").endswith(".json"):

@@ -10,7 +10,7 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.training.run_folder import alone_in
 
 if TYPE_CHECKING:
-    from koff_lightning.studies.claims.protocol import Table
+    from koff_lightning.studies.claims.paper_tables import Table
 
 
 def reproduce(
@@ -39,10 +39,10 @@ def reproduce(
         further: Options of `koff fit` for all rows, as they stand after a lone `--`.
         arms: Only their rows, with commas: `koff,ours`; by default all rows of the tables.
     """
-    from koff_lightning.studies.claims import protocol
+    from koff_lightning.studies.claims import paper_tables
 
     check_counts(seeds=seeds, jobs=jobs)
-    chosen = protocol.paper().chosen(tables, arms)
+    chosen = paper_tables.chosen(tables, arms)
     resolved = resolved_config(config, backbone, further or [])
     as_sources(resolved["data"]["domains"])  # names and weights that no row would take
     steps = resolved["trainer"]["max_steps"]
@@ -50,7 +50,7 @@ def reproduce(
         raise KoffError(f"koff reproduce needs trainer.max_steps, of which rows take a share; got {steps}")
     given = {"config": config, "backbone": backbone, "tables": tables, "seeds": seeds, "arms": arms}
     share = resolved["model"]["sparsity"]["target"]
-    wanted = [Run(arm, share, seed) for seed in range(seeds) for arm in protocol.needed(chosen.values())]
+    wanted = [Run(arm, share, seed) for seed in range(seeds) for arm in paper_tables.needed(chosen.values())]
     chosen = {name: table.of(resolved["model"]["backbone"]) for name, table in chosen.items()}
     folder = Path(out).expanduser()
     about = {"command": the_command("reproduce", given, further), "backbone": resolved["model"]["backbone"]}

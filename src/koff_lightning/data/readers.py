@@ -13,6 +13,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +25,7 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 # Text is packed to a tenth or so of its size. What unpacks to more than this, and to more than so many bytes, is made
 # to fill memory or time.
 MOST_TIMES, FREE = 250, 2**28
+LOOKED_AT = 10  # records of a file whose first one is bad
 OnBad = Callable[[str], None]
 Where = tuple[tuple[str, tuple[str, ...]], ...]  # field and its wanted values, of which a record must have one each
 
@@ -31,6 +33,12 @@ Where = tuple[tuple[str, tuple[str, ...]], ...]  # field and its wanted values, 
 def refuse(message: str) -> None:
     """Raise a KoffError: an `on_bad` that stops at the first bad record."""
     raise KoffError(message)
+
+
+class OfFile(str):
+    """Said of a file that begins with bad records alone: to leave such out would leave little."""
+
+    __slots__ = ()
 
 
 class Document(NamedTuple):
@@ -110,12 +118,27 @@ def read_records(
                 if document.text:  # an empty text predicts nothing and has no bytes: leaving it out changes no figure
                     yield number, document
             else:
-                on_bad(f"{path}:{line}: {problem or document}")
+                said = f"{path}:{line}: {problem or document}"
+                on_bad(_of_file(said, path, fields) if number == 0 else said)
     except PermissionError as error:
         raise KoffError(f"cannot read {path}: you may not (its rights or those of its folder forbid it)") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise KoffError(f"cannot read {path}: {reason}. It is missing, damaged or not what its name says") from error
+
+
+def _of_file(said: str, path: Path, fields: Fields) -> str:
+    """What is wrong with the first record; said of the whole file where the next ones are no better."""
+    format_ = format_of(path)
+    read = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}.get(format_)
+    if read is None:
+        return said
+    records = islice(read(path, fields, ALL), LOOKED_AT)
+    usable = [not problem and isinstance(as_document(record, fields), Document) for _, _, record, problem in records]
+    if any(usable) or len(usable) < 2:
+        return said
+    advice = ". A .jsonl file holds one JSON object a line: name csv .csv and plain text .txt" * (format_ == ".jsonl")
+    return OfFile(f"{said}; the next {len(usable) - 1} are no better{advice}")
 
 
 def format_of(path: Path) -> str:

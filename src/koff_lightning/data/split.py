@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from koff_lightning.data.readers import Document, OnBad
+from koff_lightning.data.readers import Document, OfFile, OnBad
 from koff_lightning.data.retries import read_with_retries
 from koff_lightning.data.sources import DomainSource, Side, domain_shards
 from koff_lightning.support.errors import KoffError
@@ -53,6 +53,8 @@ class BadLines:
 
     def __call__(self, message: str) -> None:
         """Take note of "file:line: what is wrong" or raise it."""
+        if self.action == "fail" and isinstance(message, OfFile):
+            raise KoffError(message)
         if self.action == "fail":
             raise KoffError(f"{message}. Mend it, or set data.on_bad_line=skip to leave such lines out")
         self.first = self.first or message

@@ -1,5 +1,6 @@
 """Names that become folders, parameters and options: one rule."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from koff_lightning.support.errors import KoffError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # org/name, org/name@revision
+FETCHED = ("smollm2", "qwen2.5-coder-1.5b")  # models that `koff fetch` knows (commands/fetch.py)
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -14,18 +16,57 @@ def refuse_no_model(source: str) -> None:
     """Refuse the name of a backbone that can only be a path, and of one where nothing is.
 
     Raises:
-        KoffError: There is no such folder or file.
+        KoffError: There is no such folder or file, nor, for a name without owner where the hub is switched off, a copy.
     """
     is_path = source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith(".gguf")
     path = Path(source).expanduser()
     if is_path and not (path.is_file() if source.endswith(".gguf") else path.exists()):
         if source.endswith(".gguf"):
             raise KoffError(
-                f"backbone {source!r}: no such file. `koff fetch smollm2` gets one; a hub id or a folder also works"
+                f"backbone {source!r}: no such file. `koff fetch NAME` gets one ({' or '.join(FETCHED)}); a hub id or "
+                "a folder also works"
             )
         raise KoffError(
             f"backbone {source!r}: no such folder. Give a folder, a .gguf file, a hub id (owner/name) or 'koff-tiny'"
         )
+    if "/" not in source and source not in ("", "koff-tiny") and not path.exists() and not _is_cached(source):
+        raise KoffError(
+            f"backbone {source!r}: no such folder here, and no copy of it from the hub, which is switched off: give a "
+            "folder, a .gguf file, a hub id (owner/name) or 'koff-tiny'"
+        )
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a hub model may be had: its copy is in the hub's cache, or the hub is not switched off."""
+    from huggingface_hub import constants  # nothing heavy
+
+    return not constants.HF_HUB_OFFLINE or Path(constants.HF_HUB_CACHE, f"models--{name}").exists()
+
+
+def refuse_no_run(path: Path) -> None:
+    """Refuse a place where nothing is, and a folder that holds neither an exported model nor a checkpoint.
+
+    Raises:
+        KoffError: The folder holds no run; what has files that only look wrong is left to whoever reads it.
+    """
+    if not path.exists():
+        raise KoffError(f"{path}: no such run: give a checkpoint, or the folder of a run or of an exported model")
+    marks = ("koff.json", "artifact/koff.json", "config.json")  # the last is of a model, which has a word of its own
+    if not path.is_dir() or any((path / name).is_file() for name in marks):
+        return
+    for place, folders, files in os.walk(path):
+        linked = any(os.path.islink(os.path.join(place, name)) for name in folders)
+        if linked or any(name.endswith(".ckpt") for name in (*folders, *files)):
+            return
+    if (path / "results.json").exists() or any(path.glob("version_*")) or (path / "checkpoints").exists():
+        raise KoffError(
+            f"{path} is the folder of a run without a checkpoint or an exported model: it has saved none yet, or they "
+            "were moved. Give the place where they are, or train it with `koff fit`"
+        )
+    raise KoffError(
+        f"{path} holds neither a checkpoint nor koff.json of an exported model: give the folder of a run, a checkpoint "
+        "or what `koff export` wrote"
+    )
 
 
 def check_name(name: object, what: str = "domain") -> None:

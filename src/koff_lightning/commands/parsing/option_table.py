@@ -17,7 +17,7 @@ from typing import Any
 
 from koff_lightning.commands.parsing.config_files import find_config
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.names import HUB_ID, refuse_no_model
+from koff_lightning.support.names import HUB_ID, refuse_no_model, refuse_no_run
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import nearest
 
@@ -31,6 +31,7 @@ ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve":
 ARTIFACTS |= {"router fit": "model", "router test": "model"} | dict.fromkeys(
     ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
 )
+MODELS = ("model", "artifact", "folder", "ckpt", "ckpt_path", "checkpoint")  # what verbs call it, or users do
 # Take what is on this machine alone, as to change it or to send it.
 CHANGING = ("memory add", "memory remove", "memory compose", "push", "router fit")
 NAMED = ("plan", "claims", "reproduce")  # take a config by its name too
@@ -66,8 +67,8 @@ def look(verb: str, words: Sequence[str]) -> None:
     """
     rows = {row["name"]: row for row in options_of(verb)}
     trains = table()["verbs"][verb]["trains"]
-    given = list(_given(words, rows, trains))
     try:
+        given = list(_given(words, rows, trains))
         for name, value in given:
             if name == ALONE:
                 _refuse_alone(verb, value, rows, trains)
@@ -92,11 +93,31 @@ def look(verb: str, words: Sequence[str]) -> None:
         raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
     if folder := ARTIFACTS.get(verb):
         _refuse_no_artifact(values.get(folder), verb not in CHANGING)
-    for place in [value for name, value in given if value and verb == "analyze" and name == "model"]:
-        if set(place) & set("*?[,") or HUB_ID.fullmatch(place):  # a pattern, a list, or perhaps a model on the hub
+    _refuse_no_runs(given if verb == "analyze" else [])
+    _refuse_no_arm(verb, values)
+
+
+def _refuse_no_runs(given: Sequence[tuple[str, str | None]]) -> None:
+    """Refuse places to analyze that hold no run, as far as that shows: a pattern, or what is on the hub, is left."""
+    for name, value in given:
+        place = {"model": value, "against": (value or "").partition("=")[2]}.get(name)
+        if not place or set(place) & set("*?[,"):
             continue
-        if not Path(place).expanduser().exists():
-            raise KoffError(f"{place}: no such run: give a checkpoint, or the folder of a run or of an exported model")
+        if Path(place).expanduser().exists() or not HUB_ID.fullmatch(place):
+            refuse_no_run(Path(place).expanduser())
+
+
+def _refuse_no_arm(verb: str, values: dict[str, str | None]) -> None:
+    """Refuse tables and arms that there are not, of the verbs whose every run is an arm."""
+    names = {name: value for name in ("tables", "arms") if (value := values.get(name)) not in (None, "null")}
+    if names and verb == "reproduce":
+        from koff_lightning.studies.claims import paper_tables
+
+        paper_tables.chosen(names.get("tables"), names.get("arms"))
+    if names and verb == "claims":
+        from koff_lightning.studies.claims.arms import chosen
+
+        chosen(names["arms"])
 
 
 def _is_due(row: Row) -> bool:
@@ -246,6 +267,8 @@ def _given(words: Sequence[str], rows: dict[str, Row], trains: bool) -> Iterator
             continue
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--") if trains else flag.removeprefix("--").replace("-", "_")
+        if rows.get(name, {}).get("by_place") and rows[name]["default"] == "":
+            _refuse_unknown(name, rows, trains)
         yield name, value if equals else rest.pop(0) if rest and _takes(rows.get(name), rest[0], trains) else None
 
 
@@ -297,7 +320,13 @@ def _refuse_unknown(name: str, rows: dict[str, Row], trains: bool) -> None:
     if trains and parts[0] in LIGHTNINGS and not _is_as_recorded("lightning"):
         return
     names = [row["name"] for row in rows.values() if trains or not row.get("by_place") or row["default"]]
-    raise KoffError(f"no option {name!r}.{nearest(name, names)}")
+    hint = nearest(name, names)
+    row = rows.get(name) or next((row for row in rows.values() if row["name"] in MODELS), {})
+    if row and not hint and not trains and name in (*MODELS, *rows):  # what other verbs call it, or its place has
+        places = " ".join(other["name"].upper() for other in rows.values() if other.get("by_place"))
+        placed = f" Here the {row['name']} goes without --, by its place: {places}"
+        hint = placed if row.get("by_place") else f" Did you mean {row['name']!r}?"
+    raise KoffError(f"no option {name!r}.{hint}")
 
 
 def _refuse_alone(verb: str, word: str, rows: dict[str, Row], trains: bool) -> None:

@@ -9,6 +9,7 @@ from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.artifact.folder import MANIFEST, read_manifest
 from koff_lightning.artifact.hub import artifact_or_same
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import refuse_no_run
 from koff_lightning.training.checkpoints import newest_checkpoint
 from koff_lightning.training.run_folder import run_config
 
@@ -84,14 +85,16 @@ def _expanded(place: str) -> Sequence[Path]:
 
 
 def _of_run(path: Path) -> Path:
-    """The artifact or checkpoint that a path stands for; what is neither is left to whoever reads it to refuse."""
-    if not path.exists():
-        raise KoffError(f"{path}: no such run: give a checkpoint, or the folder of a run or of an exported model")
+    """The artifact or checkpoint that a path stands for; a folder that holds neither is refused here, before text."""
+    refuse_no_run(path)
     if not path.is_dir() or (path / MANIFEST).is_file():
         return path
     if (path / ARTIFACT / MANIFEST).is_file():
         return path / ARTIFACT
-    return newest_checkpoint([path]) or path
+    if found := newest_checkpoint([path]):
+        return found
+    read_manifest(path)  # of a model, say: tells what is missing
+    return path
 
 
 def _name(path: Path) -> str:

@@ -5,70 +5,25 @@ An arm is a plain `koff fit` over one resolved config, as in arms.py; its runs a
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from koff_lightning.reports import plots, results
+from koff_lightning.studies.claims import paper_tables
 from koff_lightning.studies.claims.arms import Run
+from koff_lightning.studies.claims.paper_tables import Arm, Row, Table
 from koff_lightning.studies.claims.report import Done, PairedDraws
 from koff_lightning.studies.claims.statements import AnyStatement, Figure, as_statement, level, verdict
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
-from koff_lightning.support.wording import nearest
 
 COLUMNS = ("mmlu", "bbl", "ppl", "sparsity")  # that the paper's tables have
 SHARES = ("body", "units", "physical")  # of a table's columns: removed, of gated, physical
 CURVE = "fig 2"  # the table that is drawn too
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What a run adds to the config.
-
-    Args:
-        overlays: Configs that ship with the package, laid over it in this order.
-        options: Options of `koff fit`.
-        steps: Share of the config's steps.
-    """
-
-    overlays: Sequence[str] = ()
-    options: Sequence[str] = ()
-    steps: float = 1.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table; `others` has the paper's figures of other models than the table's own, by the model's name."""
-
-    label: str
-    arm: str
-    paper: Mapping[str, float]
-    figure: str = "koff"
-    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the paper, and the model and data that it is of there."""
-
-    title: str
-    setting: str
-    rows: Sequence[Row]
-
-    def of(self, backbone: str) -> "Table":
-        """The same with the paper's figures of this backbone, a hub id or folder, where the paper has them."""
-        name = backbone.rstrip("/").rpartition("/")[2]
-        if not any(name in row.others for row in self.rows):
-            return self
-        _, _, rest = self.setting.partition(",")
-        rows = [replace(row, paper=row.others.get(name, {})) for row in self.rows]
-        return replace(self, setting=f"{name},{rest}", rows=rows)
 
 
 @dataclass(frozen=True)
@@ -84,46 +39,13 @@ class Protocol:
         """Level of the intervals, the same whichever tables are filled."""
         return level(self.statements)
 
-    def chosen(self, names: str | None, arms: str | None = None) -> dict[str, Table]:
-        """The tables of these names with commas between, and of them the rows of these arms; None for all.
-
-        Raises:
-            KoffError: No such table, or no row of an arm in them.
-        """
-        wanted = [name.strip() for name in names.split(",")] if names is not None else list(self.tables)
-        for name in wanted:
-            if name not in self.tables:
-                raise KoffError(f"no table {name!r}.{nearest(name, self.tables)} There are {', '.join(self.tables)}")
-        tables = {name: self.tables[name] for name in wanted}
-        if arms is None:
-            return tables
-        kept, there = [arm.strip() for arm in arms.split(",")], needed(tables.values())
-        for arm in kept:
-            if arm not in there:
-                raise KoffError(
-                    f"no row of arm {arm!r} in the tables.{nearest(arm, there)} There are {', '.join(there)}"
-                )
-        tables = {
-            name: replace(table, rows=[row for row in table.rows if row.arm in kept]) for name, table in tables.items()
-        }
-        return {name: table for name, table in tables.items() if table.rows}
-
 
 def paper() -> Protocol:
     """The paper's (arXiv 2605.29075v1)."""
-    given = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
+    given = paper_tables.given()
     arms = {name: Arm(**arm) for name, arm in given["arms"].items()}
-    tables = {
-        name: Table(table["title"], table["setting"], [Row(**row) for row in table["rows"]])
-        for name, table in given["tables"].items()
-    }
     statements = [as_statement(one) for one in given["statements"]]
-    return Protocol(arms, tables, statements)
-
-
-def needed(tables: Iterable[Table]) -> list[str]:
-    """Their arms, each once."""
-    return list(dict.fromkeys(row.arm for table in tables for row in table.rows))
+    return Protocol(arms, paper_tables.tables(), statements)
 
 
 def command(run: Run, arm: Arm, out: Path, max_steps: int) -> list[str]:

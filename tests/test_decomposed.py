@@ -417,7 +417,7 @@ def test_what_cannot_be_saved_as_an_artifact(made, tmp_path):
             model.save_pretrained(out)
         assert "\n" not in str(caught.value)
 
-    refused("exists already", out=tmp_path)
+    refused("exists already: give a new folder", out=tmp_path)
     refused("the backbone is torch.bfloat16 here and torch.float32 in its artifact", dtype="bfloat16")
     refused("the backbone is torch.float64 here", lambda model: model.double())
     weight = "model.layers.1.mlp.up_proj.weight"

@@ -111,8 +111,12 @@ def test_a_tokenizer_without_start_and_end_token_says_what_is_missing(appending)
     _, model = appending[0]
     lm = KoffLM(model)
     lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
-    with pytest.raises(KoffError, match="neither a start nor an end token"):
-        lm.loglikelihood([type("Request", (), {"args": ("", "fox")})])
+    request = type("Request", (), {"args": ("", "fox")})
+    with pytest.raises(KoffError, match='neither a start nor an end token .* "prefix_token_id": ID'):
+        lm.loglikelihood([request])
+    lm = KoffLM(model, prefix_token_id=5)  # what the line advises
+    lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
+    assert lm.loglikelihood([request])[0][0] < 0
 
 
 def test_generate_and_chat_go_on_before_the_end_token(tmp_path, capsys, monkeypatch):

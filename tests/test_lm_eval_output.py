@@ -1,5 +1,7 @@
 """What `koff lm-eval` shows: a table that fits, one bar, and nothing asked of git and pip."""
 
+import re
+
 import pytest
 import torch
 from rich.console import Console
@@ -55,6 +57,12 @@ def test_long_and_short_texts_are_scored_in_batches_of_like_length(monkeypatch, 
     assert lm.batch_size == 2
     alone = [rolled(lm, [text])[0] for text in texts]
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-5, atol=1e-4)
+
+
+def test_tasks_draw_no_bars_of_their_own(capsys):
+    harness.answers(harness.KoffLM("koff-tiny", device="cpu"), load_tasks(["koff_cloze_de", "koff_cloze_fr"]))
+    begun = [part for part in re.split("[\r\n]", capsys.readouterr().err) if "  0%|" in part]
+    assert [part.partition(":")[0] for part in begun] == ["Tokenizing inputs", "Running loglikelihood requests"]
 
 
 def test_a_batch_on_a_cpu_is_of_no_more_tokens_than_help(monkeypatch):

@@ -37,6 +37,7 @@ def test_a_dry_run_shows_what_is_to_come_and_writes_nothing(tmp_path, monkeypatc
     signal.signal(signal.SIGINT, handler)
     said = capsys.readouterr().out
     assert len(steps) == 2
+    assert "bits per byte" not in said  # of two rows, which are no domain's text
     assert list(tmp_path.iterdir()) == []
     assert "to remove 106,168: 12 % of body (884,736 are in the 1,560 units that can go)" in said
     assert "98,304  LoRA of python" in said

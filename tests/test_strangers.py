@@ -877,6 +877,24 @@ def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
     refused(tmp_path, "takes the packages sentencepiece and protobuf", load_tokenizer)
 
 
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="it can be read")
+def test_a_folder_of_such_a_tokenizer_and_nothing_else(tmp_path):
+    """With the package transformers reads it, so it is not called a folder without a tokenizer."""
+    (tmp_path / "tokenizer.model").write_bytes(b"x" * 100)
+    refused(tmp_path, "takes the packages sentencepiece and protobuf", load_tokenizer)
+
+
+def test_a_tokenizer_without_files(tmp_path):
+    """Of transformers' own message the first line ends in a colon."""
+    refused(saved(tmp_path), "the files of its tokenizer are missing, damaged", load_tokenizer)
+
+
+def test_a_tokenizer_without_vocabulary(tmp_path):
+    """Every text would be called too short."""
+    (saved(tmp_path) / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
+    refused(tmp_path, "has no vocabulary", load_tokenizer)
+
+
 def test_a_handful_of_the_fuzz():
     """recipes/reliability/strangers.py runs hundreds."""
     found = run_fuzz(4, seed=7)

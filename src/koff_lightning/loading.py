@@ -172,13 +172,16 @@ def load_tokenizer(
 
     transformers chooses its class by the model's config as well; `config` stands in for the one at `source`.
     """
-    where = _resolve(
-        source, revision, trust_remote_code, wanted=("tokenizer_config.json", "tokenizer.json", "config.json")
-    )
+    wanted = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "config.json")
+    where = _resolve(source, revision, trust_remote_code, wanted)
     if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
         check_tokenizer(folder)
     tokenizer = _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
     _loading(source, tokenizer, {"text": "A text."})  # some options are looked at only here
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one from a class and no file
+        raise KoffError(
+            f"the tokenizer of {source!r} has no vocabulary: its files (tokenizer.json, say) are missing; get them"
+        )
     if "gguf_file" in where and tokenizer.is_fast:
         _drop_beyond(tokenizer, read_head(folder / where["gguf_file"]).metadata["tokenizer.ggml.tokens"])
     return tokenizer
@@ -280,6 +283,8 @@ def _loading(source: str, load: object, where: dict[str, object]) -> object:
             hint = f"no copy is cached and the hub cannot be reached: fetch it where it can be, or use {TINY!r}"
         elif "ignore_mismatched_sizes" in text:
             hint = "its weights have other shapes than its config asks for: they belong to different models"
+        elif "instantiate the backend tokenizer" in text:
+            hint = "the files of its tokenizer are missing, damaged or of a kind that is not known: get them again"
         elif "not a valid model identifier" in text or "404" in text:
             hint = "no such model on the hub: check the spelling, or give a local folder"
         else:

@@ -22,7 +22,7 @@ from koff_lightning.artifact.memory_files import CARD, listed, load_memory, read
 from koff_lightning.memory import MemoryBank
 from koff_lightning.model_files import check_links
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import check_free, hash_file, new_folder
+from koff_lightning.support.files import hash_file, new_folder
 from koff_lightning.support.names import check_name
 from koff_lightning.surgery import plain_state
 
@@ -131,7 +131,8 @@ def save_artifact(backbone: PreTrainedModel, bank: MemoryBank, manifest: Manifes
     Raises:
         KoffError: As `DecomposedModel.save_pretrained`.
     """
-    check_free(out)
+    if out.exists():  # said here: nothing is replaced, so there is no option that would
+        raise KoffError(f"{out} exists already: give a new folder")
     if read_manifest(source) != manifest:
         raise KoffError(f"{source} is no longer the artifact that was loaded: load it again, then save")
     if manifest.form.folds and bank.domains != [manifest.domain]:

@@ -156,7 +156,8 @@ class KoffProgress(RichProgressBar):
         super().on_validation_end(trainer, pl_module)
         self._throughput.restart()
         held_out = trainer.callback_metrics.get("val/koff_bpb")
-        if self.plain and held_out is not None and not trainer.sanity_checking:
+        unscored = trainer.sanity_checking or trainer.fast_dev_run  # a few rows, perhaps none of a domain
+        if self.plain and held_out is not None and not unscored:
             step = f"step {_of(trainer.global_step, self._total)}  " if trainer.state.fn == "fit" else ""
             _say(f"{step}held-out text: {float(held_out):.4f} bits per byte")
 

@@ -163,8 +163,8 @@ class KoffLM(HFLM):
         """
         if (found := super().prefix_token_id) is None:
             raise KoffError(
-                "this tokenizer has neither a start nor an end token to predict a first token from: give "
-                "prefix_token_id=ID in the options of lm-eval's model"
+                "this tokenizer has neither a start nor an end token to predict a first token from: name one in "
+                'Python, lm_eval.simple_evaluate("koff", {"path": ..., "prefix_token_id": ID}, tasks=[...])'
             )
         return found
 

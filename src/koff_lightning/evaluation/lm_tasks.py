@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from traceback import walk_tb
@@ -120,14 +120,21 @@ def _holds(index: "TaskManager", name: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence lm-eval's log, which speaks to its developers, and tokenizers' word on long text, which lm-eval cuts."""
+    """Silence lm-eval's log, which speaks to its developers, and tokenizers' word on long text, which lm-eval cuts.
+
+    And the bar without a name that each of its tasks draws for putting its questions together.
+    """
+    from lm_eval.api import task
+
     logs = [logging.getLogger(name) for name in ("lm_eval", "transformers.tokenization_utils_base")]
-    before = [log.level for log in logs]
+    before, bar = [log.level for log in logs], task.tqdm
     for log in logs:
         log.setLevel(logging.ERROR)
+    task.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
+        task.tqdm = bar
         for log, level in zip(logs, before, strict=True):
             log.setLevel(level)
 

@@ -1,6 +1,7 @@
-"""The recipe for another logger in docs/evaluation.md, as it stands there; only where its package is installed."""
+"""The recipes for other loggers in docs/evaluation.md, as they stand there; only where their packages are installed."""
 
 import re
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import yaml
 from tiny_command import small_fits
 
 PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-RECIPE = yaml.safe_load(re.search(r"```yaml\n(trainer:\n  logger:.*?)```", PAGE, re.S)[1])
-CSV, WANDB = RECIPE["trainer"]["logger"]
+RECIPES = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(trainer:\n  logger:.*?)```", PAGE, re.S)]
+(CSV, WANDB), (_, MLFLOW) = [recipe["trainer"]["logger"] for recipe in RECIPES]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of packages that are not ours
 
@@ -21,6 +22,17 @@ def logged(tmp_path, monkeypatch, logger):
     with small_fits(tmp_path, monkeypatch, trainer=small) as run:
         assert run("runs/tracked") == 0
     return tmp_path / "runs/tracked"
+
+
+def test_mlflow_in_a_database(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow.store.db.utils", reason="mlflow is not installed: this recipe is NOT tested here")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.chdir(tmp_path)
+    folder = logged(tmp_path, monkeypatch, MLFLOW)
+    with sqlite3.connect(folder / "mlflow.db") as store:
+        names = {name for (name,) in store.execute("select key from latest_metrics")}
+        assert {"val/koff_bpb", "test/koff_bpb"} <= names
+        assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
 
 
 def test_wandb_offline(tmp_path, monkeypatch):

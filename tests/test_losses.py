@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from koff_lightning import KoffError, LossSpec
-from koff_lightning.losses import domain_weights, fused_head_loss, head_nats, top_k_of
+from koff_lightning.losses import ON_CPU, at_once, domain_weights, fused_head_loss, head_nats, top_k_of
 
 N, D, V = 23, 8, 31
 
@@ -209,3 +209,10 @@ def test_more_tokens_than_the_vocabulary_has_are_refused():
 def test_bad_weights_are_refused(options, message):
     with pytest.raises(KoffError, match=message):
         LossSpec(**options)
+
+
+def test_on_a_cpu_the_logits_that_exist_at_one_time_are_few_bytes():
+    heads = {vocabulary: torch.empty(1, 1).expand(vocabulary, 1) for vocabulary in (300, 49_152, 2 * ON_CPU)}
+    assert [at_once(head, 1024) for head in heads.values()] == [1024, ON_CPU // 49_152, 1]
+    assert at_once(heads[49_152], 5) == 5
+    assert at_once(torch.empty(49_152, 1, device="meta"), 1024) == 1024, "elsewhere what was asked for"

@@ -73,6 +73,7 @@ def test_a_processor_that_multiplies_in_bf16_does_so_for_a_backbone_of_some_size
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "weights.gguf").touch()
+    (tmp_path / "README.md").symlink_to("nowhere")
     for size, faster in ((precision.SMALL - 1, False), (precision.SMALL, has is not None)):
         os.truncate(tmp_path / "weights.gguf", size)
         for place in (tmp_path, tmp_path / "weights.gguf"):

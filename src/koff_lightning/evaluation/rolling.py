@@ -104,7 +104,7 @@ def log_likelihoods(
     device, sums = head.weight.device, [0.0] * len(texts)
     windows = [(text, *window) for text, parts in enumerate(texts) for window in parts]
     windows.sort(key=lambda window: -len(window[1]) - len(window[2]))
-    with tqdm(total=len(windows), desc="windows of text", disable=silent) as bar:
+    with tqdm(total=len(windows), desc="windows of text", disable=silent, leave=False) as bar:
         for batch in _batches(windows, rows, ON_CPU if device.type == "cpu" else None):
             read = [torch.tensor(context + predicted[:-1]) for _, context, predicted in batch]
             states = hidden(pad_sequence(read, batch_first=True).to(device))  # [B, T, d]

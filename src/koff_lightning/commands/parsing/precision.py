@@ -39,7 +39,10 @@ def _is_small(backbone: str) -> bool:
     path = Path(backbone).expanduser()
     if not path.exists():
         return backbone == TINY
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) < SMALL
+    files = [
+        file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()
+    ]  # a link may lead nowhere
+    return sum(file.stat().st_size for file in files) < SMALL
 
 
 def take_up(model: Any, trainer: Any, checkpoint: str | Path | None) -> None:

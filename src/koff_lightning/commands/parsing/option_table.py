@@ -10,14 +10,14 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from koff_lightning.commands.parsing.config_files import find_config
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.names import HUB_ID, refuse_no_model, refuse_no_run
+from koff_lightning.support.names import HUB_ID, may_be_had, refuse_no_model, refuse_no_run
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import nearest
 
@@ -28,10 +28,11 @@ HELD_BY_PARSER = ("print-config", "config", "allow-custom-classes")  # of every 
 # Options that name what an earlier command has left.
 CHECKPOINTS = ("ckpt_path", "model.mask", "model.prior", "model.warm_start")
 ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve": "artifact", "push": "artifact"}
-ARTIFACTS |= {"router fit": "model", "router test": "model"} | dict.fromkeys(
+ARTIFACTS |= {"router fit": "model", "router test": "model", "convert gguf": "folder"} | dict.fromkeys(
     ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
 )
 MODELS = ("model", "artifact", "folder", "ckpt", "ckpt_path", "checkpoint")  # what verbs call it, or users do
+MEMORIES = {"memory add": "memory", "memory cartridge": "from"}  # read a memory that is not in the artifact
 # Take what is on this machine alone, as to change it or to send it.
 CHANGING = ("memory add", "memory remove", "memory compose", "push", "router fit")
 NAMED = ("plan", "claims", "reproduce")  # take a config by its name too
@@ -93,6 +94,9 @@ def look(verb: str, words: Sequence[str]) -> None:
         raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
     if folder := ARTIFACTS.get(verb):
         _refuse_no_artifact(values.get(folder), verb not in CHANGING)
+    memory = values.get(MEMORIES.get(verb, ""))
+    if memory is not None and not Path(memory).expanduser().exists():
+        raise KoffError(f"memory {memory!r}: no such folder. DIR/memories/NAME of an exported model is one")
     _refuse_no_runs(given if verb == "analyze" else [])
     _refuse_no_arm(verb, values)
 
@@ -134,18 +138,34 @@ def _look_at_the_run(verb: str, given: Sequence[tuple[str, str | None]]) -> None
         if name == "data.domains":
             domains = dict(_mapping(value))
         elif name.startswith("data.domains."):
-            domain, *deeper = name.removeprefix("data.domains.").split(".")
-            domains = {other: text for other, text in domains.items() if other != domain}
-            domains |= {} if deeper else {domain: value}
+            domain, _, part = name.removeprefix("data.domains.").partition(".")
+            domains[domain] = _with_part(domains.get(domain), part, value) if part else value
     if verb in ("validate", "test", "predict") and not values.get("ckpt_path"):
         raise KoffError(f"koff {verb} scores what a run has trained: give its --ckpt_path")
-    backbone = values.get("model.backbone")
+    backbone, artifact = values.get("model.backbone"), values.get("model.artifact")
     if is_asked():  # then all that is missing is told at once, also what would have to be fetched (needs.py)
         return
-    if isinstance(backbone, str) and not values.get("model.artifact"):
-        refuse_no_model(backbone)
-    if domains:
-        _refuse_missing_text(domains)
+    looks = [partial(_refuse_missing_text, domains)] if domains else []
+    if isinstance(artifact, str) and artifact not in ("", "null"):
+        looks.insert(0, partial(_refuse_no_artifact, artifact, also_on_hub=False))
+    elif isinstance(backbone, str) and not {"prefetch-only", "prefetch_only"} & set(values):  # which fetches it
+        looks.insert(0, partial(refuse_no_model, backbone))
+    missing = []
+    for look_for in looks:
+        try:
+            look_for()
+        except KoffError as error:
+            missing.append(str(error))
+    if missing:
+        raise KoffError("\n".join(missing))
+
+
+def _with_part(source: object, part: str, value: object) -> dict[str, object]:
+    """A domain's source in full, of which an option of its own sets one part; only files are of interest here."""
+    with suppress(ValueError):
+        source = _written_out(source)
+    whole = source if isinstance(source, dict) else {"files": source}
+    return whole | ({part: value} if part in ("files", "heldout_files") else {})
 
 
 def _leaves_of(verb: str, given: Sequence[tuple[str, str | None]]) -> Iterator[tuple[str, object]]:
@@ -378,13 +398,16 @@ def _refuse_no_checkpoint(name: str, value: str) -> None:
 
 
 def _refuse_no_artifact(folder: str | None, also_on_hub: bool) -> None:
-    if folder is None or (also_on_hub and HUB_ID.fullmatch(folder)):
+    if folder is None or Path(folder).expanduser().exists():
         return
-    if not Path(folder).expanduser().exists():
-        raise KoffError(
-            f"artifact {str(Path(folder).expanduser())!r}: no such folder. `koff export --ckpt CHECKPOINT --out DIR` "
-            "makes one"
-        )
+    on_hub = also_on_hub and HUB_ID.fullmatch(folder)
+    if on_hub and may_be_had(folder):
+        return
+    off = ", and no copy of it from the hub, which is switched off" if on_hub else ""
+    raise KoffError(
+        f"artifact {str(Path(folder).expanduser())!r}: no such folder{off}. `koff export --ckpt CHECKPOINT --out DIR` "
+        "makes one"
+    )
 
 
 def _is_as_recorded(package: str) -> bool:

@@ -4,8 +4,12 @@ import re
 
 import pytest
 import torch
+from lm_eval.api import model
+from lm_eval.models import huggingface
 from rich.console import Console
+from tiny_artifact import tiny_artifact
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from koff_lightning.commands.lm_eval_cli import _few_questions, lm_eval
@@ -63,6 +67,21 @@ def test_tasks_draw_no_bars_of_their_own(capsys):
     harness.answers(harness.KoffLM("koff-tiny", device="cpu"), load_tasks(["koff_cloze_de", "koff_cloze_fr"]))
     begun = [part for part in re.split("[\r\n]", capsys.readouterr().err) if "  0%|" in part]
     assert [part.partition(":")[0] for part in begun] == ["Tokenizing inputs", "Running loglikelihood requests"]
+
+
+def test_the_command_draws_one_bar_over_all_columns_and_kinds_of_requests(tmp_path, capsys):
+    made = tiny_artifact(tmp_path)
+    capsys.readouterr()  # of what saving drew
+    names = [f"{name} ({number} of 4)" for number, name in enumerate((*made.module.domains, "none"), 1)]
+    tasks = ["--tasks", "koff_cloze_de,koff_bpb_de", "--limit", "3"]
+    lm_eval(["--model", str(made.folder), "--domains", "all", "--memory_off", *tasks])
+    drawn = [part for part in re.split("[\r\n]", capsys.readouterr().err) if re.search("(it/s|s/it)]", part)]
+    assert [*dict.fromkeys(part.partition(":")[0] for part in drawn)] == names
+    counts = [tuple(map(int, re.search(r"(\d+)/(\d+) ", part).groups())) for part in drawn]
+    assert [done for done, _ in counts] == sorted(done for done, _ in counts), "it never goes back"
+    assert counts[-1][0] <= counts[-1][1] == max(total for _, total in counts)
+    assert counts[-1][1] % 4 == 0, "the columns are asked the same"
+    assert (model.tqdm, huggingface.tqdm, rolling.tqdm) == (tqdm,) * 3, "lm-eval draws its own again"
 
 
 def test_a_batch_on_a_cpu_is_of_no_more_tokens_than_help(monkeypatch):

@@ -113,7 +113,9 @@ def test_help_and_what_is_certainly_wrong_take_no_imports(argv, tmp_path):
         ["--print_config=skip_null", "--allow-custom-classes", "--dry-run", "--dry_run"],
         ["--seed_everything", "true", "--ckpt_path", "last", "--ckpt_path", "s3://bucket/last.ckpt"],
         ["--model.lora.help", "--trainer.logger.help", "CSVLogger"],
-        ["--model", "model.yaml", "--anneal.hold", "null"],
+        ["--model", __file__, "--anneal.hold", "null"],
+        ["--model.lora", '{"rank": 4}', "--checkpoint", "null"],
+        ["--model.activation_checkpointing", "True", "--model.activation_checkpointing=auto"],
         ["-c", "demo.yaml"],
     ],
     ids=" ".join,
@@ -135,6 +137,33 @@ def test_what_may_be_right_is_left_to_the_parser(argv):
         ("fit", ["demo.yaml", "--model.lora.rnk=1"], "no option 'model.lora.rnk'. Did you mean 'model.lora.rank'"),
         ("fit", ["demo.yaml", "--model.mask", "nope.ckpt"], "model.mask nope.ckpt: no such file"),
         ("fit", ["demo.yaml", "--seed", "1"], "no option 'seed'"),
+        (
+            "fit",
+            ["demo.yaml", "--checkpoint", "x.ckpt"],
+            "checkpoint has options of its own",
+        ),
+        (
+            "fit",
+            ["demo.yaml", "--model", "gpt2"],
+            "model has options of its own",
+        ),
+        (
+            "fit",
+            ["demo.yaml", "--model.lora", "8"],
+            "model.lora has options of its own",
+        ),
+        (
+            "fit",
+            ["demo.yaml", "--data.domains", "de"],
+            "data.domains has options of its own",
+        ),
+        ("fit", ["demo.yaml", "--data.append_eos", "maybe"], "data.append_eos must be bool; got 'maybe'"),
+        (
+            "claims",
+            ["--config", "demo.yaml", "--", "--data.seqlen", "8"],
+            "claims: no option 'data.seqlen'",
+        ),
+        ("plan", ["--config", "demo.yaml", "--", "--model", "x"], "plan: model has options of its own, a file of them"),
         ("inspect", ["folder", "--ver"], "inspect: no option 'ver'. Did you mean 'verify'"),
         ("serve", ["--model", "x"], "serve: no option 'model'. Here the artifact goes without --, by"),
         ("memory list", ["--model", "x"], "memory list: no option 'model'. Here the folder goes without"),
@@ -195,8 +224,10 @@ def test_a_prompt_is_text_even_where_it_looks_like_an_option(tmp_path):
         option_table.look("generate", ["--model", str(tmp_path), "--no-such-thing"])
 
 
-def test_what_follows_a_lone_dash_pair_is_for_another_verb():
-    option_table.look("plan", ["--config", "demo.yaml", "--", "--help", "--no-such-thing"])
+def test_what_follows_a_lone_dash_pair_is_for_fit():
+    option_table.look("plan", ["--config", "demo.yaml", "--", "--data.seq_len", "64"])
+    with pytest.raises(KoffError, match="plan: no option 'no-such-thing'"):
+        option_table.look("plan", ["--config", "demo.yaml", "--", "--data.seq_len", "64", "--no-such-thing"])
     assert not option_table.wants_help(["--config", "demo.yaml", "--", "--help"])
 
 

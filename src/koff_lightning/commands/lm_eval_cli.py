@@ -83,6 +83,7 @@ def lm_eval(argv: list[str]) -> None:
     for value, name in ((settings.batch_size, "batch_size"), (largest, "max_batch_size")):
         lm_tasks.check_batch_size(value, f"lm-eval: {name}")
     from koff_lightning.evaluation.lm_scores import show
+    from koff_lightning.evaluation.one_bar import one_bar
 
     with lm_tasks.quiet():
         tasks = lm_tasks.load_tasks(settings.tasks, settings.include_path, settings.metadata)
@@ -93,11 +94,14 @@ def lm_eval(argv: list[str]) -> None:
     sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
     with lack_of_memory_told("Take a smaller --batch_size, or another --device"):
         model = harness.load_model(options.model, options.backbone, options.device, options.dtype)
-        for column in _columns(options, model):
-            lm = harness.KoffLM(model, column.domain, column.dense, **sizes)
-            _check_max_length(lm, options.max_length)
-            _check_chat_template(lm, settings.apply_chat_template, options.model)
-            scores[column.name] = _score(lm, tasks, settings, options, column)
+        columns = _columns(options, model)
+        with one_bar(len(columns)) as bar:
+            for column in columns:
+                lm = harness.KoffLM(model, column.domain, column.dense, **sizes)
+                _check_max_length(lm, options.max_length)
+                _check_chat_template(lm, settings.apply_chat_template, options.model)
+                bar(column.name)
+                scores[column.name] = _score(lm, tasks, settings, options, column)
     show(scores)
 
 

@@ -24,6 +24,7 @@ from koff_lightning.support.wording import nearest
 FILE = Path(__file__).with_name("options.json")
 LIGHTNINGS = ("trainer", "checkpoint")  # sections whose options another release of Lightning may change
 LARGEST_CONFIG = 100_000  # bytes of a config that is looked through here
+SWITCHES = ("true", "false", "yes", "no", "on", "off")  # as YAML reads them
 HELD_BY_PARSER = ("print-config", "config", "allow-custom-classes")  # of every training verb
 # Options that name what an earlier command has left.
 CHECKPOINTS = ("ckpt_path", "model.mask", "model.prior", "model.warm_start")
@@ -76,6 +77,8 @@ def look(verb: str, words: Sequence[str]) -> None:
             if value is None and trains and name in rows and {"str", "int", "float"} & {*_parts(rows[name]["type"])}:
                 raise KoffError(f"--{name} wants a value ({rows[name]['type']})")
             _check(name, value, rows, trains)
+        if verb in NAMED:
+            _look_at_the_rest(words)
     except KoffError as error:
         raise error if trains else KoffError(f"{verb}: {error}") from None
     values = dict(given)
@@ -99,6 +102,14 @@ def look(verb: str, words: Sequence[str]) -> None:
         raise KoffError(f"memory {memory!r}: no such folder. DIR/memories/NAME of an exported model is one")
     _refuse_no_runs(given if verb == "analyze" else [])
     _refuse_no_arm(verb, values)
+
+
+def _look_at_the_rest(words: Sequence[str]) -> None:
+    """Refuse what is certainly wrong among the options of `koff fit` that stand after a lone `--`."""
+    rows = {row["name"]: row for row in options_of("fit")}
+    for name, value in _given([*words[words.index("--") + 1 :]] if "--" in words else [], rows, True):
+        if name != ALONE:
+            _check(name, value, rows, True)
 
 
 def _refuse_no_runs(given: Sequence[tuple[str, str | None]]) -> None:
@@ -320,7 +331,9 @@ def _check(name: str, value: object, rows: dict[str, Row], trains: bool) -> None
     row = rows.get(name) or rows.get(name.replace("_", "-")) or rows.get(name.replace("-", "_"))
     if row is None:
         _refuse_unknown(name, rows, trains)
-    elif isinstance(value, str | bool | int | float):
+    if trains and (any(other.startswith(f"{name}.") for other in rows) or (row or {}).get("type", "")[:4] == "dict"):
+        _refuse_word_for_section(name, value)
+    if row is not None and isinstance(value, str | bool | int | float):
         _refuse_wrong_type(name, value, row["type"])
         if name in CHECKPOINTS and isinstance(value, str):
             _refuse_no_checkpoint(name, value)
@@ -349,6 +362,15 @@ def _refuse_unknown(name: str, rows: dict[str, Row], trains: bool) -> None:
     raise KoffError(f"no option {name!r}.{hint}")
 
 
+def _refuse_word_for_section(name: str, value: object) -> None:
+    """Refuse a word where a section's options belong; a file may hold them, or a mapping in YAML."""
+    if not isinstance(value, str) or value in ("", "null") or ":" in value or Path(value).expanduser().exists():
+        return
+    hint = f". To go on from a checkpoint: --ckpt_path {value}" if name == "checkpoint" else ""
+    hint = f". The model itself: --model.backbone {value}" if name == "model" else hint
+    raise KoffError(f"{name} has options of its own, a file of them or a mapping is wanted; got {value!r}{hint}")
+
+
 def _refuse_alone(verb: str, word: str, rows: dict[str, Row], trains: bool) -> None:
     if trains:
         raise KoffError(
@@ -369,13 +391,15 @@ def _parts(kind: str) -> list[str]:
 
 
 def _refuse_wrong_type(name: str, value: object, kind: str) -> None:
-    """Refuse what is no number where only a number will do, and no word of a closed list."""
+    """Refuse what is no number or switch where only these will do, and no word of a closed list."""
     parts = _parts(kind)
     text = str(value)
-    if not parts or not set(parts) <= {"int", "float", "null"} | {part for part in parts if part[0] == "'"}:
+    if not parts or not set(parts) <= {"int", "float", "bool", "null"} | {part for part in parts if part[0] == "'"}:
         return
     choices = [part.strip("'") for part in parts if part[0] == "'"]
     if text.lower() in ("null", "none", "~", "") or text.strip("'\"") in choices:
+        return
+    if "bool" in parts and text.lower() in SWITCHES:
         return
     with_number = {"int", "float"} & set(parts)
     if with_number and (isinstance(value, str) is False or _is_number(text)):

@@ -76,6 +76,7 @@ def test_the_help_of_training_tells_our_own_options_first(verb, capsys, monkeypa
         ["fit", "demo.yaml", "--model.backbone", "no-such/model"],
         ["serve", "no-such/model"],
         ["analyze", "--model", "."],
+        ["analyze", "--model", "no-such/run"],
         ["reproduce", "--tables", "99"],
         ["claims", "--arms", "kof"],
         ["serve", "--model", "."],

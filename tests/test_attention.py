@@ -125,6 +125,17 @@ def test_heads_may_have_masks_of_their_own(attend, visible):
         close(out[:, head], defined(*inputs, VISIBLE[visible], mask[:, head : head + 1])[:, head])
 
 
+@pytest.mark.parametrize("attend", [attend_reference, attend_merged])
+def test_a_model_may_have_a_scale_of_its_own(attend):
+    inputs = tensors(6, 6)
+    out, wanted = attend(*inputs[:3], LayerMemory(*inputs[3:]), None, 0.9, True), defined(*inputs, None, None, 0.9)
+    close(out, wanted)
+    for got, expected in zip(
+        torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(wanted.sum(), inputs), strict=True
+    ):
+        close(got, expected)
+
+
 def test_merged_gradients_pass_gradcheck_in_double():
     inputs = tensors(6, 6, dtype=torch.float64)
     mask = left_padded(6, 6)

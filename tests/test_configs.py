@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from koff_lightning.callbacks import AnnealSparsity
 from koff_lightning.cli import main
 from koff_lightning.commands import training_cli
-from koff_lightning.commands.parsing import option_table
+from koff_lightning.commands.parsing import missing
 from koff_lightning.commands.parsing.config_files import SHIPPED, shipped_configs
 from koff_lightning.sparsity import SparsitySchedule
 from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
@@ -54,7 +54,7 @@ def built(monkeypatch, tmp_path):
     def build(*argv: str) -> training_cli.KoffCLI:
         made = {}
         monkeypatch.setattr(training_cli.KoffCLI, "_run_subcommand", lambda cli, verb: made.update(cli=cli))
-        monkeypatch.setattr(option_table, "_refuse_missing_text", lambda domains: None)  # users bring theirs
+        monkeypatch.setattr(missing, "_refuse_missing_text", lambda domains: None)  # users bring theirs
         assert main(["fit", *argv]) == 0
         made["cli"].model.configure_model()
         return made["cli"]

@@ -277,6 +277,23 @@ def test_probe_and_observe_collect_squared_gradients_per_row():
         torch.testing.assert_close(mask.importance, weight.square().sum(0))
 
 
+def test_what_removed_units_leave_behind_is_of_the_gated_model_alone():
+    """Gates that are off, or none in force, are the dense model bit for bit, also under a mask with biases."""
+    model = tiny_model("llama").requires_grad_(False)
+    mask = BackboneGates(prunable_groups(model))
+    mask.attach(model)
+    ids = torch.arange(3, 23).view(2, 10)
+    dense = hidden_states(model, input_ids=ids)
+    mask.bias = torch.ones(len(mask.groups), dense.shape[-1])
+    assert torch.equal(hidden_states(model, input_ids=ids), dense)
+    mask.set(torch.ones(1, len(mask.logits)))
+    assert not torch.allclose(hidden_states(model, input_ids=ids), dense, atol=0.1)
+    with mask.off():
+        assert torch.equal(hidden_states(model, input_ids=ids), dense)
+    mask.set(None)
+    assert torch.equal(hidden_states(model, input_ids=ids), dense)
+
+
 def test_a_value_acts_on_all_columns_of_its_unit():
     model = tiny_model("llama").requires_grad_(False)
     mask = BackboneGates(prunable_groups(model))

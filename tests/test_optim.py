@@ -125,6 +125,18 @@ def module_optimizer(module):
     return module.configure_optimizers()["optimizer"]
 
 
+def test_a_gate_of_very_many_takes_whole_steps(module):
+    """Its gradient shrinks with the number of units: 1e-12 is as good as 1, and is nothing beside Adam's usual eps."""
+    optimizer, logits = module_optimizer(module), module.model.gates.logits
+    optimizer.zero_grad()
+    before, rate = logits.detach().clone(), optimizer.param_groups[0]["lr"]
+    logits.grad = torch.full_like(logits, 1e-12)
+    optimizer.step()
+    torch.testing.assert_close(before - logits.detach(), torch.full_like(before, rate), rtol=1e-2, atol=0)
+    with torch.no_grad():
+        logits.copy_(before)
+
+
 def test_adam_averages_over_ten_and_twenty_steps_and_decays_nothing(module):
     for group in module_optimizer(module).param_groups:
         assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.0)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from koff_lightning.cli import TOOLS, TRAINING, main
 from koff_lightning.commands.parsing import option_table
@@ -67,7 +68,15 @@ def test_the_help_of_training_tells_our_own_options_first(verb, capsys, monkeypa
         ["generate", "--model", "nope", "--prompt", "x"],
         ["export", "--ckpt", "nope.ckpt", "--out", "x"],
         ["memory", "list", "nope"],
+        ["memory", "add", ".", "nope"],
+        ["memory", "cartridge", ".", "de", "--from", "nope"],
+        ["convert", "gguf", "nope", "--out", "x"],
+        ["fit", "demo.yaml", "--model.artifact", "nope"],
+        ["fit", "demo.yaml", "--data.domains.de.files", "nope.txt"],
+        ["fit", "demo.yaml", "--model.backbone", "no-such/model"],
+        ["serve", "no-such/model"],
         ["analyze", "--model", "."],
+        ["analyze", "--model", "no-such/run"],
         ["reproduce", "--tables", "99"],
         ["claims", "--arms", "kof"],
         ["serve", "--model", "."],
@@ -83,7 +92,8 @@ def test_help_and_what_is_certainly_wrong_take_no_imports(argv, tmp_path):
         status = main()
         sys.exit(99 if {{'torch', 'lightning', 'transformers', 'jsonargparse'}} & set(sys.modules) else status)"""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    away = os.environ | {"HF_HUB_OFFLINE": "1"}  # whether the hub has a model of that name is not to be asked here
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=away, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == (0 if "--help" in argv else 2), done.stderr
     assert len(done.stderr.splitlines()) == (0 if "--help" in argv else 1)
@@ -100,7 +110,7 @@ def test_help_and_what_is_certainly_wrong_take_no_imports(argv, tmp_path):
         ["--trainer.callbacks+=koff_lightning.callbacks.Preview"],
         ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "x"],
         ["--trainer.callbacks.init_args.anything", "x"],
-        ["--data.domains.law", "corpora/*.jsonl", "--data.domains.law.weight", "2"],
+        ["--data.domains.law", "bundled:en", "--data.domains.law.weight", "2", "--data.domains.law.text_field", "x"],
         ["--print_config=skip_null", "--allow-custom-classes", "--dry-run", "--dry_run"],
         ["--seed_everything", "true", "--ckpt_path", "last", "--ckpt_path", "s3://bucket/last.ckpt"],
         ["--model.lora.help", "--trainer.logger.help", "CSVLogger"],
@@ -169,6 +179,9 @@ def test_what_may_be_right_is_left_to_the_parser(argv):
         ),
         ("claims", ["--arms", "kof"], "no arm 'kof'. Did you mean 'koff'"),
         ("generate", ["--mod", "x"], "generate: no option 'mod'. Did you mean 'model'"),
+        ("memory add", [".", "nope"], "memory 'nope': no such folder. DIR/memories/NAME of an exported model is one"),
+        ("fit", ["demo.yaml", "--model.artifact", "nope"], "artifact 'nope': no such folder. `koff export"),
+        ("fit", ["demo.yaml", "--data.domains.de.files", "nope.txt"], "domain 'de': no file matches 'nope.txt'"),
     ],
 )
 def test_what_is_wrong_is_one_line(verb, argv, line, tmp_path, monkeypatch, capsys):
@@ -178,6 +191,32 @@ def test_what_is_wrong_is_one_line(verb, argv, line, tmp_path, monkeypatch, caps
     said = capsys.readouterr().err
     assert said.startswith(f"koff: {line}")
     assert len(said.splitlines()) == 1
+
+
+def test_a_missing_backbone_and_all_missing_text_are_told_at_once():
+    words = ["--model.backbone", "./nope", "--data.domains.a", "nope.txt", "--data.domains.b", "bundled:xx"]
+    with pytest.raises(KoffError) as caught:
+        option_table.look("fit", words)
+    lines = str(caught.value).splitlines()
+    begins = ["backbone './nope': no such folder", "2 domains lack text:", "  domain 'a': no file matches 'nope.txt'"]
+    begins.append("  domain 'b': unknown bundled domain 'xx'")
+    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), lines
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_a_model_of_the_hub_is_missing_where_the_hub_is_switched_off(off, tmp_path, monkeypatch):
+    """And no copy is kept: as a backbone in the hub's cache, or as an artifact in ours."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", off)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("KOFF_CACHE", str(tmp_path / "koff"))
+    words = {"fit": ["--config", "demo.yaml", "--model.backbone"], "generate": ["--prompt", "x", "--model"]}
+    if off:
+        for verb, before in words.items():
+            with pytest.raises(KoffError, match=r"'org/m': no such folder.*, and no copy of it from the hub, which is"):
+                option_table.look(verb, [*before, "org/m"])
+        (tmp_path / "koff/hub" / f"org--m@{'0' * 40}").mkdir(parents=True)
+    for verb, before in words.items():
+        option_table.look(verb, [*before, "org/m"])
 
 
 def test_a_prompt_is_text_even_where_it_looks_like_an_option(tmp_path):

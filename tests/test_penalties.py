@@ -54,6 +54,13 @@ def test_local_multipliers_are_one_of_each_kind():
     assert penalty(gaps, 0.1).item() == pytest.approx(20 * (0.01 + 0.04))
 
 
+def test_a_quadratic_multiplier_below_nothing_is_no_reward():
+    penalty = LagrangianPenalty(-5.0)
+    gap = torch.tensor(0.3, requires_grad=True)
+    price = penalty(gap, 0.1)
+    assert (price.item(), torch.autograd.grad(price, gap)[0].item()) == (0, 0)
+
+
 def test_every_penalty_has_a_name_that_the_options_know():
     for name in PENALTIES:
         assert SparsitySpec(penalty=name).penalty == name

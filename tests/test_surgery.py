@@ -20,7 +20,7 @@ from tiny_models import FAMILIES, tiny_model
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.backbone import KINDS, hidden_states, kv_shapes, parameter_counts, prunable_groups
 from koff_lightning.sparsity import Budget
-from koff_lightning.surgery import cut_kv, cut_state, masks, merge_lora, plain_state, zero_kv, zero_state
+from koff_lightning.surgery import cut_kv, cut_state, masks, merge_lora, plain_state, with_bias, zero_kv, zero_state
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
@@ -137,6 +137,21 @@ def test_merging_in_half_precision_rounds_once():
     merged = merge_lora({"x.weight": torch.full((1, 2), -1.0, dtype=torch.bfloat16)}, delta, 1.0)["x.weight"]
     assert merged.dtype == torch.bfloat16
     assert merged.tolist() == [[2**-9, 2**-9]]
+
+
+def test_what_removed_units_leave_behind_adds_to_a_bias_and_is_rounded_once():
+    model = tiny_model("llama", num_hidden_layers=1, attention_bias=True).to(torch.bfloat16)
+    groups, state = prunable_groups(model), {k: v.detach() for k, v in model.state_dict().items()}
+    have, lack = (next(g for g in groups if g.kind == kind) for kind in ("kv_group", "channel"))
+    noise = torch.Generator().manual_seed(0)
+    own = torch.randn(model.config.hidden_size, generator=noise).to(torch.bfloat16)
+    state[f"{have.consumer}.bias"] = own
+    rows = torch.randn(2, len(own), generator=noise)
+    found = with_bias(state, [have, lack], rows)
+    assert torch.equal(found[f"{have.consumer}.bias"], (own.float() + rows[0]).to(torch.bfloat16))
+    assert torch.equal(found[f"{lack.consumer}.bias"], rows[1].to(torch.bfloat16))
+    assert found.keys() - state.keys() == {f"{lack.consumer}.bias"}
+    assert torch.equal(state[f"{have.consumer}.bias"], own)
 
 
 def test_nothing_is_edited_in_place_and_results_own_their_memory():

@@ -63,7 +63,8 @@ def test_a_run_without_a_step_is_refused(refused, option):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_asks_for_a_gpu_says_what_to_take_where_there_is_none(refused):
     said = refused("--config=hardware/one_gpu.yaml")
-    assert "trainer.accelerator is gpu, as hardware/one_gpu.yaml sets it, and torch finds no GPU: take --config" in said
+    assert "trainer.accelerator is gpu, as one_gpu.yaml, ddp.yaml and fsdp.yaml of hardware/ set it, and torch" in said
+    assert "take --config hardware/cpu.yaml in its place" in said
 
 
 def test_options_of_a_config_file_are_refused_too(refused, tmp_path):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
-from koff_lightning.commands.parsing.option_table import NO_CHECKPOINT
+from koff_lightning.commands.parsing.missing import NO_CHECKPOINT
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import read_json_object

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import own_cache
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # org/name, org/name@revision
 FETCHED = ("smollm2", "qwen2.5-coder-1.5b")  # models that `koff fetch` knows (commands/fetch.py)
@@ -16,7 +17,7 @@ def refuse_no_model(source: str) -> None:
     """Refuse the name of a backbone that can only be a path, and of one where nothing is.
 
     Raises:
-        KoffError: There is no such folder or file, nor, for a name without owner where the hub is switched off, a copy.
+        KoffError: There is no such folder or file, nor, where the hub is switched off, a copy.
     """
     is_path = source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith(".gguf")
     path = Path(source).expanduser()
@@ -29,18 +30,23 @@ def refuse_no_model(source: str) -> None:
         raise KoffError(
             f"backbone {source!r}: no such folder. Give a folder, a .gguf file, a hub id (owner/name) or 'koff-tiny'"
         )
-    if "/" not in source and source not in ("", "koff-tiny") and not path.exists() and not _is_cached(source):
+    if not is_path and source not in ("", "koff-tiny") and not path.exists() and not may_be_had(source):
         raise KoffError(
             f"backbone {source!r}: no such folder here, and no copy of it from the hub, which is switched off: give a "
             "folder, a .gguf file, a hub id (owner/name) or 'koff-tiny'"
         )
 
 
-def _is_cached(name: str) -> bool:
-    """Whether a hub model may be had: its copy is in the hub's cache, or the hub is not switched off."""
+def may_be_had(name: str) -> bool:
+    """Whether a hub's model or artifact may be had: a copy is in a cache, or the hub is not switched off."""
     from huggingface_hub import constants  # nothing heavy
 
-    return not constants.HF_HUB_OFFLINE or Path(constants.HF_HUB_CACHE, f"models--{name}").exists()
+    kept = name.partition("@")[0].replace("/", "--")
+    return (
+        not constants.HF_HUB_OFFLINE
+        or Path(constants.HF_HUB_CACHE, f"models--{kept}").exists()
+        or any((own_cache() / "hub").glob(f"{kept}@*"))
+    )
 
 
 def refuse_no_run(path: Path) -> None:

@@ -12,8 +12,8 @@ from koff_lightning.support.errors import KoffError
 
 NO_BACKEND = "No supported gpu backend"  # Lightning's words, and ours in their place:
 NO_GPU = (
-    "trainer.accelerator is gpu, as hardware/one_gpu.yaml sets it, and torch finds no GPU: take "
-    "--config hardware/cpu.yaml in its place, or look with `koff doctor` why it finds none"
+    "trainer.accelerator is gpu, as one_gpu.yaml, ddp.yaml and fsdp.yaml of hardware/ set it, and torch finds no GPU: "
+    "take --config hardware/cpu.yaml in its place, or look with `koff doctor` why it finds none"
 )
 
 

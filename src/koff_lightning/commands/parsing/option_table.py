@@ -9,16 +9,19 @@ import json
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from koff_lightning.commands.parsing.config_files import find_config
+from koff_lightning.commands.parsing.missing import (
+    CHECKPOINTS,
+    refuse_missing,
+    refuse_missing_of_run,
+    refuse_no_checkpoint,
+)
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.names import HUB_ID, refuse_no_model, refuse_no_run
-from koff_lightning.support.offline import is_asked
 from koff_lightning.support.wording import nearest
 
 FILE = Path(__file__).with_name("options.json")
@@ -26,19 +29,10 @@ LIGHTNINGS = ("trainer", "checkpoint")  # sections whose options another release
 LARGEST_CONFIG = 100_000  # bytes of a config that is looked through here
 SWITCHES = ("true", "false", "yes", "no", "on", "off")  # as YAML reads them
 HELD_BY_PARSER = ("print-config", "config", "allow-custom-classes")  # of every training verb
-# Options that name what an earlier command has left.
-CHECKPOINTS = ("ckpt_path", "model.mask", "model.prior", "model.warm_start")
-ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve": "artifact", "push": "artifact"}
-ARTIFACTS |= {"router fit": "model", "router test": "model"} | dict.fromkeys(
-    ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
-)
 MODELS = ("model", "artifact", "folder", "ckpt", "ckpt_path", "checkpoint")  # what verbs call it, or users do
-# Take what is on this machine alone, as to change it or to send it.
-CHANGING = ("memory add", "memory remove", "memory compose", "push", "router fit")
 NAMED = ("plan", "claims", "reproduce")  # take a config by its name too
 NO_DOMAINS = "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
 ALONE = ""  # stands for the name of a word that belongs to no option
-NO_CHECKPOINT = "no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
 
 Row = dict[str, Any]
 
@@ -91,12 +85,8 @@ def look(verb: str, words: Sequence[str]) -> None:
             raise KoffError(NO_DOMAINS)
         for config in configs:
             look_into(verb, config)
-        _look_at_the_run(verb, given)
-    if (ckpt := values.get("ckpt")) is not None and not Path(ckpt).expanduser().exists():
-        raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
-    if folder := ARTIFACTS.get(verb):
-        _refuse_no_artifact(values.get(folder), verb not in CHANGING)
-    _refuse_no_runs(given if verb == "analyze" else [])
+        refuse_missing_of_run(verb, _leaves_of(verb, given))
+    refuse_missing(verb, given)
     _refuse_no_arm(verb, values)
 
 
@@ -106,16 +96,6 @@ def _look_at_the_rest(words: Sequence[str]) -> None:
     for name, value in _given([*words[words.index("--") + 1 :]] if "--" in words else [], rows, True):
         if name != ALONE:
             _check(name, value, rows, True)
-
-
-def _refuse_no_runs(given: Sequence[tuple[str, str | None]]) -> None:
-    """Refuse places to analyze that hold no run, as far as that shows: a pattern, or what is on the hub, is left."""
-    for name, value in given:
-        place = {"model": value, "against": (value or "").partition("=")[2]}.get(name)
-        if not place or set(place) & set("*?[,"):
-            continue
-        if Path(place).expanduser().exists() or not HUB_ID.fullmatch(place):
-            refuse_no_run(Path(place).expanduser())
 
 
 def _refuse_no_arm(verb: str, values: dict[str, str | None]) -> None:
@@ -136,29 +116,6 @@ def _is_due(row: Row) -> bool:
     return row["default"] == "" and row["type"] and "null" not in _parts(row["type"])
 
 
-def _look_at_the_run(verb: str, given: Sequence[tuple[str, str | None]]) -> None:
-    """Refuse a run whose checkpoint, backbone or text is missing, as far as that shows; what is said last counts."""
-    values: dict[str, object] = {}
-    domains: dict[str, object] = {}
-    for name, value in _leaves_of(verb, given):
-        values[name] = value
-        if name == "data.domains":
-            domains = dict(_mapping(value))
-        elif name.startswith("data.domains."):
-            domain, *deeper = name.removeprefix("data.domains.").split(".")
-            domains = {other: text for other, text in domains.items() if other != domain}
-            domains |= {} if deeper else {domain: value}
-    if verb in ("validate", "test", "predict") and not values.get("ckpt_path"):
-        raise KoffError(f"koff {verb} scores what a run has trained: give its --ckpt_path")
-    backbone = values.get("model.backbone")
-    if is_asked():  # then all that is missing is told at once, also what would have to be fetched (needs.py)
-        return
-    if isinstance(backbone, str) and not values.get("model.artifact"):
-        refuse_no_model(backbone)
-    if domains:
-        _refuse_missing_text(domains)
-
-
 def _leaves_of(verb: str, given: Sequence[tuple[str, str | None]]) -> Iterator[tuple[str, object]]:
     """Names and values of the words and of the configs that they name, in their order, as far as they are read here."""
     rows = {row["name"]: row for row in options_of(verb)}
@@ -167,38 +124,6 @@ def _leaves_of(verb: str, given: Sequence[tuple[str, str | None]]) -> Iterator[t
             yield from _leaves(_content(find_config(value)), rows)
         else:
             yield name, value
-
-
-def _refuse_missing_text(domains: dict[str, object]) -> None:
-    """Look for the files and bundled text of all domains, unless some are far away."""
-    from koff_lightning.data.remote import is_remote
-    from koff_lightning.data.sources import as_sources, refuse_missing_files
-
-    try:
-        sources = as_sources({name: _written_out(value) for name, value in domains.items()})
-        entries = [entry for source in sources.values() for entry in source.file_entries + source.heldout_entries]
-        far = any(map(is_remote, entries))
-    except (KoffError, TypeError, AttributeError, ValueError):  # for the parser to say
-        return
-    if not far:
-        refuse_missing_files(sources)
-
-
-def _mapping(value: object) -> dict[str, object]:
-    """An option's mapping, if it is one that can be read here."""
-    with suppress(ValueError):
-        value = _written_out(value)
-    return value if isinstance(value, dict) else {}
-
-
-def _written_out(value: object) -> object:
-    """A value as it is meant, of an option whose mappings and lists are YAML on the command line."""
-    import yaml
-
-    try:
-        return yaml.safe_load(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError from error
 
 
 def look_into(verb: str, config: Path) -> None:
@@ -316,7 +241,7 @@ def _check(name: str, value: object, rows: dict[str, Row], trains: bool) -> None
     if row is not None and isinstance(value, str | bool | int | float):
         _refuse_wrong_type(name, value, row["type"])
         if name in CHECKPOINTS and isinstance(value, str):
-            _refuse_no_checkpoint(name, value)
+            refuse_no_checkpoint(name, value)
 
 
 def _refuse_unknown(name: str, rows: dict[str, Row], trains: bool) -> None:
@@ -393,22 +318,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return text[:2].lower() in ("0x", "0o", "0b")
     return True
-
-
-def _refuse_no_checkpoint(name: str, value: str) -> None:
-    if value in ("last", "best", "hpc", "null", "") or "://" in value or Path(value).expanduser().exists():
-        return
-    raise KoffError(f"{name} {value}: {NO_CHECKPOINT}")
-
-
-def _refuse_no_artifact(folder: str | None, also_on_hub: bool) -> None:
-    if folder is None or (also_on_hub and HUB_ID.fullmatch(folder)):
-        return
-    if not Path(folder).expanduser().exists():
-        raise KoffError(
-            f"artifact {str(Path(folder).expanduser())!r}: no such folder. `koff export --ckpt CHECKPOINT --out DIR` "
-            "makes one"
-        )
 
 
 def _is_as_recorded(package: str) -> bool:

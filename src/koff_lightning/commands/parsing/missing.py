@@ -1,0 +1,151 @@
+"""What a command names and is not there: looked for before torch and Lightning are imported, which takes seconds.
+
+Text, models, checkpoints, and what an earlier command has left. Only what is certainly missing is refused; what may be
+on the hub, or matched by a pattern, is left to whoever reads it.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import HUB_ID, may_be_had, refuse_no_model, refuse_no_run
+from koff_lightning.support.offline import is_asked
+
+# Options that name what an earlier command has left.
+CHECKPOINTS = ("ckpt_path", "model.mask", "model.prior", "model.warm_start")
+ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve": "artifact", "push": "artifact"}
+ARTIFACTS |= {"router fit": "model", "router test": "model", "convert gguf": "folder"} | dict.fromkeys(
+    ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
+)
+MEMORIES = {"memory add": "memory", "memory cartridge": "from"}  # read a memory that is not in the artifact
+# Take what is on this machine alone, as to change it or to send it.
+CHANGING = ("memory add", "memory remove", "memory compose", "push", "router fit")
+NO_CHECKPOINT = "no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
+
+
+def refuse_missing(verb: str, given: Sequence[tuple[str, str | None]]) -> None:
+    """Refuse a tool's checkpoint, artifact, memory or run that is not there.
+
+    Raises:
+        KoffError: It is missing.
+    """
+    values = dict(given)
+    if (ckpt := values.get("ckpt")) is not None and not Path(ckpt).expanduser().exists():
+        raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
+    if folder := ARTIFACTS.get(verb):
+        _refuse_no_artifact(values.get(folder), verb not in CHANGING)
+    memory = values.get(MEMORIES.get(verb, ""))
+    if memory is not None and not Path(memory).expanduser().exists():
+        raise KoffError(f"memory {memory!r}: no such folder. DIR/memories/NAME of an exported model is one")
+    _refuse_no_runs(given if verb == "analyze" else [])
+
+
+def refuse_missing_of_run(verb: str, options: Iterable[tuple[str, object]]) -> None:
+    """Refuse a run whose checkpoint, backbone or text is missing.
+
+    Args:
+        verb: Of training.
+        options: Names and values of its options, those of its configs too; what is said last counts.
+
+    Raises:
+        KoffError: All that is missing.
+    """
+    values: dict[str, object] = {}
+    domains: dict[str, object] = {}
+    for name, value in options:
+        values[name] = value
+        if name == "data.domains":
+            domains = dict(_mapping(value))
+        elif name.startswith("data.domains."):
+            domain, _, part = name.removeprefix("data.domains.").partition(".")
+            domains[domain] = _with_part(domains.get(domain), part, value) if part else value
+    if verb in ("validate", "test", "predict") and not values.get("ckpt_path"):
+        raise KoffError(f"koff {verb} scores what a run has trained: give its --ckpt_path")
+    backbone, artifact = values.get("model.backbone"), values.get("model.artifact")
+    if is_asked():  # then all that is missing is told at once, also what would have to be fetched (needs.py)
+        return
+    looks = [partial(_refuse_missing_text, domains)] if domains else []
+    if isinstance(artifact, str) and artifact not in ("", "null"):
+        looks.insert(0, partial(_refuse_no_artifact, artifact, also_on_hub=False))
+    elif isinstance(backbone, str) and not {"prefetch-only", "prefetch_only"} & set(values):  # which fetches it
+        looks.insert(0, partial(refuse_no_model, backbone))
+    missing = []
+    for look_for in looks:
+        try:
+            look_for()
+        except KoffError as error:
+            missing.append(str(error))
+    if missing:
+        raise KoffError("\n".join(missing))
+
+
+def _with_part(source: object, part: str, value: object) -> dict[str, object]:
+    """A domain's source in full, of which an option of its own sets one part; only files are of interest here."""
+    with suppress(ValueError):
+        source = _written_out(source)
+    whole = source if isinstance(source, dict) else {"files": source}
+    return whole | ({part: value} if part in ("files", "heldout_files") else {})
+
+
+def _refuse_missing_text(domains: dict[str, object]) -> None:
+    """Look for the files and bundled text of all domains, unless some are far away."""
+    from koff_lightning.data.remote import is_remote
+    from koff_lightning.data.sources import as_sources, refuse_missing_files
+
+    try:
+        sources = as_sources({name: _written_out(value) for name, value in domains.items()})
+        entries = [entry for source in sources.values() for entry in source.file_entries + source.heldout_entries]
+        far = any(map(is_remote, entries))
+    except (KoffError, TypeError, AttributeError, ValueError):  # for the parser to say
+        return
+    if not far:
+        refuse_missing_files(sources)
+
+
+def _mapping(value: object) -> dict[str, object]:
+    """An option's mapping, if it is one that can be read here."""
+    with suppress(ValueError):
+        value = _written_out(value)
+    return value if isinstance(value, dict) else {}
+
+
+def _written_out(value: object) -> object:
+    """A value as it is meant, of an option whose mappings and lists are YAML on the command line."""
+    import yaml
+
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError from error
+
+
+def _refuse_no_runs(given: Sequence[tuple[str, str | None]]) -> None:
+    """Refuse places to analyze that hold no run, as far as that shows: a pattern, or what is on the hub, is left."""
+    for name, value in given:
+        place = {"model": value, "against": (value or "").partition("=")[2]}.get(name)
+        if not place or set(place) & set("*?[,"):
+            continue
+        if Path(place).expanduser().exists() or not (HUB_ID.fullmatch(place) and may_be_had(place)):
+            refuse_no_run(Path(place).expanduser())
+
+
+def refuse_no_checkpoint(name: str, value: str) -> None:
+    """Refuse the value of one of `CHECKPOINTS` where no file is."""
+    if value in ("last", "best", "hpc", "null", "") or "://" in value or Path(value).expanduser().exists():
+        return
+    raise KoffError(f"{name} {value}: {NO_CHECKPOINT}")
+
+
+def _refuse_no_artifact(folder: str | None, also_on_hub: bool) -> None:
+    if folder is None or Path(folder).expanduser().exists():
+        return
+    on_hub = also_on_hub and HUB_ID.fullmatch(folder)
+    if on_hub and may_be_had(folder):
+        return
+    off = ", and no copy of it from the hub, which is switched off" if on_hub else ""
+    raise KoffError(
+        f"artifact {str(Path(folder).expanduser())!r}: no such folder{off}. `koff export --ckpt CHECKPOINT --out DIR` "
+        "makes one"
+    )

@@ -29,6 +29,7 @@ def test_what_a_fresh_process_imports_is_kept_out_of_later_collections_and_nothi
     """A notebook holds much else when it calls `main`, some of it garbage that is still to be collected."""
     program = """if True:
         import gc, sys
+        sys.argv = ["koff"]  # which imports nothing at once
         from koff_lightning.support.quick_imports import quick_imports
         with quick_imports():
             sys.modules["torch"] = gc

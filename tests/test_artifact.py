@@ -30,6 +30,7 @@ from koff_lightning.backbone import prunable_groups
 from koff_lightning.loading import tokenizer_hash
 from koff_lightning.support import files as new_folder
 from koff_lightning.support.files import hash_file
+from koff_lightning.training.run_folder import alone_in
 
 SUM = {"sha256": "", "size": 0}
 
@@ -420,6 +421,26 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path):
     with new_folder.new_folder(tmp_path / "made") as work:
         (work / "koff.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("by_run", [False, True])
+def test_what_a_killed_export_left_of_its_proof_is_cleared(tmp_path, by_run):
+    """By the next export into that folder, or the next run in the folder above it; a living writer's stays."""
+    for name in (".made[1].1.part", ".made[1].1.part.proof.x7", ".made[1].11.part.proof.x7"):
+        (tmp_path / name).mkdir()
+    with new_folder.new_folder(tmp_path / "made"):
+        live = next(tmp_path.glob(".made.*.part"))
+        beside = tmp_path / f"{live.name}.proof.x7"
+        beside.mkdir()
+        if by_run:
+            with alone_in(tmp_path):
+                pass
+        else:
+            with new_folder.new_folder(tmp_path / "made[1]"):
+                pass
+        found = {path.name for path in tmp_path.iterdir()} - {"made[1]"}
+        assert found == {live.name, beside.name, ".made[1].11.part.proof.x7"}
+        beside.rmdir()
 
 
 def test_what_a_killed_writer_left_is_cleared_whatever_the_folder_is_called(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
+from koff_lightning import KoffError
 from koff_lightning.cli import main
 from koff_lightning.commands.training_cli import resolved
 
@@ -28,6 +29,23 @@ def test_a_corpus_is_never_read_as_a_config(tmp_path, monkeypatch, content, wher
     assert resolved(["fit", *words])["data"]["domains"] == {"law": str(corpus)}
 
 
+@pytest.mark.parametrize("option", ["model.lora", "model.retention", "model", "data", "anneal", "trainer.logger"])
+@pytest.mark.parametrize("where", ["file", "value"])
+def test_what_is_deep_does_not_end_the_process(tmp_path, monkeypatch, option, where):
+    """As it does with the reader of the parser."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").write_text("[" * 100_000, encoding="utf-8")
+    value = "deep" if where == "file" else "[" * 100_000
+    with pytest.raises(KoffError, match="is not read: its values lie thousands deep in one another"):
+        resolved(["fit", "--config", "demo.yaml", f"--{option}", value])
+
+
+def test_a_long_text_that_is_no_yaml_is_a_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = f"a: b: {'c' * 80}"
+    assert resolved(["fit", "--config", "demo.yaml", "--data.tokenizer", name])["data"]["tokenizer"] == name
+
+
 def test_the_text_of_a_corpus_that_looks_like_a_config_is_its_text(tmp_path, capsys):
     toy_tokenizer(tmp_path / "tokenizer")
     lines = [json.dumps({"files": "nowhere.jsonl", "text": text}) for text in toy_documents(60)]
@@ -43,6 +61,7 @@ def test_the_text_of_a_corpus_that_looks_like_a_config_is_its_text(tmp_path, cap
 SCRIPT = """
 import locale, sys
 from jsonargparse import ArgumentParser
+from koff_lightning import KoffError
 from koff_lightning.cli import main
 from koff_lightning.commands.parsing.config_files import utf8_files
 assert locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"), "the locale must be another"

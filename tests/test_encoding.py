@@ -265,6 +265,52 @@ def test_bytes_of_unknown_tokens_are_not_counted_though_the_tokens_are_predicted
     assert (stream.tokens == 0).sum() == 2
 
 
+def letters(*signs, unknown=None, named=None, merges=()):
+    """A vocabulary of these signs, with an unknown token or without, which its options name or do not."""
+    vocab = {piece: n for n, piece in enumerate([*([unknown] if unknown else []), *signs])}
+    model = models.BPE(vocab=vocab, merges=list(merges), unk_token=unknown, fuse_unk=True)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token=named)
+
+
+def some_bytes(text):
+    """A byte-level vocabulary of the bytes in a text alone, as a trainer without an initial alphabet makes it."""
+    signs = {pre for byte in text.encode() for pre, value in encoding.BYTE_LEVEL.items() if value == byte}
+    tokenizer = letters(*sorted(signs)).backend_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "counted", "unknown"),
+    [
+        (letters(*"ab é", unknown="<unk>"), [6, 2], [12, 0]),  # named by its model alone
+        (letters(*"ab é"), [6, 2], [12, 0]),  # nothing stands in place of what it cannot read
+        (letters(*"ab é", named="a"), [6, 2], [12, 0]),  # nor where its options name a token
+        (some_bytes("ab é"), [6, 2], [12, 0]),
+        (some_bytes("ab é日"), [10, 2], [8, 0]),  # of other signs it has a byte each, by chance
+    ],
+    ids=["not named", "left out", "named, left out", "bytes", "parts"],
+)
+def test_bytes_that_a_tokenizer_leaves_out_or_has_no_name_for_are_not_counted(tokenizer, counted, unknown):
+    stream = tokenize(["ab é狐狸日本 b", "ab "], tokenizer)
+    size = len("ab é狐狸日本 b".encode())
+    assert stream.unknown_bytes.tolist() == unknown
+    assert stream.num_bytes.tolist() == counted and counted[0] + unknown[0] == size - 1  # less the first token's
+    assert encoding.encode_and_count(tokenizer, "ab é狐狸日本 b")[1] == unknown[0]
+
+
+def test_text_that_is_mostly_left_out_is_refused(tmp_path, recwarn):
+    tokenizer = byte_level()
+    signs = {sign: n for n, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) if sign in "abĠ"}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=signs, merges=[])
+    tokenizer.save_pretrained(tmp_path / "few")
+    (tmp_path / "few" / "config.json").write_text('{"model_type": "llama"}')
+    domain(tmp_path, str(tmp_path / "few"), 0.1)
+    assert any("does not know" in str(w.message) and "of the training text" in str(w.message) for w in recwarn)
+    with pytest.raises(KoffError, match=r"domain 'x': the tokenizer does not know \d\d% of the training text"):
+        domain(tmp_path, str(tmp_path / "few"), 0.8)
+
+
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory):
     """Folder of a tokenizer that knows a, b and space only."""

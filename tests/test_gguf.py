@@ -191,7 +191,7 @@ def test_gemma(tmp_path, scaled):
     assert loaded.config.rope_parameters == model.config.rope_parameters
     torch.testing.assert_close(loaded(IDS).logits, model(IDS, use_cache=False).logits, atol=1e-4, rtol=0)
     write_gguf(tmp_path / "y.gguf", model, entries[1:], None, "gemma3")
-    with pytest.raises(KoffError, match="metadata lacks gemma3.attention.sliding_window, the tokens that most"):
+    with pytest.raises(KoffError, match="metadata lacks gemma3.attention.sliding_window, without which"):
         load_backbone(str(tmp_path / "y.gguf"))
 
 
@@ -201,6 +201,24 @@ def test_rope_of_a_part_of_the_head(tmp_path):
     )
     with pytest.raises(KoffError, match="covers 8 of 16 dimensions"):
         load_backbone(path)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_sizes_that_are_missing_are_not_guessed(tmp_path, arch):
+    """transformers would take its defaults: with as many key-value heads as queries keys come out in another order."""
+    options = {"tie_word_embeddings": False, "num_hidden_layers": 6} if arch == "gemma3" else {}
+    model = tiny_model("gemma3_text" if arch == "gemma3" else arch, num_key_value_heads=4, **options)
+    entries = [("attention.key_length", 16), ("attention.value_length", 16), ("attention.sliding_window", 8)]
+    write_gguf(tmp_path / "x.gguf", model, entries if arch == "gemma3" else (), arch=arch)
+    content = (tmp_path / "x.gguf").read_bytes()
+    names = ["attention.head_count_kv", "attention.head_count", "attention.layer_norm_rms_epsilon", "block_count"]
+    names += ["embedding_length", "feed_forward_length"] + ["rope.freq_base"] * (arch == "gemma3")
+    for name in names:
+        of_the_file = struct.pack("<Q", len(f"{arch}.{name}")) + f"{arch}.{name}".encode()
+        assert content.count(of_the_file) == 1
+        (tmp_path / "x.gguf").write_bytes(content.replace(of_the_file, of_the_file[:8] + b"x" * len(of_the_file[8:])))
+        with pytest.raises(KoffError, match=f"metadata lacks {arch}.{name}, without which its numbers are not known"):
+            load_backbone(str(tmp_path / "x.gguf"))
 
 
 def patched(data, at, form, value):

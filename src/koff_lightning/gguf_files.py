@@ -26,6 +26,9 @@ _SIZES = ("context_length", "block_count", "feed_forward_length", "embedding_len
 _SIZES += ("rope.dimension_count", "attention.head_count", "attention.head_count_kv")
 _SIZES += ("attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length")
 _WINDOW = "attention.sliding_window"  # transformers reads that of Gemma 3, and of no other family here
+# For what is missing of these transformers takes defaults of its own, which need not be llama.cpp's.
+_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.layer_norm_rms_epsilon")
+_NEEDED += ("attention.head_count", "attention.head_count_kv")
 _SCALING = ("type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "finetuned")
 # Parts of names that change what a model computes: entries with one that are not in these lists are refused.
 _MATTERS = ("rope", "attention", "expert", "scale", "softcap", "window", "norm", "ssm")
@@ -186,8 +189,16 @@ def check_head(head: GgufHead, source: str) -> None:
         )
     if head.own("attention.key_length") != head.own("attention.value_length"):
         raise KoffError(f"{said} gives keys and values different lengths, which is not supported")
-    if _WINDOW in sizes and head.own(_WINDOW) is None:  # transformers takes its default
-        raise KoffError(f"{said} lacks {pre}{_WINDOW}, the tokens that most of its layers see: get the file again")
+
+
+def check_sizes(head: GgufHead, source: str) -> None:
+    """Raise KoffError if the metadata of a supported model lacks what transformers would guess."""
+    needed = (*_NEEDED, _WINDOW, "rope.freq_base") if head.family == "gemma3" else _NEEDED
+    if missing := [name for name in needed if head.own(name) is None]:
+        raise KoffError(
+            f"backbone {source!r}: its metadata lacks {head.family}.{missing[0]}, without which its numbers are not "
+            "known: get the file again"
+        )
 
 
 def _is_number(value: object) -> bool:

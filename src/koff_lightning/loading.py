@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from koff_lightning.backbone import FAMILIES, head_size, rope_of
-from koff_lightning.gguf_files import check_head, expected_tensors, read_head, rope_parameters
+from koff_lightning.gguf_files import check_head, check_sizes, expected_tensors, read_head, rope_parameters
 from koff_lightning.model_files import (
     adapter_beside,
     check_config,
@@ -131,6 +131,7 @@ def load_config(source: str, *, revision: str | None = None, trust_remote_code: 
             "To add one, see the head of koff_lightning/backbone.py"
         )
     if head is not None:
+        check_sizes(head, source)
         if (size := head.own("attention.key_length")) is not None:  # transformers takes its default
             config.head_dim = int(size)
         rope = rope_of(config)

@@ -83,7 +83,8 @@ def check_content(checkpoint: dict[str, Any], where: str = "the checkpoint") -> 
 def _rename_keys(checkpoint: dict[str, Any]) -> None:
     """Give the tensors of a checkpoint of an earlier release the names that they have now, in place."""
     state = checkpoint.get("state_dict") or {}
-    if any(str(name).startswith(_FIRST_VERSION) for name in state):
+    names = [str(name) for name in state]
+    if any(name.startswith(_FIRST_VERSION) for name in names) and not any(name.startswith(PREFIX) for name in names):
         new = {f"{PREFIX}{name}" if str(name).startswith(_FIRST_VERSION) else name: v for name, v in state.items()}
         checkpoint["state_dict"] = new
 

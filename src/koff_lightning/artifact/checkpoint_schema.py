@@ -23,6 +23,7 @@ _MOST = 5_000_000  # values, each as often as it is reached; the optimizer of a 
 
 # A form is a kind, several kinds, a list of one form, the forms of names (`name?` may be missing; others are free), or
 # the form of everything under any name, `{str: form}`.
+_TENSORS = ("model.", "penalty.")  # how names of tensors begin
 _COUNT = {"ready": int, "completed": int}
 _STEPS = {"total": _COUNT, "current": _COUNT}
 _FIT = {
@@ -67,7 +68,7 @@ _FORM = {
         "shared_memory?": bool,
         "lora?": (LoraSpec, None),
         "kv?": (KVSpec, None),
-        "placement?": {"lora?": [int], "kv?": [int]},
+        "placement?": {str: [int]},
         "moved?": [int],
     },
     "hyper_parameters": {
@@ -97,7 +98,7 @@ def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
     except ValueError as error:
         return str(error)
     form = (
-        _fault(checkpoint, _FORM, "it") or _fault_of_numbers(checkpoint["state_dict"]) or _fault_of_release(checkpoint)
+        _fault(checkpoint, _FORM, "it") or _fault_of_tensors(checkpoint["state_dict"]) or _fault_of_release(checkpoint)
     )
     if form or (form := _fault_of_optimizers(checkpoint.get("optimizer_states", ()), checkpoint["global_step"])):
         return form
@@ -203,8 +204,10 @@ def _form_of(hint: Any) -> Any:
     return [_form_of(get_args(hint)[0])] if get_origin(hint) is list else hint
 
 
-def _fault_of_numbers(state: Mapping[str, Tensor]) -> str | None:
-    """Trained tensors hold numbers, and the switch of the mask is one."""
+def _fault_of_tensors(state: Mapping[str, Tensor]) -> str | None:
+    """Tensors are of the model or its penalty, trained ones hold numbers, and the switch of the mask is one."""
+    if odd := next((name for name in state if not name.startswith(_TENSORS)), None):
+        return f"it holds the tensor {odd:.60}, which no run has"
     if (fixed := state.get("model.gates.hardened")) is not None and (fixed.dtype != torch.bool or fixed.ndim):
         return f"model.gates.hardened is {fixed.dtype} {list(fixed.shape)}, not one bool"
     for name, tensor in state.items():
@@ -274,6 +277,8 @@ def _contradiction(checkpoint: Mapping[str, Any]) -> str | None:
     """What a checkpoint says of its model it says twice, with the options of its run and with its tensors."""
     options, about = checkpoint["hyper_parameters"], checkpoint["koff"]
     sparsity = options.get("sparsity", {})
+    if not 0 <= about["target"] <= 1:
+        return _other("koff.target", "from 0 to 1", about["target"])
     for name, there in {name: options.get(name) for name in ("domains", "shared_memory", "lora", "kv")}.items():
         if name in about and name in options and _sorted(about[name]) != _sorted(there):
             return f"hyper_parameters.{name} and koff.{name} differ"

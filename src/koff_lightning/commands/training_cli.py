@@ -42,7 +42,7 @@ from koff_lightning.commands.parsing.class_names import (
     refuse_remote_code,
     refuse_task_files,
 )
-from koff_lightning.commands.parsing.config_files import find_configs, take_paths_as_paths, utf8_files
+from koff_lightning.commands.parsing.config_files import find_configs, limited_yaml, take_paths_as_paths, utf8_files
 from koff_lightning.commands.parsing.foreign_errors import (
     NO_BACKEND,
     NO_GPU,
@@ -281,7 +281,7 @@ def run(argv: list[str]) -> None:
     for config in configs:
         refuse_duplicate_keys(config)
     try:
-        with only_known_classes(allow_custom), utf8_files():
+        with only_known_classes(allow_custom), utf8_files(), limited_yaml():
             KoffCLI(
                 KOFFModule,
                 DomainDataModule,

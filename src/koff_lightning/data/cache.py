@@ -92,7 +92,7 @@ def _check_known(name: str, split: str, stream: TokenStream) -> None:
     """Say it where a tokenizer without byte fallback cannot read a part of a text; refuse where it cannot most of it.
 
     Raises:
-        KoffError: More than `MOSTLY` of the bytes are in place of unknown tokens.
+        KoffError: More than `MOSTLY` of the bytes are unknown.
     """
     unknown = int(stream.unknown_bytes.sum())
     share = unknown / max(1, unknown + int(stream.num_bytes.sum()))
@@ -104,8 +104,8 @@ def _check_known(name: str, split: str, stream: TokenStream) -> None:
         )
     if share > NOTABLE:
         rank_zero_warn(
-            f"domain '{name}': the tokenizer does not know {share:.1%} of the {split} text (by bytes) and puts its "
-            "unknown token there. Bits per byte do not count these bytes, but count what the tokens cost"
+            f"domain '{name}': the tokenizer does not know {share:.1%} of the {split} text (by bytes): it puts its "
+            "unknown token there, or nothing. Bits per byte do not count these bytes, but count what the tokens cost"
         )
 
 

@@ -34,7 +34,8 @@ class TokenStream:
     tokens: NDArray[np.int32]  # [N]
     lengths: NDArray[np.int64]  # [D] tokens of each document, 2 or more
     num_bytes: NDArray[np.int64]  # [D] UTF-8 bytes of each document's text that is predicted and known
-    # [D] UTF-8 bytes of each document's text in whose place the unknown token stands; empty where nobody counted
+    # [D] UTF-8 bytes of each document's text in whose place the unknown token stands or nothing; empty where nobody
+    # counted
     unknown_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     # [N] tokens that are predicted where anything stands before them in their row; empty where all are
     predicted: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
@@ -100,7 +101,7 @@ def encode_and_count(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[lis
     """Token ids of a text alone, without special tokens, and how many of its UTF-8 bytes it does not know."""
     encoded = encode(tokenizer, text, add_special_tokens=False)
     ids = encoded["input_ids"]
-    return ids, sum(_unknown_bytes(text, ids, encoded, 0, tokenizer))
+    return ids, sum(_unknown_bytes(text, ids, encoded, 0, tokenizer, unread(tokenizer)))
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eos: bool = False) -> TokenStream:
@@ -109,8 +110,9 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
     Text is text: what looks like a special token (`</s>` in HTML) does not become one. A document of one token alone
     predicts nothing and is left out. Bytes that nothing predicts do not count: without a start token those of the first
     token, also where it is a part of a character. Nor do bytes in whose place the unknown token stands; what it costs
-    to predict that token does, so that text that cannot be read never looks well predicted. Documents of more than
-    `LONGEST_PART` characters are tokenised in parts, which bounds the memory that it takes.
+    to predict that token does, so that text that cannot be read never looks well predicted; nor bytes that a tokenizer
+    without an unknown token leaves out. Documents of more than `LONGEST_PART` characters are tokenised in parts, which
+    bounds the memory that it takes.
 
     Args:
         texts: The documents.
@@ -121,6 +123,7 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
     end = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
     pieces: list[list[NDArray[np.int32]]] = [[] for _ in texts]  # the tokens of each document, in parts
     num_bytes, unknown_bytes = np.zeros((2, len(texts)), np.int64)
+    there = unread(tokenizer)
     for call in _calls(texts):
         encoded = encode(
             tokenizer,
@@ -132,10 +135,10 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
         )
         for number, ((document, part), ids) in enumerate(zip(call, encoded["input_ids"], strict=True)):
             is_first = not (start or pieces[document])  # of the document, and nothing predicts its first token
-            given = _first_bytes(part, ids, encoded, number, tokenizer) if is_first and ids else 0
-            unknown = _unknown_bytes(part, ids, encoded, number, tokenizer)
+            given = _first_bytes(part, ids, encoded, number, tokenizer, there) if is_first and ids else 0
+            unknown = _unknown_bytes(part, ids, encoded, number, tokenizer, there)
             unknown_bytes[document] += sum(unknown)
-            in_both = is_first and bool(ids) and ids[0] == tokenizer.unk_token_id
+            in_both = is_first and bool(ids) and ids[0] == there.token
             num_bytes[document] += len(part.encode()) - given - sum(unknown[in_both:])
             pieces[document].append(np.array(ids, dtype=np.int32))
     lengths = np.array([len(start) + sum(map(len, parts)) for parts in pieces], dtype=np.int64)
@@ -177,13 +180,44 @@ def _parts(text: str) -> Iterator[str]:
     yield text[first:] if first else text
 
 
+@dataclass(frozen=True)
+class Unread:
+    """What a tokenizer makes of text that it cannot read.
+
+    Args:
+        token: Id of its unknown token; None if it has none.
+        left_out: It makes nothing of it.
+    """
+
+    token: int | None
+    left_out: bool
+
+
+_SIGN = "\U00012000"  # of cuneiform, which no vocabulary has
+
+
+def unread(tokenizer: PreTrainedTokenizerBase) -> Unread:
+    """What a tokenizer makes of text that it cannot read, by what it makes of a sign that hardly one can.
+
+    Its options need not say it: a model may have an unknown token that they do not name, or none where they name one.
+    """
+    ids, known = tokenizer(_SIGN, add_special_tokens=False)["input_ids"], _SIGN.encode()
+    raw = [piece.strip() for piece in _raws(tokenizer, ids)]
+    if b"".join(raw) == known:  # by its bytes
+        return Unread(tokenizer.unk_token_id, left_out=False)
+    odd = [token for token, piece in zip(ids, raw, strict=True) if piece not in known]
+    return Unread(odd[0], left_out=False) if odd else Unread(None, left_out=True)
+
+
 def _first_bytes(
-    text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase
+    text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase, there: Unread
 ) -> int:
     """UTF-8 bytes of the text that its first token stands for, without the space that some tokenizers put first."""
+    raw = _raws(tokenizer, ids[:1])[0]
+    if there.left_out:  # before it too
+        return len(raw.lstrip())
     if len(ids) == 1:
         return len(text.encode())
-    raw = _raw(tokenizer.convert_ids_to_tokens(ids[0]))
     if not tokenizer.is_fast:
         whole = text.encode()
         return next((len(part) for part in (raw, raw.lstrip()) if whole.startswith(part)), len(raw.lstrip()))
@@ -199,25 +233,33 @@ def _first_bytes(
 
 
 def _unknown_bytes(
-    text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase
+    text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase, there: Unread
 ) -> list[int]:
-    """UTF-8 bytes of the text in place of each unknown token, in their order."""
-    unknown = tokenizer.unk_token_id
-    places = [] if unknown is None else [place for place, token in enumerate(ids) if token == unknown]
+    """UTF-8 bytes of the text in place of each unknown token, in their order; of what is left out all in one."""
+    if there.left_out:
+        size = sum(map(len, text.encode().split()))  # of white space some leave all out, and lose nothing
+        return [max(0, size - sum(len(part) for raw in _raws(tokenizer, ids) for part in raw.split()))]
+    places = [] if there.token is None else [place for place, token in enumerate(ids) if token == there.token]
     if not places:
         return []
     if not tokenizer.is_fast:  # it does not say where a token lies: what the known ones do not account for
-        known = sum(len(_raw(piece)) for piece in tokenizer.convert_ids_to_tokens([i for i in ids if i != unknown]))
+        known = sum(map(len, _raws(tokenizer, [token for token in ids if token != there.token])))
         return [max(0, len(text.encode()) - known)] + [0] * (len(places) - 1)
     spans = [encoded.token_to_chars(number, place) for place in places]
     return [len(text[span.start : span.end].encode()) for span in spans]
 
 
-def _raw(piece: str) -> bytes:
+def _raws(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bytes]:
+    """The bytes that tokens stand for; of a vocabulary without the byte-level sign for a space letters are letters."""
+    by_bytes = not tokenizer.is_fast or tokenizer.backend_tokenizer.token_to_id("Ġ") is not None
+    return [_raw(piece, by_bytes) for piece in tokenizer.convert_ids_to_tokens(ids)]
+
+
+def _raw(piece: str, by_bytes: bool = True) -> bytes:
     """The bytes that a piece of a vocabulary stands for, in the three ways in which vocabularies write bytes."""
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
         return bytes.fromhex(byte[1])
-    if all(sign in BYTE_LEVEL for sign in piece):
+    if by_bytes and all(sign in BYTE_LEVEL for sign in piece):
         return bytes(BYTE_LEVEL[sign] for sign in piece)
     return piece.replace("▁", " ").encode()
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.encoding import LONGEST_PART, TokenStream, encode
+from koff_lightning.data.encoding import LONGEST_PART, TokenStream, encode, unread
 from koff_lightning.data.readers import OnBad
 from koff_lightning.data.rendering import Message, render, writing
 from koff_lightning.data.sources import Chat
@@ -30,7 +30,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Refuse a tokenizer that cannot write talks.
 
     Raises:
-        KoffError: It has no chat template, or does not say where its tokens lie in a text.
+        KoffError: It has no chat template, does not say where its tokens lie in a text, or leaves a part of it out.
     """
     if not tokenizer.chat_template:
         raise KoffError(
@@ -41,6 +41,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise KoffError(
             f"domain '{name}' holds talks (chat), which takes a tokenizer that says where its tokens lie in a text: "
             "take a backbone with a tokenizer.json"
+        )
+    if unread(tokenizer).left_out:
+        raise KoffError(
+            f"domain '{name}' holds talks (chat), and the tokenizer leaves out what it cannot read, without a token in "
+            "its place: take a backbone whose tokenizer has an unknown token or reads all bytes"
         )
 
 
@@ -66,6 +71,8 @@ def tokenize_talks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cha
     """
     found: list[tuple[NDArray[np.int32], NDArray[np.bool_], int, int]] = []
     special = np.array(sorted(_special(tokenizer)), dtype=np.int32)
+    token = unread(tokenizer).token
+    unread_as = -1 if token is None else token
     for group in _groups(_written(texts, tokenizer, on_bad)):
         encoded = encode(
             tokenizer,
@@ -78,7 +85,7 @@ def tokenize_talks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cha
             tokens, places = np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2)
             predicted = np.ones(len(ids), bool) if chat == "all" else _inside(places[:, 0], spans)
             predicted[:1] = False  # nothing stands before it
-            unknown = tokens == (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id)
+            unknown = tokens == unread_as
             counted = predicted & ~unknown & ~np.isin(tokens, special)
             if predicted.any():
                 found.append(

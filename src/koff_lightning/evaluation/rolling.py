@@ -75,9 +75,9 @@ def _check(task: str, unknown: int, size: int) -> None:
         )
     if share > NOTABLE:
         rank_zero_warn(
-            f"{task}: the tokenizer does not know {share:.1%} of the text (by bytes) and puts its unknown token there. "
-            "koff_bpb does not count these bytes, as a run does not, but counts what the tokens cost; other tasks "
-            "divide by these bytes too, so their bits per byte and perplexities are too low"
+            f"{task}: the tokenizer does not know {share:.1%} of the text (by bytes): its unknown token stands there, "
+            "or nothing. koff_bpb does not count these bytes, as a run does not, but counts what the tokens cost; "
+            "other tasks divide by these bytes too, so their bits per byte and perplexities are too low"
         )
 
 

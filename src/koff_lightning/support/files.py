@@ -5,6 +5,7 @@ One writer at a time holds a folder; its lock goes with its process, however tha
 
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -120,7 +121,13 @@ def clear_leftovers(folder: Path) -> None:
         if not part.is_dir():
             part.unlink(missing_ok=True)
         elif _is_locked(part) is False:
-            shutil.rmtree(part, ignore_errors=True)
+            _clear(part)
+
+
+def _clear(part: Path) -> None:
+    """Remove a folder that a writer has left, and what lay beside it under its name, as an export's proof does."""
+    for path in [part, *part.parent.glob(f"{glob.escape(part.name)}.*")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -184,7 +191,7 @@ def _only_writer(work: Path, target: Path) -> Iterator[None]:
             if locked := _is_locked(other):
                 raise KoffError(f"another process is writing {target}: try again when it is done")
             if locked is False:
-                shutil.rmtree(other, ignore_errors=True)
+                _clear(other)
         aside = _aside(target)
         if aside.exists() and target.exists():
             shutil.rmtree(aside, ignore_errors=True)

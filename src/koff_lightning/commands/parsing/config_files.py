@@ -6,8 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
+from koff_lightning.support.yaml_files import DEEPEST, compose
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -112,6 +115,33 @@ def utf8_files() -> Iterator[None]:
     finally:
         for module in (_core, _paths):
             del module.open
+
+
+@contextmanager
+def limited_yaml() -> Iterator[None]:
+    """What options hold, and the files that some name in place of it, is read inside the block as configs are.
+
+    The parser's own reader ends the process at a line of brackets.
+    """
+    from jsonargparse import get_loader, set_loader
+    from jsonargparse._loaders_dumpers import get_loader_exceptions
+
+    own, exceptions = get_loader("yaml"), get_loader_exceptions("yaml")
+
+    def read(value: str) -> Any:
+        try:
+            if len(value) > DEEPEST:  # else it cannot be too deep
+                compose(value, "what an option holds, or the file that it names,")
+        except KoffError as error:
+            if not isinstance(error.__cause__, yaml.YAMLError):  # text that is no YAML may be a text
+                raise
+        return own(value)
+
+    set_loader("yaml", read, exceptions)
+    try:
+        yield
+    finally:
+        set_loader("yaml", own, exceptions)
 
 
 def take_paths_as_paths(parser: "ArgumentParser", option: str) -> None:

@@ -329,6 +329,8 @@ def test_quantised_folders(tmp_path, method, entry):
         ({"pad_token_id": 97}, "pad_token_id 97 is beyond the 97 rows of the embeddings: set it to null"),
         ({"pad_token_id": "<pad>"}, "pad_token_id is text"),
         ({"eos_token_id": [2, "x"]}, "eos_token_id is a list"),
+        ({"eos_token_id": 10**30}, "eos_token_id is 1000.*, which is no token's number"),
+        ({"eos_token_id": [2, -7]}, "eos_token_id is -7, which is no token's number"),
         ({"model_type": ["llama"]}, "model_type is a list"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is text"),
         ({"auto_map": "x"}, "auto_map is text"),
@@ -582,8 +584,9 @@ def test_a_run_does_not_begin_its_text_anew(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id"])
 def test_tokens_of_generation_config(tmp_path, name):
     saved(tmp_path, "llama")
-    (tmp_path / "generation_config.json").write_text(json.dumps({name: [1, 2]}))
-    refused(tmp_path, f"{name} is")
+    for odd in ([1, 2], 10**30, -7):
+        (tmp_path / "generation_config.json").write_text(json.dumps({name: odd}))
+        refused(tmp_path, f"{name} is")
 
 
 def test_a_manifest_with_what_is_no_number(tmp_path):

@@ -155,6 +155,8 @@ def _wrong_token(config: Mapping[str, Any], name: str) -> str | None:
     ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
     if any(entry is not None and type(entry) is not int for entry in ids):
         return f"{name} is {kind(value)}"
+    if odd := [entry for entry in ids if entry is not None and not -1 <= entry < _SIZES["vocab_size"]]:
+        return f"{name} is {str(odd[0])[:20]}, which is no token's number"
     size = config.get("vocab_size")
     beyond = [entry for entry in ids if entry is not None and type(size) is int and not -1 <= entry < size]
     return (

@@ -673,6 +673,10 @@ def test_aliases_that_a_config_may_have(tmp_path):
         ({"tasks": "koff_cloze, tasks/mine.yaml"}, "task files may run Python of their own"),
         ({"confirm_run_unsafe_code": True}, "says confirm_run_unsafe_code, which lets code of others run"),
         ({"trust_remote_code": True}, "says trust_remote_code, which lets code of others run"),
+        ({"tasks": [{"task": "mine"}]}, "config.tasks must be str, and is list"),
+        ({"num_fewshot": [1]}, "config.num_fewshot must be a count, and is list"),
+        ({"output_path": 3}, "config.output_path must be str, and is int 3"),
+        ({"use_cache": [3]}, "config.use_cache must be str, and is list"),
     ],
 )
 def test_a_config_of_lm_eval_runs_nothing(tmp_path, monkeypatch, capsys, entries, message):

@@ -214,6 +214,16 @@ def test_links_out_of_the_folder(tmp_path):
     assert load_backbone(str(snapshot)), "the hub's cache is made of links"
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "model.safetensors", ".hidden"])
+def test_a_pipe_among_the_files(tmp_path, name):
+    """Who reads it waits for ever."""
+    saved(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    for load in (load_backbone, load_tokenizer):
+        refused(tmp_path, f"{name} is a pipe or a device, which may never end", load)
+
+
 def test_a_model_of_the_hub_is_held_to_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -183,7 +183,7 @@ def _wrong_rope(rope: Mapping[str, Any], name: str) -> str | None:
 
 
 def check_links(folder: Path) -> None:
-    """Raise KoffError if anything below a folder, hidden or not, is a link out of it.
+    """Raise KoffError if anything below a folder, hidden or not, is a link out of it, or neither file nor folder.
 
     The hub's own cache keeps a model as links to `blobs` beside its snapshots, which is no way out.
     """
@@ -194,6 +194,8 @@ def check_links(folder: Path) -> None:
         target = Path(os.path.realpath(path))
         if path.is_symlink() and not (target.is_relative_to(home) or target.is_relative_to(blobs)):
             raise KoffError(f"{path} is a link to {os.readlink(path)}, outside the folder: put the file itself there")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise KoffError(f"{path} is a pipe or a device, which may never end: put a file there, or remove it")
 
 
 def check_folder(folder: Path, source: str) -> None:

@@ -136,6 +136,9 @@ def test_the_dtype_is_compared_with_the_weights(folder, dtype):
         verify(folder, backbone=False)
 
 
+MEMORY = {"rank": None, "slots": None, "parameters": 1, "card_sha256": ""}
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -143,22 +146,26 @@ def test_the_dtype_is_compared_with_the_weights(folder, dtype):
         ({"format_version": None}, "format version None"),
         ({"colour": "red"}, "has an unknown entry 'colour'"),
         ({"mask_hash": "00"}, "its mask does not fit its mask_hash"),
-        ({"kept": [{"layer": 0}]}, r"koff\.json cannot be used \(it lacks 'kind'\)"),
+        ({"kept": [{"layer": 0}]}, r"koff\.json cannot be used \(an entry of kept lacks kind\)"),
         ({"kept": 3}, r"koff\.json cannot be used"),
         ({"layout": "round"}, "layout must be one of ragged, .* got 'round'"),
-        ({"layout": ["ragged"]}, "layout must be one of ragged, "),
+        ({"layout": ["ragged"]}, "layout must be str, and is list"),
         ({"layout": "merged", "domain": None}, "layout 'merged' does not go with the merged domain None"),
         ({"layout": "ragged", "domain": "de"}, "layout 'ragged' does not go with the merged domain 'de'"),
-        ({"domains": {"../x": {"parameters": 1}}}, "domain name '../x' is not safe"),
-        ({"domains": {"de": {}}}, "it lacks 'parameters'"),
+        ({"domains": {"../x": MEMORY}}, "domain name '../x' is not safe"),
+        ({"domains": {"de": {}}}, "de lacks rank"),
+        ({"domains": {"jura": MEMORY}}, "its active parameters lack 'jura'"),
         ({"domains": ["de"]}, "cannot be used"),
-        ({"domains": {"de": {"parameters": "1"}}}, "'parameters' cannot be '1'"),
-        ({"domains": {}, "base": {"id": "x"}}, "it lacks 'hash'"),
-        ({"base": dict.fromkeys(("id", "hash", "family", "tokenizer_hash"))}, "'id' cannot be None"),
-        ({"sparsity": {}}, "it lacks 'target'"),
-        ({"dtype": 3}, "'dtype' cannot be 3"),
-        ({"parameters": {}}, "it lacks 'active'"),
-        ({"files": {"backbone/x": {"size": 1}}}, "it lacks 'sha256'"),
+        ({"domains": {"de": MEMORY | {"parameters": "1"}}}, "parameters must be a count, and is str '1'"),
+        ({"domains": {}, "base": {"id": "x"}}, "base lacks revision"),
+        (
+            {"base": dict.fromkeys(("id", "revision", "hash", "family", "tokenizer_hash"))},
+            "id must be str, and is nothing",
+        ),
+        ({"sparsity": {}}, "sparsity lacks denominator"),
+        ({"dtype": 3}, "dtype must be str, and is int 3"),
+        ({"parameters": {}}, "parameters lacks dense_total"),
+        ({"files": {"backbone/x": {"size": 1}}}, "backbone/x lacks sha256"),
         ({"files": {"../../secret": SUM}}, "lists '../../secret', which is not below backbone/"),
         ({"files": {"backbone/../koff.json": SUM}}, "not below backbone/"),
         ({"files": {"": SUM}}, "not below backbone/"),

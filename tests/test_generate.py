@@ -125,6 +125,29 @@ def test_the_models_own_sampling_can_be_asked_for(made, model, capsys, tmp_path)
     assert koff(capsys, *command, "--temperature", "0") == due, "what is given goes before it"
 
 
+def test_the_models_own_beams_can_be_asked_for(made, capsys, tmp_path):
+    """They have nothing to stream before their end; and what they give is text, whatever the settings say."""
+    folder = with_settings(made, tmp_path / "copy", SETTINGS["beams"] | {"return_dict_in_generate": True})
+    own = load_decomposed(folder)
+    new = greedy(own, PROMPTS[0], domains="law", num_beams=3, length_penalty=5.0)
+    command = ["generate", "--model", folder, "--domain", "law", "--prompt", PROMPTS[0], *NEW]
+    assert koff(capsys, *command, "--generation-config", "model").strip() == f"[law] {PROMPTS[0]}{new}".strip()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"stop_strings": 3}, {"dola_layers": "low"}, {"begin_suppress_tokens": "x"}, {"is_assistant": True}],
+    ids=str,
+)
+def test_own_settings_that_cannot_be_used_are_one_line(made, capsys, tmp_path, settings):
+    folder = with_settings(made, tmp_path / "copy", settings)
+    command = ["generate", "--model", str(folder), "--prompt", PROMPTS[0], "--generation-config"]
+    assert main([*command, "model"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("koff: the settings in the model's generation_config.json cannot be used (")
+    assert main([*command, "none"]) == 0
+
+
 def test_the_tokens_that_end_a_text_are_the_models_own(made, model, tmp_path):
     ids = model.tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     options = {"domains": "law", "max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}

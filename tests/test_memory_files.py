@@ -181,10 +181,11 @@ def rewrite(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def rehash(folder):
-    """Make memory.json agree with the files that are there."""
+def rehash(folder, sound=True):
+    """Make memory.json agree with the files that are there, as far as they can be read."""
     files = {p.name: {"sha256": hash_file(p), "size": p.stat().st_size} for p in folder.iterdir() if p.name != CARD}
-    rewrite(folder, files=files)
+    tensors = [tensor for p in folder.glob("*.safetensors") if sound for tensor in load_file(p).values()]
+    rewrite(folder, files=files, parameters=sum(tensor.numel() for tensor in tensors))
 
 
 def test_a_file_that_is_missing_extra_changed_or_cut_short_is_refused(tmp_path):
@@ -218,7 +219,7 @@ def test_an_empty_folder_and_that_of_an_artifact_are_refused(tmp_path):
 @pytest.mark.parametrize("file", [ADAPTER, KV_FILE])
 def test_a_corrupted_safetensors_file_is_refused(folder, file):
     (folder / file).write_bytes(b"\xff" * 64)
-    rehash(folder)
+    rehash(folder, sound=False)
     refuse(folder, f"{file} is not a sound safetensors file")
 
 
@@ -259,16 +260,22 @@ def test_a_tensor_that_is_missing_is_refused(folder, file, message):
         ({"lora": {"rank": 0, "alpha": 6.0, "targets": ["q_proj"]}}, r"lora.rank must be between.*get it again"),
         ({"lora": {"rank": 3}}, "get it again"),
         ({"lora": {}}, "disagree about rank, alpha, targets or layers"),
-        ({"lora": []}, "get it again"),
-        ({"files": {name: {"sha256": ""} for name in (ADAPTER, "adapter_config.json", KV_FILE)}}, "cannot be used"),
+        ({"lora": []}, r"\(lora must be a dictionary, and is list\): get it again"),
+        ({"lora": {"rank": "3"}}, r"lora.rank must be a count, and is str '3'"),
+        ({"lora": {"targets": [{}]}}, "an entry of lora.targets must be str, and is dict"),
+        ({"files": {name: {"sha256": ""} for name in (ADAPTER, "adapter_config.json", KV_FILE)}}, "lacks size"),
         ({"lora": {"rank": 3, "alpha": 6.0, "targets": ["q_proj"]}}, "disagree about rank, alpha, targets or layers"),
-        ({"kv": {"slots": "many"}}, "get it again"),
+        ({"kv": {"slots": "many"}}, "kv lacks positions"),
+        ({"kv": {"slots": None, "positions": [-5, -1], "source_text_hash": None}}, "slots must be a count, and is no"),
+        ({"kv": {"slots": 5, "positions": "x", "source_text_hash": None}}, "positions must be a list, and is str 'x'"),
+        ({"parameters": "x"}, "parameters must be a count, and is str 'x'"),
+        ({"parameters": 7}, r"memory.json speaks of 7 parameters, its files hold \d+"),
         ({"kv": {"slots": 5, "positions": [-5, -1], "source_text_hash": "no hex"}}, "memory .*both: "),
-        ({"kv": None}, "must name its base, its hashes and the files"),
-        ({"base": {"id": "x"}}, "cannot be used"),
-        ({"mask_hash": None}, "must name its base, its hashes"),
-        ({"files": {"../../x": {"sha256": "", "size": 0}}}, "cannot be used"),
-        ({"domain": 3}, "is not safe as a file name"),
+        ({"kv": None}, "must name the files adapter_config.json, .* and no other"),
+        ({"base": {"id": "x"}}, "base lacks hash"),
+        ({"mask_hash": None}, "mask_hash must be str, and is nothing"),
+        ({"files": {"../../x": {"sha256": "", "size": 0}}}, "must name the files"),
+        ({"domain": 3}, "domain must be str, and is int 3"),
     ],
 )
 def test_a_card_that_cannot_be_used_is_refused(folder, changes, message):

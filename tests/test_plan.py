@@ -199,6 +199,10 @@ def test_a_config_in_place_of_a_model_out_of_reach(tmp_path, monkeypatch, capsys
     assert said.startswith("koff: cannot load backbone 'owner/model'") and "--model-config" in said
     assert said.count("\n") == 1
     tiny_model("llama").config.save_pretrained(tmp_path)
+    quantised = tmp_path / "quantised"
+    tiny_model("llama", quantization_config={"quant_method": "gptq"}).config.save_pretrained(quantised)
+    assert main([*words[:-1], str(quantised)]) == 2
+    assert capsys.readouterr().err.endswith("get the unquantised weights\n"), "its config.json is no way out"
     told = [*words[:3], "--model-config", str(tmp_path / "config.json"), *words[3:], "--model.dtype=float32"]
     assert main(told) == 0
     assert "no time told: give --tflops" in capsys.readouterr().out

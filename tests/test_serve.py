@@ -19,6 +19,7 @@ from tiny_artifact import VOCABULARY, tiny_artifact, tiny_decomposition
 from koff_lightning import KVSpec, LoraSpec, load_decomposed
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.memories import add_memory, remove_memory
+from koff_lightning.data import rendering
 from koff_lightning.evaluation.harness import KoffLM
 from koff_lightning.serving import ask, requests
 from koff_lightning.serving.batch import Batch
@@ -331,6 +332,15 @@ def test_a_model_without_chat_template_says_so(tmp_path):
     with served(OwnEngine(tiny_artifact(tmp_path).folder)) as address:
         status, content = Client(address).chat("tiny")
     assert status == 400 and "no chat template" in content["error"]["message"]
+
+
+def test_a_chat_template_that_never_ends_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering.writing.__wrapped__, "__defaults__", (0.5,))
+    engine = OwnEngine(tiny_artifact(tmp_path).folder)
+    engine.tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with served(engine) as address:
+        status, content = Client(address).chat("tiny")
+    assert status == 400 and "still wrote after 0.5 s" in content["error"]["message"]
 
 
 # ------------------------------------------------------------------------------------------------------ under load

@@ -150,6 +150,9 @@ def test_a_file_that_is_not_what_its_name_says_is_told_so(tmp_path):
     ) as e:
         read(DomainSource(str(path)))
     assert "on_bad_line" not in str(e.value)
+    path.write_bytes('{"text": "süß"}\n'.encode("latin-1") * 30)
+    with pytest.raises(KoffError, match=r"a\.jsonl:1: not valid UTF-8; the next 9 are no better\. Save it as UTF-8$"):
+        read(DomainSource(str(path)))
     path.write_text('{"content": "a"}\n' * 30)
     with pytest.raises(
         KoffError, match=r"a\.jsonl:1: no field 'text', only content: .*; the next 9 are no better\."

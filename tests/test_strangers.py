@@ -214,6 +214,16 @@ def test_links_out_of_the_folder(tmp_path):
     assert load_backbone(str(snapshot)), "the hub's cache is made of links"
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "model.safetensors", ".hidden"])
+def test_a_pipe_among_the_files(tmp_path, name):
+    """Who reads it waits for ever."""
+    saved(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    for load in (load_backbone, load_tokenizer):
+        refused(tmp_path, f"{name} is a pipe or a device, which may never end", load)
+
+
 def test_a_model_of_the_hub_is_held_to_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -262,12 +272,25 @@ def test_an_adapter_beside_the_weights(tmp_path, monkeypatch):
         ({"final_logit_softcapping": 30.0}, "sets final_logit_softcapping: it caps its logits.*take another backbone"),
         ({"attn_logit_softcapping": 50.0}, "sets attn_logit_softcapping: it caps its attention scores"),
         ({"use_bidirectional_attention": True}, "sets use_bidirectional_attention: it lets tokens see"),
+        ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "gives layers options of their own"),
+        ({"attribute_map": {"rms_norm_eps": "attention_dropout"}}, "gives its entries other names"),
+        ({"save_pretrained": 3}, "has an entry 'save_pretrained', which transformers calls"),
+        ({"is_heterogeneous": True}, "has an entry 'is_heterogeneous', which transformers calls"),
     ],
 )
 def test_what_a_config_may_not_ask_for(tmp_path, entries, message):
     edit(saved(tmp_path) / "config.json", **entries)
     refused(tmp_path, message)
     refused(tmp_path, message, load_config)
+
+
+def test_a_config_in_place_of_the_one_that_was_looked_at(tmp_path):
+    """Transformers takes the newest of `configuration_files` that its release is due, and reads nothing else."""
+    content = json.loads((saved(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.4.0.0.json").write_text(json.dumps(content | {"attn_implementation": "someone/kernel"}))
+    edit(tmp_path / "config.json", configuration_files=["config.4.0.0.json"])
+    for load in (load_backbone, load_config):
+        refused(tmp_path, r"names another config, .* \(configuration_files\)", load)
 
 
 QUANTISED = {
@@ -307,6 +330,8 @@ def test_quantised_folders(tmp_path, method, entry):
         ({"hidden_act": "nothing"}, "cannot load backbone"),
         ({"hidden_act": 3}, "hidden_act is a number"),
         ({"rope_parameters": []}, "rope_parameters is a list"),
+        ({"rope_parameters": ["yarn"]}, "rope_parameters is a list"),
+        ({"rope_scaling": 3}, "rope_scaling is a number"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "cannot load backbone"),
         ({"rope_parameters": {"rope_type": ["default"]}}, "rope_type is a list"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 1e4}}, "factor is 0, outside"),
@@ -314,6 +339,8 @@ def test_quantised_folders(tmp_path, method, entry):
         ({"pad_token_id": 97}, "pad_token_id 97 is beyond the 97 rows of the embeddings: set it to null"),
         ({"pad_token_id": "<pad>"}, "pad_token_id is text"),
         ({"eos_token_id": [2, "x"]}, "eos_token_id is a list"),
+        ({"eos_token_id": 10**30}, "eos_token_id is 1000.*, which is no token's number"),
+        ({"eos_token_id": [2, -7]}, "eos_token_id is -7, which is no token's number"),
         ({"model_type": ["llama"]}, "model_type is a list"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is text"),
         ({"auto_map": "x"}, "auto_map is text"),
@@ -461,6 +488,8 @@ BAD = {
         *("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress", "optimizer", "step", "total"),
         {"ready": 6, "completed": 0},
     ),
+    "a loop that counts in text": put(*("loops", "fit_loop", "epoch_loop.batch_progress", "total", "processed"), "x"),
+    "a loop that steps in text": put("loops", "fit_loop", "epoch_loop.state_dict", "_batches_that_stepped", "x"),
     "no place in the data": put("loops", "fit_loop", "epoch_progress", {}),
     "units of nothing": put("hyper_parameters", "sparsity", "units", None),
     "units that are numbers": put("hyper_parameters", "sparsity", "units", [1, 2]),
@@ -572,8 +601,9 @@ def test_a_run_does_not_begin_its_text_anew(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id"])
 def test_tokens_of_generation_config(tmp_path, name):
     saved(tmp_path, "llama")
-    (tmp_path / "generation_config.json").write_text(json.dumps({name: [1, 2]}))
-    refused(tmp_path, f"{name} is")
+    for odd in ([1, 2], 10**30, -7):
+        (tmp_path / "generation_config.json").write_text(json.dumps({name: odd}))
+        refused(tmp_path, f"{name} is")
 
 
 def test_a_manifest_with_what_is_no_number(tmp_path):
@@ -660,6 +690,10 @@ def test_aliases_that_a_config_may_have(tmp_path):
         ({"tasks": "koff_cloze, tasks/mine.yaml"}, "task files may run Python of their own"),
         ({"confirm_run_unsafe_code": True}, "says confirm_run_unsafe_code, which lets code of others run"),
         ({"trust_remote_code": True}, "says trust_remote_code, which lets code of others run"),
+        ({"tasks": [{"task": "mine"}]}, "config.tasks must be str, and is list"),
+        ({"num_fewshot": [1]}, "config.num_fewshot must be a count, and is list"),
+        ({"output_path": 3}, "config.output_path must be str, and is int 3"),
+        ({"use_cache": [3]}, "config.use_cache must be str, and is list"),
     ],
 )
 def test_a_config_of_lm_eval_runs_nothing(tmp_path, monkeypatch, capsys, entries, message):
@@ -792,6 +826,8 @@ def test_the_config_of_layout_deci(made_deci, tmp_path, entries, message):
         ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save"),
         ({"bias": "all"}, "not of LoRA alone"),
         ({"peft_type": "LOHA"}, "not of LoRA alone"),
+        ({"target_modules": [{"a": 1}]}, "disagree about rank, alpha, targets or layers"),
+        ({"r": None}, "disagree about rank, alpha, targets or layers"),
         ("[" * 50_000, "thousands deep"),
         ("[]", "holds a list"),
     ],
@@ -818,6 +854,55 @@ def test_a_tokenizer_of_another_kind(artifact, text):
 def test_options_of_a_tokenizer_of_another_kind(artifact, entries):
     edit(artifact / "backbone" / "tokenizer_config.json", **entries)
     refused(artifact / "backbone", f"{next(iter(entries))} is a", load_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"fast_tokenizer_files": ["../outside/tokenizer.4.0.0.json"]}, "fast_tokenizer_files is .*files beside it"),
+        ({"fast_tokenizer_files": 3}, "fast_tokenizer_files is 3"),
+        ({"tokenizer_file": "{}/tokenizer.json"}, "tokenizer_file names .*not a file of this folder"),
+        ({"tokenizer_class": "GPT2Tokenizer", "vocab": "{}/vocab.json", "merges": "{}/merges.txt"}, "vocab names"),
+        ({"tokenizer_class": "GPT2Tokenizer", "init_inputs": ["{}/vocab.json", "{}/merges.txt"]}, "init_inputs gives"),
+    ],
+    ids=lambda part: next(reversed(part)) if isinstance(part, dict) else "",
+)
+def test_a_tokenizer_of_another_folder(artifact, tmp_path, entries, message):
+    """Transformers opens some of what tokenizer_config.json names: not hashed, and whatever lies there."""
+    outside, home = tmp_path / "outside", artifact / "backbone"
+    outside.mkdir()
+    content = json.loads((home / "tokenizer.json").read_text())
+    for name in ("tokenizer.json", "tokenizer.4.0.0.json"):
+        (outside / name).write_text(json.dumps(content))
+    (outside / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2}))
+    (outside / "merges.txt").write_text("#version\na b\n")
+    if "init_inputs" in entries or "vocab" in entries:
+        (home / "tokenizer.json").unlink()
+    edit(home / "tokenizer_config.json", **json.loads(json.dumps(entries).replace("{}", str(outside))))
+    Bench._hash_anew(artifact)
+    refused(artifact, message, lambda folder: load_decomposed(folder).tokenizer)
+
+
+def test_where_a_tokenizer_was_once_is_harmless(artifact):
+    """Older releases of transformers wrote it down, and nothing is read from there."""
+    places = {"tokenizer_file": "/nowhere/tokenizer.json", "special_tokens_map_file": __file__, "init_inputs": []}
+    edit(artifact / "backbone" / "tokenizer_config.json", **places)
+    assert load_tokenizer(str(artifact / "backbone"))("fox")["input_ids"]
+
+
+def test_a_tokenizer_of_the_hub_is_held_to_the_same(artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("b" * 40)
+    (tmp_path / "models--some--model" / "refs").mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("b" * 40)
+    shutil.copytree(artifact / "backbone", snapshot)
+    model = json.loads((snapshot / "config.json").read_text()) | {"model_type": "llama"}
+    (snapshot / "config.json").write_text(json.dumps(model))
+    assert load_tokenizer("some/model")("fox")["input_ids"]
+    edit(snapshot / "tokenizer_config.json", tokenizer_file=str(artifact / "backbone" / "tokenizer.json"))
+    with pytest.raises(KoffError, match="tokenizer_file names .*not a file of this folder"):
+        load_tokenizer("some/model")
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])

@@ -178,6 +178,10 @@ def load_tokenizer(
     if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
         check_tokenizer(folder)
     tokenizer = _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
+    if not folder.is_dir() and isinstance(
+        copy := try_to_load_from_cache(source, "tokenizer_config.json", revision=revision), str
+    ):
+        check_tokenizer(Path(copy).parent)  # of the hub, whose files are here now
     _loading(source, tokenizer, {"text": "A text."})  # some options are looked at only here
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one from a class and no file
         raise KoffError(

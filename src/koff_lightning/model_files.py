@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -35,6 +36,9 @@ _FOREIGN = {
     "kernel_config": "asks for kernels",
     "use_kernels": "asks for kernels",
     "distributed_config": "asks for several processes",
+    "configuration_files": "names another config, which would be read in its place",
+    "per_layer_config": "gives layers options of their own",
+    "attribute_map": "gives its entries other names",
 }
 _UNKNOWN = {
     "final_logit_softcapping": "caps its logits, and losses here are computed from the plain ones",
@@ -89,6 +93,9 @@ _OF_TOKENIZERS = {  # in tokenizer_config.json
     "add_eos_token": (bool,),
 }
 _TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
+# Entries of tokenizer_config.json that transformers may open as they stand, beside all whose name ends in `_file`; and
+# two that end so, which it does not: older releases wrote down there where a tokenizer came from.
+_OPENED, _NOT_OPENED = ("vocab", "merges"), ("added_tokens_file", "special_tokens_map_file")
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
@@ -109,6 +116,8 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         raise KoffError(f"{where} {_FOREIGN[found[0]]} ({found[0]}), which a backbone does not do: remove that entry")
     if found := [name for name in _UNKNOWN if config.get(name) not in (None, False)]:
         raise KoffError(f"{where} sets {found[0]}: it {_UNKNOWN[found[0]]}; take another backbone")
+    if name := next(filter(_is_no_entry, config), None):
+        raise KoffError(f"{where} has an entry {name!r}, which transformers calls and no config sets: remove it")
     for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
         if config.get(name) not in (None, *_ATTENTION):
             raise KoffError(
@@ -121,9 +130,18 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     faults += [wrong_value(config, name, (int, float), low, high) for name, (low, high) in _NUMBERS.items()]
     faults += [wrong_value(config, name, kinds, 0, 0) for name, kinds in _KINDS.items()]
     faults += [_wrong_token(config, name) for name in _TOKENS]
-    faults += [_wrong_rope(config.get(name) or {}, name) for name in ("rope_parameters", "rope_scaling")]
+    ropes = {name: config.get(name) for name in ("rope_parameters", "rope_scaling")}
+    faults += [_wrong_rope(rope, name) for name, rope in ropes.items() if isinstance(rope, Mapping)]
     if fault := next(filter(None, faults), None):
         raise KoffError(f"{where} cannot be used: {fault}")
+
+
+def _is_no_entry(name: str) -> bool:
+    """Whether an entry would take the place of a method of transformers' configs, or of what they work out."""
+    from transformers import PreTrainedConfig
+
+    found = getattr_static(PreTrainedConfig, name, None)
+    return callable(getattr(found, "__func__", found)) or (isinstance(found, property) and found.fset is None)
 
 
 def _quantised(about: object) -> str:
@@ -137,6 +155,8 @@ def _wrong_token(config: Mapping[str, Any], name: str) -> str | None:
     ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
     if any(entry is not None and type(entry) is not int for entry in ids):
         return f"{name} is {kind(value)}"
+    if odd := [entry for entry in ids if entry is not None and not -1 <= entry < _SIZES["vocab_size"]]:
+        return f"{name} is {str(odd[0])[:20]}, which is no token's number"
     size = config.get("vocab_size")
     beyond = [entry for entry in ids if entry is not None and type(size) is int and not -1 <= entry < size]
     return (
@@ -163,7 +183,7 @@ def _wrong_rope(rope: Mapping[str, Any], name: str) -> str | None:
 
 
 def check_links(folder: Path) -> None:
-    """Raise KoffError if anything below a folder, hidden or not, is a link out of it.
+    """Raise KoffError if anything below a folder, hidden or not, is a link out of it, or neither file nor folder.
 
     The hub's own cache keeps a model as links to `blobs` beside its snapshots, which is no way out.
     """
@@ -174,6 +194,8 @@ def check_links(folder: Path) -> None:
         target = Path(os.path.realpath(path))
         if path.is_symlink() and not (target.is_relative_to(home) or target.is_relative_to(blobs)):
             raise KoffError(f"{path} is a link to {os.readlink(path)}, outside the folder: put the file itself there")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise KoffError(f"{path} is a pipe or a device, which may never end: put a file there, or remove it")
 
 
 def check_folder(folder: Path, source: str) -> None:
@@ -230,7 +252,7 @@ def check_tokenizer(folder: Path) -> None:
         content = read_json_object(folder / name) if (folder / name).exists() else {}
         if name == "tokenizer_config.json":
             faults = [wrong_value(content, entry, kinds, 0, math.inf) for entry, kinds in _OF_TOKENIZERS.items()]
-            if fault := next(filter(None, faults), None):
+            if fault := next(filter(None, [*faults, _named_elsewhere(content)]), None):
                 raise KoffError(f"{folder / name} cannot be used: {fault}")
     vocabularies = ("tokenizer.json", "vocab.json", "tekken.json")
     alone = (folder / "tokenizer.model").exists() and not any((folder / name).exists() for name in vocabularies)
@@ -239,6 +261,20 @@ def check_tokenizer(folder: Path) -> None:
             f"{folder} holds its tokenizer as tokenizer.model alone, which takes the packages sentencepiece and "
             "protobuf to read: install them, or save it once with them, which writes tokenizer.json"
         )
+
+
+def _named_elsewhere(content: Mapping[str, Any]) -> str | None:
+    """What tokenizer_config.json has transformers read in place of the files beside it."""
+    files = content.get("fast_tokenizer_files") or []
+    if not isinstance(files, list) or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        return f"fast_tokenizer_files is {files!s:.80}, where names of files beside it are due"
+    if content.get("init_inputs"):
+        return "init_inputs gives the tokenizer's class further arguments: remove that entry"
+    for name, value in content.items():
+        opened = name in _OPENED or (name.endswith("_file") and name not in _NOT_OPENED)
+        if opened and isinstance(value, str) and os.path.exists(value):
+            return f"{name} names {value}, which is not a file of this folder: remove that entry"
+    return None
 
 
 def adapter_beside(source: str) -> KoffError:

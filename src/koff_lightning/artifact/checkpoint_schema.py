@@ -4,12 +4,9 @@ torch's reader with `weights_only` makes sure that nothing runs. It does not say
 itself, a tensor may claim a million times the numbers that it has, `global_step` may be a dictionary.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from itertools import pairwise
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -17,18 +14,17 @@ from torch import Tensor
 
 from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.support.forms import fault_in, other
 
 _DEEPEST = 40  # of values in one another; the loops of a run take 8
 _MOST = 5_000_000  # values, each as often as it is reached; the optimizer of a large run has 100,000
 
-# A form is a kind, several kinds, a list of one form, the forms of names (`name?` may be missing; others are free), or
-# the form of everything under any name, `{str: form}`.
 _TENSORS = ("model.", "penalty.")  # how names of tensors begin
-_COUNT = {"ready": int, "completed": int}
+_COUNT = {"ready": int, "started?": int, "processed?": int, "completed": int}
 _STEPS = {"total": _COUNT, "current": _COUNT}
 _FIT = {
     "state_dict": dict,
-    "epoch_loop.state_dict": dict,
+    "epoch_loop.state_dict": {"_batches_that_stepped?": int},
     "epoch_loop.batch_progress": _STEPS | {"is_last_batch": bool},
     "epoch_loop.scheduler_progress": _STEPS,
     "epoch_loop.automatic_optimization.state_dict": dict,
@@ -97,9 +93,8 @@ def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
         _count(checkpoint, {}, 0)
     except ValueError as error:
         return str(error)
-    form = (
-        _fault(checkpoint, _FORM, "it") or _fault_of_tensors(checkpoint["state_dict"]) or _fault_of_release(checkpoint)
-    )
+    form = fault_in(checkpoint, _FORM, "it")
+    form = form or _fault_of_tensors(checkpoint["state_dict"]) or _fault_of_release(checkpoint)
     if form or (form := _fault_of_optimizers(checkpoint.get("optimizer_states", ()), checkpoint["global_step"])):
         return form
     moved = [len(state["state"]) for state in checkpoint.get("optimizer_states", ())]
@@ -110,9 +105,9 @@ def fault_of(checkpoint: Mapping[str, Any]) -> str | None:
 
 def fault_of_place(place: Any) -> str | None:
     """What is wrong with the place in the text that a run of our data leaves in a checkpoint; None if it is one."""
-    if fault := _fault(place, [{"batches": int, "order": dict, "places?": dict}], "combined_loader"):
-        return fault
-    return next((_other("batches", "a count", one["batches"]) for one in place if one["batches"] < 0), None)
+    if found := fault_in(place, [{"batches": int, "order": dict, "places?": dict}], "combined_loader"):
+        return found
+    return next((other("batches", "a count", one["batches"]) for one in place if one["batches"] < 0), None)
 
 
 def _count(value: Any, known: dict[int, int], depth: int) -> int:
@@ -136,74 +131,6 @@ def _count(value: Any, known: dict[int, int], depth: int) -> int:
     return known[id(value)]
 
 
-def _fault(value: Any, form: Any, name: str) -> str | None:
-    if isinstance(form, tuple):
-        if value is None and None in form:
-            return None
-        found = [_fault(value, part, name) for part in form if part is not None]
-        return None if None in found else found[0]
-    if isinstance(form, list):
-        if not isinstance(value, list | tuple):
-            return _other(name, "a list", value)
-        return next(filter(None, (_fault(part, form[0], f"an entry of {name}") for part in value)), None)
-    if isinstance(form, dict):
-        return _fault_of_names(value, form, name)
-    if form in (SparsitySpec, LoraSpec, KVSpec):
-        return _fault_of_spec(value, form, name)
-    return _fault_of_kind(value, form, name)
-
-
-def _fault_of_kind(value: Any, kind: type, name: str) -> str | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float:
-        return None if number and math.isfinite(value) and abs(value) < 1e18 else _other(name, "a finite number", value)
-    if kind is int:
-        sound = number and isinstance(value, int) and -1 <= value < 2**62
-        return None if sound else _other(name, "a count", value)
-    return None if isinstance(value, Mapping if kind is dict else kind) else _other(name, kind.__name__, value)
-
-
-def _fault_of_names(value: Any, form: dict[Any, Any], name: str) -> str | None:
-    if not isinstance(value, Mapping):
-        return _other(name, "a dictionary", value)
-    if odd := [key for key in value if not isinstance(key, str)]:
-        return f"{name} has the name {odd[0]!r:.60}, where text is due"
-    own = {key.removesuffix("?"): (part, key.endswith("?")) for key, part in form.items() if isinstance(key, str)}
-    if missing := [key for key, (_, optional) in own.items() if key not in value and not optional]:
-        return f"{name} lacks {missing[0]}"
-    for key, part in value.items():
-        due = own[key][0] if key in own else form.get(str)
-        if due is not None and (fault := _fault(part, due, key)):
-            return fault
-    return None
-
-
-def _fault_of_spec(value: Any, spec: type, name: str) -> str | None:
-    """Options of a dataclass, by its own type hints; what it does not know is told by whoever makes one of them."""
-    if not isinstance(value, Mapping):
-        return _other(name, "a dictionary", value)
-    hints, known = get_type_hints(spec), {entry.name for entry in fields(spec)}
-    for key, part in value.items():
-        if not isinstance(key, str):
-            return f"{name} has the name {key!r:.60}, where text is due"
-        if key not in known:
-            continue
-        hint = hints[key]
-        if get_origin(hint) is Literal:
-            if not isinstance(part, str) or part not in get_args(hint):
-                return _other(f"{name}.{key}", " or ".join(get_args(hint)), part)
-        elif fault := _fault(part, _form_of(hint), f"{name}.{key}"):
-            return fault
-    return None
-
-
-def _form_of(hint: Any) -> Any:
-    """The form that a type hint of an option stands for."""
-    if get_origin(hint) in (Union, UnionType):
-        return tuple(None if part is type(None) else _form_of(part) for part in get_args(hint))
-    return [_form_of(get_args(hint)[0])] if get_origin(hint) is list else hint
-
-
 def _fault_of_tensors(state: Mapping[str, Tensor]) -> str | None:
     """Tensors are of the model or its penalty, trained ones hold numbers, and the switch of the mask is one."""
     if odd := next((name for name in state if not name.startswith(_TENSORS)), None):
@@ -221,7 +148,7 @@ def _fault_of_release(checkpoint: Mapping[str, Any]) -> str | None:
     try:
         Version(checkpoint.get("pytorch-lightning_version", "2.6"))
     except InvalidVersion:
-        return _other("pytorch-lightning_version", "the number of a release", checkpoint["pytorch-lightning_version"])
+        return other("pytorch-lightning_version", "the number of a release", checkpoint["pytorch-lightning_version"])
     return None
 
 
@@ -235,7 +162,7 @@ def _fault_of_optimizers(states: Sequence[Mapping[str, Any]], steps: int) -> str
             )
         entries = list(state["state"].values())
         if odd := [entry for entry in entries if not isinstance(entry, Mapping)]:
-            return _other("an entry of optimizer_states", "a dictionary", odd[0])
+            return other("an entry of optimizer_states", "a dictionary", odd[0])
         if any(entry.keys() != entries[0].keys() for entry in entries):
             return "optimizer_states keep other things of one parameter than of another"
         if fault := next(filter(None, (_fault_of_averages(entry, steps) for entry in entries)), None):
@@ -269,7 +196,7 @@ def _fault_of_history(checkpoint: Mapping[str, Any]) -> str | None:
         return f"the steps of its history, up to {steps[-2]}, are not in order, or go past its own, {steps[-1]}"
     shares = [share for point in points for share in (*point["removed"], point["target"], point["realised"])]
     if odd := [share for share in shares if not -1e-6 <= share <= 1 + 1e-6]:
-        return _other("a share in its history", "from 0 to 1", odd[0])
+        return other("a share in its history", "from 0 to 1", odd[0])
     return None
 
 
@@ -278,7 +205,7 @@ def _contradiction(checkpoint: Mapping[str, Any]) -> str | None:
     options, about = checkpoint["hyper_parameters"], checkpoint["koff"]
     sparsity = options.get("sparsity", {})
     if not 0 <= about["target"] <= 1:
-        return _other("koff.target", "from 0 to 1", about["target"])
+        return other("koff.target", "from 0 to 1", about["target"])
     for name, there in {name: options.get(name) for name in ("domains", "shared_memory", "lora", "kv")}.items():
         if name in about and name in options and _sorted(about[name]) != _sorted(there):
             return f"hyper_parameters.{name} and koff.{name} differ"
@@ -299,8 +226,3 @@ def _sorted(value: Any, whole: bool = False) -> Any:
     if isinstance(value, Mapping):
         return {name: sorted(part, key=repr) if name == "targets" else part for name, part in value.items()}
     return sorted(value, key=repr) if whole and isinstance(value, list | tuple) else value
-
-
-def _other(name: str, wanted: str, value: object) -> str:
-    shown = f"{type(value).__name__} {value!r:.40}" if isinstance(value, str | int | float) else type(value).__name__
-    return f"{name} must be {wanted}, and is {'nothing' if value is None else ' '.join(shown.split())}"

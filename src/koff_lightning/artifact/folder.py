@@ -27,6 +27,7 @@ from koff_lightning.model_files import check_links
 from koff_lightning.placement import check_words
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_sha256, hash_file
+from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import check_name
 
@@ -40,6 +41,33 @@ _AT_ROOT = (MANIFEST, REPORT, BACKBONE, MEMORIES, "README.md", "LICENSE")
 _SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Files = dict[str, dict[str, Any]]
+_FILES = {str: {"sha256": str, "size": int}}
+_FORM = {  # of koff.json
+    "layout": str,
+    "domain": (str, None),
+    "base": {"id": str, "revision": (str, None), "hash": str, "family": str, "tokenizer_hash": str},
+    "dtype": str,
+    "mask_hash": str,
+    "kept": [{"layer": int, "kind": str, "of": int, "kept": int, "bits": str, "bias?": str}],
+    "sparsity": {"denominator": str} | dict.fromkeys(("target", "body", "total", "units", "ffn", "attention"), float),
+    "parameters": {"dense_total": int, "backbone": int, "active": {str: int}, "stored": int},
+    "domains": {
+        str: {
+            "rank": (int, None),
+            "slots": (int, None),
+            "parameters": int,
+            "card_sha256": str,
+            "lora_layers?": [int],
+            "kv_layers?": [int],
+        }
+    },
+    "config": (dict, None),
+    "versions": {str: str},
+    "files": _FILES,
+    "licence": (str, None),
+    "created_by": str,
+    "router?": ({"files": _FILES}, None),
+}
 
 
 @dataclass(frozen=True)
@@ -107,41 +135,26 @@ class Manifest:
         if odd := sorted(names ^ (content.keys() | {"router"})):
             problem = "lacks" if odd[0] in names else "has an unknown entry"
             raise KoffError(f"{where} {problem} {odd[0]!r}: it is damaged, or not an artifact's; export it again")
+        if found := fault_in(content, _FORM, "it"):
+            raise KoffError(f"{where} cannot be used ({found}): it is damaged; export it again")
         manifest = cls(**content)
         try:
             manifest._check()
-        except (KoffError, TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise KoffError(f"{where} cannot be used ({reason}): it is damaged; export it again") from error
+        except (KoffError, ValueError, IndexError) as error:
+            raise KoffError(f"{where} cannot be used ({error}): it is damaged; export it again") from error
         return manifest
 
     def _check(self) -> None:
         """Raise if an entry lacks a part or has one of a wrong kind, or if entries contradict each other."""
         if layout_named(self.layout).folds != (self.domain is not None):
             raise KoffError(f"layout {self.layout!r} does not go with the merged domain {self.domain!r}")
-        for name in self.domains:
+        for name, about in self.domains.items():
             check_name(name)  # it is part of a path
-        wanted = [
-            (vars(self), "dtype", str),
-            (self.base, "id hash family tokenizer_hash", str),
-            (self.base, "revision", str | None),
-        ]
-        wanted += [(self.sparsity, "target body total units ffn attention", float | int)]
-        wanted += [(self.sparsity, "denominator", str), (self.parameters, "dense_total backbone stored", int)]
-        wanted += [(self.parameters, "active", dict), (self.parameters["active"], " ".join(self.domains), int)]
-        for about in self.domains.values():
-            wanted += [(about, "parameters", int), (about, "rank slots", int | None), (about, "card_sha256", str)]
-            for name in ("lora_layers", "kv_layers"):
-                if not isinstance(about.get(name, [0]), list):
-                    raise KoffError(f"{name!r} cannot be {about[name]!r}")
-                check_words(about.get(name, [0]), name)
+            for placement in ("lora_layers", "kv_layers"):
+                check_words(about.get(placement, [0]), placement)
+        if missing := sorted(self.domains.keys() - self.parameters["active"].keys()):
+            raise KoffError(f"its active parameters lack {missing[0]!r}")
         routers = {} if self.router is None else self.router["files"]
-        for about in (*self.files.values(), *routers.values()):
-            wanted += [(about, "sha256", str), (about, "size", int)]
-        for entry, names, kind in wanted:
-            for name in names.split():
-                if not isinstance(entry[name], kind):
-                    raise KoffError(f"{name!r} cannot be {entry[name]!r}")
         for below, files in ((BACKBONE, self.files), (ROUTER, routers)):
             for name in files:
                 if Path(name).parts[:1] != (below,) or ".." in Path(name).parts:

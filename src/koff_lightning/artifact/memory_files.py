@@ -36,6 +36,7 @@ from koff_lightning.model_files import not_finite, tensors_in
 from koff_lightning.placement import ALL, check_words, shortest, shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_sha256
+from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import json_object
 from koff_lightning.support.names import check_name
 from koff_lightning.surgery import PEFT_PREFIX
@@ -46,6 +47,17 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _OTHERWISE = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
 _OTHERWISE += ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 _OTHERWISE += ("alora_invocation_tokens", "corda_config", "arrow_config", "monteclora_config", "megatron_config")
+_FORM = {  # of memory.json
+    "domain": str,
+    "base": {"id": str, "revision?": (str, None), "hash": str},
+    "mask_hash": str,
+    "tokenizer_hash": str,
+    "shapes": str,
+    "lora": (LoraSpec, None),
+    "kv": ({"slots": int, "positions": [float], "source_text_hash": (str, None), "layers?": [int]}, None),
+    "parameters": int,
+    "files": {str: {"sha256": str, "size": int}},
+}
 _PARTS = {"lora": (ADAPTER_CONFIG, ADAPTER), "kv": (KV_FILE,)}
 
 
@@ -192,20 +204,17 @@ def read_card(folder: Path) -> MemoryCard:
     if odd := sorted({entry.name for entry in fields(MemoryCard)} ^ content.keys()):
         fault = "has an unknown entry" if odd[0] in content else "lacks"
         raise KoffError(f"{path} {fault} {odd[0]!r}: it is damaged; get it again")
+    if clause := fault_in(content, _FORM, "it"):
+        raise KoffError(f"{path} cannot be used ({clause}): get it again")
     card = MemoryCard(**content)
     parts = [name for part, names in _PARTS.items() if content[part] is not None for name in names]
     try:
         check_name(card.domain)
         _specs(card)
-        words = [card.base["id"], card.base["hash"], card.mask_hash, card.tokenizer_hash, card.shapes]
-        words += [card.files[name]["sha256"] for name in parts]
-        sizes = [card.files[name]["size"] for name in parts]
-        sound = set(card.files) == set(parts) and all(isinstance(word, str) for word in words)
-        sound = sound and all(isinstance(size, int) for size in sizes)
-    except (KoffError, TypeError, KeyError, AttributeError) as error:
+    except (KoffError, TypeError) as error:  # an option of LoRA that is none
         raise KoffError(f"{path} cannot be used ({error}): get it again") from error
-    if not sound:
-        raise KoffError(f"{path} must name its base, its hashes and the files {', '.join(parts)}: get it again")
+    if set(card.files) != set(parts):
+        raise KoffError(f"{path} must name the files {', '.join(parts)} and no other: get it again")
     return card
 
 
@@ -239,6 +248,9 @@ def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect:
     if name is not None:
         check_name(name)
     card, weights, memory = read_memory(folder, bank.depth, expect)
+    held = [*(weights or {}).values(), *(memory.tensors().values() if memory else ())]
+    if (count := sum(tensor.numel() for tensor in held)) != card.parameters:
+        raise KoffError(f"memory {folder}: {CARD} speaks of {card.parameters} parameters, its files hold {count}")
     domain = card.domain if name is None else name
     try:
         bank.add(domain, _specs(card)[0], memory, weights)
@@ -331,7 +343,9 @@ def _adapter(folder: Path, card: MemoryCard, spec: LoraSpec) -> dict[str, Tensor
         raise KoffError(f"{ADAPTER_CONFIG} asks for {odd[0]}, so peft would compute otherwise than we do: get it again")
     if (config.get("peft_type"), config.get("bias") or "none") != ("LORA", "none"):
         raise KoffError(f"{ADAPTER_CONFIG} is not of LoRA alone (peft_type, bias): get it again")
-    said = (config["r"], config["lora_alpha"], set(config["target_modules"]), config.get("layers_to_transform"))
+    targets = config.get("target_modules")
+    targets = set(map(str, targets)) if isinstance(targets, list) else targets
+    said = (config.get("r"), config.get("lora_alpha"), targets, config.get("layers_to_transform"))
     if said != (spec.rank, spec.alpha, set(spec.targets), None if spec.layers == ALL else spec.layers):
         raise KoffError(f"{ADAPTER_CONFIG} and {CARD} disagree about rank, alpha, targets or layers: get it again")
     return {key.removeprefix(PEFT_PREFIX): value for key, value in _tensors(folder, ADAPTER, card).items()}

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from koff_lightning.commands.generate import asked, check_seed, sampling
+from koff_lightning.commands.generate import asked, check_seed, own_settings_told, sampling
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.quick_imports import quick_imports
@@ -138,11 +138,7 @@ def _answer(
     with writing():
         written = render(tokenizer, messages, add_generation_prompt=True)
     ids = torch.tensor([encode(tokenizer, written, add_special_tokens=False)["input_ids"]])  # [1, T]
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        domains=domain,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **options,
-    )
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with own_settings_told(options):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), domains=domain, streamer=streamer, **options)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

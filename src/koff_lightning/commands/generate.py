@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,7 +73,7 @@ def generate(
         part, rows = prompts[start : start + batch_size], domains[start : start + batch_size]
         if dense is not None:
             _side_by_side(decomposed, dense, part, rows, options)
-        elif len(prompts) == 1 and domain != [AUTO]:
+        elif len(prompts) == 1 and domain != [AUTO] and not _beams(options):  # which are known at their end
             _stream(decomposed, part, rows, options)
         else:
             texts = _continue(decomposed.generate, decomposed.tokenizer, part, options | {"domains": rows})
@@ -117,8 +119,34 @@ def asked(model: "DecomposedModel", options: dict[str, Any], start: str) -> dict
     settings = copy.deepcopy(model.own_settings)
     if options.get("do_sample") is False:  # else transformers warns of what has no effect then
         settings.update(temperature=None, top_p=None, top_k=None)
-    settings.update(**options)
+    settings.update(**options, return_dict_in_generate=False)
     return {"generation_config": settings}
+
+
+def _beams(options: dict[str, Any]) -> bool:
+    """Whether the model's own settings ask for several beams; no option here does."""
+    return getattr(options.get("generation_config"), "num_beams", None) not in (None, 1)
+
+
+@contextmanager
+def own_settings_told(options: dict[str, Any]) -> Iterator[None]:
+    """Say in one line what transformers raises at settings that come with a model, from anyone.
+
+    Args:
+        options: As `asked` gives them.
+    """
+    try:
+        yield
+    except (KoffError, MemoryError):
+        raise
+    except Exception as error:  # values of other kinds, and ways of generating that take more than a model
+        if "generation_config" not in options:
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise KoffError(
+            f"the settings in the model's generation_config.json cannot be used ({said}): leave out "
+            "--generation_config model"
+        ) from error
 
 
 def _prompts(prompt: list[str] | None, file: str | None) -> list[str]:
@@ -151,7 +179,8 @@ def _continue(
     ids, mask = encode(tokenizer, prompts)
     torch.manual_seed(options["seed"])
     given = {name: value for name, value in options.items() if name != "seed"}
-    out = run(ids, attention_mask=mask, **given)  # [B, T + new]
+    with own_settings_told(given):
+        out = run(ids, attention_mask=mask, **given)  # [B, T + new]
     before = tokenizer.batch_decode(ids, skip_special_tokens=True)
     whole = tokenizer.batch_decode(out, skip_special_tokens=True)  # a tokenizer may drop a space that stands first
     return [text[len(start) :] for text, start in zip(whole, before, strict=True)]

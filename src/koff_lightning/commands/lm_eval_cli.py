@@ -16,6 +16,7 @@ from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.parsing.missing import NO_CHECKPOINT
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import refuse_no_model
 from koff_lightning.support.offline import is_asked
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 TAKEN = ("model", "model_args", "device", "verbosity", "show_config", "check_integrity", "trust_remote_code")
 ELSEWHERE = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
 _RUNS_CODE = ("trust_remote_code", "confirm_run_unsafe_code")
+_TOLD_BY_THEMSELVES = ("batch_size", "seed")  # of more kinds than lm-eval's own type hints have
 _BY_WORD = f"If you trust it, say so on the command line, or add {SWITCH}"
 ROWS = "8"  # at a time, unless --batch_size says otherwise
 
@@ -122,6 +124,11 @@ def _content(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise KoffError(f"lm-eval: --config {path} must hold names and values")
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    of_known_kind = {name: value for name, value in content.items() if name not in _TOLD_BY_THEMSELVES}
+    if found := fault_in(of_known_kind, EvaluatorConfig, "config"):
+        raise KoffError(f"lm-eval: --config {path} cannot be used: {found}")
     return content
 
 

@@ -178,6 +178,8 @@ def _sizes(model: dict[str, Any], given: str | None) -> tuple["PreTrainedConfig"
             model["backbone"], revision=model["revision"], trust_remote_code=model["trust_remote_code"]
         )
     except KoffError as error:
+        if Path(model["backbone"]).expanduser().exists():  # its own config is there, and what is wrong with it is said
+            raise
         raise KoffError(f"{error}; or give the model's config.json with --model-config") from error
     return config, "its config"
 

@@ -280,9 +280,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
     Raises:
         KoffError: The tokenizer's largest id is not below `num_embeddings`.
     """
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= num_embeddings:
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= num_embeddings}
+    if beyond:
+        first = min(beyond)
         raise KoffError(
-            f"the tokenizer does not match the backbone: it has ids up to {largest}, the backbone embeds "
-            f"{num_embeddings} tokens. Leave data.tokenizer unset to use the backbone's own"
+            f"the tokenizer does not match the backbone: it has ids up to {max(beyond)}, the backbone embeds "
+            f"{num_embeddings} tokens, so {beyond[first]!r} ({first}) has no row. Leave data.tokenizer unset to use "
+            "the backbone's own; if that is the one, take the token out of its tokenizer_config.json or tokenizer.json"
         )

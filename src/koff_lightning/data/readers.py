@@ -138,6 +138,7 @@ def _of_file(said: str, path: Path, fields: Fields) -> str:
     if any(usable) or len(usable) < 2:
         return said
     advice = ". A .jsonl file holds one JSON object a line: name csv .csv and plain text .txt" * (format_ == ".jsonl")
+    advice = ". Save it as UTF-8" if said.endswith("not valid UTF-8") else advice
     return OfFile(f"{said}; the next {len(usable) - 1} are no better{advice}")
 
 

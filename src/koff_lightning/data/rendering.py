@@ -55,20 +55,23 @@ def writing(seconds: float = SECONDS) -> Iterator[None]:
             over.set()
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False, **options: Any
+) -> str:
     """A talk as the tokenizer's chat template writes it.
 
     Args:
         tokenizer: With a chat template.
         messages: Messages of the talk.
         add_generation_prompt: Add the words that ask the assistant to speak.
+        options: Further ones of the template, or of the tokenizer's `apply_chat_template`.
 
     Raises:
         KoffError: The template refuses the messages, fails, or makes something far too long of them.
     """
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
     except Exception as error:  # a template may raise anything: TemplateError on purpose, TypeError by mistake
         kind = "" if isinstance(error, TemplateError) else f" ({type(error).__name__})"

@@ -29,6 +29,7 @@ from koff_lightning.artifact.folder import MANIFEST
 from koff_lightning.backbone import ask_nothing_, hidden_states
 from koff_lightning.data.encoding import encode, encode_and_count, encode_prompt
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.evaluation.chats import WritesTalks
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
 from koff_lightning.loading import load_backbone, load_config, load_tokenizer
@@ -114,7 +115,7 @@ class Reader:
 
 
 @register_model("koff")
-class KoffLM(HFLM):
+class KoffLM(WritesTalks, HFLM):
     """A decomposition, an artifact, a checkpoint or a dense model, for lm-eval.
 
     Args:

@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from koff_lightning.data.encoding import encode_prompt
+from koff_lightning.data.encoding import encode, encode_prompt
+from koff_lightning.data.rendering import render, writing
 from koff_lightning.serving.answers import ChatForm, CompletionForm, Form
 from koff_lightning.serving.errors import Refused
 from koff_lightning.serving.front import AUTO, Front
@@ -118,11 +119,11 @@ class Ask:
         for message in messages:
             _sound(message["content"])
         try:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        except Exception as error:  # a template is a program of whoever made the model
-            raise Refused(f"the model's chat template refuses these messages: {str(error)[:200]}") from error
+            with writing():
+                written = render(self.tokenizer, messages, add_generation_prompt=True)
+        except KoffError as error:  # a template is a program of whoever made the model
+            raise Refused(f"the model's template cannot be used here: {str(error)[:200]}") from error
+        ids = encode(self.tokenizer, written, add_special_tokens=False)["input_ids"]
         if not ids:
             raise Refused("the model's chat template makes no tokens of these messages", param="messages")
         return ids

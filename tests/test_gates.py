@@ -263,6 +263,15 @@ def test_runs_of_other_seeds_draw_other_gates():
         assert not torch.equal(one, other)
 
 
+def test_each_step_micro_batch_and_rank_draws_gates_of_its_own_and_the_same_ones_again():
+    mask = BackboneGates(groups())
+    places = [(7, 0, 0), (8, 0, 0), (7, 1, 0), (7, 0, 1)]
+    drawn = [mask.draw(4, place) for place in places]
+    assert all(torch.equal(mask.draw(4, place), one) for place, one in zip(places, drawn, strict=True))
+    for one, other in combinations(drawn, 2):
+        assert not torch.equal(one, other)
+
+
 def test_probe_and_observe_collect_squared_gradients_per_row():
     mask = BackboneGates(groups())
     weight = torch.arange(16.0).view(2, 8)

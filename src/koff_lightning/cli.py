@@ -13,6 +13,7 @@ from koff_lightning import __version__
 from koff_lightning.support.ending import SIGNALS, Ended, ended_by, watch_the_launcher
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import switch_off
+from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.support.threads import wait_asleep
 from koff_lightning.support.wording import nearest
@@ -238,7 +239,8 @@ def _run_verb(verb: str, words: list[str]) -> None:
     watch_the_launcher()
     if sys.stderr.isatty():
         print("loading torch and Lightning", file=sys.stderr, flush=True)
-    from koff_lightning.commands.training_cli import run  # 5 s of imports
+    with quick_imports():
+        from koff_lightning.commands.training_cli import run  # 4 s of imports
 
     run([verb, *words])
 
@@ -259,5 +261,6 @@ def _run_tool(verb: str, argv: list[str]) -> None:
     from koff_lightning.commands.parsing.tool_options import parse
 
     module, function = TOOLS[verb][0].split(":")
-    run = getattr(import_module(f"koff_lightning.{module}"), function)
+    with quick_imports():
+        run = getattr(import_module(f"koff_lightning.{module}"), function)
     run(**parse(verb, run, argv))

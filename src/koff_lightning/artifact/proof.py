@@ -1,7 +1,7 @@
 """Proof of an export: loaded by a fresh process, it computes what the gated model computes.
 
 The exporting process writes down logits and greedy continuations of the gated model (`write_reference`); a process that
-has never seen that model loads the artifact and compares (`python -m koff_lightning.artifact.proof DIR REFERENCE`).
+has never seen that model loads the artifact and compares (`PROGRAM`, with their two paths).
 A run starts that process before its end is scored (`begin`), so that its imports are done when the artifact is there;
 it reads the two paths from its standard input then.
 
@@ -45,6 +45,16 @@ SENTENCES = (
     "def add(first: int, second: int) -> int:\n    return first + second  # no overflow\n",
 )
 
+# Its imports are as in quick_imports.py, which cannot be had before them where the program is no `koff`.
+PROGRAM = """
+import gc
+gc.disable()
+from koff_lightning.artifact import proof
+gc.freeze()
+gc.enable()
+proof.run()
+"""
+
 Report = dict[str, Any]
 
 
@@ -55,7 +65,7 @@ def begin() -> subprocess.Popen[str]:
 
 
 def _command(*paths: Path) -> list[str]:
-    return [sys.executable, "-m", "koff_lightning.artifact.proof", *map(str, paths)]
+    return [sys.executable, "-c", PROGRAM, *map(str, paths)]
 
 
 def _environment() -> dict[str, str]:
@@ -297,6 +307,7 @@ def main(folder: str, reference: str) -> int:
     return 0 if report["passed"] else 1
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The process that compares: with the paths that it is given, or that come by its standard input."""
     if words := sys.argv[1:] or json.loads(sys.stdin.read() or "[]"):  # nothing: whoever began it has gone
         sys.exit(main(*words))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from koff_lightning.commands.parsing.text_options import data_section, named_texts
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
+from koff_lightning.support.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from koff_lightning.studies.analysis.study import Settings
@@ -72,10 +73,11 @@ def _run(
     settings: "Settings",
     device: str,
 ) -> None:
-    from koff_lightning.studies.analysis.report.files import write
-    from koff_lightning.studies.analysis.runs import config_of, find_others, find_runs, history_of, home_of
-    from koff_lightning.studies.analysis.study import study
-    from koff_lightning.studies.analysis.text import open_text
+    with quick_imports():
+        from koff_lightning.studies.analysis.report.files import write
+        from koff_lightning.studies.analysis.runs import config_of, find_others, find_runs, history_of, home_of
+        from koff_lightning.studies.analysis.study import study
+        from koff_lightning.studies.analysis.text import open_text
 
     runs, others = find_runs(model), find_others(against)
     first = next(iter(runs.values()))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from koff_lightning.commands.generate import asked, check_seed, sampling
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from koff_lightning.artifact.decomposed import DecomposedModel
@@ -46,9 +47,10 @@ def chat(
     """
     check_seed(seed)
     options = sampling(max_new_tokens, temperature, top_p)
-    import torch
+    with quick_imports():
+        import torch
 
-    from koff_lightning.artifact.decomposed import default_device, load_decomposed
+        from koff_lightning.artifact.decomposed import default_device, load_decomposed
 
     decomposed = load_decomposed(model, default_device(device), dtype, AUTO if domain == AUTO else None)
     if not decomposed.tokenizer.chat_template:

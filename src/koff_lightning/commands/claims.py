@@ -12,6 +12,7 @@ from koff_lightning.studies.claims import arms as all_arms
 from koff_lightning.studies.claims.arms import AFTER, EQUAL, METHODS, Run
 from koff_lightning.studies.claims.retention import Answers, Suites, answer, figures, load_suites
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training.run_folder import alone_in
 
@@ -183,7 +184,8 @@ def _shares(text: str) -> list[float]:
 
 def resolved_config(config: str, backbone: str | None, further: list[str]) -> dict[str, Any]:
     """All options of the runs, as `koff fit --print_config` tells them; without those that each run sets itself."""
-    from koff_lightning.commands import training_cli
+    with quick_imports():
+        from koff_lightning.commands import training_cli
 
     words = ["fit", "--config", config, *([f"--model.backbone={backbone}"] if backbone else []), *further]
     resolved = training_cli.resolved(words)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.quick_imports import quick_imports
 
 
 def export_checkpoint(
@@ -33,10 +34,11 @@ def export_checkpoint(
         backbone: Where the backbone is, if it is no longer where the run found it.
         device: Torch device for the proof.
     """
-    from koff_lightning.artifact import engines
-    from koff_lightning.artifact.checkpoint import from_checkpoint
-    from koff_lightning.artifact.export import export, summary
-    from koff_lightning.training.run_folder import run_config
+    with quick_imports():
+        from koff_lightning.artifact import engines
+        from koff_lightning.artifact.checkpoint import from_checkpoint
+        from koff_lightning.artifact.export import export, summary
+        from koff_lightning.training.run_folder import run_config
 
     asked = engines.names(check) if check is not None else []  # refuses unknown ones before the work
     module = from_checkpoint(ckpt, backbone)

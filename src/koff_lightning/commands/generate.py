@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,10 +60,10 @@ def generate(
         raise KoffError(f"batch_size must be at least 1; got {batch_size}")
     if compare and not domain:
         raise KoffError("--compare shows what a memory changes: give its --domain")
-    from koff_lightning.artifact.decomposed import default_device, dense_of, load_decomposed
+    with quick_imports():
+        from koff_lightning.artifact.decomposed import default_device, dense_of, load_decomposed
 
-    names = [name for name in dict.fromkeys(domains) if name]
-    decomposed = load_decomposed(model, default_device(device), dtype, domains=names)
+    decomposed = load_decomposed(model, default_device(device), dtype, domains=[*filter(None, dict.fromkeys(domains))])
     domains = routed(decomposed, domains, prompts)
     options = asked(decomposed, options, generation_config) | {"seed": seed}
     dense = dense_of(decomposed) if compare else None

@@ -19,6 +19,7 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import refuse_no_model
 from koff_lightning.support.offline import is_asked
+from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.wording import one_line
 from koff_lightning.support.yaml_files import read_yaml
 
@@ -77,7 +78,8 @@ def lm_eval(argv: list[str]) -> None:
         from koff_lightning.commands.needs import model_needs, refuse_missing, task_needs
 
         refuse_missing([*model_needs(options.model), *task_needs(settings.tasks, settings.include_path)])
-    from koff_lightning.evaluation import harness, lm_tasks
+    with quick_imports():
+        from koff_lightning.evaluation import harness, lm_tasks
 
     largest = 64 if settings.max_batch_size is None else settings.max_batch_size  # 64 is HFLM's own
     for value, name in ((settings.batch_size, "batch_size"), (largest, "max_batch_size")):

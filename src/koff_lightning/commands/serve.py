@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from koff_lightning.artifact.folder import Manifest
@@ -84,8 +85,9 @@ def _refuse_unread(engine: str, given: dict[str, str | None]) -> None:
 
 
 def _own(folder: Path, batch_size: int, *, gguf: None, device: str | None, dtype: str | None) -> "Engine":
-    from koff_lightning.artifact.decomposed import default_device
-    from koff_lightning.serving.own import OwnEngine
+    with quick_imports():
+        from koff_lightning.artifact.decomposed import default_device
+        from koff_lightning.serving.own import OwnEngine
 
     return OwnEngine(folder, batch_size, default_device(device), dtype)
 

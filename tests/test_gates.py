@@ -250,6 +250,14 @@ def test_units_that_are_worth_the_same_start_in_their_own_order():
     assert (mask.logits.diff() > 0).all()
 
 
+def test_an_order_that_is_given_goes_before_what_was_observed():
+    mask = BackboneGates(groups())
+    mask.importance.copy_(torch.arange(8.0))
+    mask.order = torch.tensor([3.0, 1.0, 7.0, 2.0, 0.0, 6.0, 5.0, 4.0])
+    mask.order_by_prior(torch.ones(8), 2.0)
+    assert torch.equal(mask.logits.argsort().argsort().float(), mask.order)
+
+
 def test_runs_of_other_seeds_draw_other_gates():
     drawn = []
     for seed in (0, 1, 62, 2**31 - 1, 3 * 2**31 + 5):

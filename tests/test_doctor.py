@@ -61,6 +61,19 @@ def test_a_bad_release_is_named_and_not_imported(tmp_path, name):
     assert "IMPORTED" not in done.stdout
 
 
+def test_a_release_with_a_weakness_is_told_with_its_upgrade_and_all_else_too(monkeypatch, capsys):
+    """As Python 3.11's own venv brings one: no keys are lost by it, and what the machine is like is told."""
+    sound = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "65.5.0" if name == "setuptools" else sound(name))
+    assert main(["doctor", "--skip-processes"]) == 2
+    told = capsys.readouterr()
+    assert "\nprocessor  " in told.out
+    assert told.err == (
+        "koff: setuptools 65.5.0 writes files outside the folder it was given (CVE-2025-47273): pip install --upgrade "
+        "setuptools\n"
+    )
+
+
 def test_processes_that_cannot_talk(monkeypatch, capsys):
     assert "no answer in 0 s" in doctor.talk("gloo", timeout=0.01)
     assert doctor.talk("carrier-pigeon").startswith(("ValueError", "AssertionError", "RuntimeError"))

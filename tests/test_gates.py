@@ -250,6 +250,14 @@ def test_units_that_are_worth_the_same_start_in_their_own_order():
     assert (mask.logits.diff() > 0).all()
 
 
+def test_an_order_that_is_given_goes_before_what_was_observed():
+    mask = BackboneGates(groups())
+    mask.importance.copy_(torch.arange(8.0))
+    mask.order = torch.tensor([3.0, 1.0, 7.0, 2.0, 0.0, 6.0, 5.0, 4.0])
+    mask.order_by_prior(torch.ones(8), 2.0)
+    assert torch.equal(mask.logits.argsort().argsort().float(), mask.order)
+
+
 def test_runs_of_other_seeds_draw_other_gates():
     drawn = []
     for seed in (0, 1, 62, 2**31 - 1, 3 * 2**31 + 5):
@@ -259,6 +267,15 @@ def test_runs_of_other_seeds_draw_other_gates():
         drawn.append(mask.draw(4, (7, 0)))
         torch.manual_seed(seed)
         assert torch.equal(BackboneGates(groups()).draw(4, (7, 0)), drawn[-1])
+    for one, other in combinations(drawn, 2):
+        assert not torch.equal(one, other)
+
+
+def test_each_step_micro_batch_and_rank_draws_gates_of_its_own_and_the_same_ones_again():
+    mask = BackboneGates(groups())
+    places = [(7, 0, 0), (8, 0, 0), (7, 1, 0), (7, 0, 1)]
+    drawn = [mask.draw(4, place) for place in places]
+    assert all(torch.equal(mask.draw(4, place), one) for place, one in zip(places, drawn, strict=True))
     for one, other in combinations(drawn, 2):
         assert not torch.equal(one, other)
 

@@ -16,6 +16,7 @@ from tiny_run import BYTES, DOMAINS, Batches, RandomText, tiny_module, tiny_trai
 
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.callbacks import RunReport
+from koff_lightning.callbacks import report as report_module
 from koff_lightning.callbacks.report import MOST, MaskHistory, score
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.support.files import write_atomically
@@ -214,6 +215,15 @@ def test_the_mask_is_hardened_before_scoring_wherever_the_report_stands(tmp_path
     trainer.callbacks[-1].fractions = {"warmup": 0.2, "ramp": 0.4, "hold": 0.4}  # nothing left to consolidate
     trainer.fit(tiny_module(tmp_path), RandomText())
     assert read(tmp_path)["sparsity"]["hardened"]
+
+
+def test_scoring_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report_module, "LINE_SECONDS", -1.0)
+    trainer = tiny_trainer(tmp_path, [RunReport()], steps=2)
+    trainer.fit(tiny_module(tmp_path), RandomText())
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scor")]
+    assert said[0] == "scoring held-out text: dense, koff, memory_off, swapped"
+    assert said[1:] == [f"scored {number} of 4 batches" for number in range(1, 5)]
 
 
 def test_a_run_stopped_early_says_so(tmp_path, capsys):

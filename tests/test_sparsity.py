@@ -298,6 +298,13 @@ def test_the_course_of_the_gates_lasts_as_long_as_they_are_used():
     assert [schedule.progress(step) for step in (0, 10, 35, 60, 99)] == pytest.approx([0, 0, 0.5, 1, 1])
 
 
+def test_a_hold_without_an_end_lasts_for_all_steps():
+    """The paper's recipes: gates and memories learn together to the last step, behind which the mask is fixed."""
+    schedule = SparsitySchedule(0.2, 100, 0.1, 0.4, None)
+    assert schedule.harden_step == 100
+    assert [schedule.phase(step) for step in (49, 50, 99, 100)] == ["ramp", "hold", "hold", "consolidate"]
+
+
 def test_memories_that_start_with_the_consolidation_start_where_the_docs_say():
     (course,) = rate_lambdas([{"name": "kv"}], OptimSpec(), 300)
     started = f"{course(SparsitySchedule(0.12, 300).harden_step):.0%}".replace("%", " %")

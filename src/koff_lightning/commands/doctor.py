@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from koff_lightning import __version__
-from koff_lightning.commands.known_bad import KNOWN_BAD
+from koff_lightning.commands.known_bad import KNOWN_BAD, KnownBad
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import SWITCHES
 
@@ -48,22 +48,23 @@ def doctor(skip_processes: bool = False) -> None:
     bad = bad_releases()
     print(f"koff-lightning {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"packages   {', '.join(f'{name} {_version(name)}' for name in PACKAGES)}")
-    for line in bad:
-        print(f"           BAD: {line}")
-    if bad:
-        raise KoffError(f"{bad[0]}. Remove it, change all keys that this machine holds, and install another release")
+    for release, found in bad:
+        print(f"           BAD: {release.line(found)}")
+    if stolen := [release.line(found) for release, found in bad if release.steals]:
+        raise KoffError(f"{stolen[0]}. Remove it, change all keys that this machine holds, and install another release")
     faults = [f"{name} is not installed" for name in PACKAGES if _version(name) == "missing"]
     if not faults:
         faults = _devices(skip_processes)
+    faults += [f"{one.line(found)}: pip install --upgrade {one.name}" for one, found in bad]
     _switches()
     if faults:
         raise KoffError("; ".join(faults))
 
 
-def bad_releases() -> list[str]:
-    """The known-bad releases that are installed, by their metadata alone."""
+def bad_releases() -> list[tuple[KnownBad, str]]:
+    """The known-bad releases that are installed, each with its version, by their metadata alone."""
     installed = [(bad, _version(bad.name)) for bad in KNOWN_BAD]
-    return [bad.line(found) for bad, found in installed if found != "missing" and bad.has(found)]
+    return [(bad, found) for bad, found in installed if found != "missing" and bad.has(found)]
 
 
 def _version(name: str) -> str:

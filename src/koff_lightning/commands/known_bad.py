@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from packaging.specifiers import SpecifierSet
 
+_STEALS = "steals credentials when imported"
+
 
 @dataclass(frozen=True)
 class KnownBad:
@@ -25,12 +27,16 @@ class KnownBad:
         """Whether a version is one of them."""
         return SpecifierSet(self.versions).contains(version, prereleases=True)
 
+    @property
+    def steals(self) -> bool:
+        """Whether the harm is done by an import; the others have faults of which an upgrade is the end."""
+        return self.fault == _STEALS
+
     def line(self, version: str) -> str:
         """What is to be said of an installed or pinned version."""
         return f"{self.name} {version} {self.fault} ({self.advisory})"
 
 
-_STEALS = "steals credentials when imported"
 KNOWN_BAD = (
     KnownBad("lightning", ">=2.6.2,<=2.6.3", _STEALS, "GHSA-w37p-236h-pfx3"),
     KnownBad("pytorch-lightning", ">=2.6.2,<=2.6.3", _STEALS, "GHSA-w37p-236h-pfx3"),

@@ -304,6 +304,19 @@ def test_ways_that_were_not_checked_are_refused(model, options):
         model.generate(left_padded()[0], domains=ROWS, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_numbers_that_run_out_are_no_tokens(made, options):
+    """Of finite weights: the file is sound, and what comes of it is not."""
+    model, ids = load_decomposed(made.folder), left_padded()[0][:1]
+    due = model.generate(ids, domains="fr", max_new_tokens=2, pad_token_id=0, **options)
+    with torch.no_grad():
+        model.memories.lora_parameters("law")[0].fill_(3e38)
+    with pytest.raises(KoffError, match="computes numbers that are not finite, so nothing can be generated"):
+        model.generate(ids, domains="law", max_new_tokens=2, pad_token_id=0, **options)
+    if not options.get("do_sample"):
+        assert torch.equal(model.generate(ids, domains="fr", max_new_tokens=2, pad_token_id=0, **options), due)
+
+
 def test_padding_on_the_right_is_refused_by_generate(model):
     ids, mask = left_padded()
     with pytest.raises(KoffError, match="pad prompts on the left"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_manifest
 from koff_lightning.artifact.folder import verify as verify_files
@@ -179,8 +179,8 @@ class DecomposedModel(nn.Module):
             What transformers' `generate` returns: by default long [B, T + new].
 
         Raises:
-            KoffError: Padding on the right, a domain that is not loaded, or a way of generating that goes round the
-                memories.
+            KoffError: Padding on the right, a domain that is not loaded, a way of generating that goes round the
+                memories, or logits that are no numbers.
         """
         _check_ids(input_ids)
         _given_cache(options, self.backbone)
@@ -193,6 +193,7 @@ class DecomposedModel(nn.Module):
             )
         copies = max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
         chosen = self._chosen(domains, input_ids, attention_mask)
+        options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or []), _refuse_overflow])
         with self.memories.scope(self._routes(chosen, copies)):
             return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
 
@@ -319,6 +320,16 @@ def _given_cache(inputs: dict[str, Any], backbone: PreTrainedModel) -> Any:
         return None
     inputs[cache_argument(backbone)] = given[0]
     return given[0]
+
+
+def _refuse_overflow(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Scores [B, V] as they are, if they are such: the most likely of what is no number is the first token."""
+    if not (scores < torch.inf).all():
+        raise KoffError(
+            "the model computes numbers that are not finite, so nothing can be generated: get its files again, or take "
+            "a dtype of a wider range"
+        )
+    return scores
 
 
 def _check_ids(input_ids: Tensor) -> None:

@@ -47,6 +47,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _OTHERWISE = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
 _OTHERWISE += ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 _OTHERWISE += ("alora_invocation_tokens", "corda_config", "arrow_config", "monteclora_config", "megatron_config")
+_OTHERWISE += ("velora_config", "kasa_config", "exclude_modules", "layers_pattern")
 _FORM = {  # of memory.json
     "domain": str,
     "base": {"id": str, "revision?": (str, None), "hash": str},
@@ -339,7 +340,9 @@ def _check_home(card: MemoryCard, folder: Path, expect: Manifest) -> None:
 def _adapter(folder: Path, card: MemoryCard, spec: LoraSpec) -> dict[str, Tensor]:
     """The adapter's matrices by module path."""
     config = json_object(_content(folder, ADAPTER_CONFIG, card), ADAPTER_CONFIG)
-    if odd := [name for name in _OTHERWISE if config.get(name)]:
+    odd = [name for name in _OTHERWISE if config.get(name)]
+    odd += ["init_lora_weights"] if isinstance(config.get("init_lora_weights"), str) else []  # some change the backbone
+    if odd:
         raise KoffError(f"{ADAPTER_CONFIG} asks for {odd[0]}, so peft would compute otherwise than we do: get it again")
     if (config.get("peft_type"), config.get("bias") or "none") != ("LORA", "none"):
         raise KoffError(f"{ADAPTER_CONFIG} is not of LoRA alone (peft_type, bias): get it again")

@@ -261,3 +261,14 @@ def test_the_weighted_variant_refuses_what_lape_refuses():
         identify_weighted(np.ones((200, 1)), ["a"])
     with pytest.raises(KoffError, match="is less than one"):
         identify_weighted(np.ones((9, 2)), ["a", "b"])
+
+
+def test_general_neurons_go_by_each_domains_own_bar_and_by_lape_whatever_selected_the_specific_ones():
+    rates = np.random.default_rng(0).random((200, 3)) * np.array([1.0, 0.5, 0.1])  # one domain wakes far fewer
+    found = identify_weighted(rates, ["a", "b", "c"], rate=0.2, bar=0.5, weight=0.2)
+    own = np.sort(rates, axis=0)[99]  # half of a domain's rates are no larger
+    assert np.array_equal(found.general["G3"], (rates > own).all(1))
+    assert 0 < found.general["G3"].sum() != found.general["G1"].sum()
+    passed = np.flatnonzero((rates > found.bar).any(1) & ~found.selected)
+    highest = passed[np.argsort(-entropy(rates)[passed], kind="stable")[:40]]
+    assert set(np.flatnonzero(found.general["G2"])) == set(highest)

@@ -139,7 +139,11 @@ BATCHES = {"plain": plain_batch, "packed": packed_batch, "left_padded": left_pad
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("shape", BATCHES)
 @pytest.mark.parametrize(
-    "order", [ROWS, ["kv", "kv", "lora", "lora", "other", "other"], ["lora", None] * 3, ["kv"] * 6]
+    "order",
+    [
+        *(ROWS, ["kv", "kv", "lora", "lora", "other", "other"], ["lora", None] * 3, ["kv"] * 6),
+        ["lora", "both", "other"] * 2,  # as many rows of each, but none beside its like
+    ],
 )
 def test_rows_of_unlike_memories_equal_the_rows_alone(order, shape, grad):
     memories = mixed()
@@ -364,7 +368,12 @@ def test_nothing_is_kept_with_gradients():
     assert not kept(memories)
 
 
-@pytest.mark.parametrize("part", ["lora", "kv"])
+def parameters_of(memories, part):
+    """One part of the memory of `both`."""
+    return memories.lora_parameters("both") if part == "lora" else getattr(memories.slots("both"), part).parameters()
+
+
+@pytest.mark.parametrize("part", ["lora", "key", "value"])
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("rows", [["both"] * 3, ["both", "other", "both"]])
 def test_what_is_kept_is_never_stale(rows, again, part):
@@ -372,12 +381,12 @@ def test_what_is_kept_is_never_stale(rows, again, part):
     memories = mixed()
     with torch.no_grad():
         read(memories, rows)
-        for parameter in memories.lora_parameters("both") if part == "lora" else memories.kv_parameters("both"):
+        for parameter in parameters_of(memories, part):
             parameter.mul_(1.5)
         changed = read(memories, rows) if again else memories.model(**plain_batch(3), use_cache=False).logits
     fresh = mixed()
     with torch.no_grad():
-        for parameter in fresh.lora_parameters("both") if part == "lora" else fresh.kv_parameters("both"):
+        for parameter in parameters_of(fresh, part):
             parameter.mul_(1.5)
     assert torch.equal(changed, read(fresh, rows).detach())
 

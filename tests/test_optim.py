@@ -7,6 +7,7 @@ import torch
 from tiny_run import tiny_module
 
 from koff_lightning import KoffError, LoraSpec, OptimSpec
+from koff_lightning.gates import BackboneGates
 from koff_lightning.penalties import LagrangianPenalty
 from koff_lightning.training.optim import (
     ResumableLambdaLR,
@@ -135,6 +136,25 @@ def test_a_gate_of_very_many_takes_whole_steps(module):
     torch.testing.assert_close(before - logits.detach(), torch.full_like(before, rate), rtol=1e-2, atol=0)
     with torch.no_grad():
         logits.copy_(before)
+
+
+def test_multipliers_climb_in_proportion_to_a_small_gap(module):
+    """Not by its sign alone: a gap of 0.002 is taken at an eleventh of the pace of a large one."""
+    optimizer, multiplier = module_optimizer(module), module.penalty.linear
+    optimizer.zero_grad()
+    before = multiplier.item()
+    multiplier.grad = torch.full_like(multiplier, 0.002)
+    optimizer.step()
+    assert multiplier.item() - before == pytest.approx(0.1 * 0.002 / 0.022, rel=1e-3)
+    with torch.no_grad():
+        multiplier.fill_(before)
+
+
+def test_gates_that_move_in_a_smaller_range_have_a_smaller_rate(module):
+    gates = BackboneGates(module.model.gates.groups, "ddp")
+    mask = parameter_groups(gates, module.penalty, module.model.memories, OptimSpec())[0]
+    assert mask["params"] == [gates.logits]
+    assert mask["lr"] == pytest.approx(0.1 * OptimSpec().mask_lr)
 
 
 def test_adam_averages_over_ten_and_twenty_steps_and_decays_nothing(module):

@@ -78,6 +78,15 @@ def test_tracked_is_half_hard_with_the_gradient_of_the_soft_count():
     torch.testing.assert_close(slopes[0], torch.full((4,), -3 / 15))
 
 
+def test_a_unit_as_often_open_as_closed_counts_as_closed_wherever_it_is_counted():
+    keep = torch.tensor([0.5, 0.5, 0.9, 0.9])
+    whole = budget_of([group(0, "channel", 4, 3)], min_channels=1)
+    local = budget_of([group(0, "channel", 4, 3)], denominator="units", scope="local", min_channels=1)
+    assert whole.counts(keep)[1].item() == pytest.approx(6 / 15)
+    assert [hard(keep)[1].item() for _, hard in local.scopes()] == [0.5]
+    assert whole.threshold(keep).tolist() == [False, False, True, True]
+
+
 # --------------------------------------------------------------------------------------------- exact budget
 
 

@@ -20,7 +20,17 @@ from tiny_models import FAMILIES, tiny_model
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.backbone import KINDS, hidden_states, kv_shapes, parameter_counts, prunable_groups
 from koff_lightning.sparsity import Budget
-from koff_lightning.surgery import cut_kv, cut_state, masks, merge_lora, plain_state, with_bias, zero_kv, zero_state
+from koff_lightning.surgery import (
+    cut_kv,
+    cut_state,
+    grow_state,
+    masks,
+    merge_lora,
+    plain_state,
+    with_bias,
+    zero_kv,
+    zero_state,
+)
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
@@ -137,6 +147,14 @@ def test_merging_in_half_precision_rounds_once():
     merged = merge_lora({"x.weight": torch.full((1, 2), -1.0, dtype=torch.bfloat16)}, delta, 1.0)["x.weight"]
     assert merged.dtype == torch.bfloat16
     assert merged.tolist() == [[2**-9, 2**-9]]
+
+
+def test_what_is_grown_again_keeps_its_dtype():
+    model = tiny_model("llama").to(torch.bfloat16)
+    groups, state = prunable_groups(model), plain_state(model)
+    kept = random_mask(groups)
+    grown, wanted = grow_state(cut_state(state, groups, kept), groups, kept), zero_state(state, groups, kept)
+    assert all(torch.equal(grown[name], wanted[name]) and grown[name].dtype == torch.bfloat16 for name in state)
 
 
 def test_what_removed_units_leave_behind_adds_to_a_bias_and_is_rounded_once():

@@ -48,12 +48,8 @@ _OTHERWISE = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_
 _OTHERWISE += ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 _OTHERWISE += ("alora_invocation_tokens", "corda_config", "arrow_config", "monteclora_config", "megatron_config")
 _OTHERWISE += ("velora_config", "kasa_config", "exclude_modules", "layers_pattern")
-_FORM = {  # of memory.json
-    "domain": str,
+_FORM = dict.fromkeys(("domain", "mask_hash", "tokenizer_hash", "shapes"), str) | {  # of memory.json
     "base": {"id": str, "revision?": (str, None), "hash": str},
-    "mask_hash": str,
-    "tokenizer_hash": str,
-    "shapes": str,
     "lora": (LoraSpec, None),
     "kv": ({"slots": int, "positions": [float], "source_text_hash": (str, None), "layers?": [int]}, None),
     "parameters": int,

@@ -299,7 +299,7 @@ def test_runs_on_other_documents_are_not_compared(runs, capsys):
         (["--config=tiny.yaml"], "config 'tiny.yaml' is neither a file here nor one that ships with the package"),
         (["--", "--model.sparsty.target=1"], "Did you mean 'model.sparsity.target'?"),
         (["--", "--data.domains={Stra\u00dfe: bundled:de}"], "domain name 'Stra\u00dfe' is not safe as a file name"),
-        (["--", "--ckpt_path=last.ckpt"], "starts every arm anew: leave ckpt_path out"),
+        (["--", "--ckpt_path=last"], "starts every arm anew: leave ckpt_path out"),
         (["--", "--model.kv=null"], "lora_equal and kv_equal need a config with model.lora and model.kv"),
     ],
 )

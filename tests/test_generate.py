@@ -13,6 +13,7 @@ from koff_lightning import load_backbone, load_decomposed
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.folder import describe_files
 from koff_lightning.cli import main
+from koff_lightning.commands.generate import _prompts
 from koff_lightning.evaluation.harness import Reader, load_model
 
 PROMPTS = ["the quick brown", "größere Füchse", "null"]
@@ -330,3 +331,11 @@ def test_a_talk_is_greedy_unless_something_is_asked_for(made, monkeypatch, capsy
     folder = with_settings(made, tmp_path / "copy", SETTINGS["sampling"] | SETTINGS["repetition"])
     assert said(folder) == said(made.folder) == said(folder, "--temperature", "0")
     assert said(folder, "--generation-config", "model") != said(folder)
+
+
+def test_a_prompt_is_utf_8_whatever_the_locale():
+    """Where the locale has ASCII alone Python hands the bytes of a word on as surrogates."""
+    typed = "Где 狐狸".encode().decode("ascii", "surrogateescape")
+    assert _prompts([typed, "Где 狐狸"], None) == ["Где 狐狸"] * 2
+    latin = b"caf\xe9".decode("utf-8", "surrogateescape")
+    assert _prompts([latin], None) == [latin], "bytes that are no UTF-8 are told by whoever reads them"

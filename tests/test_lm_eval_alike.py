@@ -200,13 +200,13 @@ def test_what_lm_eval_would_refuse_with_a_traceback_is_one_line(place, capsys, m
         ("nowhere.json", "or a file that does; got 'nowhere.json'"),
     ],
 )
-def test_samples_that_are_not_there_are_one_line_before_the_model_is_loaded(place, capsys, samples, message):
-    said = refused(place, capsys, f"--samples={samples}", model="nobody/nowhere")
+def test_samples_that_are_not_there_are_one_line_before_the_model_is_loaded(place, capsys, tmp_path, samples, message):
+    said = refused(place, capsys, f"--samples={samples}", model=str(tmp_path))
     assert said.startswith("koff: samples") and said.endswith(message)
 
 
-def test_samples_of_a_group(place, capsys):
-    said = refused(place, capsys, '--samples={"koff_cloze": [1]}', task="koff_cloze", model="nobody/nowhere")
+def test_samples_of_a_group(place, capsys, tmp_path):
+    said = refused(place, capsys, '--samples={"koff_cloze": [1]}', task="koff_cloze", model=str(tmp_path))
     assert said == "koff: samples: 'koff_cloze' is a group: name its tasks"
 
 

@@ -196,7 +196,7 @@ def test_a_config_in_place_of_a_model_out_of_reach(tmp_path, monkeypatch, capsys
     words = ["plan", "--config", "demo.yaml", "--", "--model.backbone", "owner/model"]
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert said.startswith("koff: cannot load backbone 'owner/model'") and "--model-config" in said
+    assert said.startswith("koff: backbone 'owner/model': no such folder here") and "--model-config" in said
     assert said.count("\n") == 1
     tiny_model("llama").config.save_pretrained(tmp_path)
     quantised = tmp_path / "quantised"

@@ -432,7 +432,7 @@ def another(folder, tmp_path, what):
         ({"model.loss.top_k": "null"}, r"--teacher stores the dense model's likeliest tokens: set --model.loss.top_k"),
         ({"data.streaming": "true", "data.max_heldout_bytes": 900}, "data.streaming tokenises while training"),
         ({"prefetch_only": "true"}, "--prefetch-only fetches, --teacher computes: give one after the other"),
-        ({"model.artifact": "some/folder"}, "an artifact holds no dense model to learn from"),
+        ({"model.artifact": "."}, "an artifact holds no dense model to learn from"),
     ],
 )
 def test_what_cannot_be_stored_is_one_line(folder, capsys, options, message):

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,7 +153,7 @@ def _prompts(prompt: list[str] | None, file: str | None) -> list[str]:
     if (prompt is None) == (file is None):
         raise KoffError("generate: give either --prompt, as often as you like, or --file with one prompt per line")
     if file is None:
-        return prompt
+        return [_as_typed(text) for text in prompt]
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()  # Windows puts a mark first
     except (OSError, UnicodeDecodeError) as error:
@@ -161,6 +161,13 @@ def _prompts(prompt: list[str] | None, file: str | None) -> list[str]:
     if prompts := [line for line in lines if line.strip()]:
         return prompts
     raise KoffError(f"{file} holds no prompt: write one per line")
+
+
+def _as_typed(text: str) -> str:
+    """A word of the command line in UTF-8 also where the locale has less, and Python holds its bytes as surrogates."""
+    with suppress(UnicodeError):
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    return text
 
 
 def _per_prompt(domain: list[str] | None, prompts: int) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -183,6 +184,27 @@ def test_a_layer_whose_slots_are_let_go_takes_the_plain_path_again():
     bank = filled(None, KVSpec(5))
     bank.keep_layers("kv", [1, 3])
     assert [hasattr(a, "koff_memory") for a in attention_modules(bank.model)] == [False, True, False, True]
+
+
+def test_a_memory_of_one_layer_is_active_too_while_another_is_initialised():
+    bank = filled(None, KVSpec(5, layers=[1]))
+    text = plain_batch(1)["input_ids"][0]
+    with pytest.raises(KoffError, match="turn the memories off first"), bank.scope(bank.routes_of(["de"])):
+        bank.slots("de").initialise_(bank.model, text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["lora", "kv"])
+def test_layers_that_are_let_go_of_are_freed(part):
+    bank = filled(LoraSpec(3, 6.0), KVSpec(5))
+    bank.activate(["de", "de"])
+    bank.model(**plain_batch(2), use_cache=False)  # what rows read is kept for the next token, and to be let go of
+    parameters = bank.lora_parameters() if part == "lora" else bank.kv_parameters()
+    before = [weakref.ref(parameter) for parameter in parameters]
+    del parameters
+    bank.keep_layers(part, [1, 3])
+    left = [ref for ref in before if ref() is not None]
+    assert len(left) == len(before) // 2
 
 
 @torch.no_grad()

@@ -138,26 +138,10 @@ def test_what_may_be_right_is_left_to_the_parser(argv):
         ("fit", ["demo.yaml", "--model.lora.rnk=1"], "no option 'model.lora.rnk'. Did you mean 'model.lora.rank'"),
         ("fit", ["demo.yaml", "--model.mask", "nope.ckpt"], "model.mask nope.ckpt: no such file"),
         ("fit", ["demo.yaml", "--seed", "1"], "no option 'seed'"),
-        (
-            "fit",
-            ["demo.yaml", "--checkpoint", "x.ckpt"],
-            "checkpoint has options of its own",
-        ),
-        (
-            "fit",
-            ["demo.yaml", "--model", "gpt2"],
-            "model has options of its own",
-        ),
-        (
-            "fit",
-            ["demo.yaml", "--model.lora", "8"],
-            "model.lora has options of its own",
-        ),
-        (
-            "fit",
-            ["demo.yaml", "--data.domains", "de"],
-            "data.domains has options of its own",
-        ),
+        ("fit", ["demo.yaml", "--checkpoint", "x.ckpt"], "checkpoint has options of its own"),
+        ("fit", ["demo.yaml", "--model", "gpt2"], "model has options of its own"),
+        ("fit", ["demo.yaml", "--model.lora", "8"], "model.lora has options of its own"),
+        ("fit", ["demo.yaml", "--data.domains", "de"], "data.domains has options of its own"),
         ("fit", ["demo.yaml", "--data.append_eos", "maybe"], "data.append_eos must be bool; got 'maybe'"),
         (
             "claims",

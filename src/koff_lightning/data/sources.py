@@ -12,7 +12,7 @@ from koff_lightning.data.hub_copy import find_copy
 from koff_lightning.data.readers import Fields, format_of
 from koff_lightning.data.remote import RemoteFile, find_remote, is_remote
 from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_out_of_reach
-from koff_lightning.support.errors import KoffError
+from koff_lightning.support.errors import KoffError, refused_by
 from koff_lightning.support.names import check_name
 from koff_lightning.support.secrets import without_secrets
 
@@ -297,13 +297,7 @@ def refuse_missing_files(sources: Mapping[str, DomainSource]) -> None:
     for name, source in sources.items():
         looks = [partial(expand_files, source.file_entries + source.heldout_entries)]
         looks += [partial(bundled_file, bundled, "train") for bundled in source.bundled_entries]
-        missing = []
-        for look in looks:
-            try:
-                look()
-            except KoffError as error:
-                missing.append(str(error))
-        if missing:
+        if missing := refused_by(looks):
             problems.append(f"domain '{name}': {'; '.join(missing)}")
     if problems:
         raise KoffError(

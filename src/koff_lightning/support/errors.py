@@ -1,5 +1,18 @@
 """The one exception a user is meant to read: a single line saying what was wanted, what came, and what to do."""
 
+from collections.abc import Callable, Iterable
+
 
 class KoffError(ValueError):
     """Bad input from the user. The command line prints its message alone, without a traceback."""
+
+
+def refused_by(looks: Iterable[Callable[[], object]]) -> list[str]:
+    """What those of several looks say that raise KoffError, so that all that is missing is told at once."""
+    said = []
+    for look in looks:
+        try:
+            look()
+        except KoffError as error:
+            said.append(str(error))
+    return said

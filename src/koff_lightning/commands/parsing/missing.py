@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from koff_lightning.support.errors import KoffError
+from koff_lightning.support.errors import KoffError, refused_by
 from koff_lightning.support.names import HUB_ID, may_be_had, refuse_no_model, refuse_no_run
 from koff_lightning.support.offline import is_asked
 
@@ -71,13 +71,7 @@ def refuse_missing_of_run(verb: str, options: Iterable[tuple[str, object]]) -> N
         looks.insert(0, partial(_refuse_no_artifact, artifact, also_on_hub=False))
     elif isinstance(backbone, str) and not {"prefetch-only", "prefetch_only"} & set(values):  # which fetches it
         looks.insert(0, partial(refuse_no_model, backbone))
-    missing = []
-    for look_for in looks:
-        try:
-            look_for()
-        except KoffError as error:
-            missing.append(str(error))
-    if missing:
+    if missing := refused_by(looks):
         raise KoffError("\n".join(missing))
 
 

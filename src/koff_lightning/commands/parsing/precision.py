@@ -39,10 +39,8 @@ def _is_small(backbone: str) -> bool:
     path = Path(backbone).expanduser()
     if not path.exists():
         return backbone == TINY
-    files = [
-        file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()
-    ]  # a link may lead nowhere
-    return sum(file.stat().st_size for file in files) < SMALL
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file()) < SMALL  # a link may lead nowhere
 
 
 def take_up(model: Any, trainer: Any, checkpoint: str | Path | None) -> None:

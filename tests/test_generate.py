@@ -14,7 +14,8 @@ from koff_lightning.artifact.export import export
 from koff_lightning.artifact.folder import describe_files
 from koff_lightning.cli import main
 from koff_lightning.commands.generate import _prompts
-from koff_lightning.evaluation.harness import Reader, load_model
+from koff_lightning.evaluation.harness import Reader
+from koff_lightning.evaluation.scored_models import load_model
 
 PROMPTS = ["the quick brown", "größere Füchse", "null"]
 NEW = ["--max_new_tokens", "6", "--device", "cpu"]

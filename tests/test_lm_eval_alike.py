@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from lm_eval._cli.run import Run
 from lm_eval.models.huggingface import HFLM
 from tiny_artifact import tiny_decomposition
@@ -217,7 +220,7 @@ def test_samples_are_those_asked_for(place, tmp_path):
 
 @pytest.mark.parametrize(("option", "column"), [("--memory-off", "none"), ("--dense", "dense")])
 def test_a_domain_named_as_another_column_is_refused_as_in_a_run(place, capsys, monkeypatch, option, column):
-    monkeypatch.setattr("koff_lightning.evaluation.harness.domains_of", lambda _: [*DOMAINS, column])
+    monkeypatch.setattr("koff_lightning.evaluation.scored_models.domains_of", lambda _: [*DOMAINS, column])
     said = refused(place, capsys, "--domain=en", option, model="artifact")
     assert said == f"koff: lm-eval: {column}: {CLASH}"
     with pytest.raises(KoffError, match=rf"lm_eval\.dense: {CLASH}"):
@@ -273,6 +276,44 @@ def test_batch_size_auto_gives_the_same_scores(place, tmp_path):
         found = lm_eval(place, "artifact", "toy_choose", tmp_path / size[:4], "--domain=en", f"--batch_size={size}")
         by_size[size] = likelihoods(found["en"][1])
     assert by_size["1"] == pytest.approx(by_size["auto:2"], abs=1e-4)
+
+
+@pytest.mark.parametrize("model", ["artifact", "run.ckpt"])
+def test_whole_texts_are_read_in_the_rows_of_the_run(place, tmp_path, capsys, model):
+    """And nothing else is: questions have as much context as the model allows."""
+    ran = {"model": {}, "data": {"seq_len": 24}}
+    if model == "artifact":
+        export(place.module.model.eval(), tmp_path / model, config=ran, prove=False)
+    else:
+        shutil.copy(place.folder / model, tmp_path / model)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(ran))
+    own = ["--limit=2", "--device=cpu", "--log_samples", "--memory_off", "--dense"]
+
+    def asked(out, tasks, *words):
+        words = [*own, f"--tasks={tasks}", f"--output_path={tmp_path / out}", *words]
+        command = ["lm-eval", "--model", str(tmp_path / model), *words]
+        assert main(command) == 0
+        said = {}
+        for path in sorted((tmp_path / out).rglob("samples_*.jsonl")):
+            rows = map(json.loads, path.read_text().splitlines())
+            said[path.relative_to(tmp_path / out).parts[0], path.name.split("_")[2]] = [r["resps"] for r in rows]
+        return said
+
+    both = "koff_bpb_en,koff_cloze_en"
+    as_run, said = asked("rows", both), capsys.readouterr().out
+    assert "whole texts are read 24 tokens at a time, as its run read them; --max_length N reads otherwise" in said
+    questions = [("dense", "cloze"), ("none", "cloze")]
+    texts = [("dense", "bpb"), ("none", "bpb")]
+    assert asked("24", "koff_bpb_en", "--max_length=24") == {key: as_run[key] for key in texts}
+    by_model = asked("most", both, f"--max_length={place.module.model.backbone.config.max_position_embeddings}")
+    assert "at a time" not in capsys.readouterr().out
+    assert [key for key in as_run if as_run[key] == by_model[key]] == questions
+
+
+def test_an_answer_that_is_longer_than_what_is_read_is_refused(place, capsys):
+    wanted = r"an answer of \d+ tokens is longer than the 4 that are read at once: raise max_length"
+    assert main(["lm-eval", "--model=koff-tiny", "--tasks=koff_cloze_en", "--device=cpu", "--max_length=4"]) == 2
+    assert re.search(wanted, capsys.readouterr().err)
 
 
 def test_text_is_read_in_windows_of_the_length_that_was_asked_for(place, tmp_path, capsys):

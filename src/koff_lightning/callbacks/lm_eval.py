@@ -231,7 +231,8 @@ class LMEval(Callback):
             return score(self._reader(part, trainer, module), part.tasks, part.spec.num_fewshot, part.spec.limit)
 
     def _reader(self, part: _Part, trainer: Trainer, module: KOFFModule) -> "KoffLM":
-        from koff_lightning.evaluation.harness import KoffLM, tokenizer_of
+        from koff_lightning.evaluation.harness import KoffLM
+        from koff_lightning.evaluation.scored_models import tokenizer_of
 
         if self._tokenizer is None:
             self._tokenizer = getattr(trainer.datamodule, "tokenizer", None) or tokenizer_of(module.model)
@@ -241,6 +242,7 @@ class LMEval(Callback):
             part.column == "dense",
             tokenizer=self._tokenizer,
             batch_size=self.batch_size,
+            rows=getattr(trainer.datamodule, "seq_len", None),
             logits_cache=not isinstance(trainer.strategy, ShardedStrategy),  # ranks must make equally many forwards
         )
 

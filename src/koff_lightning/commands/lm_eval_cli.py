@@ -1,11 +1,9 @@
 """`koff lm-eval`: lm-eval's own options and files, over a model and the domains that it is read with."""
 
 import argparse
-import hashlib
 import io
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,25 +86,37 @@ def lm_eval(argv: list[str]) -> None:
         lm_tasks.check_batch_size(value, f"lm-eval: {name}")
     from koff_lightning.evaluation.lm_scores import show
     from koff_lightning.evaluation.one_bar import one_bar
+    from koff_lightning.evaluation.scored_models import load_model, rows_of
+
+    tasks = _tasks(settings, options)
+    scores: dict[str, Scores] = {}
+    sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
+    options.rows = None if options.max_length else rows_of(options.model)
+    with lack_of_memory_told("Take a smaller --batch_size, or another --device"):
+        model = load_model(options.model, options.backbone, options.device, options.dtype)
+        columns = _columns(options, model)
+        with one_bar(len(columns)) as bar:
+            for column in columns:
+                lm = harness.KoffLM(model, column.domain, column.dense, rows=options.rows, **sizes)
+                _check_max_length(lm, options.max_length)
+                _check_chat_template(lm, settings.apply_chat_template, options.model)
+                bar(column.name)
+                scores[column.name] = _score(lm, tasks, settings, options, column)
+    show(scores)
+    if options.rows and any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks["tasks"].values()):
+        print(f"whole texts are read {lm.rows} tokens at a time, as its run read them; --max_length N reads otherwise")
+
+
+def _tasks(settings: Any, options: argparse.Namespace) -> "Loaded":
+    """The tasks that are asked for, which can be asked as they are."""
+    from koff_lightning.evaluation import lm_tasks
 
     with lm_tasks.quiet():
         tasks = lm_tasks.load_tasks(settings.tasks, settings.include_path, settings.metadata)
     lm_tasks.check_safe(tasks, settings.confirm_run_unsafe_code)
     lm_tasks.check_counts(tasks, settings.limit, settings.num_fewshot, 1)
     lm_tasks.check_samples(tasks, settings.samples or options.samples)  # lm-eval takes {} for nothing said
-    scores: dict[str, Scores] = {}
-    sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
-    with lack_of_memory_told("Take a smaller --batch_size, or another --device"):
-        model = harness.load_model(options.model, options.backbone, options.device, options.dtype)
-        columns = _columns(options, model)
-        with one_bar(len(columns)) as bar:
-            for column in columns:
-                lm = harness.KoffLM(model, column.domain, column.dense, **sizes)
-                _check_max_length(lm, options.max_length)
-                _check_chat_template(lm, settings.apply_chat_template, options.model)
-                bar(column.name)
-                scores[column.name] = _score(lm, tasks, settings, options, column)
-    show(scores)
+    return tasks
 
 
 def _refuse_code(path: Path) -> None:
@@ -184,7 +194,11 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument(SWITCH, action="store_true", help="let --config name task files, whose Python is run")
     ours.add_argument("--device", help="torch device; by default a GPU if there is one")
     ours.add_argument("--dtype", help="of the backbone; by default as it is stored")
-    ours.add_argument("--max_length", type=int, help="tokens read at once, at most; by default what the model allows")
+    ours.add_argument(
+        "--max_length",
+        type=int,
+        help="tokens read at once, at most; by default what the model allows, and of whole texts the rows of its run",
+    )
 
     def refuse(message: str) -> NoReturn:
         names = [word.lstrip("-") for action in made._actions for word in action.option_strings]
@@ -235,8 +249,8 @@ def _settings(options: argparse.Namespace) -> Any:
 
 def _columns(options: argparse.Namespace, model: Any) -> list[Column]:
     """What is asked for; without a word about it the model as it is, without memory."""
-    from koff_lightning.evaluation.harness import check_router, domains_of
     from koff_lightning.evaluation.lm_scores import CLASH
+    from koff_lightning.evaluation.scored_models import check_router, domains_of
 
     known = domains_of(model)
     asked = known if options.domain == "all" else [*filter(None, dict.fromkeys((options.domain or "").split(",")))]
@@ -263,6 +277,7 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
+    from koff_lightning.evaluation.lm_cache import cache_of, refuse_cached_nan
     from koff_lightning.evaluation.lm_scores import plain
     from koff_lightning.evaluation.lm_tasks import bundled_index, quiet
 
@@ -270,10 +285,16 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
     tracker = EvaluationTracker(output_path=where)
     seeds = settings.seed or [None] * 4
     cache = settings.use_cache and cache_of(
-        settings.use_cache, column.name, options.model, options.backbone, options.dtype, options.max_length
+        settings.use_cache,
+        column.name,
+        options.model,
+        options.backbone,
+        options.dtype,
+        options.max_length or options.rows,
     )
     about = {"path": options.model, "domain": column.domain, "dense": column.dense}
-    about |= {"max_length": options.max_length} if options.max_length else {}
+    sizes = {"max_length": options.max_length, "rows": options.rows}
+    about |= {name: size for name, size in sizes.items() if size}
     with quiet(), _few_questions(bool(where)):
         found = simple_evaluate(
             lm,
@@ -336,50 +357,3 @@ def roots(tasks: "Loaded") -> list[Any]:
     groups: Mapping[str, Any] = tasks.get("groups", {})
     inner = {child for group in groups.values() for child in group.child_names}
     return [made for part in (groups, tasks["tasks"]) for name, made in part.items() if name not in inner]
-
-
-def cache_of(path: str, column: str, model: str, *options: str | int | None) -> str:
-    """Beginning of a cache file's name; lm-eval adds `_rank0.db`.
-
-    Args:
-        path: What the user gave.
-        column: Way of reading.
-        model: Artifact, checkpoint or dense model.
-        options: What else the answers depend on, as the dtype.
-    """
-    told = repr((*_state(Path(model).expanduser()), *options))
-    return f"{path}_{column}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
-
-
-def _state(place: Path) -> tuple[object, ...]:
-    """Where a model is, and what changes with its weights; the id alone if it is on a hub."""
-    from koff_lightning.artifact.folder import MANIFEST
-
-    if (manifest := place / MANIFEST).is_file():  # holds the hashes of all weights
-        return str(place.resolve()), hashlib.sha256(manifest.read_bytes()).hexdigest()
-    files = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
-    if not files:
-        return (str(place),)
-    return str(place.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-
-
-def refuse_cached_nan(samples: Iterable[dict[str, Any]], cache: str) -> None:
-    """Raise KoffError when an answer is no finite number: lm-eval keeps answers before they can be checked.
-
-    Args:
-        samples: Samples of all tasks, as lm-eval logs them.
-        cache: As from `cache_of`.
-    """
-    if broken := sum(not math.isfinite(value) for row in samples for value in _numbers(row["resps"])):
-        raise KoffError(
-            f"{broken} log-likelihoods in the cache {cache}_rank0.db are not finite, so the scores mean nothing: "
-            "remove it; the weights hold nan or inf, or their dtype overflows (try --dtype float32)"
-        )
-
-
-def _numbers(value: object) -> Iterator[float]:
-    if isinstance(value, float):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _numbers(part)

@@ -23,16 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from koff_lightning.artifact.checkpoint import from_checkpoint
-from koff_lightning.artifact.decomposed import DecomposedModel, default_device, dense_of, load_decomposed
-from koff_lightning.artifact.folder import MANIFEST
-from koff_lightning.backbone import ask_nothing_, hidden_states
+from koff_lightning.artifact.decomposed import DecomposedModel, dense_of
+from koff_lightning.backbone import hidden_states
 from koff_lightning.data.encoding import encode, encode_and_count, encode_prompt
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.chats import WritesTalks
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
-from koff_lightning.loading import load_backbone, load_config, load_tokenizer
+from koff_lightning.evaluation.scored_models import Model, check_router, domains_of, load_model, rows_of, tokenizer_of
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
@@ -46,7 +44,6 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from koff_lightning.evaluation.rolling import TextLikelihood, known_bytes, log_likelihoods, windows_of  # noqa: E402
 
 SEED = 1234  # lm-eval's own, of the few-shot examples
-Model = Decomposition | DecomposedModel | PreTrainedModel
 
 
 class Reader:
@@ -127,6 +124,8 @@ class KoffLM(WritesTalks, HFLM):
         backbone: Where the backbone of a checkpoint is, if it has moved.
         device: Torch device; by default a GPU if there is one.
         dtype: Dtype of the backbone; by default as it is stored.
+        rows: Tokens read at once where a text is scored as a whole (a rolling likelihood); by default as `rows_of`
+            says, else `max_length`.
         options: Further arguments of HFLM: `batch_size`, `max_batch_size`, `max_length`, `softmax_dtype` ...
 
     Raises:
@@ -142,14 +141,18 @@ class KoffLM(WritesTalks, HFLM):
         backbone: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        rows: int | None = None,
         **options: Any,
     ) -> None:
         model = load_model(str(path), backbone, device, dtype) if isinstance(path, str | Path) else path
+        if rows is None and not options.get("max_length"):
+            rows = rows_of(path)
         tokenizer = copy.deepcopy(tokenizer or tokenizer_of(model))  # HFLM changes its padding
         with quiet():
             super().__init__(reading(model, domain, dense), tokenizer=tokenizer, **options)
         self._rank = dist.get_rank() if ranks.count() > 1 else 0
         self._world_size = ranks.count()
+        self.rows = min(rows or self.max_length, self.max_length)
         self.broken = 0  # requests whose log-likelihood is no number
 
     def __repr__(self) -> str:
@@ -209,13 +212,14 @@ class KoffLM(WritesTalks, HFLM):
         encoded = [encode_and_count(self.tokenizer, text) for text in texts]
         known = known_bytes(texts, [unknown for _, unknown in encoded], [request.task_name for request in requests])
         before, self.add_bos_token = self.add_bos_token, False
+        longest, self._max_length = self._max_length, self.rows
         try:
             plain_way = self.world_size == 1 and self.mixed_precision_dtype is None
             if not plain_way or not isinstance(self.batch_size_per_gpu, int):
                 return list(map(TextLikelihood.of, super().loglikelihood_rolling(requests, disable_tqdm), known))
-            windows = [windows_of(ids, self.prefix_token_id, self.max_length) for ids, _ in encoded]
+            windows = [windows_of(ids, self.prefix_token_id, self.rows) for ids, _ in encoded]
         finally:
-            self.add_bos_token = before
+            self.add_bos_token, self._max_length = before, longest
         reader = self.model if isinstance(self.model, Reader) else None
         hidden = reader.hidden if reader else lambda ids: hidden_states(self.model, input_ids=ids)
         head = (reader.model if reader else self.model).get_output_embeddings()
@@ -254,6 +258,11 @@ class KoffLM(WritesTalks, HFLM):
         if self._routes:
             texts = [context for (context, _), _, _ in requests]
             return self._by_domain(requests, texts, lambda part: self._loglikelihood_tokens(part, *args, **kwargs))
+        if (longest := max((len(answer) for _, _, answer in requests), default=0)) > self.max_length:
+            raise KoffError(
+                f"an answer of {longest} tokens is longer than the {self.max_length} that are read at once: "
+                "raise max_length, or leave this task out"
+            )
         scores = super()._loglikelihood_tokens(requests, *args, **kwargs)
         self.broken += sum(not math.isfinite(value) for value, _ in scores)  # told later, by all ranks at once
         return scores
@@ -287,51 +296,6 @@ class KoffLM(WritesTalks, HFLM):
                 f"{broken} log-likelihoods are not finite, so the scores mean nothing: the weights hold nan or inf, or "
                 "their dtype overflows (try dtype float32)"
             )
-
-
-def load_model(path: str, backbone: str | None = None, device: str | None = None, dtype: str | None = None) -> Model:
-    """What stands at `path`: an artifact, a checkpoint of `koff fit`, or a dense model.
-
-    Raises:
-        KoffError: It cannot be loaded, or not with these options.
-    """
-    where, place = default_device(device), Path(path).expanduser()
-    if backbone is not None and place.suffix != ".ckpt":
-        raise KoffError(f"only a checkpoint is read over a backbone, and {path} is none: leave backbone out")
-    if (place / MANIFEST).is_file():
-        return load_decomposed(place, where, dtype)
-    if place.suffix == ".ckpt":
-        if dtype is not None:
-            raise KoffError(f"{path} is read in the dtype of its run: leave dtype out")
-        return from_checkpoint(place, backbone).to(where).eval()
-    stored = str(load_config(path).dtype or "float32").removeprefix("torch.")
-    model = load_backbone(path, dtype=dtype or stored).to(where)
-    ask_nothing_(model)  # a task says how it is answered
-    return model
-
-
-def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a loaded model."""
-    if isinstance(model, DecomposedModel):
-        return model.tokenizer
-    if isinstance(model, Decomposition):
-        loading = {k: v for k, v in model.loading.items() if k != "dtype"}
-        return load_tokenizer(model.source, **loading)
-    return load_tokenizer(model.name_or_path)
-
-
-def domains_of(model: Model) -> list[str]:
-    """The domains that a loaded model has memories of."""
-    return [] if isinstance(model, PreTrainedModel) else list(model.domains)
-
-
-def check_router(model: Model, name: str) -> None:
-    """Raise KoffError unless a model has a router that picks among its memories."""
-    if not isinstance(model, DecomposedModel):
-        raise KoffError(
-            f"only an artifact has a router, and {name} is none: export the run, then `koff router fit --model DIR`"
-        )
-    model.route([])
 
 
 def reading(model: Model, domain: str | None, dense: bool) -> Reader | PreTrainedModel:

@@ -187,6 +187,24 @@ def test_a_missing_backbone_and_all_missing_text_are_told_at_once():
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), lines
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --model DIR --prompt x --domain de --domain it",
+        "chat --model DIR --domain it",
+        "lm-eval --model DIR --tasks koff_bpb --domain auto,it",
+        "push DIR org/m --domain it",
+        "memory remove DIR it",
+        "memory compose DIR de it --as both",
+    ],
+)
+def test_a_domain_that_an_artifact_lacks_is_told_by_koff_json_alone(words, tmp_path, capsys):
+    """Which is all that lies here: nothing is loaded, so nothing heavy has to be imported."""
+    (tmp_path / "koff.json").write_text('{"domains": {"de": {}, "fr": {}}}')
+    assert main([str(tmp_path) if word == "DIR" else word for word in words.split()]) == 2
+    assert capsys.readouterr().err == f"koff: {tmp_path} has no memory for 'it'; it has de, fr\n"
+
+
 @pytest.mark.parametrize("off", [True, False])
 def test_a_model_of_the_hub_is_missing_where_the_hub_is_switched_off(off, tmp_path, monkeypatch):
     """And no copy is kept: as a backbone in the hub's cache, or as an artifact in ours."""

@@ -29,7 +29,7 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_sha256, hash_file
 from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
-from koff_lightning.support.names import check_name
+from koff_lightning.support.names import check_name, refuse_no_memory
 
 FORMAT = 1
 MANIFEST, REPORT, BACKBONE, MEMORIES = "koff.json", "export_report.json", "backbone", "memories"
@@ -167,8 +167,7 @@ class Manifest:
 
     def refuse_others(self, domains: Iterable[str], where: object) -> None:
         """Raise KoffError unless the artifact, which lies at `where`, has a memory for each of these domains."""
-        if unknown := [name for name in domains if name not in self.domains]:
-            raise KoffError(f"{where} has no memory for {unknown[0]!r}; it has {', '.join(self.domains) or 'none'}")
+        refuse_no_memory(domains, self.domains, where)
 
     @property
     def form(self) -> Layout:

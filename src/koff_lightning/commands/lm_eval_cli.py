@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
-from koff_lightning.commands.parsing.missing import NO_CHECKPOINT
+from koff_lightning.commands.parsing.missing import NO_CHECKPOINT, refuse_no_domain
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
-from koff_lightning.support.names import refuse_no_model
+from koff_lightning.support.names import refuse_no_memory, refuse_no_model
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.wording import one_line
@@ -66,6 +66,8 @@ def lm_eval(argv: list[str]) -> None:
         raise KoffError(f"checkpoint {options.model}: {NO_CHECKPOINT}")
     if not options.model.endswith(".ckpt") and not is_asked():  # then all that is missing is told at once
         refuse_no_model(options.model)
+    if options.domain != "all":
+        refuse_no_domain(options.model, _named(options.domain))
     settings = _settings(options)
     if (settings.output_path or "").endswith(".json"):
         raise KoffError(
@@ -247,21 +249,22 @@ def _settings(options: argparse.Namespace) -> Any:
         raise KoffError(f"lm-eval: {' '.join(str(error).split())}") from error
 
 
+def _named(domains: str | None) -> list[str]:
+    return [*filter(None, dict.fromkeys((domains or "").split(",")))]
+
+
 def _columns(options: argparse.Namespace, model: Any) -> list[Column]:
     """What is asked for; without a word about it the model as it is, without memory."""
     from koff_lightning.evaluation.lm_scores import CLASH
     from koff_lightning.evaluation.scored_models import check_router, domains_of
 
     known = domains_of(model)
-    asked = known if options.domain == "all" else [*filter(None, dict.fromkeys((options.domain or "").split(",")))]
+    asked = known if options.domain == "all" else _named(options.domain)
     if options.domain and not asked:
         raise KoffError(f"lm-eval: {options.model} has no memories: leave --domain out")
     if AUTO in asked and AUTO not in known:
         check_router(model, options.model)
-    if unknown := [name for name in asked if name not in (AUTO, *known)]:
-        raise KoffError(
-            f"lm-eval: {options.model} has no memory for {unknown[0]!r}; it has {', '.join(known) or 'none at all'}"
-        )
+    refuse_no_memory([name for name in asked if name != AUTO], known, options.model)
     columns = [Column(name, name) for name in asked]
     if options.memory_off or not (asked or options.dense):
         columns.append(Column("none" if known else "dense"))

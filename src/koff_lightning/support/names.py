@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from koff_lightning.support.errors import KoffError
@@ -47,6 +47,12 @@ def may_be_had(name: str) -> bool:
         or Path(constants.HF_HUB_CACHE, f"models--{kept}").exists()
         or any((own_cache() / "hub").glob(f"{kept}@*"))
     )
+
+
+def refuse_no_memory(domains: Iterable[str], known: Collection[str], where: object) -> None:
+    """Raise KoffError unless the artifact at `where`, whose memories are of the domains `known`, has each of these."""
+    if unknown := [name for name in domains if name not in known]:
+        raise KoffError(f"{where} has no memory for {unknown[0]!r}; it has {', '.join(known) or 'none'}")
 
 
 def refuse_no_run(path: Path) -> None:

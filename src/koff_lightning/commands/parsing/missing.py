@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from koff_lightning.support.errors import KoffError, refused_by
-from koff_lightning.support.names import HUB_ID, may_be_had, refuse_no_model, refuse_no_run
+from koff_lightning.support.json_files import read_json_object
+from koff_lightning.support.names import HUB_ID, may_be_had, refuse_no_memory, refuse_no_model, refuse_no_run
 from koff_lightning.support.offline import is_asked
 
 # Options that name what an earlier command has left.
@@ -19,6 +20,9 @@ ARTIFACTS = {"inspect": "folder", "generate": "model", "chat": "model", "serve":
 ARTIFACTS |= {"router fit": "model", "router test": "model", "convert gguf": "folder"} | dict.fromkeys(
     ("memory list", "memory add", "memory remove", "memory compose", "memory cartridge"), "folder"
 )
+# Options that name memories of that artifact.
+DOMAINS = {"generate": ["domain"], "chat": ["domain"], "push": ["domain"], "memory remove": ["domain"]}
+DOMAINS |= {"memory compose": ["a", "b"]}
 MEMORIES = {"memory add": "memory", "memory cartridge": "from"}  # read a memory that is not in the artifact
 # Take what is on this machine alone, as to change it or to send it.
 CHANGING = ("memory add", "memory remove", "memory compose", "push", "router fit")
@@ -36,6 +40,8 @@ def refuse_missing(verb: str, given: Sequence[tuple[str, str | None]]) -> None:
         raise KoffError(f"checkpoint {ckpt}: {NO_CHECKPOINT}")
     if folder := ARTIFACTS.get(verb):
         _refuse_no_artifact(values.get(folder), verb not in CHANGING)
+        named = [value for name, value in given if name in DOMAINS.get(verb, []) and value is not None]
+        refuse_no_domain(values.get(folder), named)
     memory = values.get(MEMORIES.get(verb, ""))
     if memory is not None and not Path(memory).expanduser().exists():
         raise KoffError(f"memory {memory!r}: no such folder. DIR/memories/NAME of an exported model is one")
@@ -130,6 +136,25 @@ def refuse_no_checkpoint(name: str, value: str) -> None:
     if value in ("last", "best", "hpc", "null", "") or "://" in value or Path(value).expanduser().exists():
         return
     raise KoffError(f"{name} {value}: {NO_CHECKPOINT}")
+
+
+def refuse_no_domain(folder: str | None, domains: Iterable[str]) -> None:
+    """Refuse domains that an artifact in a folder here has no memory for; one that cannot be read is left.
+
+    Raises:
+        KoffError: It has no memory for one of them.
+    """
+    domains = list(domains)
+    place = Path(folder or "").expanduser()
+    if not (folder and domains and (place / "koff.json").is_file()):
+        return
+    from koff_lightning.router.routing import AUTO
+
+    known = None
+    with suppress(KoffError):  # whoever reads all of it says what is wrong with it
+        known = read_json_object(place / "koff.json").get("domains")
+    if isinstance(known, dict):
+        refuse_no_memory([name for name in domains if name != AUTO], known, place)
 
 
 def _refuse_no_artifact(folder: str | None, also_on_hub: bool) -> None:

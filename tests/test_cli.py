@@ -445,6 +445,25 @@ def test_loggers_checkpoints_and_progress_can_be_switched_off(run_tiny):
     assert not list(Path("runs/mine").glob("version_*"))
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["a new folder", "a folder with a run"])
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--model.lora.layers=[77]", "lora.layers names layer 77"),  # which the model tells
+        ("--data.domains.en=one.txt", "domain 'en' is one document"),  # the data
+        ("--trainer.devices=2", "devices"),  # the trainer
+    ],
+)
+def test_a_run_that_is_refused_leaves_nothing_and_takes_nothing_away(run_tiny, capsys, before, option, line):
+    Path("one.txt").write_text("Hello.")
+    if before:
+        Path("runs/mine/version_3").mkdir(parents=True)
+    there = sorted(Path().rglob("*"))
+    assert run_tiny("fit", option) == 2
+    assert line in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(Path().rglob("*")) == there
+
+
 def test_trainer_options_that_do_not_go_together_are_one_line(run_tiny, capsys):
     assert run_tiny("fit", "--trainer.accelerator", "gpu") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("koff: ")

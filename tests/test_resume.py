@@ -499,7 +499,8 @@ def test_two_runs_in_one_folder(tmp_path):
         with alone_in(tmp_path / "other"):
             pass
     with alone_in(tmp_path / "run"):
-        assert [new_version(tmp_path / "run") for _ in range(3)] == [0, 1, 2]
+        names = [new_version(tmp_path / "run").folder.name for _ in range(3)]
+        assert names == ["version_0", "version_1", "version_2"]
 
 
 def test_a_run_that_has_ended_leaves_no_lock_and_clears_away_what_a_killed_one_left(tmp_path):

@@ -40,6 +40,7 @@ class RunReport(Callback):
     """
 
     def __init__(self) -> None:
+        self.has_begun = False  # to train
         self.history = MaskHistory()
         self.results: results.Figures = {}
         self.documents: results.Documents = {}
@@ -58,6 +59,7 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Start to measure time."""
+        self.has_begun = True
         self._since = time.perf_counter()
 
     def on_train_batch_end(

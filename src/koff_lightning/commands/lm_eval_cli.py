@@ -62,12 +62,7 @@ def lm_eval(argv: list[str]) -> None:
         raise KoffError("lm-eval: give --model (artifact, checkpoint or dense model) and --tasks")
     if options.config and not options.allow_custom_classes:
         _refuse_code(Path(options.config).expanduser())
-    if options.model.endswith(".ckpt") and not Path(options.model).expanduser().exists():
-        raise KoffError(f"checkpoint {options.model}: {NO_CHECKPOINT}")
-    if not options.model.endswith(".ckpt") and not is_asked():  # then all that is missing is told at once
-        refuse_no_model(options.model)
-    if options.domain != "all":
-        refuse_no_domain(options.model, _named(options.domain))
+    _refuse_no_model(options.model, options.domain)
     settings = _settings(options)
     if (settings.output_path or "").endswith(".json"):
         raise KoffError(
@@ -107,6 +102,16 @@ def lm_eval(argv: list[str]) -> None:
     show(scores)
     if options.rows and any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks["tasks"].values()):
         print(f"whole texts are read {lm.rows} tokens at a time, as its run read them; --max_length N reads otherwise")
+
+
+def _refuse_no_model(model: str, domains: str | None) -> None:
+    """Raise KoffError if it shows without heavy imports that a model or a domain is not there."""
+    if model.endswith(".ckpt") and not Path(model).expanduser().exists():
+        raise KoffError(f"checkpoint {model}: {NO_CHECKPOINT}")
+    if not model.endswith(".ckpt") and not is_asked():  # then all that is missing is told at once
+        refuse_no_model(model)
+    if domains != "all":
+        refuse_no_domain(model, _named(domains))
 
 
 def _tasks(settings: Any, options: argparse.Namespace) -> "Loaded":

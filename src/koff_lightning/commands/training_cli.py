@@ -112,7 +112,13 @@ class KoffCLI(LightningCLI):
 
     def __init__(self, *classes: type, args: list[str], allow_custom: bool, **options: object) -> None:
         self._verb, self._words, self._allow_custom = args[0], args, allow_custom
-        super().__init__(*classes, args=args, **options)
+        self._report, self._version = RunReport(), None
+        try:
+            super().__init__(*classes, args=args, **options)
+        except BaseException:
+            if self._version and not self._report.has_begun:
+                self._version.remove()
+            raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give the callbacks that every run has their own sections, and take the domains' names from the data."""
@@ -179,7 +185,7 @@ class KoffCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """Add what every run has unless the trainer's options switch it off: loggers, checkpoints, progress, report."""
         trainer = self._get(self.config_init, "trainer")
-        self.trainer_defaults["callbacks"] = [GradientCoverage(), RunReport(), ContinuedLog()]
+        self.trainer_defaults["callbacks"] = [GradientCoverage(), self._report, ContinuedLog()]
         if trainer.fast_dev_run:
             self.trainer_defaults["callbacks"].append(Preview())
         if trainer.enable_progress_bar is not False:
@@ -187,7 +193,8 @@ class KoffCLI(LightningCLI):
         if trainer.enable_checkpointing is False or trainer.fast_dev_run:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if trainer.logger is None and not trainer.fast_dev_run:
-            kwargs["logger"] = _default_loggers(trainer.default_root_dir)
+            self._version = new_version(trainer.default_root_dir)
+            kwargs["logger"] = _default_loggers(self._version.folder)
         kwargs["plugins"] = [*_as_list(trainer.plugins), AtomicCheckpointIO()]
         run = super().instantiate_trainer(**kwargs)
         if self.subcommand != "baseline":  # which says itself that it runs in one process
@@ -342,7 +349,7 @@ def _option_names(defaults: Namespace) -> set[str]:
     return {name.replace(".init_args.", ".") for name in defaults.keys() if "__" not in name}  # noqa: SIM118
 
 
-def _default_loggers(root: str) -> list[Logger]:
-    """Both in `root/version_N`, which is also where Lightning saves config.yaml and the checkpoints."""
-    csv = CSVLogger(root, name="", version=new_version(root))
-    return [csv, TensorBoardLogger(root, name="", version=csv.version)]
+def _default_loggers(folder: Path) -> list[Logger]:
+    """Both in a run's `version_N`, which is also where Lightning saves config.yaml and the checkpoints."""
+    version = int(folder.name.removeprefix("version_"))
+    return [kind(str(folder.parent), name="", version=version) for kind in (CSVLogger, TensorBoardLogger)]

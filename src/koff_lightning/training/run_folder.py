@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -44,13 +46,36 @@ def alone_in(root: str | Path, option: str = "--trainer.default_root_dir") -> It
         yield
 
 
-def new_version(root: str | Path) -> int:
-    """Make the next `version_N` in `root` and return N; two that ask at once get two.
+@dataclass(frozen=True)
+class Version:
+    """The `version_N` of one start.
+
+    Args:
+        folder: It.
+        above: The folders that had to be made for it, from the lowest up.
+    """
+
+    folder: Path
+    above: list[Path]
+
+    def remove(self) -> None:
+        """Leave nothing of a start that came to nothing; folders above it stay where something else lies in them."""
+        if rank_zero_only.rank:
+            return
+        rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            for place in self.above:
+                place.rmdir()
+
+
+def new_version(root: str | Path) -> Version:
+    """Make the next `version_N` in `root`; two that ask at once get two.
 
     Raises:
         KoffError: The folder cannot be written.
     """
     root = Path(root)
+    above = [place for place in (root, *root.parents) if not place.exists()]
     names = [path.name.removeprefix("version_") for path in root.glob("version_*")]
     version = max((int(name) for name in names if name.isdigit()), default=-1) + 1
     while not rank_zero_only.rank:
@@ -60,7 +85,7 @@ def new_version(root: str | Path) -> int:
                 break
             except FileExistsError:
                 version += 1
-    return version
+    return Version(root / f"version_{version}", above)
 
 
 def run_config(ckpt: Path) -> dict[str, Any] | None:

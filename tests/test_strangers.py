@@ -337,6 +337,8 @@ def test_quantised_folders(tmp_path, method, entry):
         ({"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 1e4}}, "factor is 0, outside"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta is text"),
         ({"pad_token_id": 97}, "pad_token_id 97 is beyond the 97 rows of the embeddings: set it to null"),
+        ({"bos_token_id": 97}, "bos_token_id 97 is beyond the 97 rows of the embeddings: set it to null"),
+        ({"eos_token_id": [2, 98]}, "eos_token_id 98 is beyond the 97 rows of the embeddings: set it to null"),
         ({"pad_token_id": "<pad>"}, "pad_token_id is text"),
         ({"eos_token_id": [2, "x"]}, "eos_token_id is a list"),
         ({"eos_token_id": 10**30}, "eos_token_id is 1000.*, which is no token's number"),
@@ -598,10 +600,14 @@ def test_a_run_does_not_begin_its_text_anew(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id", "eos_token_id"])
 def test_tokens_of_generation_config(tmp_path, name):
     saved(tmp_path, "llama")
-    for odd in ([1, 2], 10**30, -7):
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: 97}))
+    refused(tmp_path, f"generation_config.json cannot be used: {name} 97 is beyond the 97 rows of the embeddings")
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: 96}))
+    load_backbone(str(tmp_path))
+    for odd in (10**30, -7) if name == "eos_token_id" else ([1, 2], 10**30, -7):
         (tmp_path / "generation_config.json").write_text(json.dumps({name: odd}))
         refused(tmp_path, f"{name} is")
 

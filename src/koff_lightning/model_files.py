@@ -129,7 +129,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     faults = [wrong_value(config, name, (int,), 1, high) for name, high in _SIZES.items()]
     faults += [wrong_value(config, name, (int, float), low, high) for name, (low, high) in _NUMBERS.items()]
     faults += [wrong_value(config, name, kinds, 0, 0) for name, kinds in _KINDS.items()]
-    faults += [_wrong_token(config, name) for name in _TOKENS]
+    faults += [_wrong_token(config, name, config.get("vocab_size")) for name in _TOKENS]
     ropes = {name: config.get(name) for name in ("rope_parameters", "rope_scaling")}
     faults += [_wrong_rope(rope, name) for name, rope in ropes.items() if isinstance(rope, Mapping)]
     if fault := next(filter(None, faults), None):
@@ -150,20 +150,22 @@ def _quantised(about: object) -> str:
     return f"a quantised model{named}, whose packed weights can be neither cut nor adapted"
 
 
-def _wrong_token(config: Mapping[str, Any], name: str) -> str | None:
+def _wrong_token(config: Mapping[str, Any], name: str, size: object) -> str | None:
+    """What is wrong with a token's number, where -1 stands for none as null does.
+
+    Beyond the vocabulary there is no token: no text would ever end with such an end token, and nothing would say so.
+    """
     value = config.get(name)
     ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
     if any(entry is not None and type(entry) is not int for entry in ids):
         return f"{name} is {kind(value)}"
-    if odd := [entry for entry in ids if entry is not None and not -1 <= entry < _SIZES["vocab_size"]]:
+    given = [entry for entry in ids if entry is not None]
+    if odd := [entry for entry in given if not -1 <= entry < _SIZES["vocab_size"]]:
         return f"{name} is {str(odd[0])[:20]}, which is no token's number"
-    size = config.get("vocab_size")
-    beyond = [entry for entry in ids if entry is not None and type(size) is int and not -1 <= entry < size]
-    return (
-        f"{name} {beyond[0]} is beyond the {size} rows of the embeddings: set it to null or to a token that is there"
-        if beyond and name == "pad_token_id"
-        else None
-    )
+    if type(size) is int and (beyond := [entry for entry in given if entry >= size]):
+        rest = f"beyond the {size} rows of the embeddings: set it to null or to a token that is there"
+        return f"{name} {beyond[0]} is {rest}"
+    return None
 
 
 def _wrong_rope(rope: Mapping[str, Any], name: str) -> str | None:
@@ -207,7 +209,8 @@ def check_folder(folder: Path, source: str) -> None:
     check_links(folder)
     if (folder / "generation_config.json").exists():
         own = read_json_object(folder / "generation_config.json")  # transformers leaves out one that it cannot read
-        if fault := next(filter(None, (_wrong_token(own, name) for name in _TOKENS)), None):
+        size = read_json_object(folder / "config.json").get("vocab_size") if (folder / "config.json").exists() else None
+        if fault := next(filter(None, (_wrong_token(own, name, size) for name in _TOKENS)), None):
             raise KoffError(f"{folder / 'generation_config.json'} cannot be used: {fault}")
     if (folder / "adapter_config.json").exists():
         raise adapter_beside(source)

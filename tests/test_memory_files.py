@@ -259,6 +259,7 @@ def test_a_tensor_that_is_missing_is_refused(folder, file, message):
         ({"more": 1}, "has an unknown entry 'more'"),
         ({"lora": {"rank": 0, "alpha": 6.0, "targets": ["q_proj"]}}, r"lora.rank must be between.*get it again"),
         ({"lora": {"rank": 3}}, "get it again"),
+        ({"lora": {"rank": 3, "colour": "red"}}, r"cannot be used \(lora has no option 'colour'\): get it again"),
         ({"lora": {}}, "disagree about rank, alpha, targets or layers"),
         ({"lora": []}, r"\(lora must be a dictionary, and is list\): get it again"),
         ({"lora": {"rank": "3"}}, r"lora.rank must be a count, and is str '3'"),

@@ -13,6 +13,7 @@ from koff_lightning.decomposition import Decomposition
 from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.forms import options_of
 
 PREFIX = "model."  # of the decomposition in the state dict of a KOFFModule
 _PARTS = ("koff", "hyper_parameters", "state_dict")
@@ -131,9 +132,9 @@ def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposit
     try:
         made_of = {
             "domains": options["domains"],
-            "sparsity": SparsitySpec(**options["sparsity"]),
-            "lora": options["lora"] and LoraSpec(**options["lora"]),
-            "kv": options["kv"] and KVSpec(**options["kv"]),
+            "sparsity": options_of(SparsitySpec, options["sparsity"], "sparsity"),
+            "lora": options["lora"] and options_of(LoraSpec, options["lora"], "lora"),
+            "kv": options["kv"] and options_of(KVSpec, options["kv"], "kv"),
             "shared_memory": options["shared_memory"],
             "revision": options["revision"] if backbone is None else None,
             "dtype": options["dtype"],

@@ -36,7 +36,7 @@ from koff_lightning.model_files import not_finite, tensors_in
 from koff_lightning.placement import ALL, check_words, shortest, shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_sha256
-from koff_lightning.support.forms import fault_in
+from koff_lightning.support.forms import fault_in, options_of
 from koff_lightning.support.json_files import json_object
 from koff_lightning.support.names import check_name
 from koff_lightning.surgery import PEFT_PREFIX
@@ -224,7 +224,7 @@ def _specs(card: MemoryCard) -> tuple[LoraSpec | None, int | None]:
         check_words(layers, "layers")
     if slots is not None and (type(slots) is not int or not 1 <= slots <= MAX_SLOTS):
         raise KoffError(f"a KV memory has 1 to {MAX_SLOTS} slots, not {slots!r}")
-    return None if lora is None else LoraSpec(**lora), slots
+    return None if lora is None else options_of(LoraSpec, lora, "lora"), slots
 
 
 def load_memory(bank: MemoryBank, folder: Path, name: str | None = None, expect: Manifest | None = None) -> str:

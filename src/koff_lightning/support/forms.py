@@ -8,7 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Options = TypeVar("Options")
 
 
 def fault_in(value: Any, form: Any, name: str) -> str | None:
@@ -77,6 +79,17 @@ def _fault_of_spec(value: Any, spec: type, name: str) -> str | None:
         elif found := fault_in(part, _form_of(hint), f"{name}.{key}"):
             return found
     return None
+
+
+def options_of(spec: type[Options], given: Mapping[str, Any], name: str) -> Options:
+    """A dataclass of options with the values that a file gives.
+
+    Raises:
+        TypeError: An option that it does not have, as Python raises it, in words of ours.
+    """
+    if odd := sorted(given.keys() - {entry.name for entry in fields(spec)}):
+        raise TypeError(f"{name} has no option {odd[0]!r:.60}")
+    return spec(**given)
 
 
 def _form_of(hint: Any) -> Any:

@@ -13,6 +13,7 @@ from koff_lightning.artifact.checkpoint import decomposition_state, read_checkpo
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.forms import options_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_mask_source(
     state = decomposition_state(checkpoint)
     tensors = {name.removeprefix("gates."): value for name, value in state.items() if name.startswith("gates.")}
     try:
-        found = SparsitySpec(**checkpoint["hyper_parameters"]["sparsity"])
+        found = options_of(SparsitySpec, checkpoint["hyper_parameters"]["sparsity"], "sparsity")
         hardened = bool(tensors["hardened"])
         tensors["logits"]  # by which its units are counted
     except (TypeError, KeyError) as error:

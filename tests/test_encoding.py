@@ -17,9 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.cli import main
-from koff_lightning.commands.generate import encode
 from koff_lightning.data import DomainDataModule, encoding
-from koff_lightning.data.encoding import encode_prompt, fingerprint, tokenize
+from koff_lightning.data.encoding import encode_prompt, encode_prompts, fingerprint, tokenize
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.evaluation.harness import KoffLM
 from koff_lightning.loading import load_tokenizer, tokenizer_hash
@@ -65,7 +64,7 @@ def test_a_prompt_has_the_start_token_once_and_no_end_token_whatever_the_tokeniz
     assert encode_prompt(tokenizer, PROMPT) == [0, *text]
     assert encode_prompt(tokenizer, "<bos>" + PROMPT) == [0, *text]
     tokenizer.pad_token = "<eos>"
-    assert encode(tokenizer, [PROMPT])[0].tolist() == [[0, *text]]
+    assert encode_prompts(tokenizer, [PROMPT])[0].tolist() == [[0, *text]]
     assert tokenize([PROMPT], tokenizer).tokens.tolist() == [0, *text]
     tokenizer.bos_token = None
     assert encode_prompt(tokenizer, PROMPT) == text
@@ -82,6 +81,19 @@ def appending(tmp_path_factory):
         model.tokenizer = tokenizer
         folders.append((made.folder, model))
     return folders
+
+
+def test_what_a_model_encodes_is_what_it_was_trained_on(appending):
+    """As the examples of the pages and of the model's card call it."""
+    (_, one), (_, other) = appending
+    batches = [model.encode([PROMPT, "fox"]) for model in (one, other)]
+    for model, batch in zip((one, other), batches, strict=True):
+        rows = [ids[mask > 0].tolist() for ids, mask in zip(*batch.values(), strict=True)]
+        assert rows == [encode_prompt(model.tokenizer, text) for text in (PROMPT, "fox")]
+        assert batch["attention_mask"][:, -1].all(), "padded on the left"
+    assert torch.equal(
+        *(model.generate(**batch, max_new_tokens=4) for model, batch in zip((one, other), batches, strict=True))
+    )
 
 
 def scores(model):

@@ -52,6 +52,7 @@ def test_no_python_on_a_page_uses_a_name_that_nobody_gave():
         for code in blocks(str(page.relative_to(ROOT))):
             compile(code, page.name, "exec")
             assert "input_ids," not in code
+            assert not re.search(r"tokenizer\(", code), "a tokenizer may put an end token behind a prompt: model.encode"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -341,3 +341,18 @@ def _bar_for_large(source: str, gguf: str | None = None) -> Iterator[None]:
         yield
     finally:
         enable_progress_bar()
+
+
+def device_named(name: str | torch.device) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        KoffError: There is none here, or none that holds numbers.
+    """
+    try:
+        found = torch.empty(0, device=name).device
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return found
+    except (RuntimeError, AssertionError) as error:
+        raise KoffError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error

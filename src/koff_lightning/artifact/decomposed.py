@@ -22,7 +22,8 @@ from koff_lightning.artifact.hub import local_folder
 from koff_lightning.artifact.memory_files import load_memory
 from koff_lightning.artifact.router_files import check_fit, read_router
 from koff_lightning.backbone import ask_nothing_, cache_argument, is_recomputed, refuse_masked_packing
-from koff_lightning.loading import fingerprint, load_backbone, load_tokenizer
+from koff_lightning.data.encoding import encode_prompts
+from koff_lightning.loading import device_named, fingerprint, load_backbone, load_tokenizer
 from koff_lightning.lora import Routes
 from koff_lightning.memory import MemoryBank
 from koff_lightning.router.routing import AUTO, Router
@@ -64,7 +65,7 @@ def load_decomposed(
     if auto := AUTO in chosen and AUTO not in manifest.domains:
         chosen = list(manifest.domains)
     manifest.refuse_others(chosen, folder)
-    where = _device(device)
+    where = device_named(device)
     if verify:
         verify_files(folder, backbone=True)
     name = manifest.dtype if dtype is None else str(dtype).removeprefix("torch.")
@@ -196,6 +197,14 @@ class DecomposedModel(nn.Module):
         options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or []), _refuse_overflow])
         with self.memories.scope(self._routes(chosen, copies)):
             return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` [B, T] of prompts, padded on the left, as `generate` takes them.
+
+        As in training the start token stands before each and no end token behind, whatever the tokenizer puts there.
+        """
+        ids, mask = encode_prompts(self.tokenizer, prompts)
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
     @cached_property
     def router(self) -> Router:
@@ -345,7 +354,7 @@ def _check_prompt_mask(mask: Tensor, input_ids: Tensor) -> None:
             "every token"
         )
     if not bool(mask[:, -1].all()):
-        raise KoffError("generate: a row ends in padding: pad prompts on the left, as model.tokenizer does")
+        raise KoffError("generate: a row ends in padding: pad prompts on the left, as model.encode does")
 
 
 def _positions(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor | None:
@@ -366,16 +375,6 @@ def _check_packing(mask: Tensor | None, positions: Tensor, use_cache: bool) -> N
     refuse_masked_packing(mask, positions)
     if use_cache and (positions.diff(dim=-1) != 1).any() and mask is None:
         raise KoffError("packed rows (positions that restart) cannot be run with a token cache: leave use_cache out")
-
-
-def _device(name: str | torch.device) -> torch.device:
-    try:
-        found = torch.empty(0, device=name).device
-        if found.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        return found
-    except (RuntimeError, AssertionError) as error:
-        raise KoffError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def dense_of(model: DecomposedModel) -> PreTrainedModel:

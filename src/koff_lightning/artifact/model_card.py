@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 _LOAD = """from koff_lightning import load_decomposed
 model = load_decomposed("DIR")                     # the folder above this one, with its memories
-batch = model.tokenizer(["Some text"], return_tensors="pt")
+batch = model.encode(["Some text"])
 ids = model.generate(**batch, domains={domains}, max_new_tokens=64)
 print(*model.tokenizer.batch_decode(ids, skip_special_tokens=True))
 """

@@ -183,7 +183,9 @@ def _continue(
     """What `run`, a model's `generate`, adds to each prompt."""
     import torch
 
-    ids, mask = encode(tokenizer, prompts)
+    from koff_lightning.data.encoding import encode_prompts
+
+    ids, mask = encode_prompts(tokenizer, prompts)
     torch.manual_seed(options["seed"])
     given = {name: value for name, value in options.items() if name != "seed"}
     with own_settings_told(given):
@@ -191,26 +193,6 @@ def _continue(
     before = tokenizer.batch_decode(ids, skip_special_tokens=True)
     whole = tokenizer.batch_decode(out, skip_special_tokens=True)  # a tokenizer may drop a space that stands first
     return [text[len(start) :] for text, start in zip(whole, before, strict=True)]
-
-
-def encode(tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> tuple[Any, Any]:
-    """Token ids and mask, each [B, T], padded on the left; see `encode_prompt`.
-
-    Raises:
-        KoffError: A prompt of no tokens.
-    """
-    import torch
-
-    from koff_lightning.data.encoding import encode_prompt
-
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    if empty := [number for number, row in enumerate(rows, 1) if not row]:
-        raise KoffError(
-            f"prompt {empty[0]} is empty, and this tokenizer has no start token to put before it: give some text"
-        )
-    longest, pad = max(map(len, rows)), tokenizer.pad_token_id or 0  # nobody attends to it: any token serves
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
 
 
 def _stream(model: "DecomposedModel", prompts: list[str], domains: list[str | None], options: dict[str, Any]) -> None:

@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from koff_lightning.loading import tokenizer_hash
@@ -95,6 +97,22 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     ids, start = encode(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"], start_tokens(tokenizer)
     return ids if ids[: len(start)] == start else start + ids
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, each [B, T], padded on the left; see `encode_prompt`.
+
+    Raises:
+        KoffError: A prompt of no tokens.
+    """
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    if empty := [number for number, row in enumerate(rows, 1) if not row]:
+        raise KoffError(
+            f"prompt {empty[0]} is empty, and this tokenizer has no start token to put before it: give some text"
+        )
+    longest, pad = max(map(len, rows)), tokenizer.pad_token_id or 0  # nobody attends to it: any token serves
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
 
 
 def encode_and_count(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:

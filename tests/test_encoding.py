@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -218,6 +219,23 @@ def test_the_memory_for_tokenising_a_document_is_bounded(plain):
         [sys.executable, "-c", MEASURE, plain, str(16 * 2**20)], capture_output=True, text=True, check=True, timeout=300
     )
     assert int(done.stdout) < 1_000_000  # KiB
+
+
+def test_what_the_tokenizer_has_made_of_one_call_is_gone_at_the_next(plain, monkeypatch):
+    """Two at once take twice the memory, and leave holes in it that grow with the text."""
+    made = []
+
+    def counted(*args, **options):
+        assert not [one for one in made if one() is not None]
+        encoded = whole(*args, **options)
+        made.append(weakref.ref(encoded))
+        return encoded
+
+    whole = encoding.encode
+    monkeypatch.setattr(encoding, "encode", counted)
+    monkeypatch.setattr(encoding, "CHARACTERS_PER_CALL", 10)
+    tokenize(["the quick brown", "fox jumps"], load_tokenizer(plain))
+    assert len(made) == 2
 
 
 # ------------------------------------------------------------------------------------------- bytes not predicted

@@ -1,5 +1,7 @@
 """Packing: every token once, nothing across documents, bytes that add up. Properties over random documents."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -170,3 +172,16 @@ def test_tokenize_does_the_same_in_many_calls(tmp_path, monkeypatch):
     whole = tokenize(texts, tokenizer)
     monkeypatch.setattr("koff_lightning.data.encoding.TEXTS_PER_CALL", 3)
     np.testing.assert_array_equal(tokenize(texts, tokenizer).tokens, whole.tokens)
+
+
+def test_packing_takes_little_more_memory_than_tokens_and_rows():
+    size = 2**20
+    stream = TokenStream(np.arange(size, dtype=np.int32), np.array([size]), np.array([4 * size]))
+    tracemalloc.start()
+    try:
+        rows = pack(stream, 100, overlap=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert rows.tokens.size >= size
+    assert peak < 12 * size, "rows of 4 bytes a token, their copy with padding, and two of a byte"

@@ -142,7 +142,9 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
     pieces: list[list[NDArray[np.int32]]] = [[] for _ in texts]  # the tokens of each document, in parts
     num_bytes, unknown_bytes = np.zeros((2, len(texts)), np.int64)
     there = unread(tokenizer)
-    for call in _calls(texts):
+
+    def take_in(call: list[tuple[int, str]]) -> None:
+        """Tokenise a call's texts; at its end all that the tokenizer has made is let go, before the next call's."""
         encoded = encode(
             tokenizer,
             [part for _, part in call],
@@ -159,6 +161,9 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
             in_both = is_first and bool(ids) and ids[0] == there.token
             num_bytes[document] += len(part.encode()) - given - sum(unknown[in_both:])
             pieces[document].append(np.array(ids, dtype=np.int32))
+
+    for call in _calls(texts):
+        take_in(call)
     lengths = np.array([len(start) + sum(map(len, parts)) for parts in pieces], dtype=np.int64)
     kept = np.flatnonzero(lengths >= 2)
     around = np.array(start, np.int32), np.array(end, np.int32)

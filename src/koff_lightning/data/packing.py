@@ -12,9 +12,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from koff_lightning.data.encoding import TokenStream
@@ -84,16 +86,20 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -
     is_start = np.zeros(num_tokens, dtype=bool)  # [N]
     is_start[stream.starts] = True
     row_starts = _row_starts(is_start, seq_len, overlap)  # [R]
-    index = row_starts[:, None] + np.arange(seq_len)  # [R, T] into the stream; only the last row can run past its end
-    real = index < num_tokens
-    index = np.minimum(index, num_tokens - 1)
-    starts = is_start[index] & real
+    padding = max(0, int(row_starts[-1]) + seq_len - num_tokens)  # only the last row can run past the end
+
+    def in_rows(values: NDArray[Any], fill: int) -> NDArray[Any]:
+        """[N] -> [R, T], by row: the place of each token takes twice the memory of the tokens."""
+        padded = np.append(values, np.full(padding, fill, values.dtype))
+        return sliding_window_view(padded, seq_len)[row_starts]
+
+    starts = in_rows(is_start, False)
     starts[:, 0] = True
-    padding = int((~real).sum())
     segments = np.flatnonzero(starts)  # in reading order; with where they end and what they belong to:
-    ends = np.append(segments[1:], real.sum())
-    documents = np.searchsorted(stream.starts, index.reshape(-1)[segments], side="right") - 1
-    wanted = stream.predicted[index] & real if len(stream.predicted) else np.zeros((0, 0), bool)
+    ends = np.append(segments[1:], starts.size - padding)
+    first = row_starts[segments // seq_len] + segments % seq_len
+    documents = np.searchsorted(stream.starts, first, side="right") - 1
+    wanted = in_rows(stream.predicted, False) if len(stream.predicted) else np.zeros((0, 0), bool)
     predicted = (
         np.add.reduceat((wanted & ~starts).reshape(-1), segments, dtype=np.int64)
         if wanted.size
@@ -103,8 +109,9 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -
     first_segment = np.searchsorted(segments, np.arange(len(row_starts) + 1) * seq_len)
     if padding:
         starts[-1, seq_len - padding] = True
-    tokens = np.where(real, stream.tokens[index], np.int32(pad_id))
-    return PackedRows(tokens, starts, padding, first_segment, documents.astype(np.int32), shares, wanted)
+    return PackedRows(
+        in_rows(stream.tokens, pad_id), starts, padding, first_segment, documents.astype(np.int32), shares, wanted
+    )
 
 
 def _row_starts(is_start: NDArray[np.bool_], seq_len: int, overlap: bool) -> NDArray[np.int64]:

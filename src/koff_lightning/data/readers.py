@@ -179,7 +179,8 @@ def as_document(record: Any, fields: Fields) -> Document | str:
         return f"field '{fields.text}' should be text, got {'null' if text is None else type(text).__name__}"
     document = Document(text if doc_id in (None, "") else str(doc_id), text)  # csv has no other word for null
     try:
-        "".join(document).encode()  # fails on the surrogates that stand for bad bytes, and on a lone "\ud800" in JSON
+        for part in {*document}:  # one by one: a text may be large, and its own id
+            part.encode()  # fails on the surrogates that stand for bad bytes, and on a lone "\ud800" in JSON
     except UnicodeEncodeError:
         return "not valid UTF-8"
     return document

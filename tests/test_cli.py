@@ -293,12 +293,19 @@ def test_a_file_here_goes_before_a_shipped_config(tmp_path, monkeypatch, config)
     assert config("fit", "--config", "demo.yaml").model.domains == ["mine"]
 
 
-def test_configs_lists_each_with_its_first_line(capsys):
+def test_configs_lists_each_with_its_first_line(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["configs"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    whole = capsys.readouterr().out
+    lines = whole.splitlines()
     assert [line.split()[0] for line in lines] == list(config_files.shipped_configs())
     assert any(line.startswith("demo.yaml ") for line in lines)
     assert any(line.startswith("ablations/no_memory.yaml ") for line in lines)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["configs"]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80 < max(map(len, lines))
+    assert narrow.split() == whole.split()
 
 
 def test_unknown_name_without_a_near_one():

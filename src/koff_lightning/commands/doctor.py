@@ -78,7 +78,7 @@ def _devices(skip_processes: bool) -> list[str]:
     """Print what can compute and whether it can do so together; returns what is wrong."""
     torch = importlib.import_module("torch")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0.0
-    print(f"processor  {os.cpu_count()} cores, {memory:.1f} GiB; torch uses {torch.get_num_threads()} threads")
+    print(f"processor  {os.cpu_count()} cores, {memory:.1f} GiB; torch uses {torch.get_num_threads()} thread(s)")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
         gpu = torch.cuda.get_device_properties(index)

@@ -1,6 +1,8 @@
 """Config files: those that ship with the package, how files are found by name, and how they are read."""
 
 import builtins
+import shutil
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,9 +45,11 @@ def list_configs(*, name: str | None = None, copy: bool | str = False) -> None:
     if copy is not False:
         raise KoffError("configs: which config? koff configs demo.yaml --copy")
     configs = shipped_configs()
-    width = max(map(len, configs))
+    width = max(map(len, configs)) + 2
+    columns = max(shutil.get_terminal_size((1000, 24)).columns, 2 * width)  # a line each where it is no terminal
     for name, description in configs.items():
-        print(f"{name:<{width}}  {description}")
+        line = f"{name:<{width}}{description}"
+        print(textwrap.fill(line, columns, subsequent_indent=" " * width, break_on_hyphens=False))
 
 
 def _show_or_copy(name: str, copy: str | bool) -> None:

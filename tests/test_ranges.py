@@ -76,7 +76,7 @@ RIGHT = [
     "fit --model.lora.layers=[0x1,2] --model.kv.layers=top:64% --lm_eval.batch_size=auto:3",
     "fit --anneal.warmup=0 --anneal.ramp=0 --anneal.hold=null --placement.keep=null",
     "fit --model.sparsity.target=3 --print_config",
-    "fit --model.lora.rank=0 --model.lora.help",
+    "fit --model.sparsity.target=3 --model.lora.help",
     "baseline --method=random --model.lora.rank=0 --model.kv.slots=0",
     "baseline --method=random --model.sparsity.target=3 --sparsity=0.1",
     "prepare --model.sparsity.target=3 --anneal.ramp=3",
@@ -177,7 +177,12 @@ def test_each_section_has_its_rule_and_all_that_the_rule_asks():
 @pytest.mark.parametrize(
     ("value", "kind", "taken"),
     [
-        ("010", "int", 8),
+        ("010", "int", 10),
+        ("08", "int", 8),
+        ("0x10", "int", 16),
+        ("-.5", "float", -0.5),
+        ("1_0.5", "float", 10.5),
+        (" 4", "int", 4),
         ("1_0", "int or null", 10),
         ("4", "float", 4.0),
         ("1e-3", "float", 0.001),

@@ -9,7 +9,9 @@ from koff_lightning.support.wording import nearest
 SWITCHES = ("true", "false", "yes", "no", "on", "off")  # as YAML reads them
 _NAMES = {type(None): "null", bool: "bool", int: "int", float: "float", str: "str"}
 _NULLS = ("null", "Null", "NULL", "~")  # likewise
-_POWER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")  # 1e-3: a number to the parser, not to PyYAML
+# To the parser, not to PyYAML, 010 is ten, and 1e-3 is a number.
+_DECIMAL = re.compile(r"-?\d+")
+_REAL = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
 
 
 class InDoubtError(ValueError):
@@ -37,18 +39,11 @@ def refuse_wrong_type(name: str, value: object, kind: str) -> None:
         return
     if "bool" in parts and text.lower() in SWITCHES:
         return
-    with_number = {"int", "float"} & set(parts)
-    if with_number and (isinstance(value, str) is False or _is_number(text)):
-        return
+    numbers = [kind for kind in (int, float) if kind.__name__ in parts or (kind is int and "float" in parts)]
+    with suppress(InDoubtError):
+        if type(as_read(value)) in numbers:
+            return
     raise KoffError(f"{name} must be {kind}; got {text!r}.{nearest(text, choices)}")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.replace("_", ""))
-    except ValueError:
-        return text[:2].lower() in ("0x", "0o", "0b")
-    return True
 
 
 def typed(value: object, kind: str) -> object:
@@ -84,8 +79,9 @@ def as_read(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        found = yaml.safe_load(value)
-        found = float(found.replace("_", "")) if isinstance(found, str) and _POWER.fullmatch(found) else found
+        found = int(value) if _DECIMAL.fullmatch(value.strip()) else yaml.safe_load(value)
+        if isinstance(found, str) and _REAL.fullmatch(value.strip()):
+            found = float(value.replace("_", ""))
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise InDoubtError from error
     if found is None and value not in _NULLS:

@@ -76,7 +76,7 @@ def _given(section: str, wanted: Container[str], options: list[tuple[str, object
             raise InDoubtError
         elif option != name and option in wanted:
             given[option] = typed(value, rows[name]["type"])
-        elif option != name and (option[-1:] == "+" or f"{section}.{option.partition('.')[0]}" not in rows):
+        elif option != name and f"{section}.{option.partition('.')[0]}" not in rows:
             raise InDoubtError
     return given
 

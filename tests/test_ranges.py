@@ -31,6 +31,8 @@ WRONG = {
     "fit --model.lora.rank 2_000": "lora.rank must be between 1 and 1024; got 2000",
     "fit --model.lora.targets=[q_proj,nope]": "lora.targets must be some of q_proj, ",
     "fit --model.lora.layers=top:0": "lora.layers must be all, top:18",
+    "fit --model.lora.layers=5": "lora.layers must be all, top:18",
+    "fit --model.kv.layers=true": "kv.layers must be all, top:18",
     "fit --model.lora.layers=[3,3]": "lora.layers must be all, top:18",
     "fit --model.lora=null --model.lora.alpha=-1e-3": "lora.alpha must be positive and finite; got -0.001",
     "fit --config no_lora.yaml --config alpha.yaml --model.lora.rank=0": "lora.rank must be between 1 and 1024; got 0",
@@ -194,6 +196,10 @@ def test_each_section_has_its_rule_and_all_that_the_rule_asks():
         ("[a, b]", "list of str", ["a", "b"]),
         ("[0, 2]", "list of int or str", [0, 2]),
         ("top:64%", "list of int or str", "top:64%"),
+        ("5", "list of int or str", "5"),
+        ('"all"', "list of int or str", '"all"'),
+        ("8", "int or str", 8),
+        ("8.5", "int or str", "8.5"),
     ],
 )
 def test_values_are_read_as_the_parser_reads_them(value, kind, taken):
@@ -208,7 +214,7 @@ def test_values_are_read_as_the_parser_reads_them(value, kind, taken):
             for value in ("", "4.0", "true", "x", "null", '"4"', "2001-99-99", "[" * 5000, "1:30.5", None)
         ),
         *((value, "float or null") for value in ("", "inf", "true", "9" * 400, "{a: 1}", "# null")),
-        *((value, "list of int or str") for value in ("5", "true", "null", '"all"', "[1.0]", "[true]", "[a]", 5)),
+        *((value, "list of int or str") for value in ("null", "", "[1.0]", "[true]", "[a]", "{a: 1}", 5, True)),
         ("'hinge'", "'hinge', 'fixed'"),
         ("a", "list of str"),
         ("x", "LoraSpec or null"),

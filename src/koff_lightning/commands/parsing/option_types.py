@@ -56,13 +56,13 @@ def typed(value: object, kind: str) -> object:
     if type(found) is int and "int" not in parts and "float" in parts:
         with suppress(OverflowError):
             found = float(found)
+    if "str" in parts and isinstance(value, str) and _NAMES.get(type(found), "null") not in {*parts, "null"} - {"str"}:
+        found = value  # as it was typed, be it a number elsewhere, or in quotes
     if isinstance(found, list):
         inner = {f"list of {_NAMES.get(type(entry))}" for entry in found}
         plain = any(part.startswith("list of") and inner <= {part} for part in parts)
-    elif isinstance(found, str):
-        plain = found == value and ("str" in parts or repr(found) in parts)  # else it was in quotes
     else:
-        plain = _NAMES.get(type(found)) in parts
+        plain = _NAMES.get(type(found)) in parts or (found == value and repr(found) in parts)
     if not plain:
         raise InDoubtError
     return found

@@ -22,7 +22,14 @@ from koff_lightning.commands.parsing.missing import (
     refuse_missing_of_run,
     refuse_no_checkpoint,
 )
-from koff_lightning.commands.parsing.option_types import InDoubtError, as_read, is_simple, parts_of, refuse_wrong_type
+from koff_lightning.commands.parsing.option_types import (
+    InDoubtError,
+    as_read,
+    is_simple,
+    parts_of,
+    refuse_no_list,
+    refuse_wrong_type,
+)
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 
@@ -250,7 +257,7 @@ def _has_more(name: str, rows: dict[str, Row]) -> bool:
 
 
 def _check(name: str, value: object, rows: dict[str, Row], trains: bool) -> None:
-    name = name.removesuffix("+")
+    name, adds = name.removesuffix("+"), name.endswith("+")
     if name.endswith(".help") or (trains and name.replace("_", "-") in HELD_BY_PARSER):
         return
     row = rows.get(name) or rows.get(name.replace("_", "-")) or rows.get(name.replace("-", "_"))
@@ -260,6 +267,8 @@ def _check(name: str, value: object, rows: dict[str, Row], trains: bool) -> None
         _refuse_word_for_section(name, value)
     if row is not None and isinstance(value, str | bool | int | float):
         refuse_wrong_type(name, value, row["type"])
+        if trains and not adds:  # a tool's is given value by value
+            refuse_no_list(name, value, row["type"])
         if name in CHECKPOINTS and isinstance(value, str):
             refuse_no_checkpoint(name, value)
 

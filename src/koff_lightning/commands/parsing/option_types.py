@@ -46,6 +46,16 @@ def refuse_wrong_type(name: str, value: object, kind: str) -> None:
     raise KoffError(f"{name} must be {kind}; got {text!r}.{nearest(text, choices)}")
 
 
+def refuse_no_list(name: str, value: object, kind: str) -> None:
+    """Refuse what is no list where only one will do."""
+    if not kind.startswith("list of ") or len(parts_of(kind)) > 1:
+        return
+    with suppress(InDoubtError):
+        if as_read(value) is None or isinstance(as_read(value), list):
+            return
+    raise KoffError(f"{name} must be list; got {str(value)!r}.")
+
+
 def typed(value: object, kind: str) -> object:
     """A value of a word or a config as the parser takes it.
 

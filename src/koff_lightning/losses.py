@@ -20,6 +20,7 @@ from koff_lightning.support.errors import KoffError
 
 SPARSE = 8  # a chunk is this much shorter where each token takes k rows of the head
 ON_CPU = 7 * 2**20  # logits at one time there, 28 MiB: what caches hold, and malloc keeps instead of mapping anew
+READ = 6  # with fewer tokens at a time than a head's width / 6, reading the head takes longer than caches save
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TopK:
 
 def at_once(head: Tensor, chunk: int) -> int:
     """Tokens whose logits are to exist at one time, by the head [V, d]; `chunk` is the most."""
-    return max(1, min(chunk, ON_CPU // len(head))) if head.device.type == "cpu" else chunk
+    return max(1, min(chunk, max(ON_CPU // len(head), head.shape[1] // READ))) if head.device.type == "cpu" else chunk
 
 
 def check_top_k(k: int | None, vocabulary: int) -> None:

@@ -14,7 +14,8 @@ class LossSpec:
     Args:
         ce: Weight of next-token cross-entropy on the text.
         kl: Weight of the divergence from the dense model; 0 saves the teacher's forward pass.
-        chunk: Tokens whose logits exist at one time, at most: on a CPU as many as make 28 MiB of them.
+        chunk: Tokens whose logits exist at one time, at most: on a CPU as many as make 28 MiB of them, or a
+            sixth of the model's width if that is more.
         top_k: Tokens of the vocabulary that the divergence looks at: those which the dense model finds likeliest, 100
             in the paper (appendix D). null for all.
         tail: With `top_k`, what becomes of the others: `drop` leaves them out of both distributions, which are

@@ -18,7 +18,7 @@ support
 units placement
 specs
 backbone
-gguf_files model_files
+gguf_files model_files listed_files
 loading
 tracking merged_attention attention losses metrics surgery lora penalties
 gates sparsity kv_memory

@@ -174,11 +174,11 @@ def test_each_micro_batch_of_a_step_has_its_own(folder, taken):
 
 
 def test_the_memory_is_drawn_evenly_and_by_the_seed_alone():
-    spec, domains = RetentionSpec(1), ["a", "b", "c"]
+    domains = ["a", "b", "c"]
 
     def drawn(seed):
         model = SimpleNamespace(domains=domains, gates=SimpleNamespace(seed=torch.tensor(seed)))
-        return [spec.drawn(model, step) for step in range(3000)]
+        return [retention.drawn(model, step) for step in range(3000)]
 
     counts = Counter(drawn(1))
     assert all(abs(counts[name] - 1000) < 4 * (3000 * 2 / 9) ** 0.5 for name in domains)
@@ -188,11 +188,11 @@ def test_the_memory_is_drawn_evenly_and_by_the_seed_alone():
 @pytest.mark.parametrize("domains", [2, 4, 6, 8])
 def test_the_few_draws_of_a_short_run_are_as_even_as_chance_has_them(domains):
     """Of 15 draws by each of 400 seeds: chi squared against even shares, whose mean is its degrees of freedom."""
-    spec, names = RetentionSpec(20), [str(number) for number in range(domains)]
+    names = [str(number) for number in range(domains)]
 
     def unevenness(seed):
         model = SimpleNamespace(domains=names, gates=SimpleNamespace(seed=torch.tensor(seed)))
-        counts = Counter(spec.drawn(model, step) for step in range(19, 300, 20))
+        counts = Counter(retention.drawn(model, step) for step in range(19, 300, 20))
         return sum((counts[name] - 15 / domains) ** 2 for name in names) * domains / 15
 
     mean = sum(map(unevenness, range(400))) / 400
@@ -238,7 +238,7 @@ def test_the_step_is_the_gradient_of_the_whole_equation(folder, updates, checkpo
     _, without, plain = gradients(folder, None, general=(), **options)
     by_itself(monkeypatch, general := [])
     model, found, run = gradients(folder, spec, **options)
-    names, drawn = {p: name for name, p in model.named_parameters()}, spec.drawn(model.model, 5)
+    names, drawn = {p: name for name, p in model.named_parameters()}, retention.drawn(model.model, 5)
     added = {names[p]: slope for p, slope in zip(*general[0], strict=True)}
     own = {name for name in found if f".koff_{drawn}" in name} if updates == "both" else set()
     assert added.keys() == {"model.gates.logits"} | own

@@ -216,3 +216,5 @@ def test_on_a_cpu_the_logits_that_exist_at_one_time_are_few_bytes():
     assert [at_once(head, 1024) for head in heads.values()] == [1024, ON_CPU // 49_152, 1]
     assert at_once(heads[49_152], 5) == 5
     assert at_once(torch.empty(49_152, 1, device="meta"), 1024) == 1024, "elsewhere what was asked for"
+    wide = torch.empty(1, 1).expand(ON_CPU // 48, 1536)
+    assert (at_once(wide, 1024), at_once(wide, 100)) == (256, 100), "a wide head is read for enough tokens"

@@ -10,11 +10,12 @@ from tiny_memories import KINDS, empty_bank, fill_, mixed, read
 from tiny_models import tiny_model
 
 from koff_lightning import KoffError, KVSpec, LoraSpec
-from koff_lightning.backbone import LORA_TARGETS, hidden_states, prunable_groups
+from koff_lightning.backbone import hidden_states, prunable_groups
 from koff_lightning.gates import BackboneGates
 from koff_lightning.kv_memory import KVMemory
 from koff_lightning.memory import MemoryBank
 from koff_lightning.support.names import check_name
+from koff_lightning.units import LORA_TARGETS
 
 
 def bank(model=None, domains=("de", "fr"), lora=None, kv=None, shared=False):

@@ -892,11 +892,12 @@ def test_a_tokenizer_of_another_folder(artifact, tmp_path, entries, message):
     refused(artifact, message, lambda folder: load_decomposed(folder).tokenizer)
 
 
-def test_where_a_tokenizer_was_once_is_harmless(artifact):
+def test_where_a_tokenizer_was_once_is_harmless(artifact, tmp_path):
     """Older releases of transformers wrote it down, and nothing is read from there."""
+    shutil.copytree(artifact / "backbone", tmp_path / "model")
     places = {"tokenizer_file": "/nowhere/tokenizer.json", "special_tokens_map_file": __file__, "init_inputs": []}
-    edit(artifact / "backbone" / "tokenizer_config.json", **places)
-    assert load_tokenizer(str(artifact / "backbone"))("fox")["input_ids"]
+    edit(tmp_path / "model" / "tokenizer_config.json", **places)
+    assert load_tokenizer(str(tmp_path / "model"))("fox")["input_ids"]
 
 
 def test_a_tokenizer_of_the_hub_is_held_to_the_same(artifact, tmp_path, monkeypatch):
@@ -994,6 +995,41 @@ def test_a_tokenizer_without_vocabulary(tmp_path):
     """Every text would be called too short."""
     (saved(tmp_path) / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
     refused(tmp_path, "has no vocabulary", load_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "fault", ["a bit", "half a tensor", "a file less", "a file more", "another tokenizer", "no list"]
+)
+def test_a_backbone_of_an_artifact_is_compared_with_its_list_also_by_itself(tmp_path, fault):
+    """As `--model.backbone ARTIFACT/backbone`; a folder that lies elsewhere has nothing to be compared with."""
+    backbone = tiny_artifact(tmp_path).folder / "backbone"
+    load, weights = load_backbone, backbone / "model.safetensors"
+    wanted = f"{weights.name} was changed after it was written"
+    if fault == "a bit":
+        content = bytearray(weights.read_bytes())
+        content[-8] ^= 1
+        weights.write_bytes(content)
+    elif fault == "half a tensor":
+        tensors = load_file(weights)
+        tensors["model.norm.weight"] *= 0.5
+        save_file(tensors, weights, {"format": "pt"})
+    elif fault == "no list":
+        (backbone.parent / "koff.json").write_text('{"files": [1]}')
+        wanted = "files must be a dictionary.* cannot be compared with it; get the artifact again"
+    elif fault == "a file less":
+        (backbone / "generation_config.json").unlink()
+        wanted = "generation_config.json is missing"
+    elif fault == "a file more":
+        (backbone / "chat_template.jinja").write_text("{{ messages }}")
+        wanted = "chat_template.jinja does not belong there"
+    else:
+        file, load = backbone / "tokenizer_config.json", load_tokenizer
+        file.write_text(file.read_text().replace("token", "tokem", 1))  # as long as it was
+        wanted = "tokenizer_config.json was changed after it was written"
+    refused(backbone, wanted, load)
+    if fault in ("a bit", "half a tensor", "no list"):
+        shutil.copytree(backbone, tmp_path / "elsewhere")
+        load_backbone(str(tmp_path / "elsewhere"))
 
 
 def test_a_handful_of_the_fuzz():

@@ -87,6 +87,9 @@ def koff_step(
         memory.initialise_(module.model.backbone, data.sample_ids(name, slots).to(device))
     module.schedule = SparsitySchedule(target=0.12, steps=2, warmup=0, ramp=0, hold=1)  # step 0: gates are drawn
     module.model.target = 0.06
+    gates = module.model.gates  # ordered, as a run's are when its mask begins
+    gates.order = torch.rand(gates.logits.numel(), generator=torch.Generator().manual_seed(0)).to(device)
+    gates.order_by_prior(module.model.budget.costs, module.sparsity.spread)
     module.log_dict = lambda *_, **__: None
     groups = parameter_groups(module.model.gates, module.penalty, module.model.memories, module.optim)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)

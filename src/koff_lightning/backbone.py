@@ -1,6 +1,6 @@
-"""What is inside a frozen LLM: its layers, and what can be removed from them. The only file that knows their names.
+"""What is inside a frozen LLM: its layers, and what can be removed from them. Only this file and units.py know names.
 
-To add a family, check that its decoder layer has the names in `_FFN` and `_ATTENTION` below and add its `model_type`
+To add a family, check that its decoder layer has the names in `FFN` and `ATTENTION` (units.py) and add its `model_type`
 to `FAMILIES`. Qwen2's q/k/v biases are counted and cut with their rows; the q/k norms of Qwen3 and Gemma 3 act inside
 one head and are shared by all heads, so there is nothing of them to cut. Gemma 3 rotates the layers that slide a window
 over the text with another base than the others, so rotary embeddings are asked for layer by layer.
@@ -18,20 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.units import ATTENTION, CHANNELS, FFN, HALVES, KINDS, LINEAR_OF, check_kinds
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-KINDS = ("channel", "kv_group")
 GRAPHS = 16  # of a compiled layer: dense or gated, with memories or without, rows in blocks or not, training or scoring
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-_FFN = ("mlp", ("gate_proj", "up_proj"), "down_proj")
-_ATTENTION = ("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj")
 _GLOBAL = "full_attention"  # the layers that see the whole text, as configs with two rotary embeddings name them
-# A kind of channel -> the block and the linear whose output channels are gated one by one: gate_channel, k_channel ...
-_CHANNELS = {f"{name[:-5]}_channel": (block, name) for block in (_FFN, _ATTENTION) for name in (*block[1], block[2])}
-CHANNELS = tuple(_CHANNELS)
-_HALVES = ("gate_channel", "up_channel")  # a neuron is the product of the two, so either closes it
-NEURONS = (KINDS[0], *_HALVES)  # kinds of which each layer has as many units as neurons, in their order
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ class PrunableGroup:
     @property
     def in_ffn(self) -> bool:
         """Whether the units are of the FFN; else they are of attention."""
-        return f".{_FFN[0]}." in f".{self.gated}." or self.kind == KINDS[0]
+        return f".{FFN[0]}." in f".{self.gated}." or self.kind == KINDS[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -76,12 +67,12 @@ def layer_of(path: str) -> int:
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The self-attention module of each layer, in order."""
-    return [getattr(layer, _ATTENTION[0]) for layer in decoder_layers(model)]
+    return [getattr(layer, ATTENTION[0]) for layer in decoder_layers(model)]
 
 
 def neuron_linears(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
     """Of each layer's FFN the linear whose output the activation function takes, and the one that reads the neurons."""
-    name, (gate, _), down = _FFN
+    name, (gate, _), down = FFN
     blocks = [getattr(layer, name) for layer in decoder_layers(model)]
     return [(getattr(block, gate), getattr(block, down)) for block in blocks]
 
@@ -172,7 +163,7 @@ def prunable_groups(model: PreTrainedModel, kinds: tuple[str, ...] | list[str] =
     check_kinds(kinds)
     groups = []
     for index, layer in enumerate(decoder_layers(model)):
-        for kind, (block, producers, consumer) in zip(KINDS, (_FFN, _ATTENTION), strict=True):
+        for kind, (block, producers, consumer) in zip(KINDS, (FFN, ATTENTION), strict=True):
             if kind in kinds:
                 groups.append(
                     _group(
@@ -183,34 +174,19 @@ def prunable_groups(model: PreTrainedModel, kinds: tuple[str, ...] | list[str] =
     return groups
 
 
-def check_kinds(kinds: tuple[str, ...] | list[str]) -> None:
-    """Raise KoffError for a kind of unit that does not exist, for none, and for two that own the same weights."""
-    known = (*KINDS, *CHANNELS)
-    unknown = [kind for kind in kinds if kind not in known]
-    if unknown or not kinds:
-        raise KoffError(f"prunable units must be some of {', '.join(known)}; got {', '.join(unknown) or 'none'}")
-    for whole, block in zip(KINDS, (_FFN, _ATTENTION), strict=True):
-        inside = [kind for kind in kinds if kind in CHANNELS and _CHANNELS[kind][0] is block]
-        if whole in kinds and inside:
-            raise KoffError(
-                f"sparsity.units: {whole} owns the weights of {' and '.join(inside)}, which would be counted twice: "
-                f"give {whole} or the channels"
-            )
-
-
 def channel_linear(layer: int, kind: str) -> str | None:
     """Path of the linear whose output channels a kind is; None for kinds that leave nothing of a unit behind."""
-    if kind in (*KINDS, *_HALVES):
+    if kind in (*KINDS, *HALVES):
         return None
-    (block, *_), name = _CHANNELS[kind]
+    (block, *_), name = LINEAR_OF[kind]
     return f"model.layers.{layer}.{block}.{name}"
 
 
 def _channels(index: int, kind: str, layer: nn.Module) -> PrunableGroup:
-    (block, producers, consumer), name = _CHANNELS[kind]
+    (block, producers, consumer), name = LINEAR_OF[kind]
     inside, path = layer.get_submodule(block), f"model.layers.{index}.{block}"
     linear = getattr(inside, name)
-    whole = _group(index, KINDS[0], inside, path, producers, consumer) if kind in _HALVES else None
+    whole = _group(index, KINDS[0], inside, path, producers, consumer) if kind in HALVES else None
     cost = linear.in_features + (linear.bias is not None)
     return PrunableGroup(index, kind, linear.out_features, ((f"{path}.{name}", 1),), "", 1, cost, whole)
 

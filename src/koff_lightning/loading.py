@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from koff_lightning.backbone import FAMILIES, head_size, rope_of
 from koff_lightning.gguf_files import check_head, check_sizes, expected_tensors, read_head, rope_parameters
+from koff_lightning.listed_files import check_by_itself
 from koff_lightning.model_files import (
     adapter_beside,
     check_config,
@@ -59,12 +60,14 @@ def load_backbone(
         revision: Branch, tag or commit of a hub model.
         dtype: Name of the torch dtype the frozen weights are kept in.
         trust_remote_code: Allow code from the model repository to run.
-        config: In place of the one at `source`.
+        config: In place of the one at `source`, whose files the caller has looked at.
 
     Raises:
-        KoffError: Nothing there, no access, no network, or a family that is not supported.
+        KoffError: Nothing there, no access, no network, a family that is not supported, or the backbone of an artifact
+            whose files are not those that the artifact lists.
     """
     where = _resolve(source, revision, trust_remote_code)
+    by_itself = config is None
     config = config or load_config(source, revision=revision, trust_remote_code=trust_remote_code)
     if "gguf_file" in where:
         from transformers import GgufConfig
@@ -74,7 +77,7 @@ def load_backbone(
     else:
         _refuse_adapter(source, where)
     if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
-        _check_files(folder, config, source)
+        _check_files(folder, config, source, by_itself)
     where = where | {"config": config, "dtype": torch_dtype(dtype), "output_loading_info": True}
     with _bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")), no_report():
         model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
@@ -104,9 +107,11 @@ def load_backbone(
     return model.requires_grad_(False).eval()
 
 
-def _check_files(folder: Path, config: PreTrainedConfig, source: str) -> None:
+def _check_files(folder: Path, config: PreTrainedConfig, source: str, by_itself: bool = False) -> None:
     check_folder(folder, source)
     check_weights(folder, getattr(config, "num_hidden_layers", None), source)
+    if by_itself:
+        check_by_itself(folder)
 
 
 def load_config(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -187,6 +192,8 @@ def load_tokenizer(
         raise KoffError(
             f"the tokenizer of {source!r} has no vocabulary: its files (tokenizer.json, say) are missing; get them"
         )
+    if config is None and folder.is_dir() and "gguf_file" not in where:
+        check_by_itself(folder, weights=False)
     if "gguf_file" in where and tokenizer.is_fast:
         _drop_beyond(tokenizer, read_head(folder / where["gguf_file"]).metadata["tokenizer.ggml.tokens"])
     return tokenizer

@@ -7,66 +7,20 @@ no logit tensor of the whole batch ever exists and nothing is recomputed.
 Shapes: N predicted tokens, d hidden, V vocabulary, C tokens per chunk.
 """
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from koff_lightning.specs.training import LossSpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 
 SPARSE = 8  # a chunk is this much shorter where each token takes k rows of the head
 ON_CPU = 7 * 2**20  # logits at one time there, 28 MiB: what caches hold, and malloc keeps instead of mapping anew
-
-
-@dataclass
-class LossSpec:
-    """Weights of the objective L = ce * CE + kl * KL(dense || student).
-
-    Args:
-        ce: Weight of next-token cross-entropy on the text.
-        kl: Weight of the divergence from the dense model; 0 saves the teacher's forward pass.
-        chunk: Tokens whose logits exist at one time, at most: on a CPU as many as make 28 MiB of them.
-        top_k: Tokens of the vocabulary that the divergence looks at: those which the dense model finds likeliest, 100
-            in the paper (appendix D). null for all.
-        tail: With `top_k`, what becomes of the others: `drop` leaves them out of both distributions, which are
-            normalised over the k alone (the paper); `bucket` counts them as one outcome more.
-        teacher: Where the dense model's part comes from: `live`, a pass of its own in every step, or `stored`, what
-            `koff prepare --teacher` has written of its likeliest tokens (needs `top_k`).
-    """
-
-    ce: float = 1.0
-    kl: float = 2.0  # CE + 2 KL as in DDP (arXiv 2603.08065)
-    chunk: int = 1024
-    top_k: int | None = None
-    tail: Literal["drop", "bucket"] = "drop"
-    teacher: Literal["live", "stored"] = "live"
-
-    def __post_init__(self) -> None:
-        if not (self.ce >= 0 and self.kl >= 0 and 0 < self.ce + self.kl < math.inf):
-            raise KoffError(f"loss.ce and loss.kl must be >= 0, finite and not both 0; got {self.ce} and {self.kl}")
-        if self.chunk < 1:
-            raise KoffError(f"loss.chunk must be at least 1 token; got {self.chunk}")
-        if self.top_k is not None and self.top_k < 2:
-            raise KoffError(f"loss.top_k must be at least 2 (100 in the paper), or null for all; got {self.top_k}")
-        if self.tail not in ("drop", "bucket"):
-            raise KoffError(f"loss.tail must be drop or bucket; got {self.tail!r}")
-        if self.teacher not in ("live", "stored"):
-            raise KoffError(f"loss.teacher must be live or stored; got {self.teacher!r}")
-        if self.teacher == "stored" and not (self.kl and self.top_k):
-            raise KoffError(
-                "loss.teacher: stored holds the dense model's likeliest tokens: set loss.top_k (100 in the paper) "
-                f"and a loss.kl above 0; got {self.top_k} and {self.kl}"
-            )
-
-    @property
-    def top_k_alone(self) -> bool:
-        """Whether the loss looks at the teacher's k tokens and at nothing else, so that no other logit is made."""
-        return not self.ce and self.top_k is not None and self.tail == "drop"
+READ = 6  # with fewer tokens at a time than a head's width / 6, reading the head takes longer than caches save
 
 
 @dataclass(frozen=True)
@@ -87,7 +41,7 @@ class TopK:
 
 def at_once(head: Tensor, chunk: int) -> int:
     """Tokens whose logits are to exist at one time, by the head [V, d]; `chunk` is the most."""
-    return max(1, min(chunk, ON_CPU // len(head))) if head.device.type == "cpu" else chunk
+    return max(1, min(chunk, max(ON_CPU // len(head), head.shape[1] // READ))) if head.device.type == "cpu" else chunk
 
 
 def check_top_k(k: int | None, vocabulary: int) -> None:

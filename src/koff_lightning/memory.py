@@ -4,10 +4,9 @@ Each domain keeps its own parameters: one that is absent from a batch has no gra
 and one can be added or removed without touching the others.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -15,77 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
-from koff_lightning.backbone import LORA_TARGETS, attention_modules, kv_shapes, layer_of
+from koff_lightning.backbone import attention_modules, kv_shapes, layer_of
 from koff_lightning.kv_memory import KVMemory, read_memories
 from koff_lightning.lora import Mark, RoutedLinear, Routes, check_fit
-from koff_lightning.placement import ALL, check_words, placed, shortest
+from koff_lightning.placement import placed, shortest
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.in_force import InForce
 from koff_lightning.support.names import check_name
+from koff_lightning.units import LORA_TARGETS
 
 SHARED = "shared"
 Part = Literal["lora", "kv"]  # of a memory
-
-
-@dataclass
-class LoraSpec:
-    """One LoRA adapter per domain.
-
-    Args:
-        rank: Rank r of the update B A.
-        alpha: Numerator of the scale alpha / r; the paper's r 256 and alpha 128 halve the update B A.
-        targets: Linears that get an adapter.
-        layers: Layers that get one: all, top:18, top:64%, or a list of numbers from 0.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
-    layers: list[int] | str = ALL
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.rank <= 1024:
-            raise KoffError(
-                f"lora.rank must be between 1 and 1024; got {self.rank} (set model.lora to null for no LoRA)"
-            )
-        if not 0 < self.alpha < math.inf:
-            raise KoffError(f"lora.alpha must be positive and finite; got {self.alpha}")
-        unknown = sorted(set(self.targets) - set(LORA_TARGETS))
-        if unknown or not self.targets:
-            raise KoffError(
-                f"lora.targets must be some of {', '.join(LORA_TARGETS)}; got {', '.join(unknown) or 'none'}"
-            )
-        check_words(self.layers, "lora.layers")
-
-
-@dataclass
-class KVSpec:
-    """One learned key-value memory per domain.
-
-    Args:
-        slots: Number P of key-value pairs per kv head and layer.
-        layers: Layers that get them: all, top:18, top:64%, or a list of numbers from 0.
-        init: What they start from: the domain's own text as the model reads it, or normal noise.
-        std: Standard deviation of the noise.
-        frozen_first: Keep slot 0 as it starts; else it is trained like the others.
-    """
-
-    slots: int = 16
-    layers: list[int] | str = ALL
-    init: Literal["text", "normal"] = "text"
-    std: float = 0.02
-    frozen_first: bool = True
-
-    def __post_init__(self) -> None:
-        least = 1 + self.frozen_first
-        if not least <= self.slots <= 8192:
-            why = " (slot 0 is frozen)" if self.frozen_first else ""
-            raise KoffError(f"kv.slots must be between {least} and 8192{why}; got {self.slots} (null for no KV memory)")
-        if self.init not in ("text", "normal"):
-            raise KoffError(f"kv.init must be text or normal; got {self.init!r}")
-        if not 0 < self.std < math.inf:
-            raise KoffError(f"kv.std must be positive and finite; got {self.std}")
-        check_words(self.layers, "kv.layers")
 
 
 class MemoryBank(nn.Module):

@@ -12,7 +12,7 @@ Nothing here loads a model.
 import hashlib
 import json
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,16 @@ from torch import Tensor
 
 from koff_lightning.artifact.layouts import Layout, layout_named
 from koff_lightning.backbone import PrunableGroup, channel_linear
+from koff_lightning.listed_files import (
+    BACKBONE,
+    CARD,
+    FILES,
+    MANIFEST,
+    Files,
+    check_files,
+    paths_below,
+    refuse_extra,
+)
 from koff_lightning.model_files import check_links
 from koff_lightning.placement import check_words
 from koff_lightning.support.errors import KoffError
@@ -32,16 +42,12 @@ from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import check_name, refuse_no_memory
 
 FORMAT = 1
-MANIFEST, REPORT, BACKBONE, MEMORIES = "koff.json", "export_report.json", "backbone", "memories"
-ROUTER = "router"
-CARD = "memory.json"  # of a memory
+REPORT, MEMORIES, ROUTER = "export_report.json", "memories", "router"
 _AT_ROOT = (MANIFEST, REPORT, BACKBONE, MEMORIES, "README.md", "LICENSE")
 
 # What safetensors calls the dtypes that a backbone can be loaded in.
 _SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-Files = dict[str, dict[str, Any]]
-_FILES = {str: {"sha256": str, "size": int}}
 _FORM = {  # of koff.json
     "layout": str,
     "domain": (str, None),
@@ -63,10 +69,10 @@ _FORM = {  # of koff.json
     },
     "config": (dict, None),
     "versions": {str: str},
-    "files": _FILES,
+    "files": FILES,
     "licence": (str, None),
     "created_by": str,
-    "router?": ({"files": _FILES}, None),
+    "router?": ({"files": FILES}, None),
 }
 
 
@@ -296,13 +302,13 @@ def verify(folder: str | Path, backbone: bool = True) -> Manifest:
     manifest = read_manifest(folder)
     check_links(folder)
     allowed = _AT_ROOT if manifest.router is None else (*_AT_ROOT, ROUTER)
-    _refuse_extra(folder, (path.name for path in folder.iterdir()), allowed)
+    refuse_extra(folder, (path.name for path in folder.iterdir()), allowed)
     check_files(folder, manifest.files, BACKBONE, hashes=backbone)
     if manifest.router is not None:
         check_files(folder, manifest.router["files"], ROUTER, hashes=backbone)
     _check_dtype(folder / BACKBONE, manifest.dtype)
     present = [path.name for path in (folder / MEMORIES).iterdir()] if (folder / MEMORIES).is_dir() else []
-    _refuse_extra(folder / MEMORIES, present, manifest.domains)
+    refuse_extra(folder / MEMORIES, present, manifest.domains)
     if missing := sorted(set(manifest.domains) - set(present)):
         raise KoffError(f"{folder / MEMORIES / missing[0]} is missing: {MANIFEST} lists it; copy the artifact again")
     for name, about in manifest.domains.items():
@@ -312,34 +318,9 @@ def verify(folder: str | Path, backbone: bool = True) -> Manifest:
     return manifest
 
 
-def check_files(folder: Path, files: Files, below: str = ".", hashes: bool = True) -> None:
-    """Check that a folder holds exactly the listed files, in the listed state. Hidden files are not looked at.
-
-    Args:
-        folder: What the paths in `files` are relative to.
-        files: Path -> `sha256` and `size`.
-        below: The part of the folder that must hold nothing else.
-        hashes: Whether to compare hashes; sizes always are.
-
-    Raises:
-        KoffError: A file is missing, extra, truncated, changed, or a link out of the folder, hidden or not.
-    """
-    check_links(folder / below)
-    _refuse_extra(folder, _relative_paths(folder, below), files)
-    for name, expected in sorted(files.items()):
-        path = folder / name
-        if not path.is_file():
-            raise KoffError(f"{path} is missing: the download or copy is incomplete; get it again")
-        size = path.stat().st_size
-        if size != expected["size"]:
-            raise KoffError(f"{path} has {size} bytes instead of {expected['size']}: it is damaged; get it again")
-        if hashes:
-            check_sha256(hash_file(path), expected["sha256"], path)
-
-
 def describe_files(folder: Path, below: str = ".") -> Files:
     """Hash and size of every file in `folder / below`, by path relative to `folder`; hidden files are left out."""
-    paths = sorted(_relative_paths(folder, below))
+    paths = sorted(paths_below(folder, below))
     return {name: describe_file(folder / name) for name in paths}
 
 
@@ -373,13 +354,3 @@ def _check_dtype(folder: Path, dtype: str) -> None:
                 f"{MANIFEST} says {dtype}, but {path} holds {odd[0]} as {kinds[odd[0]]}: one of them was changed; get "
                 "the artifact again"
             )
-
-
-def _relative_paths(folder: Path, below: str) -> list[str]:
-    paths = [path.relative_to(folder) for path in (folder / below).rglob("*") if path.is_file()]
-    return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
-
-
-def _refuse_extra(folder: Path, present: Iterable[str], allowed: Container[str]) -> None:
-    if extra := sorted(name for name in present if name not in allowed and not name.startswith(".")):
-        raise KoffError(f"{folder / extra[0]} does not belong there: {MANIFEST} or {CARD} does not list it; remove it")

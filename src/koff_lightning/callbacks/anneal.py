@@ -1,12 +1,12 @@
 """AnnealSparsity: decides WHEN. It sets the target at every step, keeps the mask on the ramp, hardens once."""
 
-import math
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
 
 from koff_lightning.sparsity import SparsitySchedule
+from koff_lightning.specs.timing import check_anneal
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import difference
 from koff_lightning.training.module import KOFFModule
@@ -30,15 +30,7 @@ class AnnealSparsity(Callback):
         hold: float | None = 0.05,
         shape: Literal["linear", "cosine", "cubic"] = "linear",
     ) -> None:
-        shares = (warmup, ramp, hold or 0.0)
-        total = math.fsum(shares)  # a plain sum of 0.33, 0.56 and 0.11 comes out above 1
-        if min(shares) < 0 or not total <= 1 or total == 0 == hold:
-            given = f"{warmup} + {ramp} + {'null' if hold is None else hold}"
-            raise KoffError(
-                f"anneal: warmup + ramp + hold must lie in (0, 1]; got {given} (hold: null is what remains of the run)"
-            )
-        if shape not in ("linear", "cosine", "cubic"):
-            raise KoffError(f"anneal: shape must be linear, cosine or cubic; got {shape}")
+        check_anneal(warmup, ramp, hold, shape)
         self.fractions = {"warmup": warmup, "ramp": ramp, "hold": hold}
         self.shape = shape
         self._steps: int | None = None  # that the run which goes on was laid out over

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.evaluation import lm_tasks
 from koff_lightning.evaluation.lm_scores import CLASH, Scores, show
+from koff_lightning.specs.timing import check_lm_eval
 from koff_lightning.support import ranks
 from koff_lightning.support.ending import Ended
 from koff_lightning.support.errors import KoffError
@@ -91,9 +92,7 @@ class LMEval(Callback):
         batch_size: int | str = 8,
         include_path: str | None = None,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise KoffError(f"lm_eval.every_n_steps must be at least 1, or null for the end alone; got {every_n_steps}")
-        lm_tasks.check_batch_size(batch_size, "lm_eval.batch_size")
+        check_lm_eval(every_n_steps, batch_size)
         self.tasks = [LMEvalTask(**task) if isinstance(task, dict) else task for task in tasks or []]
         self.every_n_steps, self.strict, self.batch_size, self.include_path = (
             every_n_steps,

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from koff_lightning.decomposition import Batch
 from koff_lightning.memory import Part
 from koff_lightning.placement import shown
+from koff_lightning.specs.timing import check_placement
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.training.ending import in_mid_step
@@ -36,12 +37,7 @@ class PlaceMemories(Callback):
     def __init__(
         self, keep: float | None = None, first: float = 0.3, last: float = 0.6, rounds: int = 4, window: int = 4
     ) -> None:
-        if keep is not None and not 0 < keep < 1:
-            raise KoffError(f"placement.keep must lie between 0 and 1 (null: all stay); got {keep}")
-        if not 0 < first <= last < 1:
-            raise KoffError(f"placement: 0 < first <= last < 1 is wanted; got first {first} and last {last}")
-        if rounds < 1 or window < 1:
-            raise KoffError(f"placement.rounds and placement.window must be at least 1; got {rounds} and {window}")
+        check_placement(keep, first, last, rounds, window)
         self.keep, self.first, self.last, self.rounds, self.window = keep, first, last, rounds, window
         self._worth: dict[str, float] = {}  # part.layer -> nats, summed up for the next round
         self._whole: int | None = None  # parameters of a memory when the run began

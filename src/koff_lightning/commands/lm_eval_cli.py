@@ -13,6 +13,7 @@ from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_file
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.parsing.missing import NO_CHECKPOINT, refuse_no_domain
 from koff_lightning.router.routing import AUTO
+from koff_lightning.specs.timing import check_batch_size
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
@@ -76,11 +77,11 @@ def lm_eval(argv: list[str]) -> None:
 
         refuse_missing([*model_needs(options.model), *task_needs(settings.tasks, settings.include_path)])
     with quick_imports():
-        from koff_lightning.evaluation import harness, lm_tasks
+        from koff_lightning.evaluation import harness
 
     largest = 64 if settings.max_batch_size is None else settings.max_batch_size  # 64 is HFLM's own
     for value, name in ((settings.batch_size, "batch_size"), (largest, "max_batch_size")):
-        lm_tasks.check_batch_size(value, f"lm-eval: {name}")
+        check_batch_size(value, f"lm-eval: {name}")
     from koff_lightning.evaluation.lm_scores import show
     from koff_lightning.evaluation.one_bar import one_bar
     from koff_lightning.evaluation.scored_models import load_model, rows_of

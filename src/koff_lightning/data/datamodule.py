@@ -1,6 +1,5 @@
 """DomainDataModule: text sources of several domains -> training, validation, test and prediction batches."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,11 +26,10 @@ from koff_lightning.data.streamed_split import IsTraining, first_documents, spli
 from koff_lightning.data.talks import check_template, template_of
 from koff_lightning.data.teacher import FOLDER, Belongs, StoredTeacher, TeacherStore, rows_hash
 from koff_lightning.loading import load_config, load_tokenizer
-from koff_lightning.support.errors import KoffError
+from koff_lightning.specs.text import check_data
+from koff_lightning.support.errors import require
 from koff_lightning.support.files import own_cache
 
-MIN_SEQ_LEN = 8
-MOST_TOKENS = 2**31  # in a batch: what an int32 can count
 SAMPLE = 2**18  # bytes of a streamed domain's training text that are read at once, for memories to start from
 
 
@@ -99,20 +97,18 @@ class DomainDataModule(LightningDataModule):
         one_domain_batches: bool = False,
     ) -> None:
         super().__init__()
-        _require(seq_len >= MIN_SEQ_LEN, f"data.seq_len must be {MIN_SEQ_LEN} or more, got {seq_len}")
-        _require(batch_size >= 1, f"data.batch_size must be 1 or more, got {batch_size}")
-        _require(batch_size * seq_len < MOST_TOKENS, f"{batch_size} rows of {seq_len} tokens are too many for a batch")
-        _require(0 < heldout_fraction < 1, f"data.heldout_fraction must lie between 0 and 1, got {heldout_fraction}")
-        _require(0 <= num_workers <= 1024, f"data.num_workers must lie between 0 and 1024, got {num_workers}")
-        _require(seed >= 0, f"data.seed must be 0 or more, got {seed}")
-        _require(on_bad_line in ("fail", "skip"), f"data.on_bad_line must be 'fail' or 'skip', got '{on_bad_line}'")
-        limits = {"max_heldout_bytes": max_heldout_bytes, "max_train_bytes": max_train_bytes}
-        for name, limit in (limits | {"max_retention_bytes": max_retention_bytes}).items():
-            _require(limit is None or limit >= 1, f"data.{name} must be 1 or more (or null for no limit), got {limit}")
-        _require(0 < temperature < math.inf, f"data.temperature must be a number above 0, got {temperature}")
-        _require(
-            not (streaming and max_train_bytes),
-            f"data.max_train_bytes={max_train_bytes} limits text in memory, data.streaming keeps none: set it to null",
+        check_data(
+            seq_len,
+            batch_size,
+            heldout_fraction,
+            max_heldout_bytes,
+            max_train_bytes,
+            on_bad_line,
+            num_workers,
+            seed,
+            streaming,
+            temperature,
+            max_retention_bytes,
         )
         self.sources = as_sources(domains)
         self.streaming, self.shares = streaming, as_shares(self.sources, temperature)
@@ -178,7 +174,7 @@ class DomainDataModule(LightningDataModule):
         Raises:
             KoffError: As `setup`; or the text is streamed.
         """
-        _require(not self.streaming, "data.streaming tokenises while training: there is nothing to prepare")
+        require(not self.streaming, "data.streaming tokenises while training: there is nothing to prepare")
         refuse_missing_files(self.sources)
         self.tokenizer = tokenizer
         self._check_tokenizer()
@@ -193,7 +189,7 @@ class DomainDataModule(LightningDataModule):
         for name in (name for name, source in self.sources.items() if source.chat):
             check_template(self.tokenizer, name)
         has_end = self.tokenizer.eos_token_id is not None
-        _require(has_end or not self.append_eos, "data.append_eos: the tokenizer has no end token: leave it out")
+        require(has_end or not self.append_eos, "data.append_eos: the tokenizer has no end token: leave it out")
 
     def _key(self, source: DomainSource) -> str:
         return self.cache.key(
@@ -260,7 +256,7 @@ class DomainDataModule(LightningDataModule):
             load_config(source, **where)  # a family that is not supported is refused before text is read
         if self.tokenizer_source is not None:
             return load_tokenizer(self.tokenizer_source)
-        _require(source is not None, "data.tokenizer is not set and there is no backbone to take it from: set it")
+        require(source is not None, "data.tokenizer is not set and there is no backbone to take it from: set it")
         return load_tokenizer(source, **where)
 
     def train_dataloader(self) -> TrainLoader | StreamLoader:
@@ -274,7 +270,7 @@ class DomainDataModule(LightningDataModule):
         num_rows = {name: 1 if self.streaming else len(rows) for name, rows in self._train.items()}
         batches = self._mixture(num_rows, self._window(accumulate))
         if self.streaming:
-            _require(max_steps > 0, "data.streaming needs trainer.max_steps: nobody knows how long one pass will be")
+            require(max_steps > 0, "data.streaming needs trainer.max_steps: nobody knows how long one pass will be")
             return StreamLoader(self._reading(), batches, max_steps * accumulate, self.num_workers)
         one_pass = -(-sum(num_rows.values()) // (self.batch_size * batches.world_size))
         length = max_steps * accumulate if max_steps > 0 else one_pass
@@ -311,7 +307,7 @@ class DomainDataModule(LightningDataModule):
         Raises:
             KoffError: It is not there, or is of something else; or the text is streamed.
         """
-        _require(
+        require(
             not self.streaming,
             "loss.teacher: stored knows the rows of a text in memory or prepared, and data.streaming makes its rows "
             "while training: set loss.teacher to live, or data.streaming to false",
@@ -371,7 +367,7 @@ class DomainDataModule(LightningDataModule):
         """Refuse to train on with other general text: the number of a row would mean another."""
         if self.trainer is not None and self.trainer.training and (there := state.get("retention")):
             here = self.state_dict().get("retention")
-            _require(
+            require(
                 there == here,
                 "the general text of this run is not the checkpoint's, so it cannot go on where that run stopped: set "
                 "data.retention and its limits back, or start a new run",
@@ -392,8 +388,3 @@ class DomainDataModule(LightningDataModule):
         """Tokens of training text from which to initialise a memory of `domain`, [num_tokens]: see `sampled_chunks`."""
         has_bos = self.tokenizer is not None and bool(start_tokens(self.tokenizer))
         return sampled_chunks(domain, self._documents[domain], num_tokens, seed=self.seed, has_bos=has_bos)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise KoffError(message)

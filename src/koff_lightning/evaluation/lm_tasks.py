@@ -10,7 +10,6 @@ import json
 import logging
 import lzma
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -184,17 +183,6 @@ def _task_in(trace: TracebackType | None) -> Any:
     """The task that was being made when an error came up; lm-eval does not say."""
     makers = [frame.f_locals.get("self") for frame, _ in walk_tb(trace)]
     return next((maker for maker in makers if hasattr(maker, "DATASET_PATH") and hasattr(maker, "config")), None)
-
-
-def check_batch_size(value: int | str, option: str) -> None:
-    """Raise KoffError unless rows at a time are a number, `auto`, or `auto:N`, which measures N times in a run.
-
-    Args:
-        value: What was given.
-        option: Its name, for the message.
-    """
-    if not re.fullmatch(r"auto(:[1-9]\d*)?|0*[1-9]\d*", str(value)):
-        raise KoffError(f"{option} must be a positive number or auto; got {value!r}")
 
 
 def check_safe(tasks: Loaded, confirmed: bool = False) -> None:

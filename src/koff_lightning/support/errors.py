@@ -7,6 +7,12 @@ class KoffError(ValueError):
     """Bad input from the user. The command line prints its message alone, without a traceback."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise KoffError with that message unless the condition holds."""
+    if not condition:
+        raise KoffError(message)
+
+
 def refused_by(looks: Iterable[Callable[[], object]]) -> list[str]:
     """What those of several looks say that raise KoffError, so that all that is missing is told at once."""
     said = []

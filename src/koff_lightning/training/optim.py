@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,42 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from koff_lightning.gates import BackboneGates
 from koff_lightning.memory import MemoryBank
+from koff_lightning.specs.training import OptimSpec
 from koff_lightning.support.errors import KoffError
-
-
-@dataclass
-class OptimSpec:
-    """Learning rates and how they change over a run.
-
-    Args:
-        mask_lr: For the mask logits, in hard-concrete logits per step; scaled for other gates; constant.
-        multiplier_lr: For the Lagrange multipliers, by ascent; constant.
-        lora_lr: Peak for LoRA, in an LR course of linear warm-up and cosine decay.
-        kv_lr: Peak for the KV memories, same course.
-        warmup: Share of all steps in which the memories' rate rises.
-        final: Share of the peak rate that is left at the end.
-        clip: Largest gradient norm of all LoRA, and of all KV parameters.
-        on_nonfinite: What to do when a loss or gradient is no finite number: `stop` the run, or `skip` the step.
-    """
-
-    mask_lr: float = 0.1
-    multiplier_lr: float = 0.1
-    lora_lr: float = 1e-3
-    kv_lr: float = 5e-3
-    warmup: float = 0.03
-    final: float = 0.1
-    clip: float = 1.0
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-
-    def __post_init__(self) -> None:
-        rates = {k: getattr(self, k) for k in ("mask_lr", "multiplier_lr", "lora_lr", "kv_lr", "clip")}
-        bad = [f"{k}={v}" for k, v in rates.items() if not v > 0 or math.isinf(v)]
-        if bad:
-            raise KoffError(f"optim: rates and clip must be positive and finite; got {', '.join(bad)}")
-        if not (0 <= self.warmup < 1 and 0 <= self.final <= 1):
-            raise KoffError(f"optim.warmup and optim.final are shares of 1; got {self.warmup} and {self.final}")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise KoffError(f"optim.on_nonfinite must be stop or skip; got {self.on_nonfinite!r}")
 
 
 def parameter_groups(

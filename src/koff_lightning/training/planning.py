@@ -37,7 +37,7 @@ from koff_lightning.placement import ALL, placed
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support import ranks
 from koff_lightning.training.objective import Objective
-from koff_lightning.training.retention import RetentionSpec
+from koff_lightning.training.retention import RetentionSpec, moved_parts
 
 COUNTED = (2, 3)  # layers
 AMPS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -295,7 +295,8 @@ def _micro_batch(step: Step, model: _Outline, live: "_Live") -> dict[str, Any]:
         return objective(batch, gates, memories, groups).loss
 
     added = torch.zeros(())
-    if moved := step.retention and step.retention.parts(model, rows[0], step.sparsity.target > 0, True):
+    spec = step.retention
+    if moved := spec and moved_parts(spec, model, rows[0], step.sparsity.target > 0, True):
         found = forward(rows[:1] * step.rows)
         with live.stage("backward"):
             added = settled(found, moved)

@@ -5,9 +5,7 @@ cut.
 """
 
 import hashlib
-import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,54 +13,25 @@ from torch import Tensor, nn
 
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.losses import settled
+from koff_lightning.specs.training import RetentionSpec
 from koff_lightning.support.errors import KoffError
 
 
-@dataclass
-class RetentionSpec:
-    """Retention: every so many steps the same loss on general text too, under a memory drawn at random (eq. 2).
+def drawn(model: Decomposition, step: int) -> str:
+    """The domain whose memory is in force in that step, each as likely as the others; by the run's seed alone."""
+    place = repr((int(model.gates.seed), step, "retention")).encode()
+    # A CRC would not do: it is linear, so numbers as alike as those of steps fall on few of the remainders.
+    return model.domains[int(hashlib.sha256(place).hexdigest(), 16) % len(model.domains)]
 
-    Args:
-        every: Optimizer steps from one with general text to the next: 20, 50 or 100 in the paper.
-        weight: Weight mu of that loss.
-        updates: What it moves: the `mask` alone, and then only while one is learned (section 3.4 of the paper), or
-            `both` the mask and the drawn memory (its appendix D).
-    """
 
-    every: int = 20
-    weight: float = 1.0
-    updates: Literal["mask", "both"] = "mask"
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise KoffError(
-                f"retention.every must be at least 1 step; got {self.every} (model.retention: null for none)"
-            )
-        if not 0 < self.weight < math.inf:
-            raise KoffError(f"retention.weight must be positive and finite; got {self.weight}")
-        if self.updates not in ("mask", "both"):
-            raise KoffError(f"retention.updates must be mask or both; got {self.updates!r}")
-
-    def is_due(self, step: int) -> bool:
-        """Whether optimizer step number `step` (from 0) takes general text: the last of every `every`."""
-        return (step + 1) % self.every == 0
-
-    def drawn(self, model: Decomposition, step: int) -> str:
-        """The domain whose memory is in force in that step, each as likely as the others; by the run's seed alone."""
-        place = repr((int(model.gates.seed), step, "retention")).encode()
-        # A CRC would not do: it is linear, so numbers as alike as those of steps fall on few of the remainders.
-        return model.domains[int(hashlib.sha256(place).hexdigest(), 16) % len(model.domains)]
-
-    def moves(self, model: Decomposition, step: int, mask_learns: bool, memories_on: bool) -> list[nn.Parameter]:
-        """What the general text of that step moves, of what is learned now; nothing in a step that takes none."""
-        return self.parts(model, self.drawn(model, step), mask_learns, memories_on) if self.is_due(step) else []
-
-    def parts(self, model: Decomposition, domain: str, mask_learns: bool, memories_on: bool) -> list[nn.Parameter]:
-        """What general text under the memory of that domain moves, of what is learned now."""
-        parts = [model.gates.logits] if mask_learns else []
-        if self.updates == "both" and memories_on:
-            parts += model.memories.lora_parameters(domain) + model.memories.kv_parameters(domain)
-        return [part for part in parts if part.requires_grad]
+def moved_parts(
+    spec: RetentionSpec, model: Decomposition, domain: str, mask_learns: bool, memories_on: bool
+) -> list[nn.Parameter]:
+    """What general text under the memory of that domain moves, of what is learned now."""
+    parts = [model.gates.logits] if mask_learns else []
+    if spec.updates == "both" and memories_on:
+        parts += model.memories.lora_parameters(domain) + model.memories.kv_parameters(domain)
+    return [part for part in parts if part.requires_grad]
 
 
 def general_text(trainer: Trainer, every: int, step: int, batch_idx: int) -> Batch:
@@ -86,13 +55,14 @@ def retention_loss(module: LightningModule, batch_idx: int) -> Tensor:
         KoffError: The loss is not finite, and such steps are not skipped.
     """
     spec, model, step = module.retention, module.model, module.global_step
-    moves = spec.moves(model, step, module.learns_now, module.memories_on) if spec else []
+    domain = drawn(model, step) if spec and spec.is_due(step) else None
+    moves = moved_parts(spec, model, domain, module.learns_now, module.memories_on) if domain else []
     if not moves:
         return torch.zeros((), device=module.device)
     batch = general_text(module.trainer, spec.every, step, batch_idx)
     rows, place = len(batch["labels"]), (step, -1 - batch_idx, module.global_rank)  # other noise than the domains'
     mask = model.gates.draw(rows, place) if module.learns_now or model.gates.hardened else None
-    memories = [spec.drawn(model, step) if module.memories_on else None] * rows
+    memories = [domain if module.memories_on else None] * rows
     found = module.objective(batch, mask, memories, torch.zeros(rows, dtype=torch.long, device=module.device))
     module.guard.check_loss(found.loss, found.tokens, found.predicted, batch["domains"], step)
     for logger in module.trainer.loggers:  # not by `log`, which would repeat the value in the steps that follow

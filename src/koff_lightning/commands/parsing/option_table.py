@@ -9,6 +9,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,13 +22,20 @@ from koff_lightning.commands.parsing.missing import (
     refuse_missing_of_run,
     refuse_no_checkpoint,
 )
+from koff_lightning.commands.parsing.option_types import (
+    InDoubtError,
+    as_read,
+    is_simple,
+    parts_of,
+    refuse_no_list,
+    refuse_wrong_type,
+)
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 
 FILE = Path(__file__).with_name("options.json")
 LIGHTNINGS = ("trainer", "checkpoint")  # sections whose options another release of Lightning may change
 LARGEST_CONFIG = 100_000  # bytes of a config that is looked through here
-SWITCHES = ("true", "false", "yes", "no", "on", "off")  # as YAML reads them
 HELD_BY_PARSER = ("print-config", "config", "allow-custom-classes")  # of every training verb
 MODELS = ("model", "artifact", "folder", "ckpt", "ckpt_path", "checkpoint")  # what verbs call it, or users do
 NAMED = ("plan", "claims", "reproduce")  # take a config by its name too
@@ -67,7 +75,7 @@ def look(verb: str, words: Sequence[str]) -> None:
         for name, value in given:
             if name == ALONE:
                 _refuse_alone(verb, value, rows, trains)
-            if value is None and trains and name in rows and {"str", "int", "float"} & {*_parts(rows[name]["type"])}:
+            if value is None and trains and name in rows and {"str", "int", "float"} & {*parts_of(rows[name]["type"])}:
                 raise KoffError(f"--{name} wants a value ({rows[name]['type']})")
             _check(name, value, rows, trains)
         if verb in NAMED:
@@ -85,7 +93,11 @@ def look(verb: str, words: Sequence[str]) -> None:
             raise KoffError(NO_DOMAINS)
         for config in configs:
             look_into(verb, config)
-        refuse_missing_of_run(verb, _leaves_of(verb, given))
+        from koff_lightning.commands.parsing.ranges import refuse_out_of_range  # which help does without
+
+        leaves = list(_leaves_of(verb, given))
+        refuse_missing_of_run(verb, leaves)
+        refuse_out_of_range(verb, leaves, rows)
     refuse_missing(verb, given)
     _refuse_no_arm(verb, values)
 
@@ -113,15 +125,24 @@ def _refuse_no_arm(verb: str, values: dict[str, str | None]) -> None:
 
 def _is_due(row: Row) -> bool:
     """Whether a tool's option must be given: it has neither a default nor null."""
-    return row["default"] == "" and row["type"] and "null" not in _parts(row["type"])
+    return row["default"] == "" and row["type"] and "null" not in parts_of(row["type"])
 
 
 def _leaves_of(verb: str, given: Sequence[tuple[str, str | None]]) -> Iterator[tuple[str, object]]:
-    """Names and values of the words and of the configs that they name, in their order, as far as they are read here."""
+    """Names and values of the words and of the configs that they name, in their order.
+
+    A config that is not read here, or not wholly, stands among them as `config`.
+    """
     rows = {row["name"]: row for row in options_of(verb)}
     for name, value in given:
+        found = value
         if name == "config" and value:
-            yield from _leaves(_content(find_config(value)), rows)
+            found = _content(find_config(value))
+        elif value is not None and value[:1] == "{" and _has_more(name, rows):
+            with suppress(InDoubtError):
+                found = as_read(value)
+        if isinstance(found, dict):
+            yield from _leaves(found, rows, "" if name == "config" else f"{name}.")
         else:
             yield name, value
 
@@ -222,24 +243,32 @@ def _leaves(options: object, rows: dict[str, Row], before: str = "") -> Iterator
         return
     for key, value in options.items():
         name = f"{before}{key}"
-        has_more = any(other.startswith(f"{name}.") for other in rows)
-        if isinstance(value, dict) and has_more and not {"class_path", "init_args"} & set(value):
+        if "." in str(key):  # a later section of that name may take its place, or not
+            yield "config", key
+        if isinstance(value, dict) and _has_more(name, rows) and not {"class_path", "init_args"} & set(value):
             yield from _leaves(value, rows, f"{name}.")
         else:
             yield name, value
 
 
+def _has_more(name: str, rows: dict[str, Row]) -> bool:
+    """Whether it is a section, of which the table has the options."""
+    return any(other.startswith(f"{name}.") for other in rows)
+
+
 def _check(name: str, value: object, rows: dict[str, Row], trains: bool) -> None:
-    name = name.removesuffix("+")
+    name, adds = name.removesuffix("+"), name.endswith("+")
     if name.endswith(".help") or (trains and name.replace("_", "-") in HELD_BY_PARSER):
         return
     row = rows.get(name) or rows.get(name.replace("_", "-")) or rows.get(name.replace("-", "_"))
     if row is None:
         _refuse_unknown(name, rows, trains)
-    if trains and (any(other.startswith(f"{name}.") for other in rows) or (row or {}).get("type", "")[:4] == "dict"):
+    if trains and (_has_more(name, rows) or (row or {}).get("type", "")[:4] == "dict"):
         _refuse_word_for_section(name, value)
     if row is not None and isinstance(value, str | bool | int | float):
-        _refuse_wrong_type(name, value, row["type"])
+        refuse_wrong_type(name, value, row["type"])
+        if trains and not adds:  # a tool's is given value by value
+            refuse_no_list(name, value, row["type"])
         if name in CHECKPOINTS and isinstance(value, str):
             refuse_no_checkpoint(name, value)
 
@@ -249,9 +278,9 @@ def _refuse_unknown(name: str, rows: dict[str, Row], trains: bool) -> None:
         return
     parts = name.split(".")
     above = [".".join(parts[:n]) for n in range(1, len(parts))]
-    if any(other.startswith(f"{name}.") for other in rows):  # a section as a whole
+    if _has_more(name, rows):  # a section as a whole
         return
-    if any(part in rows and not _is_simple(rows[part]["type"]) for part in above):  # of a class that is named there
+    if any(part in rows and not is_simple(rows[part]["type"]) for part in above):  # of a class that is named there
         known = [other for other in rows if other.startswith(f"{above[-1]}.")]
         if not known:
             return
@@ -285,39 +314,6 @@ def _refuse_alone(verb: str, word: str, rows: dict[str, Row], trains: bool) -> N
     due = [row["name"] for row in rows.values() if _is_due(row) and not row.get("by_place")]
     hint = f" Perhaps --{(due or named)[0]} {word}?" if due or len(named) == 1 else ""
     raise KoffError(f"{word!r} stands alone, wanted is an option with a name.{hint} `koff {verb} --help` lists them")
-
-
-def _is_simple(kind: str) -> bool:
-    return all(part in ("int", "float", "bool", "str", "null") or part[:1] == "'" for part in _parts(kind))
-
-
-def _parts(kind: str) -> list[str]:
-    return kind.replace(", ", " or ").split(" or ") if kind else []
-
-
-def _refuse_wrong_type(name: str, value: object, kind: str) -> None:
-    """Refuse what is no number or switch where only these will do, and no word of a closed list."""
-    parts = _parts(kind)
-    text = str(value)
-    if not parts or not set(parts) <= {"int", "float", "bool", "null"} | {part for part in parts if part[0] == "'"}:
-        return
-    choices = [part.strip("'") for part in parts if part[0] == "'"]
-    if text.lower() in ("null", "none", "~", "") or text.strip("'\"") in choices:
-        return
-    if "bool" in parts and text.lower() in SWITCHES:
-        return
-    with_number = {"int", "float"} & set(parts)
-    if with_number and (isinstance(value, str) is False or _is_number(text)):
-        return
-    raise KoffError(f"{name} must be {kind}; got {text!r}.{nearest(text, choices)}")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.replace("_", ""))
-    except ValueError:
-        return text[:2].lower() in ("0x", "0o", "0b")
-    return True
 
 
 def _is_as_recorded(package: str) -> bool:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from koff_lightning.backbone import NEURONS
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.studies.analysis.masks import mask_of
 from koff_lightning.studies.analysis.scoring import Condition, own_memory, score, under
 from koff_lightning.support.errors import KoffError
+from koff_lightning.units import NEURONS
 
 if TYPE_CHECKING:
     import pandas as pd

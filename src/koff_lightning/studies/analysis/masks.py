@@ -10,11 +10,12 @@ from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import decomposition_state, read_checkpoint
 from koff_lightning.artifact.folder import MANIFEST, read_manifest
-from koff_lightning.backbone import NEURONS, prunable_groups, without_weights
+from koff_lightning.backbone import prunable_groups, without_weights
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.loading import load_config
 from koff_lightning.studies.analysis.activations import Activations
 from koff_lightning.support.errors import KoffError
+from koff_lightning.units import NEURONS
 
 if TYPE_CHECKING:
     import pandas as pd

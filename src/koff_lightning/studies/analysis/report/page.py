@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
-from koff_lightning.backbone import NEURONS
 from koff_lightning.studies.analysis.report import words
 from koff_lightning.studies.analysis.report.findings import Finding
 from koff_lightning.studies.analysis.study import Study
+from koff_lightning.units import NEURONS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

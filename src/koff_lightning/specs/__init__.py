@@ -1,0 +1,1 @@
+"""What the options of a run may be, each rule once: dataclasses and checks, in plain Python."""

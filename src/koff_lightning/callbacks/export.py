@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 from subprocess import Popen
+from typing import Literal
 
 from lightning.pytorch import Callback, Trainer
 
@@ -26,14 +27,18 @@ class ExportArtifact(Callback):
 
     Args:
         enabled: Write it; without, `koff export --ckpt` does the same later.
-        layout: How the backbone is stored: ragged, uniform, deci or masked. null takes the one that
+        layout: How the backbone is stored (docs/artifacts.md). null takes the one that
             `sparsity.layout` was trained for.
         with_code: Put the code of the model type beside the weights, for people without koff-lightning.
         prove: Load the artifact in a fresh process and compare it with the model.
     """
 
     def __init__(
-        self, enabled: bool = True, layout: str | None = None, with_code: bool = False, prove: bool = True
+        self,
+        enabled: bool = True,
+        layout: Literal["ragged", "uniform", "deci", "masked"] | None = None,
+        with_code: bool = False,
+        prove: bool = True,
     ) -> None:
         if layout is not None:
             layout_named(layout)  # refuses an unknown one

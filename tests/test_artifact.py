@@ -62,7 +62,7 @@ def folder(tmp_path, groups):
     manifest = Manifest(
         layout="ragged",
         domain=None,
-        base={"id": "x/y", "revision": None, "hash": "ab", "family": "llama", "tokenizer_hash": "cd"},
+        base=BASE,
         dtype="float32",
         mask_hash=mask_hash(groups, mask),
         kept=describe_mask(groups, mask),
@@ -136,6 +136,7 @@ def test_the_dtype_is_compared_with_the_weights(folder, dtype):
         verify(folder, backbone=False)
 
 
+BASE = {"id": "x/y", "revision": None, "hash": "ab", "family": "llama", "tokenizer_hash": "cd"}
 MEMORY = {"rank": None, "slots": None, "parameters": 1, "card_sha256": ""}
 
 
@@ -162,6 +163,7 @@ MEMORY = {"rank": None, "slots": None, "parameters": 1, "card_sha256": ""}
             {"base": dict.fromkeys(("id", "revision", "hash", "family", "tokenizer_hash"))},
             "id must be str, and is nothing",
         ),
+        ({"base": BASE | {"family": ""}}, r"base\.family must be one of llama, .*; got ''"),
         ({"sparsity": {}}, "sparsity lacks denominator"),
         ({"dtype": 3}, "dtype must be str, and is int 3"),
         ({"parameters": {}}, "parameters lacks dense_total"),

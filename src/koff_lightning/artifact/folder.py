@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from koff_lightning.artifact.layouts import Layout, layout_named
-from koff_lightning.backbone import PrunableGroup, channel_linear
+from koff_lightning.backbone import FAMILIES, PrunableGroup, channel_linear
 from koff_lightning.listed_files import (
     BACKBONE,
     CARD,
@@ -154,6 +154,8 @@ class Manifest:
         """Raise if an entry lacks a part or has one of a wrong kind, or if entries contradict each other."""
         if layout_named(self.layout).folds != (self.domain is not None):
             raise KoffError(f"layout {self.layout!r} does not go with the merged domain {self.domain!r}")
+        if (family := self.base["family"]) not in FAMILIES:
+            raise KoffError(f"base.family must be one of {', '.join(FAMILIES)}; got {family!r}")
         for name, about in self.domains.items():
             check_name(name)  # it is part of a path
             for placement in ("lora_layers", "kv_layers"):

@@ -336,6 +336,7 @@ def test_quantised_folders(tmp_path, method, entry):
         ({"rope_parameters": {"rope_type": ["default"]}}, "rope_type is a list"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 1e4}}, "factor is 0, outside"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta is text"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e-300}}, "rope_theta is 1e-300, outside"),
         ({"pad_token_id": 97}, "pad_token_id 97 is beyond the 97 rows of the embeddings: set it to null"),
         ({"bos_token_id": 97}, "bos_token_id 97 is beyond the 97 rows of the embeddings: set it to null"),
         ({"eos_token_id": [2, 98]}, "eos_token_id 98 is beyond the 97 rows of the embeddings: set it to null"),

@@ -178,7 +178,8 @@ def _wrong_rope(rope: Mapping[str, Any], name: str) -> str | None:
         elif key in ("long_factor", "short_factor", "mrope_section"):
             fault = None if value is None or isinstance(value, list) else f"{key} is {kind(value)}"
         else:
-            fault = wrong_value(rope, key, (int, float, bool), 1e-9 if "factor" in key else 0, 1e18)
+            low = _NUMBERS["rope_theta"][0] if key == "rope_theta" else 1e-9 if "factor" in key else 0
+            fault = wrong_value(rope, key, (int, float, bool), low, 1e18)
         if fault:
             return f"{name}: {fault}"
     return None

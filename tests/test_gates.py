@@ -338,6 +338,32 @@ def test_a_value_acts_on_all_columns_of_its_unit():
             assert torch.equal(got[..., ~removed], dense[group.consumer][..., ~removed])
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("kind", ["hc", "ddp"])
+def test_what_a_gate_lets_through_has_the_slopes_of_a_product(kind, rows, dtype, near):
+    """Of a hard concrete gate x is not kept for the backward, and a closed one has no slope anyway."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 8, generator=random).to(dtype).requires_grad_()
+    logits = torch.linspace(-6, 6, 8).requires_grad_()
+    mask, slope = BackboneGates(groups(), kind), torch.randn(3, 40, 8, generator=random).to(dtype)
+    values = mask.gate.sample(logits, rows, random).unsqueeze(1)  # [R, 1, C]
+    assert (values == 0).any()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        got = mask._gated(x, values)
+    plain = x * values.to(dtype)
+    assert torch.equal(got, plain)
+    assert (x.data_ptr() in kept) == (kind == "ddp")
+    found = torch.autograd.grad(got, (x, logits), slope, retain_graph=True)
+    due = torch.autograd.grad(plain, (x, logits), slope)
+    assert torch.equal(found[0], due[0])
+    torch.testing.assert_close(found[1], due[1], rtol=near, atol=near)
+    assert due[1].abs().max() > 0.1
+    with torch.no_grad():
+        assert torch.equal(mask._gated(x, values), plain)
+
+
 def test_hardening_is_final_and_exact():
     mask = BackboneGates(groups())
     kept = torch.tensor([True, False] * 4)

@@ -35,6 +35,7 @@ class HardConcrete:
 
     rate, bound = 1.0, 8.0
     gamma, zeta, eps = -0.1, 1.1, 1e-6
+    learns_closed = False  # at 0 the clamp of a sample has no slope
 
     def __init__(self, beta: float = 2 / 3, beta_end: float | None = None, initial: float | None = None) -> None:
         self.beta, self._course = beta, (beta, beta if beta_end is None else beta_end)
@@ -86,6 +87,7 @@ class ShrinkingReLU:
     """
 
     rate, bound = 0.1, 4.0  # z moves in a range a tenth of the logits'
+    learns_closed = True
     start, end, slope, stretch = 0.5, 0.1, 2.4, (-0.1, 1.1)
 
     def __init__(self, initial: float | None = None) -> None:
@@ -132,6 +134,25 @@ class ShrinkingReLU:
 
 
 KINDS = {"hc": HardConcrete, "ddp": ShrinkingReLU}
+
+
+class _Product(torch.autograd.Function):
+    """x [B, T, C] times gates [R, 1, C] that have no slope at 0, of which the backward keeps the product alone.
+
+    What reads the product keeps it in any case, so x itself need not stay: where a gate is not 0, it is product / gate.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gates):  # noqa: ANN001, ANN205
+        product = x * gates
+        ctx.save_for_backward(product, gates)
+        return product
+
+    @staticmethod
+    def backward(ctx, slope):  # noqa: ANN001, ANN205
+        product, gates = ctx.saved_tensors
+        along = (slope * product).sum_to_size(gates.shape)
+        return slope * gates, torch.where(gates != 0, along / gates, 0)
 
 
 class BackboneGates(nn.Module):
@@ -182,12 +203,17 @@ class BackboneGates(nn.Module):
             handles.append(module.register_forward_hook(self._compensation(index)))
         return handles
 
+    def _gated(self, x: Tensor, values: Tensor) -> Tensor:
+        """What a gate lets through: x [B, T, C] times its values [R, 1, C]."""
+        values = values.to(x.dtype)
+        return _Product.apply(x, values) if values.requires_grad and not self.gate.learns_closed else x * values
+
     def _hook(self, index: int) -> object:
         def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             columns = self._columns
             if columns is None:
                 return None
-            return (inputs[0] * columns[index].to(inputs[0].dtype), *inputs[1:])  # [B, T, C_g]
+            return (self._gated(inputs[0], columns[index]), *inputs[1:])  # [B, T, C_g]
 
         return multiply
 
@@ -195,7 +221,7 @@ class BackboneGates(nn.Module):
         def multiply(_: nn.Module, __: object, output: Tensor) -> Tensor | None:
             if self._columns is None:
                 return None
-            return output * self._columns[index].to(output.dtype)  # [B, T, U_g]
+            return self._gated(output, self._columns[index])  # [B, T, U_g]
 
         return multiply
 

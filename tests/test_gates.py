@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_cases import DOMAINS, make_case, plain_batch
 from tiny_models import tiny_model
 
 from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
@@ -362,6 +363,40 @@ def test_what_a_gate_lets_through_has_the_slopes_of_a_product(kind, rows, dtype,
     assert due[1].abs().max() > 0.1
     with torch.no_grad():
         assert torch.equal(mask._gated(x, values), plain)
+
+
+@pytest.mark.parametrize("gate", [0.1, 0.01, 0.001])
+def test_a_nearly_closed_gate_learns_in_fp16(gate):
+    """There slope times product is below the least number, while slope times x is not."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 500, 8, generator=random).mul(0.1).half()
+    slope = (x.sign() * 1e-4).half()
+    values = torch.full((1, 1, 8), gate, requires_grad=True)
+    (found,) = torch.autograd.grad(BackboneGates(groups())._gated(x, values), values, slope)
+    due = (x.double() * slope.double()).sum(1, keepdim=True)
+    torch.testing.assert_close(found.double(), due, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("kind", ["channel", "kv_group", "gate_channel", "v_channel", "o_channel"])
+def test_a_learned_gate_keeps_no_more_than_a_product_does(kind, lora, monkeypatch):
+    """Attention keeps its output in any case: were the product kept too, o_proj without an adapter would cost more."""
+    case = make_case("llama", kinds=[kind], lora=lora)
+    own = {p.untyped_storage().data_ptr() for p in case.model.parameters()}
+
+    def kept():
+        values = case.gates.gate.sample(case.gates.logits, 3, torch.Generator().manual_seed(0))
+        case.bank.activate(DOMAINS)
+        case.gates.set(values)
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.untyped_storage()) or t, lambda t: t):
+            hidden_states(case.model, **plain_batch(length=30))
+        return sum({part.data_ptr(): part.nbytes() for part in seen if part.data_ptr() not in own}.values())
+
+    ours = kept()
+    monkeypatch.setattr(BackboneGates, "_gated", lambda _, x, values, *__: x * values)
+    plain = kept()
+    assert ours < plain if lora and kind == "channel" else ours <= plain
 
 
 def test_hardening_is_final_and_exact():

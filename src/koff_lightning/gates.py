@@ -139,7 +139,8 @@ KINDS = {"hc": HardConcrete, "ddp": ShrinkingReLU}
 class _Product(torch.autograd.Function):
     """x [B, T, C] times gates [R, 1, C] that have no slope at 0, of which the backward keeps the product alone.
 
-    What reads the product keeps it in any case, so x itself need not stay: where a gate is not 0, it is product / gate.
+    An adapter or activation that reads the product keeps it in any case, so x itself need not stay: where a gate is not
+    0, it is product / gate.
     """
 
     @staticmethod
@@ -151,8 +152,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):  # noqa: ANN001, ANN205
         product, gates = ctx.saved_tensors
-        along = (slope * product).sum_to_size(gates.shape)
-        return slope * gates, torch.where(gates != 0, along / gates, 0)
+        x = product / gates.where(gates != 0, 1)  # before the slope comes in: fp16 has no room for slope * product
+        return slope * gates, x.mul_(slope).sum_to_size(gates.shape)
 
 
 class BackboneGates(nn.Module):
@@ -203,17 +204,20 @@ class BackboneGates(nn.Module):
             handles.append(module.register_forward_hook(self._compensation(index)))
         return handles
 
-    def _gated(self, x: Tensor, values: Tensor) -> Tensor:
-        """What a gate lets through: x [B, T, C] times its values [R, 1, C]."""
+    def _gated(self, x: Tensor, values: Tensor, kept: bool = False) -> Tensor:
+        """What a gate lets through: x [B, T, C] times its values [R, 1, C]; `kept`: what made x keeps it anyway."""
         values = values.to(x.dtype)
-        return _Product.apply(x, values) if values.requires_grad and not self.gate.learns_closed else x * values
+        plain = kept or self.gate.learns_closed or not values.requires_grad
+        return x * values if plain else _Product.apply(x, values)
 
     def _hook(self, index: int) -> object:
+        kept = self.groups[index].kind == "kv_group"  # by attention, whose backward needs what it gave
+
         def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             columns = self._columns
             if columns is None:
                 return None
-            return (self._gated(inputs[0], columns[index]), *inputs[1:])  # [B, T, C_g]
+            return (self._gated(inputs[0], columns[index], kept), *inputs[1:])  # [B, T, C_g]
 
         return multiply
 

@@ -208,6 +208,7 @@ class BackboneGates(nn.Module):
         """What a gate lets through: x [B, T, C] times its values [R, 1, C]; `kept`: what made x keeps it anyway."""
         values = values.to(x.dtype)
         plain = kept or self.gate.learns_closed or not values.requires_grad
+        plain = plain or torch.compiler.is_compiling()  # it chooses itself what to keep
         return x * values if plain else _Product.apply(x, values)
 
     def _hook(self, index: int) -> object:

@@ -43,6 +43,23 @@ def test_every_option_of_ours_says_what_it_means():
     assert "`--model.sparsity.target` | float | 0.12 | " in PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.domains.de.colour=red"], "domain 'de' has no field 'colour'. It may have files, text_field,"),
+        (["--data.domains.de.file", "x"], "domain 'de' has no field 'file'. Did you mean 'files'? It may have"),
+        (['--data.domains={"de": {"files": "bundled:de", "colour": 3}}'], "domain 'de' has no field 'colour'."),
+        (["--config", "c.yaml"], "domain 'fr' has no field 'filez'. Did you mean 'files'?"),
+    ],
+)
+def test_a_field_that_no_domain_has_is_no_path(words, message, tmp_path, monkeypatch, capsys):
+    """The parser, which takes a path as well, called the whole mapping one."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("data: {domains: {fr: {filez: 'bundled:fr'}}}")
+    assert main(["fit", "--config", "demo.yaml", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", TRAINING)
 def test_the_help_of_training_tells_our_own_options_first(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -73,6 +90,7 @@ def test_the_help_of_training_tells_our_own_options_first(verb, capsys, monkeypa
         ["convert", "gguf", "nope", "--out", "x"],
         ["fit", "demo.yaml", "--model.artifact", "nope"],
         ["fit", "demo.yaml", "--data.domains.de.files", "nope.txt"],
+        ["fit", "demo.yaml", "--data.domains.de.colour", "red"],
         ["fit", "demo.yaml", "--model.backbone", "no-such/model"],
         ["fit", "demo.yaml", "--model.lora.rank", "0"],
         ["fit", "demo.yaml", "--data.seq_len=4"],

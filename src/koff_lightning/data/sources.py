@@ -2,8 +2,8 @@
 
 import glob
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_out_of_r
 from koff_lightning.support.errors import KoffError, refused_by
 from koff_lightning.support.names import check_name
 from koff_lightning.support.secrets import without_secrets
+from koff_lightning.support.wording import nearest
 
 BUNDLED, HUB = "bundled:", "hub:"
 BUNDLED_DIR = Path(__file__).resolve().parents[1] / "tiny" / "corpora"
@@ -146,10 +147,20 @@ def as_shares(sources: Mapping[str, DomainSource], temperature: float) -> dict[s
 def _as_source(name: str, value: Any) -> DomainSource:
     if not isinstance(value, Mapping):
         return value if isinstance(value, DomainSource) else DomainSource(value)
+    refuse_other_fields(name, value)
     try:
         return DomainSource(**value)
     except TypeError as error:
         raise KoffError(f"domain '{name}': {error}. Its fields are those of DomainSource") from error
+
+
+def refuse_other_fields(name: str, given: Iterable[str]) -> None:
+    """Raise KoffError where a domain is given a field that none has."""
+    known = [field.name for field in fields(DomainSource)]
+    if odd := [field for field in given if field not in known]:
+        raise KoffError(
+            f"domain '{name}' has no field {odd[0]!r:.60}.{nearest(str(odd[0]), known)} It may have {', '.join(known)}"
+        )
 
 
 def _check_heldout_files(name: str, source: DomainSource) -> None:

@@ -64,8 +64,11 @@ def refuse_missing_of_run(verb: str, options: Iterable[tuple[str, object]]) -> N
         values[name] = value
         if name == "data.domains":
             domains = dict(_mapping(value))
+            for domain, source in domains.items():
+                _refuse_other_fields(domain, source)
         elif name.startswith("data.domains."):
             domain, _, part = name.removeprefix("data.domains.").partition(".")
+            _refuse_other_fields(domain, {part.split(".")[0].removesuffix("+"): value} if part else value)
             domains[domain] = _with_part(domains.get(domain), part, value) if part else value
     if verb in ("validate", "test", "predict") and not values.get("ckpt_path"):
         raise KoffError(f"koff {verb} scores what a run has trained: give its --ckpt_path")
@@ -79,6 +82,14 @@ def refuse_missing_of_run(verb: str, options: Iterable[tuple[str, object]]) -> N
         looks.insert(0, partial(refuse_no_model, backbone))
     if missing := refused_by(looks):
         raise KoffError("\n".join(missing))
+
+
+def _refuse_other_fields(domain: str, source: object) -> None:
+    """Refuse a field of a domain that none has; the parser would take the whole for a path."""
+    if given := _mapping(source):
+        from koff_lightning.data.sources import refuse_other_fields
+
+        refuse_other_fields(domain, given)
 
 
 def _with_part(source: object, part: str, value: object) -> dict[str, object]:

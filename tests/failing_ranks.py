@@ -23,10 +23,10 @@ def failing(folder: Path, rank: int) -> None:
     def judged(task: Any, *args: Any) -> Any:
         return 1 / 0 if next(calls) <= rank else judge(task, *args)  # the first call; on rank 1 the second too
 
-    said = "none"
     with patch.object(ConfigurableTask, "process_results", judged), patch.object(ranks, "MEETING", timedelta(0, 10)):
         try:
-            koff([*words, f"--trainer.default_root_dir={folder / 'failing'}"])
+            status = koff([*words, f"--trainer.default_root_dir={folder / 'failing'}"])
+            said = f"status {status}"
         except Exception as error:
             said = type(error).__name__
     (folder / f"failing.{rank}.txt").write_text(said)

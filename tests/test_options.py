@@ -1,5 +1,6 @@
 """The table of options that help and the first look at a command are made of, against the parsers themselves."""
 
+import json
 import os
 import resource
 import subprocess
@@ -58,6 +59,12 @@ def test_a_field_that_no_domain_has_is_no_path(words, message, tmp_path, monkeyp
     Path("c.yaml").write_text("data: {domains: {fr: {filez: 'bundled:fr'}}}")
     assert main(["fit", "--config", "demo.yaml", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_domain_may_be_given_as_a_class():
+    value = {"class_path": "koff_lightning.data.DomainSource", "init_args": {"files": "bundled:de"}}
+    option_table.look("fit", ["--config", "demo.yaml", f"--data.domains.de={json.dumps(value)}"])
+    option_table.look("fit", ["--config", "demo.yaml", "--data.domains.de.init_args.files=bundled:de"])
 
 
 @pytest.mark.parametrize("verb", TRAINING)

@@ -85,8 +85,9 @@ def refuse_missing_of_run(verb: str, options: Iterable[tuple[str, object]]) -> N
 
 
 def _refuse_other_fields(domain: str, source: object) -> None:
-    """Refuse a field of a domain that none has; the parser would take the whole for a path."""
-    if given := _mapping(source):
+    """Refuse a field of a domain that none has: the parser would take the whole for a path. A class is left to it."""
+    given = _mapping(source)
+    if given and not {"class_path", "init_args"} & set(given):
         from koff_lightning.data.sources import refuse_other_fields
 
         refuse_other_fields(domain, given)

@@ -98,6 +98,7 @@ def test_the_help_of_training_tells_our_own_options_first(verb, capsys, monkeypa
         ["fit", "demo.yaml", "--model.artifact", "nope"],
         ["fit", "demo.yaml", "--data.domains.de.files", "nope.txt"],
         ["fit", "demo.yaml", "--data.domains.de.colour", "red"],
+        ["fit", "demo.yaml", "--data.seq_len", "null"],
         ["fit", "demo.yaml", "--model.backbone", "no-such/model"],
         ["fit", "demo.yaml", "--model.lora.rank", "0"],
         ["fit", "demo.yaml", "--data.seq_len=4"],

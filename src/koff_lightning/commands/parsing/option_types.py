@@ -35,7 +35,7 @@ def refuse_wrong_type(name: str, value: object, kind: str) -> None:
     if not parts or not set(parts) <= {"int", "float", "bool", "null"} | {part for part in parts if part[0] == "'"}:
         return
     choices = [part.strip("'") for part in parts if part[0] == "'"]
-    if text.lower() in ("null", "none", "~", "") or text.strip("'\"") in choices:
+    if text == "" or ("null" in parts and text.lower() in ("null", "none", "~")) or text.strip("'\"") in choices:
         return
     if "bool" in parts and text.lower() in SWITCHES:
         return

@@ -47,6 +47,56 @@ def test_heldout_rows_predict_every_token_but_the_first_of_each_document_exactly
     assert all(token == context + 1 for context, token in pairs)
 
 
+START = 7  # of documents as of rows: no token of `stream_of`
+
+
+def started(lengths):
+    """The same documents, each behind a start token, as a tokenizer that has one makes them."""
+    stream = stream_of([length + 1 for length in lengths])
+    tokens = stream.tokens.copy()
+    tokens[stream.starts] = START
+    return TokenStream(tokens, stream.lengths, stream.num_bytes)
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, seq_len=SEQ_LENS)
+def test_rows_that_open_inside_a_document_begin_with_the_start_token(lengths, seq_len):
+    """Every segment then begins with it; still every token is predicted once, from the one before or from the start."""
+    stream = started(lengths)
+    rows = pack(stream, seq_len, overlap=True, start=START)
+    batch = batch_of(rows)
+    pairs = predictions(batch)
+    texts = [token for token in stream.tokens.tolist() if token != START]
+    assert sorted(token for _, token in pairs) == texts
+    assert all(context in (START, token - 1) for context, token in pairs)
+    assert sum(context == START for context, _ in pairs) == len(lengths)  # none but a document's first token is
+    begins = torch.from_numpy(rows.starts)
+    if rows.padding:
+        begins[-1, -rows.padding :] = False
+    assert set(batch["input_ids"][begins].tolist()) == {START}
+    assert rows.shares.sum() == rows.num_bytes.sum() == stream.num_bytes.sum()
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, seq_len=SEQ_LENS)
+def test_training_rows_with_a_start_token_give_their_second(lengths, seq_len):
+    """What stood first is not read there, what stood second is not predicted; the stream itself stays whole."""
+    stream = started(lengths)
+    rows, plain = (pack(stream, seq_len, overlap=False, start=start) for start in (START, None))
+    np.testing.assert_array_equal(rows.tokens, plain.tokens)
+    inside = plain.tokens[:, 0] != START
+    assert rows.inside.tolist() == (inside.tolist() if inside.any() else [])
+    here, there = batch_of(rows), batch_of(plain)
+    assert set(here["input_ids"][:, 0].tolist()) == {START}
+    assert torch.equal(here["input_ids"][:, 1:], there["input_ids"][:, 1:])
+    labels = there["labels"].clone()
+    labels[torch.from_numpy(inside), 1] = IGNORED
+    assert torch.equal(here["labels"], labels)
+    assert (rows.digest == plain.digest) == (not inside.any())
+    predicted = np.array([(row != IGNORED).sum() for row in here["labels"].numpy()])
+    assert (rows.num_bytes[predicted == 0] == 0).all()
+
+
 @settings(deadline=None)
 @given(lengths=LENGTHS, seq_len=SEQ_LENS)
 def test_training_rows_hold_every_token_once_and_predict_within_documents_only(lengths, seq_len):

@@ -5,6 +5,7 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
@@ -146,6 +147,9 @@ def test_scores_by_document_add_up_to_the_figures(tmp_path):
         for arm in ("dense", "koff", "memory_off", "swapped"):
             bits = sum(scores["nats"][arm]) / math.log(2) / sum(scores["bytes"])
             assert bits == pytest.approx(figures["domains"][domain][f"{arm}_bpb"], rel=1e-12)
+        assert np.sum(scores["tokens"]) == figures["heldout_tokens"][domain]
+        for arm, classes in scores["nats_by_context"].items():
+            assert np.sum(classes, 0) == pytest.approx(scores["nats"][arm], rel=1e-12)
     batches = [batch for batch in data.test_dataloader() if batch["domains"][0] == "law"]
     rows = torch.cat([module.model.token_nats(batch, "koff") for batch in batches])  # [4, 11]
     assert documents["law"]["nats"]["koff"][0] == pytest.approx(rows[0, :4].sum().item(), rel=1e-5)

@@ -1,6 +1,8 @@
 """Bits per byte: the loss on text in a unit that does not depend on the tokenizer, so languages can be compared.
 
-As one figure of all text (`BitsPerByte`), and by document (`DocumentScores`), which paired comparisons need.
+As one figure of all text (`BitsPerByte`), and by document (`DocumentScores`), which paired comparisons need; there also
+by how much of the text was there to predict from. A memory knows what its domain looks like before any text is read,
+which the dense model does not, so that the two compare otherwise at the beginning of a text than within it.
 """
 
 import math
@@ -63,10 +65,15 @@ class BitsPerByte(Metric):
         return self.nats / (math.log(2) * self.num_bytes)
 
 
+# Fewest tokens before a predicted one, those of its own text in its row, of each class of context.
+CONTEXT = (1, 8, 32, 128)
+
+
 class DocumentScores:
     """Nats and UTF-8 bytes of every document by domain and arm, in fp64: the summands of `BitsPerByte`.
 
-    Documents are numbered by the data module (`documents` of a batch); batches without numbers are passed over.
+    Nats and predicted tokens are counted by class of context as well, K = len(CONTEXT) of them. Documents are numbered
+    by the data module (`documents` of a batch); batches without numbers are passed over.
     """
 
     def __init__(self) -> None:
@@ -86,27 +93,42 @@ class DocumentScores:
         """
         if "documents" not in batch:
             return
+        predicted = batch["labels"][:, 1:] != -100  # [B, T-1]
+        place = batch["position_ids"] if "position_ids" in batch else torch.arange(batch["labels"].shape[1])
+        before = place.cpu().expand(len(nats), -1)[:, 1:].numpy()  # [B, T-1] tokens before each predicted one
+        kind = np.searchsorted(CONTEXT[1:], before, side="right")  # 0..K-1
         for domain in dict.fromkeys(d for d in batch["domains"] if d is not None):
             rows = [i for i, d in enumerate(batch["domains"]) if d == domain]
             documents = batch["documents"][rows].cpu().numpy()  # [b, T]
+            by_kind = documents[:, 1:] * len(CONTEXT) + kind[rows]  # [b, T-1]
             for what, number, values in (
-                ("nats", documents[:, 1:], nats),
+                ("nats", by_kind, nats),
+                ("tokens", by_kind, predicted),
                 ("bytes", documents, batch["document_bytes"]),
             ):
-                sums = np.bincount(number.ravel(), weights=values[rows].cpu().double().numpy().ravel())
+                weights = values[rows].cpu().double().numpy().ravel()
+                size = (documents.max() + 1) * (len(CONTEXT) if number is by_kind else 1)
+                sums = np.bincount(number.ravel(), weights=weights, minlength=size)
                 self._sums[domain, arm, what] = _added(self._sums.get((domain, arm, what)), sums)
 
-    def compute(self) -> dict[str, dict[str, dict[str, list[float]]]]:
-        """{domain: {arm: {"nats": [D], "bytes": [D]}}} from all ranks; every rank must call it."""
+    def compute(self) -> dict[str, dict[str, dict[str, list[Any]]]]:
+        """{domain: {arm: {"nats": [D], "bytes": [D], "nats_by_context": [K, D], "tokens": [K, D]}}} from all ranks.
+
+        Every rank must call it.
+        """
         table: dict[str, dict[str, dict[str, Any]]] = {}
         for sums in ranks.gather(self._sums):
             for (domain, arm, what), part in sums.items():
                 row = table.setdefault(domain, {}).setdefault(arm, {})
                 row[what] = _added(row.get(what), part)
-        return {
-            domain: {arm: {what: part.tolist() for what, part in row.items()} for arm, row in arms.items()}
-            for domain, arms in table.items()
-        }
+        return {domain: {arm: _told(row) for arm, row in arms.items()} for domain, arms in table.items()}
+
+
+def _told(sums: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    """The sums of an arm as `DocumentScores.compute` gives them."""
+    nats, tokens = (sums[what].reshape(-1, len(CONTEXT)) for what in ("nats", "tokens"))  # [D, K]
+    told = {"nats": nats.sum(1), "bytes": sums["bytes"], "nats_by_context": nats.T, "tokens": tokens.T}
+    return {what: part.tolist() for what, part in told.items()}
 
 
 def _added(one: np.ndarray | None, other: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from koff_lightning import __version__
 from koff_lightning.data.bundled_tokens import Tokenise
-from koff_lightning.data.encoding import TokenStream, tokenize
+from koff_lightning.data.encoding import TokenStream, opening, tokenize
 from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.readers import OnBad, format_of, refuse
 from koff_lightning.data.remote import RemoteFile
@@ -34,6 +34,7 @@ from koff_lightning.support.files import hash_file, lock, new_folder, write_atom
 
 MANIFEST = "entry.json"  # of an entry: its files with size and SHA-256
 ARRAYS = ("tokens", "starts", "first_segment", "documents", "shares", "predicted")  # of PackedRows
+OPENING = ("inside", "start")  # of those that begin with a start token inside of documents
 NOTABLE, MOSTLY = 0.01, 0.5  # shares of a text that a tokenizer does not know: said, refused
 DIGESTS = "digests.json"  # of files whose size and time of change are still the same
 
@@ -82,7 +83,8 @@ def domain_rows(
             raise KoffError(f"domain '{name}': no {split} document is two tokens or longer; give it longer text")
         _check_known(name, split, stream)
     pad_id = tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
-    rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, pad_id=pad_id) for s in (train, heldout))
+    options = {"pad_id": pad_id, "start": opening(tokenizer)}
+    rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, **options) for s in (train, heldout))
     if not len(rows):
         raise KoffError(f"domain '{name}': no row of data.seq_len={seq_len} tokens predicts anything: raise it")
     return DomainRows(rows, heldout_rows, _unpacked(rows, train.lengths, train.num_bytes))
@@ -199,6 +201,9 @@ class TokenCache:
 
     def _rows(self, folder: Path) -> PackedRows:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        if (folder / "start.npy").is_file():
+            inside, start = (np.load(folder / f"{name}.npy") for name in OPENING)
+            arrays |= {"inside": inside, "start": int(start)}
         return PackedRows(**arrays, padding=int(np.load(folder / "padding.npy")))
 
     def build(self, key: str, make: Callable[[], DomainRows]) -> bool:
@@ -218,7 +223,7 @@ class TokenCache:
             with new_folder(self.folder / key, overwrite=True, marker=MANIFEST) as work:
                 for side, packed in (("train", rows.train), ("heldout", rows.heldout)):
                     (work / side).mkdir()
-                    for name in (*ARRAYS, "padding"):
+                    for name in (*ARRAYS, "padding", *(OPENING if packed.inside.size else ())):
                         np.save(work / side / f"{name}.npy", getattr(packed, name))
                 np.save(work / "lengths.npy", rows.documents.lengths)
                 np.save(work / "num_bytes.npy", rows.documents.num_bytes)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from koff_lightning.data.bundled_tokens import tokens_of
 from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
 from koff_lightning.data.calibration import CalibrationText, most_tokens
-from koff_lightning.data.encoding import TokenStream, fingerprint, start_tokens
+from koff_lightning.data.encoding import TokenStream, fingerprint, opening, start_tokens
 from koff_lightning.data.loader import Batch, HeldoutLoader, Rows, TrainLoader
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import PackedRows
@@ -202,7 +202,14 @@ class DomainDataModule(LightningDataModule):
             on_bad_line=self.on_bad_line,
             append_eos=self.append_eos,
             template=template_of(self.tokenizer) if source.chat else None,
+            **self._opening,
         )
+
+    @property
+    def _opening(self) -> dict[str, int]:
+        """What tells rows that begin with a start token inside of documents from those that do not."""
+        start = opening(self.tokenizer)
+        return {} if start is None else {"opening": start}
 
     def stored(self, source: DomainSource) -> DomainRows | None:
         """The domain's rows from the cache, if they are in it."""
@@ -321,6 +328,7 @@ class DomainDataModule(LightningDataModule):
         """What is streamed; its identity names what the place in a stream depends on."""
         split = [self.heldout_fraction, self.max_heldout_bytes, self.on_bad_line] + ["append_eos"] * self.append_eos
         identity: dict[str, object] = {"tokenizer": fingerprint(self.tokenizer), "seq_len": self.seq_len}
+        identity |= self._opening
         for name, text in self._texts.items():
             fields = self.sources[name].fields
             talks = [[text.chat, template_of(self.tokenizer)]] if text.chat else []

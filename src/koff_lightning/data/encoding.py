@@ -59,6 +59,15 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
+def opening(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The start token of a tokenizer that puts it before text by itself: its model has seen it before all text.
+
+    None for one that has a start token to tell documents apart, as SmolLM2's, or that has none, as Qwen's.
+    """
+    start, ids = tokenizer.bos_token_id, encode(tokenizer, "a")["input_ids"]
+    return start if start is not None and ids[:1] == [start] else None
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> BatchEncoding:
     """What a tokenizer makes of text or texts, in bounded time: its patterns come with the model, from anyone.
 

@@ -4,8 +4,13 @@ Letters: N tokens of all documents, D documents, R rows, T = seq_len.
 
 A row holds one or more segments; a segment is a document or a piece of one. Attention and positions restart at each
 segment, and nothing predicts a segment's first token, so no prediction crosses a document boundary. Training rows cut
-the token stream every T tokens. Held-out rows overlap by one token where a document goes on in the next row, so that
-every token of a document but its first is predicted exactly once.
+the token stream every T tokens. Held-out rows overlap where a document goes on in the next row, so that every token of
+a document but its first is predicted exactly once.
+
+A model whose tokenizer begins text with a start token reads it at the head of every text, and nearly all attention of
+later tokens may rest on it. A row that opens inside a document therefore has the start token in the place of its first
+token, and its second token is given: otherwise what a memory learns first, and what the dense model lacks, would be
+that token.
 """
 
 import hashlib
@@ -21,6 +26,7 @@ from numpy.typing import NDArray
 
 from koff_lightning.data.encoding import TokenStream
 
+NO_START = -1
 IGNORED = -100  # label of a token that is not predicted (the value torch's cross-entropy leaves out)
 
 
@@ -36,6 +42,8 @@ class PackedRows:
     shares: NDArray[np.int64]  # [S] UTF-8 bytes of the text predicted in each segment; sums to the documents' bytes
     # [R, T] False where a token is not predicted though others stand before it; [0, 0] where there is no such token
     predicted: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), bool))
+    start: int = NO_START  # what is read in the place of the first token of rows that open inside a document
+    inside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # [R] which these are; [0] for none
 
     @property
     def num_bytes(self) -> NDArray[np.int64]:
@@ -52,7 +60,8 @@ class PackedRows:
         """A hash that tells other rows: of every segment's bytes and the tokens of a thousand rows, in milliseconds."""
         some = self.tokens[:: max(1, len(self.tokens) // 1000)]
         flags = self.predicted[:: max(1, len(self.tokens) // 1000)]
-        return hashlib.sha256(self.shares.tobytes() + some.tobytes() + flags.tobytes()).hexdigest()[:16]
+        opened = self.inside.tobytes() + str(self.start).encode() * bool(self.inside.size)
+        return hashlib.sha256(self.shares.tobytes() + some.tobytes() + flags.tobytes() + opened).hexdigest()[:16]
 
     @cached_property
     def useful(self) -> NDArray[np.int64]:
@@ -70,7 +79,7 @@ class PackedRows:
         return len(self.useful)
 
 
-def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -> PackedRows:
+def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0, start: int | None = None) -> PackedRows:
     """Pack documents into rows of equal length.
 
     Args:
@@ -78,6 +87,7 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -
         seq_len: T, tokens per row.
         overlap: False for training rows, True for held-out rows (see the head of this file).
         pad_id: Token that fills the last row; padding is a segment of its own and is never predicted.
+        start: Token at the head of rows that open inside a document; None for what stands there.
 
     Returns:
         Rows whose `shares` split each document's bytes over its predicted tokens, in proportion and in whole bytes.
@@ -85,7 +95,8 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -
     num_tokens = len(stream.tokens)
     is_start = np.zeros(num_tokens, dtype=bool)  # [N]
     is_start[stream.starts] = True
-    row_starts = _row_starts(is_start, seq_len, overlap)  # [R]
+    row_starts, inside = _row_starts(is_start, seq_len, (1 if start is None else 2) * overlap)  # [R], [R]
+    inside = inside[:0] if start is None or not inside.any() else inside
     padding = max(0, int(row_starts[-1]) + seq_len - num_tokens)  # only the last row can run past the end
 
     def in_rows(values: NDArray[Any], fill: int) -> NDArray[Any]:
@@ -100,30 +111,40 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0) -
     first = row_starts[segments // seq_len] + segments % seq_len
     documents = np.searchsorted(stream.starts, first, side="right") - 1
     wanted = in_rows(stream.predicted, False) if len(stream.predicted) else np.zeros((0, 0), bool)
-    predicted = (
-        np.add.reduceat((wanted & ~starts).reshape(-1), segments, dtype=np.int64)
-        if wanted.size
-        else ends - segments - 1
-    )
-    shares = _share_bytes(stream.num_bytes, documents, predicted=predicted)
     first_segment = np.searchsorted(segments, np.arange(len(row_starts) + 1) * seq_len)
+    if wanted.size:
+        wanted[: len(inside), 1] &= ~inside
+        predicted = np.add.reduceat((wanted & ~starts).reshape(-1), segments, dtype=np.int64)
+    else:
+        predicted = ends - segments - 1
+        predicted[first_segment[: len(inside)][inside]] -= 1
+        np.maximum(predicted, 0, out=predicted)  # of a segment of one token nothing is predicted in any case
+    shares = _share_bytes(stream.num_bytes, documents, predicted=predicted)
     if padding:
         starts[-1, seq_len - padding] = True
-    return PackedRows(
-        in_rows(stream.tokens, pad_id), starts, padding, first_segment, documents.astype(np.int32), shares, wanted
-    )
+    tokens, number = in_rows(stream.tokens, pad_id), NO_START if start is None or not inside.size else start
+    numbers = documents.astype(np.int32)
+    return PackedRows(tokens, starts, padding, first_segment, numbers, shares, wanted, number, inside)
 
 
-def _row_starts(is_start: NDArray[np.bool_], seq_len: int, overlap: bool) -> NDArray[np.int64]:
-    """Index of each row's first token. With overlap a row that opens inside a document repeats the token before."""
+def _row_starts(is_start: NDArray[np.bool_], seq_len: int, overlap: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Index of each row's first token, and whether the row opens inside a document, both [R].
+
+    A row that does repeats the last `overlap` tokens before it. Where the row before has of the document nothing but
+    its start, the row repeats that and opens with the document.
+    """
     if not overlap:
-        return np.arange(0, len(is_start), seq_len)
-    starts, begin = [0], seq_len
+        starts = np.arange(0, len(is_start), seq_len)
+        return starts, ~is_start[starts]
+    starts, inside, begin = [0], [False], seq_len
     while begin < len(is_start):
-        begin -= not is_start[begin]
+        goes_on = not is_start[begin]
+        alone = goes_on and is_start[begin - 1]  # all that the row before has of the document is its start
+        begin -= goes_on * (1 if alone else overlap)
         starts.append(begin)
+        inside.append(goes_on and not alone)
         begin += seq_len
-    return np.array(starts)
+    return np.array(starts), np.array(inside)
 
 
 def _share_bytes(
@@ -164,6 +185,8 @@ def collate(rows: Sequence[tuple[str, PackedRows, int]]) -> dict[str, torch.Tens
             labels[line, -packed.padding :] = IGNORED
         if packed.predicted.size:
             labels[line, ~packed.predicted[row]] = IGNORED
+        if packed.inside.size and packed.inside[row]:
+            tokens[line, 0], labels[line, 1] = packed.start, IGNORED
         segments = slice(*packed.first_segment[row : row + 2])
         shares = packed.shares[segments]
         segment = np.minimum(np.cumsum(starts[line]), len(shares)) - 1  # [T]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.encoding import TokenStream, tokenize
+from koff_lightning.data.encoding import TokenStream, opening, tokenize
 from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.readers import Document, OnBad, Part
 from koff_lightning.data.retries import read_with_retries
@@ -144,11 +144,11 @@ class RowStream:
         ends = np.cumsum([len(texts[i]) for i in order])
         count = max(1, int(ends[-1]) // (PACK * self.seq_len))
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)  # packs of about equal size
-        pad_id = self.tokenizer.pad_token_id or 0
+        how = {"overlap": False, "pad_id": self.tokenizer.pad_token_id or 0, "start": opening(self.tokenizer)}
         for documents in np.split(order, cuts)[self.place.pack :]:
             stream = self._tokenized([texts[i] for i in documents])
             if len(stream.tokens):
-                packed = pack(stream, self.seq_len, overlap=False, pad_id=pad_id)
+                packed = pack(stream, self.seq_len, **how)
                 seed = self.place.passes, self.place.buffer, self.place.pack
                 for row in self._random(*seed).permutation(len(packed))[self.place.row :]:
                     self.place = replace(self.place, row=self.place.row + 1)

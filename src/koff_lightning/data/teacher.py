@@ -82,6 +82,8 @@ class StoredTeacher:
 def rows_hash(rows: PackedRows) -> str:
     """A hash of all that a model sees of the rows that batches take: tokens and boundaries."""
     digest = hashlib.sha256(f"{rows.tokens.shape} {rows.padding}".encode())
+    if rows.inside.size:
+        digest.update(f"{rows.start}".encode() + rows.inside.tobytes())
     for some in range(0, len(rows), 4096):
         taken = rows.useful[some : some + 4096]
         digest.update(np.ascontiguousarray(rows.tokens[taken]))

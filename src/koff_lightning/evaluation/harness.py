@@ -12,7 +12,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from koff_lightning.artifact.decomposed import DecomposedModel, dense_of
 from koff_lightning.backbone import hidden_states
-from koff_lightning.data.encoding import encode, encode_and_count, encode_prompt
+from koff_lightning.data.encoding import encode, encode_and_count, encode_prompt, opening
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.chats import WritesTalks
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
@@ -41,7 +41,13 @@ from lm_eval.api.registry import register_model  # noqa: E402
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from koff_lightning.evaluation.rolling import TextLikelihood, known_bytes, log_likelihoods, windows_of  # noqa: E402
+from koff_lightning.evaluation.rolling import (  # noqa: E402
+    TextLikelihood,
+    Window,
+    known_bytes,
+    log_likelihoods,
+    windows_of,
+)
 
 SEED = 1234  # lm-eval's own, of the few-shot examples
 
@@ -153,6 +159,8 @@ class KoffLM(WritesTalks, HFLM):
         self._rank = dist.get_rank() if ranks.count() > 1 else 0
         self._world_size = ranks.count()
         self.rows = min(rows or self.max_length, self.max_length)
+        # What windows inside of a text begin with: as a run's rows, for dense models alone nothing, as with stock HFLM.
+        self.opening = None if isinstance(model, PreTrainedModel) else opening(tokenizer)
         self.broken = 0  # requests whose log-likelihood is no number
 
     def __repr__(self) -> str:
@@ -200,8 +208,9 @@ class KoffLM(WritesTalks, HFLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """HFLM's own, which puts the start token before the text itself: the text is encoded without one.
 
-        In one process, with batches of a given size, the same windows are scored at less cost: `evaluation.rolling`.
-        Each answer knows how many of its text's bytes the tokenizer knows, for tasks that count no others.
+        Of an artifact or a checkpoint all windows begin with it, where its run's rows do: see data/packing.py. In one
+        process, with batches of a given size, the same windows are scored at less cost: `evaluation.rolling`. Each
+        answer knows how many of its text's bytes the tokenizer knows, for tasks that count no others.
 
         Raises:
             KoffError: The tokenizer does not know most of a task's text.
@@ -214,10 +223,12 @@ class KoffLM(WritesTalks, HFLM):
         before, self.add_bos_token = self.add_bos_token, False
         longest, self._max_length = self._max_length, self.rows
         try:
+            windows = [windows_of(ids, self.prefix_token_id, self.rows, self.opening) for ids, _ in encoded]
             plain_way = self.world_size == 1 and self.mixed_precision_dtype is None
             if not plain_way or not isinstance(self.batch_size_per_gpu, int):
-                return list(map(TextLikelihood.of, super().loglikelihood_rolling(requests, disable_tqdm), known))
-            windows = [windows_of(ids, self.prefix_token_id, self.rows) for ids, _ in encoded]
+                stock = self.opening is None
+                found = super().loglikelihood_rolling(requests, disable_tqdm) if stock else self._by_window(windows)
+                return list(map(TextLikelihood.of, found, known))
         finally:
             self.add_bos_token, self._max_length = before, longest
         reader = self.model if isinstance(self.model, Reader) else None
@@ -229,6 +240,13 @@ class KoffLM(WritesTalks, HFLM):
             self.broken += not math.isfinite(value)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), value)
         return answers
+
+    def _by_window(self, texts: Sequence[Sequence[Window]]) -> list[float]:
+        """Log-likelihoods of texts by their windows, as HFLM scores those; every rank scores as many."""
+        windows = [(None, *window) for text in texts for window in text]
+        missing = max(ranks.gather(len(windows))) - len(windows)
+        found = iter(self._loglikelihood_tokens(windows + windows[:1] * missing))
+        return [sum(next(found)[0] for _ in text) for text in texts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue texts, as HFLM does."""

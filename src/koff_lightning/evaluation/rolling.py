@@ -23,15 +23,20 @@ Window = tuple[list[int], list[int]]  # what is read first, and what is predicte
 Part = tuple[int, list[int], list[int]]  # of a text: its number, and a window
 
 
-def windows_of(ids: list[int], prefix: int, length: int) -> list[Window]:
+def windows_of(ids: list[int], prefix: int, length: int, opening: int | None = None) -> list[Window]:
     """The windows of a text's ids, at most `length` tokens long; the last one is as long as the text allows.
 
     Args:
         ids: Of the text, without a start token.
         prefix: What stands before the first.
         length: The longest that the model reads.
+        opening: What stands before the others too, as in a run's rows (data/packing.py); None for nothing, as in HFLM.
     """
-    return [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, prefix, length, context_len=1)]
+    fits = length if opening is None else length - 1
+    windows = [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, prefix, fits, context_len=1)]
+    if opening is None:
+        return windows
+    return windows[:1] + [([opening, *context], predicted) for context, predicted in windows[1:]]
 
 
 class TextLikelihood(float):

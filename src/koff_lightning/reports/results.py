@@ -3,20 +3,23 @@
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
 from koff_lightning.artifact.folder import Manifest
 from koff_lightning.decomposition import MODES, Decomposition
+from koff_lightning.metrics import CONTEXT
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.mask_words import by_type_and_physical
 from koff_lightning.surgery import masks, whole_units
 
 Figures = dict[str, Any]
-Documents = dict[str, dict[str, dict[str, list[float]]]]  # domain -> arm -> "nats" and "bytes" by document
+Documents = dict[str, dict[str, dict[str, list[Any]]]]  # domain -> arm -> what `DocumentScores` counts, by document
 
 
 def mask_and_size(model: Decomposition, extends: Manifest | None = None) -> Figures:
@@ -111,6 +114,39 @@ def held_out_figures(
     return {"domains": domains, "mean": mean, "heldout_bytes": num_bytes, "heldout_tokens": num_tokens}
 
 
+def by_context(documents: Documents) -> Figures:
+    """How well tokens are predicted by how many of their text stand before them in their row, K classes.
+
+    A memory knows its domain before any text is read, so it gains most where texts begin.
+
+    Returns:
+        Under `by_context`: `tokens_before` (fewest, of each class), `tokens` by domain, `nats_per_token` by arm and
+        domain, and `against_dense` by arm: the ratio of the means over those domains that have such tokens. Nothing
+        where the data module does not number its documents.
+    """
+    if not documents:
+        return {}
+    tokens = {domain: np.sum(arms["koff"]["tokens"], axis=1) for domain, arms in documents.items()}  # [K] each
+    names = [arm for arm in MODES if all(arm in arms for arms in documents.values())]
+    nats = {
+        arm: {
+            domain: np.sum(arms[arm]["nats_by_context"], axis=1) / np.where(tokens[domain] > 0, tokens[domain], np.nan)
+            for domain, arms in documents.items()
+        }
+        for arm in names
+    }
+    means = {arm: np.nansum(list(rows.values()), axis=0) for arm, rows in nats.items()}
+    against = {
+        arm: [_number(one / dense) if dense else None for one, dense in zip(mean, means["dense"], strict=True)]
+        for arm, mean in means.items()
+        if arm != "dense" and "dense" in means
+    }
+    plain = {arm: {domain: list(map(_number, row)) for domain, row in rows.items()} for arm, rows in nats.items()}
+    counts = {domain: list(map(int, row)) for domain, row in tokens.items()}
+    found = {"tokens_before": list(CONTEXT), "tokens": counts, "nats_per_token": plain, "against_dense": against}
+    return {"by_context": found}
+
+
 def table(results: Figures) -> Table:
     """Held-out bits per byte: a row for each domain and their mean."""
     shown = Table(
@@ -139,6 +175,10 @@ def sentences(results: Figures) -> list[str]:
         f"            active (with one memory) {_count(active)}: {_change(active, dense)}",
         f"            stored (with all) {_count(stored)}: {_change(stored, dense)}",
     ]
+    if koff := results.get("by_context", {}).get("against_dense", {}).get("koff"):
+        ends = [f"{first} to {last - 1}" for first, last in pairwise(CONTEXT)] + [f"{CONTEXT[-1]} or more"]
+        told = ", ".join(f"{ratio:.4f} ({end})" for ratio, end in zip(koff, ends, strict=True) if ratio is not None)
+        lines.insert(0, f"koff/dense  {told}: by tokens of a text already read")
     if rates["target"] and rates["hardened"] and rates["units"] == 0:
         lines.append(
             "            the threshold closed no gate, so the backbone is whole: train longer, raise sparsity.weight "
@@ -157,10 +197,11 @@ def as_json(results: Figures) -> str:
 
 
 def write_documents(root: Path, documents: Documents, results: Figures) -> None:
-    """Write `documents.json`: {domain: {"bytes": [D], "nats": {arm: [D]}}}, a line for each domain.
+    """Write `documents.json`, a line for each domain, of D documents and K classes of context (`metrics.CONTEXT`).
 
-    The sums of its nats and bytes are the figures of `results`; an arm without a figure there is left out. Nothing is
-    written where the data module does not number its documents.
+    {domain: {"bytes": [D], "nats": {arm: [D]}, "tokens": [K, D], "nats_by_context": {arm: [K, D]}}}. The sums of its
+    nats and bytes are the figures of `results`; an arm without a figure there is left out. Nothing is written where the
+    data module does not number its documents.
 
     Raises:
         KoffError: The disk did not take it.
@@ -168,7 +209,8 @@ def write_documents(root: Path, documents: Documents, results: Figures) -> None:
     lines = []
     for domain, arms in documents.items():
         shown = {arm: row for arm, row in arms.items() if results["domains"][domain][f"{arm}_bpb"] is not None}
-        scores = {"bytes": shown["koff"]["bytes"], "nats": {arm: row["nats"] for arm, row in shown.items()}}
+        scores = {what: shown["koff"][what] for what in ("bytes", "tokens")}
+        scores |= {what: {arm: row[what] for arm, row in shown.items()} for what in ("nats", "nats_by_context")}
         lines.append(f"{json.dumps(domain)}: {json.dumps(scores, allow_nan=False)}")
     if lines:
         write_atomically(root / "documents.json", "{\n" + ",\n".join(lines) + "\n}\n")

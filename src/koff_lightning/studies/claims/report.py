@@ -140,19 +140,26 @@ class PairedDraws:
         done: Their results.
         arms: Shown arm -> the arms whose runs hold it, and as what.
         resamples: Draws.
+        inside: Of tokens with as many before them as the last class of `metrics.CONTEXT` has, in bits per token (which
+            for paired figures of one tokenizer is as good), and of documents and domains that have such tokens.
 
     Raises:
         KoffError: Two runs were scored on different documents.
     """
 
     def __init__(
-        self, done: Done, arms: Mapping[str, tuple[tuple[str, ...], str]], resamples: int = bootstrap.RESAMPLES
+        self,
+        done: Done,
+        arms: Mapping[str, tuple[tuple[str, ...], str]],
+        resamples: int = bootstrap.RESAMPLES,
+        inside: bool = False,
     ) -> None:
         scored = {run: result["documents"] for run, result in done.items() if result["documents"]}
         self._place: dict[tuple[str, int], int] = {}
         tables: list[dict[str, Any]] = []
         sizes: dict[str, Any] | None = None
-        for run, documents in scored.items():
+        read = {run: _inside(documents) if inside else documents for run, documents in scored.items()}
+        for run, documents in ((run, documents) for run, documents in read.items() if documents):
             size = {domain: row["bytes"] for domain, row in documents.items()}
             if sizes not in (None, size):
                 raise KoffError(f"{run.name} was scored on other documents than the other runs: give another --out")
@@ -162,10 +169,10 @@ class PairedDraws:
                 if not known and all(figure in row["nats"] for row in documents.values()):
                     self._place[arm, run.seed] = len(tables)
                     tables.append({domain: row["nats"][figure] for domain, row in documents.items()})
-        if tables:
-            domains = list(sizes or {})
+        if sizes and tables:
+            domains = list(sizes)
             nats = [np.array([table[domain] for table in tables]) for domain in domains]
-            num_bytes = [np.array((sizes or {})[domain], dtype=float) for domain in domains]
+            num_bytes = [np.array(sizes[domain], dtype=float) for domain in domains]
             self._measured, self._draws = bootstrap.bits_per_byte(nats, num_bytes, resamples)
 
     def of(self, arms: tuple[str, ...]) -> Sample:
@@ -177,6 +184,18 @@ class PairedDraws:
         drawn = bootstrap.over_seeds(self._draws[:, places], self._measured[places])  # [R, A]
         measured = self._measured[places].mean(1)
         return Sample(dict(zip(arms, measured, strict=True)), dict(zip(arms, drawn.T, strict=True)), seeds)
+
+
+def _inside(documents: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same in the form of whole documents: for bytes the tokens of the last class of context, and their nats."""
+    found = {}
+    for domain, row in documents.items():
+        tokens = row["tokens"][-1] if "tokens" in row else []  # runs of older releases did not count them
+        kept = [number for number, count in enumerate(tokens) if count]
+        nats = {arm: [classes[-1][i] for i in kept] for arm, classes in row.get("nats_by_context", {}).items()}
+        if kept:
+            found[domain] = {"bytes": [tokens[i] for i in kept], "nats": nats}
+    return found
 
 
 def gap_closure(paired: PairedDraws) -> dict[str, dict[str, float] | None]:
@@ -210,7 +229,9 @@ def write(folder: Path, done: Done, failures: Sequence[Failure], about: Mapping[
         raise KoffError(f"every run failed, first {failures[0].run.name}: {failures[0].last} (log: {failures[0].log})")
     shares = list(dict.fromkeys(run.sparsity for run in done))
     first = {run: result for run, result in done.items() if run.sparsity == shares[0]}
-    paired = PairedDraws(first, {arm: source(arm) for arm in SHOWN})
+    shown = {arm: source(arm) for arm in SHOWN}
+    paired, within = (PairedDraws(first, shown, inside=inside) for inside in (False, True))
+    judged = verdicts.judge(lambda part: (within if part.inside else paired).of(part.arms))
     rows = [row for share in shares for arm in SHOWN if (row := figures(done, arm, share))]
     one = next(iter(done.values()))
     domains = {
@@ -227,7 +248,7 @@ def write(folder: Path, done: Done, failures: Sequence[Failure], about: Mapping[
         "arms": rows,
         "domains": domains,
         "gap_closure": gap_closure(paired),
-        "verdicts": [_verdict(verdict) for verdict in verdicts.judge(paired.of)],
+        "verdicts": [_verdict(verdict) for verdict in judged],
         "level": verdicts.LEVEL,
         "failures": [{"run": failure.run.name, "tail": failure.tail} for failure in failures],
         "versions": versions(),

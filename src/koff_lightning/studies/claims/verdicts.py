@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from koff_lightning.metrics import CONTEXT
 from koff_lightning.studies.bootstrap import Interval, Sample, interval
 from koff_lightning.studies.claims.arms import AFTER
 
@@ -29,6 +30,7 @@ class Part:
         figure: The figure from the arms' bits per byte.
         bound: The bound.
         above: It must lie above the bound, not below.
+        inside: Of tokens alone that have much of their text before them, see `report.PairedDraws`.
     """
 
     words: str
@@ -36,6 +38,7 @@ class Part:
     figure: Figure
     bound: float = 0.0
     above: bool = False
+    inside: bool = False
 
 
 def _ratio(one: str, other: str, above: bool = False) -> Part:
@@ -50,6 +53,10 @@ def _less(one: str, other: str) -> Part:
 
 CLAIMS: dict[str, tuple[str, tuple[Part, ...]]] = {
     "a": ("KOFF keeps the unpruned model's ability", (_ratio("koff", "dense"),)),
+    "a, within": (
+        f"and that within texts as well, where {CONTEXT[-1]} tokens or more were read before",
+        (Part("koff / dense - 1", ("koff", "dense"), lambda x: x["koff"] / x["dense"] - 1, MARGIN, inside=True),),
+    ),
     "a, fair": (
         "and the ability that the unpruned model has with the same memories",
         (_ratio("koff", "dense_memory"),),
@@ -109,15 +116,16 @@ class Verdict:
     findings: tuple[Finding, ...]
 
 
-def judge(sample_of: Callable[[tuple[str, ...]], Sample]) -> list[Verdict]:
+def judge(sample_of: Callable[[Part], Sample]) -> list[Verdict]:
     """Decide all claims.
 
     Args:
-        sample_of: Paired draws of some arms over the seeds that they share; none of a seed, where an arm has no run.
+        sample_of: Paired draws of a part's arms over the seeds that they share; none of a seed, where an arm has no
+            run.
     """
     verdicts = []
     for name, (claim, parts) in CLAIMS.items():
-        findings = tuple(_find(part, sample_of(part.arms)) for part in parts)
+        findings = tuple(_find(part, sample_of(part)) for part in parts)
         words = {finding.word for finding in findings}
         word = next(w for w in ("not supported", "not decided", "supported") if w in words)
         verdicts.append(Verdict(name, claim, word, findings))

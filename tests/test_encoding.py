@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.cli import main
 from koff_lightning.data import DomainDataModule, encoding
-from koff_lightning.data.encoding import encode_prompt, encode_prompts, fingerprint, tokenize
+from koff_lightning.data.encoding import encode_prompt, encode_prompts, fingerprint, opening, tokenize
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.evaluation.harness import KoffLM
 from koff_lightning.loading import load_tokenizer, tokenizer_hash
@@ -46,6 +46,34 @@ def putting(tokenizer, template):
 TEMPLATES = ("<bos> $A", "$A <eos>", "<bos> $A <eos>", "$A")
 
 # ------------------------------------------------------------------------------------------------- start and end
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_rows_open_with_what_a_tokenizer_puts_before_text_by_itself(plain, template):
+    tokenizer = putting(AutoTokenizer.from_pretrained(plain), template)
+    assert opening(tokenizer) == (tokenizer.bos_token_id if template.startswith("<bos>") else None)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_rows_of_a_domain_open_so_and_say_so(tmp_path, plain, template):
+    """In batches of training and held-out text; stored rows too, which others than these do not stand for."""
+    tokenizer = putting(AutoTokenizer.from_pretrained(plain), template)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    file = write_jsonl(tmp_path / "a.jsonl", toy_documents(60))
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "seq_len": 16, "heldout_fraction": 0.2}
+    data = [DomainDataModule({"a": str(file)}, cache=str(tmp_path / name), **options) for name in ("none", "stored")]
+    data[1].prepare(tokenizer)
+    for module in data:
+        module.setup()
+    assert data[1].stored(data[1].sources["a"]) is not None and data[0].stored(data[0].sources["a"]) is None
+    firsts = []
+    for module in data:
+        batches = [module.batch_number(n) for n in range(10)] + list(module.val_dataloader())
+        firsts.append([batch["input_ids"][:, :2].tolist() for batch in batches])
+    assert firsts[0] == firsts[1]
+    opened = {row[0] for batch in firsts[0] for row in batch}
+    assert (opened == {tokenizer.bos_token_id}) == template.startswith("<bos>")
+    assert ("opening" in data[0]._opening) == template.startswith("<bos>")
 
 
 @pytest.mark.parametrize("text", ["caf\udce9", "half \ud800"])

@@ -14,6 +14,23 @@ from koff_lightning import KOFFModule, KVSpec, LoraSpec, SparsitySpec
 from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.commands import lm_eval_cli
 from koff_lightning.evaluation.harness import Reader
+from koff_lightning.evaluation.rolling import windows_of
+
+
+@pytest.mark.parametrize("opening", [None, 7])
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 15, 40])
+def test_windows_predict_each_token_once_and_begin_with_what_was_asked_for(count, opening):
+    ids, length = list(range(100, 100 + count)), 8
+    windows = windows_of(ids, 3, length, opening)
+    assert [token for _, predicted in windows for token in predicted] == ids
+    assert all(len(context) + len(predicted) - 1 <= length for context, predicted in windows)
+    for place, (context, predicted) in enumerate(windows):
+        head, rest = ([3], context[1:]) if not place else ([opening] * (opening is not None), context)
+        rest = rest[len(head) :] if place else rest
+        assert context[: len(head)] == head
+        assert rest + predicted == list(range(predicted[-1] + 1 - len(rest + predicted), predicted[-1] + 1))
+        assert bool(rest) == bool(place)
+
 
 TASKS = [("koff_cloze_en", "en"), ("koff_continuation_de", "de")]
 

@@ -148,7 +148,8 @@ class RunReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """The same table, of the checkpoint under test."""
-        self.results = _figures(trainer, pl_module)
+        self.documents = pl_module.documents.compute()
+        self.results = _figures(trainer, pl_module) | results.by_context(self.documents)
         print_figures(trainer, self.results)
 
     def on_predict_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:

@@ -184,6 +184,6 @@ def _score(trainer: Trainer, module: KOFFModule, data: LightningDataModule, abou
     report = next((callback for callback in trainer.callbacks if isinstance(callback, RunReport)), None)
     if report is not None:
         path = Path(trainer.default_root_dir) / "results.json"
-        results.write_documents(path.parent, module.documents.compute(), report.results)
+        results.write_documents(path.parent, report.documents, report.results)
         write_atomically(path, results.as_json(report.results | about))
         print(f"wrote {path}", flush=True)

@@ -281,6 +281,19 @@ def test_runs_on_other_documents_are_not_compared(runs, capsys):
     assert "scored on other documents than the other runs" in capsys.readouterr().err
 
 
+def test_runs_that_read_the_text_otherwise_are_not_compared(runs, capsys):
+    """Those of releases whose rows began otherwise: the dense model then scores otherwise too."""
+    out, go = runs
+    go("--seeds=1", "--arms=koff,no_memory")
+    path = out / "no_memory-0.12-0" / "documents.json"
+    scores = json.loads(path.read_text())
+    for row in scores.values():
+        row["nats"]["dense"] = [1.01 * nats for nats in row["nats"]["dense"]]
+    path.write_text(json.dumps(scores))
+    assert go("--seeds=1", "--arms=koff,no_memory")[0] == 2
+    assert "they read the text otherwise (rows of earlier releases began otherwise)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -73,7 +73,15 @@ def test_the_rows_of_a_domain_open_so_and_say_so(tmp_path, plain, template):
     assert firsts[0] == firsts[1]
     opened = {row[0] for batch in firsts[0] for row in batch}
     assert (opened == {tokenizer.bos_token_id}) == template.startswith("<bos>")
-    assert ("opening" in data[0]._opening) == template.startswith("<bos>")
+    plainer = DomainDataModule({"a": str(file)}, open_with_start=False, **options)
+    plainer.tokenizer = tokenizer
+    assert (plainer._key(plainer.sources["a"]) == data[0]._key(data[0].sources["a"])) != template.startswith("<bos>")
+
+
+def test_a_start_token_that_stands_for_unknown_text_is_put_by_nobody():
+    """A vocabulary of amino acids has no `a`."""
+    words = Tokenizer(models.WordLevel({"<s>": 0, "M": 1, "K": 2}, unk_token="<s>"))
+    assert opening(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<s>", bos_token="<s>")) is None
 
 
 @pytest.mark.parametrize("text", ["caf\udce9", "half \ud800"])

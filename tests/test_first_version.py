@@ -66,7 +66,7 @@ def koff(*argv):
 
 
 def quiet(root):
-    return f"--trainer.default_root_dir={root}", "--export.enabled=false"
+    return f"--trainer.default_root_dir={root}", "--export.enabled=false", "--data.open_with_start=false"
 
 
 def read(path):

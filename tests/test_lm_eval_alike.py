@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lm_eval._cli.run import Run
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny_artifact import tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
@@ -281,7 +282,7 @@ def test_batch_size_auto_gives_the_same_scores(place, tmp_path):
 @pytest.mark.parametrize("model", ["artifact", "run.ckpt"])
 def test_whole_texts_are_read_in_the_rows_of_the_run(place, tmp_path, capsys, model):
     """And nothing else is: questions have as much context as the model allows."""
-    ran = {"model": {}, "data": {"seq_len": 24}}
+    ran = {"model": {}, "data": {"seq_len": 24, "open_with_start": True}}
     if model == "artifact":
         export(place.module.model.eval(), tmp_path / model, config=ran, prove=False)
     else:
@@ -308,6 +309,26 @@ def test_whole_texts_are_read_in_the_rows_of_the_run(place, tmp_path, capsys, mo
     by_model = asked("most", both, f"--max_length={place.module.model.backbone.config.max_position_embeddings}")
     assert "at a time" not in capsys.readouterr().out
     assert [key for key in as_run if as_run[key] == by_model[key]] == questions
+
+
+@pytest.mark.parametrize("said", [{"open_with_start": True}, {"open_with_start": False}, {}])
+def test_windows_begin_as_the_rows_of_the_run_did(place, tmp_path, said):
+    """Those of a run that does not say it are of an earlier release; one window reads the same in either case."""
+    config = {"model": {}, "data": {"seq_len": 24} | said}
+    export(place.module.model.eval(), tmp_path / "artifact", config=config, prove=False)
+    texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("a b c d e f g h " * 9, "a b")]
+    found = {}
+    for batch_size in (4, "auto"):  # the two ways in which windows are scored
+        for wanted in (None, True, False):
+            options = {"batch_size": batch_size, "max_batch_size": 4, "device": "cpu", "open_with_start": wanted}
+            lm = KoffLM(str(tmp_path / "artifact"), "en", **options)
+            found[batch_size, wanted] = lm.loglikelihood_rolling(texts, disable_tqdm=True)
+    own = bool(said.get("open_with_start"))
+    for batch_size in (4, "auto"):
+        assert found[batch_size, None] == found[batch_size, own]
+        assert found[batch_size, True][0] != pytest.approx(found[batch_size, False][0], rel=1e-4)
+        assert found[batch_size, True][1] == pytest.approx(found[batch_size, False][1], rel=1e-5)
+    assert found[4, True] == pytest.approx(found["auto", True], rel=1e-5), "also of text that repeats itself"
 
 
 def test_an_answer_that_is_longer_than_what_is_read_is_refused(place, capsys):

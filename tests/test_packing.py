@@ -77,6 +77,13 @@ def test_rows_that_open_inside_a_document_begin_with_the_start_token(lengths, se
     assert rows.shares.sum() == rows.num_bytes.sum() == stream.num_bytes.sum()
 
 
+def test_where_documents_begin_without_it_rows_do_too():
+    """As talks whose template writes no start token."""
+    stream = stream_of([20, 30])
+    rows, plain = (pack(stream, 8, overlap=False, start=start) for start in (START, None))
+    assert not rows.inside.size and rows.digest == plain.digest
+
+
 @settings(deadline=None)
 @given(lengths=LENGTHS, seq_len=SEQ_LENS)
 def test_training_rows_with_a_start_token_give_their_second(lengths, seq_len):

@@ -48,7 +48,7 @@ def by_lm_eval(model: Decomposition, texts: list[list[int]], length: int, domain
     """Score texts as the task `koff_bpb` does, in windows of `length` tokens, under the memory of each domain."""
     for name in domains:
         lm = KoffLM(model, name, device="cpu", batch_size=8, max_length=length)
-        windows = [windows_of(ids, lm.prefix_token_id, length) for ids in texts]
+        windows = [windows_of(ids, lm.prefix_token_id, length, lm.opening) for ids in texts]
         log_likelihoods(windows, lm.model.hidden, lm.model.model.get_output_embeddings(), 8, silent=True)
 
 

@@ -242,6 +242,7 @@ class LMEval(Callback):
             tokenizer=self._tokenizer,
             batch_size=self.batch_size,
             rows=getattr(trainer.datamodule, "seq_len", None),
+            open_with_start=getattr(trainer.datamodule, "open_with_start", False),
             logits_cache=not isinstance(trainer.strategy, ShardedStrategy),  # ranks must make equally many forwards
         )
 

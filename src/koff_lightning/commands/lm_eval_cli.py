@@ -84,18 +84,19 @@ def lm_eval(argv: list[str]) -> None:
         check_batch_size(value, f"lm-eval: {name}")
     from koff_lightning.evaluation.lm_scores import show
     from koff_lightning.evaluation.one_bar import one_bar
-    from koff_lightning.evaluation.scored_models import load_model, rows_of
+    from koff_lightning.evaluation.scored_models import load_model, opens_with_start, rows_of
 
     tasks = _tasks(settings, options)
     scores: dict[str, Scores] = {}
     sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
     options.rows = None if options.max_length else rows_of(options.model)
+    as_run = {"rows": options.rows, "open_with_start": opens_with_start(options.model)}
     with lack_of_memory_told("Take a smaller --batch_size, or another --device"):
         model = load_model(options.model, options.backbone, options.device, options.dtype)
         columns = _columns(options, model)
         with one_bar(len(columns)) as bar:
             for column in columns:
-                lm = harness.KoffLM(model, column.domain, column.dense, rows=options.rows, **sizes)
+                lm = harness.KoffLM(model, column.domain, column.dense, **as_run, **sizes)
                 _check_max_length(lm, options.max_length)
                 _check_chat_template(lm, settings.apply_chat_template, options.model)
                 bar(column.name)
@@ -300,6 +301,7 @@ def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Names
         options.backbone,
         options.dtype,
         options.max_length or options.rows,
+        *([] if lm.opening is None else [f"windows open with {lm.opening}"]),
     )
     about = {"path": options.model, "domain": column.domain, "dense": column.dense}
     sizes = {"max_length": options.max_length, "rows": options.rows}

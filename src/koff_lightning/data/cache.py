@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from koff_lightning import __version__
 from koff_lightning.data.bundled_tokens import Tokenise
-from koff_lightning.data.encoding import TokenStream, opening, tokenize
+from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.readers import OnBad, format_of, refuse
 from koff_lightning.data.remote import RemoteFile
@@ -57,6 +57,7 @@ def domain_rows(
     chat: Chat | None = None,
     on_bad: OnBad = refuse,
     tokenise: Tokenise = tokenize,
+    start: int | None = None,
 ) -> DomainRows:
     """Tokenise and pack a domain's texts; the end token, if it is wanted, goes into training text only.
 
@@ -69,6 +70,7 @@ def domain_rows(
         chat: Texts are talks, and what of them is predicted.
         on_bad: Called with what is wrong with a talk.
         tokenise: How text that is no talk becomes tokens.
+        start: With what rows that open inside a document begin, see `pack`.
 
     Raises:
         KoffError: A side has no document that is two tokens or longer, or the tokenizer cannot read most of it.
@@ -83,8 +85,7 @@ def domain_rows(
             raise KoffError(f"domain '{name}': no {split} document is two tokens or longer; give it longer text")
         _check_known(name, split, stream)
     pad_id = tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
-    options = {"pad_id": pad_id, "start": opening(tokenizer)}
-    rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, **options) for s in (train, heldout))
+    rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, pad_id=pad_id, start=start) for s in (train, heldout))
     if not len(rows):
         raise KoffError(f"domain '{name}': no row of data.seq_len={seq_len} tokens predicts anything: raise it")
     return DomainRows(rows, heldout_rows, _unpacked(rows, train.lengths, train.num_bytes))

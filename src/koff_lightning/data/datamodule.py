@@ -74,6 +74,8 @@ class DomainDataModule(LightningDataModule):
             prepared, also where the domains are streamed.
         max_retention_bytes: At most this much of each of them (UTF-8 bytes, whole documents in file order).
         one_domain_batches: Each batch is of one domain, in turn, as in the paper (section 3.4); by default of all.
+        open_with_start: Begin rows that open inside a document with the start token, where the tokenizer itself puts
+            it before text; false for rows as runs of earlier releases have them.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class DomainDataModule(LightningDataModule):
         retention: dict[str, DomainSource | str | list[str]] | None = None,
         max_retention_bytes: int | None = None,
         one_domain_batches: bool = False,
+        open_with_start: bool = True,
     ) -> None:
         super().__init__()
         check_data(
@@ -114,7 +117,7 @@ class DomainDataModule(LightningDataModule):
         self.streaming, self.shares = streaming, as_shares(self.sources, temperature)
         self.tokenizer_source, self.append_eos = tokenizer, append_eos
         self.seq_len, self.batch_size, self.num_workers, self.seed = seq_len, batch_size, num_workers, seed
-        self.one_domain_batches = one_domain_batches
+        self.one_domain_batches, self.open_with_start = one_domain_batches, open_with_start
         self.heldout_fraction, self.on_bad_line = heldout_fraction, on_bad_line
         self.max_heldout_bytes, self.max_train_bytes = max_heldout_bytes, max_train_bytes
         self.cache = TokenCache(Path(cache).expanduser() if cache else own_cache() / "tokens")
@@ -129,6 +132,7 @@ class DomainDataModule(LightningDataModule):
         if retention:
             alike = {"seq_len": seq_len, "batch_size": batch_size, "heldout_fraction": heldout_fraction, "seed": seed}
             alike |= {"max_heldout_bytes": max_heldout_bytes, "on_bad_line": on_bad_line, "append_eos": append_eos}
+            alike["open_with_start"] = open_with_start
             self.general = DomainDataModule(
                 retention, tokenizer, max_train_bytes=max_retention_bytes, cache=cache, **alike
             )
@@ -206,10 +210,13 @@ class DomainDataModule(LightningDataModule):
         )
 
     @property
+    def _start(self) -> int | None:
+        return opening(self.tokenizer) if self.open_with_start else None
+
+    @property
     def _opening(self) -> dict[str, int]:
         """What tells rows that begin with a start token inside of documents from those that do not."""
-        start = opening(self.tokenizer)
-        return {} if start is None else {"opening": start}
+        return {} if self._start is None else {"open_with_start": self._start}
 
     def stored(self, source: DomainSource) -> DomainRows | None:
         """The domain's rows from the cache, if they are in it."""
@@ -219,7 +226,8 @@ class DomainDataModule(LightningDataModule):
     def _make(self, name: str, source: DomainSource) -> DomainRows:
         texts = self._split_streamed(name, source) if self.streaming else self._read_all(name, source)
         chat, on_bad, tokenise = source.chat, BadLines(name, self.on_bad_line), tokens_of(source)
-        rows = domain_rows(name, texts, self.tokenizer, self.seq_len, self.append_eos, chat, on_bad, tokenise)
+        how = self.append_eos, chat, on_bad, tokenise, self._start
+        rows = domain_rows(name, texts, self.tokenizer, self.seq_len, *how)
         on_bad.report()
         return rows
 
@@ -251,7 +259,8 @@ class DomainDataModule(LightningDataModule):
         streamed = [(shard, side) for shard, side in shards if side != "held out"]
         wanted = IsTraining([side for _, side in streamed], self.heldout_fraction, frozenset(texts.heldout))
         on_bad = BadLines(name, self.on_bad_line, endless=True)
-        self._texts[name] = Text(name, [shard for shard, _ in streamed], wanted, on_bad, self.append_eos, source.chat)
+        how = self.append_eos, source.chat, self._start
+        self._texts[name] = Text(name, [shard for shard, _ in streamed], wanted, on_bad, *how)
         return texts
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -64,8 +64,9 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     None for one that has a start token to tell documents apart, as SmolLM2's, or that has none, as Qwen's.
     """
-    start, ids = tokenizer.bos_token_id, encode(tokenizer, "a")["input_ids"]
-    return start if start is not None and ids[:1] == [start] else None
+    start = tokenizer.bos_token_id
+    ids, plain = (encode(tokenizer, "a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    return start if start is not None and ids[: 1 + len(plain)] == [start, *plain] else None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> BatchEncoding:

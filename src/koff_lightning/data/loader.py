@@ -136,7 +136,8 @@ class TrainLoader:
         if odd := difference(*({key: made[key] for key in mine if key in MAKE} for made in (theirs, mine))):
             raise KoffError(
                 f"the text of this run is not the checkpoint's, so it cannot go on where that run stopped: {odd}. Set "
-                "it back (data.domains, data.tokenizer, data.seq_len, data.max_train_bytes), or start a new run"
+                "it back (data.domains, data.tokenizer, data.seq_len, data.max_train_bytes; data.open_with_start=false "
+                "for a run of an earlier release), or start a new run"
             )
         changed = [key for key in mine if mine[key] != theirs[key]]
         if changed:

@@ -87,7 +87,8 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0, s
         seq_len: T, tokens per row.
         overlap: False for training rows, True for held-out rows (see the head of this file).
         pad_id: Token that fills the last row; padding is a segment of its own and is never predicted.
-        start: Token at the head of rows that open inside a document; None for what stands there.
+        start: Token at the head of rows that open inside a document, if all documents begin with it; None for what
+            stands there.
 
     Returns:
         Rows whose `shares` split each document's bytes over its predicted tokens, in proportion and in whole bytes.
@@ -95,6 +96,8 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0, s
     num_tokens = len(stream.tokens)
     is_start = np.zeros(num_tokens, dtype=bool)  # [N]
     is_start[stream.starts] = True
+    if not (stream.tokens[stream.starts] == start).all():  # talks, whose template need not write it
+        start = None
     row_starts, inside = _row_starts(is_start, seq_len, (1 if start is None else 2) * overlap)  # [R], [R]
     inside = inside[:0] if start is None or not inside.any() else inside
     padding = max(0, int(row_starts[-1]) + seq_len - num_tokens)  # only the last row can run past the end

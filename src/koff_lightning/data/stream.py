@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.encoding import TokenStream, opening, tokenize
+from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.readers import Document, OnBad, Part
 from koff_lightning.data.retries import read_with_retries
@@ -54,6 +54,7 @@ class Text:
     on_bad: OnBad
     append_eos: bool = False  # the end token behind each document
     chat: Chat | None = None  # documents are talks, and what of them is predicted
+    start: int | None = None  # with what rows that open inside a document begin, see `pack`
 
     def identity(self, *how: object) -> dict[str, Any]:
         """What a place in this text depends on, in plain values by name: the shards, and `how` they are read."""
@@ -144,7 +145,7 @@ class RowStream:
         ends = np.cumsum([len(texts[i]) for i in order])
         count = max(1, int(ends[-1]) // (PACK * self.seq_len))
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)  # packs of about equal size
-        how = {"overlap": False, "pad_id": self.tokenizer.pad_token_id or 0, "start": opening(self.tokenizer)}
+        how = {"overlap": False, "pad_id": self.tokenizer.pad_token_id or 0, "start": self.text.start}
         for documents in np.split(order, cuts)[self.place.pack :]:
             stream = self._tokenized([texts[i] for i in documents])
             if len(stream.tokens):

@@ -30,7 +30,15 @@ from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.chats import WritesTalks
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
-from koff_lightning.evaluation.scored_models import Model, check_router, domains_of, load_model, rows_of, tokenizer_of
+from koff_lightning.evaluation.scored_models import (
+    Model,
+    check_router,
+    domains_of,
+    load_model,
+    opens_with_start,
+    rows_of,
+    tokenizer_of,
+)
 from koff_lightning.router.routing import AUTO
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
@@ -132,6 +140,8 @@ class KoffLM(WritesTalks, HFLM):
         dtype: Dtype of the backbone; by default as it is stored.
         rows: Tokens read at once where a text is scored as a whole (a rolling likelihood); by default as `rows_of`
             says, else `max_length`.
+        open_with_start: Begin all windows of a text with the start token, where the tokenizer itself puts it; by
+            default as `opens_with_start` says. Not done for a dense model alone.
         options: Further arguments of HFLM: `batch_size`, `max_batch_size`, `max_length`, `softmax_dtype` ...
 
     Raises:
@@ -148,6 +158,7 @@ class KoffLM(WritesTalks, HFLM):
         device: str | None = None,
         dtype: str | None = None,
         rows: int | None = None,
+        open_with_start: bool | None = None,
         **options: Any,
     ) -> None:
         model = load_model(str(path), backbone, device, dtype) if isinstance(path, str | Path) else path
@@ -159,8 +170,9 @@ class KoffLM(WritesTalks, HFLM):
         self._rank = dist.get_rank() if ranks.count() > 1 else 0
         self._world_size = ranks.count()
         self.rows = min(rows or self.max_length, self.max_length)
-        # What windows inside of a text begin with: as a run's rows, for dense models alone nothing, as with stock HFLM.
-        self.opening = None if isinstance(model, PreTrainedModel) else opening(tokenizer)
+        opened = opens_with_start(path) if open_with_start is None else open_with_start
+        # With what windows inside of a text begin: as a run's rows; for dense models alone nothing, as in stock HFLM.
+        self.opening = opening(tokenizer) if opened and not isinstance(model, PreTrainedModel) else None
         self.broken = 0  # requests whose log-likelihood is no number
 
     def __repr__(self) -> str:
@@ -227,7 +239,11 @@ class KoffLM(WritesTalks, HFLM):
             plain_way = self.world_size == 1 and self.mixed_precision_dtype is None
             if not plain_way or not isinstance(self.batch_size_per_gpu, int):
                 stock = self.opening is None
-                found = super().loglikelihood_rolling(requests, disable_tqdm) if stock else self._by_window(windows)
+                found = (
+                    super().loglikelihood_rolling(requests, disable_tqdm)
+                    if stock
+                    else self._by_window(windows, disable_tqdm)
+                )
                 return list(map(TextLikelihood.of, found, known))
         finally:
             self.add_bos_token, self._max_length = before, longest
@@ -241,11 +257,15 @@ class KoffLM(WritesTalks, HFLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), value)
         return answers
 
-    def _by_window(self, texts: Sequence[Sequence[Window]]) -> list[float]:
+    def _by_window(self, texts: Sequence[Sequence[Window]], disable_tqdm: bool) -> list[float]:
         """Log-likelihoods of texts by their windows, as HFLM scores those; every rank scores as many."""
         windows = [(None, *window) for text in texts for window in text]
         missing = max(ranks.gather(len(windows))) - len(windows)
-        found = iter(self._loglikelihood_tokens(windows + windows[:1] * missing))
+        kept, self.logits_cache = self.logits_cache, False  # it takes windows that read the same to predict the same
+        try:
+            found = iter(self._loglikelihood_tokens(windows + windows[:1] * missing, disable_tqdm))
+        finally:
+            self.logits_cache = kept
         return [sum(next(found)[0] for _ in text) for text in texts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -1,6 +1,7 @@
 """Log-likelihood of whole texts, window by window as HFLM scores them, at less cost.
 
-Windows and arithmetic are HFLM's, so the scores are too. Left out is what a sum needs not: logits of what is context
+Windows and arithmetic are HFLM's, so the scores are too, but for the start token with which all windows of an artifact
+or a checkpoint begin where its run's rows do. Left out is what a sum needs not: logits of what is context
 alone or padding, of all rows at once, and whether the likeliest token is the right one.
 """
 
@@ -32,7 +33,7 @@ def windows_of(ids: list[int], prefix: int, length: int, opening: int | None = N
         length: The longest that the model reads.
         opening: What stands before the others too, as in a run's rows (data/packing.py); None for nothing, as in HFLM.
     """
-    fits = length if opening is None else length - 1
+    fits = length if opening is None else max(1, length - 1)
     windows = [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, prefix, fits, context_len=1)]
     if opening is None:
         return windows

@@ -45,6 +45,21 @@ def rows_of(path: str | Path | Model) -> int | None:
     Whole texts are read in such rows, so that the figures compare with the run's own. None where nothing says it: of a
     dense model, of a checkpoint that was moved away from its `config.yaml`.
     """
+    found = (_data_of(path) or {}).get("seq_len")
+    return found if type(found) is int and found > 1 else None
+
+
+def opens_with_start(path: str | Path | Model) -> bool:
+    """Whether the rows of its run that open inside a document begin with the start token (`data.open_with_start`).
+
+    Those of earlier releases do not. Where nothing says what the rows were, they are taken to be as now.
+    """
+    data = _data_of(path)
+    return True if data is None else data.get("open_with_start") is True
+
+
+def _data_of(path: str | Path | Model) -> Mapping[str, Any] | None:
+    """The options `data` of its run, where they are known."""
     config: Mapping[str, Any] | None = None
     if isinstance(path, DecomposedModel):
         config = path.manifest.config
@@ -54,8 +69,7 @@ def rows_of(path: str | Path | Model) -> int | None:
         if (place / MANIFEST).is_file():
             config = read_manifest(place).config
     data = (config or {}).get("data")
-    found = data.get("seq_len") if isinstance(data, Mapping) else None
-    return found if type(found) is int and found > 1 else None
+    return data if isinstance(data, Mapping) else None
 
 
 def tokenizer_of(model: Model) -> PreTrainedTokenizerBase:

@@ -130,18 +130,25 @@ def by_context(documents: Documents) -> Figures:
     names = [arm for arm in MODES if all(arm in arms for arms in documents.values())]
     nats = {
         arm: {
-            domain: np.sum(arms[arm]["nats_by_context"], axis=1) / np.where(tokens[domain] > 0, tokens[domain], np.nan)
+            domain: np.sum(arms[arm]["nats_by_context"], axis=1)
+            / np.maximum(tokens[domain], 1)  # 0 where there are none
             for domain, arms in documents.items()
         }
         for arm in names
     }
-    means = {arm: np.nansum(list(rows.values()), axis=0) for arm, rows in nats.items()}
+    means = {arm: np.sum(list(rows.values()), axis=0) for arm, rows in nats.items()}
     against = {
         arm: [_number(one / dense) if dense else None for one, dense in zip(mean, means["dense"], strict=True)]
         for arm, mean in means.items()
         if arm != "dense" and "dense" in means
     }
-    plain = {arm: {domain: list(map(_number, row)) for domain, row in rows.items()} for arm, rows in nats.items()}
+    plain = {
+        arm: {
+            domain: [_number(x) if n else None for x, n in zip(row, tokens[domain], strict=True)]
+            for domain, row in rows.items()
+        }
+        for arm, rows in nats.items()
+    }
     counts = {domain: list(map(int, row)) for domain, row in tokens.items()}
     found = {"tokens_before": list(CONTEXT), "tokens": counts, "nats_per_token": plain, "against_dense": against}
     return {"by_context": found}

@@ -29,6 +29,7 @@ SHOWN = (
     *(arm for arm in ARMS if arm not in ("koff", "dense_memory")),
 )
 Done = dict[Run, dict[str, Any]]
+SAME_DENSE = 0.002  # by which rounding moves a sum of nats, at most
 
 
 def read(folder: Path, runs: Sequence[Run], failures: Sequence[Failure]) -> Done:
@@ -158,6 +159,7 @@ class PairedDraws:
         self._place: dict[tuple[str, int], int] = {}
         tables: list[dict[str, Any]] = []
         sizes: dict[str, Any] | None = None
+        _refuse_other_dense(scored)
         read = {run: _inside(documents) if inside else documents for run, documents in scored.items()}
         for run, documents in ((run, documents) for run, documents in read.items() if documents):
             size = {domain: row["bytes"] for domain, row in documents.items()}
@@ -184,6 +186,25 @@ class PairedDraws:
         drawn = bootstrap.over_seeds(self._draws[:, places], self._measured[places])  # [R, A]
         measured = self._measured[places].mean(1)
         return Sample(dict(zip(arms, measured, strict=True)), dict(zip(arms, drawn.T, strict=True)), seeds)
+
+
+def _refuse_other_dense(scored: Mapping[Run, Mapping[str, Any]]) -> None:
+    """The dense model is the same in all runs, so it has the same figures, whatever the rounding of a machine.
+
+    Raises:
+        KoffError: It has not: a run was scored in other rows.
+    """
+    first: tuple[Run, float] | None = None
+    for run, documents in scored.items():
+        if all("dense" in row["nats"] for row in documents.values()):
+            total = sum(sum(row["nats"]["dense"]) for row in documents.values())
+            first = first or (run, total)
+            if abs(total - first[1]) > SAME_DENSE * abs(first[1]):
+                raise KoffError(
+                    f"the dense model scores {total:,.0f} nats in {run.name} and {first[1]:,.0f} in {first[0].name}: "
+                    "they read the text otherwise (rows of earlier releases began otherwise), or in another precision; "
+                    "give another --out, or remove the folders of one kind and run again"
+                )
 
 
 def _inside(documents: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

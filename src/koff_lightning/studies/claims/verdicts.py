@@ -134,7 +134,8 @@ def judge(sample_of: Callable[[Part], Sample]) -> list[Verdict]:
 
 def _find(part: Part, sample: Sample) -> Finding:
     if not sample.seeds:
-        return Finding(part, None, "not decided", f"no common seed of {', '.join(part.arms)}")
+        why = f"no common seed of {', '.join(part.arms)}"
+        return Finding(part, None, "not decided", why + " in which such tokens were counted" * part.inside)
     found = interval(part.figure(sample.measured), part.figure(sample.draws), LEVEL)
     if len(sample.seeds) == 1:
         return Finding(part, found, "not decided", "one seed tells nothing about the next")

@@ -227,10 +227,10 @@ def test_builders_of_the_same_entry_wait_for_each_other(text, tmp_path, monkeypa
     made, original = tmp_path / "made", module.domain_rows
     made.mkdir()
 
-    def slowly(name, *args):
+    def slowly(name, *args, **options):
         (made / f"{name}-{os.getpid()}").touch()
         time.sleep(0.2)
-        return original(name, *args)
+        return original(name, *args, **options)
 
     monkeypatch.setattr(module, "domain_rows", slowly)
     builders = [in_fork(lambda: list(prepared(text).values()).count(True)) for _ in range(4)]

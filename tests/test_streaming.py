@@ -7,6 +7,7 @@ import lzma
 import warnings
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
@@ -444,7 +445,7 @@ def waited(monkeypatch):
 
 def break_a(loader, error, times):
     text = loader._reading.texts["a"]
-    flaky = Text("a", [Flaky(shard, error, times) for shard in text.shards], text.wanted, text.on_bad)
+    flaky = replace(text, shards=[Flaky(shard, error, times) for shard in text.shards])
     object.__setattr__(loader._reading, "texts", {**loader._reading.texts, "a": flaky})
     return loader
 

@@ -57,7 +57,7 @@ def domain_rows(
     chat: Chat | None = None,
     on_bad: OnBad = refuse,
     tokenise: Tokenise = tokenize,
-    start: int | None = None,
+    open_with_start: int | None = None,
 ) -> DomainRows:
     """Tokenise and pack a domain's texts; the end token, if it is wanted, goes into training text only.
 
@@ -70,7 +70,7 @@ def domain_rows(
         chat: Texts are talks, and what of them is predicted.
         on_bad: Called with what is wrong with a talk.
         tokenise: How text that is no talk becomes tokens.
-        start: With what rows that open inside a document begin, see `pack`.
+        open_with_start: With what rows that open inside a document begin, see `pack`.
 
     Raises:
         KoffError: A side has no document that is two tokens or longer, or the tokenizer cannot read most of it.
@@ -85,7 +85,8 @@ def domain_rows(
             raise KoffError(f"domain '{name}': no {split} document is two tokens or longer; give it longer text")
         _check_known(name, split, stream)
     pad_id = tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
-    rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, pad_id=pad_id, start=start) for s in (train, heldout))
+    how = {"pad_id": pad_id, "start": open_with_start}
+    rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, **how) for s in (train, heldout))
     if not len(rows):
         raise KoffError(f"domain '{name}': no row of data.seq_len={seq_len} tokens predicts anything: raise it")
     return DomainRows(rows, heldout_rows, _unpacked(rows, train.lengths, train.num_bytes))

@@ -115,10 +115,9 @@ class DomainDataModule(LightningDataModule):
         )
         self.sources = as_sources(domains)
         self.streaming, self.shares = streaming, as_shares(self.sources, temperature)
-        self.tokenizer_source, self.append_eos = tokenizer, append_eos
         self.seq_len, self.batch_size, self.num_workers, self.seed = seq_len, batch_size, num_workers, seed
-        self.one_domain_batches, self.open_with_start = one_domain_batches, open_with_start
-        self.heldout_fraction, self.on_bad_line = heldout_fraction, on_bad_line
+        self.one_domain_batches, self.append_eos, self.open_with_start = one_domain_batches, append_eos, open_with_start
+        self.tokenizer_source, self.heldout_fraction, self.on_bad_line = tokenizer, heldout_fraction, on_bad_line
         self.max_heldout_bytes, self.max_train_bytes = max_heldout_bytes, max_train_bytes
         self.cache = TokenCache(Path(cache).expanduser() if cache else own_cache() / "tokens")
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -132,10 +131,8 @@ class DomainDataModule(LightningDataModule):
         if retention:
             alike = {"seq_len": seq_len, "batch_size": batch_size, "heldout_fraction": heldout_fraction, "seed": seed}
             alike |= {"max_heldout_bytes": max_heldout_bytes, "on_bad_line": on_bad_line, "append_eos": append_eos}
-            alike["open_with_start"] = open_with_start
-            self.general = DomainDataModule(
-                retention, tokenizer, max_train_bytes=max_retention_bytes, cache=cache, **alike
-            )
+            alike |= {"cache": cache, "open_with_start": open_with_start}
+            self.general = DomainDataModule(retention, tokenizer, max_train_bytes=max_retention_bytes, **alike)
 
     @property
     def domain_names(self) -> list[str]:
@@ -210,13 +207,10 @@ class DomainDataModule(LightningDataModule):
         )
 
     @property
-    def _start(self) -> int | None:
-        return opening(self.tokenizer) if self.open_with_start else None
-
-    @property
     def _opening(self) -> dict[str, int]:
-        """What tells rows that begin with a start token inside of documents from those that do not."""
-        return {} if self._start is None else {"open_with_start": self._start}
+        """The token with which rows that open inside a document begin; nothing where they go on as the text does."""
+        start = opening(self.tokenizer) if self.open_with_start else None
+        return {} if start is None else {"open_with_start": start}
 
     def stored(self, source: DomainSource) -> DomainRows | None:
         """The domain's rows from the cache, if they are in it."""
@@ -225,9 +219,9 @@ class DomainDataModule(LightningDataModule):
 
     def _make(self, name: str, source: DomainSource) -> DomainRows:
         texts = self._split_streamed(name, source) if self.streaming else self._read_all(name, source)
-        chat, on_bad, tokenise = source.chat, BadLines(name, self.on_bad_line), tokens_of(source)
-        how = self.append_eos, chat, on_bad, tokenise, self._start
-        rows = domain_rows(name, texts, self.tokenizer, self.seq_len, *how)
+        on_bad = BadLines(name, self.on_bad_line)
+        how = self.append_eos, source.chat, on_bad, tokens_of(source)
+        rows = domain_rows(name, texts, self.tokenizer, self.seq_len, *how, **self._opening)
         on_bad.report()
         return rows
 
@@ -259,8 +253,8 @@ class DomainDataModule(LightningDataModule):
         streamed = [(shard, side) for shard, side in shards if side != "held out"]
         wanted = IsTraining([side for _, side in streamed], self.heldout_fraction, frozenset(texts.heldout))
         on_bad = BadLines(name, self.on_bad_line, endless=True)
-        how = self.append_eos, source.chat, self._start
-        self._texts[name] = Text(name, [shard for shard, _ in streamed], wanted, on_bad, *how)
+        how = [shard for shard, _ in streamed], wanted, on_bad, self.append_eos, source.chat
+        self._texts[name] = Text(name, *how, **self._opening)
         return texts
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -336,8 +330,7 @@ class DomainDataModule(LightningDataModule):
     def _reading(self) -> Reading:
         """What is streamed; its identity names what the place in a stream depends on."""
         split = [self.heldout_fraction, self.max_heldout_bytes, self.on_bad_line] + ["append_eos"] * self.append_eos
-        identity: dict[str, object] = {"tokenizer": fingerprint(self.tokenizer), "seq_len": self.seq_len}
-        identity |= self._opening
+        identity = {"tokenizer": fingerprint(self.tokenizer), "seq_len": self.seq_len, **self._opening}
         for name, text in self._texts.items():
             fields = self.sources[name].fields
             talks = [[text.chat, template_of(self.tokenizer)]] if text.chat else []

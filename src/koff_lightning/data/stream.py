@@ -54,7 +54,7 @@ class Text:
     on_bad: OnBad
     append_eos: bool = False  # the end token behind each document
     chat: Chat | None = None  # documents are talks, and what of them is predicted
-    start: int | None = None  # with what rows that open inside a document begin, see `pack`
+    open_with_start: int | None = None  # with what rows that open inside a document begin, see `pack`
 
     def identity(self, *how: object) -> dict[str, Any]:
         """What a place in this text depends on, in plain values by name: the shards, and `how` they are read."""
@@ -145,7 +145,7 @@ class RowStream:
         ends = np.cumsum([len(texts[i]) for i in order])
         count = max(1, int(ends[-1]) // (PACK * self.seq_len))
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)  # packs of about equal size
-        how = {"overlap": False, "pad_id": self.tokenizer.pad_token_id or 0, "start": self.text.start}
+        how = {"overlap": False, "pad_id": self.tokenizer.pad_token_id or 0, "start": self.text.open_with_start}
         for documents in np.split(order, cuts)[self.place.pack :]:
             stream = self._tokenized([texts[i] for i in documents])
             if len(stream.tokens):

@@ -12,7 +12,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,13 +49,7 @@ from lm_eval.api.registry import register_model  # noqa: E402
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from koff_lightning.evaluation.rolling import (  # noqa: E402
-    TextLikelihood,
-    Window,
-    known_bytes,
-    log_likelihoods,
-    windows_of,
-)
+from koff_lightning.evaluation.rolling import TextLikelihood, known_bytes, log_likelihoods, windows_of  # noqa: E402
 
 SEED = 1234  # lm-eval's own, of the few-shot examples
 
@@ -257,7 +251,7 @@ class KoffLM(WritesTalks, HFLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), value)
         return answers
 
-    def _by_window(self, texts: Sequence[Sequence[Window]], disable_tqdm: bool) -> list[float]:
+    def _by_window(self, texts: list[list[Any]], disable_tqdm: bool) -> list[float]:
         """Log-likelihoods of texts by their windows, as HFLM scores those; every rank scores as many."""
         windows = [(None, *window) for text in texts for window in text]
         missing = max(ranks.gather(len(windows))) - len(windows)

@@ -209,7 +209,7 @@ class DomainDataModule(LightningDataModule):
     @property
     def _opening(self) -> dict[str, int]:
         """The token with which rows that open inside a document begin; nothing where they go on as the text does."""
-        start = opening(self.tokenizer) if self.open_with_start else None
+        start = opening(self.tokenizer) if self.open_with_start and self.tokenizer is not None else None
         return {} if start is None else {"open_with_start": start}
 
     def stored(self, source: DomainSource) -> DomainRows | None:

@@ -153,8 +153,8 @@ class StreamLoader:
             odd = [f"{key} (there {theirs.get(key)}, here {mine[key]})" for key in changed if key not in HARMLESS]
             raise KoffError(
                 f"the streamed data of this run differs from the checkpoint's in {', '.join(odd) or 'data.streaming'}, "
-                "so it cannot go on where that run stopped: set it back (a dataset of the hub by hub:name@commit; "
-                "data.open_with_start=false for a run of an earlier release), or start a new run"
+                "so it cannot go on where that run stopped: set it back (a dataset of the hub by hub:name@commit), "
+                "with data.open_with_start=false for a run of an earlier release, or start a new run"
             )
         if changed:
             rank_zero_warn(

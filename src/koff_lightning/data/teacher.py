@@ -58,7 +58,7 @@ WORDS = {  # what another value of each is called; the first that differs is tol
     "backbone": "is of another backbone: model.backbone, its revision or model.dtype (weights {} there, {} here)",
     "tokenizer": "is of another tokenizer ({} there, {} here)",
     "seq_len": "is of rows of another length: data.seq_len is {} there and {} here",
-    "text": "is of other text or rows: files, limits, split or open_with_start of data ({} there, {} here)",
+    "text": "is of other text: files, limits, split or open_with_start of data ({} there, {} here)",
 }
 
 

@@ -82,19 +82,16 @@ class RunReport(Callback):
             score(trainer, pl_module)
         tokens = trainer.strategy.reduce(self._tokens.to(pl_module.device), reduce_op="sum")
         self.documents = pl_module.documents.compute()
-        self.results = (
-            _figures(trainer, pl_module)
-            | results.by_context(self.documents)
-            | {
-                "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
-                "steps": trainer.global_step,
-                "tokens": int(tokens),
-                "seconds": self._seconds,
-                "seconds_scoring": time.perf_counter() - since,
-                "config": resolved_config(trainer, pl_module),
-                "versions": versions(),
-            }
-        )
+        self.results = _figures(trainer, pl_module) | results.by_context(self.documents)
+        self.results |= {
+            "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
+            "steps": trainer.global_step,
+            "tokens": int(tokens),
+            "seconds": self._seconds,
+            "seconds_scoring": time.perf_counter() - since,
+            "config": resolved_config(trainer, pl_module),
+            "versions": versions(),
+        }
         print_figures(trainer, self.results)
         _log(trainer, self.results)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
@@ -128,14 +129,12 @@ def by_context(documents: Documents) -> Figures:
         return {}
     tokens = {domain: np.sum(arms["koff"]["tokens"], axis=1) for domain, arms in documents.items()}  # [K] each
     names = [arm for arm in MODES if all(arm in arms for arms in documents.values())]
-    nats = {
-        arm: {
-            domain: np.sum(arms[arm]["nats_by_context"], axis=1)
-            / np.maximum(tokens[domain], 1)  # 0 where there are none
-            for domain, arms in documents.items()
-        }
-        for arm in names
-    }
+
+    def per_token(arm: str, domain: str) -> NDArray[np.float64]:
+        """Nats per token of each class, [K]; 0 where there are none."""
+        return np.sum(documents[domain][arm]["nats_by_context"], axis=1) / np.maximum(tokens[domain], 1)
+
+    nats = {arm: {domain: per_token(arm, domain) for domain in documents} for arm in names}
     means = {arm: np.sum(list(rows.values()), axis=0) for arm, rows in nats.items()}
     against = {
         arm: [_number(one / dense) if dense else None for one, dense in zip(mean, means["dense"], strict=True)]

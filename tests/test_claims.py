@@ -281,6 +281,23 @@ def test_runs_on_other_documents_are_not_compared(runs, capsys):
     assert "scored on other documents than the other runs" in capsys.readouterr().err
 
 
+def test_within_texts_the_tokens_there_are_what_is_judged(runs):
+    """Of two documents, since the third has none; what stands before them does not count."""
+    out, go = runs
+    go("--seeds=1", "--arms=koff")
+    path = out / "koff-0.12-0" / "documents.json"
+    scores = json.loads(path.read_text())
+    for row in scores.values():
+        row["tokens"] = [[9, 9, 9]] * 3 + [[10, 20, 0]]
+        nats = {"dense": [[1, 2, 0]], "koff": [[1.1, 2.2, 0]], "memory_off": [[1, 2, 0]], "swapped": [[1, 2, 0]]}
+        row["nats_by_context"] = {arm: [[7, 8, 9]] * 3 + last for arm, last in nats.items()}
+    path.write_text(json.dumps(scores))
+    go("--seeds=1", "--arms=koff")
+    found = {verdict["name"]: verdict["parts"][0]["found"] for verdict in report(out)["verdicts"]}
+    assert found["a, within"]["value"] == pytest.approx(0.1)
+    assert found["a"]["value"] != pytest.approx(0.1)
+
+
 def test_runs_that_read_the_text_otherwise_are_not_compared(runs, capsys):
     """Those of releases whose rows began otherwise: the dense model then scores otherwise too."""
     out, go = runs

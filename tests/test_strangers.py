@@ -950,7 +950,7 @@ def test_a_pattern_that_goes_back_and_forth_at_each_character(artifact, capfd, m
     monkeypatch.setattr(encoding, "SECONDS", 0.1)
     monkeypatch.setattr(encoding, "SECONDS_PER_CHARACTER", 0.0)
     rest = {
-        "generate": ["--prompt", "a" * 200, "--max_new_tokens", "2"],
+        "generate": ["--prompt", "a" * 1000, "--max_new_tokens", "2"],
         "lm-eval": ["--domain", "de", "--tasks", "koff_cloze_de", "--limit", "1"],
     }
     assert main([verb, "--model", str(artifact), *rest[verb]]) == 2

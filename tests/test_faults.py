@@ -253,7 +253,12 @@ SLOW_STEPS = """
 import sys, time
 from koff_lightning import KOFFModule
 from koff_lightning.cli import main
-step = KOFFModule.training_step
+from koff_lightning.data import loader, stream_loader
+heed, step = loader.heed_the_parent_alone, KOFFModule.training_step
+def late(worker):
+    time.sleep(2 * worker)
+    heed(worker)
+loader.heed_the_parent_alone = stream_loader.heed_the_parent_alone = late
 def slow(module, *args):
     print("begun", flush=True)
     time.sleep(0.5)
@@ -266,7 +271,7 @@ STREAMED = ["--data.streaming=true", "--data.max_train_bytes=null"]
 
 @pytest.mark.parametrize("data", [[], pytest.param(STREAMED, marks=pytest.mark.slow)], ids=["in memory", "streamed"])
 def test_a_signal_to_all_processes_of_a_run_ends_it_as_one_to_the_first(run_in, data):
-    """As SLURM sends it. The workers go on until the step is taken."""
+    """As SLURM sends it. The workers go on until the step is taken, also one that has hardly started."""
     words = ["fit", "--config", "mine.yaml", "--trainer.default_root_dir=run", *WORKERS, *data]
     run = subprocess.Popen(
         [sys.executable, "-c", SLOW_STEPS, *words],

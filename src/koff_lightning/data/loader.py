@@ -45,9 +45,9 @@ def _load(
     refs: Iterable[list[RowRef]],
     num_workers: int,
     teachers: Teachers = NO_TEACHERS,
-) -> DataLoader[Batch]:
+) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(0)  # without one, opening a loader draws from the global random state
-    return DataLoader(
+    loader = DataLoader(
         Rows(packed, teachers),
         batch_size=None,
         sampler=refs,
@@ -56,6 +56,7 @@ def _load(
         generator=generator,
         worker_init_fn=heed_the_parent_alone,
     )
+    return begin(loader)
 
 
 def _same(batch: Batch) -> Batch:
@@ -79,6 +80,17 @@ def heed_the_parent_alone(worker: int) -> None:
         os._exit(0)
 
     Thread(target=wait, daemon=True).start()
+
+
+def begin(loader: DataLoader) -> Iterator[Any]:
+    """An iteration of `loader`; its workers start with signals held back, until they heed the parent alone."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TrainLoader:

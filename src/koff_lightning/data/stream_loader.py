@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.loader import heed_the_parent_alone
+from koff_lightning.data.loader import begin, heed_the_parent_alone
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import collate
 from koff_lightning.data.shards import deal
@@ -121,7 +121,7 @@ class StreamLoader:
             generator=generator,
             worker_init_fn=heed_the_parent_alone,
         )
-        for item in loader:
+        for item in begin(loader):
             if isinstance(item, KoffError):
                 raise item
             lane, self._places[lane], batch = item

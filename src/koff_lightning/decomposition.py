@@ -102,7 +102,8 @@ class Decomposition(nn.Module):
         self.chunk = 1024  # tokens whose logits exist at one time
         self.backbone = load_backbone(source, **loading)
         self.own_settings = ask_nothing_(self.backbone)  # generation_config.json, for the export
-        self.budget = price(self.backbone, sparsity)
+        with torch.device("cpu"):  # its tables are the host's, also where Lightning has all made on the GPU
+            self.budget = price(self.backbone, sparsity)
         self.backbone_hash = fingerprint(self.backbone)
         # In this order: gates go outside the adapters.
         self.memories = MemoryBank(self.backbone, self.domains, lora, kv, shared_memory)

@@ -258,15 +258,20 @@ def test_the_faster_way_is_chosen_by_length(monkeypatch, length, chosen):
     assert called == [chosen, "reference"]  # the merge defines no dropout
 
 
-@pytest.mark.parametrize("hidden", [None, "mask", "visible"])
+@pytest.mark.parametrize("hidden", [None, "mask", "visible", "other documents"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [64, 68, 256, 264])
-def test_the_merge_is_left_to_the_cuda_kernel_only_where_it_can_do_it(hidden, dtype, size):
-    """Flash attention takes no mask, half precision only, and heads of up to 256, in eights."""
-    query = SimpleNamespace(is_cuda=True, is_cpu=False, dtype=dtype, shape=(B, H, 600, size))
+def test_the_merge_is_left_to_the_cuda_kernel_only_where_it_can_do_it(monkeypatch, hidden, dtype, size):
+    """Flash attention takes no mask but bounds of documents, half precision only, and heads of up to 256, in eights."""
+    monkeypatch.setattr(attention, "kernels_agree", lambda *_: True)
+    query = SimpleNamespace(is_cuda=True, is_cpu=False, dtype=dtype, shape=(B, H, 600, size), device="cuda")
     memory = LayerMemory(torch.empty(0), torch.empty(0), torch.ones(B, P) if hidden == "visible" else None)
-    able = hidden is None and dtype != torch.float32 and size in (64, 256)
-    assert attention._merges(query, torch.ones(1) if hidden == "mask" else None, memory) == able
+    able = hidden in (None, "other documents") and dtype != torch.float32 and size in (64, 256)
+    mask = torch.ones(1) if hidden in ("mask", "other documents") else None
+    documents = torch.ones(1) if hidden == "other documents" else None
+    assert attention._merges(query, mask, memory, documents) == able
+    monkeypatch.setattr(attention, "kernels_agree", lambda *_: False)
+    assert not attention._merges(query, mask, memory, documents)
 
 
 def test_on_a_cpu_no_key_is_copied_for_the_heads_that_share_it(monkeypatch):

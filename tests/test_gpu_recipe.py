@@ -26,6 +26,7 @@ def test_every_part_runs_on_small_shapes(tmp_path):
         "packed and apart",
         "device and CPU",
         "gradients recomputed and kept",
+        "gradients on device and CPU",
     }
     assert {row["kind"] for row in found if row["part"] == "step"} == {"peft", "no KL", "live", "stored"}
     assert all(max(row["gaps"]) < 1e-5 for row in found if row["part"] == "attention")

@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from koff_lightning import KVSpec, LoraSpec, LossSpec, SparsitySpec
+from koff_lightning import KVSpec, LoraSpec, LossSpec, SparsitySpec, attention
 from koff_lightning.attention import LayerMemory, attend_merged, attend_reference
 from koff_lightning.backbone import allow_recomputation
 from koff_lightning.commands.published_sizes import PUBLISHED
@@ -94,6 +94,7 @@ def gap(one: Tensor, other: Tensor) -> float:
 def correct(say: Say, device: str, tiny: bool) -> None:
     """What holds on the CPU, here in fp32 and bf16: rows apart, packed rows, recomputation, the CPU's own values."""
     families = ("llama", "qwen2", "qwen3")
+    attention.MERGE_FROM = 0  # as in long rows
     for (name, dtype), family in itertools.product(DTYPES.items(), families):
         with model_of(TINY | {"model_type": family}, dtype, device) as module, torch.no_grad():
             batch = batch_of(4, 48, TINY["vocab_size"], device)
@@ -105,11 +106,8 @@ def correct(say: Say, device: str, tiny: bool) -> None:
                     alone.append(module.hidden({"input_ids": batch["input_ids"][row : row + 1]}))
             say(what="rows together and alone", family=family, dtype=name, gap=gap(torch.cat(alone), together))
             with module.under(batch["domains"], module.hard_gates()):
-                halves = torch.arange(48, device=device) // 24
-                mask = (halves[:, None] == halves) & torch.ones(48, 48, device=device).tril().bool()
                 places = (torch.arange(48, device=device) % 24).expand(4, -1)
-                inputs = {"input_ids": batch["input_ids"], "position_ids": places}
-                packed = module.hidden(inputs | {"attention_mask": mask.expand(4, 1, 48, 48)})[:, 24:]
+                packed = module.hidden({"input_ids": batch["input_ids"], "position_ids": places})[:, 24:]
                 apart = module.hidden({"input_ids": batch["input_ids"][:, 24:]})
             say(what="packed and apart", family=family, dtype=name, gap=gap(packed, apart))
             module.to("cpu")
@@ -120,22 +118,30 @@ def correct(say: Say, device: str, tiny: bool) -> None:
 
 
 def _recomputed(say: Say, device: str, family: str, name: str, dtype: torch.dtype) -> None:
-    """Gradients of a step with checkpointed layers and without."""
-    grads = []
-    for again in (False, True):
-        torch.manual_seed(1)
-        with model_of(TINY | {"model_type": family}, dtype, device) as module:
-            if again:
-                allow_recomputation(module.backbone)
-            torch.manual_seed(2)
-            batch = batch_of(4, 48, TINY["vocab_size"], device)
-            objective, groups = Objective(module, LossSpec(1.0, 1.0), again), module.domain_of_row(batch)
-            objective(batch, module.gates.draw(4, (0, 0, 0)), batch["domains"], groups).loss.backward()
-            grads.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
-    say(what="gradients recomputed and kept", family=family, dtype=name, gap=gap(grads[1], grads[0]))
+    """Gradients of a step with checkpointed layers, without, and on the CPU."""
+    with model_of(TINY | {"model_type": family}, dtype, device) as module:
+        batch, gates = batch_of(4, 48, TINY["vocab_size"], device), torch.rand(4, len(module.gates.logits))
+        kept = _gradients(module, batch, gates.to(device), False)
+        again = _gradients(module, batch, gates.to(device), True)
+        module.to("cpu")
+        batch |= {part: batch[part].cpu() for part in ("input_ids", "labels")}
+        there = _gradients(module, batch, gates, False)
+    say(what="gradients recomputed and kept", family=family, dtype=name, gap=gap(again, kept))
+    say(what="gradients on device and CPU", family=family, dtype=name, gap=gap(kept.cpu(), there))
 
 
-def attention(say: Say, device: str, tiny: bool) -> None:
+def _gradients(module: Decomposition, batch: dict[str, Any], gates: Tensor, again: bool) -> Tensor:
+    """Of all that a step trains under these gates [B, U], in one row."""
+    module.zero_grad()
+    gates = gates.clone().requires_grad_()
+    if again:
+        allow_recomputation(module.backbone)
+    objective = Objective(module, LossSpec(1.0, 1.0), again)
+    objective(batch, gates, batch["domains"], module.domain_of_row(batch)).loss.backward()
+    return torch.cat([p.grad.flatten() for p in (*module.parameters(), gates) if p.grad is not None])
+
+
+def attend(say: Say, device: str, tiny: bool) -> None:
     """Merged attention beside the reference (one attention over memory and tokens): value, gradients, time."""
     rows, heads, kv_heads, slots, width = (2, 4, 2, 8, 16) if tiny else (4, 24, 8, 256, 128)
     for length in (64,) if tiny else (512, 2048, 4096):
@@ -247,7 +253,7 @@ def _koff(
         return timed(run, device, 1 if tiny else 8)
 
 
-PARTS = {"correct": correct, "attention": attention, "step": step}
+PARTS = {"correct": correct, "attention": attend, "step": step}
 
 
 def main() -> None:

@@ -9,7 +9,11 @@ The memory is never part of the tokens' key-value cache: `generate`, packing, pa
 as they do without it. Its keys are stored after the rotary embedding, at the positions before the first token.
 """
 
+import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ NAME = "koff"
 # Measured on a CPU, forward and backward: one attention over memory and tokens together is up to 1.3x faster below
 # this many tokens; above it the copied keys and the explicit mask cost up to 2x more than two attentions and a merge.
 MERGE_FROM = 512
+KERNEL_GAP = 0.03  # of the largest value, between two ways in bfloat16
 
 # What transformers may hand to an attention function and what is not defined here for a memory.
 _UNDEFINED = {"cache", "position_bias", "s_aux", "softcap"}
@@ -67,7 +72,8 @@ def koff_attention(
         attention_mask: Bool or additive float [B, 1, T, S]; None for causal attention.
         scaling: Factor of the scores; 1/sqrt(dh) when None.
         dropout: Probability that a weight, of a slot as of a token, is dropped.
-        **kwargs: Further arguments of transformers' attention functions; only `is_causal` is used with a memory.
+        **kwargs: Further arguments of transformers' attention functions; with a memory `is_causal` is used and, for
+            packed rows on a GPU, `cu_seq_lens_q`.
 
     Returns:
         The heads' outputs [B, T, H, dh], and None in place of the weights, which are never formed.
@@ -83,13 +89,16 @@ def koff_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     _check(memory, query, key, kwargs)
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # as SDPA does by itself: the rotary embedding gave float32
+        query, key, value = (each.to(torch.get_autocast_dtype("cuda")) for each in (query, key, value))
     if memory.key.dtype != key.dtype:
         memory = LayerMemory(memory.key.to(key.dtype), memory.value.to(key.dtype), memory.visible)
     causal = query.shape[2] > 1 and attention_mask is None and _is_causal(module, kwargs.get("is_causal"))
     if causal:  # a static cache is longer than the tokens seen so far: transformers cuts it in the same way
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    if key.shape[2] >= MERGE_FROM and not dropout and _merges(query, attention_mask, memory):
-        out = attend_merged(query, key, value, memory, attention_mask, scaling, causal)
+    documents = None if kwargs.get("sliding_window") else kwargs.get("cu_seq_lens_q")
+    if key.shape[2] >= MERGE_FROM and not dropout and _merges(query, attention_mask, memory, documents):
+        out = attend_merged(query, key, value, memory, attention_mask, scaling, causal, documents)
     else:
         out = attend_reference(query, key, value, memory, attention_mask, scaling, causal, dropout)
     return out.transpose(1, 2).contiguous(), None  # [B, T, H, dh]
@@ -119,13 +128,60 @@ def _is_causal(module: nn.Module, given: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def _merges(query: Tensor, mask: Tensor | None, memory: LayerMemory) -> bool:
+def _merges(query: Tensor, mask: Tensor | None, memory: LayerMemory, documents: Tensor | None = None) -> bool:
     """Whether `attend_merged` is possible here."""
     if query.is_cuda:
-        plain = mask is None and memory.visible is None  # the CUDA kernel takes no mask
+        plain = (mask is None or documents is not None) and memory.visible is None  # the CUDA kernel takes no mask
         size = query.shape[3]
-        return plain and query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
+        able = plain and query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
+        return able and kernels_agree(query.device, query.dtype, size)
     return query.is_cpu
+
+
+@torch.compiler.assume_constant_result
+@lru_cache
+def kernels_agree(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether the merge gives there what one attention gives, gradients too; tried once, on little, with a warning.
+
+    The kernels are called below torch's public functions, where releases of torch and kinds of GPU may differ.
+
+    Args:
+        device: A GPU.
+        dtype: Half precision.
+        size: Of a head.
+    """
+
+    def compare() -> float:
+        rows, length, slots = 2, 24, 8
+        shapes = [(rows, 4, length, size), *[(rows, 2, length, size)] * 2, *[(rows, 2, slots, size)] * 2]
+        made = [torch.arange(math.prod(shape), device=device).mul(7.3 + i).sin() for i, shape in enumerate(shapes)]
+        made = [each.view(shape).to(dtype).requires_grad_() for each, shape in zip(made, shapes, strict=True)]
+        bounds = torch.tensor([0, 10, length, length + 20, rows * length], dtype=torch.int32, device=device)
+        document = torch.bucketize(torch.arange(rows * length, device=device), bounds, right=True).view(rows, 1, length)
+        packed = (document[..., :, None] == document[..., None, :]).tril()  # bool [B, 1, T, T]
+        gaps = []
+        for mask, documents in ((None, None), (packed, bounds)):
+            memory = LayerMemory(*made[3:])
+            merged = attend_merged(*made[:3], memory, mask, None, mask is None, documents)
+            plain = attend_reference(*made[:3], memory, mask, None, mask is None)
+            for one, other in zip(_with_gradients(merged, made), _with_gradients(plain, made), strict=True):
+                gaps.append(float((one - other).abs().max() / other.abs().max()))
+        return max(gaps)
+
+    try:  # in a thread of its own: no autocast and no hooks of the pass that asks
+        with ThreadPoolExecutor(1) as pool:
+            said = f"differ by {gap:.1%}" if not (gap := pool.submit(compare).result()) < KERNEL_GAP else ""
+    except RuntimeError as error:
+        said = f"fail: {str(error).splitlines()[0]}"
+    if said:
+        warnings.warn(f"flash kernels on {device} {said}; attention to memories takes a slower way", stacklevel=1)
+    return not said
+
+
+def _with_gradients(out: Tensor, made: list[Tensor]) -> list[Tensor]:
+    """The output and the gradients of its square, in float32."""
+    grads = torch.autograd.grad(out.float().square().sum(), made)
+    return [each.detach().float() for each in (out, *grads)]
 
 
 def attend_reference(
@@ -200,14 +256,18 @@ def attend_merged(
     mask: Tensor | None,
     scale: float | None,
     is_causal: bool,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Two flash attentions, over the tokens and over the memory, merged by their log-sum-exp: exact, nothing copied.
 
-    Same arguments and result as :func:`attend_reference`. On CUDA: bfloat16 or float16, no `mask`, no `visible`.
+    Same arguments and result as :func:`attend_reference`, without dropout. On CUDA: bfloat16 or float16, no `visible`,
+    and of masks only that of packed rows, which `documents` describes: int32 [N + 1], the bounds of the documents in
+    the tokens of all rows joined.
     """
-    tokens = None if mask is None else _additive(mask, query.dtype)
+    tokens = None if mask is None or documents is not None else _additive(mask, query.dtype)
     slots = None if memory.visible is None else _additive(memory.visible[:, None, None, :], query.dtype)
-    return MergedAttention.apply(query, key, value, memory.key, memory.value, tokens, slots, scale, is_causal)
+    slotted = query, key, value, memory.key, memory.value
+    return MergedAttention.apply(*slotted, tokens, slots, documents, scale, is_causal)
 
 
 AttentionInterface.register(NAME, koff_attention)

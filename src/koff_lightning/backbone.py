@@ -14,6 +14,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -101,7 +102,19 @@ def _cache_argument(kind: type[PreTrainedModel]) -> str:
 def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
     """Last hidden states [B, T, d] after the final norm; `lm_head` is left to the loss, which works on token chunks."""
     refuse_masked_packing(inputs.get("attention_mask"), inputs.get("position_ids"))
-    return model.model(use_cache=False, **inputs).last_hidden_state
+    return model.model(use_cache=False, **inputs, **_documents(**inputs)).last_hidden_state
+
+
+def _documents(position_ids: Tensor | None = None, attention_mask: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
+    """Where the documents of packed rows begin, by the name that transformers' flash attention has for it.
+
+    int32 [N + 1], in the tokens of all rows joined, the end of the last at last. On a GPU alone, whose kernels need no
+    mask then; finding them waits for the device, once a pass.
+    """
+    if position_ids is None or attention_mask is not None or not position_ids.is_cuda:
+        return {}
+    first = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)  # bool [B, T]
+    return {"cu_seq_lens_q": F.pad(first.flatten().nonzero()[:, 0], (0, 1), value=first.numel()).int()}
 
 
 def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

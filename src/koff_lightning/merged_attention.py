@@ -4,6 +4,8 @@ The longer the row, the more this saves over one attention on their concatenatio
 causal attention to the tokens needs no mask, so the kernel skips the half of the scores that lies in the future.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -27,16 +29,19 @@ class MergedAttention(torch.autograd.Function):
         memory_value: Tensor,
         mask: Tensor | None,
         visible: Tensor | None,
+        documents: Tensor | None,
         scale: float | None,
         is_causal: bool,
     ) -> Tensor:
         """The output [B, H, T, dh]; the arguments are those of `attend_merged`, the masks additive."""
-        out_t, lse_t, seed_t = _flash(query, key, value, mask, scale, is_causal)
+        tokens = _flash if documents is None else partial(_flash_documents, documents)
+        out_t, lse_t, seed_t = tokens(query, key, value, mask, scale, is_causal)
         out_m, lse_m, seed_m = _flash(query, *_shared(query, memory_key, memory_value), visible, scale, False)
         weight = torch.sigmoid(lse_m - lse_t).unsqueeze(-1)  # [B, H, T, 1]
         out = torch.lerp(out_t.to(weight.dtype), out_m.to(weight.dtype), weight).to(query.dtype)
         lse = torch.logaddexp(lse_t, lse_m)  # [B, H, T]
-        ctx.save_for_backward(query, key, value, memory_key, memory_value, mask, visible, out, lse, *seed_t, *seed_m)
+        given = query, key, value, memory_key, memory_value, mask, visible, documents
+        ctx.save_for_backward(*given, out, lse, *seed_t, *seed_m)
         ctx.scale, ctx.is_causal = scale, is_causal
         return out
 
@@ -44,11 +49,12 @@ class MergedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the first five arguments from that of the output, [B, H, T, dh]."""
-        query, key, value, memory_key, memory_value, mask, visible, out, lse, *seeds = ctx.saved_tensors
+        query, key, value, memory_key, memory_value, mask, visible, documents, out, lse, *seeds = ctx.saved_tensors
         half = len(seeds) // 2
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # CUDA refuses expanded ones
         result = (grad, query, out, lse)
-        grads_t = _flash_backward(*result, key, value, mask, ctx.scale, ctx.is_causal, seeds[:half])
+        tokens = _flash_backward if documents is None else partial(_flash_documents_backward, documents)
+        grads_t = tokens(*result, key, value, mask, ctx.scale, ctx.is_causal, seeds[:half])
         shared = _shared(query, memory_key, memory_value)
         grads_m = _flash_backward(*result, *shared, visible, ctx.scale, False, seeds[half:])
         return (
@@ -56,7 +62,7 @@ class MergedAttention(torch.autograd.Function):
             *grads_t[1:],
             grads_m[1].sum_to_size(memory_key.shape),
             grads_m[2].sum_to_size(memory_value.shape),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -69,7 +75,7 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The output [B, H, T, dh], its log-sum-exp [B, H, T], and the random state that the CUDA backward asks for."""
-    if query.is_cuda:  # not yet run on a GPU: written from the operators' schemas
+    if query.is_cuda:  # see `kernels_agree`
         out, lse, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, scale=scale
         )
@@ -96,7 +102,7 @@ def _flash_backward(
     seed: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for query, key and value of the part of the softmax that falls on `key`."""
-    if query.is_cuda:  # not yet run on a GPU
+    if query.is_cuda:
         sizes = (None, None, query.shape[2], key.shape[2])
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
             grad, query, key, value, out, lse, *sizes, 0.0, is_causal, *seed, scale=scale
@@ -104,3 +110,53 @@ def _flash_backward(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
     )
+
+
+def _flash_documents(
+    documents: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """`_flash` of packed rows on a GPU: the bounds of the documents say all that `mask` does."""
+    joined = (_joined(tensor) for tensor in (query, key, value))
+    longest = query.shape[2]
+    out, lse, *seed, _ = torch.ops.aten._flash_attention_forward(
+        *joined, documents, documents, longest, longest, 0.0, True, False, scale=scale
+    )  # [B T, H, dh], [H, B T]
+    return _apart(out, len(query)), lse.unflatten(1, (len(query), -1)).transpose(0, 1), tuple(seed)
+
+
+def _flash_documents_backward(
+    documents: Tensor,
+    grad: Tensor,
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    seed: list[Tensor],
+) -> tuple[Tensor, ...]:
+    """`_flash_backward` of packed rows on a GPU."""
+    joined = (_joined(tensor) for tensor in (grad, query, key, value, out))
+    lse, longest = lse.transpose(0, 1).flatten(1), query.shape[2]  # [H, B T]
+    grads = torch.ops.aten._flash_attention_backward(
+        *joined, lse, documents, documents, longest, longest, 0.0, True, *seed, scale=scale
+    )
+    return tuple(_apart(each, len(query)) for each in grads)
+
+
+def _joined(tensor: Tensor) -> Tensor:
+    """[B, H, T, dh] as [B T, H, dh]: no copy of what a projection made."""
+    return tensor.transpose(1, 2).flatten(0, 1)
+
+
+def _apart(tensor: Tensor, rows: int) -> Tensor:
+    """[B T, H, dh] as [B, H, T, dh]."""
+    return tensor.unflatten(0, (rows, -1)).transpose(1, 2)

@@ -30,7 +30,7 @@ def analyze(
     controls: int = 2,
     seed: int = 0,
     skip: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> None:
     """Study which neurons a run removed, whom they served, and what the memories hold in their place.
 
@@ -53,7 +53,7 @@ def analyze(
         seed: Seed of all that is drawn.
         skip: Questions to leave out, with commas: removal, overlap, transfer, knockout, causal, attention, adapters,
             tokens.
-        device: Torch device.
+        device: Torch device; by default a GPU if there is one.
     """
     if not model:
         raise KoffError("analyze: give --model, an artifact or a checkpoint; several are seeds of one way of pruning")
@@ -71,9 +71,10 @@ def _run(
     out: str | None,
     sizes: tuple[int, int],
     settings: "Settings",
-    device: str,
+    device: str | None,
 ) -> None:
     with quick_imports():
+        from koff_lightning.artifact.decomposed import default_device
         from koff_lightning.studies.analysis.report.files import write
         from koff_lightning.studies.analysis.runs import config_of, find_others, find_runs, history_of, home_of
         from koff_lightning.studies.analysis.study import study
@@ -86,7 +87,7 @@ def _run(
     options, origin = _text(*asked, config_of(first), first)
     folder = Path(out).expanduser() if out else home_of(first) / "analysis"
     data, text = open_text(options, dense or _backbone(first), *sizes)
-    found = study(runs, others, data, text, settings, folder, dense=dense, device=device, say=_say)
+    found = study(runs, others, data, text, settings, folder, dense=dense, device=default_device(device), say=_say)
     found.about["text"] |= {"origin": origin}
     found.about["history"] = history_of(first)
     page = write(found, folder)

@@ -1,0 +1,175 @@
+"""What is written for a GPU, run on a device that refuses what a GPU refuses and is computed on the CPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+THERE = ROOT / "recipes/gpu/cuda_on_cpu.py"
+SMALL = [
+    '--data.domains={"de": "bundled:de", "python": "bundled:python"}',
+    "--data.batch_size=2",
+    "--data.max_train_bytes=60000",
+    "--data.max_heldout_bytes=1500",
+]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="wants g++ (Debian: apt install g++)")
+pytestmark = needs_compiler
+
+
+def there(*words, wrong=False):
+    """Run a verb or a script on the device; what it said."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(THERE), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
+    assert (done.returncode != 0) == wrong, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def fit(folder, *words, run=there):
+    """Train a little; the results."""
+    run("fit", "--config", "demo.yaml", f"--trainer.default_root_dir={folder}", *SMALL, *words)
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def test_a_run_computes_there_what_it_computes_here(tmp_path):
+    """Training with the dense model's answers, the cut, the scores, the figures, the export and its proof."""
+
+    def here(*words):
+        command = [sys.executable, "-m", "koff_lightning", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        subprocess.run(command, capture_output=True, check=True, env=environment, timeout=900)
+
+    words = ["--data.seq_len=64", "--trainer.max_steps=4", "--model.loss.kl=1", "--trainer.precision=32-true"]
+    one = fit(tmp_path / "there", *words, "--trainer.accelerator=gpu")
+    other = fit(tmp_path / "here", *words, "--trainer.accelerator=cpu", run=here)
+    losses = [pd.read_csv(tmp_path / place / "version_0/metrics.csv")["train/loss"] for place in ("there", "here")]
+    assert losses[0].iloc[0] == pytest.approx(losses[1].iloc[0], rel=1e-6)
+    assert one["mean"]["dense_bpb"] == pytest.approx(other["mean"]["dense_bpb"], rel=1e-6)
+    # AdamW's first steps are as long for a gradient of rounding errors as for any other, so runs go apart
+    assert one["mean"] == pytest.approx(other["mean"], rel=0.05)
+    assert json.loads((tmp_path / "there/artifact/export_report.json").read_text())["passed"]
+
+
+def test_rows_in_bf16_go_through_the_flash_kernels(tmp_path):
+    words = ["--data.seq_len=512", "--trainer.max_steps=2", "--export.enabled=false", "--trainer.accelerator=gpu"]
+    words += ["--trainer.precision=bf16-mixed", *SMALL, f"--trainer.default_root_dir={tmp_path}"]
+    for dtype in ("bfloat16", "float32"):
+        said = there("fit", "--config", "demo.yaml", f"--model.dtype={dtype}", *words)
+        counts = json.loads(said.rpartition("kernels: ")[2].replace("'", '"'))
+        assert counts["flash"] > counts["flash backward"] > 7, dtype  # 7 of `kernels_agree`
+
+
+def test_the_recipe_for_a_gpu_runs_there(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    said = there(ROOT / "recipes/gpu/parts.py", "all", "--tiny", "--out", rows)
+    assert "WRONG" not in said
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    assert {row["part"] for row in found} == {"correct", "attention", "step"}
+    assert all(max(row["gaps"]) < 1e-2 for row in found if row["part"] == "attention")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("torch.ones(3, device='cuda') + torch.ones(3)", "Expected all tensors to be on the same device"),
+        ("torch.ones(3)[torch.zeros(1, dtype=torch.long, device='cuda')]", "Expected all tensors to be on the same"),
+        ("torch.rand(3, device='cuda', generator=torch.Generator())", "Expected a 'cuda' device type for generator"),
+        ("torch.rand(3, generator=torch.Generator('cuda'))", "Expected a 'cpu' device type for generator"),
+        ("torch.ones(3, device='cuda').numpy()", "can't convert cuda:0 device type tensor to numpy"),
+        ("attend_merged(*made(torch.float32))", "only support fp16 and bf16"),
+    ],
+)
+def test_what_a_gpu_refuses_is_refused(tmp_path, line, message):
+    """Else the tests above could not fail."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import torch
+from koff_lightning.attention import LayerMemory, attend_merged
+def made(dtype):
+    a = torch.ones(1, 2, 8, 8, device="cuda", dtype=dtype)
+    return a, a, a, LayerMemory(a, a), None, None, True
+torch.ones(3, device="cuda")[torch.zeros(1, dtype=torch.long)] + torch.tensor(1.0)
+torch.rand(3, device="cuda", generator=torch.Generator("cuda")).cpu().numpy()
+attend_merged(*made(torch.bfloat16))
+print("so far")
+{line}
+""")
+    said = there(script, wrong=True)
+    assert "so far" in said
+    assert message in said.splitlines()[-1]
+
+
+KERNELS = """
+import torch, warnings
+from koff_lightning import attention
+def sums(dtype):
+    torch.manual_seed(0)
+    query, key, value, *slots = (
+        torch.randn(2, heads, length, 16, device="cuda", dtype=dtype)
+        for heads, length in ((4, 600), (2, 600), (2, 600), (2, 8), (2, 8))
+    )
+    layer = torch.nn.Module()
+    layer.koff_memory = lambda: attention.LayerMemory(*slots)
+    places = torch.arange(600, device="cuda").expand(2, -1) % 250
+    from koff_lightning.backbone import _documents
+    bounds = _documents(position_ids=places)
+    number = torch.bucketize(torch.arange(1200, device="cuda"), bounds["cu_seq_lens_q"], right=True).view(2, 1, 600)
+    mask = (number[..., :, None] == number[..., None, :]).tril()
+    return attention.koff_attention(layer, query, key, value, mask, **bounds)[0].float()
+reference = sums(torch.float32)
+{wrong}
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    found = [sums(torch.bfloat16) for _ in range(2)][1]
+print("gap", float((found - reference).abs().max() / reference.abs().max()))
+print("warned", *[str(each.message) for each in said if "flash" in str(each.message)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message", "kernels"),
+    [
+        ("", "", "'flash': 21, 'flash backward': 7"),
+        ("merged = attention.attend_merged; attention.attend_merged = lambda *a: merged(*a) * 1.1", "differ by", ""),
+        ("attention.attend_merged = torch.ops.aten._flash_attention_forward", "fail: ", "'flash': 0, "),
+    ],
+    ids=["right", "wrong", "absent"],
+)
+def test_kernels_that_do_not_agree_are_not_used(tmp_path, wrong, message, kernels):
+    """They are called below torch's public functions, so another release or GPU may have others; said once."""
+    script = tmp_path / "script.py"
+    script.write_text(KERNELS.replace("{wrong}", wrong))
+    said = there(script)
+    assert float(said.partition("gap ")[2].split()[0]) < 0.02
+    warned = said.partition("warned")[2].splitlines()[0]
+    assert bool(warned) == bool(message)
+    assert message in warned
+    assert warned.count("takes a slower way") == bool(message)
+    assert kernels in said.rpartition("kernels: ")[2]
+
+
+@pytest.mark.slow
+def test_what_follows_a_run_works_there(tmp_path):
+    """Every verb that a GPU is taken for."""
+    run, gpu = tmp_path / "run", "--trainer.accelerator=gpu"
+    words = ["--config", "demo.yaml", *SMALL, "--data.seq_len=64", gpu]
+    fit(run, "--data.seq_len=64", "--trainer.max_steps=4", gpu)
+    artifact, teacher = run / "artifact", ["--model.loss.kl=1", "--model.loss.top_k=20", "--model.loss.teacher=stored"]
+    there("fit", *words, f"--trainer.default_root_dir={run}", "--trainer.max_steps=6", "--ckpt_path=last")
+    there("prepare", *words, *teacher, "--teacher=true")
+    there("fit", *words, *teacher, f"--trainer.default_root_dir={tmp_path / 'stored'}", "--trainer.max_steps=2")
+    for method in ("fisher", "flap"):
+        there("baseline", *words, f"--method={method}", "--sparsity=0.12", f"--out={tmp_path / method}", "--seed=0")
+    there("generate", "--model", artifact, "--domain", "de", "--compare", "dense", "--prompt", "Es war")
+    there("router", "fit", "--model", artifact)
+    there("generate", "--model", artifact, "--domain", "auto", "--prompt", "Es war einmal", "--temperature", "0.8")
+    there("lm-eval", "--model", artifact, "--domain", "de", "--memory_off", "--tasks", "koff_bpb_de", "--limit", "2")
+    there("analyze", "--model", run, "--out", tmp_path / "analysis", "--device", "cuda")
+    recipe = [f"--trainer.default_root_dir={tmp_path / 'paper'}", "--trainer.max_steps=21", "--export.enabled=false"]
+    there("fit", "--config", "paper/tiny_languages.yaml", *SMALL, "--data.seq_len=64", gpu, *recipe)

@@ -22,9 +22,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="wants g
 pytestmark = needs_compiler
 
 
-def there(*words, wrong=False):
+def there(*words, wrong=False, devices=1):
     """Run a verb or a script on the device; what it said."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DEVICES": str(devices)}
     command = [sys.executable, str(THERE), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
     assert (done.returncode != 0) == wrong, done.stdout[-2000:] + done.stderr[-4000:]
@@ -152,6 +152,30 @@ def test_kernels_that_do_not_agree_are_not_used(tmp_path, wrong, message, kernel
     assert message in warned
     assert warned.count("takes a slower way") == bool(message)
     assert kernels in said.rpartition("kernels: ")[2]
+
+
+@pytest.mark.slow
+def test_a_run_on_two_of_them(tmp_path):
+    words = ["--config", "hardware/ddp.yaml", "--data.seq_len=64", "--trainer.max_steps=2"]
+    found = fit(tmp_path, *words, run=lambda *all_words: there(*all_words, devices=2))
+    assert found["mean"]["koff_bpb"] > found["mean"]["dense_bpb"] > 1
+    assert json.loads((tmp_path / "artifact/export_report.json").read_text())["passed"]
+
+
+def test_nccl_takes_no_tensor_of_the_host(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import torch
+import torch.distributed as dist
+dist.init_process_group("nccl", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
+dist.all_reduce(torch.ones(3, device="cuda"))
+dist.all_reduce(torch.ones(3), group=dist.new_group(backend="gloo"))
+print("so far")
+dist.all_reduce(torch.ones(3))
+""")
+    said = there(script, wrong=True)
+    assert "so far" in said
+    assert "No backend type associated with device type cpu" in said
 
 
 @pytest.mark.slow

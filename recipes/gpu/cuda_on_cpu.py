@@ -3,10 +3,11 @@
     python recipes/gpu/cuda_on_cpu.py fit --config demo.yaml --trainer.accelerator gpu --trainer.max_steps 4
     python recipes/gpu/cuda_on_cpu.py recipes/gpu/parts.py correct --tiny --out /tmp/rows.jsonl
 
-The first word is a verb of `koff` or a script. Tensors there refuse what a GPU refuses: tensors of the other device in
-one operation, a generator of the other device, numpy. The code for CUDA runs (`is_cuda`, autocast of cuda, the flash
-kernels by the names and arguments they have there), and its numbers are right. What it cannot tell: speed, memory, what
-the kernels themselves do. Wants g++ and a torch built without CUDA.
+The first word is a verb of `koff` or a script; `DEVICES=2` before it plays two GPUs, for runs of several processes.
+Tensors there refuse what a GPU refuses: tensors of the other device in one operation or sent by NCCL, a generator of
+the other device, numpy. The code for CUDA runs (`is_cuda`, autocast of cuda, the flash kernels by the names and
+arguments they have there), and its numbers are right. What it cannot tell: speed, memory, what the kernels themselves
+do. Wants g++ and a torch built without CUDA; FSDP does not run there.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -31,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 HOST, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
 CPP = Path(__file__).with_suffix(".cpp")
 # Operations that take tensors of both devices: copies, and indices of the host into tensors of the device.
+NCCL: set[str] = set()  # names of the groups of processes that were to be NCCL's
 COPIES = {"copy_", "_to_copy"}
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 ops = torch.ops.aten
@@ -121,6 +124,8 @@ class Everywhere(TorchDispatchMode):
         asked = kwargs.get("device")
         if any(map(_of_device, given)) or (asked is not None and torch.device(asked).type == "cuda"):
             return compute(func, args, kwargs)
+        if func.namespace == "c10d" and _by_nccl(given) and any(isinstance(value, Tensor) for value in given):
+            raise RuntimeError(f"No backend type associated with device type cpu, for {func}")
         return func(*args, **kwargs)
 
 
@@ -260,7 +265,8 @@ def install() -> None:
     properties = SimpleNamespace(
         name="CUDA on the CPU", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132
     )
-    answers = {"is_available": True, "is_initialized": True, "is_bf16_supported": True, "device_count": 1}
+    answers = {"is_available": True, "is_initialized": True, "is_bf16_supported": True}
+    answers |= {"device_count": int(os.environ.get("DEVICES", "1"))}
     answers |= {"current_device": 0, "get_device_name": properties.name, "get_device_properties": properties}
     answers |= {"get_device_capability": (9, 0), "mem_get_info": (80 * 2**30, 80 * 2**30), "memory_stats": {}}
     answers |= dict.fromkeys(["max_memory_allocated", "memory_allocated", "max_memory_reserved", "memory_reserved"], 0)
@@ -271,11 +277,37 @@ def install() -> None:
         setattr(torch.cuda, name, _always(answer))
     torch._C._cuda_clearCublasWorkspaces = _always(None)
     torch.Generator = Generator
+    _play_nccl()
     torch.inference_mode = _no_grad  # tensors of inference cannot be wrapped
     torch.__future__.set_swap_module_params_on_conversion(True)  # Module.to keeps which parameters are shared
     plain = threading.Thread.run
     threading.Thread.run = lambda thread: _begin() and plain(thread)
     _begin()
+
+
+def _play_nccl() -> None:
+    """Have gloo do what NCCL would, for tensors of the device alone."""
+    begin = dist.init_process_group
+
+    def init_process_group(backend: str | None = None, *args: Any, **options: Any) -> None:
+        begin("cpu:gloo,cuda:gloo" if backend == "nccl" else backend, *args, **options | {"device_id": None})
+        if backend == "nccl":
+            NCCL.add(dist.group.WORLD.group_name)
+
+    dist.init_process_group = init_process_group
+    device_of = dist.distributed_c10d._get_object_coll_device
+    dist.distributed_c10d._get_object_coll_device = lambda group=None: (
+        "cuda" if (group or dist.group.WORLD).group_name in NCCL else device_of(group)
+    )
+    dist.get_backend = _always("gloo")  # Lightning makes a sum of a mean then, which gloo lacks
+
+
+def _by_nccl(given: list[Any]) -> bool:
+    """Whether an operation between processes goes by a group that was to be NCCL's."""
+    for value in given:
+        with contextlib.suppress(TypeError, RuntimeError):
+            return dist.ProcessGroup.unbox(value).group_name in NCCL
+    return False
 
 
 def _always(answer: object) -> Callable[..., Any]:

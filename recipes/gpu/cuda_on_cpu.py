@@ -270,9 +270,13 @@ def install() -> None:
     answers |= {"current_device": 0, "get_device_name": properties.name, "get_device_properties": properties}
     answers |= {"get_device_capability": (9, 0), "mem_get_info": (80 * 2**30, 80 * 2**30), "memory_stats": {}}
     answers |= dict.fromkeys(["max_memory_allocated", "memory_allocated", "max_memory_reserved", "memory_reserved"], 0)
-    answers |= {"get_rng_state_all": [], "is_current_stream_capturing": False}
+    answers |= {
+        "get_rng_state_all": [],
+        "get_rng_state": torch.zeros(0, dtype=torch.uint8),
+        "is_current_stream_capturing": False,
+    }
     done = ["set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed", "manual_seed_all"]
-    answers |= dict.fromkeys([*done, "init", "_lazy_init", "set_rng_state_all", "ipc_collect"])
+    answers |= dict.fromkeys([*done, "init", "_lazy_init", "set_rng_state", "set_rng_state_all", "ipc_collect"])
     for name, answer in answers.items():
         setattr(torch.cuda, name, _always(answer))
     torch._C._cuda_clearCublasWorkspaces = _always(None)

@@ -192,13 +192,24 @@ def _flash(
     )
     seed = There(torch.zeros((), dtype=torch.int64))
     COUNTS["flash"] += 1
-    return There(out), There(lse), None, None, query.shape[2], key.shape[2], seed, seed, There(out.new_empty(0))
+    return (
+        There(out),
+        There(lse.contiguous()),
+        None,
+        None,
+        query.shape[2],
+        key.shape[2],
+        seed,
+        seed,
+        There(out.new_empty(0)),
+    )
 
 
 def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: Any = None) -> Any:
     """Its backward, of an output and a log-sum-exp that the caller gives."""
     out, lse, _, _, rows, columns, dropout, causal, *_ = rest
-    if (rows, columns) != (query.shape[2], key.shape[2]) or lse.dtype != torch.float32 or grad.stride(-1) != 1:
+    right = lse.dtype == torch.float32 and lse.is_contiguous() and grad.stride(-1) == 1  # read without its strides
+    if (rows, columns) != (query.shape[2], key.shape[2]) or not right:
         raise RuntimeError(f"{rows} x {columns}, {lse.dtype}, strides {grad.stride()}")
     tensors = (value.here for value in (grad, query, key, value, out, lse))
     found = ops._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, dropout, causal, scale=scale)
@@ -223,10 +234,12 @@ def _flash_documents_backward(
 ) -> Any:
     """Its backward."""
     out, lse, *rest = rest
+    if not lse.is_contiguous():
+        raise RuntimeError("the log-sum-exp is read without its strides")
     found = []
     for ends in _bounds(query, key, rest):
         tensors = [_part(tensor, *ends) for tensor in (grad, query, key, value, out)]
-        more = There(lse.here[None, :, slice(*ends)]), None, None, *[ends[1] - ends[0]] * 2, 0.0, True
+        more = There(lse.here[None, :, slice(*ends)].contiguous()), None, None, *[ends[1] - ends[0]] * 2, 0.0, True
         found.append([each.here[0].transpose(0, 1) for each in _flash_backward(*tensors, *more, scale=scale)])
     return tuple(There(torch.cat(each)) for each in zip(*found, strict=True))
 

@@ -105,16 +105,21 @@ def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
     return model.model(use_cache=False, **inputs, **_documents(**inputs)).last_hidden_state
 
 
-def _documents(position_ids: Tensor | None = None, attention_mask: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
-    """Where the documents of packed rows begin, by the name that transformers' flash attention has for it.
+def _documents(
+    input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Where the documents of packed rows begin, for `koff_attention` on a GPU, whose kernels need no mask then.
 
-    int32 [N + 1], in the tokens of all rows joined, the end of the last at last. On a GPU alone, whose kernels need no
-    mask then; finding them waits for the device, once a pass.
+    int32 [N + 1], in the tokens of all rows joined, the end of the last at last. Finding them waits for the device,
+    once a pass. Nothing where they are short: the backward of the kernel keeps 128 tokens more for each.
     """
     if position_ids is None or attention_mask is not None or not position_ids.is_cuda:
         return {}
-    first = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)  # bool [B, T]
-    return {"cu_seq_lens_q": F.pad(first.flatten().nonzero()[:, 0], (0, 1), value=first.numel()).int()}
+    first = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).expand(input_ids.shape)  # bool [B, T]
+    begins = first.flatten().nonzero()[:, 0]
+    if 128 * len(begins) > input_ids.numel():
+        return {}
+    return {"koff_documents": F.pad(begins, (0, 1), value=input_ids.numel()).int()}
 
 
 def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class MergedAttention(torch.autograd.Function):
         out_m, lse_m, seed_m = _flash(query, *_shared(query, memory_key, memory_value), visible, scale, False)
         weight = torch.sigmoid(lse_m - lse_t).unsqueeze(-1)  # [B, H, T, 1]
         out = torch.lerp(out_t.to(weight.dtype), out_m.to(weight.dtype), weight).to(query.dtype)
-        lse = torch.logaddexp(lse_t, lse_m)  # [B, H, T]
+        lse = torch.logaddexp(lse_t, lse_m).contiguous()  # [B, H, T]; the CUDA backward takes no notice of strides
         given = query, key, value, memory_key, memory_value, mask, visible, documents
         ctx.save_for_backward(*given, out, lse, *seed_t, *seed_m)
         ctx.scale, ctx.is_causal = scale, is_causal
@@ -145,7 +145,7 @@ def _flash_documents_backward(
 ) -> tuple[Tensor, ...]:
     """`_flash_backward` of packed rows on a GPU."""
     joined = (_joined(tensor) for tensor in (grad, query, key, value, out))
-    lse, longest = lse.transpose(0, 1).flatten(1), query.shape[2]  # [H, B T]
+    lse, longest = lse.transpose(0, 1).flatten(1).contiguous(), query.shape[2]  # [H, B T]
     grads = torch.ops.aten._flash_attention_backward(
         *joined, lse, documents, documents, longest, longest, 0.0, True, *seed, scale=scale
     )

@@ -5,6 +5,7 @@ processes, while ours already deals rows to ranks (and Lightning's would count s
 torch DataLoader does the work and runs the workers.
 """
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -73,9 +74,10 @@ def heed_the_parent_alone(worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = multiprocessing.parent_process().pid  # which is not the process above where a server forks
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
         os._exit(0)
 
@@ -86,8 +88,9 @@ def begin(loader: DataLoader) -> Iterator[Any]:
     """An iteration of `loader`; its workers start with signals held back, until they heed the parent alone."""
     if not hasattr(signal, "sigwaitinfo"):
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:  # a Ctrl-C that has come is raised by the next line
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -135,7 +135,28 @@ def attend(dtype):
     mask = (number[..., :, None] == number[..., None, :]).tril()
     return attention.koff_attention(layer, query, key, value, mask, **bounds)[0].float()
 reference = attend(torch.float32)
-merged, gradients, found = attention.attend_merged, attention._with_gradients, {}
+with torch.no_grad():  # without a memory, as a teacher's pass
+    layer, tokens = torch.nn.Module(), [torch.randn(2, heads, 600, 16, device="cuda") for heads in (6, 2, 2)]
+    layer.num_key_value_groups = 3
+    places = torch.arange(600, device="cuda").expand(2, -1) % 250
+    bounds = _documents(places, places)
+    number = torch.bucketize(torch.arange(1200, device="cuda"), bounds["koff_documents"], right=True).view(2, 1, 600)
+    mask = (number[..., :, None] == number[..., None, :]).tril()
+    plain = attention.sdpa_attention_forward(layer, *tokens, mask)[0]
+    calls, kernel = [], attention.flash_documents
+    attention.flash_documents = lambda *a: calls.append(a) or kernel(*a)
+    taught = attention.koff_attention(layer, *(each.bfloat16() for each in tokens), mask, **bounds)[0].float()
+    found = {"taught": (float((taught - plain).abs().max() / plain.abs().max()), len(calls), [])}
+    # one new token of rows with a mask: heads that share keys are rows of one product
+    memory = attention.LayerMemory(*(torch.randn(2, 2, 8, 16, device="cuda") for _ in range(2)))
+    layer.koff_memory = lambda: memory
+    seen = torch.rand(2, 1, 1, 600, device="cuda") > 0.3
+    there = attention.koff_attention(layer, tokens[0][:, :, :1], *tokens[1:], seen)[0].cpu()
+    memory = attention.LayerMemory(memory.key.cpu(), memory.value.cpu())
+    tokens = [each.cpu() for each in tokens]
+    here = attention.koff_attention(layer, tokens[0][:, :, :1], *tokens[1:], seen.cpu())[0]
+    found["one token"] = float((there - here).abs().max() / here.abs().max()), 0, []
+merged, gradients = attention.attend_merged, attention._with_gradients
 def absent(*_):
     raise RuntimeError("no such kernel")
 for name, attend_merged, with_gradients in (
@@ -162,6 +183,10 @@ def test_kernels_that_do_not_agree_are_not_used(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(KERNELS)
     found = json.loads(there(script).partition("found ")[2].splitlines()[0])
+    assert found.pop("one token")[0] < 1e-5
+    gap, calls, _ = found.pop("taught")
+    assert 0 < gap < 0.02
+    assert calls == 1
     assert {name: calls for name, (_, calls, _) in found.items()} == {"right": 4, "wrong": 2, "absent": 1, "nan": 2}
     for name, message in {"right": None, "wrong": "differ by", "absent": "fail: no such", "nan": "nan%"}.items():
         gap, _, said = found[name]

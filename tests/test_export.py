@@ -345,6 +345,27 @@ def test_a_file_that_changes_before_the_proof(made, tmp_path, monkeypatch, here)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_gpu_without_room_beside_the_model_leaves_the_proof_to_the_cpu(
+    made, tmp_path, monkeypatch, here, capsys, gpu
+):
+    compare = proof.compare
+
+    def full(folder, reference, device=None):
+        if device != "cpu":
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return compare(folder, reference, device)
+
+    monkeypatch.setattr(proof, "compare", full)
+    monkeypatch.setattr(proof.torch.cuda, "is_available", lambda: gpu)
+    if not gpu:
+        with pytest.raises(KoffError, match="CUDA error: out of memory"):
+            export(made.module, tmp_path / "out")
+        return
+    assert export(made.module, tmp_path / "out")["passed"]
+    assert "not on the GPU (CUDA error: out of memory), so on the CPU" in capsys.readouterr().err
+
+
 def test_a_proof_that_dies(made, tmp_path, monkeypatch):
     died = SimpleNamespace(returncode=-9, stderr="words\nKilled\n")
     monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: died)

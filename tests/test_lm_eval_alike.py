@@ -187,9 +187,17 @@ def test_what_lm_eval_would_refuse_with_a_traceback_is_one_line(place, capsys, m
     (place.folder / "unsafe" / "unsafe.yaml").write_text(unsafe + "unsafe_code: true\n")
     path = str(place.folder / "unsafe" / "unsafe.yaml")
     assert "task 'toy_unsafe' runs code that the model writes: only `koff" in refused(place, capsys, task=path)
+    advice = "smaller --batch_size, or another --device"
     monkeypatch.setattr(KoffLM, "_loglikelihood_tokens", lambda *_, **__: torch.empty(1 << 60))
     said = refused(place, capsys)
-    assert said.startswith("koff: not enough memory: ") and said.endswith("smaller --batch_size, or another --device")
+    assert said.startswith("koff: not enough memory: ") and said.endswith(advice)
+
+    def cublas(*_, **__):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(KoffLM, "_loglikelihood_tokens", cublas)
+    said = refused(place, capsys)
+    assert said.startswith("koff: not enough memory: CUDA error: CUBLAS_STATUS_ALLOC_FAILED") and said.endswith(advice)
 
 
 @pytest.mark.parametrize(

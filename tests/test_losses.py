@@ -48,6 +48,21 @@ def test_value_and_gradient_are_those_of_the_plain_loss(ce, kl, chunk, with_teac
     torch.testing.assert_close(slope, want, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize(("ce", "kl"), [(1.0, 2.0), (0.0, 1.0)])
+def test_half_precision_keeps_slopes_under_small_weights_and_a_large_loss_scale(ce, kl, top_k):
+    """As 16-mixed has them: a token's weight is one of 65,536 then, and the loss is scaled up by as much or more."""
+    student, _, head, labels, _ = inputs(dtype=torch.float16)
+    teacher = student.detach() + 0.03 * inputs(1, torch.float16)[1]  # near: slopes of a hundredth
+    weights, spec, scale = torch.full((N,), 2.0**-16), LossSpec(ce, kl, 5, top_k=top_k), 2.0**17
+    wide = [student.detach().float().requires_grad_(), teacher.float(), head.float(), labels, weights]
+    (slope,) = torch.autograd.grad(scale * fused_head_loss(student, teacher, head, labels, weights, spec)[0], student)
+    (want,) = torch.autograd.grad(scale * fused_head_loss(*wide, spec)[0], wide[0])
+    gap = (slope.float() - want).norm() / want.norm()
+    assert want.abs().max() > 1e-3
+    assert gap < 0.02
+
+
 def among(student, teacher, head, labels, weights, spec):
     """The equation with the teacher's k likeliest tokens, by autograd, with all logits at once."""
     logits, log_q = student @ head.T, (teacher @ head.T).log_softmax(-1)

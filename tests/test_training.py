@@ -31,6 +31,7 @@ from koff_lightning.decomposition import Decomposition
 from koff_lightning.gates import BackboneGates
 from koff_lightning.penalties import LagrangianPenalty
 from koff_lightning.support import ranks
+from koff_lightning.training import strategies
 from koff_lightning.training.nonfinite import NonFiniteGuard
 
 DOMAINS = ["en", "law"]
@@ -403,6 +404,32 @@ def test_a_checkpoint_of_mid_ramp_is_not_measured_as_the_dense_model(finished, f
     tester.test(loaded, text(folder), ckpt_path=finished[1], weights_only=True, verbose=False)
     assert not loaded.model.gates.hardened
     assert not loaded.model.hard_mask().all(), "at that step two thirds of the target were reached"
+
+
+def test_the_mask_of_now_is_chosen_again_where_logits_or_target_have_moved(folder, monkeypatch):
+    loaded = module(folder)
+    loaded.configure_model()
+    model, calls = loaded.model, []
+    chosen = model.chosen_mask
+    monkeypatch.setattr(model, "chosen_mask", lambda target: calls.append(target) or chosen(target))
+    for target, moved, due in ((0.1, 0, 1), (0.1, 0, 1), (0.2, 0, 2), (0.2, 1, 3), (0.2, 0, 3)):
+        model.gates.logits.data[:7] -= moved
+        model.target = target
+        assert torch.equal(model.hard_mask(), chosen(target))
+        assert len(calls) == due
+
+
+def test_sharded_weights_are_never_gathered_into_buffers_for_inference(monkeypatch):
+    """FSDP2 keeps those of its first forward, and with NCCL, not with gloo, Lightning validates in inference mode."""
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    monkeypatch.setattr(strategies.ModelParallelStrategy, "setup", lambda *_: None)
+    monkeypatch.setattr(strategies.ShardedStrategy, "world_size", 1)
+    strategy = strategies.ShardedStrategy()
+    strategy._lightning_module = SimpleNamespace(model=SimpleNamespace(backbone=None))
+    assert trainer.validate_loop.inference_mode
+    strategy.setup(trainer)
+    loops = trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop
+    assert not any(loop.inference_mode for loop in loops)
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(finished, folder, tmp_path):

@@ -11,6 +11,7 @@ as they do without it. Its keys are stored after the rotary embedding, at the po
 
 import math
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
-from koff_lightning.merged_attention import MergedAttention
+from koff_lightning.merged_attention import MergedAttention, flash_documents
 from koff_lightning.support.errors import KoffError
 
 NAME = "koff"
@@ -84,20 +85,24 @@ def koff_attention(
     """
     read = getattr(module, "koff_memory", None)
     memory = None if read is None else read()
+    whole = query.shape[2] == key.shape[2] and not kwargs.get("sliding_window")
+    documents = kwargs.get("koff_documents") if whole else None
+    if documents is not None:
+        query, key, value = _as_autocast(query, key, value)
+        taught = memory is None and not torch.is_grad_enabled() and not dropout  # as by the dense model
+        if taught and _merges(query, attention_mask, None, documents):
+            return flash_documents(query, key, value, documents, scaling).transpose(1, 2).contiguous(), None
     if memory is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     _check(memory, query, key, kwargs)
-    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # as SDPA does by itself: the rotary embedding gave float32
-        query, key, value = (each.to(torch.get_autocast_dtype("cuda")) for each in (query, key, value))
+    query, key, value = _as_autocast(query, key, value)
     if memory.key.dtype != key.dtype:
         memory = LayerMemory(memory.key.to(key.dtype), memory.value.to(key.dtype), memory.visible)
     causal = query.shape[2] > 1 and attention_mask is None and _is_causal(module, kwargs.get("is_causal"))
     if causal:  # a static cache is longer than the tokens seen so far: transformers cuts it in the same way
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    whole = query.shape[2] == key.shape[2] and not kwargs.get("sliding_window")
-    documents = kwargs.get("koff_documents") if whole else None
     if key.shape[2] >= MERGE_FROM and not dropout and _merges(query, attention_mask, memory, documents):
         out = attend_merged(query, key, value, memory, attention_mask, scaling, causal, documents)
     else:
@@ -129,10 +134,17 @@ def _is_causal(module: nn.Module, given: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def _merges(query: Tensor, mask: Tensor | None, memory: LayerMemory, documents: Tensor | None = None) -> bool:
-    """Whether `attend_merged` is possible here."""
+def _as_autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """On a GPU under autocast in its dtype, as SDPA has them by itself: the rotary embedding gives float32."""
+    half = tensors[0].is_cuda and torch.is_autocast_enabled("cuda")
+    return (each.to(torch.get_autocast_dtype("cuda")) if half else each for each in tensors)
+
+
+def _merges(query: Tensor, mask: Tensor | None, memory: LayerMemory | None, documents: Tensor | None = None) -> bool:
+    """Whether `attend_merged` is possible here; without a memory, whether its kernels are."""
     if query.is_cuda:
-        plain = (mask is None or documents is not None) and memory.visible is None  # the CUDA kernel takes no mask
+        shown = memory is None or memory.visible is None
+        plain = shown and (mask is None or documents is not None)  # the CUDA kernel takes no mask
         size = query.shape[3]
         able = plain and query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
         return able and kernels_agree(query.device, query.dtype, size)
@@ -227,6 +239,11 @@ def attend_reference(
         slots = slots[0].expand(rows, -1, -1, -1), slots[1].expand(rows, -1, -1, -1)
     key, value = torch.cat([slots[0], key], dim=2), torch.cat([slots[1], value], dim=2)  # [B, K, P + S, dh]
     grouped = query.is_cpu or use_gqa_in_sdpa(mask, key, value)
+    if not grouped and query.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
+        shape = len(query), key.shape[1], -1, query.shape[3]  # [B, K, H / K, dh]: heads of a key as its queries
+        return F.scaled_dot_product_attention(
+            query.reshape(shape), key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+        ).reshape(query.shape)
     if not grouped:  # with a mask, only the slowest CUDA kernel takes fewer key-value heads than query heads
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)

@@ -62,23 +62,22 @@ def top_k_of(hidden: Tensor, head: Tensor, k: int) -> TopK:
     return TopK(index, values - logits.logsumexp(-1, keepdim=True))
 
 
-def _among(student: Tensor, seen: TopK, head: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _among(student: Tensor, seen: TopK, head: Tensor) -> tuple[Tensor, Tensor]:
     """KL over the teacher's k tokens alone, from their rows of the head: no other logit is made.
 
     Args:
         student: Hidden states [C, d].
         seen: The teacher's k likeliest tokens at each place.
         head: [V, d].
-        weights: Weights of each token's KL in the loss, [C].
 
     Returns:
-        KL [C], and the gradient of the weighted sum by `student`, [C, d].
+        KL [C], and the gradient of its sum by `student`, [C, d].
     """
     rows = head[seen.index]  # [C, k, d]
     log_p = (rows @ student.unsqueeze(-1)).squeeze(-1).float().log_softmax(-1)  # [C, k]
     log_q = seen.log_q.log_softmax(-1)  # over the k alone
     p, q = log_p.exp(), log_q.exp()
-    slope = ((p - q) * weights.unsqueeze(1)).to(head.dtype)  # [C, k]
+    slope = (p - q).to(head.dtype)  # [C, k]
     return (q * (log_q - log_p)).sum(-1), (slope.unsqueeze(1) @ rows).squeeze(1)
 
 
@@ -121,11 +120,12 @@ class _FusedHeadLoss(torch.autograd.Function):
         step = max(1, spec.chunk // SPARSE) if alone else at_once(head, spec.chunk)
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
-            seen, weight = None if teacher is None else teacher[part], weights[part].unsqueeze(1)  # [C, 1]
+            seen = None if teacher is None else teacher[part]
             if isinstance(seen, Tensor) and spec.top_k is not None:
                 seen = top_k_of(seen, head, spec.top_k)
             if alone:
-                kl[part], grad[part] = _among(student[part], seen, head, spec.kl * weights[part])
+                kl[part], slope = _among(student[part], seen, head)
+                grad[part] = spec.kl * slope
                 continue
             target = labels[part].unsqueeze(1)
             log_p = (student[part] @ head.T).float().log_softmax(-1)  # [C, V]
@@ -135,23 +135,24 @@ class _FusedHeadLoss(torch.autograd.Function):
                 log_q = (seen @ head.T).float().log_softmax(-1)  # [C, V]
                 q = log_q.exp()
                 kl[part] = (log_q.sub_(log_p).mul_(q)).sum(-1)
-                slope = log_p.exp_().mul_((spec.ce + spec.kl) * weight)  # d/d logits of the weighted loss, [C, V]
-                slope.sub_(q.mul_(spec.kl * weight))
+                slope = log_p.exp_().mul_(spec.ce + spec.kl)  # d/d logits of ce * CE + kl * KL, [C, V]
+                slope.sub_(q, alpha=spec.kl)
             elif seen is not None:
                 log_among = log_p.gather(1, seen.index)  # [C, k]
                 kl[part], others, among = _among_all(log_among, p := log_p.exp_(), seen, spec)
-                slope = p.mul_(others * weight).scatter_(1, seen.index, among.mul_(weight))
+                slope = p.mul_(others).scatter_(1, seen.index, among)
             else:
-                slope = log_p.exp_().mul_(spec.ce * weight)
-            slope.scatter_add_(1, target, -spec.ce * weight)
+                slope = log_p.exp_().mul_(spec.ce)
+            slope.scatter_add_(1, target, slope.new_full(target.shape, -spec.ce))
             grad[part] = slope.to(head.dtype) @ head
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, weights)
         ctx.mark_non_differentiable(ce, kl)
         return (weights * (spec.ce * ce + spec.kl * kl)).sum(), ce, kl
 
     @staticmethod
     def backward(ctx, scale, *_):  # noqa: ANN001, ANN002, ANN205
-        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None, None, None, None, None
+        grad, weights = ctx.saved_tensors  # the weights come last: times one of 1e-4 half precision loses a slope
+        return (grad * (weights * scale).unsqueeze(1)).to(grad.dtype), None, None, None, None, None
 
 
 def fused_head_loss(
@@ -203,7 +204,8 @@ def domain_weights(domain_of_token: Tensor, domains: int) -> Tensor:
         domain_of_token: Domain index of each predicted token, [N] in 0..domains-1.
         domains: Number of domains.
     """
-    tokens = ranks.total(torch.bincount(domain_of_token, minlength=domains))  # [D]
+    ones = torch.ones_like(domain_of_token)
+    tokens = ranks.total(ones.new_zeros(domains).scatter_add_(0, domain_of_token, ones))  # [D]; bincount would wait
     return ranks.count() / (tokens[domain_of_token] * (tokens > 0).sum())
 
 

@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.folder import REPORT
+from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:  # the process that compares starts without Lightning
     from koff_lightning.decomposition import Decomposition
@@ -96,6 +97,8 @@ def prove(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.proof.") as work:
         reference = Path(work) / "reference.safetensors"
         write_reference(module, arms, tokenizer, reference)
+        if module.device.type == "cuda":  # what this process keeps for later, the other may need
+            torch.cuda.empty_cache()
         if begun is not None and begun.poll() is not None:  # as it waited, for want of memory, say: no fault of this
             begun.communicate()  # closes its pipes
             begun = None
@@ -200,8 +203,8 @@ def _gated(module: "Decomposition", ids: Tensor, mask: Tensor, rows: Sequence[st
 # ------------------------------------------------------------------------------------------------- the artifact
 
 
-def compare(folder: Path, reference: Path) -> Report:
-    """Load an artifact and compare it with what `write_reference` wrote.
+def compare(folder: Path, reference: Path, device: str | None = None) -> Report:
+    """Load an artifact, where the gated model was or on `device`, and compare it with what `write_reference` wrote.
 
     Passed: the tokenizer gives the same ids, every logit of both is finite (`finite` says it of the reference) and
     within `TOLERANCE`, and greedy decoding with a token cache gives the tokens of whole forwards (`equal`), or parts
@@ -210,7 +213,9 @@ def compare(folder: Path, reference: Path) -> Report:
     with safe_open(reference, "pt") as file:
         about = json.loads(file.metadata()["about"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    model = _load(folder, about["device"])
+    model = load_decomposed(folder, device=device or about["device"])
+    # The model's own settings may stop early, forbid tokens or punish repetition; the reference does none of it.
+    model.backbone.generation_config = GenerationConfig(use_cache=True, pad_token_id=0)
     cases, names = [], about["arms"]
     for index, arm in enumerate(names):
         logits = _written(model, tensors["ids"], tensors["mask"], [arm] * len(tensors["ids"]))
@@ -246,17 +251,6 @@ def compare(folder: Path, reference: Path) -> Report:
         "memories": cases,
         "mixed_batch": mixed,
     }
-
-
-def _load(folder: Path, device: str) -> DecomposedModel:
-    """The artifact, where the gated model was, if it fits there beside it."""
-    try:
-        model = load_decomposed(folder, device=device)
-    except torch.OutOfMemoryError:
-        model = load_decomposed(folder)
-    # The model's own settings may stop early, forbid tokens or punish repetition; the reference does none of it.
-    model.backbone.generation_config = GenerationConfig(use_cache=True, pad_token_id=0)
-    return model
 
 
 @torch.no_grad()
@@ -299,7 +293,13 @@ def _worst(found: Iterable[str]) -> str:
 def main(folder: str, reference: str) -> int:
     """Compare, write the report, and return the exit status."""
     try:
-        report = compare(Path(folder), Path(reference))
+        try:
+            report = compare(Path(folder), Path(reference))
+        except (RuntimeError, KoffError) as error:  # the GPU has no room beside the model, or is for one process alone
+            if not torch.cuda.is_available():
+                raise
+            print(f"not on the GPU ({str(error).splitlines()[0]}), so on the CPU", file=sys.stderr)
+            report = compare(Path(folder), Path(reference), "cpu")
     except Exception as error:  # whatever keeps it from being used has to stand in the report
         traceback.print_exc()
         report = {"passed": False, "error": f"{type(error).__name__}: {error}"}

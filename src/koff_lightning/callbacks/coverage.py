@@ -27,6 +27,7 @@ class GradientCoverage(Callback):
     def __init__(self) -> None:
         self._phase = ""
         self._checked: set[str] = set()  # parts that are known to learn in this phase
+        self._seen: set[str] = set()  # domains of which all parts are
         self._present: set[str] = set()  # domains of the micro-batches since the last optimizer step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: dict[str, Any], _: int) -> None:
@@ -41,9 +42,12 @@ class GradientCoverage(Callback):
         """
         present, self._present = self._present, set()
         if pl_module.phase != self._phase:
-            self._phase, self._checked = pl_module.phase, set()
+            self._phase, self._checked, self._seen = pl_module.phase, set(), set()
+        if self._checked and present <= self._seen:
+            return
         due = {part: tensors for part, tensors in _trained(pl_module, present).items() if part not in self._checked}
         if not due:
+            self._seen |= present
             return
         names = {tensor: name for name, tensor in pl_module.named_parameters()}
         faults = {
@@ -54,6 +58,7 @@ class GradientCoverage(Callback):
         if faults:
             raise KoffError(_message(faults, sum(map(len, due.values())), self._phase, trainer.global_step))
         self._checked |= due.keys()
+        self._seen |= present
 
 
 def _trained(module: KOFFModule, present: set[str]) -> dict[str, list[nn.Parameter]]:

@@ -159,6 +159,7 @@ class KoffLM(WritesTalks, HFLM):
         if rows is None and not options.get("max_length"):
             rows = rows_of(path)
         tokenizer = copy.deepcopy(tokenizer or tokenizer_of(model))  # HFLM changes its padding
+        options.setdefault("softmax_dtype", "float32")  # a sum of log-likelihoods in bf16 has two or three digits
         with quiet():
             super().__init__(reading(model, domain, dense), tokenizer=tokenizer, **options)
         self._rank = dist.get_rank() if ranks.count() > 1 else 0

@@ -88,7 +88,8 @@ class Objective:
         """The loss, given hidden states [N, d], what the teacher says there, and the next tokens [N]."""
         weights = self.weights(predicted, groups)
         loss, ce, kl = head_loss(student, teacher, self.model.head, labels, weights, self.spec)
-        all_loss, all_ce, all_kl = ranks.total(torch.stack([loss.detach(), weights @ ce, weights @ kl])) / ranks.count()
+        parts = torch.stack([loss.detach(), (weights * ce).sum(), (weights * kl).sum()])  # a product would be autocast
+        all_loss, all_ce, all_kl = ranks.total(parts) / ranks.count()
         return TextLoss(loss + (all_loss - loss.detach()), all_ce, all_kl, ce + kl, predicted)
 
     def weights(self, predicted: Tensor, groups: Tensor) -> Tensor:

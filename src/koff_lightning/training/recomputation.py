@@ -17,6 +17,7 @@ ROOM = 0.9  # share of what is free now that a step may take: others come and go
 # Floats that a layer keeps for each token are fewer than 16 hidden sizes and 8 FFN widths (planning.py counts them);
 # where twice as many find room nothing needs to be counted, which would take seconds.
 HIDDEN, FFN = 32, 16
+IN_PLACE = ("frozen weights", "LoRA", "KV memories", "mask")  # parts of a step that lie where it is taken already
 
 
 def recomputes(module: LightningModule) -> bool:
@@ -39,9 +40,11 @@ def recomputes(module: LightningModule) -> bool:
     if free is None or _at_most(step) + 16 * trained <= ROOM * free:  # values, gradients, AdamW's two
         return False
     sharded = isinstance(trainer.strategy, ShardedStrategy)
-    parts = memory(step, count(step), trainer.world_size, sharded, foreach=device.type != "cpu")
-    if device.type == "cpu":  # they are there already
-        del parts["frozen weights"]
+    with torch.device("cpu"):  # Lightning has all made on the GPU here; what is counted has no numbers
+        parts = memory(step, count(step), trainer.world_size, sharded, foreach=device.type != "cpu")
+    there = module.model.backbone.device.type == device.type
+    for name in IN_PLACE if there and device.type != "cpu" else IN_PLACE[:1] if there else ():
+        parts.pop(name, None)
     total = sum(parts.values())
     if total <= ROOM * free:
         return False
@@ -55,7 +58,8 @@ def recomputes(module: LightningModule) -> bool:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a device has left, of the CPU within the limit of its control group; None where nothing tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch has it at hand
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -85,6 +85,9 @@ class ShardedStrategy(_Averaging, ModelParallelStrategy):
         if self.world_size > 1 and not isinstance(backbone.base_model, FSDPModule):
             shard_frozen(backbone, self.device_mesh["data_parallel"])
         super().setup(trainer)
+        # FSDP2 keeps the buffers of its first forward, and none may be written in training that is made for inference.
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+            loop.inference_mode = False
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What is whole on this rank, and so all that is trained; the shards are never gathered."""

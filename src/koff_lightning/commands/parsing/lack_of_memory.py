@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 from koff_lightning.support.errors import KoffError
 
+# What CUDA and its libraries say of it, for which torch has no type.
+OF_CUDA = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+
 
 @contextmanager
 def lack_of_memory_told(advice: str) -> Iterator[None]:
@@ -41,5 +44,5 @@ def _is_lack_of_memory(error: BaseException) -> bool:
 
     kinds = MemoryError, torch.OutOfMemoryError
     return isinstance(error, kinds) or any(
-        text in str(error) for text in ("not enough memory", "can't allocate memory")
+        text in str(error) for text in ("not enough memory", "can't allocate memory", *OF_CUDA)
     )

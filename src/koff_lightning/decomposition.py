@@ -99,7 +99,7 @@ class Decomposition(nn.Module):
         self.sparsity, self.lora, self.kv, self.shared_memory = sparsity, lora, kv, shared_memory
         self.placement: dict[Part, list[int]] = {}  # layers that a run has chosen for a part, see `place`
         self._target = 0.0  # of a mask that is not fixed yet, see `target`
-        self._cut: tuple[float, Tensor, Tensor] | None = None  # what `hard_mask` chose last: target, logits, mask
+        self._cut: tuple[Any, Tensor, Tensor] | None = None  # what `hard_mask` chose last: for what, by what logits
         self.chunk = 1024  # tokens whose logits exist at one time
         self.backbone = load_backbone(source, **loading)
         self.own_settings = ask_nothing_(self.backbone)  # generation_config.json, for the export
@@ -163,8 +163,9 @@ class Decomposition(nn.Module):
         target, logits = self.target, self.gates.logits.detach()
         if self.sparsity.harden == "threshold":  # depends on the temperature too, and takes no time
             return self.chosen_mask(target).to(logits.device)
-        if self._cut is None or self._cut[0] != target or not torch.equal(self._cut[1], logits):
-            self._cut = target, logits.clone(), self.chosen_mask(target).to(logits.device)
+        asked = target, logits.device
+        if self._cut is None or self._cut[0] != asked or not torch.equal(self._cut[1], logits):
+            self._cut = asked, logits.clone(), self.chosen_mask(target).to(logits.device)
         return self._cut[2]
 
     def chosen_mask(self, target: float) -> Tensor:

@@ -143,7 +143,7 @@ class KVMemory(nn.Module):
         """Fill all slots, a frozen one too, with normal noise; no rotation changes its distribution."""
         for part in (self.sink_key, self.sink_value, self.key, self.value):
             for index in self.layers:
-                part[index].normal_(0.0, std)
+                part[index].copy_(torch.randn(part[index].shape, device="cpu") * std)  # drawn there on every device
         self.initialised.fill_(True)
 
     def keep_layers(self, layers: Sequence[int]) -> None:

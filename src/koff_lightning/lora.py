@@ -121,10 +121,12 @@ class RoutedLinear(nn.Module):
         """
         device = self.base_layer.weight.device
         if weights is None:
-            down = nn.Linear(self.in_features, rank, bias=False, device=device).weight
-            up = nn.Linear(rank, self.out_features, bias=False, device=device).weight
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # again, as peft does: same seed, same adapter
-            nn.init.zeros_(up)
+            with torch.device("cpu"):  # drawn there on every device: same seed, same adapter
+                down = nn.Linear(self.in_features, rank, bias=False)
+                up = nn.Linear(rank, self.out_features, bias=False)
+                nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))  # again, as peft does
+                nn.init.zeros_(up.weight)
+            down, up = (nn.Parameter(half.weight.detach().to(device)) for half in (down, up))
         else:
             given = weights[0].to(device), weights[1].to(device).mT.contiguous().mT
             down, up = (nn.Parameter(weight, requires_grad=False) for weight in given)

@@ -382,6 +382,16 @@ def test_a_store_that_was_cut_is_one_line(folder, store, tmp_path):
         fit(folder, stored())
 
 
+def test_too_little_memory_for_the_dense_pass_is_one_line(folder, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr("koff_lightning.commands.prepare.hidden_states", full)
+    assert main(["prepare", *words(folder), "--teacher"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("koff: not enough memory: CUDA error: out of memory. Take a smaller data.batch_size")
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_store(folder, tmp_path, capsys, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")

@@ -87,7 +87,10 @@ CALLBACKS = {
 }
 
 
-LESS_MEMORY = "Take a smaller data.batch_size (with trainer.accumulate_grad_batches), data.seq_len or loss.chunk"
+LESS_MEMORY = (
+    "Take a smaller data.batch_size (with trainer.accumulate_grad_batches), data.seq_len or loss.chunk, or "
+    "model.activation_checkpointing true"
+)
 
 
 class SavedConfig(SaveConfigCallback):
@@ -210,7 +213,8 @@ class KoffCLI(LightningCLI):
         """Run; RunReport has said what was saved when that is cut short."""
         if subcommand == "prepare":
             config = self.config.prepare
-            VerbTrainer.prepare(config, config.out, config.prefetch_only, config.prefetch_bytes, config.teacher)
+            with lack_of_memory_told("Take a smaller data.batch_size or data.seq_len"):
+                VerbTrainer.prepare(config, config.out, config.prefetch_only, config.prefetch_bytes, config.teacher)
             return
         if subcommand not in ("fit", "baseline") and not self._get(self.config_init, "ckpt_path"):
             raise KoffError(f"koff {subcommand} scores what a run has trained: give its --ckpt_path")

@@ -49,8 +49,8 @@ def test_a_run_computes_there_what_it_computes_here(tmp_path):
     one = fit(tmp_path / "there", *words, "--trainer.accelerator=gpu")
     other = fit(tmp_path / "here", *words, "--trainer.accelerator=cpu", run=here)
     losses = [pd.read_csv(tmp_path / place / "version_0/metrics.csv")["train/loss"] for place in ("there", "here")]
-    assert losses[0].iloc[0] == pytest.approx(losses[1].iloc[0], rel=1e-6)
-    assert one["mean"]["dense_bpb"] == pytest.approx(other["mean"]["dense_bpb"], rel=1e-6)
+    assert losses[0].iloc[0] == pytest.approx(losses[1].iloc[0], rel=1e-5)
+    assert one["mean"]["dense_bpb"] == pytest.approx(other["mean"]["dense_bpb"], rel=1e-5)
     # AdamW's first steps are as long for a gradient of rounding errors as for any other, so runs go apart
     for name in ("koff_bpb", "memory_off_bpb", "swapped_bpb"):
         assert one["mean"][name] == pytest.approx(other["mean"][name], rel=0.1), name

@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_told_what_would(capsys):
 
 
 def test_a_config_in_place_of_a_model_out_of_reach(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     words = ["plan", "--config", "demo.yaml", "--", "--model.backbone", "owner/model"]
     assert main(words) == 2
     said = capsys.readouterr().err

@@ -117,6 +117,33 @@ def test_what_a_gpu_refuses_is_refused(tmp_path):
         assert message in said.get(line, "nothing"), line
 
 
+MEMORIES = """
+import torch
+from koff_lightning import KVSpec, LoraSpec, SparsitySpec
+from koff_lightning.decomposition import Decomposition
+made = []
+for place in ("cpu", "cuda"):
+    torch.manual_seed(3)
+    with torch.device(place):
+        model = Decomposition("koff-tiny", ["a"], SparsitySpec(), LoraSpec(rank=2), KVSpec(slots=4, init="normal"))
+    parts = [*model.memories.lora_parameters(), *model.memories.kv_parameters()]
+    assert {part.device.type for part in parts} == {place}
+    torch.manual_seed(3)
+    made.append([torch.rand(1, device=place).cpu(), *(part.detach().cpu() for part in parts)])
+same = [torch.equal(one, other) for one, other in zip(*made)]
+print("same", len(same), same[0], all(same[1:]))
+"""
+
+
+def test_the_same_seed_gives_the_same_memories_there(tmp_path):
+    """DDP makes them on the GPU, FSDP on the CPU, and both are to be the same run."""
+    script = tmp_path / "script.py"
+    script.write_text(MEMORIES)
+    number, noise, memories = there(script).partition("same ")[2].split()[:3]
+    assert int(number) > 20
+    assert (noise, memories) == ("False", "True")
+
+
 KERNELS = """
 import json, warnings
 import torch
@@ -125,7 +152,7 @@ from koff_lightning.backbone import _documents
 def attend(dtype):
     torch.manual_seed(0)
     query, key, value, *slots = (
-        torch.randn(2, heads, length, 16, device="cuda", dtype=dtype)
+        torch.randn(2, heads, length, 16).to("cuda", dtype)
         for heads, length in ((4, 600), (2, 600), (2, 600), (2, 8), (2, 8))
     )
     layer = torch.nn.Module()
@@ -144,8 +171,8 @@ with torch.no_grad():  # without a memory, as a teacher's pass
     number = torch.bucketize(torch.arange(1200, device="cuda"), bounds["koff_documents"], right=True).view(2, 1, 600)
     mask = (number[..., :, None] == number[..., None, :]).tril()
     plain = attention.sdpa_attention_forward(layer, *tokens, mask)[0]
-    calls, kernel = [], attention.flash_documents
-    attention.flash_documents = lambda *a: calls.append(a) or kernel(*a)
+    calls, kernel = [], attention.flash
+    attention.flash = lambda *a: calls.append(a) or kernel(*a)
     taught = attention.koff_attention(layer, *(each.bfloat16() for each in tokens), mask, **bounds)[0].float()
     found = {"taught": (float((taught - plain).abs().max() / plain.abs().max()), len(calls), [])}
     # one new token of rows with a mask: heads that share keys are rows of one product

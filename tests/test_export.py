@@ -345,25 +345,29 @@ def test_a_file_that_changes_before_the_proof(made, tmp_path, monkeypatch, here)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("gpu", [True, False])
-def test_a_gpu_without_room_beside_the_model_leaves_the_proof_to_the_cpu(
-    made, tmp_path, monkeypatch, here, capsys, gpu
-):
-    compare = proof.compare
+@pytest.mark.parametrize("place", ["cuda:0", "cpu"])
+def test_a_gpu_without_room_leaves_the_proof_to_the_cpu(made, tmp_path, monkeypatch, here, place):
+    compare_on, write, asked = proof.compare_on, proof.save_file, []
 
-    def full(folder, reference, device=None):
-        if device != "cpu":
+    def full(device, *paths):
+        asked.append(device)
+        if len(asked) == 1:
             raise RuntimeError("CUDA error: out of memory\nmore")
-        return compare(folder, reference, device)
+        return compare_on(device, *paths)
 
-    monkeypatch.setattr(proof, "compare", full)
-    monkeypatch.setattr(proof.torch.cuda, "is_available", lambda: gpu)
-    if not gpu:
+    def written_there(tensors, path, about):
+        write(tensors, path, {"about": about["about"].replace('"device": "cpu"', f'"device": "{place}"')})
+
+    monkeypatch.setattr(proof, "compare_on", full)
+    monkeypatch.setattr(proof, "save_file", written_there)
+    if place == "cpu":
         with pytest.raises(KoffError, match="CUDA error: out of memory"):
             export(made.module, tmp_path / "out")
-        return
-    assert export(made.module, tmp_path / "out")["passed"]
-    assert "not on the GPU (CUDA error: out of memory), so on the CPU" in capsys.readouterr().err
+    else:
+        report = export(made.module, tmp_path / "out")
+        assert report["passed"]
+        assert report["device"] == "cpu"
+    assert asked == list(dict.fromkeys([place, "cpu"]))
 
 
 def test_a_proof_that_dies(made, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ HOST, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
 CPP = Path(__file__).with_suffix(".cpp")
 # Operations that take tensors of both devices: copies, and indices of the host into tensors of the device.
 NCCL: set[str] = set()  # names of the groups of processes that were to be NCCL's
+SEEDS = itertools.count(1)
 COPIES = {"copy_", "_to_copy"}
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 ops = torch.ops.aten
@@ -155,12 +156,25 @@ def compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     args, kwargs = tree_unflatten([value.here if isinstance(value, There) else value for value in given], shape)
     if asked is not None:
         kwargs["device"] = HOST
-    found = func(*args, **kwargs | ({"pin_memory": False} if kwargs.get("pin_memory") else {}))
+    drawn = torch.Tag.nondeterministic_seeded in func.tags and not any(isinstance(x, torch._C.Generator) for x in given)
+    with _own_numbers() if drawn and place == "cuda" else contextlib.nullcontext():
+        found = func(*args, **kwargs | ({"pin_memory": False} if kwargs.get("pin_memory") else {}))
     if name == "copy_":  # returns its first argument, of whichever device that is
         return given[0]
     if place == "cpu":
         return found
     return tree_map(lambda x: own[id(x)] if id(x) in own else There(x) if isinstance(x, Tensor) else x, found)
+
+
+@contextlib.contextmanager
+def _own_numbers() -> Iterator[None]:
+    """Draw as a device does that has random numbers of its own: no seed gives those of the host."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(next(SEEDS))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def _check(name: str, args: tuple, given: list[Any], place: str) -> None:

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
-from koff_lightning.merged_attention import MergedAttention, flash_documents
+from koff_lightning.merged_attention import MergedAttention, flash
 from koff_lightning.support.errors import KoffError
 
 NAME = "koff"
@@ -87,17 +87,17 @@ def koff_attention(
     memory = None if read is None else read()
     whole = query.shape[2] == key.shape[2] and not kwargs.get("sliding_window")
     documents = kwargs.get("koff_documents") if whole else None
-    if documents is not None:
+    if memory is not None or documents is not None:
         query, key, value = _as_autocast(query, key, value)
-        taught = memory is None and not torch.is_grad_enabled() and not dropout  # as by the dense model
-        if taught and _merges(query, attention_mask, None, documents):
-            return flash_documents(query, key, value, documents, scaling).transpose(1, 2).contiguous(), None
+    taught = memory is None and documents is not None and not torch.is_grad_enabled() and not dropout  # the dense model
+    if taught and _merges(query, attention_mask, None, documents):
+        out, *_ = flash(query, key, value, None, scaling, True, documents)
+        return out.transpose(1, 2).contiguous(), None
     if memory is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     _check(memory, query, key, kwargs)
-    query, key, value = _as_autocast(query, key, value)
     if memory.key.dtype != key.dtype:
         memory = LayerMemory(memory.key.to(key.dtype), memory.value.to(key.dtype), memory.visible)
     causal = query.shape[2] > 1 and attention_mask is None and _is_causal(module, kwargs.get("is_causal"))

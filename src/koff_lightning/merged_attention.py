@@ -4,8 +4,6 @@ The longer the row, the more this saves over one attention on their concatenatio
 causal attention to the tokens needs no mask, so the kernel skips the half of the scores that lies in the future.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -34,9 +32,8 @@ class MergedAttention(torch.autograd.Function):
         is_causal: bool,
     ) -> Tensor:
         """The output [B, H, T, dh]; the arguments are those of `attend_merged`, the masks additive."""
-        tokens = _flash if documents is None else partial(_flash_documents, documents)
-        out_t, lse_t, seed_t = tokens(query, key, value, mask, scale, is_causal)
-        out_m, lse_m, seed_m = _flash(query, *_shared(query, memory_key, memory_value), visible, scale, False)
+        out_t, lse_t, seed_t = flash(query, key, value, mask, scale, is_causal, documents)
+        out_m, lse_m, seed_m = flash(query, *_shared(query, memory_key, memory_value), visible, scale, False)
         weight = torch.sigmoid(lse_m - lse_t).unsqueeze(-1)  # [B, H, T, 1]
         out = torch.lerp(out_t.to(weight.dtype), out_m.to(weight.dtype), weight).to(query.dtype)
         lse = torch.logaddexp(lse_t, lse_m).contiguous()  # [B, H, T]; the CUDA backward takes no notice of strides
@@ -53,8 +50,7 @@ class MergedAttention(torch.autograd.Function):
         half = len(seeds) // 2
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # CUDA refuses expanded ones
         result = (grad, query, out, lse)
-        tokens = _flash_backward if documents is None else partial(_flash_documents_backward, documents)
-        grads_t = tokens(*result, key, value, mask, ctx.scale, ctx.is_causal, seeds[:half])
+        grads_t = _flash_backward(*result, key, value, mask, ctx.scale, ctx.is_causal, seeds[:half], documents)
         shared = _shared(query, memory_key, memory_value)
         grads_m = _flash_backward(*result, *shared, visible, ctx.scale, False, seeds[half:])
         return (
@@ -71,10 +67,25 @@ def _shared(query: Tensor, memory_key: Tensor, memory_value: Tensor) -> tuple[Te
     return memory_key.expand(len(query), -1, -1, -1), memory_value.expand(len(query), -1, -1, -1)
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """The output [B, H, T, dh], its log-sum-exp [B, H, T], and the random state that the CUDA backward asks for."""
+    """The output [B, H, T, dh], its log-sum-exp [B, H, T], and the random state that the CUDA backward asks for.
+
+    On a GPU the bounds of the documents of packed rows, [N + 1], say all that `mask` does.
+    """
+    if documents is not None:
+        joined, longest = (_joined(tensor) for tensor in (query, key, value)), query.shape[2]
+        out, lse, *seed, _ = torch.ops.aten._flash_attention_forward(
+            *joined, documents, documents, longest, longest, 0.0, True, False, scale=scale
+        )  # [B T, H, dh], [H, B T]
+        return _apart(out, len(query)), lse.unflatten(1, (len(query), -1)).transpose(0, 1), tuple(seed)
     if query.is_cuda:  # see `kernels_agree`
         out, lse, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, scale=scale
@@ -100,8 +111,16 @@ def _flash_backward(
     scale: float | None,
     is_causal: bool,
     seed: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+    documents: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """The gradients for query, key and value of the part of the softmax that falls on `key`."""
+    if documents is not None:
+        joined = (_joined(tensor) for tensor in (grad, query, key, value, out))
+        lse, longest = lse.transpose(0, 1).flatten(1).contiguous(), query.shape[2]  # [H, B T]
+        grads = torch.ops.aten._flash_attention_backward(
+            *joined, lse, documents, documents, longest, longest, 0.0, True, *seed, scale=scale
+        )
+        return tuple(_apart(each, len(query)) for each in grads)
     if query.is_cuda:
         sizes = (None, None, query.shape[2], key.shape[2])
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -110,51 +129,6 @@ def _flash_backward(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
     )
-
-
-def flash_documents(query: Tensor, key: Tensor, value: Tensor, documents: Tensor, scale: float | None) -> Tensor:
-    """Causal attention [B, H, T, dh] within the documents of packed rows, on a GPU in half precision; no gradients."""
-    return _flash_documents(documents, query, key, value, None, scale, True)[0]
-
-
-def _flash_documents(
-    documents: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """`_flash` of packed rows on a GPU: the bounds of the documents say all that `mask` does."""
-    joined = (_joined(tensor) for tensor in (query, key, value))
-    longest = query.shape[2]
-    out, lse, *seed, _ = torch.ops.aten._flash_attention_forward(
-        *joined, documents, documents, longest, longest, 0.0, True, False, scale=scale
-    )  # [B T, H, dh], [H, B T]
-    return _apart(out, len(query)), lse.unflatten(1, (len(query), -1)).transpose(0, 1), tuple(seed)
-
-
-def _flash_documents_backward(
-    documents: Tensor,
-    grad: Tensor,
-    query: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-    seed: list[Tensor],
-) -> tuple[Tensor, ...]:
-    """`_flash_backward` of packed rows on a GPU."""
-    joined = (_joined(tensor) for tensor in (grad, query, key, value, out))
-    lse, longest = lse.transpose(0, 1).flatten(1).contiguous(), query.shape[2]  # [H, B T]
-    grads = torch.ops.aten._flash_attention_backward(
-        *joined, lse, documents, documents, longest, longest, 0.0, True, *seed, scale=scale
-    )
-    return tuple(_apart(each, len(query)) for each in grads)
 
 
 def _joined(tensor: Tensor) -> Tensor:

@@ -203,8 +203,23 @@ def _gated(module: "Decomposition", ids: Tensor, mask: Tensor, rows: Sequence[st
 # ------------------------------------------------------------------------------------------------- the artifact
 
 
-def compare(folder: Path, reference: Path, device: str | None = None) -> Report:
-    """Load an artifact, where the gated model was or on `device`, and compare it with what `write_reference` wrote.
+def compare(folder: Path, reference: Path) -> Report:
+    """Compare an artifact with what `write_reference` wrote: where the gated model was, else on the CPU.
+
+    A GPU may have no room beside the model, or be for one process alone. The report names the device.
+    """
+    with safe_open(reference, "pt") as file:
+        device = json.loads(file.metadata()["about"])["device"]
+    try:
+        return compare_on(device, folder, reference)
+    except (RuntimeError, KoffError):
+        if device == "cpu":
+            raise
+        return compare_on("cpu", folder, reference)
+
+
+def compare_on(device: str, folder: Path, reference: Path) -> Report:
+    """Load an artifact on a device and compare it with what `write_reference` wrote.
 
     Passed: the tokenizer gives the same ids, every logit of both is finite (`finite` says it of the reference) and
     within `TOLERANCE`, and greedy decoding with a token cache gives the tokens of whole forwards (`equal`), or parts
@@ -213,7 +228,7 @@ def compare(folder: Path, reference: Path, device: str | None = None) -> Report:
     with safe_open(reference, "pt") as file:
         about = json.loads(file.metadata()["about"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    model = load_decomposed(folder, device=device or about["device"])
+    model = load_decomposed(folder, device=device)
     # The model's own settings may stop early, forbid tokens or punish repetition; the reference does none of it.
     model.backbone.generation_config = GenerationConfig(use_cache=True, pad_token_id=0)
     cases, names = [], about["arms"]
@@ -293,13 +308,7 @@ def _worst(found: Iterable[str]) -> str:
 def main(folder: str, reference: str) -> int:
     """Compare, write the report, and return the exit status."""
     try:
-        try:
-            report = compare(Path(folder), Path(reference))
-        except (RuntimeError, KoffError) as error:  # the GPU has no room beside the model, or is for one process alone
-            if not torch.cuda.is_available():
-                raise
-            print(f"not on the GPU ({str(error).splitlines()[0]}), so on the CPU", file=sys.stderr)
-            report = compare(Path(folder), Path(reference), "cpu")
+        report = compare(Path(folder), Path(reference))
     except Exception as error:  # whatever keeps it from being used has to stand in the report
         traceback.print_exc()
         report = {"passed": False, "error": f"{type(error).__name__}: {error}"}

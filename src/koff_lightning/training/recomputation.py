@@ -42,9 +42,8 @@ def recomputes(module: LightningModule) -> bool:
     sharded = isinstance(trainer.strategy, ShardedStrategy)
     with torch.device("cpu"):  # Lightning has all made on the GPU here; what is counted has no numbers
         parts = memory(step, count(step), trainer.world_size, sharded, foreach=device.type != "cpu")
-    there = module.model.backbone.device.type == device.type
-    for name in IN_PLACE if there and device.type != "cpu" else IN_PLACE[:1] if there else ():
-        parts.pop(name, None)
+    if module.model.backbone.device.type == device.type:  # under FSDP it is on the CPU until then
+        parts = {name: size for name, size in parts.items() if name not in IN_PLACE}
     total = sum(parts.values())
     if total <= ROOM * free:
         return False

@@ -156,6 +156,13 @@ def test_a_rolling_likelihood_is_of_the_text_behind_one_start_token(appending):
         assert scores(model)[1] == [pytest.approx(expected, rel=1e-5)]
 
 
+def test_log_likelihoods_are_summed_in_float32_unless_it_is_said(appending):
+    """As a model in bf16 would not: its sums have two or three digits."""
+    _, model = appending[0]
+    assert KoffLM(model).softmax_dtype == torch.float32
+    assert KoffLM(model, softmax_dtype="float64").softmax_dtype == torch.float64
+
+
 def test_a_tokenizer_without_start_and_end_token_says_what_is_missing(appending):
     _, model = appending[0]
     lm = KoffLM(model)

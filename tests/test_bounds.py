@@ -91,7 +91,11 @@ def test_bounds_are_taken(make, options):
         (SparsitySpec, {"gate": "ddp", "beta_end": 2 / 3}, "sparsity.beta and sparsity.beta_end are of gate hc"),
         (SparsitySpec, {"initial": math.nan}, "sparsity.initial must be finite; got nan"),
         (SparsitySpec, {"penalty": "hinge", "target": 0.0}, "would press on nothing"),
-        (SparsitySpec, {"autoscale": True}, "sparsity.autoscale scales penalty hinge; got penalty lagrangian"),
+        (
+            SparsitySpec,
+            {"autoscale": True},
+            "sparsity.autoscale scales penalty hinge or absolute; got penalty lagrangian",
+        ),
         (SparsitySpec, {"scope": "local"}, "set sparsity.denominator to units; got body"),
         (SparsitySpec, {"harden": "threshold", "multiple_of": 2}, "threshold leaves any widths"),
         (SparsitySpec, {"harden": "threshold", "layout": "uniform"}, "threshold leaves any widths"),

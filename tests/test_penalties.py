@@ -20,6 +20,16 @@ def test_a_hinge_presses_until_the_target_is_met_and_then_no_more():
         assert (price.item(), torch.autograd.grad(price, sparsity)[0].item()) == (0, 0)
 
 
+def test_an_absolute_price_calls_back_a_mask_that_runs_ahead():
+    for found, slope in ((0.10, -60.0), (0.15, 0.0), (0.40, 60.0)):
+        sparsity = torch.tensor(found, requires_grad=True)
+        price = make_penalty("absolute", 60.0)(sparsity, 0.15)
+        assert price.item() == pytest.approx(60 * abs(found - 0.15), abs=1e-5)
+        assert torch.autograd.grad(price, sparsity)[0].item() == pytest.approx(slope)
+    price = make_penalty("absolute", 60.0, autoscale=True)(torch.tensor(0.4), 0.15, torch.tensor(2.5))
+    assert price.item() == pytest.approx(2.5 * 60 * 0.25)
+
+
 def test_a_scaled_hinge_goes_with_the_loss_and_passes_it_no_gradient():
     data = torch.tensor(2.5, requires_grad=True)
     sparsity = torch.tensor(0.10, requires_grad=True)

@@ -7,7 +7,7 @@ itself, and the target; with several, their prices are added.
 import torch
 from torch import Tensor, nn
 
-PENALTIES = ("lagrangian", "fixed", "hinge", "plain_lagrangian")
+PENALTIES = ("lagrangian", "fixed", "hinge", "absolute", "plain_lagrangian")
 
 
 class LagrangianPenalty(nn.Module):
@@ -52,22 +52,24 @@ class HingePenalty(nn.Module):
         weight: The paper's lambda.
         autoscale: Multiply by the loss on data, detached, so that the weight says how many times that loss the whole
             gap costs. This is our reading of the paper's "auto-scaling", which it does not define.
+        both_sides: weight * |a - (1 - t)| instead, which calls a mask that runs ahead of a rising target back to it.
     """
 
-    def __init__(self, weight: float, autoscale: bool = False) -> None:
+    def __init__(self, weight: float, autoscale: bool = False, both_sides: bool = False) -> None:
         super().__init__()
-        self.weight, self.autoscale = weight, autoscale
+        self.weight, self.autoscale, self.both_sides = weight, autoscale, both_sides
 
     def forward(self, sparsity: Tensor, target: float, data: Tensor | None = None) -> Tensor:
         """Args: sparsity, its target, and the loss on data (scalar). Returns nats."""
-        price = self.weight * torch.relu((1 - sparsity) - (1 - target)).sum()  # no slope once it is met
+        gap = (1 - sparsity) - (1 - target)
+        price = self.weight * (gap.abs() if self.both_sides else gap.relu()).sum()  # relu: no slope once it is met
         return price * data.detach() if self.autoscale and data is not None else price
 
 
 def make_penalty(name: str, weight: float, autoscale: bool = False, kinds: int | None = None) -> nn.Module:
     """One of `PENALTIES` by its name; `kinds` as in `LagrangianPenalty`."""
-    if name == "hinge":
-        return HingePenalty(weight, autoscale)
+    if name in ("hinge", "absolute"):
+        return HingePenalty(weight, autoscale, both_sides=name == "absolute")
     if name == "fixed":
         return FixedPenalty(weight)
     # Multipliers from nothing and no tracking, as published; the KOFF paper reports that it collapses (Table 5).

@@ -24,10 +24,10 @@ class SparsitySpec:
         beta_end: Temperature of `hc` at the end of the mask phase, to which it falls linearly; null keeps `beta`.
         initial: First logit of every unit; null for the gate's own (3 for `hc`, 1 for `ddp`).
         penalty: `lagrangian` tracks the target with learned multipliers; `fixed` adds weight * expected sparsity;
-            `hinge` adds weight * what is active beyond 1 - target; `plain_lagrangian` has multipliers that start at 0
-            and no tracking (an ablation).
-        weight: Penalty weight for `fixed` and `hinge`, in nats per unit of sparsity.
-        autoscale: Multiply the `hinge` by the loss on data, so that `weight` is relative to it.
+            `hinge` adds weight * what is active beyond 1 - target; `absolute` adds weight * the gap on either side of
+            it; `plain_lagrangian` has multipliers that start at 0 and no tracking (an ablation).
+        weight: Penalty weight for `fixed`, `hinge` and `absolute`, in nats per unit of sparsity.
+        autoscale: Multiply `hinge` or `absolute` by the loss on data, so that `weight` is relative to it.
         scope: Whether the target is one of all units together (`global`) or of each kind by itself (`local`, with
             denominator `units`).
         harden: How the mask is fixed: to the exact budget (`budget`), or by closing every gate that is more often
@@ -50,7 +50,7 @@ class SparsitySpec:
     beta: float = 2 / 3
     beta_end: float | None = None
     initial: float | None = None
-    penalty: Literal["lagrangian", "fixed", "hinge", "plain_lagrangian"] = "lagrangian"
+    penalty: Literal["lagrangian", "fixed", "hinge", "absolute", "plain_lagrangian"] = "lagrangian"
     weight: float = 1.0
     autoscale: bool = False
     scope: Literal["global", "local"] = "global"
@@ -98,13 +98,14 @@ class SparsitySpec:
 
     def _check_together(self) -> None:
         """Refuse options that are sound alone and say nothing, or two things, together."""
-        if self.penalty == "hinge" and not self.target:
+        hinge = self.penalty in ("hinge", "absolute")
+        if hinge and not self.target:
             raise KoffError(
-                "sparsity.penalty hinge with sparsity.target 0 would press on nothing: give a target, or leave the "
-                "penalty out to learn no mask"
+                f"sparsity.penalty {self.penalty} with sparsity.target 0 would press on nothing: give a target, or "
+                "leave the penalty out to learn no mask"
             )
-        if self.autoscale and self.penalty != "hinge":
-            raise KoffError(f"sparsity.autoscale scales penalty hinge; got penalty {self.penalty}")
+        if self.autoscale and not hinge:
+            raise KoffError(f"sparsity.autoscale scales penalty hinge or absolute; got penalty {self.penalty}")
         if self.scope == "local" and self.denominator != "units":
             raise KoffError(
                 "sparsity.scope local takes the target of each kind of unit by itself: set sparsity.denominator to "

@@ -31,7 +31,7 @@ from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.export import export, summary
 from koff_lightning.artifact.folder import read_manifest, verify
 from koff_lightning.artifact.layouts import Ragged
-from koff_lightning.artifact.model_card import base_folder, licence_of
+from koff_lightning.artifact.model_card import base_folder, licence_of, model_card
 from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
 from koff_lightning.commands.parsing import option_table
@@ -272,6 +272,16 @@ def test_the_card_says_what_it_is(made, tmp_path):
     assert "import koff_lightning" in card and "load_decomposed" in card and manifest.mask_hash[:12] in card
     assert "name no licence" in card and "license:" not in card
     assert str(tmp_path) not in card and str(made.folder) not in card, "a path means nothing to others"
+
+
+def test_the_card_names_a_dense_model_of_the_hub_and_no_folder(made, tmp_path, monkeypatch):
+    export(made.module, tmp_path / "out", prove=False)
+    monkeypatch.chdir(tmp_path)
+    manifest = replace(read_manifest(tmp_path / "out"), base={"id": "models/x", "revision": None})
+    assert "base_model: models/x\n" in model_card(manifest, False, False)
+    (tmp_path / "models" / "x").mkdir(parents=True)
+    card = model_card(manifest, False, False)
+    assert "base_model" not in card and "models/x" not in card and "`x`" in card
 
 
 # ---------------------------------------------------------------------------------------------------- what fails
@@ -633,6 +643,8 @@ def test_the_command_refuses_and_overwrites(run, tmp_path, here, capsys):
     assert "no engine 'hff' to check. Did you mean 'hf'?" in capsys.readouterr().err
     assert export_by_command(run, tmp_path / "out", "--device", "mars") == 2
     assert "device 'mars' cannot be used here" in capsys.readouterr().err
+    assert export_by_command(run, tmp_path / "out", "--device", "meta") == 2
+    assert "device 'meta' cannot be used here: it holds no numbers" in capsys.readouterr().err
     assert export_by_command(run, tmp_path / "other", "--layout", "masked", "--check", "vllm") == 0
     assert re.search(r"^vLLM +backbone +yes +with this package beside it", capsys.readouterr().out, re.MULTILINE)
 

@@ -295,6 +295,15 @@ def test_probe_and_observe_collect_squared_gradients_per_row():
         torch.testing.assert_close(mask.importance, weight.square().sum(0))
 
 
+def test_a_loss_that_was_scaled_is_observed_as_it_was():
+    mask = BackboneGates(groups())
+    weight = torch.arange(16.0).view(2, 8)
+    for scale in (2.0**16, 2.0**12):  # as 16-bit training finds its own
+        (scale * (mask.probe(2) * weight).sum()).backward()
+        mask.observe(scale)
+    torch.testing.assert_close(mask.importance, 2 * weight.square().sum(0))
+
+
 def test_what_removed_units_leave_behind_is_of_the_gated_model_alone():
     """Gates that are off, or none in force, are the dense model bit for bit, also under a mask with biases."""
     model = tiny_model("llama").requires_grad_(False)

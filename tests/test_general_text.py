@@ -18,7 +18,7 @@ from koff_lightning.callbacks import AnnealSparsity, GradientCoverage
 from koff_lightning.cli import main
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.losses import settled
-from koff_lightning.training import retention
+from koff_lightning.training import recomputation, retention
 from koff_lightning.training.retention import RetentionSpec
 
 STEPS, EVERY = 20, 3
@@ -140,6 +140,15 @@ def taken(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------- when, and of what
+
+
+def test_what_general_text_holds_counts_where_activations_may_be_kept(folder, monkeypatch):
+    steps = []
+    monkeypatch.setattr(recomputation, "_at_most", lambda step: steps.append(step) or 0)
+    monkeypatch.setattr(recomputation, "free_memory", lambda _: 2**40)
+    spec = RetentionSpec(EVERY, updates="both")
+    fit(folder, spec=spec, activation_checkpointing="auto", running={"steps": 4})
+    assert [step.retention for step in steps] == [spec]
 
 
 @pytest.mark.parametrize(("updates", "steps"), [("mask", LEARNS), ("both", DUE)])

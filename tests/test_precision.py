@@ -211,6 +211,16 @@ def test_what_is_counted_decides_where_the_bound_does_not(folder, tmp_path, monk
         assert recomputed(folder, tmp_path) == due
 
 
+def test_what_is_counted_is_the_step_of_the_run(folder, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(recomputation, "_at_most", lambda step: steps.append(step) or 0)
+    monkeypatch.setattr(recomputation, "free_memory", lambda _: 2**40)
+    recomputed(folder, tmp_path)
+    (step,) = steps
+    assert (step.rows, step.length, step.domains, step.retention) == (4, 32, ["en", "law"], None)
+    assert (step.lora.rank, step.kv.slots, step.sparsity.target, step.checkpointing) == (2, 4, 0.0, False)
+
+
 @pytest.mark.parametrize("said", [False, True])
 def test_what_was_said_of_activations_is_done(folder, tmp_path, monkeypatch, said):
     monkeypatch.setattr(recomputation, "free_memory", lambda _: pytest.fail("looked"))

@@ -270,12 +270,16 @@ class BackboneGates(nn.Module):
         return self._probe
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Add each gate's squared gradient per row: the empirical Fisher information of removing the unit, [U]."""
+    def observe(self, scale: float = 1.0) -> None:
+        """Add each gate's squared gradient per row: the empirical Fisher information of removing the unit, [U].
+
+        Args:
+            scale: What the loss was multiplied by for the backward.
+        """
         if self._probe is not None:
             slope = torch.zeros_like(self._probe) if self._probe.grad is None else self._probe.grad  # [rows, U]
             # Of the rows of all ranks, which start the ramp alike; in a rank's loss each counts `ranks.count()` times.
-            seen = ranks.total((slope / ranks.count()).square().sum(0))  # [U]
+            seen = ranks.total((slope / (scale * ranks.count())).square().sum(0))  # [U]
             self.importance += seen.where(seen.isfinite().all(), 0.0)  # a step that is skipped leaves no trace
         self._probe = None
 

@@ -9,11 +9,10 @@ from huggingface_hub import try_to_load_from_cache
 from koff_lightning.artifact.folder import Manifest
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.mask_words import KIND_NAMES
+from koff_lightning.support.names import HUB_ID
 from koff_lightning.support.yaml_files import load_yaml
 
 _LICENCE_FILES = re.compile(r"(licen[cs]e|notice|copying)\b.*", re.IGNORECASE)
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 _LOAD = """from koff_lightning import load_decomposed
 model = load_decomposed("DIR")                     # the folder above this one, with its memories
@@ -81,9 +80,14 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
 
 def _front_matter(manifest: Manifest) -> dict[str, object]:
     about: dict[str, object] = {"library_name": "transformers", "tags": ["koff", "knowledge-offloading", "pruned"]}
-    if _HUB_ID.fullmatch(manifest.base["id"]):
+    if _on_hub(manifest.base["id"]):
         about["base_model"] = manifest.base["id"]
     return about | ({"license": manifest.licence} if manifest.licence else {})
+
+
+def _on_hub(name: str) -> bool:
+    """Whether the dense model has that name on the hub; a folder of two parts looks the same."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).expanduser().exists()
 
 
 def _plain(manifest: Manifest, own_type: bool, with_code: bool) -> list[str]:
@@ -99,7 +103,7 @@ def _plain(manifest: Manifest, own_type: bool, with_code: bool) -> list[str]:
 
 def _base(base: dict[str, str | None]) -> str:
     """The dense model's name; of a path the last part, since the rest means nothing to others."""
-    name = base["id"] if _HUB_ID.fullmatch(base["id"]) else Path(base["id"]).name
+    name = base["id"] if _on_hub(base["id"]) else Path(base["id"]).name
     return f"`{name}`" + (f" (revision `{base['revision']}`)" if base["revision"] else "")
 
 

@@ -54,7 +54,7 @@ class GradientCoverage(Callback):
             names[t]: fault for tensors in due.values() for t, fault in _faults(tensors, names, pl_module).items()
         }
         if "not finite" in faults.values():
-            return  # guard.py's business, or 16-bit training that finds its loss scale by overflowing
+            return  # NonFiniteGuard's business, or 16-bit training that finds its loss scale by overflowing
         if faults:
             raise KoffError(_message(faults, sum(map(len, due.values())), self._phase, trainer.global_step))
         self._checked |= due.keys()

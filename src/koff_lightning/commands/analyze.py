@@ -51,8 +51,8 @@ def analyze(
         resamples: Resamples of the bootstrap over seeds and neurons.
         controls: Random sets of neurons put back beside each domain's specialists.
         seed: Seed of all that is drawn.
-        skip: Questions to leave out, with commas: removal, overlap, transfer, knockout, causal, attention, adapters,
-            tokens.
+        skip: Questions to leave out, with commas: removal, ranking, overlap, similarity, transfer, knockout, causal,
+            attention, adapters, tokens.
         device: Torch device; by default a GPU if there is one.
     """
     if not model:

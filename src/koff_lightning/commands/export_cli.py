@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-from koff_lightning.support.errors import KoffError
 from koff_lightning.support.quick_imports import quick_imports
 
 
@@ -38,14 +37,12 @@ def export_checkpoint(
         from koff_lightning.artifact import engines
         from koff_lightning.artifact.checkpoint import from_checkpoint
         from koff_lightning.artifact.export import export, summary
+        from koff_lightning.loading import device_named
         from koff_lightning.training.run_folder import run_config
 
     asked = engines.names(check) if check is not None else []  # refuses unknown ones before the work
     module = from_checkpoint(ckpt, backbone)
-    try:
-        module.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
-        raise KoffError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    module.to(device_named(device))
     config = run_config(Path(ckpt))
     report = export(module, out, layout, domain, with_code=with_code, overwrite=overwrite, config=config)
     print(summary(Path(out), report))

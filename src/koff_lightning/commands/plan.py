@@ -140,19 +140,19 @@ def _read(words: list[str], gpus: int, model_config: str | None, bf16: bool | No
         raise KoffError("koff plan knows runs on a whole backbone; model.artifact names one that was cut already")
     config, source = _sizes(model, model_config)
     step = Step(
-        config,
-        list(data["domains"]),
-        data["batch_size"],
-        data["seq_len"],
-        torch_dtype(model["dtype"]),
-        trainer["precision"],
-        model["activation_checkpointing"] is True,  # of `auto` see `plan`
-        SparsitySpec(**model["sparsity"]),
-        model["lora"] and LoraSpec(**model["lora"]),
-        model["kv"] and KVSpec(**model["kv"]),
-        LossSpec(**model["loss"]),
-        model["shared_memory"],
-        model["retention"] and RetentionSpec(**model["retention"]),
+        config=config,
+        domains=list(data["domains"]),
+        rows=data["batch_size"],
+        length=data["seq_len"],
+        dtype=torch_dtype(model["dtype"]),
+        precision=trainer["precision"],
+        checkpointing=model["activation_checkpointing"] is True,  # of `auto` see `plan`
+        sparsity=SparsitySpec(**model["sparsity"]),
+        lora=model["lora"] and LoraSpec(**model["lora"]),
+        kv=model["kv"] and KVSpec(**model["kv"]),
+        loss=LossSpec(**model["loss"]),
+        shared=model["shared_memory"],
+        retention=model["retention"] and RetentionSpec(**model["retention"]),
     )
     strategy = trainer["strategy"]
     path = strategy["class_path"] if isinstance(strategy, dict) else str(strategy)

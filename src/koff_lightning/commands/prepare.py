@@ -13,7 +13,7 @@ from koff_lightning.data import DomainDataModule, check_vocabulary
 from koff_lightning.data.packing import PackedRows
 from koff_lightning.data.teacher import stored_bytes
 from koff_lightning.loading import fingerprint, load_backbone
-from koff_lightning.losses import TopK, at_once, check_top_k, top_k_of
+from koff_lightning.losses import TopK, at_once, check_top_k, half_is_slow, top_k_of
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 
@@ -120,5 +120,7 @@ def _likeliest(backbone: PreTrainedModel, batch: dict[str, Any], k: int, chunk: 
     with torch.no_grad():
         hidden = hidden_states(backbone, **inputs)[:, :-1].flatten(0, 1)  # [B (T - 1), d]
         head = backbone.get_output_embeddings().weight
+        if half_is_slow(head.device):
+            hidden, head = hidden.float(), head.float()
         seen = [top_k_of(part, head, k) for part in hidden.split(at_once(head, chunk))]
     return TopK(torch.cat([part.index for part in seen]), torch.cat([part.log_q for part in seen]))

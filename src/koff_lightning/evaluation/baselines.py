@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from koff_lightning.backbone import PrunableGroup, hidden_states, inputs_of, prunable_groups
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.gates import BackboneGates
-from koff_lightning.losses import LossSpec, fused_head_loss
+from koff_lightning.losses import LossSpec, head_loss
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 
@@ -249,7 +249,7 @@ def _gate_slopes(
             predicted = labels != IGNORED
             weights = (predicted / predicted.sum(1, keepdim=True).clamp(min=1))[predicted]  # [N]
             head, spec = model.get_output_embeddings().weight.detach(), LossSpec(kl=0)
-            loss, _, _ = fused_head_loss(hidden[predicted], None, head, labels[predicted], weights, spec)
+            loss, _, _ = head_loss(hidden[predicted], None, head, labels[predicted], weights, spec)
             (slopes,) = torch.autograd.grad(loss, probe)
             return slopes.split(gates.sizes, dim=1)
     finally:

@@ -23,8 +23,8 @@ class SparsitySpec:
         beta: Temperature of `hc`; the KOFF paper has 2.
         beta_end: Temperature of `hc` at the end of the mask phase, to which it falls linearly; null keeps `beta`.
         initial: First logit of every unit; null for the gate's own (3 for `hc`, 1 for `ddp`).
-        penalty: `lagrangian` tracks the target with learned multipliers; `fixed` adds weight * expected sparsity;
-            `hinge` adds weight * what is active beyond 1 - target; `absolute` adds weight * the gap on either side of
+        penalty: `lagrangian` tracks the target with learned multipliers; `fixed` adds weight * what is kept, whatever
+            the target; `hinge` adds weight * what is active beyond 1 - target; `absolute` adds weight * the gap on either side of
             it; `plain_lagrangian` has multipliers that start at 0 and no tracking (an ablation).
         weight: Penalty weight for `fixed`, `hinge` and `absolute`, in nats per unit of sparsity.
         autoscale: Multiply `hinge` or `absolute` by the loss on data, so that `weight` is relative to it.

@@ -280,7 +280,8 @@ class KOFFModule(LightningModule):
 
     def on_after_backward(self) -> None:
         """Collect the squared gate gradients of the warm-up, which order the logits later."""
-        self.model.gates.observe()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-bit training, which changes as it goes
+        self.model.gates.observe(scaler.get_scale() if scaler else 1.0)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One AdamW: mask, multipliers (ascent), LoRA, KV."""

@@ -37,7 +37,8 @@ def recomputes(module: LightningModule) -> bool:
     if free is not None and device.type == "cpu":  # all processes here take from it
         free //= trainer.num_devices
     step, trained = _step(module), sum(p.numel() for p in module.parameters() if p.requires_grad)
-    if free is None or _at_most(step) + 16 * trained <= ROOM * free:  # values, gradients, AdamW's two
+    each = 20 if step.retention else 16  # bytes: values, gradients, AdamW's two; general text holds slopes of its own
+    if free is None or _at_most(step) + each * trained <= ROOM * free:
         return False
     sharded = isinstance(trainer.strategy, ShardedStrategy)
     with torch.device("cpu"):  # Lightning has all made on the GPU here; what is counted has no numbers
@@ -75,20 +76,20 @@ def free_memory(device: torch.device) -> int | None:
 
 def _step(module: LightningModule) -> Step:
     """A micro-batch of the run under way."""
-    data, trainer = module.trainer.datamodule, module.trainer
+    backbone, trainer = module.model.backbone, module.trainer
     return Step(
-        module.model.backbone.config,
-        module.domains,
-        data.batch_size,
-        data.seq_len,
-        module.model.backbone.dtype,
-        trainer.precision,
-        False,
-        module.sparsity,
-        module.lora,
-        module.kv,
-        module.loss,
-        module.shared_memory,
+        config=backbone.config,
+        domains=module.domains,
+        rows=trainer.datamodule.batch_size,
+        length=trainer.datamodule.seq_len,
+        dtype=backbone.dtype,
+        precision=trainer.precision,
+        sparsity=module.sparsity,
+        lora=module.lora,
+        kv=module.kv,
+        loss=module.loss,
+        shared=module.shared_memory,
+        retention=module.retention,
     )
 
 

@@ -275,6 +275,7 @@ def test_every_arm_is_a_config_that_parses(name):
     assert not ends or sparsity["target"] == 0.2
     assert (sparsity["beta_end"] == 0.5) == name.startswith("annealed_"), "the grid of Table 9"
     places = {"learned_placement": ("all", 0.5), "top_half": ("top:50%", None), "all_blocks": ("all", None)}
+    places |= dict.fromkeys(("our_layout", "our_layout_text"), ("all", None))
     memory = next((resolved["model"][part] for part in ("lora", "kv") if resolved["model"][part]), None)
     if memory:
         assert (memory["layers"], resolved["placement"]["keep"]) == places.get(name, ("top:64%", None))

@@ -25,9 +25,9 @@ from toy_text import toy_documents, toy_tokenizer, write_jsonl
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.cli import main
 from koff_lightning.commands import needs
-from koff_lightning.data import DomainDataModule, DomainSource, hub_copy, shards
+from koff_lightning.data import DomainDataModule, DomainSource, cache, hub_copy, shards
 from koff_lightning.data import datamodule as module
-from koff_lightning.data.cache import DomainRows, TokenCache
+from koff_lightning.data.cache import DomainRows
 from koff_lightning.data.encoding import TokenStream
 from koff_lightning.data.packing import pack
 from koff_lightning.data.readers import Fields
@@ -292,7 +292,7 @@ def test_a_limit_of_the_disk_is_one_line(text, tmp_path, capsys):
 
 def test_a_cache_that_cannot_be_written_serves_what_it_holds(text, tmp_path, monkeypatch):
     assert prepared(text) == {"a": True, "b": True}
-    monkeypatch.setattr(TokenCache, "_alone", lambda *_: pytest.fail("a lock needs a writable folder"))
+    monkeypatch.setattr(cache, "alone_with", lambda *_: pytest.fail("a lock needs a writable folder"))
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
     assert prepared(text) == {"a": False, "b": False}
     (tmp_path / "cache" / "tokens" / "digests.json").unlink()
@@ -450,6 +450,16 @@ def test_prefetch_fetches_models_datasets_and_tasks(text, corpus, monkeypatch, c
         ("some/tokenizer", {"revision": None, "allow_patterns": needs.OF_TOKENIZERS, **left_out}),
     ]
     assert fetched[2] == (["koff_cloze"], None)
+
+
+def test_prefetch_reads_no_more_of_general_text_than_a_run_would(corpus, monkeypatch, capsys):
+    monkeypatch.setattr(needs, "fetch_hub", lambda *_: pytest.fail("all of it may be terabytes"))
+    argv = ["prepare", "--model.backbone=koff-tiny", "--data.domains.x=bundled:de", "--data.max_retention_bytes=2000"]
+    argv += [f"--data.retention.web=hub:{corpus}", "--data.heldout_fraction=0.3"]
+    assert main([*argv, "--prefetch-only"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "retention web: is here"
+    assert main([*argv, "--data.max_train_bytes=20000"]) == 0
+    assert "retention web: is there already" in capsys.readouterr().out
 
 
 def test_a_tokenizer_comes_without_weights_and_a_model_with_one_copy_of_them():

@@ -43,8 +43,8 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
         f"# {Path(base['id']).name}, decomposed",
         "",
         f"The shared backbone of {_base(base)} after knowledge offloading (KOFF, arXiv 2605.29075) with "
-        f"{manifest.created_by}: units that only some domains need were removed and come back through the domains' "
-        "memories, which lie in `../memories/`. By itself it is worse than the model it was cut from.",
+        f"{manifest.created_by}: the units that the model can best do without were removed, and each domain has a "
+        "memory that makes up for them, in `../memories/`. By itself it is worse than the model it was cut from.",
         "",
         f"- removed: {percent['body']} of the body (linears of all layers), {percent['total']} of all parameters, "
         f"{percent['units']} of the prunable units (nominal: closed gates at their price)",

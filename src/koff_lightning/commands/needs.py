@@ -140,11 +140,19 @@ def _find_text(data: DomainDataModule, source: DomainSource, config: Any) -> Non
 
 
 def _fetch_text(data: DomainDataModule, name: str, config: Any) -> None:
-    """Download a domain's hub datasets, unless it is tokenised already; of those that are streamed copy the head."""
+    """Download a domain's hub datasets, unless it is tokenised already; of those that are streamed copy the head.
+
+    Of what is read up to `max_train_bytes` the rows are stored: all of it may be terabytes.
+    """
     source = data.sources[name]
     if data.streaming:
         _copy_heads(data, name, config.get("prefetch_bytes"))
-    elif not _is_tokenised(data, source, config):
+    elif _is_tokenised(data, source, config):
+        return
+    elif data.max_train_bytes is not None:
+        data.tokenizer = data.tokenizer or tokenizer_of(config)
+        data.tokenise(name)
+    else:
         for repo in source.hub_entries:
             fetch_hub(repo, source.subset, source.split)
 

@@ -199,7 +199,7 @@ def _text(
         raise KoffError(f"{origin} names no text of {missing[0]!r}: give --data {missing[0]}=TEXT, or a --config")
     if odd := sorted(options.keys() - inspect.signature(DomainDataModule).parameters):
         raise KoffError(f"{folder} was trained with data.{odd[0]}, which this release does not know: give a --config")
-    options["domains"] = {name: sources[name] for name in manifest.domains}
+    options |= {"domains": {name: sources[name] for name in manifest.domains}, "retention": None}
     if most and not options.get("streaming"):
         options["max_train_bytes"] = min(options.get("max_train_bytes") or 10 * most, 10 * most)  # of many documents
     if heldout and not options.get("streaming"):  # there what the run did not hold out it may have trained on

@@ -179,12 +179,14 @@ class DomainDataModule(LightningDataModule):
         refuse_missing_files(self.sources)
         self.tokenizer = tokenizer
         self._check_tokenizer()
-        made = {
-            name: self.cache.build(self._key(source), partial(self._make, name, source))
-            for name, source in self.sources.items()
-        }
+        made = {name: self.tokenise(name) for name in self.sources}
         more = self.general.prepare(tokenizer) if self.general is not None else {}
         return made | {f"retention {name}": is_new for name, is_new in more.items()}
+
+    def tokenise(self, name: str) -> bool:
+        """Put a domain's rows into the cache; whether that was still to be done."""
+        source = self.sources[name]
+        return self.cache.build(self._key(source), partial(self._make, name, source))
 
     def _check_tokenizer(self) -> None:
         for name in (name for name, source in self.sources.items() if source.chat):
@@ -240,15 +242,9 @@ class DomainDataModule(LightningDataModule):
         shards, on_bad = domain_shards(source, streamed=True), BadLines(name, self.on_bad_line)
         if source.max_documents:
             shards = first_documents(shards, source.max_documents, BadLines(name, self.on_bad_line))
-        texts = split_streamed(
-            name,
-            shards,
-            heldout_fraction=self.heldout_fraction,
-            max_heldout_bytes=self.max_heldout_bytes,
-            train_bytes=SAMPLE,
-            on_bad=on_bad,
-            bounded=bool(source.max_documents),
-        )
+        limits = {"max_heldout_bytes": self.max_heldout_bytes, "train_bytes": SAMPLE}
+        limits |= {"heldout_fraction": self.heldout_fraction, "bounded": bool(source.max_documents)}
+        texts = split_streamed(name, shards, on_bad=on_bad, **limits)
         on_bad.report()
         streamed = [(shard, side) for shard, side in shards if side != "held out"]
         wanted = IsTraining([side for _, side in streamed], self.heldout_fraction, frozenset(texts.heldout))

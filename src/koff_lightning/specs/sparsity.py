@@ -24,8 +24,8 @@ class SparsitySpec:
         beta_end: Temperature of `hc` at the end of the mask phase, to which it falls linearly; null keeps `beta`.
         initial: First logit of every unit; null for the gate's own (3 for `hc`, 1 for `ddp`).
         penalty: `lagrangian` tracks the target with learned multipliers; `fixed` adds weight * what is kept, whatever
-            the target; `hinge` adds weight * what is active beyond 1 - target; `absolute` adds weight * the gap on either side of
-            it; `plain_lagrangian` has multipliers that start at 0 and no tracking (an ablation).
+            the target; `hinge` adds weight * what is active beyond 1 - target; `absolute` adds weight * the gap on
+            either side of it; `plain_lagrangian` has multipliers that start at 0 and no tracking (an ablation).
         weight: Penalty weight for `fixed`, `hinge` and `absolute`, in nats per unit of sparsity.
         autoscale: Multiply `hinge` or `absolute` by the loss on data, so that `weight` is relative to it.
         scope: Whether the target is one of all units together (`global`) or of each kind by itself (`local`, with
@@ -111,11 +111,11 @@ class SparsitySpec:
                 "sparsity.scope local takes the target of each kind of unit by itself: set sparsity.denominator to "
                 f"units; got {self.denominator}"
             )
-        halves = [kind for kind in self.units if kind not in ("channel", "kv_group")]
-        if halves and (self.uniform or self.multiple_of > 1):
+        channels = [kind for kind in self.units if kind not in ("channel", "kv_group")]
+        if channels and (self.uniform or self.multiple_of > 1):
             option = "layout uniform" if self.uniform else f"multiple_of {self.multiple_of}"
             raise KoffError(
-                f"sparsity.{option} is of whole units; channels of single linears ({', '.join(halves)}) leave other "
+                f"sparsity.{option} is of whole units; channels of single linears ({', '.join(channels)}) leave other "
                 "widths: set sparsity.layout to ragged and sparsity.multiple_of to 1"
             )
         if self.harden == "threshold" and (self.uniform or self.multiple_of > 1):

@@ -36,6 +36,7 @@ def open_text(
         )
     limit = min(options.get("max_heldout_bytes") or heldout_bytes, heldout_bytes)
     own = {"tokenizer": options.get("tokenizer") or tokenizer, "max_heldout_bytes": limit, "batch_size": ROWS}
+    own["retention"] = None  # general text is no domain
     data = DomainDataModule(**{**options, **own, "num_workers": 0})
     data.setup()
     each = max(min(tokens, data.most_calibration_text()), 1)  # one where there is no row: it says what is wrong

@@ -12,6 +12,7 @@ from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing import missing
 from koff_lightning.commands.parsing.config_files import SHIPPED, shipped_configs
 from koff_lightning.sparsity import SparsitySchedule
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
 FAMILY = {
@@ -172,3 +173,33 @@ def test_first_line_describes_the_config(name):
     assert (SHIPPED / name).read_text().startswith("# ")
     whole = "/" not in name or (name.startswith("paper/") and not name.startswith("paper/rows/"))
     assert description.startswith("Overlay") != whole
+
+
+def resolved_sparsity(*configs):
+    """The options of the mask that a run with these configs would have."""
+    return SparsitySpec(
+        **training_cli.resolved(["fit", *(w for c in configs for w in ("--config", c))])["model"]["sparsity"]
+    )
+
+
+@pytest.mark.parametrize("overlay", ABLATIONS)
+def test_every_ablation_can_be_laid_on_the_papers_recipe(overlay):
+    spec = resolved_sparsity("paper/tiny_languages.yaml", overlay)
+    assert spec.target == (0 if overlay == "ablations/dense_memory.yaml" else 0.15)
+
+
+@pytest.mark.parametrize(("row", "penalty"), [("hinge", "hinge"), ("progressive", "hinge"), ("tracked", "lagrangian")])
+def test_the_rows_of_table_5_have_its_target_on_any_recipe(row, penalty):
+    spec = resolved_sparsity("paper/llama32_1b_languages.yaml", f"paper/rows/{row}.yaml")
+    assert (spec.target, spec.penalty) == (0.2, penalty)
+
+
+def test_memories_that_would_never_train_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--trainer.max_steps=4", "--data.max_train_bytes=20000", "--data.max_heldout_bytes=3000"]
+    assert main(["fit", "paper/tiny_languages.yaml", "ablations/two_stage.yaml", *small, *ON_CPU]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(
+        "koff: model.joint false trains the memories once the mask is fixed, and anneal fixes it after"
+    )
+    assert line.endswith("give a hold that ends before, as paper/rows/prune_recover.yaml does")

@@ -44,7 +44,8 @@ class AnnealSparsity(Callback):
         schedule = SparsitySchedule(pl_module.sparsity.target, self._steps, **self.fractions, shape=self.shape)
         if not pl_module.mask_is_fixed:
             self._refuse_other_course(schedule, asked, bool(trainer.fast_dev_run))
-            if not pl_module.joint and schedule.harden_step >= self._steps:
+            waits = (pl_module.lora or pl_module.kv) and not pl_module.joint
+            if waits and schedule.harden_step >= self._steps:
                 raise KoffError(
                     "model.joint false trains the memories once the mask is fixed, and anneal fixes it after the last "
                     f"step ({self._steps}): give a hold that ends before, as paper/rows/prune_recover.yaml does"

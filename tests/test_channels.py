@@ -9,12 +9,14 @@ from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
 from koff_lightning import KoffError, SparsitySpec
-from koff_lightning.backbone import CHANNELS, KINDS, parameter_counts, prunable_groups
+from koff_lightning.backbone import parameter_counts, prunable_groups
 from koff_lightning.evaluation.baselines import compensation, scores
 from koff_lightning.gates import BackboneGates
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.memory import MemoryBank
 from koff_lightning.sparsity import Budget
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.surgery import close_rows, cut_kv, cut_state, masks, physical, whole_units, zero_state
+from koff_lightning.units import CHANNELS, KINDS
 
 PAPER = ("k_channel", "v_channel", "gate_channel", "up_channel", "down_channel")
 MIXTURES = [(kind,) for kind in CHANNELS] + [
@@ -214,7 +216,7 @@ def test_a_local_target_is_one_of_each_kind():
     assert whole.by_kind(whole.harden(shifted))["up_channel"] == 0
 
 
-def test_the_threshold_closes_what_is_more_often_closed_and_leaves_each_linear_its_minimum():
+def test_the_threshold_closes_what_is_more_often_closed_and_leaves_each_layer_its_minimum():
     budget = budget_of(harden="threshold")
     keep = torch.full((len(budget.costs),), 0.4)
     keep[7::10], keep[3::10] = 0.6, 0.5  # as often closed as open is not more often open
@@ -222,8 +224,23 @@ def test_the_threshold_closes_what_is_more_often_closed_and_leaves_each_linear_i
     assert kept[keep > 0.5].all()
     sizes = [g.size for g in budget.groups]
     for group, part, open_ in zip(budget.groups, kept.split(sizes), (keep > 0.5).split(sizes), strict=True):
-        least = 4 if group.in_ffn else 1
-        assert part.sum() == max(open_.sum(), least), group.kind
+        if group.whole is None:
+            assert part.sum() == max(open_.sum(), 4 if group.in_ffn else 1), group.kind
+    both = (masks(*whole_units(budget.groups, mask)) for mask in (kept, keep > 0.5))
+    for (_, neurons), (_, open_) in zip(*both, strict=True):
+        assert neurons.sum() == max(open_.sum(), 4), "of which both halves stay"
+
+
+@pytest.mark.parametrize("harden", ["budget", "threshold"])
+def test_gate_and_up_channels_leave_the_same_neurons_as_a_minimum(harden):
+    """Each by itself would keep its own best, and no neuron might have both halves."""
+    budget = budget_of(units=["gate_channel", "up_channel"], target=0.8, scope="local", denominator="units")
+    scores = torch.zeros(len(budget.costs))
+    scores[budget.kinds["gate_channel"]] = rising = torch.arange(len(scores) // 2) / len(scores)  # all below one half
+    scores[budget.kinds["up_channel"]] = 0.5 - rising
+    kept = budget.harden(scores) if harden == "budget" else budget.threshold(scores)
+    for _, neurons in masks(*whole_units(budget.groups, kept)):
+        assert neurons.sum() >= 4
 
 
 @pytest.mark.parametrize("penalty", ["lagrangian", "hinge"])

@@ -9,8 +9,8 @@
 # The parts and the seconds after which each is ended: correct 150, speed 420, attention 120, decode 150, demo 180,
 # train 360, compile 120; 1500 in all, which are 25 minutes, and the start of Python before the first, some seconds.
 # None takes 10 minutes, so they can be called one by one where a call may not take longer. LIMIT=600 gives each that
-# many seconds instead (600 at most; then all of them together may take longer than 25 minutes). Every finding is a line of
-# the file as soon as it is known; a part that fails or is ended does not stop the others. The status is 0 if all went
+# many seconds instead (600 at most; then all of them together may take longer than 25 minutes). Every finding is a line
+# of the file as soon as it is known; a part that fails or is ended does not stop the others. The status is 0 if all went
 # well, 1 if a part failed, was ended or found something wrong, 2 if there is no device or a package is missing.
 #
 # torch, transformers, peft and lightning must be installed. What else the package needs must be installed or lie in the

@@ -94,14 +94,6 @@ class Budget:
         """Sparsity by the soft count of keep probabilities [U], and by the hard one: gates mostly closed."""
         return self.expected(keep), self.expected((keep > 0.5).float())
 
-    def tracked(self, keep: Tensor) -> Tensor:
-        """What the penalty holds to the ramp: the mean of both counts, with the gradient of the soft one.
-
-        Tracking the soft count alone lets the hard one lag by many points.
-        """
-        soft, hard = self.counts(keep)
-        return soft + ((hard - soft) / 2).detach()
-
     def scopes(self) -> list[tuple[Tensor | None, Callable[[Tensor], tuple[Tensor, Tensor]]]]:
         """Units that have the target for themselves (indices, None for all), each with its soft and hard counts."""
         if self.spec.scope == "global":
@@ -111,13 +103,14 @@ class Budget:
     def measured(self, keep: Tensor) -> Tensor:
         """The sparsity that the penalty sees: scalar, or [S] of each kind with scope `local`.
 
-        The published penalties see the soft count alone.
+        It is the mean of the soft and the hard count, with the gradient of the soft one: held to the soft one alone,
+        the hard one lags by many points. The published penalties see the soft count alone.
         """
-        tracked = self.spec.penalty in ("lagrangian", "fixed")
-        if self.spec.scope == "global":
-            return self.tracked(keep) if tracked else self.expected(keep)
-        counts = [_counts_of_kind(keep[units.to(keep.device)]) for units in self.kinds.values()]
-        return torch.stack([soft + ((hard - soft) / 2).detach() if tracked else soft for soft, hard in counts])
+        both, seen = self.spec.penalty in ("lagrangian", "fixed"), []
+        for units, counts in self.scopes():
+            soft, hard = counts(keep if units is None else keep[units.to(keep.device)])
+            seen.append(soft + ((hard - soft) / 2).detach() if both else soft)
+        return seen[0] if self.spec.scope == "global" else torch.stack(seen)
 
     def report(self, kept: Tensor) -> dict[str, float]:
         """Nominal counts of a mask (bool [U]): sparsity in all three denominators, and per type of unit.
@@ -214,12 +207,18 @@ class Budget:
         return torch.searchsorted(stops, ranks, right=True)
 
     def _protected(self, scores: Tensor) -> Tensor:
-        """Scores with the best `minimum` units of every group set to infinity, so that they are never removed."""
-        parts = []
-        for group, part in zip(self.groups, scores.split([g.size for g in self.groups]), strict=True):
-            best = part.topk(min(self._minimum(group), group.size)).indices
-            parts.append(part.index_fill(0, best, math.inf))
-        return torch.cat(parts)
+        """Scores with the best `minimum` units of every group set to infinity, so that they are never removed.
+
+        Of gate and up channels the same ones: a neuron is worth what its lesser half is, since it goes with that.
+        """
+        parts = scores.split([group.size for group in self.groups])
+        places = [(group.layer, (group.whole or group).kind) for group in self.groups]
+        worth: dict[tuple[int, str], Tensor] = {}
+        for place, part in zip(places, parts, strict=True):
+            worth[place] = torch.minimum(worth.get(place, part), part)
+        least = [min(self._minimum(group), group.size) for group in self.groups]
+        best = [worth[place].topk(number).indices for place, number in zip(places, least, strict=True)]
+        return torch.cat([part.index_fill(0, stay, math.inf) for part, stay in zip(parts, best, strict=True)])
 
 
 def _counts_of_kind(keep: Tensor) -> tuple[Tensor, Tensor]:

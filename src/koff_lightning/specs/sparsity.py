@@ -35,7 +35,7 @@ class SparsitySpec:
         band: Widest gap allowed between tracked sparsity and the ramp (`lagrangian` only), in absolute sparsity.
         prior: Order the logits after warm-up by each gate's squared gradient (`fisher`), or start them equal (`none`).
         spread: Standard deviation of the logits that the prior sets.
-        min_channels: FFN neurons that every layer keeps; of channels, how many each linear of the FFN keeps.
+        min_channels: FFN neurons that every layer keeps, of untied gate and up channels both; of down channels as many.
         min_kv_groups: kv groups that every layer keeps.
         layout: At hardening each layer gets its own widths (`ragged`), or all get the same (`uniform`: a plain Llama or
             Qwen config then describes the cut model).

@@ -74,6 +74,18 @@ def test_threads_wait_asleep_unless_told_otherwise(given, asked):
     assert ran.stdout.splitlines()[-1] == f"False {asked}"
 
 
+@pytest.mark.parametrize(
+    ("before", "given", "asked"), [("", None, "PASSIVE"), ("", "ACTIVE", "ACTIVE"), ("import torch; ", None, None)]
+)
+def test_in_a_program_too_threads_wait_asleep_unless_told_otherwise(before, given, asked):
+    """And unless torch is there already, which has read what the environment says."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    program = f"{before}import koff_lightning, os, torch; print(os.environ.get('OMP_WAIT_POLICY'))"
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == str(asked)
+
+
 def test_help_lists_every_verb(capsys):
     assert main(["--help"]) == 0
     said = capsys.readouterr().out

@@ -1,6 +1,9 @@
 """What a config that says nothing gets: dtype and precision by the device, activations kept where they find room."""
 
+import ast
 import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -252,3 +255,170 @@ def test_in_a_container_what_files_that_were_read_take_counts_as_free(monkeypatc
         (group / f"memory.{name}").write_text(f"{text}\n")
     monkeypatch.setattr(recomputation, "Path", lambda name: tmp_path / name.lstrip("/"))
     assert recomputation.free_memory(torch.device("cpu")) == due
+
+
+# ------------------------------------------------------------------------------------------ what cannot be, or differs
+
+ROUNDED = "casts what is trained: small steps would be rounded away. Use bf16-mixed, and model.dtype for the frozen"
+FOR_GPUS = (
+    "trainer.precision '16-mixed' needs a GPU, and this run is on the CPU: use bf16-mixed, or null for what suits"
+)
+NO_DTYPE = "dtype must be a floating torch dtype such as float32, bfloat16 or float16; got "
+STORED = "torch stores numbers in float8_e4m3fn but does not compute in it: give float32, bfloat16 or float16"
+
+
+@pytest.mark.parametrize(
+    ("word", "due"),
+    [
+        ("trainer.precision=16-mixed", FOR_GPUS),
+        ("trainer.precision=16", FOR_GPUS),
+        ("trainer.precision=bf16-true", f"trainer.precision 'bf16-true' {ROUNDED}"),
+        ("trainer.precision=16-true", f"trainer.precision '16-true' {ROUNDED}"),
+        (
+            "trainer.precision=64",
+            "'64-true' casts what is trained, which stays fp32 here. Use 32-true, and model.dtype",
+        ),
+        ("trainer.precision=transformer-engine", "into the backbone and cast what is trained, which koff cannot work"),
+        ("trainer.precision=auto", "got 'auto'. Leave it out (null) for what suits the device."),
+        ("model.dtype=int8", f"{NO_DTYPE}'int8'"),
+        ("model.dtype=bfloat", f"{NO_DTYPE}'bfloat'"),
+        ("model.dtype=float8_e4m3fn", STORED),
+    ],
+)
+def test_what_the_word_alone_decides_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch, capsys, caplog, word, due
+):
+    monkeypatch.setattr(training_cli, "take_up", lambda *_: pytest.fail("read on"))
+    words = ["--data.domains.en=bundled:en", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["fit", *words, f"--{word}"]) == 2
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("koff: ")]
+    assert due in line
+    assert "frozen weights in" not in caplog.text and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "baseline", "prepare"])
+def test_16_mixed_stays_allowed_where_there_is_a_gpu_and_for_who_only_prepares(monkeypatch, verb):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for gpu, accelerator in ((True, "auto"), (True, "gpu"), (True, "cpu"), (False, "auto"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        model, trainer = SimpleNamespace(dtype="half"), SimpleNamespace(precision=16, accelerator=accelerator)
+        if verb == "prepare" or (gpu and accelerator != "cpu"):
+            precision.refuse_words(model, trainer, verb)
+        else:
+            with pytest.raises(KoffError, match="'16-mixed' needs a GPU"):
+                precision.refuse_words(model, trainer, verb)
+        assert (model.dtype, trainer.precision) == ("float16", "16-mixed")
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("fp16", [True, False])
+def test_what_is_slow_is_told_of_the_dtype_that_is_computed_in(monkeypatch, bf16, fp16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: fp16)
+    for dtype, given, used in (
+        ("float16", None, "float16"),
+        ("half", "32", "float16"),
+        ("float16", "bf16-mixed", "bfloat16"),
+        ("float32", "bf16", "bfloat16"),
+        ("bfloat16", "32-true", "bfloat16"),
+        ("float64", None, "float64"),
+    ):
+        said = precision.told(SimpleNamespace(dtype=dtype), SimpleNamespace(precision=given, accelerator="auto"))
+        slow = {"float16": not fp16, "bfloat16": not bf16, "float64": False}[used]
+        assert (f"no instructions for half precision in {used}: a step takes several times" in said) == slow
+        assert (f"frozen weights in {dtype}, steps in " in said) != slow
+    for given in (None, "32", "32-true"):
+        assert (
+            precision.told(SimpleNamespace(dtype="float32"), SimpleNamespace(precision=given, accelerator="auto"))
+            is None
+        )
+
+
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
+def test_the_head_is_multiplied_in_fp32_where_fp16_is_slow_and_bf16_is_not(monkeypatch, autocast, has):
+    seen, real = [], losses.fused_head_loss
+    monkeypatch.setattr(losses, "half_is_slow", lambda _: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: has)
+    monkeypatch.setattr(losses, "fused_head_loss", lambda *words: seen.append(words) or real(*words))
+    torch.manual_seed(0)
+    student, head, labels = torch.randn(5, 8).half(), torch.randn(30, 8).half(), torch.arange(5)
+    exact = torch.nn.functional.cross_entropy(student.float() @ head.float().T, labels, reduction="none")
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        losses.head_loss(student, None, head, labels, torch.full((5,), 0.2), losses.LossSpec(1.0, 0.0))
+        nats = losses.head_nats(student, head, labels, 2)
+    wide = not has and autocast != torch.bfloat16
+    assert {tensor.dtype for tensor in (seen[0][0], seen[0][2])} == {torch.float32 if wide else torch.float16}
+    torch.testing.assert_close(nats, exact, **({} if wide else {"rtol": 0.1, "atol": 0.1}))
+
+
+def words_of(folder, tmp_path, *further):
+    """Of a short run on the small backbone."""
+    words = ["--model.backbone", str(folder), "--export.enabled=false", "--trainer.accelerator=cpu"]
+    words += [f"--data.domains.{name}={folder / 'text' / f'{name}.jsonl'}" for name in ("en", "law")]
+    words += ["--data.seq_len=32", "--trainer.limit_val_batches=0", "--trainer.limit_test_batches=1"]
+    words += ["--data.heldout_fraction=0.2", "--model.loss.kl=0", "--trainer.log_every_n_steps=1"]
+    return [*words, f"--trainer.default_root_dir={tmp_path}", *further]
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so_once(folder, tmp_path, capsys, caplog):
+    """Whichever way; a checkpoint of what this device cannot do is not taken up as something else."""
+
+    def goes_on(*further):
+        caplog.clear()
+        assert main(["fit", *words_of(folder, tmp_path, *further)]) == 0
+        return [line for line in caplog.messages if "so far computed" in line]
+
+    assert not goes_on("--trainer.max_steps=1", "--trainer.precision=bf16-mixed")
+    assert not goes_on("--trainer.max_steps=2", "--ckpt_path=last")
+    assert not goes_on("--trainer.max_steps=2", "--ckpt_path=last", "--trainer.precision=bf16")
+    there = "the run so far computed in bf16-mixed, from here on in 32-true (trainer.precision)"
+    assert goes_on("--trainer.max_steps=3", "--ckpt_path=last", "--trainer.precision=32-true") == [there]
+    back = "the run so far computed in 32-true, from here on in bf16-mixed (trainer.precision)"
+    assert goes_on("--trainer.max_steps=4", "--ckpt_path=last", "--trainer.precision=bf16-mixed") == [back]
+    (last,) = (tmp_path / "version_4").rglob("last.ckpt")
+    content = torch.load(last, weights_only=True)
+    content["koff"]["precision"] = "16-mixed"
+    torch.save(content, last)
+    words = words_of(folder, tmp_path, "--trainer.max_steps=5", f"--ckpt_path={last}")
+    capsys.readouterr()
+    assert main(["fit", *words]) == 2
+    assert "computed in 16-mixed, which needs a GPU, and this one is on the CPU: give" in capsys.readouterr().err
+    said = goes_on("--trainer.max_steps=5", f"--ckpt_path={last}", "--trainer.precision=bf16-mixed")
+    assert said == [there.replace("bf16-mixed", "16-mixed").replace("32-true", "bf16-mixed")]
+
+
+def test_a_mask_of_a_run_in_another_dtype_is_refused_by_its_name(folder, tmp_path, capsys):
+    words = words_of(folder, tmp_path, "--trainer.max_steps=1")
+    assert (
+        main(["baseline", *words[:-1], "--method=magnitude", "--sparsity=0.2", "--no-score", f"--out={tmp_path}"]) == 0
+    )
+    mask = tmp_path / "checkpoints" / "last.ckpt"
+    for option in ("mask", "prior"):
+        capsys.readouterr()
+        assert main(["fit", *words, f"--model.{option}={mask}", "--model.dtype=bfloat16"]) == 2
+        due = (
+            f"the mask in {mask} is of a run that kept its frozen weights in float32, this one keeps them in bfloat16: "
+        )
+        assert f"{due}give --model.dtype float32" in capsys.readouterr().err
+
+
+def test_options_that_are_named_in_advice_exist():
+    named = set()
+    for node in ast.walk(ast.parse(Path(training_cli.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            sections = "data|model|trainer|loss|sparsity|lora|kv|optim|checkpoint|anneal|export"
+            named |= set(re.findall(rf"(?<![\w./])(?:{sections})(?:\.[a-z]\w*)+", node.value))
+    options = training_cli.resolved(["fit", "--data.domains.en=bundled:en"])
+
+    def leaf(name):
+        value = options
+        for part in name.split("."):
+            value = value.get(part, KeyError) if isinstance(value, dict) else KeyError
+        return value
+
+    assert {"data.batch_size", "model.loss.chunk", "model.activation_checkpointing"} <= named
+    assert [name for name in named if leaf(name) is KeyError] == ["model.domains"]  # which is taken from the data

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from koff_lightning.support.threads import wait_asleep
+
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
@@ -56,6 +58,9 @@ def _is_command() -> bool:
         return "koff_lightning" in sys.orig_argv
     return Path(program).name in ("koff", "koff.exe", "koff-script.py")
 
+
+if "torch" not in sys.modules:  # OpenMP reads the environment as torch is loaded
+    wait_asleep()
 
 # `import koff_lightning` must suffice for `AutoModelForCausalLM.from_pretrained` on an artifact. The lightest way into
 # transformers is by its own classes: 5 s of imports, which nearly every use of this package needs anyway. The help of

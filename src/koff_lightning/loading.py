@@ -66,7 +66,7 @@ def load_backbone(
         KoffError: Nothing there, no access, no network, a family that is not supported, or the backbone of an artifact
             whose files are not those that the artifact lists.
     """
-    where = _resolve(source, revision, trust_remote_code)
+    where = _resolve(source, revision, trust_remote_code) | {"dtype": torch_dtype(dtype)}
     by_itself = config is None
     config = config or load_config(source, revision=revision, trust_remote_code=trust_remote_code)
     if "gguf_file" in where:
@@ -78,7 +78,7 @@ def load_backbone(
         _refuse_adapter(source, where)
     if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
         _check_files(folder, config, source, by_itself)
-    where = where | {"config": config, "dtype": torch_dtype(dtype), "output_loading_info": True}
+    where = where | {"config": config, "output_loading_info": True}
     with _bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")), no_report():
         model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
     if not folder.is_dir() and isinstance(
@@ -231,10 +231,16 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The floating dtype of that name."""
+    """The floating dtype of that name.
+
+    Raises:
+        KoffError: There is none, or it is one that numbers are only stored in.
+    """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise KoffError(f"dtype must be a floating torch dtype such as float32, bfloat16 or float16; got {name!r}")
+    if dtype.itemsize < 2:  # float8 and float4
+        raise KoffError(f"torch stores numbers in {name} but does not compute in it: give float32, bfloat16 or float16")
     return dtype
 
 

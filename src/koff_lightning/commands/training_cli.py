@@ -55,7 +55,7 @@ from koff_lightning.commands.parsing.foreign_errors import (
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.parsing.option_table import NO_DOMAINS
 from koff_lightning.commands.parsing.option_values import refuse_meaningless
-from koff_lightning.commands.parsing.precision import AUTO, choose, has_bf16, take_up, told
+from koff_lightning.commands.parsing.precision import AUTO, choose, has_bf16, hint_of, refuse_words, take_up, told
 from koff_lightning.commands.parsing.quiet_terminal import keep_the_terminal_quiet
 from koff_lightning.commands.parsing.trainer_options import (
     refuse_callbacks,
@@ -88,7 +88,7 @@ CALLBACKS = {
 
 
 LESS_MEMORY = (
-    "Take a smaller data.batch_size (with trainer.accumulate_grad_batches), data.seq_len or loss.chunk, or "
+    "Take a smaller data.batch_size (with trainer.accumulate_grad_batches), data.seq_len or model.loss.chunk, or "
     "model.activation_checkpointing true"
 )
 
@@ -144,6 +144,7 @@ class KoffCLI(LightningCLI):
             refuse_meaningless(kind, self.config[self.subcommand][section], section)
         model, trainer = self.config[self.subcommand].model, self.config[self.subcommand].trainer
         refuse_options(trainer)
+        refuse_words(model, trainer, self.subcommand)
         if self.subcommand == "baseline":
             resolve(self.config.baseline)  # which may name the backbone, by which the dtype is chosen
         take_up(model, trainer, self._goes_on_from())
@@ -177,7 +178,8 @@ class KoffCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             verb = self._subcommand_parsers[args[0]]
-            raise own_words(error) or KoffError(one_line(str(error), _option_names(verb.get_defaults()))) from error
+            said = one_line(str(error), _option_names(verb.get_defaults()))
+            raise own_words(error) or KoffError(said + hint_of(said)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Options come from configs and the command line alone.

@@ -14,6 +14,7 @@ from koff_lightning.decomposition import Decomposition
 from koff_lightning.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import options_of
+from koff_lightning.training.resume import other_dtype
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class MaskSource:
             (`model.prior`).
         about: What the checkpoint says about its model: name and hash of the backbone, and so on.
         sparsity: The `model.sparsity` options of the run that saved it.
+        dtype: What its frozen weights were kept in, where that is known.
         tensors: State of its gates, by name; `logits` and `kept` are [U], one entry for each prunable unit.
     """
 
@@ -33,6 +35,7 @@ class MaskSource:
     fixed: bool
     about: dict[str, Any]
     sparsity: SparsitySpec
+    dtype: str | None
     tensors: dict[str, Tensor]
 
 
@@ -70,17 +73,23 @@ def read_mask_source(
         raise KoffError(f"the mask in {path} is not fixed yet: give a later checkpoint of that run as model.mask")
     if prior is not None and not spec.target:
         raise KoffError("model.prior is the start of a mask, but model.sparsity.target is 0, which learns none")
-    return MaskSource(path, mask is not None, checkpoint["koff"], found, tensors)
+    dtype = checkpoint["hyper_parameters"].get("dtype")
+    return MaskSource(path, mask is not None, checkpoint["koff"], found, dtype, tensors)
 
 
 def load_mask(model: Decomposition, source: MaskSource) -> None:
     """Put a given mask, or its order, into a model that was just built.
 
     Raises:
-        KoffError: It belongs to another backbone or to other units.
+        KoffError: It belongs to another backbone, to one in another dtype, or to other units.
     """
     gates, logits = model.gates, source.tensors["logits"]
     if source.about["backbone_hash"] != model.backbone_hash:
+        if dtypes := other_dtype(source.dtype, model):
+            raise KoffError(
+                f"the mask in {source.path} is of a run that kept its frozen weights in {dtypes[0]}, this one keeps "
+                f"them in {dtypes[1]}: give --model.dtype {dtypes[0]}"
+            )
         raise KoffError(
             f"the mask in {source.path} belongs to backbone {source.about['backbone']!r} (hash "
             f"{source.about['backbone_hash'][:12]}), but {model.source!r} has hash {model.backbone_hash[:12]}"

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from koff_lightning.artifact.checkpoint import (
     decomposition_state,
@@ -125,11 +127,12 @@ def give_data_its_place(trainer: Trainer) -> None:
 
 
 def refuse_without_run(checkpoint: Mapping[str, Any], data: object) -> None:
-    """Refuse to train on from what holds no run.
+    """Refuse to train on from what holds no run; say so where the run that goes on is to compute in other precision.
 
     Args:
         checkpoint: What was read.
-        data: The datamodule; ours always leaves in a checkpoint where its text stood.
+        data: The datamodule, by which Lightning tells its trainer; ours always leaves in a checkpoint where its text
+            stood.
 
     Raises:
         KoffError: There is no state of a run, as `koff baseline` writes it, or not the place in our data.
@@ -147,6 +150,13 @@ def refuse_without_run(checkpoint: Mapping[str, Any], data: object) -> None:
         )
     if isinstance(data, DomainDataModule) and (fault := fault_of_place(place)):
         raise KoffError(f"the checkpoint is not as `koff fit` writes one: {fault}. Give another one")
+    _say_other_precision(checkpoint.get("koff", {}).get("precision"), getattr(data, "trainer", None))
+
+
+def _say_other_precision(there: str | None, trainer: Trainer | None) -> None:
+    """One line where `trainer.precision` is not that of the run so far; checkpoints of 0.1.0 do not say theirs."""
+    if there and trainer is not None and there != (here := str(trainer.precision)):
+        rank_zero_info(f"the run so far computed in {there}, from here on in {here} (trainer.precision)")
 
 
 def make_of(model: Decomposition) -> dict[str, Any]:
@@ -160,6 +170,14 @@ def make_of(model: Decomposition) -> dict[str, Any]:
         "kv": model.kv and asdict(model.kv),
         "placement": model.placement,
     }
+
+
+def other_dtype(there: str | None, model: Decomposition) -> tuple[str, str] | None:
+    """The dtypes of a run's frozen weights, by its options, and of these, where that is known and they differ."""
+    kept = model.backbone.dtype
+    if there is None or getattr(torch, there, there) == kept:  # half is float16
+        return None
+    return there, str(kept).removeprefix("torch.")
 
 
 def refuse_unfit(checkpoint: Mapping[str, Any], model: Decomposition, some_domains: bool = False) -> None:
@@ -178,8 +196,8 @@ def refuse_unfit(checkpoint: Mapping[str, Any], model: Decomposition, some_domai
         raise KoffError(
             "this checkpoint was not written by koff-lightning: it does not say which backbone it belongs to"
         )
-    dtypes = (checkpoint.get("hyper_parameters") or {}).get("dtype"), str(model.backbone.dtype).removeprefix("torch.")
-    if about["backbone_hash"] != model.backbone_hash and dtypes[0] and len(set(dtypes)) > 1:
+    dtypes = other_dtype((checkpoint.get("hyper_parameters") or {}).get("dtype"), model)
+    if about["backbone_hash"] != model.backbone_hash and dtypes:
         raise KoffError(
             f"the checkpoint's run kept its frozen weights in {dtypes[0]}, this one in {dtypes[1]}: give --model.dtype "
             f"{dtypes[0]}"

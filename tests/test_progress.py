@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from tiny_run import RandomText, tiny_module, tiny_trainer
@@ -40,6 +41,20 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
     summary = next(line for line in said if line.startswith("trained to step 8 in 0:"))
     assert " tokens/s, peak memory " in summary and summary.endswith(" GiB")
     assert said[0] == f"loading {tmp_path / 'backbone'}"
+
+
+def test_the_time_of_training_is_that_of_its_steps(tmp_path, capsys):
+    class Scores(Callback):
+        """Takes long after the last step, as scoring does, before the bar is told that training has ended."""
+
+        def on_train_end(self, trainer, pl_module):
+            progress._began -= 500  # as if that much time went by
+            progress._looked -= 500
+
+    progress = KoffProgress()
+    trainer = tiny_trainer(tmp_path, [Scores(), progress], steps=2)
+    trainer.fit(tiny_module(tmp_path), RandomText(batches=3))
+    assert "trained to step 2 in 0:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("total", [8, 2_400, 99_999, 10_000_000, math.inf])

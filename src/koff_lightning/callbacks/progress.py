@@ -166,7 +166,7 @@ class KoffProgress(RichProgressBar):
         self._stop_progress()
         if trainer.is_global_zero and self._figures:
             peak = f", peak memory {self._figures['peak']:.2f} GiB" if math.isfinite(self._figures["peak"]) else ""
-            took = _duration(time.perf_counter() - self._began)
+            took = _duration(self._looked - self._began)  # to the last step: by now held-out text has been scored
             _say(f"trained to step {trainer.global_step} in {took}, {self._figures['rate']:,.0f} tokens/s{peak}")
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:

@@ -27,9 +27,9 @@ from koff_lightning.cli import main as koff
 from koff_lightning.data import stream
 from koff_lightning.evaluation.lm_scores import Scores
 from koff_lightning.gates import BackboneGates
+from koff_lightning.specs.training import RetentionSpec
 from koff_lightning.support import ranks
 from koff_lightning.training.checkpoints import newest_checkpoint
-from koff_lightning.training.retention import RetentionSpec
 from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # kept, since Lightning takes it away after a run

@@ -12,7 +12,7 @@ from tiny_run import RandomText, tiny_module, tiny_trainer
 
 from koff_lightning.artifact.export import export
 from koff_lightning.loading import load_tokenizer
-from koff_lightning.memory import LoraSpec
+from koff_lightning.specs.memories import LoraSpec
 from koff_lightning.studies.analysis import (
     adapter_norms,
     attention_mass,
@@ -255,7 +255,7 @@ def test_the_dense_model_is_read_whatever_is_in_force(opened, home):
 @pytest.mark.parametrize("units", [["gate_channel", "up_channel", "v_channel"], ["up_channel", "down_channel"]])
 def test_neurons_are_read_from_channels_of_gate_and_up(tmp_path, units):
     """A neuron is removed if either half is; each half is told too, and what is put back is the whole neuron."""
-    from koff_lightning.sparsity import SparsitySpec
+    from koff_lightning.specs.sparsity import SparsitySpec
 
     module = tiny_decomposition(tmp_path, sparsity=SparsitySpec(target=0.2, units=units, min_channels=4))
     export(module, tmp_path / "out", prove=False)
@@ -312,7 +312,7 @@ def test_a_mask_that_is_not_fixed_is_refused(tmp_path):
 
 
 def test_masks_without_neurons_and_no_text(tmp_path, opened):
-    from koff_lightning.sparsity import SparsitySpec
+    from koff_lightning.specs.sparsity import SparsitySpec
 
     spec = SparsitySpec(target=0.02, units=["kv_group"])
     module = tiny_module(tmp_path, sparsity=spec, lora=LoraSpec(rank=1))

@@ -13,7 +13,7 @@ from toy_text import toy_documents, write_jsonl
 
 from koff_lightning.artifact.export import export
 from koff_lightning.cli import main
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.studies.analysis import paper
 
 FEW = [
@@ -148,7 +148,7 @@ def exported(home, folder, units: list[str] | None = None, layer_only: int | Non
 
 def tiny_decomposition_of(home, spec: SparsitySpec):
     from koff_lightning.decomposition import Decomposition
-    from koff_lightning.memory import LoraSpec
+    from koff_lightning.specs.memories import LoraSpec
 
     module = Decomposition(str(home / "dense"), list(DOMAINS), spec, LoraSpec(rank=1), None)
     module.harden()

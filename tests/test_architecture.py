@@ -2,6 +2,7 @@
 
 import ast
 import re
+import symtable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -130,6 +131,25 @@ def test_no_import_cycles_within_a_floor():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+
+
+def defined(file: Path) -> set[str]:
+    """Names that a module makes itself, outside of its functions and classes."""
+    symbols = symtable.symtable(file.read_text(encoding="utf-8"), str(file), "exec").get_symbols()
+    return {symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_imported()}
+
+
+def test_a_name_is_imported_from_the_module_that_defines_it():
+    """Not from one that has imported it too. Packages are doors: their own file may pass names on."""
+    own = {module_name(file): defined(file) for file in FILES if file.name != "__init__.py"}
+    others = [file for folder in ("recipes", "tests") for file in sorted((SOURCE.parent / folder).rglob("*.py"))]
+    borrowed = []
+    for file in (*FILES, *others):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in own:
+                names = {alias.name for alias in node.names} - own[node.module]
+                borrowed += [f"{file.name}:{node.lineno}: {name} is not of {node.module}" for name in sorted(names)]
+    assert borrowed == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)

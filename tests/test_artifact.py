@@ -15,9 +15,6 @@ from toy_text import toy_tokenizer
 
 from koff_lightning import KoffError, load_tokenizer
 from koff_lightning.artifact.folder import (
-    BACKBONE,
-    CARD,
-    MANIFEST,
     MEMORIES,
     Manifest,
     describe_files,
@@ -27,6 +24,7 @@ from koff_lightning.artifact.folder import (
     verify,
 )
 from koff_lightning.backbone import prunable_groups
+from koff_lightning.listed_files import BACKBONE, CARD, MANIFEST
 from koff_lightning.loading import tokenizer_hash
 from koff_lightning.support import files as new_folder
 from koff_lightning.support.files import hash_file

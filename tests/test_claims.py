@@ -11,7 +11,7 @@ from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.cli import main
 from koff_lightning.commands.claims import resolved_config
-from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.studies.claims import runs as arm_runs
 from koff_lightning.studies.claims.arms import ARMS, Run, chosen, equal_memories
 from koff_lightning.training.run_folder import alone_in

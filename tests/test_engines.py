@@ -15,8 +15,8 @@ from koff_lightning import KoffError
 from koff_lightning.artifact import engines
 from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import LAYOUTS
-from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.serving.vllm.engine import RANKS
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "engines"))
 import record

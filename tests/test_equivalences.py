@@ -21,7 +21,8 @@ from tiny_cases import (
 from tiny_models import FAMILIES
 
 from koff_lightning.backbone import allow_recomputation, hidden_states
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.memory import MemoryBank
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.support.errors import KoffError
 
 PATHS = {"base": None, "lora": {"kv": False}, "kv": {"lora": False}, "lora_kv": {}}

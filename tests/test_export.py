@@ -36,7 +36,7 @@ from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
 from koff_lightning.commands.parsing import option_table
 from koff_lightning.reports.results import mask_and_size, sentences
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.sparsity import SparsitySpec
 
 LAYOUTS = ("ragged", "uniform", "deci", "masked", "merged")
 

@@ -253,12 +253,12 @@ SLOW_STEPS = """
 import sys, time
 from koff_lightning import KOFFModule
 from koff_lightning.cli import main
-from koff_lightning.data import loader, stream_loader
+from koff_lightning.data import loader
 heed, step = loader.heed_the_parent_alone, KOFFModule.training_step
 def late(worker):
     time.sleep(2 * worker)
     heed(worker)
-loader.heed_the_parent_alone = stream_loader.heed_the_parent_alone = late
+loader.heed_the_parent_alone = late
 def slow(module, *args):
     print("begun", flush=True)
     time.sleep(0.5)

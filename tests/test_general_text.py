@@ -18,8 +18,8 @@ from koff_lightning.callbacks import AnnealSparsity, GradientCoverage
 from koff_lightning.cli import main
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.losses import settled
+from koff_lightning.specs.training import RetentionSpec
 from koff_lightning.training import recomputation, retention
-from koff_lightning.training.retention import RetentionSpec
 
 STEPS, EVERY = 20, 3
 PHASES = {"warmup": 0.2, "ramp": 0.3, "hold": 0.1}  # steps 0-3, 4-9, 10-11; hardened from 12

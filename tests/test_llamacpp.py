@@ -19,10 +19,10 @@ from koff_lightning.artifact.export import export
 from koff_lightning.artifact.to_gguf import to_gguf
 from koff_lightning.cli import main
 from koff_lightning.loading import load_tokenizer
-from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.serving import llama_library
 from koff_lightning.serving.llama_library import library
 from koff_lightning.serving.llama_state import data_of, with_slots
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: `make install` does it, on Linux")
 
@@ -318,7 +318,7 @@ def test_other_releases_and_none_are_refused(monkeypatch):
 def koff_tiny(tmp_path_factory):
     """koff-tiny with units removed and two domains' memories, as files and as GGUF."""
     from koff_lightning.decomposition import Decomposition
-    from koff_lightning.sparsity import SparsitySpec
+    from koff_lightning.specs.sparsity import SparsitySpec
 
     folder = tmp_path_factory.mktemp("tiny")
     module = Decomposition(

@@ -23,7 +23,8 @@ from koff_lightning.callbacks import LMEval, LMEvalTask
 from koff_lightning.callbacks.lm_eval import _Part, score_names
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
-from koff_lightning.evaluation.harness import KoffLM, quiet, score
+from koff_lightning.evaluation.harness import KoffLM, score
+from koff_lightning.evaluation.lm_tasks import quiet
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.support import ranks
 from koff_lightning.training.eval_mode import eval_mode

@@ -25,8 +25,9 @@ from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main
 from koff_lightning.commands.lm_eval_cli import _parser
 from koff_lightning.evaluation import lm_tasks
-from koff_lightning.evaluation.harness import KoffLM, quiet, score
+from koff_lightning.evaluation.harness import KoffLM, score
 from koff_lightning.evaluation.lm_scores import CLASH
+from koff_lightning.evaluation.lm_tasks import quiet
 
 DOMAINS = ["en", "law"]
 

@@ -18,7 +18,7 @@ from koff_lightning.artifact.memory_files import read_card
 from koff_lightning.backbone import rotary_inv_freqs
 from koff_lightning.cli import main
 from koff_lightning.kv_memory import KVMemory
-from koff_lightning.memory import LoraSpec
+from koff_lightning.specs.memories import LoraSpec
 from koff_lightning.support import files as new_folder
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file

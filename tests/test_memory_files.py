@@ -15,7 +15,6 @@ from koff_lightning import KoffError, KVSpec, LoraSpec
 from koff_lightning.artifact.memory_files import (
     ADAPTER,
     ADAPTER_CONFIG,
-    CARD,
     KV_FILE,
     MemoryCard,
     load_memory,
@@ -25,6 +24,7 @@ from koff_lightning.artifact.memory_files import (
 )
 from koff_lightning.backbone import prunable_groups
 from koff_lightning.kv_memory import KVMemory
+from koff_lightning.listed_files import CARD
 from koff_lightning.support.files import hash_file
 
 # peft asks transformers for something by its former name

@@ -22,11 +22,12 @@ from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
 from koff_lightning.artifact.export import export
 from koff_lightning.cli import main
 from koff_lightning.evaluation import lm_tasks
-from koff_lightning.evaluation.harness import KoffLM, quiet, score
+from koff_lightning.evaluation.harness import KoffLM, score
+from koff_lightning.evaluation.lm_tasks import quiet
+from koff_lightning.specs.training import RetentionSpec
 from koff_lightning.support import ranks
 from koff_lightning.training import strategies
 from koff_lightning.training.checkpoints import newest_checkpoint
-from koff_lightning.training.retention import RetentionSpec
 
 PLAIN = ("replicated", "sharded")
 RESUMED = ("resumed", "resumed_sharded", "resumed_replicated")

@@ -11,8 +11,8 @@ from lm_eval.tasks import TaskManager
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM
 
-from koff_lightning.evaluation.harness import KoffLM, answers, quiet
-from koff_lightning.evaluation.lm_tasks import FOLDER, load_tasks
+from koff_lightning.evaluation.harness import KoffLM, answers
+from koff_lightning.evaluation.lm_tasks import FOLDER, load_tasks, quiet
 from koff_lightning.loading import load_config, load_tokenizer
 
 CHANCE = 0.25  # four choices, all as long

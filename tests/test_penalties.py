@@ -6,7 +6,7 @@ import torch
 from koff_lightning import KoffError
 from koff_lightning.gates import HardConcrete
 from koff_lightning.penalties import PENALTIES, HingePenalty, LagrangianPenalty, make_penalty
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.sparsity import SparsitySpec
 
 
 def test_a_hinge_presses_until_the_target_is_met_and_then_no_more():

@@ -24,10 +24,11 @@ from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.compose import compose
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.folder import read_manifest
-from koff_lightning.artifact.memory_files import ADAPTER_CONFIG, CARD, load_memory
+from koff_lightning.artifact.memory_files import ADAPTER_CONFIG, load_memory
 from koff_lightning.backbone import attention_modules, layer_of
 from koff_lightning.callbacks import PlaceMemories
 from koff_lightning.cli import main
+from koff_lightning.listed_files import CARD
 from koff_lightning.loading import load_backbone
 from koff_lightning.memory import MemoryBank
 from koff_lightning.placement import placed, shown

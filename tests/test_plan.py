@@ -14,11 +14,11 @@ from koff_lightning.backbone import parameter_counts, without_weights
 from koff_lightning.cli import main
 from koff_lightning.commands.plan import planned
 from koff_lightning.commands.published_sizes import PUBLISHED
-from koff_lightning.losses import LossSpec
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.memory import MemoryBank
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
+from koff_lightning.specs.training import LossSpec, RetentionSpec
 from koff_lightning.training.planning import Step, _count, count, memory
-from koff_lightning.training.retention import RetentionSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/scale"))
 import peak

@@ -17,10 +17,10 @@ from koff_lightning.artifact.folder import describe_file, read_manifest, verify
 from koff_lightning.artifact.router_files import read_router
 from koff_lightning.cli import main
 from koff_lightning.evaluation.routing import first_ids
-from koff_lightning.memory import LoraSpec
 from koff_lightning.router import ngrams, routing
 from koff_lightning.router.encoder import fine_tune, load_encoder
 from koff_lightning.router.routing import Router, calibrated, size_of, training_pieces
+from koff_lightning.specs.memories import LoraSpec
 from koff_lightning.support.files import hash_file
 
 # The domains of the tiny artifact, with text that has nothing to do with their names.

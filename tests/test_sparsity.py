@@ -51,7 +51,7 @@ def test_report_counts_a_mask(family, denominator):
     assert report["units"] == pytest.approx(gone / sum(g.size * g.params_per_unit for g in groups), abs=1e-12)
     assert budget.kept_parameters(kept) == counts["total"] - gone
     assert budget.expected(kept.float()).item() == pytest.approx(report[denominator], abs=1e-6)
-    assert budget.tracked(kept.float()).item() == pytest.approx(report[denominator], abs=1e-6)
+    assert budget.measured(kept.float()).item() == pytest.approx(report[denominator], abs=1e-6)
 
 
 def test_report_by_type():
@@ -67,13 +67,13 @@ def test_channels_of_the_ffn_are_reported_as_its_own():
     assert (rates["ffn"], rates["attention"]) == (0.75, 0.5)
 
 
-def test_tracked_is_half_hard_with_the_gradient_of_the_soft_count():
+def test_measured_is_half_hard_with_the_gradient_of_the_soft_count():
     budget = budget_of([group(0, "channel", 4, 3)])
     keep = torch.tensor([0.9, 0.6, 0.4, 0.3], requires_grad=True)
     soft, hard = budget.expected(keep), budget.expected((keep > 0.5).float())
     assert (soft.item(), hard.item()) == (pytest.approx(0.36), pytest.approx(0.4)), "apart, or either would do"
-    assert budget.tracked(keep).item() == pytest.approx(0.38) == pytest.approx(budget.measured(keep).item())
-    slopes = [torch.autograd.grad(f(keep), keep)[0] for f in (budget.tracked, budget.expected)]
+    assert budget.measured(keep).item() == pytest.approx(0.38)
+    slopes = [torch.autograd.grad(f(keep), keep)[0] for f in (budget.measured, budget.expected)]
     assert torch.equal(*slopes)
     torch.testing.assert_close(slopes[0], torch.full((4,), -3 / 15))
 
@@ -376,7 +376,7 @@ def toy(kind, steps, *, shape="linear", target=0.12, seed=0):
         keep = gates.gate.keep(gates.logits)
         values = gates.gate.sample(gates.logits, 8)
         loss = (weights * (1 - values).square() * torch.exp(0.5 * torch.randn(len(values), len(weights)))).sum(1).mean()
-        (loss + penalty(budget.tracked(keep), goal)).backward()
+        (loss + penalty(budget.measured(keep), goal)).backward()
         hard = budget.expected((keep > 0.5).float())
         gaps.append([abs(budget.expected(keep).item() - goal), abs(hard.item() - goal)])
         optimizer.step()

@@ -18,7 +18,7 @@ from tiny_cases import (
 from tiny_models import FAMILIES, tiny_model
 
 from koff_lightning import KoffError, SparsitySpec
-from koff_lightning.backbone import KINDS, hidden_states, kv_shapes, parameter_counts, prunable_groups
+from koff_lightning.backbone import hidden_states, kv_shapes, parameter_counts, prunable_groups
 from koff_lightning.sparsity import Budget
 from koff_lightning.surgery import (
     cut_kv,
@@ -31,6 +31,7 @@ from koff_lightning.surgery import (
     zero_kv,
     zero_state,
 )
+from koff_lightning.units import KINDS
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 

@@ -20,9 +20,9 @@ from transformers import AutoConfig, DynamicCache
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.memories import add_memory, remove_memory
 from koff_lightning.cli import main
-from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.serving.engine import Failed, Options, Unknown
 from koff_lightning.serving.vllm import plugin, slots
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.support.errors import KoffError
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from koff_lightning.artifact.export import export
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.memory import KVSpec, LoraSpec
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 
 DOMAINS = ("de", "fr", "law")
 VOCABULARY = 320  # the toy tokenizer's 300 and some

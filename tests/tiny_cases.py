@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from koff_lightning.artifact.layouts import LAYOUTS
 from koff_lightning.attention import LayerMemory
-from koff_lightning.backbone import KINDS, PrunableGroup, hidden_states, prunable_groups
+from koff_lightning.backbone import PrunableGroup, hidden_states, prunable_groups
 from koff_lightning.gates import BackboneGates
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.memory import MemoryBank
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.surgery import cut_kv, cut_state
+from koff_lightning.units import KINDS
 
 DOMAINS = ("de", "fr", "law")
 SLOTS, ALPHA, RANK = 5, 6.0, 3

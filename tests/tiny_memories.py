@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from koff_lightning.artifact.folder import Manifest
 from koff_lightning.artifact.memory_files import MemoryCard, card_of, lora_state, write_memory
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.memory import MemoryBank
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 
 KINDS = {  # domain -> adapter, KV memory
     "both": (LoraSpec(3, 6.0), KVSpec(5)),

@@ -105,7 +105,7 @@ def artifact(
     from tiny_artifact import tiny_decomposition
 
     from koff_lightning.artifact.export import export
-    from koff_lightning.memory import KVSpec, LoraSpec
+    from koff_lightning.specs.memories import KVSpec, LoraSpec
 
     changes = {"head_dim": 32} | options.pop("changes", {})
     folder.parent.mkdir(exist_ok=True)

@@ -30,7 +30,7 @@ from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freqs
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.kv_memory import KVMemory
-from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from tiny_artifact import VOCABULARY, tiny_decomposition

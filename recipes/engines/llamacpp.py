@@ -28,9 +28,9 @@ from koff_lightning.data.sources import bundled_file
 from koff_lightning.data.split import BadLines
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.loading import load_tokenizer
-from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.serving.llama_model import LlamaModel
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 
 WINDOW = 256  # tokens that are scored together
 KINDS = {"f32": "f32", "f16": "f16", "q8_0": "f16"}  # of the weights -> of the token cache

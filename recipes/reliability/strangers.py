@@ -36,8 +36,9 @@ from safetensors.torch import load_file, save_file
 
 from koff_lightning import KoffError, load_decomposed
 from koff_lightning.artifact.checkpoint import from_checkpoint
-from koff_lightning.artifact.folder import CARD, describe_file
+from koff_lightning.artifact.folder import describe_file
 from koff_lightning.cli import main
+from koff_lightning.listed_files import CARD
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 

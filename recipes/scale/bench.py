@@ -29,9 +29,10 @@ from koff_lightning.callbacks.anneal import AnnealSparsity
 from koff_lightning.data import DomainDataModule
 from koff_lightning.data.teacher import INDEX, LOG_Q
 from koff_lightning.loading import TINY, load_backbone
-from koff_lightning.losses import LossSpec, top_k_of
-from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.losses import top_k_of
 from koff_lightning.sparsity import SparsitySchedule
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.training import LossSpec
 from koff_lightning.training.module import KOFFModule
 from koff_lightning.training.optim import parameter_groups
 

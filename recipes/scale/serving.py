@@ -28,7 +28,7 @@ from scipy.stats import linregress
 from koff_lightning.commands.serving_bench import _artifact, _clock
 from koff_lightning.serving.engine import Options
 from koff_lightning.serving.own import OwnEngine
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.sparsity import SparsitySpec
 
 
 def artifact(folder: str, backbone: str, domains: int) -> Path:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from koff_lightning.backbone import (
     ask_nothing_,
     hidden_states,
+    inputs_of,
     parameter_counts,
     prunable_groups,
     uniform_kv_groups,
@@ -22,9 +23,11 @@ from koff_lightning.backbone import (
 from koff_lightning.gates import BackboneGates
 from koff_lightning.loading import fingerprint, load_backbone
 from koff_lightning.losses import head_nats
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank, Part
+from koff_lightning.memory import MemoryBank, Part
 from koff_lightning.placement import placed, shown
-from koff_lightning.sparsity import Budget, SparsitySpec
+from koff_lightning.sparsity import Budget
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_names
@@ -224,8 +227,7 @@ class Decomposition(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, T, d] under the gates and memories in force."""
-        inputs = {name: batch.get(name) for name in ("input_ids", "position_ids", "attention_mask")}
-        return hidden_states(self.backbone, **inputs)
+        return hidden_states(self.backbone, **inputs_of(batch, self.device))
 
     @torch.no_grad()
     def dense_hidden(self, batch: Batch) -> Tensor:

@@ -133,7 +133,7 @@ class ShrinkingReLU:
         self.mu = self.width = self.start - (self.start - self.end) * math.sqrt(min(max(progress, 0.0), 1.0))
 
 
-KINDS = {"hc": HardConcrete, "ddp": ShrinkingReLU}
+GATES = {"hc": HardConcrete, "ddp": ShrinkingReLU}
 
 
 class _Product(torch.autograd.Function):
@@ -172,7 +172,7 @@ class BackboneGates(nn.Module):
     def __init__(self, groups: list[PrunableGroup], kind: str = "hc", **options: float | None) -> None:
         """Args: units of all layers; kind of gate, `hc` or `ddp`; and its options."""
         super().__init__()
-        self.groups, self.gate = groups, KINDS[kind](**options)
+        self.groups, self.gate = groups, GATES[kind](**options)
         self.sizes = [group.size for group in groups]
         units = sum(self.sizes)
         self.logits = nn.Parameter(torch.full((units,), self.gate.initial))  # [U] fp32

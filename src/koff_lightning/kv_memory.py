@@ -18,9 +18,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from koff_lightning.attention import LayerMemory
 from koff_lightning.backbone import attention_modules, cache_argument, rope_of, rotary_inv_freqs
+from koff_lightning.specs.memories import MAX_SLOTS
 from koff_lightning.support.errors import KoffError
-
-MAX_SLOTS = 8192  # the largest memory that was studied (Cartridges)
 
 # Rotary embeddings whose frequencies change with the length of the text: no one rotation moves their keys.
 MOVING_ROPE = ("dynamic", "longrope")
@@ -218,37 +217,29 @@ def rotate_keys(key: Tensor, inv_freq: Tensor, shift: int) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(key.dtype)
 
 
-def read_memories(memories: Sequence[KVMemory], rows: Sequence[int], layer: int) -> LayerMemory | None:
-    """What each row of a batch reads in one layer. Memories that no row reads are not touched and get no gradient.
+def read_memories(rows: Sequence[KVMemory | None], layer: int) -> LayerMemory | None:
+    """What each row of a batch reads in one layer.
 
     Args:
-        memories: One per domain.
-        rows: B numbers, the memory of each row, -1 for none; no tensor, as every layer would wait for a GPU to tell it.
+        rows: The memory of each of the B rows, None for none.
         layer: Index of the layer.
 
     Returns:
         None when no row has a memory; one shared memory [1, K, P, dh] when all rows read the same; else one per row
         [B, K, P, dh], where P is the largest present and `visible` hides what a row does not have.
-
-    Raises:
-        KoffError: a row names a memory that does not exist.
     """
-    names = list(rows)
-    present = sorted({name for name in names if name != -1})
+    present = list(dict.fromkeys(memory for memory in rows if memory is not None))
     if not present:
         return None
-    if present[0] < 0 or present[-1] >= len(memories):
-        raise KoffError(f"rows must be -1 (none) or 0 to {len(memories) - 1}, got {names}")
-    pairs = {name: memories[name].layer(layer) for name in present}  # name -> [K, P, dh] twice
-    if len(set(names)) == 1:
+    pairs = {memory: memory.layer(layer) for memory in present}  # memory -> [K, P, dh] twice
+    if len(set(rows)) == 1:
         key, value = pairs[present[0]]
         return LayerMemory(key[None], value[None])
-    slots = max(memories[name].slots for name in present)
-    padded = {name: tuple(_pad_slots(part, slots) for part in pair) for name, pair in pairs.items()}
-    filled = [name if name != -1 else present[0] for name in names]  # a row without a memory: any, all hidden
-    key = torch.stack([padded[name][0] for name in filled])  # [B, K, P, dh]
-    value = torch.stack([padded[name][1] for name in filled])  # [B, K, P, dh]
-    return LayerMemory(key, value, _visible([memories[n].slots if n != -1 else 0 for n in names], slots, key.device))
+    slots = max(memory.slots for memory in present)
+    padded = {memory: tuple(_pad_slots(part, slots) for part in pair) for memory, pair in pairs.items()}
+    filled = [padded[memory or present[0]] for memory in rows]  # a row without a memory: any, all hidden
+    key, value = (torch.stack(parts) for parts in zip(*filled, strict=True))  # each [B, K, P, dh]
+    return LayerMemory(key, value, _visible([memory.slots if memory else 0 for memory in rows], slots, key.device))
 
 
 def _pairs(tensors: Mapping[str, Tensor], depth: int | None) -> dict[int, tuple[Tensor, Tensor]]:

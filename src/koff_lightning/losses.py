@@ -183,7 +183,7 @@ def half_is_slow(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _is_slow(head: Tensor) -> bool:
+def is_slow(head: Tensor) -> bool:
     """The same of products with this head, in what they would be made in here: processors with bf16 may lack fp16."""
     made_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.dtype
     in_fp16 = head.device.type == "cpu" and made_in == torch.float16
@@ -194,7 +194,7 @@ def head_loss(
     student: Tensor, teacher: Tensor | TopK | None, head: Tensor, labels: Tensor, weights: Tensor, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fused_head_loss`, in fp32 where half precision is slow, whatever the dtypes are and autocast says."""
-    if not _is_slow(head):
+    if not is_slow(head):
         return fused_head_loss(student, teacher, head, labels, weights, spec)
     with torch.autocast("cpu", enabled=False):
         teacher = teacher.float() if isinstance(teacher, Tensor) else teacher
@@ -244,7 +244,7 @@ def settled(loss: Tensor, inputs: Sequence[Tensor], scale: float = 1.0) -> Tenso
 @torch.no_grad()
 def head_nats(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:
     """Negative log-likelihood of `labels` [N] given hidden states [N, d], in nats, [N] fp32; for evaluation."""
-    slow, step = _is_slow(head), at_once(head, chunk)
+    slow, step = is_slow(head), at_once(head, chunk)
     hidden, head = (hidden.float(), head.float()) if slow else (hidden, head)
     with torch.autocast("cpu", enabled=False) if slow else nullcontext():
         parts = [

@@ -258,11 +258,10 @@ class MemoryBank(nn.Module):
 
     def _slots(self, routes: Routes, layer: int) -> tuple[LayerMemory | None, list[Tensor]]:
         """What `read` gives, and the tensors that it comes from."""
-        names = [name for name in routes.names if name in self.kv and layer in self.kv[name].layers]
-        places = [names.index(name) if name in names else -1 for name in routes.names] + [-1]  # the last for -1
-        memories = [self.kv[name] for name in names]
-        slots = read_memories(memories, [places[row] for row in routes.order], layer)
-        parts = [part for m in memories for part in (m.sink_key, m.sink_value, m.key, m.value)]
+        names = routes.names
+        memories = [self.kv[name] if name in self.kv and layer in self.kv[name].layers else None for name in names]
+        slots = read_memories([None if row < 0 else memories[row] for row in routes.order], layer)
+        parts = [part for m in memories if m is not None for part in (m.sink_key, m.sink_value, m.key, m.value)]
         return slots, [part[layer] for part in parts]
 
     # ---------------------------------------------------------------------------------------- what it holds
@@ -314,5 +313,4 @@ class MemoryBank(nn.Module):
 
     def size(self, domain: str) -> int:
         """Parameters that one domain's memory adds to the model; the frozen KV slot counts, since it is stored too."""
-        slots = self.slots(domain)
-        return sum(p.numel() for p in self.lora_parameters(domain)) + (slots.numel() if slots else 0)
+        return sum(self.sizes(domain).values())

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from koff_lightning.artifact.checkpoint_schema import fault_of
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.memory import MemoryBank
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import options_of
 

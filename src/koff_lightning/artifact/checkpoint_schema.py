@@ -12,8 +12,8 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-from koff_lightning.memory import KVSpec, LoraSpec
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.forms import fault_in, other
 
 _DEEPEST = 40  # of values in one another; the loops of a run take 8

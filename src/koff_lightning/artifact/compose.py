@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from koff_lightning.kv_memory import KVMemory
-from koff_lightning.memory import LoraSpec, MemoryBank
+from koff_lightning.memory import MemoryBank
 from koff_lightning.placement import placed, shown
+from koff_lightning.specs.memories import LoraSpec
 from koff_lightning.support.errors import KoffError
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, read_manifest
+from koff_lightning.artifact.folder import MEMORIES, Manifest, read_manifest
 from koff_lightning.artifact.folder import verify as verify_files
 from koff_lightning.artifact.hub import local_folder
 from koff_lightning.artifact.memory_files import load_memory
 from koff_lightning.artifact.router_files import check_fit, read_router
 from koff_lightning.backbone import ask_nothing_, cache_argument, is_recomputed, refuse_masked_packing
 from koff_lightning.data.encoding import encode_prompts
+from koff_lightning.listed_files import BACKBONE
 from koff_lightning.loading import device_named, fingerprint, load_backbone, load_tokenizer
 from koff_lightning.lora import Routes
 from koff_lightning.memory import MemoryBank

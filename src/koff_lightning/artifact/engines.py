@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from koff_lightning.artifact.cartridge import check_in_sight, to_cartridge
 from koff_lightning.artifact.decomposed import load_decomposed
-from koff_lightning.artifact.folder import BACKBONE, MEMORIES, Manifest, verify
+from koff_lightning.artifact.folder import MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freqs
 from koff_lightning.kv_memory import MOVING_ROPE, KVMemory, check_one_rope
+from koff_lightning.listed_files import BACKBONE
 from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import read_json_object

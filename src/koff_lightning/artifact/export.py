@@ -21,9 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from koff_lightning import __version__
 from koff_lightning.artifact import modeling_koff, proof
 from koff_lightning.artifact.folder import (
-    BACKBONE,
-    CARD,
-    MANIFEST,
     MEMORIES,
     Manifest,
     count_parameters,
@@ -36,6 +33,7 @@ from koff_lightning.artifact.layouts import Config, Layout, layout_named
 from koff_lightning.artifact.memory_files import MemoryCard, card_of, lora_state, write_memory
 from koff_lightning.artifact.model_card import base_folder, licence_files, licence_of, model_card
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.listed_files import BACKBONE, CARD, MANIFEST
 from koff_lightning.loading import load_tokenizer, tokenizer_hash
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_free, hash_file, new_folder

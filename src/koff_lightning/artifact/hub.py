@@ -13,18 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from koff_lightning.artifact.folder import (
-    BACKBONE,
-    MANIFEST,
-    MEMORIES,
-    REPORT,
-    ROUTER,
-    Manifest,
-    read_json,
-    read_manifest,
-    verify,
-)
+from koff_lightning.artifact.folder import MEMORIES, REPORT, ROUTER, Manifest, read_json, read_manifest, verify
 from koff_lightning.artifact.memory_files import check_memories, listed, read_card, unlisted
+from koff_lightning.listed_files import BACKBONE, MANIFEST
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, lock, own_cache, write_atomically
 from koff_lightning.support.names import HUB_ID

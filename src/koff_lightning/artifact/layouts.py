@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from koff_lightning.artifact.modeling_koff import MODELS, WIDTHS
-from koff_lightning.backbone import PrunableGroup
+from koff_lightning.backbone import PrunableGroup, head_size
 from koff_lightning.loading import load_config
 from koff_lightning.model_files import check_config
 from koff_lightning.support.errors import KoffError
@@ -353,7 +353,7 @@ def layer_widths(config: PreTrainedConfig, groups: Groups, held: Tensor) -> Widt
     Raises:
         KoffError: A layer would lose all its units of a kind.
     """
-    whole, size = _whole(config), _head_dim(config)
+    whole, size = _whole(config), head_size(config)
     layers = [whole | layer for layer in getattr(config, "koff_layers", None) or [{}] * config.num_hidden_layers]
     for group, mask in masks(groups, held):
         count = int(mask.sum())
@@ -373,7 +373,7 @@ def _copied(model_type: str, config: PreTrainedConfig, dtype: str | None, **widt
     gone = ["model_type", "quantization_config", "transformers_version", "auto_map", "_name_or_path"]
     for name in gone if model_type == config.model_type else [*gone, "koff_layers"]:
         values.pop(name, None)
-    values |= {"head_dim": _head_dim(config), "use_cache": True} | widths  # training switches the cache off
+    values |= {"head_dim": head_size(config), "use_cache": True} | widths  # training switches the cache off
     ragged = MODELS[model_type.removeprefix("koff_")][1].__name__
     architecture = ragged if model_type.startswith("koff_") else ragged.removeprefix("Koff")
     return AutoConfig.for_model(model_type, **values | {"dtype": dtype, "architectures": [architecture]})
@@ -385,7 +385,3 @@ def _whole(config: PreTrainedConfig) -> dict[str, int]:
 
 def _family(config: PreTrainedConfig) -> str:
     return config.model_type.removeprefix("koff_")
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

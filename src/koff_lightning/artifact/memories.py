@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from koff_lightning.artifact.folder import BACKBONE, MANIFEST, MEMORIES, REPORT, ROUTER, Manifest, read_manifest, verify
-from koff_lightning.artifact.memory_files import CARD, listed, load_memory, read_card, unlisted, write_loaded
+from koff_lightning.artifact.folder import MEMORIES, REPORT, ROUTER, Manifest, read_manifest, verify
+from koff_lightning.artifact.memory_files import listed, load_memory, read_card, unlisted, write_loaded
+from koff_lightning.listed_files import BACKBONE, CARD, MANIFEST
 from koff_lightning.memory import MemoryBank
 from koff_lightning.model_files import check_links
 from koff_lightning.support.errors import KoffError

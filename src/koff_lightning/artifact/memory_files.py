@@ -20,20 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from koff_lightning.artifact.folder import (
-    CARD,
-    FORMAT,
-    MEMORIES,
-    Manifest,
-    check_files,
-    describe_file,
-    describe_files,
-    read_json,
-)
-from koff_lightning.kv_memory import MAX_SLOTS, KVMemory
-from koff_lightning.memory import LoraSpec, MemoryBank
+from koff_lightning.artifact.folder import FORMAT, MEMORIES, Manifest, describe_file, describe_files, read_json
+from koff_lightning.kv_memory import KVMemory
+from koff_lightning.listed_files import CARD, check_files
+from koff_lightning.memory import MemoryBank
 from koff_lightning.model_files import not_finite, tensors_in
 from koff_lightning.placement import ALL, check_words, shortest, shown
+from koff_lightning.specs.memories import MAX_SLOTS, LoraSpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_sha256
 from koff_lightning.support.forms import fault_in, options_of
@@ -274,7 +267,6 @@ def read_memory(
             or its tensors are not what its card says.
     """
     card = read_card(folder)
-    check_name(card.domain)
     if expect is not None:
         _check_home(card, folder, expect)
     check_files(folder, card.files | {CARD: {"size": (folder / CARD).stat().st_size}}, hashes=False)

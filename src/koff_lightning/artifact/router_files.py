@@ -19,17 +19,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from koff_lightning.artifact.folder import (
-    FORMAT,
-    MANIFEST,
-    ROUTER,
-    Manifest,
-    check_files,
-    describe_files,
-    read_json,
-    read_manifest,
-    verify,
-)
+from koff_lightning.artifact.folder import FORMAT, ROUTER, Manifest, describe_files, read_json, read_manifest, verify
+from koff_lightning.listed_files import MANIFEST, check_files
 from koff_lightning.model_files import not_finite, tensors_in
 from koff_lightning.router.ngrams import BITS, BYTES, LONGEST, NgramClassifier
 from koff_lightning.router.routing import AUTO, SIZES, Router

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from koff_lightning.support.errors import KoffError
@@ -79,20 +79,15 @@ def _faults(tensors: list[nn.Parameter], names: dict[nn.Parameter, str], module:
     for tensor in tensors:
         if tensor.grad is None:
             faults[tensor] = "none"
-        elif not torch.isfinite(_local(tensor.grad)).all():
+        elif not torch.isfinite(tensor.grad).all():
             faults[tensor] = "not finite"
     if faults:
         return faults
     moving = [t for t in tensors if "lora_A" not in names[t] and not names[t].startswith("penalty.")]
-    zero = [t for t in moving if _local(t.grad) is t.grad and not t.grad.any()]  # a mere shard may well be all zero
+    zero = [t for t in moving if not t.grad.any()]  # whole on every rank, see training/strategies.py
     if module.learns_now and len(zero) < len(moving):
         return {}  # gates are drawn: all of a layer's may be closed, and what lies behind them gets zeros in this step
     return dict.fromkeys(zero, "all zero")
-
-
-def _local(grad: Tensor) -> Tensor:
-    """This rank's shard of a sharded gradient, else the gradient itself."""
-    return grad.to_local() if hasattr(grad, "to_local") else grad
 
 
 def _message(faults: dict[str, str], total: int, phase: str, step: int) -> str:

@@ -125,11 +125,10 @@ def _read(words: list[str], gpus: int, model_config: str | None, bf16: bool | No
     from koff_lightning.commands.parsing.precision import choose, has_bf16
     from koff_lightning.commands.training_cli import resolved
     from koff_lightning.loading import torch_dtype
-    from koff_lightning.losses import LossSpec
-    from koff_lightning.memory import KVSpec, LoraSpec
-    from koff_lightning.sparsity import SparsitySpec
+    from koff_lightning.specs.memories import KVSpec, LoraSpec
+    from koff_lightning.specs.sparsity import SparsitySpec
+    from koff_lightning.specs.training import LossSpec, RetentionSpec
     from koff_lightning.training.planning import Step
-    from koff_lightning.training.retention import RetentionSpec
 
     options = resolved(["fit", *words])
     model, data, trainer = options["model"], options["data"], options["trainer"]

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from koff_lightning.backbone import hidden_states
+from koff_lightning.backbone import hidden_states, inputs_of
 from koff_lightning.commands.baseline import KoffTrainer
 from koff_lightning.commands.needs import fetch_all, needs_of, tokenizer_of
 from koff_lightning.data import DomainDataModule, check_vocabulary
 from koff_lightning.data.packing import PackedRows
 from koff_lightning.data.teacher import stored_bytes
 from koff_lightning.loading import fingerprint, load_backbone
-from koff_lightning.losses import TopK, at_once, check_top_k, half_is_slow, top_k_of
+from koff_lightning.losses import TopK, at_once, check_top_k, is_slow, top_k_of
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 
@@ -116,11 +116,10 @@ def _say_size(data: DomainDataModule, rows: list[PackedRows], k: int, vocabulary
 
 def _likeliest(backbone: PreTrainedModel, batch: dict[str, Any], k: int, chunk: int) -> TopK:
     """The dense model's likeliest tokens at all places of a batch but each row's last, [B (T - 1)]."""
-    inputs = {name: batch[name].to(backbone.device) for name in ("input_ids", "position_ids") if name in batch}
     with torch.no_grad():
-        hidden = hidden_states(backbone, **inputs)[:, :-1].flatten(0, 1)  # [B (T - 1), d]
+        hidden = hidden_states(backbone, **inputs_of(batch, backbone.device))[:, :-1].flatten(0, 1)  # [B (T - 1), d]
         head = backbone.get_output_embeddings().weight
-        if half_is_slow(head.device):
+        if is_slow(head):
             hidden, head = hidden.float(), head.float()
         seen = [top_k_of(part, head, k) for part in hidden.split(at_once(head, chunk))]
     return TopK(torch.cat([part.index for part in seen]), torch.cat([part.log_q for part in seen]))

@@ -69,7 +69,8 @@ def serve(
     if not called or ":" in called or any(c.isspace() for c in called):
         raise KoffError(f"the model's name cannot be {called!r}: give --name without ':' and spaces")
     with listening(host, port) as at:
-        from koff_lightning.serving.app import Settings, create_app
+        from koff_lightning.serving.app import create_app
+        from koff_lightning.serving.front import Settings
 
         make = {"own": _own, "llamacpp": _llamacpp, "vllm": _vllm}[engine]
         made = make(folder, batch_size, gguf=gguf, device=device, dtype=dtype)

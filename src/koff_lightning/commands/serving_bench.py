@@ -21,8 +21,8 @@ from koff_lightning.artifact.export import export
 from koff_lightning.backbone import cache_argument, kv_shapes, parameter_counts
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.loading import load_backbone
-from koff_lightning.memory import KVSpec, LoraSpec
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 
 Run = Callable[[], object]

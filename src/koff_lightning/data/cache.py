@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,10 +214,10 @@ class TokenCache:
         Raises:
             KoffError: The disk does not take it.
         """
-        if self._is_whole(key):  # also where nobody may write
+        if is_whole(self.folder / key):  # also where nobody may write
             return False
-        with self._alone(key):
-            if self._is_whole(key):
+        with alone_with(self.folder, key):
+            if is_whole(self.folder / key):
                 return False
             rows = make()
             if not (self.folder / key / MANIFEST).is_file():  # what tidies up old files may take it and leave the rest
@@ -232,17 +232,6 @@ class TokenCache:
                 files = {str(f.relative_to(work)): [f.stat().st_size, hash_file(f)] for f in work.rglob("*.npy")}
                 (work / MANIFEST).write_text(json.dumps(files), encoding="utf-8")
         return True
-
-    def _is_whole(self, key: str) -> bool:
-        """Whether every byte of an entry is as it was written."""
-        try:
-            check_entry(self.folder / key, lambda file, size, digest: hash_file(file) == digest)
-        except (OSError, ValueError, TypeError):
-            return False
-        return True
-
-    def _alone(self, key: str) -> AbstractContextManager[None]:
-        return alone_with(self.folder, key)
 
 
 @contextmanager
@@ -267,6 +256,15 @@ def check_entry(folder: Path, is_right: Callable[[Path, int, str], bool]) -> Non
     wrong = [name for name, (size, digest) in files.items() if not is_right(folder / name, size, digest)]
     if wrong or not files:
         raise ValueError(f"{wrong[0] if wrong else MANIFEST} is not as it was written")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every byte of an entry is as it was written."""
+    try:
+        check_entry(folder, lambda file, size, digest: hash_file(file) == digest)
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -41,27 +41,31 @@ class Rows(Dataset[Batch]):
         return batch | (teacher_of_rows(self.teachers, refs) if self.teachers else {})
 
 
-def _load(
-    packed: Mapping[str, PackedRows],
-    refs: Iterable[list[RowRef]],
-    num_workers: int,
-    teachers: Teachers = NO_TEACHERS,
-) -> Iterator[Batch]:
+def whole_batches(
+    dataset: Dataset[Any], num_workers: int, sampler: Iterable[list[RowRef]] | None = None
+) -> Iterator[Any]:
+    """An iteration of a torch DataLoader over what is whole batches already.
+
+    Args:
+        dataset: Gives them.
+        num_workers: Worker processes; 0 for none.
+        sampler: What `dataset` is asked for; None where it goes on by itself.
+    """
     generator = torch.Generator().manual_seed(0)  # without one, opening a loader draws from the global random state
     loader = DataLoader(
-        Rows(packed, teachers),
+        dataset,
         batch_size=None,
-        sampler=refs,
+        sampler=sampler,
         num_workers=num_workers,
         collate_fn=_same,
         generator=generator,
         worker_init_fn=heed_the_parent_alone,
     )
-    return begin(loader)
+    return _begin(loader)
 
 
-def _same(batch: Batch) -> Batch:
-    return batch
+def _same(item: Any) -> Any:
+    return item
 
 
 def heed_the_parent_alone(worker: int) -> None:
@@ -84,7 +88,7 @@ def heed_the_parent_alone(worker: int) -> None:
     Thread(target=wait, daemon=True).start()
 
 
-def begin(loader: DataLoader) -> Iterator[Any]:
+def _begin(loader: DataLoader) -> Iterator[Any]:
     """An iteration of `loader`; its workers start with signals held back, until they heed the parent alone."""
     if not hasattr(signal, "sigwaitinfo"):
         return iter(loader)
@@ -127,7 +131,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         refs = islice(self._batches.start_at(self._handed_out), self._length)
-        for batch in _load(self._packed, refs, self._num_workers, self._teachers):
+        for batch in whole_batches(Rows(self._packed, self._teachers), self._num_workers, refs):
             self._handed_out += 1
             yield batch
 
@@ -200,7 +204,7 @@ class HeldoutLoader:
         return len(self._refs) + self._blank
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from _load(self._packed, self._refs, self._num_workers)
+        yield from whole_batches(Rows(self._packed), self._num_workers, self._refs)
         for _ in range(self._blank):
             batch = Rows(self._packed)[self._first]
             yield batch | {

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.loader import begin, heed_the_parent_alone
+from koff_lightning.data.loader import whole_batches
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import collate
 from koff_lightning.data.shards import deal
@@ -112,16 +111,7 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         lanes = _Lanes(self._reading, self._batches, list(self._places), self._handed_out, self._length)
-        generator = torch.Generator().manual_seed(0)  # without one, opening a loader draws from the global random state
-        loader = DataLoader(
-            lanes,
-            batch_size=None,
-            num_workers=self._workers(),
-            collate_fn=_same,
-            generator=generator,
-            worker_init_fn=heed_the_parent_alone,
-        )
-        for item in begin(loader):
+        for item in whole_batches(lanes, self._workers()):
             if isinstance(item, KoffError):
                 raise item
             lane, self._places[lane], batch = item
@@ -173,7 +163,3 @@ class StreamLoader:
         return {key: value for key, value in self._batches.identity().items() if key != "rows"} | dict(
             self._reading.identity
         )
-
-
-def _same(item: Any) -> Any:
-    return item

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from koff_lightning.data.cache import MANIFEST, alone_with, check_entry, read_json
+from koff_lightning.data.cache import MANIFEST, alone_with, check_entry, is_whole, read_json
 from koff_lightning.data.packing import PackedRows, collate
 from koff_lightning.losses import TopK
 from koff_lightning.support.errors import KoffError
@@ -192,10 +192,10 @@ class TeacherStore:
         """
         about = {"belongs": asdict(belongs), "rows": len(rows), "top_k": k, "vocabulary": vocabulary}
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-        if _is_whole(self.folder / key):  # also where nobody may write
+        if is_whole(self.folder / key):  # also where nobody may write
             return False
         with alone_with(self.folder, key):
-            if _is_whole(self.folder / key):
+            if is_whole(self.folder / key):
                 return False
             work = self.folder / f".{key}.part"
             work.mkdir(exist_ok=True)
@@ -257,12 +257,3 @@ def _finish(work: Path, target: Path, about: dict[str, Any]) -> None:
     work.rename(target)
     (target / DONE).unlink(missing_ok=True)  # only now: a writer that is killed before goes on from there
     flush(target.parent)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every byte of a store is as it was written."""
-    try:
-        check_entry(folder, lambda file, size, digest: hash_file(file) == digest)
-    except (OSError, ValueError, TypeError):
-        return False
-    return True

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from koff_lightning.backbone import PrunableGroup, hidden_states, inputs_of, prunable_groups
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.gates import BackboneGates
-from koff_lightning.losses import LossSpec, head_loss
+from koff_lightning.losses import head_loss
+from koff_lightning.specs.training import LossSpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from koff_lightning.artifact.folder import MANIFEST
+from koff_lightning.listed_files import MANIFEST
 from koff_lightning.support.errors import KoffError
 
 

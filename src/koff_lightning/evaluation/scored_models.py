@@ -8,9 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.decomposed import DecomposedModel, default_device, load_decomposed
-from koff_lightning.artifact.folder import MANIFEST, read_manifest
+from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.backbone import ask_nothing_
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.listed_files import MANIFEST
 from koff_lightning.loading import load_backbone, load_config, load_tokenizer
 from koff_lightning.support.errors import KoffError
 from koff_lightning.training.run_folder import run_config

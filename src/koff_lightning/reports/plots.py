@@ -43,7 +43,7 @@ def sparsity_over_training(points: Sequence[Point], denominator: str) -> Figure:
         axes.plot(steps, share, style, color=colour, label=name, linewidth=1.6, zorder=on_top)
     axes.set(xlabel="optimizer step", ylabel=f"parameters removed, % of {denominator}", title="Sparsity over training")
     axes.set_ylim(bottom=0)
-    _plain(axes)
+    plain(axes)
     axes.legend(frameon=False)
     return figure
 
@@ -88,7 +88,7 @@ def kept_by_layer(kept: Sequence[Mapping[str, Any]]) -> Figure:
         axes.bar([row["layer"] for row in rows], [100 * row["kept"] / row["of"] for row in rows], color=BLUE)
         axes.set(title=KIND_NAMES[kind], xlabel="layer", ylabel="units kept, %" if place == 0 else "", ylim=(0, 100))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _plain(axes)
+        plain(axes)
     return figure
 
 
@@ -135,7 +135,7 @@ def arms_compared(rows: Sequence[Point], sparsity: float) -> Figure:
             axes.axvline(row["mean"], color=GREY, linewidth=0.8, linestyle="--" if row["arm"] == "dense" else ":")
     axes.set_yticks(range(len(shown)), [row["arm"] for row in shown])
     axes.set(xlabel="bits per byte of held-out text (less is better)", title=f"Arms at {100 * sparsity:g} %")
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -162,7 +162,7 @@ def quality_by_sparsity(rows: Sequence[Point]) -> Figure:
     axes.set(
         xlabel="parameters removed, % of body", ylabel="bits per byte of held-out text", title="Quality by sparsity"
     )
-    _plain(axes)
+    plain(axes)
     axes.legend(frameon=False, fontsize=8, handlelength=3, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -188,7 +188,7 @@ def _bars(axes: Axes, values: Mapping[str, Sequence[float | None]]) -> None:
         label, colour = ARM_STYLE[arm]
         at = np.arange(len(row)) + (place - (len(shown) - 1) / 2) * width
         axes.bar(at, [np.nan if value is None else value for value in row], width, color=colour, label=label)
-    _plain(axes)
+    plain(axes)
 
 
 def _against_dense(row: Mapping[str, float | None], arm: str) -> float | None:
@@ -205,7 +205,8 @@ def _edges(steps: Sequence[int]) -> np.ndarray:
     return np.concatenate([[2 * at[0] - middle[0]], middle, [2 * at[-1] - middle[-1]]])
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes, grid: str = "y") -> None:
+    """No frame, and a light grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -14,9 +14,10 @@ from starlette.types import Receive, Scope, Send
 
 from koff_lightning.data.encoding import encode, encode_prompt
 from koff_lightning.data.rendering import render, writing
+from koff_lightning.router.routing import AUTO
 from koff_lightning.serving.answers import ChatForm, CompletionForm, Form
 from koff_lightning.serving.errors import Refused
-from koff_lightning.serving.front import AUTO, Front
+from koff_lightning.serving.front import Front
 from koff_lightning.serving.job import Answer, Job, Told
 from koff_lightning.serving.keys import Rights
 from koff_lightning.serving.requests import MOST_CHOICES, Chat, Completion

@@ -30,6 +30,10 @@ class Failed(KoffError):
     """The engine could not compute an answer; others may go on."""
 
 
+class Ending(Failed):
+    """The engine takes no more texts, and ends those under way."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How one text is continued.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.serving.engine import Engine, Failed, Options, Piece, Token, Unknown
+from koff_lightning.serving.engine import Ending, Engine, Failed, Options, Piece, Token, Unknown
 from koff_lightning.serving.errors import Refused, no_model
 from koff_lightning.serving.text import Text
 
@@ -113,7 +113,7 @@ class Job:
         except Unknown:
             self._come.put_nowait(no_model(answer.domain or ""))
         except Failed as error:
-            self._come.put_nowait(Refused(str(error), 503 if "ending" in str(error) else 500, code="engine_failed"))
+            self._come.put_nowait(Refused(str(error), 503 if isinstance(error, Ending) else 500, code="engine_failed"))
         except Exception as error:  # whatever an engine raises: the client is told, the log has the rest
             self._come.put_nowait(error)
         finally:

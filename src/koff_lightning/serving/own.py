@@ -15,7 +15,7 @@ import torch
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.folder import MEMORIES, Manifest
 from koff_lightning.serving.batch import Batch, Row
-from koff_lightning.serving.engine import Engine, Failed, Held, Options, Piece, end_tokens
+from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece, end_tokens
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class OwnEngine(Engine):
             try:
                 with self._wake:
                     if self._closed:
-                        raise Failed("the server is ending")
+                        raise Ending("the server is ending")
                     self._waiting.append(row)
                     self._wake.notify()
                 while True:
@@ -148,7 +148,7 @@ class OwnEngine(Engine):
             except Exception as error:  # of torch, a lack of memory among them: the answers fail, the server goes on
                 _log.exception("a step of the engine failed")
                 self._fail(rows, Failed(f"the engine failed ({type(error).__name__})"))
-        self._fail([*self._batch.rows, *self._waiting], Failed("the server is ending"))
+        self._fail([*self._batch.rows, *self._waiting], Ending("the server is ending"))
 
     def _newcomers(self) -> list[Row]:
         """Those who wait, as many as there is room for."""

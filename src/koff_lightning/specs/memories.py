@@ -8,6 +8,8 @@ from koff_lightning.placement import ALL, check_words
 from koff_lightning.support.errors import KoffError
 from koff_lightning.units import LORA_TARGETS
 
+MAX_SLOTS = 8192  # the largest memory that was studied (Cartridges)
+
 
 @dataclass
 class LoraSpec:
@@ -60,9 +62,11 @@ class KVSpec:
 
     def __post_init__(self) -> None:
         least = 1 + self.frozen_first
-        if not least <= self.slots <= 8192:
+        if not least <= self.slots <= MAX_SLOTS:
             why = " (slot 0 is frozen)" if self.frozen_first else ""
-            raise KoffError(f"kv.slots must be between {least} and 8192{why}; got {self.slots} (null for no KV memory)")
+            raise KoffError(
+                f"kv.slots must be between {least} and {MAX_SLOTS}{why}; got {self.slots} (null for no KV memory)"
+            )
         if self.init not in ("text", "normal"):
             raise KoffError(f"kv.init must be text or normal; got {self.init!r}")
         if not 0 < self.std < math.inf:

@@ -5,8 +5,8 @@ from transformers import PreTrainedModel
 
 from koff_lightning.artifact.folder import Manifest, verify
 from koff_lightning.artifact.layouts import LAYOUTS
-from koff_lightning.losses import LossSpec
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.sparsity import SparsitySpec
+from koff_lightning.specs.training import LossSpec
 from koff_lightning.support.errors import KoffError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import decomposition_state, read_checkpoint, refuse_other_tensors
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import options_of
 from koff_lightning.training.resume import other_dtype

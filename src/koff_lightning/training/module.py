@@ -23,11 +23,13 @@ from koff_lightning.backbone import allow_recomputation, compile_layers
 from koff_lightning.data import check_vocabulary
 from koff_lightning.decomposition import MODES, Batch, Decomposition, check_layout
 from koff_lightning.loading import load_config
-from koff_lightning.losses import LossSpec, check_top_k
-from koff_lightning.memory import KVSpec, LoraSpec
+from koff_lightning.losses import check_top_k
 from koff_lightning.metrics import BitsPerByte, DocumentScores
 from koff_lightning.penalties import make_penalty
-from koff_lightning.sparsity import Phase, SparsitySchedule, SparsitySpec
+from koff_lightning.sparsity import Phase, SparsitySchedule
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
+from koff_lightning.specs.training import LossSpec, OptimSpec, RetentionSpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import check_names
@@ -38,7 +40,7 @@ from koff_lightning.training.extending import artifact_to_extend, hold_closed
 from koff_lightning.training.mask_source import load_mask, read_mask_source
 from koff_lightning.training.nonfinite import NonFiniteGuard
 from koff_lightning.training.objective import Objective, take_stored_teacher
-from koff_lightning.training.optim import OptimSpec, clip_by_group, optimizer_and_rates
+from koff_lightning.training.optim import clip_by_group, optimizer_and_rates
 from koff_lightning.training.recomputation import recomputes
 from koff_lightning.training.resume import (
     give_data_its_place,
@@ -49,7 +51,7 @@ from koff_lightning.training.resume import (
     refuse_unfit,
     refuse_without_run,
 )
-from koff_lightning.training.retention import RetentionSpec, check_text, retention_loss
+from koff_lightning.training.retention import check_text, retention_loss
 
 
 class KOFFModule(LightningModule):
@@ -254,8 +256,7 @@ class KOFFModule(LightningModule):
 
     def fill_memories(self) -> None:
         """Fill fresh KV memories from each domain's own text; restored ones are left alone."""
-        slots = self.kv.slots if self.kv else 0
-        bank = self.model.memories
+        bank, slots = self.model.memories, self.kv.slots if self.kv else 0
         for name in dict.fromkeys(bank.names.values()) if self.kv else ():
             memory = bank.kv[bank.key(name)]
             if not memory.initialised:
@@ -314,8 +315,7 @@ class KOFFModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics."""
-        self.documents.reset()
-        for metric in self.bpb.values():
+        for metric in (self.documents, *self.bpb.values()):
             metric.reset()
 
     on_test_epoch_start = on_validation_epoch_start
@@ -339,8 +339,7 @@ class KOFFModule(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Bits per byte of every row under its own memory."""
         nats, size = self.model.row_nats(batch, "koff"), batch["num_bytes"]
-        bits = (nats / torch.log(torch.tensor(2.0)) / size).tolist()
-        rows = zip(batch["domains"], bits, size.tolist(), strict=True)
+        rows = zip(batch["domains"], (nats / math.log(2) / size).tolist(), size.tolist(), strict=True)
         return [{"domain": domain, "bits_per_byte": value} for domain, value, count in rows if count > 0]
 
     # ---------------------------------------------------------------------------------------------- helpers

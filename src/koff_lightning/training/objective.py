@@ -13,7 +13,8 @@ from torch import Tensor
 from koff_lightning.backbone import recomputed
 from koff_lightning.data.teacher import INDEX, LOG_Q
 from koff_lightning.decomposition import Batch, Decomposition
-from koff_lightning.losses import LossSpec, TopK, domain_weights, head_loss
+from koff_lightning.losses import TopK, domain_weights, head_loss
+from koff_lightning.specs.training import LossSpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 

@@ -31,13 +31,15 @@ from koff_lightning.backbone import allow_recomputation, decoder_layers, prunabl
 from koff_lightning.data.teacher import INDEX, LOG_Q
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.gates import BackboneGates
-from koff_lightning.losses import LossSpec, settled
-from koff_lightning.memory import KVSpec, LoraSpec, MemoryBank
+from koff_lightning.losses import settled
+from koff_lightning.memory import MemoryBank
 from koff_lightning.placement import ALL, placed
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
+from koff_lightning.specs.training import LossSpec, RetentionSpec
 from koff_lightning.support import ranks
 from koff_lightning.training.objective import Objective
-from koff_lightning.training.retention import RetentionSpec, moved_parts
+from koff_lightning.training.retention import moved_parts
 
 COUNTED = (2, 3)  # layers
 AMPS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

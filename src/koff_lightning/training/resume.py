@@ -17,9 +17,9 @@ from koff_lightning.artifact.checkpoint import (
 from koff_lightning.artifact.checkpoint_schema import fault_of_place
 from koff_lightning.data import DomainDataModule
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.memory import KVSpec, LoraSpec
 from koff_lightning.placement import placed, shortest
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import difference
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from koff_lightning.artifact.folder import BACKBONE, CARD, MEMORIES, Manifest, verify
+from koff_lightning.artifact.folder import MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import check_memories, read_memory
 from koff_lightning.kv_memory import MOVING_ROPE, check_one_rope
+from koff_lightning.listed_files import BACKBONE, CARD
 from koff_lightning.loading import load_tokenizer
-from koff_lightning.serving.engine import Engine, Failed, Held, Options, Piece, Token, end_tokens
+from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece, Token, end_tokens
 from koff_lightning.serving.vllm.slots import FOLDER, KEY, check_layers, salt_of, with_places
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
@@ -95,7 +96,7 @@ class VllmEngine(Engine):
         """Let vLLM continue a text, and give what comes without the end token."""
         async with self._reading(memory) as held:
             if self._closed:
-                raise Failed("the server is ending")
+                raise Ending("the server is ending")
             prompt = tuple(Token(token) for token in ids) if options.echo else None
             if options.max_tokens == 0:
                 yield Piece((), "length", prompt)

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from koff_lightning.artifact.folder import CARD
 from koff_lightning.artifact.memory_files import read_card
+from koff_lightning.backbone import head_size
 from koff_lightning.kv_memory import KVMemory, check_movable, check_one_rope, rotate_keys
+from koff_lightning.listed_files import CARD
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
 from koff_lightning.support.names import check_name
@@ -136,7 +137,7 @@ def check_layers(memory: KVMemory, config: PreTrainedConfig) -> None:
         KoffError: It has other key-value heads, or slots in some layers only: vLLM has one row of places for all.
     """
     widths = getattr(config, "koff_layers", None) or [{}] * config.num_hidden_layers
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_size(config)
     memory.check_shapes([(layer.get("num_key_value_heads", config.num_key_value_heads), size) for layer in widths])
     if len(memory.layers) < memory.depth:
         raise KoffError(

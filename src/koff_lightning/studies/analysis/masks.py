@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from koff_lightning.artifact.checkpoint import decomposition_state, read_checkpoint
-from koff_lightning.artifact.folder import MANIFEST, read_manifest
+from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.backbone import prunable_groups, without_weights
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.loading import load_config
@@ -105,7 +105,7 @@ def read_mask(source: str | Path, backbone: str | None = None) -> Mask:
         KoffError: Neither of these, damaged, or a mask that is not fixed yet.
     """
     path = Path(source).expanduser()
-    if (path / MANIFEST).is_file() or path.is_dir():
+    if path.is_dir():
         manifest = read_manifest(path)
         groups = [(group["layer"], group["kind"], group["of"]) for group in manifest.kept]
         return _mask(str(source), manifest.base["hash"], list(manifest.domains), groups, manifest.mask())

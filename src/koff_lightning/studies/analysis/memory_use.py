@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.backbone import layer_of
 from koff_lightning.decomposition import Batch, Decomposition
+from koff_lightning.studies.analysis.scoring import moved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,15 +57,15 @@ def promoted_tokens(
 
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    mask = module.hard_gates()
     for batch in batches:
-        moved = {k: v.to(module.backbone.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        here = moved(batch, module)
         memories = [name if name in module.memories.domains else None for name in batch["domains"]]
-        module.gates.set(module.hard_mask().float()[None] if module.learns_mask else None)
         states = []
         for rows in (memories, [None] * len(memories)):
-            module.memories.activate(rows)
-            states.append(module.hidden(moved))  # [B, T, d]
-        counted = moved["labels"] != -100
+            with module.under(rows, mask):
+                states.append(module.hidden(here))  # [B, T, d]
+        counted = here["labels"] != -100
         for row, name in enumerate(memories):
             if name is not None:
                 change = (states[0][row] - states[1][row])[counted[row]].double().sum(0).cpu()  # [d]

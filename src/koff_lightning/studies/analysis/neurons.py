@@ -28,15 +28,6 @@ MAIN = ("specific", "specific_weighted", "G1", "G2", "G3")  # classes that are c
 SELECTIONS = ((0.01, 0.95), (0.02, 0.95), (0.05, 0.95), (0.05, 0.8), (0.1, 0.8), (0.2, 0.5))
 
 
-def specialists_of(seen: Activations, rate: float, bar: float) -> Specialists:
-    """LAPE over all text.
-
-    Raises:
-        KoffError: One domain only, or too few neurons.
-    """
-    return identify(seen.rates(), seen.domains, rate, bar)
-
-
 def classes_of(seen: Activations, found: Specialists, rate: float, bar: float) -> dict[str, Bools]:
     """All classes that are tested, those of the weighted variant of LAPE among them."""
     variant = identify_weighted(seen.rates(), seen.domains, rate, bar)

@@ -17,8 +17,8 @@ from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import Layout
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.kv_memory import KVMemory
-from koff_lightning.memory import LoraSpec
-from koff_lightning.sparsity import SparsitySpec
+from koff_lightning.specs.memories import LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.surgery import whole_units, zero_state
 

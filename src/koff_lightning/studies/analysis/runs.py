@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from koff_lightning.artifact.checkpoint import read_checkpoint
-from koff_lightning.artifact.folder import MANIFEST, read_manifest
+from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.hub import artifact_or_same
+from koff_lightning.listed_files import MANIFEST
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import refuse_no_run
 from koff_lightning.training.checkpoints import newest_checkpoint

@@ -16,7 +16,7 @@ from koff_lightning.data.calibration import CalibrationText
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.studies.analysis import neurons, paper
 from koff_lightning.studies.analysis.activations import Activations, collect_dense
-from koff_lightning.studies.analysis.lape import BAR, RATE, Specialists
+from koff_lightning.studies.analysis.lape import BAR, RATE, Specialists, identify
 from koff_lightning.studies.analysis.masks import Mask, NothingRemoved, read_mask
 from koff_lightning.studies.analysis.memories import questions
 from koff_lightning.studies.analysis.opening import open_run
@@ -201,7 +201,7 @@ def _about_neurons(found: Study, seen: Activations, masks: neurons.Masks) -> Spe
         found.ask("ranking", lambda: _ranking(found, seen, masks))
     found.ask("overlap", lambda: {"overlap": neurons.overlaps(masks)})
     try:
-        specialists = neurons.specialists_of(seen, settings.rate, settings.bar)
+        specialists = identify(seen.rates(), seen.domains, settings.rate, settings.bar)
     except KoffError as error:
         found.missing["removal"] = str(error)
         found.add({"neurons": neurons.neuron_table(seen, masks, None, {})})

@@ -92,7 +92,7 @@ def equal_memories(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         KoffError: The config has no LoRA or no KV memory.
     """
-    from koff_lightning.memory import KVSpec, LoraSpec
+    from koff_lightning.specs.memories import KVSpec, LoraSpec
 
     if not model["lora"] or not model["kv"]:
         raise KoffError(f"{' and '.join(EQUAL)} need a config with model.lora and model.kv: leave them out with --arms")

@@ -36,10 +36,3 @@ def ticks(axes: Axes, columns: int, rows: list[int] | None) -> None:
     if rows is not None:
         step = -(-len(rows) // 16)
         axes.set_yticks(np.arange(0, len(rows), step) + 0.5, rows[::step])
-
-
-def plain(axes: Axes, grid: str = "y") -> None:
-    """No frame, and a light grid behind."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from koff_lightning.reports.plots import BLACK, BLUE, GREY, MARKERS, ORANGE, sparsity_by_layer
+from koff_lightning.reports.plots import BLACK, BLUE, GREY, MARKERS, ORANGE, plain, sparsity_by_layer
 from koff_lightning.studies.analysis.report import memory_figures
-from koff_lightning.studies.analysis.report.drawing import GREEN, WIDE, heat, plain
+from koff_lightning.studies.analysis.report.drawing import GREEN, WIDE, heat
 from koff_lightning.studies.analysis.study import Study
 from koff_lightning.support.mask_words import KIND_NAMES
 

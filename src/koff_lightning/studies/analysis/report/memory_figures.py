@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from koff_lightning.reports.plots import BLACK, BLUE, GREY, ORANGE
-from koff_lightning.studies.analysis.report.drawing import SKY, WIDE, heat, plain, ticks
+from koff_lightning.reports.plots import BLACK, BLUE, GREY, ORANGE, plain
+from koff_lightning.studies.analysis.report.drawing import SKY, WIDE, heat, ticks
 from koff_lightning.studies.analysis.study import Study
 from koff_lightning.studies.analysis.transfer import Transfer
 

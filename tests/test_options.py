@@ -216,6 +216,14 @@ def test_a_missing_backbone_and_all_missing_text_are_told_at_once():
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), lines
 
 
+def test_missing_general_text_is_told_with_that_of_the_domains():
+    words = ["--data.domains.a", "nope.txt", "--data.retention.web", "gone.txt"]
+    with pytest.raises(KoffError) as caught:
+        option_table.look("fit", words)
+    assert "domain 'a': no file matches 'nope.txt'" in str(caught.value)
+    assert "domain 'web': no file matches 'gone.txt'" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "words",
     [

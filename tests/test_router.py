@@ -331,7 +331,7 @@ def test_an_encoder_is_fitted_and_read_again(folder, encoder):
 
 def test_an_encoder_of_other_files_is_refused(folder, encoder, capsys, tmp_path):
     command = ["router", "fit", "--model", folder, *SMALL, "--device", "cpu", "--encoder"]
-    refused(capsys, "cannot be loaded", *command, tmp_path / "nothing")
+    refused(capsys, "no such folder", *command, tmp_path / "nothing")
     odd = shutil.copytree(encoder, tmp_path / "odd")
     (odd / "model.safetensors").rename(odd / "pytorch_model.bin")  # a pickle, for all that we know
     refused(capsys, "cannot be loaded", *command, odd)
@@ -361,7 +361,7 @@ def test_the_report_counts_every_text_once_and_told_is_what_telling_costs(made, 
         assert found["accuracy"][size]["zh"] == table["zh"]["(none)"] / len(counts["zh"])
         assert found["accuracy"][size]["de"] == table["de"]["de"] / len(counts["de"])
     assert found["accuracy"]["256"]["de"] > 0.8 and found["accuracy"]["256"]["zh"] > 0.9
-    noted = {"heldout_bytes": 4000, "bits_per_byte": found["bits_per_byte"]}
+    noted = {"heldout_bytes": 4000, "accuracy": found["accuracy"], "bits_per_byte": found["bits_per_byte"]}
     assert json.loads(results.read_text(encoding="utf-8")) == {"mean": {"koff_bpb": 1.5}, "router": noted}
     for row in found["bits_per_byte"].values():
         assert list(row) == ["told", "none", "16", "64", "256"]

@@ -149,18 +149,20 @@ def test(
         write_atomically(Path(out).expanduser(), json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     _show(found)
     if heldout_bytes:
-        _add_to_results(folder.parent / "results.json", heldout_bytes, found["bits_per_byte"])
+        _add_to_results(folder.parent / "results.json", heldout_bytes, found)
 
 
-def _add_to_results(path: Path, heldout_bytes: int, bits: dict[str, dict[str, float]]) -> None:
-    """Add bits per byte, told and routed, to the results of the run that the artifact lies beside, if there are any."""
+def _add_to_results(path: Path, heldout_bytes: int, found: dict[str, Any]) -> None:
+    """Add accuracy and bits per byte, told and routed, to the results of the run that the artifact lies beside."""
     from koff_lightning.reports.results import as_json
     from koff_lightning.support.files import write_atomically
     from koff_lightning.support.json_files import read_json_object
 
     if path.is_file():
+        bits = found["bits_per_byte"]
         rows = {n: {way: v if math.isfinite(v) else None for way, v in row.items()} for n, row in bits.items()}
-        content = read_json_object(path) | {"router": {"heldout_bytes": heldout_bytes, "bits_per_byte": rows}}
+        about = {"heldout_bytes": heldout_bytes, "accuracy": found["accuracy"], "bits_per_byte": rows}
+        content = read_json_object(path) | {"router": about}
         write_atomically(path, as_json(content))
         print(f"added to {path}, as router")
 

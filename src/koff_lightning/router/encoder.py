@@ -64,6 +64,8 @@ def load_encoder(source: str | Path, labels: int, new: bool = False) -> EncoderC
         check_folder(folder, str(source))
         check_config(read_json_object(folder / "config.json"), str(source))
         check_tokenizer(folder)
+    elif new and str(source).startswith(("/", ".", "~")):
+        raise KoffError(f"the encoder {str(source)!r}: no such folder, and no name on the hub begins like that")
     place = {"pretrained_model_name_or_path": str(folder if folder.is_dir() else source), "trust_remote_code": False}
     options = {"num_labels": labels, "use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:

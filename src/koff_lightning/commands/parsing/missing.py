@@ -59,23 +59,24 @@ def refuse_missing_of_run(verb: str, options: Iterable[tuple[str, object]]) -> N
         KoffError: All that is missing.
     """
     values: dict[str, object] = {}
-    domains: dict[str, object] = {}
+    texts: dict[str, dict[str, object]] = {"data.domains": {}, "data.retention": {}}
     for name, value in options:
         values[name] = value
-        if name == "data.domains":
-            domains = dict(_mapping(value))
-            for domain, source in domains.items():
+        section = ".".join(name.split(".", 2)[:2])
+        if name in texts:
+            texts[name] = dict(_mapping(value))
+            for domain, source in texts[name].items():
                 _refuse_other_fields(domain, source)
-        elif name.startswith("data.domains."):
-            domain, _, part = name.removeprefix("data.domains.").partition(".")
+        elif section in texts:
+            domain, _, part = name.removeprefix(f"{section}.").partition(".")
             _refuse_other_fields(domain, {part.split(".")[0].removesuffix("+"): value} if part else value)
-            domains[domain] = _with_part(domains.get(domain), part, value) if part else value
+            texts[section][domain] = _with_part(texts[section].get(domain), part, value) if part else value
     if verb in ("validate", "test", "predict") and not values.get("ckpt_path"):
         raise KoffError(f"koff {verb} scores what a run has trained: give its --ckpt_path")
     backbone, artifact = values.get("model.backbone"), values.get("model.artifact")
     if is_asked():  # then all that is missing is told at once, also what would have to be fetched (needs.py)
         return
-    looks = [partial(_refuse_missing_text, domains)] if domains else []
+    looks = [partial(_refuse_missing_text, found) for found in texts.values() if found]
     if isinstance(artifact, str) and artifact not in ("", "null"):
         looks.insert(0, partial(_refuse_no_artifact, artifact, also_on_hub=False))
     elif isinstance(backbone, str) and not {"prefetch-only", "prefetch_only"} & set(values):  # which fetches it

@@ -15,6 +15,7 @@ from koff_lightning.artifact.export import export
 from koff_lightning.cli import main
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.studies.analysis import paper
+from koff_lightning.studies.analysis.text import open_text
 
 FEW = [
     "--tokens=600",
@@ -225,3 +226,9 @@ def test_runs_of_two_dense_models_are_not_compared(home, tmp_path, capsys):
     )
     assert main(["analyze", "--model", str(tmp_path / "other"), "--out", str(tmp_path / "out")]) == 2
     assert "does not say which text it was made with: give --config or --data" in capsys.readouterr().err
+
+
+def test_a_study_reads_no_general_text():
+    options = {"domains": {"de": "bundled:de"}, "retention": {"web": "gone.jsonl"}, "max_train_bytes": 20_000}
+    data, _ = open_text(options, "koff-tiny", 300, 3_000)
+    assert data.general is None

@@ -16,6 +16,7 @@ from koff_lightning import DomainDataModule, KoffError, load_decomposed
 from koff_lightning.artifact.folder import describe_file, read_manifest, verify
 from koff_lightning.artifact.router_files import read_router
 from koff_lightning.cli import main
+from koff_lightning.commands import router_cli
 from koff_lightning.evaluation.routing import first_ids
 from koff_lightning.router import ngrams, routing
 from koff_lightning.router.encoder import fine_tune, load_encoder
@@ -343,6 +344,14 @@ def test_an_encoder_of_other_files_is_refused(folder, encoder, capsys, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ how well it picks
+
+
+def test_general_text_of_a_run_is_no_text_of_its_router(made, tmp_path):
+    config = tmp_path / "config.yaml"
+    domains = {"de": "bundled:de", "fr": "bundled:fr", "law": "bundled:python"}
+    config.write_text(json.dumps({"data": {"domains": domains, "retention": {"web": "bundled:en"}}}), encoding="utf-8")
+    _, data = router_cli._text(made.folder, str(config), None)
+    assert data.general is None and data.domain_names == list(domains)
 
 
 def test_the_report_counts_every_text_once_and_told_is_what_telling_costs(made, capsys, tmp_path):

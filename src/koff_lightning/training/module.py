@@ -390,7 +390,7 @@ class KOFFModule(LightningModule):
         others = set(checkpoint["koff"].get("domains", ())) - set(self.model.domains)
         refuse_other_tensors(checkpoint["state_dict"], self.state_dict(), self.owned(), others)
         if goes_on:
-            refuse_without_run(checkpoint, self.trainer.datamodule)
+            refuse_without_run(checkpoint, self.trainer)
         self.resumed_at = checkpoint.get("global_step")
         self.model.target = target_of(checkpoint, self.sparsity)
 

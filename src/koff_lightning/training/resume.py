@@ -126,13 +126,12 @@ def give_data_its_place(trainer: Trainer) -> None:
         loop._combined_loader_states_to_load = []
 
 
-def refuse_without_run(checkpoint: Mapping[str, Any], data: object) -> None:
+def refuse_without_run(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
     """Refuse to train on from what holds no run; say so where the run that goes on is to compute in other precision.
 
     Args:
         checkpoint: What was read.
-        data: The datamodule, by which Lightning tells its trainer; ours always leaves in a checkpoint where its text
-            stood.
+        trainer: Of the run that goes on; our datamodule always leaves in a checkpoint where its text stood.
 
     Raises:
         KoffError: There is no state of a run, as `koff baseline` writes it, or not the place in our data.
@@ -142,20 +141,17 @@ def refuse_without_run(checkpoint: Mapping[str, Any], data: object) -> None:
             "the checkpoint holds a model but no run that could go on: give it as model.mask or model.prior for its "
             "mask, or as model.warm_start for its memories too"
         )
+    ours = isinstance(trainer.datamodule, DomainDataModule)
     place = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
-    if isinstance(data, DomainDataModule) and not place:
+    if ours and not place:
         raise KoffError(
             "the checkpoint does not say where its text stood (loops.fit_loop.state_dict.combined_loader), so the run "
             "would begin it anew: go on from another checkpoint, or start a new run with model.warm_start"
         )
-    if isinstance(data, DomainDataModule) and (fault := fault_of_place(place)):
+    if ours and (fault := fault_of_place(place)):
         raise KoffError(f"the checkpoint is not as `koff fit` writes one: {fault}. Give another one")
-    _say_other_precision(checkpoint.get("koff", {}).get("precision"), getattr(data, "trainer", None))
-
-
-def _say_other_precision(there: str | None, trainer: Trainer | None) -> None:
-    """One line where `trainer.precision` is not that of the run so far; checkpoints of 0.1.0 do not say theirs."""
-    if there and trainer is not None and there != (here := str(trainer.precision)):
+    there, here = checkpoint.get("koff", {}).get("precision"), str(trainer.precision)
+    if there not in (None, here):  # checkpoints of 0.1.0 do not say theirs
         rank_zero_info(f"the run so far computed in {there}, from here on in {here} (trainer.precision)")
 
 

@@ -320,6 +320,20 @@ def test_test_arms_are_the_dense_the_cut_and_the_swapped_model(folder, tmp_path)
     assert (nats["koff"] - nats["memory_off"]).abs().min() > 1e-3
 
 
+def test_a_swapped_row_reads_one_of_the_other_memories_the_same_in_any_batch(folder):
+    model = module(folder, domains=["en", "law", "med", "chat"])
+    model.configure_model()
+    domains = ["en", "law", None, "med", "chat"] * 8
+    batch = RandomText.batch(domains, seed=5)
+    chosen = model.model.another(batch)
+    pairs = set(zip(domains, chosen, strict=True))
+    assert pairs == {(a, b) for a in model.model.domains for b in model.model.domains if a != b} | {(None, None)}
+    alone = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(domains))]
+    assert [model.model.another(row)[0] for row in alone] == chosen
+    longer = torch.nn.functional.pad(batch["labels"], (0, 3), value=-100)  # padded as beside a longer row
+    assert model.model.another(batch | {"labels": longer}) == chosen
+
+
 # ------------------------------------------------------------------------------------- resuming, checkpoints
 
 

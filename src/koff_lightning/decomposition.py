@@ -35,7 +35,7 @@ from koff_lightning.support.names import check_names
 Batch = dict[str, Any]
 
 # Ways to score text: the unpruned model; mask and the row's own memory; the mask alone; mask and another domain's
-# memory, mean over the others.
+# memory.
 MODES = ("dense", "koff", "memory_off", "swapped")
 
 
@@ -269,26 +269,33 @@ class Decomposition(nn.Module):
 
         Args:
             batch: Rows of any domains.
-            mode: One of `MODES`. With one memory only, `swapped` is that one.
+            mode: One of `MODES`. `swapped` reads each row under one of the other memories (`another`); with one
+                memory only it is that one.
         """
         rows: Sequence[str | None] = batch["domains"]
         if mode == "dense":
             return self._nats(batch, (), None)
-        mask = self.hard_gates()
         if mode == "swapped" and len(set(self.memories.names.values())) > 1:
-            others = [self._rotated(rows, k) for k in range(1, len(self.domains))]
-            return torch.stack([self._nats(batch, memories, mask) for memories in others]).mean(0)
-        return self._nats(batch, [None] * len(rows) if mode == "memory_off" else rows, mask)
+            rows = self.another(batch)
+        return self._nats(batch, [None] * len(rows) if mode == "memory_off" else rows, self.hard_gates())
+
+    def another(self, batch: Batch) -> list[str | None]:
+        """For each row a domain whose memory is not the row's, [B]; None where it has none.
+
+        The row's own tokens choose it, so that it is the same in any batch, and all others have their share of a text
+        in one pass, however many there are.
+        """
+        names, chosen = self.memories.names, []
+        for domain, number in zip(batch["domains"], batch["labels"].clamp(min=0).sum(1).tolist(), strict=True):
+            others = [other for other in self.domains if names[other] != names.get(domain)]
+            chosen.append(None if domain is None else others[number % len(others)])
+        return chosen
 
     def same_as(self, mode: str) -> str:
         """The mode that gives the very figures of `mode`, where no memory tells two under the mask apart."""
         bare = self.lora is None and self.kv is None
         one = bare or len(set(self.memories.names.values())) == 1
         return "koff" if (mode == "swapped" and one) or (mode == "memory_off" and bare) else mode
-
-    def _rotated(self, rows: Sequence[str | None], k: int) -> list[str | None]:
-        places = {domain: i for i, domain in enumerate(self.domains)}
-        return [d if d is None else self.domains[(places[d] + k) % len(self.domains)] for d in rows]
 
     def _nats(self, batch: Batch, memories: Sequence[str | None], mask: Tensor | None) -> Tensor:
         with self.under(memories, mask):

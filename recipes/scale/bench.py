@@ -2,8 +2,9 @@
 
     python recipes/scale/bench.py
 
-With `--teacher K`: what a step with the stored teacher's K likeliest tokens costs beside one with a live teacher. The
-first of two steps is also set against the machine's own rate: 4 N floating-point operations a token, forward and
+With `--teacher K`: what a step with the stored teacher's K likeliest tokens costs beside one with a live teacher, and
+beside plain peft LoRA; there also the loss of a run with such a teacher, CE + 2 KL with the tail in a bucket. The first
+of two steps is also set against the machine's own rate: 4 N floating-point operations a token, forward and
 backward of N frozen parameters, at the rate at which it multiplies matrices of the FFN's shape in that dtype.
 
 Both steps see the same batch of the bundled corpora, adapt the same linears at the same rank, leave out KL and include
@@ -123,12 +124,14 @@ def peak(kind: str, options: argparse.Namespace) -> float:
 
 
 def make(kind: str, options: argparse.Namespace) -> Step:
-    """Build a step: `koff` or `lora`, `stored` or `live`."""
+    """Build a step: `lora`, `koff` without a teacher, with KL alone to a `stored` or `live` one, CE and KL: `both`."""
     domains = options.domains.split(",")
     batch, data = batch_of(domains, options.rows, options.length, options.device)
     if kind == "lora":
         return in_dtype(lora_step(batch, options.rank, options.device, options.backbone, options.dtype), options)
     loss = LossSpec(kl=0) if kind == "koff" else LossSpec(0.0, 1.0, top_k=options.teacher, teacher=kind)
+    if kind == "both":
+        loss = LossSpec(1.0, 2.0, top_k=options.teacher, tail="bucket", teacher="stored")
     about = options.rank, options.slots, options.device, options.backbone, options.dtype
     return in_dtype(koff_step(batch, data, *about, loss), options)
 
@@ -205,7 +208,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 with autocast")
-    parser.add_argument("--teacher", type=int, metavar="K", help="compare the stored and the live teacher instead")
+    parser.add_argument("--teacher", type=int, metavar="K", help="compare steps with a teacher instead")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -214,6 +217,8 @@ def main() -> None:
         return
     if options.teacher:
         _say_pairs(options, "stored teacher", "stored", "live teacher", "live", goal=0.75)
+        _say_pairs(options, "stored teacher", "stored", "peft LoRA", "lora", goal=1.1)
+        _say_pairs(options, "CE + 2 KL, stored teacher", "both", "peft LoRA", "lora", goal=1.1)
         return
     _say_pairs(options, "koff", "koff", "peft LoRA", "lora", goal=1.0)
     memory = {kind: peak(kind, options) for kind in ("koff", "lora")}

@@ -351,6 +351,20 @@ def test_retention_without_text(folder):
         fit(folder, data=text(folder, general=()))
 
 
+def test_a_validation_before_takes_nothing_from_a_fit(folder):
+    spec = RetentionSpec(1, updates="both")
+    data, model, run = text(folder), module(folder, spec), trainer(seen := Recorder(), steps=2)
+    run.limit_val_batches = 1
+    run.validate(model, data, verbose=False)
+    run.fit(model, data)
+    assert all(logged["train/retention"] > 0 for logged in seen.logged.values())
+    assert len(seen.logged) == 2
+    model = module(folder, None)
+    run.validate(model, data, verbose=False)
+    with pytest.raises(KoffError, match="names general text that no step would take"):
+        trainer().fit(model, data)
+
+
 def test_text_without_retention(folder):
     with pytest.raises(KoffError, match=r"data\.retention names general text that no step would take: give model\.ret"):
         fit(folder, spec=None)

@@ -402,6 +402,18 @@ def test_numbers_that_are_not_finite_fail_their_answer_alone(made, model):
     assert good[0] == alone(model, [5, 6, 7], "fr")
 
 
+def test_a_change_that_nobody_waits_for_any_more_is_left_out(made, model):
+    async def give_up(engine):
+        done = []
+        with engine._wake:  # so that the thread comes to it afterwards
+            engine._call(lambda: done.append("given up")).cancel()
+        last = await asyncio.wrap_future(engine._call(lambda: "still there"))
+        return done, last, await answer(engine, [8, 9], "fr")
+
+    done, last, told = run(made.folder, give_up)
+    assert (done, last, told[0]) == ([], "still there", alone(model, [8, 9], "fr"))
+
+
 def test_an_engine_that_ends_says_so(made):
     async def close(engine):
         stream = engine.stream([5, 6, 7], "de", Options(400, ignore_end=True))

@@ -410,6 +410,13 @@ def test_no_store_names_the_command_that_makes_one(folder):
         fit(folder, stored())
 
 
+def test_no_store_is_told_after_a_validation_too(folder):
+    data, run = text(folder), Trainer(accelerator="cpu", limit_val_batches=1, max_steps=1, logger=False)
+    run.validate(model := module(folder, stored()), data, verbose=False)
+    with pytest.raises(KoffError, match="no stored teacher of domain 'en'"):
+        run.fit(model, data)
+
+
 def test_a_store_of_something_else_says_of_what(folder, store, tmp_path):
     for name, (where, options, k, message) in {
         "length": (folder, {"seq_len": 24}, K, "of rows of another length: data.seq_len is 16 there and 24 here"),

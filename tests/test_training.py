@@ -227,7 +227,7 @@ def test_dense_memory_runs_without_a_mask(folder, tmp_path):
     assert not run.moved("gates.logits", range(1, STEPS))
     assert run.moved("koff_en", range(1, STEPS))
     assert model.model.gates.kept.all()
-    assert model.draw_gates(2) is None
+    assert model.draw_gates(2, 0) is None
 
 
 @pytest.mark.parametrize(("prior", "hold"), [("fisher", 0.4), ("none", 0.4), ("fisher", None)])

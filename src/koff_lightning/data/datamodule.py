@@ -145,6 +145,9 @@ class DomainDataModule(LightningDataModule):
         Raises:
             KoffError: Bad files or lines, a domain without training or held-out text, or no tokenizer.
         """
+        if self.general is not None and stage in (None, "fit"):  # also where a validation has read the rest
+            self.general.trainer = self.trainer
+            self.general.setup()
         if self._heldout.keys() == self.sources.keys():
             return
         refuse_missing_files(self.sources)
@@ -155,9 +158,6 @@ class DomainDataModule(LightningDataModule):
                 rank_zero_info(f"reading {'the head of ' * self.streaming}the text of domain '{name}'")
                 rows = self._make(name, source)
             self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
-        if self.general is not None and stage in (None, "fit"):
-            self.general.trainer = self.trainer
-            self.general.setup()
 
     def texts(self) -> dict[str, Texts]:
         """Training and held-out text of every domain, read anew; of what is streamed a sample of the training text.

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 Scores = dict[str, dict[str, float]]  # task or group -> metric -> value
-# What stands in the table, of what a task has. Of two normalisations the one by bytes or characters, never by tokens.
 CLASH = "a domain has that name, so their scores could not be told apart"  # another column's, with no memory
+# What stands in the table, of what a task has. Of two normalisations the one by bytes or characters, never by tokens.
 MAIN = ("acc_bytes", "acc_norm", "acc", "exact_match", "bits_per_byte", "byte_perplexity", "f1")
 
 

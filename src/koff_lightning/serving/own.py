@@ -168,6 +168,8 @@ class OwnEngine(Engine):
 
 
 def _do(what: Callable[[], T], future: "Future[T]") -> None:
+    if not future.set_running_or_notify_cancel():
+        return  # whoever asked has gone
     try:
         future.set_result(what())
     except Exception as error:

@@ -97,10 +97,12 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in order, in lists of at most `BUCKET` numbers (or of one larger tensor)."""
     bucket: list[Tensor] = []
+    size = 0
     for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+        if bucket and size + tensor.numel() > BUCKET:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(tensor)
+        size += tensor.numel()
     if bucket:
         yield bucket

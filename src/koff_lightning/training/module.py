@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, N predicted tokens, U prunable units.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -40,7 +40,7 @@ from koff_lightning.training.extending import artifact_to_extend, hold_closed
 from koff_lightning.training.mask_source import load_mask, read_mask_source
 from koff_lightning.training.nonfinite import NonFiniteGuard
 from koff_lightning.training.objective import Objective, take_stored_teacher
-from koff_lightning.training.optim import clip_by_group, optimizer_and_rates
+from koff_lightning.training.optim import clip_by_group, loss_scale, optimizer_and_rates
 from koff_lightning.training.recomputation import recomputes
 from koff_lightning.training.resume import (
     give_data_its_place,
@@ -137,29 +137,32 @@ class KOFFModule(LightningModule):
             check_layout(load_config(source, revision=revision, trust_remote_code=trust_remote_code), sparsity)
 
     def configure_model(self) -> None:
-        """Build the decomposition and what trains and measures it; Lightning calls this once the devices are known."""
-        if self.model is not None:
-            return
+        """Build the decomposition once the devices are known, and look at what a loop takes; Lightning asks for each."""
         strategies.check(self._trainer)
+        if self.model is None:
+            self._build()
+        self.objective = Objective(self.model, self.loss, recomputes(self))
+        if self.objective.recompute:
+            allow_recomputation(self.model.backbone)
+        data = self._trainer.datamodule if self._trainer is not None else None
+        if self._trainer is not None and self.trainer.training:
+            check_text(self.retention, data)
+            take_stored_teacher(self.loss, data, self.model.backbone_hash)
+        if (tokenizer := getattr(data, "tokenizer", None)) is not None:
+            check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
+
+    def _build(self) -> None:
         self.model = Decomposition(
             self.source, self.domains, self.sparsity, self.lora, self.kv, self.shared_memory, **self.loading
         )
         self.model.chunk = self.loss.chunk
         hold_closed(self.model.backbone, self.extends)
-        self.objective = Objective(self.model, self.loss, recomputes(self))
         check_top_k(self.loss.top_k, len(self.model.head))
-        if self._trainer is not None and self.trainer.training:
-            check_text(self.retention, self.trainer.datamodule)
-            take_stored_teacher(self.loss, self.trainer.datamodule, self.model.backbone_hash)
-        if self._trainer is not None and (tokenizer := getattr(self.trainer.datamodule, "tokenizer", None)) is not None:
-            check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
         spec, kinds = self.sparsity, len(self.model.budget.kinds) if self.sparsity.scope == "local" else None
         self.penalty = make_penalty(spec.penalty, spec.weight, spec.autoscale, kinds)
         if self.mask_source is not None:
             load_mask(self.model, self.mask_source)
             self.penalty.requires_grad_(not self.mask_source.fixed)
-        if self.objective.recompute:
-            allow_recomputation(self.model.backbone)
         if self.hparams.compile:
             compile_layers(self.model.backbone, self.hparams.compile)
         if self.warm_start is not None:
@@ -213,7 +216,7 @@ class KOFFModule(LightningModule):
         """Whether memories take part now: always, or only once the mask is fixed in a two-stage run."""
         return self.joint or self.mask_is_fixed
 
-    def draw_gates(self, rows: int, batch_idx: int = 0) -> Tensor | None:
+    def draw_gates(self, rows: int, batch_idx: int) -> Tensor | None:
         """Gate values for a micro-batch, [R, U]: ones while memories warm up, then a sample, then the hard mask."""
         gates = self.model.gates
         if not self.learns_mask:
@@ -256,14 +259,16 @@ class KOFFModule(LightningModule):
 
     def fill_memories(self) -> None:
         """Fill fresh KV memories from each domain's own text; restored ones are left alone."""
-        bank, slots = self.model.memories, self.kv.slots if self.kv else 0
-        for name in dict.fromkeys(bank.names.values()) if self.kv else ():
-            memory = bank.kv[bank.key(name)]
-            if not memory.initialised:
-                readers = [d for d in self.domains if bank.names[d] == name]
-                parts = [self._sampler()(d, -(-slots // len(readers))) for d in readers]
-                with self.model.under():
-                    memory.initialise_(self.model.backbone, torch.cat(parts)[:slots].to(self.device))
+        bank, data = self.model.memories, getattr(self._trainer, "datamodule", None)
+        names = [name for name in dict.fromkeys(bank.names.values()) if self.kv]
+        for name in (name for name in names if not bank.kv[bank.key(name)].initialised):
+            if not hasattr(data, "sample_ids"):
+                raise KoffError("KV memories start from text: train with DomainDataModule, or one that has sample_ids")
+            readers = [d for d in self.domains if bank.names[d] == name]
+            parts = [data.sample_ids(d, -(-self.kv.slots // len(readers))) for d in readers]
+            ids = torch.cat(parts)[: self.kv.slots].to(self.device)  # [P]
+            with self.model.under():
+                bank.kv[bank.key(name)].initialise_(self.model.backbone, ids)
 
     def _number_of_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
@@ -271,18 +276,11 @@ class KOFFModule(LightningModule):
             raise KoffError("a schedule needs an end: set trainer.max_steps (or max_epochs with data of known length)")
         return int(steps)
 
-    def _sampler(self) -> Callable[[str, int], Tensor]:
-        """Where the first text of a memory comes from."""
-        if not hasattr(self.trainer.datamodule, "sample_ids"):
-            raise KoffError("KV memories start from text: train with DomainDataModule, or one that has sample_ids")
-        return self.trainer.datamodule.sample_ids
-
     on_validation_start = on_test_start = on_predict_start = fill_memories
 
     def on_after_backward(self) -> None:
         """Collect the squared gate gradients of the warm-up, which order the logits later."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-bit training, which changes as it goes
-        self.model.gates.observe(scaler.get_scale() if scaler else 1.0)
+        self.model.gates.observe(loss_scale(self.trainer))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One AdamW: mask, multipliers (ascent), LoRA, KV."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -118,3 +119,9 @@ def clip_by_group(optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Te
             grads = [p.grad for p in group["params"] if p.grad is not None]
             norms[group["name"]] = torch.nn.utils.get_total_norm(grads)
     return norms
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """By what gradients are too large now: the scale of 16-bit training, which changes as it goes, else 1."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler.get_scale() if scaler else 1.0

@@ -15,6 +15,7 @@ from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.losses import settled
 from koff_lightning.specs.training import RetentionSpec
 from koff_lightning.support.errors import KoffError
+from koff_lightning.training.optim import loss_scale
 
 
 def drawn(model: Decomposition, step: int) -> str:
@@ -67,8 +68,7 @@ def retention_loss(module: LightningModule, batch_idx: int) -> Tensor:
     module.guard.check_loss(found.loss, found.tokens, found.predicted, batch["domains"], step)
     for logger in module.trainer.loggers:  # not by `log`, which would repeat the value in the steps that follow
         logger.log_metrics({"train/retention": float(found.loss.detach())}, step)
-    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-    return spec.weight * settled(found.loss, moves, scaler.get_scale() if scaler else 1.0)
+    return spec.weight * settled(found.loss, moves, loss_scale(module.trainer))
 
 
 def check_text(spec: RetentionSpec | None, data: Any) -> None:

@@ -30,6 +30,7 @@ from koff_lightning.studies.analysis import (
 from koff_lightning.studies.analysis.scoring import own_memory, score, under
 from koff_lightning.studies.analysis.transfer import Transfer
 from koff_lightning.support.errors import KoffError
+from koff_lightning.surgery import masks
 
 
 def held_out(domains=DOMAINS, rows: int = 2) -> list[dict]:
@@ -163,7 +164,7 @@ def test_all_removed_units_put_back_are_the_dense_model(opened):
     kept = opened.gates.kept.clone()
     dense = score(held_out(), {"dense": lambda batch: opened.row_nats(batch, "dense")})
     with reinserted(opened, mask.removed):
-        neurons = torch.cat([part for g, part in opened.gates.per_group(opened.gates.kept) if g.kind == "channel"])
+        neurons = torch.cat([part for g, part in masks(opened.gates.groups, opened.gates.kept) if g.kind == "channel"])
         assert neurons.all()
         opened.gates.kept.fill_(True)  # the kv groups too
         assert score(held_out(), {"all": under(opened, None)})["all"].tolist() == pytest.approx(
@@ -260,7 +261,7 @@ def test_neurons_are_read_from_channels_of_gate_and_up(tmp_path, units):
     module = tiny_decomposition(tmp_path, sparsity=SparsitySpec(target=0.2, units=units, min_channels=4))
     export(module, tmp_path / "out", prove=False)
     closed = {kind: [] for kind in units}
-    for group, kept in module.gates.per_group(module.gates.kept):
+    for group, kept in masks(module.gates.groups, module.gates.kept):
         closed[group.kind] += (~kept).tolist()
     halves = {kind: np.array(closed[kind]) for kind in units if kind in ("gate_channel", "up_channel")}
     either = np.any(list(halves.values()), axis=0)
@@ -277,7 +278,7 @@ def test_neurons_are_read_from_channels_of_gate_and_up(tmp_path, units):
     opened = open_run(tmp_path / "out")
     before = opened.gates.kept.clone()
     with reinserted(opened, either):
-        for group, kept in opened.gates.per_group(opened.gates.kept):
+        for group, kept in masks(opened.gates.groups, opened.gates.kept):
             assert group.kind not in halves or kept.all()
     assert torch.equal(opened.gates.kept, before)
     assert transfer(opened, held_out()).bpb.notna().all(axis=None)

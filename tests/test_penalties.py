@@ -1,11 +1,13 @@
 """The price of what is kept: when it presses, how hard, on which kinds; and the gate's options."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 
 from koff_lightning import KoffError
 from koff_lightning.gates import HardConcrete
-from koff_lightning.penalties import PENALTIES, HingePenalty, LagrangianPenalty, make_penalty
+from koff_lightning.penalties import HingePenalty, LagrangianPenalty, make_penalty
 from koff_lightning.specs.sparsity import SparsitySpec
 
 
@@ -72,7 +74,8 @@ def test_a_quadratic_multiplier_below_nothing_is_no_reward():
 
 
 def test_every_penalty_has_a_name_that_the_options_know():
-    for name in PENALTIES:
+    names = get_args(get_type_hints(SparsitySpec)["penalty"])
+    for name in names:
         assert SparsitySpec(penalty=name).penalty == name
         assert make_penalty(name, 2.0)(torch.tensor(0.1), 0.2).ndim == 0
     with pytest.raises(KoffError, match="hinge"):

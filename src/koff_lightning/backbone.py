@@ -181,13 +181,8 @@ def prunable_groups(model: PreTrainedModel, kinds: tuple[str, ...] | list[str] =
     check_kinds(kinds)
     groups = []
     for index, layer in enumerate(decoder_layers(model)):
-        for kind, (block, producers, consumer) in zip(KINDS, (FFN, ATTENTION), strict=True):
-            if kind in kinds:
-                groups.append(
-                    _group(
-                        index, kind, layer.get_submodule(block), f"model.layers.{index}.{block}", producers, consumer
-                    )
-                )
+        blocks = zip(KINDS, (FFN, ATTENTION), strict=True)
+        groups += [_group(index, kind, layer, names) for kind, names in blocks if kind in kinds]
         groups += [_channels(index, kind, layer) for kind in CHANNELS if kind in kinds]
     return groups
 
@@ -201,17 +196,16 @@ def channel_linear(layer: int, kind: str) -> str | None:
 
 
 def _channels(index: int, kind: str, layer: nn.Module) -> PrunableGroup:
-    (block, producers, consumer), name = LINEAR_OF[kind]
-    inside, path = layer.get_submodule(block), f"model.layers.{index}.{block}"
-    linear = getattr(inside, name)
-    whole = _group(index, KINDS[0], inside, path, producers, consumer) if kind in HALVES else None
-    cost = linear.in_features + (linear.bias is not None)
-    return PrunableGroup(index, kind, linear.out_features, ((f"{path}.{name}", 1),), "", 1, cost, whole)
+    block, name = LINEAR_OF[kind]
+    linear = layer.get_submodule(f"{block[0]}.{name}")
+    whole = _group(index, KINDS[0], layer, block) if kind in HALVES else None
+    cost, path = linear.in_features + (linear.bias is not None), f"model.layers.{index}.{block[0]}.{name}"
+    return PrunableGroup(index, kind, linear.out_features, ((path, 1),), "", 1, cost, whole)
 
 
-def _group(
-    index: int, kind: str, block: nn.Module, path: str, producers: tuple[str, ...], consumer: str
-) -> PrunableGroup:
+def _group(index: int, kind: str, layer: nn.Module, names: tuple[str, tuple[str, ...], str]) -> PrunableGroup:
+    name, producers, consumer = names
+    block, path = layer.get_submodule(name), f"model.layers.{index}.{name}"
     linears = [getattr(block, name) for name in producers]
     size = linears[-1].out_features // (1 if kind == "channel" else block.head_dim)  # up rows | kv heads
     rows = [linear.out_features // size for linear in linears]
@@ -268,6 +262,11 @@ def compile_layers(model: PreTrainedModel, backend: str) -> None:
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), GRAPHS * len(layers)))
     for layer in layers:
         layer.compile(backend=backend)
+
+
+def end_tokens(given: int | list[int] | None) -> list[int]:
+    """The tokens that end a text, of an `eos_token_id` of transformers."""
+    return [] if given is None else [given] if isinstance(given, int) else list(given)
 
 
 def ask_nothing_(model: PreTrainedModel) -> GenerationConfig:

@@ -76,7 +76,7 @@ class HardConcrete:
     def anneal(self, progress: float) -> None:
         """Set beta for a share `progress` in [0, 1] of the mask phase."""
         start, end = self._course
-        self.beta = start if start == end else start + (end - start) * min(max(progress, 0.0), 1.0)
+        self.beta = start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
 class ShrinkingReLU:
@@ -332,10 +332,6 @@ class BackboneGates(nn.Module):
     def off(self) -> AbstractContextManager[None]:
         """The dense model inside the block, in this thread, or what is `set` there; what was in force comes back."""
         return self._in_force.scope(None)
-
-    def per_group(self, values: Tensor) -> list[tuple[PrunableGroup, Tensor]]:
-        """Split a vector over units [U] by group."""
-        return list(zip(self.groups, values.split(self.sizes), strict=True))
 
     @torch.no_grad()
     def harden(self, kept: Tensor) -> None:

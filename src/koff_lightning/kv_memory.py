@@ -152,11 +152,6 @@ class KVMemory(nn.Module):
                 delattr(part, str(index))
         self.layers = [index for index in self.layers if index in layers]
 
-    def numel(self) -> int:
-        """Numbers stored, the frozen slot included."""
-        parts = (self.sink_key, self.sink_value, self.key, self.value)
-        return sum(part[index].numel() for part in parts for index in self.layers)
-
     def _write_(self, index: int, key: Tensor, value: Tensor) -> None:
         """Copy keys and values, each [K, P, dh], into one layer."""
         first = self._frozen

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from koff_lightning.backbone import FAMILIES, head_size, rope_of
@@ -157,14 +158,10 @@ def _entries(source: str, where: dict[str, object]) -> dict[str, Any]:
 def _refuse_adapter(source: str, where: dict[str, object]) -> None:
     """Transformers would apply an adapter that lies among the files, by classes that the adapter names."""
     place = where["pretrained_model_name_or_path"]
-    if not Path(place).is_dir() and _loading(source, _adapter_file, {"place": place, "revision": where["revision"]}):
+    if Path(place).is_dir():
+        return
+    if _loading(source, find_adapter_config_file, {"model_id": place, "revision": where["revision"]}):
         raise adapter_beside(source)
-
-
-def _adapter_file(place: str, revision: str | None) -> str | None:
-    from transformers.utils import find_adapter_config_file
-
-    return find_adapter_config_file(place, revision=revision)
 
 
 def load_tokenizer(

@@ -111,10 +111,7 @@ def _among_all(log_p: Tensor, p: Tensor, seen: TopK, spec: LossSpec) -> tuple[Te
 class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, head, labels, weights, spec):  # noqa: ANN001, ANN205
-        ce, kl = (
-            student.new_zeros(len(labels), dtype=torch.float32),
-            student.new_zeros(len(labels), dtype=torch.float32),
-        )
+        ce, kl = (student.new_zeros(len(labels), dtype=torch.float32) for _ in range(2))
         grad = torch.empty_like(student)
         alone = teacher is not None and spec.top_k_alone
         step = max(1, spec.chunk // SPARSE) if alone else at_once(head, spec.chunk)

@@ -195,8 +195,9 @@ class MemoryBank(nn.Module):
         """Let go of one part of all memories in all other layers."""
         if part == "lora":
             for path, linear in self._linears.items():
-                for name in self._lora if layer_of(path) not in layers else ():
-                    linear.remove(self.key(name))
+                if layer_of(path) not in layers:
+                    for name in self._lora:
+                        linear.remove(self.key(name))
             for name, spec in self._lora.items():
                 here = [layer for layer in placed(spec.layers, self.depth) if layer in layers] if spec else []
                 self._lora[name] = spec and replace(spec, layers=shortest(here, self.depth))
@@ -306,9 +307,8 @@ class MemoryBank(nn.Module):
         for name, weight in self.weights(domain).items():
             place: tuple[Part, int] = "lora", layer_of(name)
             found[place] = found.get(place, 0) + weight.numel()
-        slots = self.slots(domain)
-        for layer in slots.layers if slots else ():
-            found["kv", layer] = sum(part.numel() for part in slots.layer(layer))
+        if (slots := self.slots(domain)) is not None:
+            found |= {("kv", layer): sum(part.numel() for part in slots.layer(layer)) for layer in slots.layers}
         return found
 
     def size(self, domain: str) -> int:

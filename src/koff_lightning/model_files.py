@@ -26,7 +26,7 @@ from koff_lightning.support.json_files import kind, read_json_object, wrong_valu
 INDEX = ".index.json"
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read, its index only without it
 FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors
-_FLOATS_OF_TORCH = dict(zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), FLOATS, strict=True))
+FLOATS_OF_TORCH = dict(zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), FLOATS, strict=True))
 
 # What config.json may not ask for, with the reason. Our own attention takes the place of the file's in any case.
 _FOREIGN = {
@@ -345,9 +345,7 @@ def _pickled_heads(path: Path) -> dict[str, tuple[str, list[int]]]:
         return {}
     tensors = {name: part for name, part in held.items() if isinstance(part, Tensor)} if isinstance(held, dict) else {}
     dtypes = {name: str(part.dtype).removeprefix("torch.") for name, part in tensors.items()}
-    return {
-        str(name): (_FLOATS_OF_TORCH.get(part.dtype, dtypes[name]), [*part.shape]) for name, part in tensors.items()
-    }
+    return {str(name): (FLOATS_OF_TORCH.get(part.dtype, dtypes[name]), [*part.shape]) for name, part in tensors.items()}
 
 
 def check_weights(folder: Path, layers: int | None, source: str) -> None:

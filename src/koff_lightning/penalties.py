@@ -7,8 +7,6 @@ itself, and the target; with several, their prices are added.
 import torch
 from torch import Tensor, nn
 
-PENALTIES = ("lagrangian", "fixed", "hinge", "absolute", "plain_lagrangian")
-
 
 class LagrangianPenalty(nn.Module):
     """lam1 (s - t) + lam2 (s - t)^2, minimised over the mask and maximised over the multipliers (CoFi; Sheared-LLaMA).
@@ -67,7 +65,7 @@ class HingePenalty(nn.Module):
 
 
 def make_penalty(name: str, weight: float, autoscale: bool = False, kinds: int | None = None) -> nn.Module:
-    """One of `PENALTIES` by its name; `kinds` as in `LagrangianPenalty`."""
+    """The penalty that `SparsitySpec.penalty` names; `kinds` as in `LagrangianPenalty`."""
     if name in ("hinge", "absolute"):
         return HingePenalty(weight, autoscale, both_sides=name == "absolute")
     if name == "fixed":

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from koff_lightning.artifact.layouts import Layout, layout_named
@@ -33,20 +33,18 @@ from koff_lightning.listed_files import (
     paths_below,
     refuse_extra,
 )
-from koff_lightning.model_files import check_links
+from koff_lightning.model_files import FLOATS_OF_TORCH, check_links, heads
 from koff_lightning.placement import check_words
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_sha256, hash_file
 from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import check_name, refuse_no_memory
+from koff_lightning.surgery import masks
 
 FORMAT = 1
 REPORT, MEMORIES, ROUTER = "export_report.json", "memories", "router"
 _AT_ROOT = (MANIFEST, REPORT, BACKBONE, MEMORIES, "README.md", "LICENSE")
-
-# What safetensors calls the dtypes that a backbone can be loaded in.
-_SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 _FORM = {  # of koff.json
     "layout": str,
@@ -216,10 +214,9 @@ def describe_mask(groups: Sequence[PrunableGroup], kept: Tensor, bias: Tensor | 
     Returns:
         An entry per group, its bits packed (first unit highest) in hex; with compensation also the SHA-256 of its bias.
     """
-    parts = kept.cpu().split([group.size for group in groups])
     mask = [
         {"layer": g.layer, "kind": g.kind, "of": g.size, "kept": int(part.sum()), "bits": _pack(part)}
-        for g, part in zip(groups, parts, strict=True)
+        for g, part in masks(groups, kept.cpu())
     ]
     if bias is None:
         return mask
@@ -238,14 +235,13 @@ def _bias(group: dict[str, Any]) -> list[str]:
 
 
 def _pack(bits: Tensor) -> str:
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)  # [bytes, 8]
-    return bytes((padded << torch.arange(7, -1, -1)).sum(1).tolist()).hex()
+    return np.packbits(bits.numpy()).tobytes().hex()
 
 
 def _unpack(group: dict[str, Any]) -> Tensor:
     """The mask of one described group, bool [units of the group]."""
-    packed = torch.tensor(list(bytes.fromhex(group["bits"])), dtype=torch.uint8)  # [bytes]
-    return (packed[:, None] >> torch.arange(7, -1, -1) & 1).flatten()[: group["of"]].bool()  # [units of the group]
+    packed = np.frombuffer(bytes.fromhex(group["bits"]), np.uint8)  # [bytes]
+    return torch.from_numpy(np.unpackbits(packed)[: group["of"]]).bool()
 
 
 # ------------------------------------------------------------------------------------------------------ the files
@@ -333,11 +329,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def count_parameters(folder: Path) -> int:
     """Numbers in the safetensors files of a folder, by the shapes that they state."""
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
+    return sum(math.prod(shape) for path in folder.glob("*.safetensors") for _, shape in heads(path).values())
 
 
 def _check_dtype(folder: Path, dtype: str) -> None:
@@ -346,12 +338,8 @@ def _check_dtype(folder: Path, dtype: str) -> None:
     transformers would cast to whatever is asked for, without a word.
     """
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise KoffError(f"{path} is not a sound safetensors file ({error}): get it again") from error
-        if odd := [name for name, kind in kinds.items() if kind != _SAFETENSORS_DTYPES.get(dtype)]:
+        kinds = {name: kind for name, (kind, _) in heads(path).items()}
+        if odd := [name for name, kind in kinds.items() if kind != FLOATS_OF_TORCH.get(getattr(torch, dtype, None))]:
             raise KoffError(
                 f"{MANIFEST} says {dtype}, but {path} holds {odd[0]} as {kinds[odd[0]]}: one of them was changed; get "
                 "the artifact again"

@@ -11,17 +11,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from koff_lightning.artifact.folder import MEMORIES, REPORT, ROUTER, Manifest, read_json, read_manifest, verify
 from koff_lightning.artifact.memory_files import check_memories, listed, read_card, unlisted
-from koff_lightning.listed_files import BACKBONE, MANIFEST
+from koff_lightning.listed_files import BACKBONE, MANIFEST, paths_below
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, lock, own_cache, write_atomically
 from koff_lightning.support.names import HUB_ID
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd
 
 _KEPT = ("README.md", "LICENSE", REPORT, f"{BACKBONE}/*")
 _ELSEWHERE = "*../*"  # names that would lead out of the folder; huggingface_hub reads backslashes as slashes here
@@ -60,8 +56,8 @@ def push(folder: str | Path, repo: str, memories: Sequence[str] | None = None, p
         parent = api.model_info(repo).sha
         there = api.list_repo_files(repo, revision=parent)
         if memories is None:
-            operations = [_add(folder, path) for path in _files(folder, folder)]
-            operations = [one for one in operations if one.path_in_repo != "README.md"]
+            paths = [path for path in sorted(paths_below(folder, ".")) if path != "README.md"]
+            operations = [CommitOperationAdd(path, folder / path) for path in paths]
             operations.append(CommitOperationAdd("README.md", _card(folder, repo).encode()))
             replaced, words = (BACKBONE, MEMORIES, ROUTER), f"Artifact with {len(manifest.domains)} memories"
         else:
@@ -70,7 +66,8 @@ def push(folder: str | Path, repo: str, memories: Sequence[str] | None = None, p
             operations = []
             for name in dict.fromkeys(memories):
                 home = folder / MEMORIES / name
-                operations += [_add(folder, path) for path in _files(folder, home)]
+                paths = sorted(paths_below(folder, f"{MEMORIES}/{name}"))
+                operations += [CommitOperationAdd(path, folder / path) for path in paths]
                 remote = unlisted(remote, name) if name in remote.domains else remote
                 remote = listed(remote, read_card(home), hash_file(home / "memory.json"))
             operations.append(CommitOperationAdd(MANIFEST, remote.to_json().encode()))
@@ -225,17 +222,6 @@ def _name(repo: str) -> str:
 def _suffix(memories: Sequence[str] | None) -> str:
     """Tells a folder with some of the memories from others; their names may be more than a file name holds."""
     return "" if memories is None else f"+{hashlib.sha256(' '.join(sorted(memories)).encode()).hexdigest()[:12]}"
-
-
-def _files(root: Path, below: Path) -> Iterator[Path]:
-    paths = sorted(path for path in below.rglob("*") if path.is_file())
-    yield from (path for path in paths if not any(part.startswith(".") for part in path.relative_to(root).parts))
-
-
-def _add(folder: Path, path: Path) -> "CommitOperationAdd":
-    from huggingface_hub import CommitOperationAdd
-
-    return CommitOperationAdd(path.relative_to(folder).as_posix(), path)
 
 
 def _card(folder: Path, repo: str) -> str:

@@ -4,13 +4,12 @@ The folder is replaced as a whole, so no crash leaves half. Where one memory cha
 written: the new folder links to their files.
 """
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,7 +77,7 @@ def _add(folder: Path, sources: Mapping[str, Path]) -> None:
             home.mkdir(parents=True)
             for file in card.files:
                 shutil.copyfile(source / file, home / file)
-            write_text(home / CARD, json.dumps(asdict(card), indent=2) + "\n")
+            write_text(home / CARD, card.to_json())
             manifest = listed(manifest, card, hash_file(home / CARD))
         write_text(work / MANIFEST, manifest.to_json())
 

@@ -80,6 +80,10 @@ class MemoryCard:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT
 
+    def to_json(self) -> str:
+        """The text of `memory.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
     def summary(self, card_sha256: str) -> dict[str, Any]:
         """What the manifest of an artifact says of the memory; the hash is that of the card's file."""
         lora, kv = self.lora or {}, self.kv or {}
@@ -145,7 +149,7 @@ def write_memory(
         _save(kv, folder / KV_FILE, {"format": f"koff-kv-{FORMAT}"})  # one entry: of several the order is random
     count = sum(tensor.numel() for part in (lora, kv) for tensor in (part or {}).values())
     card = replace(card, parameters=count, files=describe_files(folder))
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card.to_json(), encoding="utf-8")
     return card
 
 

@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.folder import REPORT
+from koff_lightning.data.encoding import left_padded
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:  # the process that compares starts without Lightning
@@ -185,10 +186,7 @@ def probes(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[Tensor, Tenso
     texts = [[token % size for token in tokenizer(text)["input_ids"]] for text in SENTENCES]
     rows = [(text * LAST)[: 24 - 3 * i] for i, text in enumerate(texts)]
     rows.append(torch.randint(size, (32,), generator=torch.Generator().manual_seed(0)).tolist())
-    length = max(map(len, rows))
-    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    return left_padded(rows)
 
 
 def _gated(module: "Decomposition", ids: Tensor, mask: Tensor, rows: Sequence[str | None]) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from koff_lightning import __version__
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.gguf_tokenizer import write_tokenizer
-from koff_lightning.backbone import head_size, kv_shapes, rotary_inv_freqs, rotary_scaling
+from koff_lightning.backbone import end_tokens, head_size, kv_shapes, rotary_inv_freqs, rotary_scaling
 from koff_lightning.gguf_files import ROPE_FREQS
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_free, new_folder
@@ -199,8 +199,7 @@ def _write_backbone(model: DecomposedModel, form: Form, path: Path, kind: str) -
     writer.add_file_type(TYPES[kind])
     _write_sizes(writer, form, config)
     freqs = _write_rope(writer, model, form)
-    ends = model.own_settings.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = end_tokens(model.own_settings.eos_token_id)
     pre = write_tokenizer(writer, model.tokenizer, config.vocab_size, ends)
     tensors = {form.name(name): tensor for name, tensor in plain_state(model.backbone).items()}
     tensors = {name: form.rows(name, tensor) for name, tensor in tensors.items()}

@@ -94,12 +94,8 @@ class LMEval(Callback):
     ) -> None:
         check_lm_eval(every_n_steps, batch_size)
         self.tasks = [LMEvalTask(**task) if isinstance(task, dict) else task for task in tasks or []]
-        self.every_n_steps, self.strict, self.batch_size, self.include_path = (
-            every_n_steps,
-            strict,
-            batch_size,
-            include_path,
-        )
+        self.every_n_steps, self.strict = every_n_steps, strict
+        self.batch_size, self.include_path = batch_size, include_path
         self.modes = [arm for arm, asked in zip(OTHER_MODES, (dense, memory_off), strict=True) if asked]
         self.scores: dict[str, Scores] = {}  # column -> the last scores
         self.seconds = 0.0  # of all evaluations

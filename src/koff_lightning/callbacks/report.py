@@ -25,6 +25,7 @@ from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
+from koff_lightning.surgery import masks
 from koff_lightning.training.ending import may_be_left
 from koff_lightning.training.eval_mode import eval_mode
 from koff_lightning.training.module import KOFFModule
@@ -274,7 +275,8 @@ class MaskHistory:
         if step % self.every or (self.points and self.points[-1]["step"] == step):
             return
         state = AnnealSparsity.state_of_mask(module)
-        shares = [1 - part.float().mean().item() for _, part in module.model.gates.per_group(module.model.hard_mask())]
+        parts = masks(module.model.gates.groups, module.model.hard_mask())
+        shares = [1 - part.float().mean().item() for _, part in parts]
         course = {name: float(state[f"sparsity/{name}"]) for name in ("target", "expected", "realised")}
         self.points.append({"step": step, "removed": shares} | course)
         if len(self.points) > MOST:  # the length of the run need not be known: halve the points, double the spacing

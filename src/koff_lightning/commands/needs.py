@@ -19,7 +19,7 @@ from koff_lightning.data.sources import domain_shards
 from koff_lightning.data.split import BadLines
 from koff_lightning.evaluation.lm_tasks import load_tasks
 from koff_lightning.loading import TINY, load_config, load_tokenizer
-from koff_lightning.support.errors import KoffError
+from koff_lightning.support.errors import KoffError, refused_by
 
 OF_TOKENIZERS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 FILES = (*OF_TOKENIZERS, "*.safetensors")
@@ -114,13 +114,7 @@ def fetch_all(needs: Iterable[Need]) -> None:
 
 def _failures(deeds: Iterable[tuple[str, Callable[[], object]]]) -> list[str]:
     """Do everything; what fails as lines."""
-    failed = []
-    for what, do in deeds:
-        try:
-            do()
-        except KoffError as error:
-            failed.append(f"\n  {what}: {error}")
-    return failed
+    return [f"\n  {what}: {said[0]}" for what, do in deeds if (said := refused_by([do]))]
 
 
 def tokenizer_of(config: Any) -> Any:

@@ -349,13 +349,7 @@ class DomainDataModule(LightningDataModule):
         rank, world_size = self._place()
         return HeldoutLoader(self._heldout, self.batch_size, rank, world_size, self.num_workers)
 
-    def test_dataloader(self) -> HeldoutLoader:
-        """The same held-out batches as in validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> HeldoutLoader:
-        """The same held-out batches as in validation."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def calibration_text(self, num_tokens: int, seed: int = 0) -> CalibrationText:
         """Batches of training text, the same number of tokens from every domain: see `CalibrationText`."""

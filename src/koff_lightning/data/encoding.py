@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from koff_lightning.loading import tokenizer_hash
 from koff_lightning.support.errors import KoffError
@@ -120,9 +122,13 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
         raise KoffError(
             f"prompt {empty[0]} is empty, and this tokenizer has no start token to put before it: give some text"
         )
-    longest, pad = max(map(len, rows)), tokenizer.pad_token_id or 0  # nobody attends to it: any token serves
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return left_padded(rows, tokenizer.pad_token_id or 0)  # nobody attends to it: any token serves
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, each [B, T], of rows of any lengths, padded on the left."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], True, pad, "left")
+    return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
 
 
 def encode_and_count(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
@@ -297,14 +303,7 @@ def _raw(piece: str, by_bytes: bool = True) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
-def _byte_level() -> dict[str, int]:
-    """The signs by which byte-level vocabularies write bytes: printable ones as they are, the others from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-BYTE_LEVEL = _byte_level()
+BYTE_LEVEL = {sign: byte for byte, sign in bytes_to_unicode().items()}  # how byte-level vocabularies write bytes
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:

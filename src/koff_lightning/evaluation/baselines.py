@@ -30,6 +30,7 @@ from koff_lightning.losses import head_loss
 from koff_lightning.specs.training import LossSpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
+from koff_lightning.surgery import masks
 
 Method = Literal["magnitude", "wanda_sp", "flap", "random", "fisher"]
 READ_TEXT = ("wanda_sp", "flap", "fisher")
@@ -183,7 +184,7 @@ def compensation(
             "give --compensate false"
         )
     biases = []
-    for group, part in zip(groups, kept.cpu().split([group.size for group in groups]), strict=True):
+    for group, part in masks(groups, kept.cpu()):
         gone = ~part.repeat_interleave(group.width)  # [C_g]
         biases.append(_weight(model, group.consumer) @ (read[group.consumer].mean * gone))
     return torch.stack(biases).float()

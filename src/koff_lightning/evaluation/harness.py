@@ -231,14 +231,12 @@ class KoffLM(WritesTalks, HFLM):
         longest, self._max_length = self._max_length, self.rows
         try:
             windows = [windows_of(ids, self.prefix_token_id, self.rows, self.opening) for ids, _ in encoded]
-            plain_way = self.world_size == 1 and self.mixed_precision_dtype is None
-            if not plain_way or not isinstance(self.batch_size_per_gpu, int):
-                stock = self.opening is None
-                found = (
-                    super().loglikelihood_rolling(requests, disable_tqdm)
-                    if stock
-                    else self._by_window(windows, disable_tqdm)
-                )
+            fixed = isinstance(self.batch_size_per_gpu, int)
+            if self.world_size > 1 or self.mixed_precision_dtype is not None or not fixed:
+                if self.opening is None:
+                    found = super().loglikelihood_rolling(requests, disable_tqdm)
+                else:
+                    found = self._by_window(windows, disable_tqdm)
                 return list(map(TextLikelihood.of, found, known))
         finally:
             self.add_bos_token, self._max_length = before, longest
@@ -351,9 +349,7 @@ def reading(model: Model, domain: str | None, dense: bool) -> Reader | PreTraine
     return Reader(model, None, dense=True)
 
 
-def score(
-    lm: KoffLM, tasks: Loaded, num_fewshot: int | None = None, limit: float | None = None, seed: int = SEED
-) -> Scores:
+def score(lm: KoffLM, tasks: Loaded, num_fewshot: int | None = None, limit: float | None = None) -> Scores:
     """Score tasks, shared out over the ranks; every rank gets the scores. For lm-eval's files use `simple_evaluate`.
 
     Args:
@@ -361,12 +357,11 @@ def score(
         tasks: As `load_tasks` gives them.
         num_fewshot: Examples before each question; None for what the task says.
         limit: Samples per task, or a share of them below 1.
-        seed: Seed of the choice of examples.
 
     Raises:
         KoffError: A log-likelihood that is no finite number.
     """
-    _set_examples(tasks, num_fewshot, seed)
+    _set_examples(tasks, num_fewshot)
     found = evaluate(lm, tasks, limit=limit, log_samples=False)  # on rank 0, elsewhere None
     lm.check_finite()
     table = [found and plain(found["results"])]
@@ -375,12 +370,12 @@ def score(
     return table[0]
 
 
-def _set_examples(tasks: Loaded, number: int | None, seed: int) -> None:
+def _set_examples(tasks: Loaded, number: int | None) -> None:
     for task in tasks["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (number is not None and own != 0):  # lm-eval's rule: a task that says 0 means it
             task.set_config("num_fewshot", number or 0)
-        task.set_fewshot_seed(seed)
+        task.set_fewshot_seed(SEED)
 
 
 def answers(lm: KoffLM, tasks: Loaded) -> list[float]:
@@ -389,7 +384,7 @@ def answers(lm: KoffLM, tasks: Loaded) -> list[float]:
     Raises:
         KoffError: A log-likelihood that is no finite number.
     """
-    _set_examples(tasks, None, SEED)
+    _set_examples(tasks, None)
     with quiet():
         samples = evaluate(lm, tasks)["samples"]
     lm.check_finite()

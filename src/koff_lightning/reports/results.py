@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 from koff_lightning.artifact.folder import Manifest
 from koff_lightning.decomposition import MODES, Decomposition
@@ -65,16 +66,21 @@ def _mask(model: Decomposition) -> Figures:
             "by_kind": model.budget.by_kind(kept),
             "physical": model.budget.physical(kept),
         },
-        "kept_units": [
-            {"layer": group.layer, "kind": group.kind, "kept": int(part.sum()), "of": group.size}
-            for group, part in model.gates.per_group(kept)
-        ],
+        "kept_units": kept_units(model, kept),
         "parameters": {
             "dense_total": model.budget.denominators["total"],
             "backbone_kept": backbone,
             "stored": backbone,
         },
     }
+
+
+def kept_units(model: Decomposition, kept: Tensor) -> list[Figures]:
+    """How many units of each group a mask (bool [U]) keeps."""
+    return [
+        {"layer": group.layer, "kind": group.kind, "kept": int(part.sum()), "of": group.size}
+        for group, part in masks(model.gates.groups, kept)
+    ]
 
 
 def _mask_of_artifact(manifest: Manifest) -> Figures:

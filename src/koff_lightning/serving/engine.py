@@ -251,8 +251,3 @@ class Engine(ABC):
         if not held.rows:
             await self._drop(held)
         return True
-
-
-def end_tokens(given: int | list[int] | None) -> list[int]:
-    """The tokens that end a text, of an `eos_token_id` of transformers."""
-    return [] if given is None else [given] if isinstance(given, int) else list(given)

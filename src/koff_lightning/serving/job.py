@@ -16,11 +16,10 @@ class Places:
 
     Args:
         total: So many.
-        patience: Seconds after which who was refused may ask again.
     """
 
-    def __init__(self, total: int, patience: int = 1) -> None:
-        self.total, self.taken, self._patience = total, 0, patience
+    def __init__(self, total: int) -> None:
+        self.total, self.taken = total, 0
 
     def take(self, count: int) -> None:
         """Take places.
@@ -35,7 +34,7 @@ class Places:
                 "too many requests are waiting: ask again later",
                 429,
                 code="queue_full",
-                headers={"Retry-After": str(self._patience)},
+                headers={"Retry-After": "1"},
             )
         self.taken += count
 

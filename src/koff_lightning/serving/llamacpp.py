@@ -26,7 +26,6 @@ class LlamaCppEngine(OwnEngine):
         rows: Most texts that are continued together. Each has its cache from the start.
         gguf: What `koff convert gguf` made of the artifact; by default it is made now.
         kind: Type of the weights where they are converted now: `f32`, `f16` or `q8_0`.
-        context: Tokens of one text and its slots; by default the model's own, at most 4096.
         cache: Type of the token cache, `f32` or `f16`.
 
     Raises:
@@ -39,10 +38,9 @@ class LlamaCppEngine(OwnEngine):
         rows: int = 4,
         gguf: str | Path | None = None,
         kind: str = "f16",
-        context: int | None = None,
         cache: str = "f16",
     ) -> None:
-        self._llama = LlamaModel(folder, gguf, kind=kind, rows=rows, context=context, cache=cache)
+        self._llama = LlamaModel(folder, gguf, kind=kind, rows=rows, cache=cache)
         self._start(self._llama.model, folder, rows, self._llama)
         self._context = self._llama.room
 

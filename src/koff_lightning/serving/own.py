@@ -14,8 +14,9 @@ import torch
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.folder import MEMORIES, Manifest
+from koff_lightning.backbone import end_tokens
 from koff_lightning.serving.batch import Batch, Row
-from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece, end_tokens
+from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from koff_lightning.placement import ALL, check_words
+from koff_lightning.specs.choices import check_choices
 from koff_lightning.support.errors import KoffError
 from koff_lightning.units import LORA_TARGETS
 
@@ -67,8 +68,7 @@ class KVSpec:
             raise KoffError(
                 f"kv.slots must be between {least} and {MAX_SLOTS}{why}; got {self.slots} (null for no KV memory)"
             )
-        if self.init not in ("text", "normal"):
-            raise KoffError(f"kv.init must be text or normal; got {self.init!r}")
+        check_choices(self, "kv")
         if not 0 < self.std < math.inf:
             raise KoffError(f"kv.std must be positive and finite; got {self.std}")
         check_words(self.layers, "kv.layers")

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from koff_lightning.specs.choices import check_choices
 from koff_lightning.support.errors import KoffError
 from koff_lightning.units import check_kinds
 
@@ -79,9 +80,7 @@ class SparsitySpec:
         for name, value in {"spread": self.spread, "weight": self.weight}.items():
             if not 0 <= value < math.inf:
                 raise KoffError(f"sparsity.{name} must be >= 0 and finite; got {value}")
-        for name, kinds in get_type_hints(SparsitySpec).items():  # the command line checks these, Python does not
-            if get_origin(kinds) is Literal and getattr(self, name) not in get_args(kinds):
-                raise KoffError(f"sparsity.{name} must be {' or '.join(get_args(kinds))}; got {getattr(self, name)}")
+        check_choices(self, "sparsity")
         check_kinds(self.units)
         self._check_gate()
         self._check_together()

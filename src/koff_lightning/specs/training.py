@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from koff_lightning.specs.choices import check_choices
 from koff_lightning.support.errors import KoffError
 
 
@@ -38,10 +39,7 @@ class LossSpec:
             raise KoffError(f"loss.chunk must be at least 1 token; got {self.chunk}")
         if self.top_k is not None and self.top_k < 2:
             raise KoffError(f"loss.top_k must be at least 2 (100 in the paper), or null for all; got {self.top_k}")
-        if self.tail not in ("drop", "bucket"):
-            raise KoffError(f"loss.tail must be drop or bucket; got {self.tail!r}")
-        if self.teacher not in ("live", "stored"):
-            raise KoffError(f"loss.teacher must be live or stored; got {self.teacher!r}")
+        check_choices(self, "loss")
         if self.teacher == "stored" and not (self.kl and self.top_k):
             raise KoffError(
                 "loss.teacher: stored holds the dense model's likeliest tokens: set loss.top_k (100 in the paper) "
@@ -76,8 +74,7 @@ class RetentionSpec:
             )
         if not 0 < self.weight < math.inf:
             raise KoffError(f"retention.weight must be positive and finite; got {self.weight}")
-        if self.updates not in ("mask", "both"):
-            raise KoffError(f"retention.updates must be mask or both; got {self.updates!r}")
+        check_choices(self, "retention")
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step number `step` (from 0) takes general text: the last of every `every`."""
@@ -115,5 +112,4 @@ class OptimSpec:
             raise KoffError(f"optim: rates and clip must be positive and finite; got {', '.join(bad)}")
         if not (0 <= self.warmup < 1 and 0 <= self.final <= 1):
             raise KoffError(f"optim.warmup and optim.final are shares of 1; got {self.warmup} and {self.final}")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise KoffError(f"optim.on_nonfinite must be stop or skip; got {self.on_nonfinite!r}")
+        check_choices(self, "optim")

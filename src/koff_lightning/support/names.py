@@ -81,26 +81,22 @@ def refuse_no_run(path: Path) -> None:
     )
 
 
-def check_name(name: object, what: str = "domain") -> None:
-    """Refuse a name that is not safe as the name of a folder.
-
-    Args:
-        name: To look at.
-        what: What it names, for the message.
+def check_name(name: object) -> None:
+    """Refuse a domain's name that is not safe as the name of a folder.
 
     Raises:
         KoffError: It is no text of 1 to 64 letters, digits, `_` and `-`.
     """
     if not isinstance(name, str) or not _SAFE.fullmatch(name):
         raise KoffError(
-            f"{what} name {name!r} is not safe as a file name: use 1 to 64 of the letters a-z A-Z, digits, '_' and '-'"
+            f"domain name {name!r} is not safe as a file name: use 1 to 64 of the letters a-z A-Z, digits, '_' and '-'"
         )
 
 
-def check_names(names: Iterable[str], what: str = "domain") -> None:
+def check_names(names: Iterable[str]) -> None:
     """The same of several, of which no two may be alike."""
     names = list(names)
     for name in names:
-        check_name(name, what)
+        check_name(name)
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise KoffError(f"{what} {twice[0]!r} is given more than once")
+        raise KoffError(f"domain {twice[0]!r} is given more than once")

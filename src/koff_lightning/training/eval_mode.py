@@ -16,15 +16,13 @@ def eval_mode(module: KOFFModule) -> Iterator[None]:
     That is the random state of Python, numpy, torch and all GPUs, every part's mode, the gates in force and which rows
     read which memory.
     """
-    modes = [(part, part.training) for part in module.modules()]
+    modes, random = [(part, part.training) for part in module.modules()], isolate_rng()
     module.eval()
-    failure: BaseException | None = None
-    with isolate_rng(), torch.no_grad(), module.model.under():
-        try:
+    random.__enter__()
+    try:
+        with torch.no_grad(), module.model.under():
             yield
-        except BaseException as error:  # isolate_rng puts the random state back only where its block ends well
-            failure = error
-    for part, mode in modes:
-        part.training = mode
-    if failure is not None:
-        raise failure
+    finally:
+        random.__exit__(None, None, None)  # by hand: of itself it puts the state back only where its block ends well
+        for part, mode in modes:
+            part.training = mode

@@ -137,7 +137,7 @@ class KOFFModule(LightningModule):
             check_layout(load_config(source, revision=revision, trust_remote_code=trust_remote_code), sparsity)
 
     def configure_model(self) -> None:
-        """Build the decomposition once the devices are known, and look at what a loop takes; Lightning asks for each."""
+        """Build the decomposition once the devices are known; then look at what the loop takes, as Lightning asks."""
         strategies.check(self._trainer)
         if self.model is None:
             self._build()

@@ -44,7 +44,6 @@ from koff_lightning.training.retention import moved_parts
 COUNTED = (2, 3)  # layers
 AMPS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 GATHERED = 2  # layers whose weights are whole on every device at one time: the present one and the next
-STAGES = ("teacher pass", "forward", "loss", "backward")
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the kernel that torch's own table lacks
 _FLOPS = flop_registry | {
@@ -101,8 +100,8 @@ class Counts:
         mask: Bytes of the logits.
         teacher: Bytes that the teacher pass leaves.
         activations: Bytes that the forward keeps for the backward.
-        peaks: Most bytes that are alive in each of `STAGES`, beyond weights, gradients and optimizer state; with
-            retention in a step that takes general text.
+        peaks: Most bytes that are alive in `teacher pass`, `forward`, `loss` and `backward`, beyond weights, gradients
+            and optimizer state; with retention in a step that takes general text.
         flops: Operations without general text.
         retention: Operations that general text adds in a step that takes it.
     """
@@ -203,13 +202,13 @@ def _count(step: Step, layers: int) -> dict[str, Any]:
         live = _Live(known)
         with live, torch.autocast("cpu", AMPS[step.precision]) if step.precision in AMPS else nullcontext():
             parts = _micro_batch(step, model, live)
-    slots = sum(4 * kv.numel() for kv in memories.kv.values())
+    sinks = [b for kv in memories.kv.values() for part in (kv.sink_key, kv.sink_value) for b in part.buffers()]
     return parts | {
         "layers": inside,
         "rest": sum(frozen.values()) - inside,
         "lora": sum(map(_bytes, memories.lora_parameters())),
         "kv": sum(map(_bytes, memories.kv_parameters())),
-        "sinks": slots - sum(map(_bytes, memories.kv_parameters())),
+        "sinks": sum(map(_bytes, sinks)),
         "mask": _bytes(gates.logits),
     }
 
@@ -282,7 +281,6 @@ class _Counted(Objective):
 def _micro_batch(step: Step, model: _Outline, live: "_Live") -> dict[str, Any]:
     """What `KOFFModule.training_step` and its backward do."""
     rows = [step.domains[row * len(step.domains) // step.rows] for row in range(step.rows)]
-    rows = rows if step.rows >= len(step.domains) else list(step.domains[: step.rows])
     tokens = torch.zeros(step.rows, step.length, dtype=torch.int64)
     packed = torch.ones(step.rows, 1, step.length, step.length, dtype=torch.bool)  # who sees whom in packed rows
     batch = {"input_ids": tokens, "position_ids": tokens, "attention_mask": packed, "labels": tokens}

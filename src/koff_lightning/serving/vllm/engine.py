@@ -18,10 +18,11 @@ from typing import Any
 
 from koff_lightning.artifact.folder import MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import check_memories, read_memory
+from koff_lightning.backbone import end_tokens
 from koff_lightning.kv_memory import MOVING_ROPE, check_one_rope
 from koff_lightning.listed_files import BACKBONE, CARD
 from koff_lightning.loading import load_tokenizer
-from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece, Token, end_tokens
+from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece, Token
 from koff_lightning.serving.vllm.slots import FOLDER, KEY, check_layers, salt_of, with_places
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file

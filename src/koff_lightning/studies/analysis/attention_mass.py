@@ -14,6 +14,7 @@ from koff_lightning.attention import koff_attention
 from koff_lightning.backbone import attention_modules
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.support.errors import KoffError
+from koff_lightning.surgery import masks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +68,7 @@ def attention_mass(module: Decomposition, batches: Iterable[Batch]) -> "pd.DataF
 def _removed_heads(module: Decomposition, shape: Sequence[int]) -> Tensor:
     """Query heads whose kv group is removed, bool [L, H]."""
     gone = torch.zeros(*shape, dtype=torch.bool)
-    for group, kept in module.gates.per_group(module.gates.kept.cpu()):
+    for group, kept in masks(module.gates.groups, module.gates.kept.cpu()):
         if group.kind == "kv_group":
             gone[group.layer] = (~kept).repeat_interleave(shape[1] // group.size)
     return gone

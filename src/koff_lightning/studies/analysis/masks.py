@@ -120,13 +120,13 @@ def read_mask(source: str | Path, backbone: str | None = None) -> Mask:
     return _mask(str(source), about["backbone_hash"], list(about["domains"]), groups, state["gates.kept"], learned)
 
 
-def mask_of(module: Decomposition, name: str = "this decomposition") -> Mask:
+def mask_of(module: Decomposition) -> Mask:
     """The mask of a decomposition that is hardened.
 
     Raises:
         KoffError: The mask is not fixed yet, or there is none.
     """
-    gates = module.gates
+    name, gates = "this decomposition", module.gates
     _check_fixed(name, bool(gates.hardened), module.sparsity.target)
     groups = [(group.layer, group.kind, group.size) for group in gates.groups]
     learned = {"logits": gates.logits.detach(), "importance": gates.importance}

@@ -40,14 +40,13 @@ class Stability:
     sentence: str
 
 
-def stability(activations: Activations, rate: float = RATE, bar: float = BAR, goal: float = GOAL) -> Stability:
+def stability(activations: Activations, rate: float = RATE, bar: float = BAR) -> Stability:
     """Select specific neurons on either half of the documents and compare.
 
     Args:
         activations: Sums over both halves.
         rate: Share of neurons to select, as for `identify`.
         bar: Quantile of all rates that counts as active.
-        goal: Jaccard index that is enough.
 
     Raises:
         KoffError: One domain only, or a domain with all its text in one half.
@@ -57,18 +56,18 @@ def stability(activations: Activations, rate: float = RATE, bar: float = BAR, go
     pairs = zip(activations.domains, first.assigned.T, second.assigned.T, strict=True)
     tokens = int(activations.tokens.sum(0).min())
     share = float(first.selected.mean())
-    enough = found >= goal
-    needed = None if enough or math.isnan(found) else _needed(activations, rate, bar, found, goal)
+    enough = found >= GOAL
+    needed = None if enough or math.isnan(found) else _needed(activations, rate, bar, found)
     text = f"the halves of the text agree on {found:.0%} of the specific neurons ({tokens:,} tokens of each domain"
     if math.isnan(found):
         text = f"no neuron is specific in either half of the text ({tokens:,} tokens of each domain or more)"
     elif enough:
         text += " or more)"
     elif needed is None:
-        text += f" or more), less than {goal:.0%}, and no amount of text that was simulated would change that: the "
+        text += f" or more), less than {GOAL:.0%}, and no amount of text that was simulated would change that: the "
         text += "neurons at the edge of the selection are too alike"
     else:
-        text += f" or more), less than {goal:.0%}: about {needed:,} of each are needed"
+        text += f" or more), less than {GOAL:.0%}: about {needed:,} of each are needed"
     chance = share / (2 - share)
     return Stability(found, {d: jaccard(a, b) for d, a, b in pairs}, chance, tokens, needed, enough, text)
 
@@ -79,7 +78,7 @@ def jaccard(first: Bools, second: Bools) -> float:
     return int((first & second).sum()) / union if union else math.nan
 
 
-def _needed(activations: Activations, rate: float, bar: float, found: float, goal: float) -> int | None:
+def _needed(activations: Activations, rate: float, bar: float, found: float) -> int | None:
     """Tokens of each domain, both halves, at which simulated halves reach the goal.
 
     Tokens of a text are not independent, so a half is worth less than its count: how much less is read off the size at
@@ -92,12 +91,12 @@ def _needed(activations: Activations, rate: float, bar: float, found: float, goa
     for doubling in DOUBLINGS:
         agreed = _simulated(rates, domains, max(round(half * 2.0**doubling), 1), (rate, bar), random)
         curve.append((doubling, max(agreed, curve[-1][1] if curve else 0.0)))  # more text is no worse
-        if agreed > max(goal, found):
+        if agreed > max(GOAL, found):
             break
-    if curve[-1][1] < goal:
+    if curve[-1][1] < GOAL:
         return None
     logs, values = zip(*curve, strict=True)
-    at_goal, at_found = np.interp([goal, found], values, logs)
+    at_goal, at_found = np.interp([GOAL, found], values, logs)
     return math.ceil(2 * half * 2.0 ** max(at_goal - at_found, 0.0))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from koff_lightning.data import DomainDataModule
 from koff_lightning.data.calibration import CalibrationText
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.reports.results import kept_units
 from koff_lightning.studies.analysis import neurons, paper
 from koff_lightning.studies.analysis.activations import Activations, collect_dense
 from koff_lightning.studies.analysis.lape import BAR, RATE, Specialists, identify
@@ -256,11 +257,8 @@ def _removal(found: Study, seen: Activations, masks: neurons.Masks, classes: Map
 
 def _about_run(module: Decomposition, path: Path) -> dict[str, Any]:
     kept = module.hard_mask().cpu()
-    groups = [
-        {"layer": group.layer, "kind": group.kind, "kept": int(part.sum()), "of": group.size}
-        for group, part in module.gates.per_group(kept)
-    ]
-    about = {"path": str(path), "dense": module.source, "base_hash": module.backbone_hash, "kept": groups}
+    about = {"path": str(path), "dense": module.source, "base_hash": module.backbone_hash}
+    about["kept"] = kept_units(module, kept)
     about["removed_of_body"] = module.budget.report(kept)["body"]
     return about | {"memories": {d: module.memories.size(d) for d in module.memories.domains}}
 

@@ -140,7 +140,6 @@ class PairedDraws:
     Args:
         done: Their results.
         arms: Shown arm -> the arms whose runs hold it, and as what.
-        resamples: Draws.
         inside: Of tokens with as many before them as the last class of `metrics.CONTEXT` has, in bits per token (which
             for paired figures of one tokenizer is as good), and of documents and domains that have such tokens.
 
@@ -152,7 +151,6 @@ class PairedDraws:
         self,
         done: Done,
         arms: Mapping[str, tuple[tuple[str, ...], str]],
-        resamples: int = bootstrap.RESAMPLES,
         inside: bool = False,
     ) -> None:
         scored = {run: result["documents"] for run, result in done.items() if result["documents"]}
@@ -175,7 +173,7 @@ class PairedDraws:
             domains = list(sizes)
             nats = [np.array([table[domain] for table in tables]) for domain in domains]
             num_bytes = [np.array(sizes[domain], dtype=float) for domain in domains]
-            self._measured, self._draws = bootstrap.bits_per_byte(nats, num_bytes, resamples)
+            self._measured, self._draws = bootstrap.bits_per_byte(nats, num_bytes)
 
     def of(self, arms: tuple[str, ...]) -> Sample:
         """The arms over the seeds that they share."""

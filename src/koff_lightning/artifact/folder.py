@@ -262,10 +262,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         hint = f"give {folder.parent}" if inside else "`koff export --ckpt CHECKPOINT --out DIR` makes an artifact"
         kind = "a model" if (folder / "config.json").is_file() else "a folder"
         raise KoffError(f"{folder} is {kind} without {MANIFEST}, so it is no artifact: {hint}")
-    return Manifest.from_json(read_json(folder / MANIFEST), folder / MANIFEST)
+    return Manifest.from_json(read_versioned(folder / MANIFEST), folder / MANIFEST)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_versioned(path: Path) -> dict[str, Any]:
     """Read a JSON file that states its format version.
 
     Raises:

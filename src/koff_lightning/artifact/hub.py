@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from koff_lightning.artifact.folder import MEMORIES, REPORT, ROUTER, Manifest, read_json, read_manifest, verify
+from koff_lightning.artifact.folder import MEMORIES, REPORT, ROUTER, Manifest, read_manifest, read_versioned, verify
 from koff_lightning.artifact.memory_files import check_memories, listed, read_card, unlisted
 from koff_lightning.listed_files import BACKBONE, MANIFEST, paths_below
 from koff_lightning.support.errors import KoffError
@@ -138,7 +138,7 @@ def _download(name: str, commit: str, target: Path, begun: Path, memories: Seque
 
     api = HfApi(library_name="koff-lightning")
     first = Path(api.hf_hub_download(name, MANIFEST, revision=commit, local_dir=begun))
-    manifest = Manifest.from_json(read_json(first), first)
+    manifest = Manifest.from_json(read_versioned(first), first)
     wanted = list(manifest.domains) if memories is None else list(memories)
     manifest.refuse_others(wanted, name)
     for domain in set(manifest.domains) - set(wanted):

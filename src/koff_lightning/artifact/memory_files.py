@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from koff_lightning.artifact.folder import FORMAT, MEMORIES, Manifest, describe_file, describe_files, read_json
+from koff_lightning.artifact.folder import FORMAT, MEMORIES, Manifest, describe_file, describe_files, read_versioned
 from koff_lightning.kv_memory import KVMemory
 from koff_lightning.listed_files import CARD, check_files
 from koff_lightning.memory import MemoryBank
@@ -194,7 +194,7 @@ def read_card(folder: Path) -> MemoryCard:
     if not path.is_file():
         hint = f"{folder / 'memories'} holds some" if (folder / "memories").is_dir() else "an export makes some"
         raise KoffError(f"{folder} holds no {CARD}, so it is not the folder of a memory: {hint}")
-    content = read_json(path)
+    content = read_versioned(path)
     if odd := sorted({entry.name for entry in fields(MemoryCard)} ^ content.keys()):
         fault = "has an unknown entry" if odd[0] in content else "lacks"
         raise KoffError(f"{path} {fault} {odd[0]!r}: it is damaged; get it again")

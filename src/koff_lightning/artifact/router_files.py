@@ -19,7 +19,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from koff_lightning.artifact.folder import FORMAT, ROUTER, Manifest, describe_files, read_json, read_manifest, verify
+from koff_lightning.artifact.folder import (
+    FORMAT,
+    ROUTER,
+    Manifest,
+    describe_files,
+    read_manifest,
+    read_versioned,
+    verify,
+)
 from koff_lightning.listed_files import MANIFEST, check_files
 from koff_lightning.model_files import not_finite, tensors_in
 from koff_lightning.router.ngrams import BITS, BYTES, LONGEST, NgramClassifier
@@ -98,7 +106,7 @@ def read_router(folder: Path, manifest: Manifest) -> Router:
         raise KoffError(f"{folder} has no router to pick a memory: `koff router fit --model {folder}` makes one")
     check_files(folder, manifest.router["files"], ROUTER)
     path = folder / ROUTER / CARD
-    card = read_json(path)
+    card = read_versioned(path)
     try:
         _check_card(card)
     except (KoffError, TypeError, KeyError, ValueError, AttributeError) as error:

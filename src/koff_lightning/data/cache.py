@@ -159,7 +159,7 @@ class TokenCache:
 
         Of files elsewhere what their server says of their version.
         """
-        known, new, found = read_json(self.folder / DIGESTS), {}, []
+        known, new, found = read_own(self.folder / DIGESTS), {}, []
         for file in files:
             if isinstance(file, RemoteFile):
                 found.append([format_of(file), file.suffix, file.version])
@@ -252,7 +252,7 @@ def alone_with(folder: Path, key: str) -> Iterator[None]:
 
 def check_entry(folder: Path, is_right: Callable[[Path, int, str], bool]) -> None:
     """Raise ValueError unless an entry has all its files and each is right."""
-    files = read_json(folder / MANIFEST)
+    files = read_own(folder / MANIFEST)
     wrong = [name for name, (size, digest) in files.items() if not is_right(folder / name, size, digest)]
     if wrong or not files:
         raise ValueError(f"{wrong[0] if wrong else MANIFEST} is not as it was written")
@@ -267,7 +267,7 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_own(path: Path) -> dict[str, Any]:
     """What a file of ours holds; nothing where there is none or it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

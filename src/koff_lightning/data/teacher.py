@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from koff_lightning.data.cache import MANIFEST, alone_with, check_entry, is_whole, read_json
+from koff_lightning.data.cache import MANIFEST, alone_with, check_entry, is_whole, read_own
 from koff_lightning.data.packing import PackedRows, collate
 from koff_lightning.losses import TopK
 from koff_lightning.support.errors import KoffError
@@ -142,7 +142,7 @@ class TeacherStore:
     def _all(self) -> Iterator[dict[str, Any]]:
         """What is said about each store."""
         for file in sorted(self.folder.glob("*/about.json")):
-            about = read_json(file)
+            about = read_own(file)
             if {"belongs", "domain", "rows", "top_k", "vocabulary"} <= about.keys():
                 yield about | {"name": file.parent.name}
 
@@ -216,7 +216,7 @@ def _write_rows(
     """Append what is missing of a store in the making, and note from time to time how far it is surely on the disk."""
     kinds = {"index.bin": kind, "log_q.bin": np.dtype(np.float16)}
     sizes = {name: (rows.tokens.shape[1] - 1) * k * kind.itemsize for name, kind in kinds.items()}  # bytes of a row
-    done = read_json(work / DONE).get("rows", 0)
+    done = read_own(work / DONE).get("rows", 0)
     present = [(work / name).stat().st_size // size if (work / name).exists() else 0 for name, size in sizes.items()]
     done = min([done, *present])
     files = {name: (work / name).open("r+b" if (work / name).exists() else "w+b") for name in kinds}

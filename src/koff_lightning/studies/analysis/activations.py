@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from koff_lightning.artifact.folder import FORMAT, read_json
+from koff_lightning.artifact.folder import FORMAT, read_versioned
 from koff_lightning.backbone import hidden_states, inputs_of, neuron_linears
 from koff_lightning.loading import fingerprint
 from koff_lightning.support.errors import KoffError
@@ -136,7 +136,7 @@ class Activations:
             KoffError: It is missing or damaged.
         """
         folder = Path(folder).expanduser()
-        about = read_json(folder / ABOUT)
+        about = read_versioned(folder / ABOUT)
         try:
             tensors = load_file(folder / TENSORS)
             batches, digest = int(tensors.pop("batches")), bytes(tensors.pop("digest").tolist())

@@ -289,7 +289,7 @@ def test_each_kind_is_held_to_its_own_target(beta):
         ({"units": ["up_channel"], "layout": "uniform"}, "layout uniform is of whole units"),
         ({"units": ["k_channel"], "multiple_of": 8}, "multiple_of 8 is of whole units"),
         ({"harden": "threshold", "multiple_of": 8}, "threshold leaves any widths"),
-        ({"harden": "round"}, "sparsity.harden must be budget or threshold; got round"),
+        ({"harden": "round"}, "sparsity.harden must be budget or threshold; got 'round'"),
         ({"beta": 0.0}, "sparsity.beta must be > 0"),
         ({"beta_end": float("inf")}, "sparsity.beta_end must be > 0 and finite"),
         ({"gate": "ddp", "beta": 2.0}, "are of gate hc"),

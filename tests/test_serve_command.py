@@ -68,7 +68,10 @@ def test_a_port_in_use_is_one_line(made, capsys):
 def test_what_is_not_installed_is_said(made, capsys, monkeypatch):
     monkeypatch.setattr(command, "_NEEDED", ("fastapi", "no_such_package"))
     assert main(["serve", str(made.folder)]) == 2
-    assert "koff serve needs no_such_package: pip install 'koff-lightning[serve]'" in capsys.readouterr().err
+    assert (
+        "koff serve needs no_such_package: pip install '.[serve]' in a clone of koff-lightning"
+        in capsys.readouterr().err
+    )
 
 
 def test_which_addresses_are_this_machines_own():

@@ -16,25 +16,37 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from koff_lightning.artifact.calls import (
+    CACHES,
+    check_arguments,
+    check_attention,
+    check_domains,
+    check_generation,
+    check_ids,
+    check_mask,
+    check_packing,
+    check_prompt_mask,
+    given_cache,
+    positions,
+    refuse_overflow,
+)
 from koff_lightning.artifact.folder import MEMORIES, Manifest, read_manifest
 from koff_lightning.artifact.folder import verify as verify_files
 from koff_lightning.artifact.hub import local_folder
 from koff_lightning.artifact.memory_files import load_memory
 from koff_lightning.artifact.router_files import check_fit, read_router
-from koff_lightning.backbone import ask_nothing_, cache_argument, is_recomputed, refuse_masked_packing
+from koff_lightning.backbone import ask_nothing_, is_recomputed
 from koff_lightning.data.encoding import encode_prompts
 from koff_lightning.listed_files import BACKBONE
 from koff_lightning.loading import device_named, fingerprint, load_backbone, load_tokenizer
 from koff_lightning.lora import Routes
 from koff_lightning.memory import MemoryBank
-from koff_lightning.router.routing import AUTO, Router
+from koff_lightning.router.routing import Router
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import AUTO
 
 Domains = str | Sequence[str | None] | None
 
-# Kinds of token cache that `generate` was checked with. A paged one goes round the attention function that reads the
-# memories, a quantised one needs packages that are not ours, an offloaded one a GPU.
-CACHES = (None, "dynamic", "static")
 _CALLS = 4  # whose rows are remembered: texts that are continued in several caches take turns
 
 
@@ -60,6 +72,7 @@ def load_decomposed(
         KoffError: No artifact, one of another format version, missing, extra or damaged files, a domain that it does
             not have, or a device or dtype that does not exist here.
     """
+    check_domains(domains)
     folder = local_folder(path)
     manifest = read_manifest(folder)
     chosen = list(manifest.domains) if domains is None else [domains] if isinstance(domains, str) else list(domains)
@@ -147,18 +160,21 @@ class DecomposedModel(nn.Module):
         Returns:
             The transformers model's output; `.logits` is [B, T, V].
         """
-        _check_ids(input_ids)
-        device, cache = self.backbone.device, _given_cache(inputs, self.backbone)
+        check_ids(input_ids, self.backbone)
+        check_mask(attention_mask)
+        device, cache = self.backbone.device, given_cache(inputs, self.backbone)
+        check_arguments(inputs, self.backbone)
         input_ids, attention_mask = input_ids.to(device), None if attention_mask is None else attention_mask.to(device)
         inputs["use_cache"] = bool(inputs.get("use_cache", cache is not None))
         if inputs.get("position_ids") is None:
-            inputs["position_ids"] = _positions(attention_mask, input_ids, cache)
+            inputs["position_ids"] = positions(attention_mask, input_ids, cache)
         else:
-            _check_packing(attention_mask, inputs["position_ids"], inputs["use_cache"])
+            check_packing(attention_mask, inputs["position_ids"], inputs["use_cache"])
         if torch.is_grad_enabled() and is_recomputed(self.backbone):
             raise KoffError(
                 "activation checkpointing would compute layers again after this call, without its memories: activate "
-                "the rows' memories with model.memories.activate, and call model.backbone"
+                "the rows' memories with model.memories.activate, and call model.backbone, with position_ids that "
+                "count from where a row's padding ends"
             )
         chosen = self._chosen(domains, input_ids, attention_mask, cache)
         with self.memories.scope(self._routes(chosen)):
@@ -184,10 +200,12 @@ class DecomposedModel(nn.Module):
             KoffError: Padding on the right, a domain that is not loaded, a way of generating that goes round the
                 memories, or logits that are no numbers.
         """
-        _check_ids(input_ids)
-        _given_cache(options, self.backbone)
+        check_ids(input_ids, self.backbone)
+        check_generation(options)
+        given_cache(options, self.backbone)
+        check_mask(attention_mask)
         if attention_mask is not None:
-            _check_prompt_mask(attention_mask, input_ids)
+            check_prompt_mask(attention_mask, input_ids)
         if options.get("custom_generate") is not None or self._option(options, "cache_implementation") not in CACHES:
             raise KoffError(
                 "generate: custom_generate and caches other than "
@@ -195,7 +213,7 @@ class DecomposedModel(nn.Module):
             )
         copies = max(self._option(options, "num_beams") or 1, self._option(options, "num_return_sequences") or 1)
         chosen = self._chosen(domains, input_ids, attention_mask)
-        options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or []), _refuse_overflow])
+        options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or []), refuse_overflow])
         with self.memories.scope(self._routes(chosen, copies)):
             return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
 
@@ -256,6 +274,7 @@ class DecomposedModel(nn.Module):
     def _chosen(self, domains: Domains, input_ids: Tensor, mask: Tensor | None, cache: Any = None) -> list[str | None]:
         """The domain of each row; where "auto" is asked for, what the router picks from the row's text."""
         rows = len(input_ids)
+        check_domains(domains)
         chosen = [domains] * rows if domains is None or isinstance(domains, str) else list(domains)
         if len(chosen) != rows:
             raise KoffError(f"{len(chosen)} domains for {rows} rows: give one per row, None for no memory")
@@ -268,6 +287,7 @@ class DecomposedModel(nn.Module):
             picked = iter(self.route(self.tokenizer.batch_decode(ids, skip_special_tokens=True)))
             chosen = [next(picked) if name == AUTO else name for name in chosen]
         self._check_loaded(chosen)
+        check_attention(self.backbone, any(self.memories.slots(d) is not None for d in {*chosen} - {None}))
         return chosen
 
     def _routes(self, chosen: Sequence[str | None], copies: int = 1) -> Routes:
@@ -321,61 +341,6 @@ class DecomposedModel(nn.Module):
         sources = (options.get("generation_config"), self.backbone.generation_config)
         values = [options.get(name), *(getattr(source, name, None) for source in sources)]
         return next((value for value in values if value is not None), None)
-
-
-def _given_cache(inputs: dict[str, Any], backbone: PreTrainedModel) -> Any:
-    """The tokens' cache among the arguments, if any, by either of its names; there under the one of the backbone."""
-    given = [inputs.pop(name) for name in ("cache", "past_key_values") if name in inputs]
-    if not given:
-        return None
-    inputs[cache_argument(backbone)] = given[0]
-    return given[0]
-
-
-def _refuse_overflow(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Scores [B, V] as they are, if they are such: the most likely of what is no number is the first token."""
-    if not (scores < torch.inf).all():
-        raise KoffError(
-            "the model computes numbers that are not finite, so nothing can be generated: get its files again, or take "
-            "a dtype of a wider range"
-        )
-    return scores
-
-
-def _check_ids(input_ids: Tensor) -> None:
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise KoffError(f"input_ids must be [rows, tokens], at least one of each; got {list(input_ids.shape)}")
-
-
-def _check_prompt_mask(mask: Tensor, input_ids: Tensor) -> None:
-    """Of `generate`: a place for every token (more with a token cache), and padding on the left only."""
-    if mask.ndim != 2 or len(mask) != len(input_ids) or mask.shape[1] < input_ids.shape[1]:
-        raise KoffError(
-            f"generate: attention_mask is {list(mask.shape)} for input_ids {list(input_ids.shape)}: give 0 or 1 for "
-            "every token"
-        )
-    if not bool(mask[:, -1].all()):
-        raise KoffError("generate: a row ends in padding: pad prompts on the left, as model.encode does")
-
-
-def _positions(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor | None:
-    """Positions [B, T] that count a row's own tokens, so that padding on the left does not shift them."""
-    if mask is None or mask.ndim != 2:
-        return None
-    past = 0 if cache is None else int(cache.get_seq_length())
-    if mask.shape != (len(input_ids), past + input_ids.shape[1]):
-        raise KoffError(
-            f"attention_mask is {list(mask.shape)} for input_ids {list(input_ids.shape)} after {past} cached tokens: "
-            f"it must be {[len(input_ids), past + input_ids.shape[1]]}, cached tokens included"
-        )
-    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-
-
-def _check_packing(mask: Tensor | None, positions: Tensor, use_cache: bool) -> None:
-    """Packed rows stay apart only without mask and cache; transformers would mix them without a word."""
-    refuse_masked_packing(mask, positions)
-    if use_cache and (positions.diff(dim=-1) != 1).any() and mask is None:
-        raise KoffError("packed rows (positions that restart) cannot be run with a token cache: leave use_cache out")
 
 
 def dense_of(model: DecomposedModel) -> PreTrainedModel:

@@ -154,6 +154,8 @@ def local_folder(source: str | Path) -> Path:
     Raises:
         KoffError: As `pull`.
     """
+    if not isinstance(source, str | Path):
+        raise KoffError(f"the folder of an artifact is wanted, or org/name of one on the hub; got {source!r}")
     path = Path(source).expanduser()
     if path.exists() or not HUB_ID.fullmatch(str(source)):
         return path

@@ -173,7 +173,8 @@ def _refuse_changed(backbone: PreTrainedModel, folder: Path) -> None:
                 if not torch.equal(here[name], there):
                     raise KoffError(
                         f"the backbone was changed after it was loaded (first: {name}), and memories belong to the one "
-                        "that they were trained on: save it with model.backbone.save_pretrained, which is no artifact"
+                        "that they were trained on. To save other weights: load with domains=[], change model.backbone "
+                        "and save that alone, which is no artifact"
                     )
 
 

@@ -31,10 +31,10 @@ from koff_lightning.artifact.folder import (
 from koff_lightning.listed_files import MANIFEST, check_files
 from koff_lightning.model_files import not_finite, tensors_in
 from koff_lightning.router.ngrams import BITS, BYTES, LONGEST, NgramClassifier
-from koff_lightning.router.routing import AUTO, SIZES, Router
+from koff_lightning.router.routing import SIZES, Router
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_sha256
-from koff_lightning.support.names import check_names
+from koff_lightning.support.names import AUTO, check_names
 
 CARD, WEIGHTS, ENCODER = "router.json", "router.safetensors", "encoder"
 NGRAMS = {"longest": LONGEST, "bits": BITS, "bytes": BYTES, "hash": "fnv1a-32"}

@@ -96,7 +96,7 @@ def form_of(model: DecomposedModel) -> Form:
     if family not in _OWN:
         raise KoffError(
             f"koff convert gguf writes {', '.join(_OWN)} models, this one is {family}, with sliding windows and two "
-            "rotary embeddings that no architecture of llama.cpp has beside unequal widths: use --engine own"
+            "rotary embeddings that no architecture of llama.cpp has beside unequal widths: `koff serve` it as it is"
         )
     layers = range(config.num_hidden_layers)
     state = {name: tensor.shape for name, tensor in plain_state(model.backbone).items()}

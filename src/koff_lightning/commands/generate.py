@@ -7,9 +7,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from koff_lightning.router.routing import AUTO
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import AUTO
 from koff_lightning.support.quick_imports import quick_imports
+from koff_lightning.support.seeds import seed_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,10 +68,11 @@ def generate(
 
     decomposed = load_decomposed(model, default_device(device), dtype, domains=[*filter(None, dict.fromkeys(domains))])
     domains = routed(decomposed, domains, prompts)
-    options = asked(decomposed, options, generation_config) | {"seed": seed}
+    options = asked(decomposed, options, generation_config)
     dense = dense_of(decomposed) if compare else None
     for start in range(0, len(prompts), batch_size):
         part, rows = prompts[start : start + batch_size], domains[start : start + batch_size]
+        options["seed"] = seed_of(seed, start)  # by batch: the columns of a comparison draw alike
         if dense is not None:
             _side_by_side(decomposed, dense, part, rows, options)
         elif len(prompts) == 1 and domain != [AUTO] and not _beams(options):  # which are known at their end
@@ -104,6 +106,8 @@ def sampling(max_new_tokens: int, temperature: float | None, top_p: float) -> di
         raise KoffError(f"temperature must be 0 (most likely token) or a number from 1e-6 on; got {temperature}")
     if not 0 < top_p <= 1:
         raise KoffError(f"top_p must lie in (0, 1]; got {top_p}")
+    if top_p < 1 and not temperature:
+        raise KoffError(f"top_p {top_p} is of sampling: give --temperature too (1.0, say), or leave it out")
     if temperature is None:
         return {"max_new_tokens": max_new_tokens}
     if temperature == 0:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.parsing.missing import NO_CHECKPOINT, refuse_no_domain
-from koff_lightning.router.routing import AUTO
 from koff_lightning.specs.timing import check_batch_size
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
-from koff_lightning.support.names import refuse_no_memory, refuse_no_model
+from koff_lightning.support.names import AUTO, refuse_no_memory, refuse_no_model
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.wording import one_line

@@ -118,7 +118,7 @@ def _check_installed() -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise KoffError(f"koff serve needs {', '.join(missing)}: pip install 'koff-lightning[serve]'")
+        raise KoffError(f"koff serve needs {', '.join(missing)}: pip install '.[serve]' in a clone of koff-lightning")
 
 
 def _name(manifest: "Manifest") -> str:

@@ -115,8 +115,10 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     """Token ids and mask, each [B, T], padded on the left; see `encode_prompt`.
 
     Raises:
-        KoffError: A prompt of no tokens.
+        KoffError: A prompt of no tokens, or no list of texts.
     """
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise KoffError(f"prompts must be a list of texts, one or more; got {str(prompts)[:40]!r}")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if empty := [number for number, row in enumerate(rows, 1) if not row]:
         raise KoffError(
@@ -318,5 +320,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
         raise KoffError(
             f"the tokenizer does not match the backbone: it has ids up to {max(beyond)}, the backbone embeds "
             f"{num_embeddings} tokens, so {beyond[first]!r} ({first}) has no row. Leave data.tokenizer unset to use "
-            "the backbone's own; if that is the one, take the token out of its tokenizer_config.json or tokenizer.json"
+            "the backbone's own; if that is the one, take the token out of its files (tokenizer_config.json, "
+            "tokenizer.json), or save the tokenizer that the model was trained with beside it"
         )

@@ -1,7 +1,8 @@
 """lm-eval over a decomposition: HFLM that reads with one domain's memory, with none, or with the dense model.
 
     import koff_lightning.evaluation.harness                                     # registers the name "koff"
-    lm_eval.simple_evaluate("koff", {"path": "runs/demo/artifact", "domain": "de"}, tasks=["koff_cloze_de"])
+    model = {"path": "runs/demo/artifact", "domain": "de"}
+    lm_eval.simple_evaluate("koff", model, tasks=["koff_cloze_de"], task_manager=bundled_index())
 
 What HFLM does (requests, windows, padding, stopping) stays lm-eval's own, so scores compare with everybody's; only
 prompts are encoded as everywhere in this package (`data.encoding`). The slots of a KV memory stand at positions -P..-1
@@ -14,6 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,9 +41,10 @@ from koff_lightning.evaluation.scored_models import (
     rows_of,
     tokenizer_of,
 )
-from koff_lightning.router.routing import AUTO
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import AUTO
+from koff_lightning.support.wording import nearest
 
 check_version()  # before what may be elsewhere in another release
 
@@ -155,6 +158,9 @@ class KoffLM(WritesTalks, HFLM):
         open_with_start: bool | None = None,
         **options: Any,
     ) -> None:
+        known = {*signature(HFLM.__init__).parameters, *signature(KoffLM.__init__).parameters}
+        if unknown := sorted(options.keys() - known):  # HFLM would take them for what a loaded model has no use of
+            raise KoffError(f"the lm-eval model 'koff' has no argument {unknown[0]!r}.{nearest(unknown[0], known)}")
         model = load_model(str(path), backbone, device, dtype) if isinstance(path, str | Path) else path
         if rows is None and not options.get("max_length"):
             rows = rows_of(path)

@@ -17,7 +17,6 @@ import numpy as np
 
 from koff_lightning.support.errors import KoffError
 
-AUTO = "auto"  # in place of a domain's name: ask the router
 SIZES = (128, 512)  # UTF-8 bytes up to which a text is short, and middling
 SHORTEST, LONGEST = 24, 1024  # characters of a training piece, drawn evenly by their logarithm
 CALIBRATION = 10  # one part in so many is kept for the thresholds

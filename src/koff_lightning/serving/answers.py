@@ -110,6 +110,7 @@ class CompletionForm(Form):
         super().__init__(*args)
         self._echoes = echoes
         self._offsets = dict.fromkeys(self.answers, 0)
+        self._unseen = frozenset(self.tokenizer.all_special_ids)  # no part of the text
 
     def _content(
         self,
@@ -129,9 +130,9 @@ class CompletionForm(Form):
             self._offsets[answer] = 0
         told = [*(prompt or ()), *tokens] if self._echoes is not None else tokens
         words, offsets = [self._word(token.id) for token in told], []
-        for word in words:
+        for token, word in zip(told, words, strict=True):
             offsets.append(self._offsets[answer])
-            self._offsets[answer] += len(word)
+            self._offsets[answer] += 0 if token.id in self._unseen else len(word)
         tops = [None if t.logprob is None else self._top(t, w) for t, w in zip(told, words, strict=True)]
         logprobs = [None if token.logprob is None else max(token.logprob, _LOWEST) for token in told]
         about = {"tokens": words, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}

@@ -14,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 
 from koff_lightning.data.encoding import encode, encode_prompt
 from koff_lightning.data.rendering import render, writing
-from koff_lightning.router.routing import AUTO
 from koff_lightning.serving.answers import ChatForm, CompletionForm, Form
 from koff_lightning.serving.errors import Refused
 from koff_lightning.serving.front import Front
@@ -23,6 +22,7 @@ from koff_lightning.serving.keys import Rights
 from koff_lightning.serving.requests import MOST_CHOICES, Chat, Completion
 from koff_lightning.serving.text import decoded
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import AUTO
 
 GRACE = 5.0  # seconds after the time limit in which a client must have read the end of a streamed answer
 HEADER = "X-Koff-Domain"  # whose memory was chosen; `none` for the bare backbone
@@ -156,8 +156,8 @@ class Ask:
         answers = []
         for ids, domain in zip(prompts, domains, strict=True):
             most = self._most_tokens(len(ids), self.engine.room(domain))
-            for copy in range(self.body.copies):
-                options = self.body.options(most, copy)
+            for _ in range(self.body.copies):
+                options = self.body.options(most, len(answers))
                 answers.append(Answer(len(answers), ids, domain, options, self.tokenizer, self.body.stops))
         return answers
 

@@ -16,12 +16,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from koff_lightning.router.routing import AUTO
 from koff_lightning.serving.engine import Engine
 from koff_lightning.serving.errors import Refused, no_model
 from koff_lightning.serving.job import Places
 from koff_lightning.serving.keys import ANYBODY, Keys, Rights
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import AUTO
 
 _PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/koff/memories", "/health", "/metrics", "/")
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

@@ -13,7 +13,7 @@ from koff_lightning.support.errors import KoffError
 
 # name -> release; setup.cfg's extra `llamacpp` names the same. Structures change between builds without notice.
 TESTED = {"xllamacpp": "2026.10.11549", "llama-cpp-py-sync": "0.11548"}
-_HOW = "pip install 'koff-lightning[llamacpp]'"
+_HOW = "pip install '.[llamacpp]' in a clone of koff-lightning"
 _last: list[str] = []  # what the library has said, newest last
 
 

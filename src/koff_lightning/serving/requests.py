@@ -1,17 +1,22 @@
 """What clients may ask, in OpenAI's words. What is not known here is refused: a parameter without effect is a lie."""
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from koff_lightning.serving.engine import Options
 from koff_lightning.serving.errors import Refused
+from koff_lightning.support.seeds import seed_of
 
 MOST_CHOICES = 128  # texts of one request: prompts times n
 MOST_LOGPROBS = 20
 MOST_PARTS = 10_000  # of a list or an object: every part takes time to look at, and every faulty one much more
 MOST_IDS = 2**20  # of a prompt
+MESSAGE = {  # of its entries, what is taken
+    "role": "it must be system, developer, user or assistant",
+    "content": "it must be a text, or a list of parts of type text",
+}
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 # `fail_fast`: a million faults would be described one by one.
@@ -60,6 +65,12 @@ class _Request(_Strict):
             raise ValueError("at most 16 stop words")
         return stop
 
+    @model_validator(mode="after")
+    def _is_streamed(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are of streamed answers: give stream true, or leave them out")
+        return self
+
     @property
     def stops(self) -> list[str]:
         """The stop words."""
@@ -70,14 +81,13 @@ class _Request(_Strict):
         """Answers to each prompt."""
         return self.n or 1
 
-    def options(self, max_tokens: int, copy: int) -> Options:
-        """How the answer number `copy` to a prompt is made."""
+    def options(self, max_tokens: int, number: int) -> Options:
+        """How the answer of that number is made, of all that the request asks for."""
         return Options(
             max_tokens,
             1.0 if self.temperature is None else self.temperature,
             self.top_p or 1.0,
-            # What one seed gives, two answers must not both be. torch takes 64 bits.
-            None if self.seed is None else (self.seed + copy) % 2**63,
+            None if self.seed is None else seed_of(self.seed, number),
             self.told(),
             bool(getattr(self, "echo", False)),
             self.ignore_eos,
@@ -124,7 +134,6 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[_Part], Field(min_length=1, fail_fast=True)]
-    name: str | None = None
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -145,6 +154,12 @@ class Chat(_Request):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto", None] = None
     store: Literal[False, None] = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        return self
 
     def told(self) -> int | None:
         """As many as were asked for; with `logprobs` alone only the tokens' own."""
@@ -196,6 +211,12 @@ def _refusal(error: ValidationError) -> Refused:
     unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
     first = (unknown or faults)[0]
     name = str(first["loc"][0])[:100] if first["loc"] else "body"
+    if name == "messages" and len(first["loc"]) > 2:  # [number, name in it, ...]
+        place = f"messages[{first['loc'][1]}].{str(first['loc'][2])[:100]}"
+        if unknown:
+            return Refused(f"unknown or unsupported: {place}", param=name)
+        what = MESSAGE.get(first["loc"][2], first["msg"])
+        return Refused(f"{place}: {what[:300]}", param=name)
     if unknown:
         return Refused(f"unknown or unsupported parameter: {name}", param=name)
     what = first["msg"]

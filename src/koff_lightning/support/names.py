@@ -8,6 +8,7 @@ from pathlib import Path
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
 
+AUTO = "auto"  # in place of a domain's name: ask the router
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # org/name, org/name@revision
 FETCHED = ("smollm2", "qwen2.5-coder-1.5b")  # models that `koff fetch` knows (commands/fetch.py)
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,64}")

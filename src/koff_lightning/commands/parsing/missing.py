@@ -11,7 +11,7 @@ from pathlib import Path
 
 from koff_lightning.support.errors import KoffError, refused_by
 from koff_lightning.support.json_files import read_json_object
-from koff_lightning.support.names import HUB_ID, may_be_had, refuse_no_memory, refuse_no_model, refuse_no_run
+from koff_lightning.support.names import AUTO, HUB_ID, may_be_had, refuse_no_memory, refuse_no_model, refuse_no_run
 from koff_lightning.support.offline import is_asked
 
 # Options that name what an earlier command has left.
@@ -161,8 +161,6 @@ def refuse_no_domain(folder: str | None, domains: Iterable[str]) -> None:
     place = Path(folder or "").expanduser()
     if not (folder and domains and (place / "koff.json").is_file()):
         return
-    from koff_lightning.router.routing import AUTO
-
     known = None
     with suppress(KoffError):  # whoever reads all of it says what is wrong with it
         known = read_json_object(place / "koff.json").get("domains")

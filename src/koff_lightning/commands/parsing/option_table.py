@@ -293,7 +293,7 @@ def _refuse_unknown(name: str, rows: dict[str, Row], trains: bool) -> None:
         places = " ".join(other["name"].upper() for other in rows.values() if other.get("by_place"))
         placed = f" Here the {row['name']} goes without --, by its place: {places}"
         hint = placed if row.get("by_place") else f" Did you mean {row['name']!r}?"
-    raise KoffError(f"no option {name!r}.{hint}")
+    raise KoffError(f"no option {name!r}.{hint or ' --help lists them'}")
 
 
 def _refuse_word_for_section(name: str, value: object) -> None:

@@ -179,8 +179,8 @@ def check_installed() -> None:
 
     if find_spec("vllm") is None:
         raise KoffError(
-            "vLLM is not installed, and wants an environment of its own: in it, pip install --no-deps koff-lightning "
-            "(docs/vllm.md)"
+            "vLLM is not installed, and wants an environment of its own: in it, pip install --no-deps . in a clone of "
+            "koff-lightning (docs/vllm.md)"
         )
 
 

@@ -1,0 +1,151 @@
+"""What a call of a decomposed model gives it, looked at before the model does: transformers would let much of it pass.
+
+Shapes: B rows, T tokens.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
+
+from koff_lightning.backbone import cache_argument, refuse_masked_packing
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest
+
+# Kinds of token cache that `generate` was checked with. A paged one goes round the attention function that reads the
+# memories, a quantised one needs packages that are not ours, an offloaded one a GPU.
+CACHES = (None, "dynamic", "static")
+
+
+def check_ids(input_ids: Any, backbone: PreTrainedModel) -> None:
+    """Refuse what are no token ids [B, T] of this model: no embedding has a row for others."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        what = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise KoffError(
+            f"input_ids must be a tensor of whole numbers, [rows, tokens]; got {what}. model.encode(prompts) makes "
+            "them of texts: model(**model.encode(prompts))"
+        )
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise KoffError(f"input_ids must be [rows, tokens], at least one of each; got {list(input_ids.shape)}")
+    known, (least, most) = backbone.get_input_embeddings().num_embeddings, torch.aminmax(input_ids)
+    if least < 0 or most >= known:
+        raise KoffError(
+            f"input_ids must lie between 0 and {known - 1}, got {int(least if least < 0 else most)}: the model has "
+            f"{known} tokens"
+        )
+
+
+def check_domains(domains: Any) -> None:
+    """Refuse what names no domains."""
+    if domains is not None and not isinstance(domains, str) and not isinstance(domains, Iterable):
+        raise KoffError(f"domains must be a name, or a list of names (None for no memory); got {domains!r}")
+
+
+def check_attention(backbone: PreTrainedModel, slots: bool) -> None:
+    """Refuse an attention function that would pass over the slots which rows read."""
+    given = backbone.config._attn_implementation
+    if slots and given != "koff":
+        raise KoffError(
+            f"the backbone's attention is {given!r}, which reads no KV memories: set it back with "
+            "model.backbone.set_attn_implementation('koff')"
+        )
+
+
+def check_mask(mask: Any) -> None:
+    """Refuse what no attention mask can be."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim not in (2, 4)):
+        what = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise KoffError(f"attention_mask must be a tensor [rows, tokens], 0 for padding; got one {what}")
+
+
+def check_arguments(inputs: Mapping[str, Any], backbone: PreTrainedModel) -> None:
+    """Refuse arguments of `forward` that the backbone does not have, which it would pass over, and what it cannot give.
+
+    Args:
+        inputs: By name, but for the ids, the mask and the domains.
+        backbone: The model.
+    """
+    known = _arguments(type(backbone))
+    if unknown := [name for name in inputs if name not in known]:
+        raise KoffError(f"a call has no argument {unknown[0]!r}.{nearest(unknown[0], ['domains', *known])}")
+    check_attentions(inputs)
+
+
+def check_attentions(options: Mapping[str, Any]) -> None:
+    """Refuse to give the weights of attention: they are never formed."""
+    if options.get("output_attentions"):
+        raise KoffError("output_attentions: the weights of attention are never formed here: leave it out")
+
+
+@cache
+def _arguments(kind: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset([*signature(kind.forward).parameters, *TransformersKwargs.__annotations__, "return_dict"])
+
+
+def check_generation(options: Mapping[str, Any]) -> None:
+    """Refuse options of transformers' `generate` that it would raise at, or take for something else."""
+    check_attentions(options)
+    for name in ("num_beams", "num_return_sequences"):
+        given = options.get(name, 1)
+        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+            raise KoffError(f"generate: {name} must be a whole number from 1 on; got {given!r}")
+    config, processors = options.get("generation_config"), options.get("logits_processor")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise KoffError(f"generate: generation_config must be a GenerationConfig; got {type(config).__name__}")
+    if processors is not None and not isinstance(processors, list | tuple):
+        raise KoffError(f"generate: logits_processor must be a list of processors; got {type(processors).__name__}")
+
+
+def given_cache(inputs: dict[str, Any], backbone: PreTrainedModel) -> Any:
+    """The tokens' cache among the arguments, if any, by either of its names; there under the one of the backbone."""
+    given = [inputs.pop(name) for name in ("cache", "past_key_values") if name in inputs]
+    if not given:
+        return None
+    inputs[cache_argument(backbone)] = given[0]
+    return given[0]
+
+
+def refuse_overflow(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Scores [B, V] as they are, if they are such: the most likely of what is no number is the first token."""
+    if not (scores < torch.inf).all():
+        raise KoffError(
+            "the model computes numbers that are not finite, so nothing can be generated: get its files again, or take "
+            "a dtype of a wider range"
+        )
+    return scores
+
+
+def check_prompt_mask(mask: Tensor, input_ids: Tensor) -> None:
+    """Of `generate`: a place for every token (more with a token cache), and padding on the left only."""
+    if mask.ndim != 2 or len(mask) != len(input_ids) or mask.shape[1] < input_ids.shape[1]:
+        raise KoffError(
+            f"generate: attention_mask is {list(mask.shape)} for input_ids {list(input_ids.shape)}: give 0 or 1 for "
+            "every token"
+        )
+    if not bool(mask[:, -1].all()):
+        raise KoffError("generate: a row ends in padding: pad prompts on the left, as model.encode does")
+
+
+def positions(mask: Tensor | None, input_ids: Tensor, token_cache: Any) -> Tensor | None:
+    """Positions [B, T] that count a row's own tokens, so that padding on the left does not shift them."""
+    if mask is None or mask.ndim != 2:
+        return None
+    past = 0 if token_cache is None else int(token_cache.get_seq_length())
+    if mask.shape != (len(input_ids), past + input_ids.shape[1]):
+        raise KoffError(
+            f"attention_mask is {list(mask.shape)} for input_ids {list(input_ids.shape)} after {past} cached tokens: "
+            f"it must be {[len(input_ids), past + input_ids.shape[1]]}, cached tokens included"
+        )
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+
+
+def check_packing(mask: Tensor | None, position_ids: Tensor, use_cache: bool) -> None:
+    """Packed rows stay apart only without mask and cache; transformers would mix them without a word."""
+    refuse_masked_packing(mask, position_ids)
+    if use_cache and (position_ids.diff(dim=-1) != 1).any() and mask is None:
+        raise KoffError("packed rows (positions that restart) cannot be run with a token cache: leave use_cache out")

@@ -11,7 +11,7 @@ import torch
 from tiny_command import small_fits
 
 from koff_lightning import KOFFModule
-from koff_lightning.commands.parsing import trainer_options
+from koff_lightning.training import trainer_options
 
 CALLBACKS = "lightning.pytorch.callbacks"
 

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.sparsity import SparsitySchedule
 from koff_lightning.specs.timing import check_anneal
@@ -40,6 +41,8 @@ class AnnealSparsity(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Lay out the schedule over the run's steps (kept from the checkpoint when a run goes on)."""
         asked = int(trainer.estimated_stepping_batches)
+        if trainer.ckpt_path is None:  # another run with this callback, before
+            self._steps = self._begun = None
         self._steps = self._steps or asked
         schedule = SparsitySchedule(pl_module.sparsity.target, self._steps, **self.fractions, shape=self.shape)
         if not pl_module.mask_is_fixed:
@@ -85,10 +88,25 @@ class AnnealSparsity(Callback):
         """Harden after the last step of the mask, so that a checkpoint of this step holds the final mask; then log."""
         if not pl_module.learns_mask:
             return
-        if trainer.global_step >= pl_module.schedule.harden_step and not pl_module.mask_is_fixed:
+        schedule = pl_module.schedule
+        if trainer.global_step >= schedule.harden_step and not pl_module.mask_is_fixed:
+            if schedule.harden_step <= schedule.ramp_step:
+                self._order_unlearned(pl_module)
             pl_module.model.harden()
             self._used = self.state_of_mask(pl_module)
         pl_module.log_dict(self._used, batch_size=1)
+
+    def _order_unlearned(self, module: KOFFModule) -> None:
+        """Order the logits of a mask that no step has learned: by what the warm-up has observed, or by chance."""
+        gates = module.model.gates
+        if gates.order is None and gates.importance.sum() == 0:
+            rank_zero_warn(
+                f"of {self._steps} steps none learns the mask, by the shares of anneal, and none has observed what "
+                "units are worth: those that go are drawn by chance. Give more steps, or larger shares"
+            )
+            chance = torch.Generator().manual_seed(int(gates.seed))
+            gates.order = torch.rand(len(gates.logits), generator=chance).to(gates.logits.device)
+        gates.order_by_prior(module.model.budget.costs, module.sparsity.spread)
 
     @staticmethod
     @torch.no_grad()

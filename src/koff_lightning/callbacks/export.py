@@ -13,6 +13,7 @@ from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import layout_named
 from koff_lightning.artifact.memories import add_from_bank, check_free_name
 from koff_lightning.callbacks.report import resolved_config
+from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_free
 from koff_lightning.training.module import KOFFModule
 
@@ -51,6 +52,11 @@ class ExportArtifact(Callback):
             for domain in pl_module.domains:
                 check_free_name(pl_module.extends, Path(pl_module.artifact), domain)
         elif self._writes(trainer):
+            if self.layout == "uniform" and not pl_module.sparsity.uniform and not pl_module.mask_is_fixed:
+                raise KoffError(
+                    "export.layout uniform wants a mask that leaves all layers equally wide: set "
+                    "model.sparsity.layout uniform too, so that it is learned like that, or leave export.layout out"
+                )
             check_free(_folder(trainer), overwrite=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:

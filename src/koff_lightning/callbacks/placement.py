@@ -46,6 +46,8 @@ class PlaceMemories(Callback):
         """Refuse a budget where there is nothing to place; note what a memory has."""
         if self.keep is None:
             return
+        if trainer.ckpt_path is None:  # another run with this callback, before
+            self._worth, self._whole = {}, None
         if pl_module.lora is None and pl_module.kv is None:
             raise KoffError("placement.keep is set, but model.lora and model.kv are null: there is nothing to place")
         self._whole = self._whole or sum(_sizes(pl_module).values())

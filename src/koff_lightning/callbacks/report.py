@@ -52,7 +52,10 @@ class RunReport(Callback):
     # --------------------------------------------------------------------------------------------------- fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Refuse now what would fail at the end."""
+        """Begin to count, where no run goes on; refuse now what would fail at the end."""
+        if trainer.ckpt_path is None:  # another run with this callback, before
+            self.history, self.results, self.documents = MaskHistory(), {}, {}
+            self._tokens, self._seconds, self._since = torch.tensor(0), 0.0, 0.0
         if trainer.datamodule is None:
             raise KoffError(
                 "the report scores held-out text at the end: give trainer.fit a datamodule with test batches"

@@ -5,6 +5,7 @@ Every option is a typed, documented argument of a class; nothing is decided here
 
 import json
 import os
+import secrets
 import signal
 import time
 from contextlib import nullcontext, redirect_stdout, suppress
@@ -57,12 +58,6 @@ from koff_lightning.commands.parsing.option_table import NO_DOMAINS
 from koff_lightning.commands.parsing.option_values import refuse_meaningless
 from koff_lightning.commands.parsing.precision import AUTO, choose, has_bf16, hint_of, refuse_words, take_up, told
 from koff_lightning.commands.parsing.quiet_terminal import keep_the_terminal_quiet
-from koff_lightning.commands.parsing.trainer_options import (
-    refuse_callbacks,
-    refuse_no_steps,
-    refuse_options,
-    refuse_separate_copies,
-)
 from koff_lightning.commands.prepare import VerbTrainer
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.support.ending import Ended, ended_by
@@ -76,6 +71,12 @@ from koff_lightning.training.ending import GRACE, is_loss_of_a_rank
 from koff_lightning.training.module import KOFFModule
 from koff_lightning.training.run_folder import alone_in, new_version
 from koff_lightning.training.strategies import check
+from koff_lightning.training.trainer_options import (
+    refuse_callbacks,
+    refuse_no_steps,
+    refuse_options,
+    refuse_separate_copies,
+)
 
 # The callbacks that every run has, by the name of their section.
 CALLBACKS = {
@@ -180,6 +181,15 @@ class KoffCLI(LightningCLI):
             verb = self._subcommand_parsers[args[0]]
             said = one_line(str(error), _option_names(verb.get_defaults()))
             raise own_words(error) or KoffError(said + hint_of(said)) from error
+
+    def _set_seed(self) -> None:
+        """As Lightning does, but `true` is a random seed, as its own help says, which the saved config then names."""
+        options = self.config[self.subcommand]
+        if options.get("seed_everything") is True:
+            options.seed_everything = secrets.randbelow(2**32)
+        if not 0 <= (seed := options.get("seed_everything") or 0) < 2**32:
+            raise KoffError(f"seed_everything must be from 0 to 4294967295; got {seed}")
+        super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
         """Options come from configs and the command line alone.

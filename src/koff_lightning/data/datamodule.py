@@ -15,7 +15,7 @@ from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
 from koff_lightning.data.calibration import CalibrationText, most_tokens
 from koff_lightning.data.encoding import TokenStream, fingerprint, opening, start_tokens
 from koff_lightning.data.loader import Batch, HeldoutLoader, Rows, TrainLoader
-from koff_lightning.data.mixture import DomainBatches
+from koff_lightning.data.mixture import DomainBatches, least_window
 from koff_lightning.data.packing import PackedRows
 from koff_lightning.data.sample import sampled_chunks
 from koff_lightning.data.sources import DomainSource, as_shares, as_sources, domain_shards, refuse_missing_files
@@ -271,6 +271,7 @@ class DomainDataModule(LightningDataModule):
         Raises:
             KoffError: Streaming without a step limit.
         """
+        require(self._train, "there is no text yet: call setup() before train_dataloader()")
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         max_steps = self.trainer.max_steps if self.trainer else -1
         num_rows = {name: 1 if self.streaming else len(rows) for name, rows in self._train.items()}
@@ -340,12 +341,13 @@ class DomainDataModule(LightningDataModule):
         )
 
     def _window(self, accumulate: int) -> int:
-        """Batches that together must hold every domain: one if it has room, else an optimizer step's if those have."""
-        needed = -(-len(self.sources) // self.batch_size)
+        """Batches that together hold every domain by its share: one if that will do, else an optimizer step's."""
+        needed = least_window(self.shares.values(), self.batch_size)
         return accumulate if 1 < needed <= accumulate else needed
 
     def val_dataloader(self) -> HeldoutLoader:
         """Held-out batches, domain by domain."""
+        require(self._heldout, "there is no text yet: call setup() before val_dataloader()")
         rank, world_size = self._place()
         return HeldoutLoader(self._heldout, self.batch_size, rank, world_size, self.num_workers)
 

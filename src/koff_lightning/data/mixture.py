@@ -1,10 +1,11 @@
 """Which rows of which domains make up batch number n: a pure function of (seed, n), so that a run can resume anywhere.
 
-Shares. Batches come in windows: one batch when it has room for every domain, else as many as are needed. In a window
-domain d is due q_d = max(1, c w_d) rows on average (c such that the q_d fill the window), so every window holds every
-domain. Whole rows are dealt by systematic sampling: lay the q_d end to end on a line and count the integers that fall
-on each after a shift u in [0, 1). Any u gives each domain floor(q_d) or ceil(q_d) rows and fills the window exactly.
-The golden-ratio sequence of shifts, the most even there is, keeps every domain within a few rows of its share for good.
+Shares. Batches come in windows: one batch when every domain is due a row of it by its share, else as many as that takes
+(at most `MOST`). In a window domain d is due q_d = max(1, c w_d) rows on average (c such that the q_d fill the window),
+so every window holds every domain. Whole rows are dealt by systematic sampling: lay the q_d end to end on a line and
+count the integers that fall on each after a shift u in [0, 1). Any u gives each domain floor(q_d) or ceil(q_d) rows and
+fills the window exactly. The golden-ratio sequence of shifts, the most even there is, keeps every domain within a few
+rows of its share for good.
 
 Batches of one domain, the paper's way, are windows of one batch in which not rows are dealt but the batch: domain d is
 due w_d of it, and the same shifts let the domains take turns by their shares.
@@ -13,8 +14,9 @@ Rows. Each pass over a domain follows a new seeded permutation of its rows. All 
 each domain in each batch, and different rows.
 """
 
+import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 UNIT = 2**32  # shares and shifts are integers in units of 1/UNIT: no rounding error however long the run
 GOLDEN = 2654435769  # UNIT / golden ratio, made odd (Knuth, TAOCP vol. 3, section 6.4)
+MOST = 100  # batches in which a domain has a row, however small its share
 RowRef = tuple[str, int]  # domain, row
 
 
@@ -34,7 +37,7 @@ class DomainBatches:
         weights: Share of each domain, any scale.
         batch_size: Rows per batch on each rank.
         seed: Seed of the row order.
-        window: Batches that must together hold every domain; by default as few as have room for all.
+        window: Batches that must together hold every domain; by default as few as give each a row by its share.
         one_domain: All rows of a batch are of one domain; there is no window then.
         rank: This process among `world_size`.
         world_size: Number of processes that draw disjoint rows.
@@ -54,7 +57,7 @@ class DomainBatches:
         self.domains = list(num_rows)
         self.num_rows = dict(num_rows)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.window = 1 if one_domain else window or -(-len(self.domains) // batch_size)
+        self.window = 1 if one_domain else window or least_window(weights.values(), batch_size)
         self._unit = batch_size if one_domain else 1  # rows that are dealt together
         size = self.window * batch_size // self._unit
         quotas = _quotas([weights[domain] for domain in self.domains], size, least=0 if one_domain else 1)
@@ -99,6 +102,13 @@ class DomainBatches:
             rng = np.random.default_rng([self.seed, zlib.crc32(domain.encode()), passes])
             self._orders[domain] = passes, rng.permutation(self.num_rows[domain])
         return self._orders[domain][1]
+
+
+def least_window(weights: Iterable[float], batch_size: int) -> int:
+    """Batches of which each domain is due a row or more by its share; at most `MOST`, if these have room for all."""
+    shares = list(weights)
+    rows = min(math.fsum(shares) / min(shares), float(MOST * batch_size))
+    return math.ceil(max(rows, len(shares)) / batch_size - 1e-9)
 
 
 def _quotas(weights: list[float], size: int, least: int) -> NDArray[np.int64]:

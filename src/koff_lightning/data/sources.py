@@ -106,6 +106,8 @@ def as_sources(domains: Mapping[str, DomainSource | Mapping[str, Any] | str | li
     """
     if not domains:
         raise KoffError("data.domains is empty: name at least one domain, for example 'de: bundled:de'")
+    if not isinstance(domains, Mapping):
+        raise KoffError(f"data.domains must be a mapping of names to text, such as 'de: bundled:de'; got {domains!r}")
     sources: dict[str, DomainSource] = {}
     for name, value in domains.items():
         _check_name(name, sources)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from koff_lightning.placement import ALL, check_words
-from koff_lightning.specs.choices import check_choices
+from koff_lightning.specs.kinds import check_values
 from koff_lightning.support.errors import KoffError
 from koff_lightning.units import LORA_TARGETS
 
@@ -29,6 +29,7 @@ class LoraSpec:
     layers: list[int] | str = ALL
 
     def __post_init__(self) -> None:
+        check_values(self, "lora")
         if not 1 <= self.rank <= 1024:
             raise KoffError(
                 f"lora.rank must be between 1 and 1024; got {self.rank} (set model.lora to null for no LoRA)"
@@ -62,13 +63,13 @@ class KVSpec:
     frozen_first: bool = True
 
     def __post_init__(self) -> None:
+        check_values(self, "kv")
         least = 1 + self.frozen_first
         if not least <= self.slots <= MAX_SLOTS:
             why = " (slot 0 is frozen)" if self.frozen_first else ""
             raise KoffError(
                 f"kv.slots must be between {least} and {MAX_SLOTS}{why}; got {self.slots} (null for no KV memory)"
             )
-        check_choices(self, "kv")
         if not 0 < self.std < math.inf:
             raise KoffError(f"kv.std must be positive and finite; got {self.std}")
         check_words(self.layers, "kv.layers")

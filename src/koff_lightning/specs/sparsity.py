@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from koff_lightning.specs.choices import check_choices
+from koff_lightning.specs.kinds import check_values
 from koff_lightning.support.errors import KoffError
 from koff_lightning.units import check_kinds
 
@@ -65,6 +65,7 @@ class SparsitySpec:
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
+        check_values(self, "sparsity")
         if not 0 <= self.target < 1:
             raise KoffError(
                 f"sparsity.target must lie in [0, 1): the share to remove, 0.12 for 12 %; got {self.target}"
@@ -80,7 +81,6 @@ class SparsitySpec:
         for name, value in {"spread": self.spread, "weight": self.weight}.items():
             if not 0 <= value < math.inf:
                 raise KoffError(f"sparsity.{name} must be >= 0 and finite; got {value}")
-        check_choices(self, "sparsity")
         check_kinds(self.units)
         self._check_gate()
         self._check_together()

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from koff_lightning.specs.choices import check_choices
+from koff_lightning.specs.kinds import check_values
 from koff_lightning.support.errors import KoffError
 
 
@@ -33,13 +33,13 @@ class LossSpec:
     teacher: Literal["live", "stored"] = "live"
 
     def __post_init__(self) -> None:
+        check_values(self, "loss")
         if not (self.ce >= 0 and self.kl >= 0 and 0 < self.ce + self.kl < math.inf):
             raise KoffError(f"loss.ce and loss.kl must be >= 0, finite and not both 0; got {self.ce} and {self.kl}")
         if self.chunk < 1:
             raise KoffError(f"loss.chunk must be at least 1 token; got {self.chunk}")
         if self.top_k is not None and self.top_k < 2:
             raise KoffError(f"loss.top_k must be at least 2 (100 in the paper), or null for all; got {self.top_k}")
-        check_choices(self, "loss")
         if self.teacher == "stored" and not (self.kl and self.top_k):
             raise KoffError(
                 "loss.teacher: stored holds the dense model's likeliest tokens: set loss.top_k (100 in the paper) "
@@ -68,13 +68,13 @@ class RetentionSpec:
     updates: Literal["mask", "both"] = "mask"
 
     def __post_init__(self) -> None:
+        check_values(self, "retention")
         if self.every < 1:
             raise KoffError(
                 f"retention.every must be at least 1 step; got {self.every} (model.retention: null for none)"
             )
         if not 0 < self.weight < math.inf:
             raise KoffError(f"retention.weight must be positive and finite; got {self.weight}")
-        check_choices(self, "retention")
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step number `step` (from 0) takes general text: the last of every `every`."""
@@ -106,10 +106,10 @@ class OptimSpec:
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
+        check_values(self, "optim")
         rates = {k: getattr(self, k) for k in ("mask_lr", "multiplier_lr", "lora_lr", "kv_lr", "clip")}
         bad = [f"{k}={v}" for k, v in rates.items() if not v > 0 or math.isinf(v)]
         if bad:
             raise KoffError(f"optim: rates and clip must be positive and finite; got {', '.join(bad)}")
         if not (0 <= self.warmup < 1 and 0 <= self.final <= 1):
             raise KoffError(f"optim.warmup and optim.final are shares of 1; got {self.warmup} and {self.final}")
-        check_choices(self, "optim")

@@ -96,6 +96,8 @@ def check_name(name: object) -> None:
 
 def check_names(names: Iterable[str]) -> None:
     """The same of several, of which no two may be alike."""
+    if isinstance(names, str):
+        raise KoffError(f"domains must be a list of names; got the text {names!r}: give [{names!r}]")
     names = list(names)
     for name in names:
         check_name(name)

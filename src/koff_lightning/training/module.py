@@ -8,8 +8,9 @@ Shapes: B rows, T tokens, N predicted tokens, U prunable units.
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, Self
 
 import torch
@@ -27,6 +28,7 @@ from koff_lightning.losses import check_top_k
 from koff_lightning.metrics import BitsPerByte, DocumentScores
 from koff_lightning.penalties import make_penalty
 from koff_lightning.sparsity import Phase, SparsitySchedule
+from koff_lightning.specs.kinds import spec_of
 from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.specs.training import LossSpec, OptimSpec, RetentionSpec
@@ -52,6 +54,7 @@ from koff_lightning.training.resume import (
     refuse_without_run,
 )
 from koff_lightning.training.retention import check_text, retention_loss
+from koff_lightning.training.trainer_options import refuse_trainer
 
 
 class KOFFModule(LightningModule):
@@ -105,9 +108,9 @@ class KOFFModule(LightningModule):
     ) -> None:
         if not domains:
             raise KoffError("model.domains is empty: name at least one domain (on the command line: data.domains)")
-        sparsity, lora, kv = _spec(SparsitySpec, sparsity), _spec(LoraSpec, lora), _spec(KVSpec, kv)
+        sparsity, lora, kv = spec_of(SparsitySpec, sparsity), spec_of(LoraSpec, lora), spec_of(KVSpec, kv)
         loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        loss, optim, retention = _spec(LossSpec, loss), _spec(OptimSpec, optim), _spec(RetentionSpec, retention)
+        loss, optim, retention = spec_of(LossSpec, loss), spec_of(OptimSpec, optim), spec_of(RetentionSpec, retention)
         mask_source = read_mask_source(mask, prior, sparsity, {"artifact": artifact, "warm_start": warm_start})
         sparsity = mask_source.sparsity if mask_source and mask_source.fixed else sparsity
         extends = None if artifact is None else artifact_to_extend(artifact, sparsity, loss)
@@ -146,7 +149,8 @@ class KOFFModule(LightningModule):
             allow_recomputation(self.model.backbone)
         data = self._trainer.datamodule if self._trainer is not None else None
         if self._trainer is not None and self.trainer.training:
-            check_text(self.retention, data)
+            refuse_trainer(self.trainer)
+            check_text(self.retention, data, self.domains)
             take_stored_teacher(self.loss, data, self.model.backbone_hash)
         if (tokenizer := getattr(data, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
@@ -347,8 +351,8 @@ class KOFFModule(LightningModule):
         for mode in modes:
             for domain, row in table.items():
                 self.log(f"{stage}/{mode}_bpb/{domain}", row[mode], sync_dist=True)
-            mean = sum(row[mode] for row in table.values()) / len(table)
-            self.log(f"{stage}/{mode}_bpb", mean, prog_bar=mode == "koff", sync_dist=True)
+            scored = [row[mode] for row in table.values() if not math.isnan(row[mode])] or [math.nan]
+            self.log(f"{stage}/{mode}_bpb", fmean(scored), prog_bar=mode == "koff", sync_dist=True)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -372,6 +376,9 @@ class KOFFModule(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:
         """As Lightning's, for a file that may come from anyone: nothing runs that is not asked for here."""
+        if "domains" in options:
+            raise KoffError("load_from_checkpoint takes the checkpoint's own domains: leave domains out")
+        options = {name: asdict(value) if is_dataclass(value) else value for name, value in options.items()}
         read_checkpoint(checkpoint_path, mmap=True)
         return super().load_from_checkpoint(
             checkpoint_path, **{"weights_only": True, "trust_remote_code": False} | options
@@ -391,8 +398,3 @@ class KOFFModule(LightningModule):
             refuse_without_run(checkpoint, self.trainer)
         self.resumed_at = checkpoint.get("global_step")
         self.model.target = target_of(checkpoint, self.sparsity)
-
-
-def _spec(kind: type, value: Any) -> Any:
-    """A spec given as a dict (from a checkpoint) or as itself."""
-    return kind(**value) if isinstance(value, dict) else value

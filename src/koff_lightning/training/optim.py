@@ -111,6 +111,11 @@ def clip_by_group(optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Te
     Returns:
         The norm of each group's gradients before, by its name.
     """
+    if any("name" not in group for group in optimizer.param_groups):
+        raise KoffError(
+            "configure_optimizers must give groups by name (mask, multipliers, lora, kv), which are clipped apart: see "
+            "parameter_groups in koff_lightning.training.optim"
+        )
     norms: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         if group["name"] in ("lora", "kv"):

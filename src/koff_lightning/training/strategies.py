@@ -126,7 +126,9 @@ def check(trainer: Trainer | None) -> None:
     if trainer is None or isinstance(trainer.strategy, (SingleDeviceStrategy, _Averaging)):
         return
     sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+    own = ShardedStrategy.__name__ if sharded else ReplicatedStrategy.__name__
     raise KoffError(
         f"{type(trainer.strategy).__name__} cannot train a decomposition: use "
-        f"--config hardware/{'fsdp' if sharded else 'ddp'}.yaml, or one device (--trainer.devices 1)"
+        f"--config hardware/{'fsdp' if sharded else 'ddp'}.yaml (in Python strategy={own}() of "
+        "koff_lightning.training.strategies), or one device (--trainer.devices 1)"
     )

@@ -37,7 +37,7 @@ REFUSED_CALLBACKS = {
 
 
 def refuse_options(options: Any) -> None:
-    """Refuse options of the section `trainer`, wherever they were given.
+    """Refuse options of the section `trainer`, wherever they were given, or of a trainer.
 
     Raises:
         KoffError: One of those in REFUSED is not at its default.
@@ -58,6 +58,16 @@ def refuse_callbacks(trainer: Trainer) -> None:
         for kind, reason in REFUSED_CALLBACKS.items():
             if isinstance(callback, kind):
                 raise KoffError(f"trainer.callbacks: {type(callback).__name__} cannot be used here: {reason}")
+
+
+def refuse_trainer(trainer: Trainer) -> None:
+    """Refuse the same of a trainer that was made in Python.
+
+    Raises:
+        KoffError: As `refuse_options` and `refuse_callbacks`.
+    """
+    refuse_options(trainer)
+    refuse_callbacks(trainer)
 
 
 def refuse_no_steps(trainer: Trainer) -> None:

@@ -26,7 +26,7 @@ def batches(weights, batch_size, count, first=0, rows=50, **options):
 @given(weights=WEIGHTS, batch_size=st.integers(1, 12))
 def test_every_window_of_batches_is_full_and_holds_every_domain(weights, batch_size):
     needed = -(-len(weights) // batch_size)
-    drawn = batches(weights, batch_size, 20 * needed)
+    drawn = batches(weights, batch_size, 20 * needed, window=needed)
     assert all(len(batch) == batch_size for batch in drawn)
     for first in range(0, len(drawn), needed):
         present = {domain for batch in drawn[first : first + needed] for domain, _ in batch}
@@ -37,12 +37,30 @@ def test_every_window_of_batches_is_full_and_holds_every_domain(weights, batch_s
 @given(weights=WEIGHTS, spare=st.integers(0, 9))
 def test_shares_follow_weights_within_a_few_rows_at_every_step(weights, spare):
     batch_size, steps = len(weights) + spare, 1500
-    sampler = DomainBatches(named([50] * len(weights)), named(weights), batch_size)
+    sampler = DomainBatches(named([50] * len(weights)), named(weights), batch_size, window=1)
     total = np.cumsum(sampler.counts(np.arange(steps)), axis=0)  # [steps, D]
     share = total[-1] / steps
     due = share_by_hand(weights, batch_size)
     assert np.abs(total - np.arange(1, steps + 1)[:, None] * due).max() < 5
     np.testing.assert_allclose(share, due, atol=5 / steps)
+
+
+@pytest.mark.parametrize(
+    ("weights", "batch_size", "window"),
+    [([9, 1], 2, 5), ([9, 1], 1, 10), ([9, *[1] * 6], 7, 3), ([99, 1], 10, 10), ([1] * 7, 7, 1), ([1] * 7, 3, 3)],
+)
+def test_a_window_is_as_wide_as_the_shares_ask(weights, batch_size, window):
+    sampler = DomainBatches(named([50] * len(weights)), named(weights), batch_size)
+    assert sampler.window == window
+    share = sampler.counts(np.arange(2000)).sum(0) / (2000 * window * batch_size)
+    np.testing.assert_allclose(share, np.array(weights) / sum(weights), atol=1e-3)
+
+
+def test_a_domain_of_hardly_any_share_has_a_row_in_100_batches():
+    sampler = DomainBatches(named([50] * 2), named([1e-9, 1]), 4)
+    assert sampler.window == 100
+    assert (sampler.counts(np.arange(50))[:, 0] == 1).all()
+    assert DomainBatches(named([50] * 300), named([1e-9, *[1] * 299]), 2).window == 150
 
 
 def share_by_hand(weights, batch_size):

@@ -180,6 +180,16 @@ def test_dense_models_and_checkpoints_are_read_greedily_too(made, tmp_path):
         (dense / "generation_config.json").write_text(before)
 
 
+def test_equal_prompts_are_drawn_apart_in_all_batches(made, capsys, tmp_path):
+    (tmp_path / "prompts").write_text("Der Fuchs\n" * 6)
+    told = []
+    for size in ("2", "1"):
+        words = ["--temperature", "2", "--max_new_tokens", "12", "--batch_size", size, "--domain", "de"]
+        assert main(["generate", "--model", str(made.folder), "--file", str(tmp_path / "prompts"), *words]) == 0
+        told.append({text for text in capsys.readouterr().out.split("[de] ") if text.strip()})
+    assert [len(texts) for texts in told] == [6, 6]
+
+
 def test_comparison_shows_dense_pruned_and_koff_side_by_side(made, model, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     dense = load_backbone(str(made.folder.parent / "dense"))
@@ -234,6 +244,11 @@ def test_comparison_with_another_dense_model_is_refused(tmp_path, capsys):
         (["--prompt", "a", "--temperature", "1e-300"], "temperature must be 0 (most likely token) or a number from 1e"),
         (["--prompt", "a", "--seed", str(2**70)], f"seed must be from 0 to 2^63 - 1; got {2**70}"),
         (["--prompt", "a", "--device", "meta"], "device 'meta' cannot be used here: it holds no numbers"),
+        (
+            ["--prompt", "a", "--top_p", "0.5"],
+            "top_p 0.5 is of sampling: give --temperature too (1.0, say), or leave it",
+        ),
+        (["--prompt", "a", "--max_new_tokens", "100000"], "100000 more are asked for, the model reads "),
         (["--prompt", "a", "--top_p", "0"], "top_p must lie in (0, 1]; got 0.0"),
         (["--prompt", "a", "--batch_size", "0"], "batch_size must be at least 1; got 0"),
         (["--prompt", "a", "--device", "gpu"], "device 'gpu' cannot be used here"),

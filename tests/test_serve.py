@@ -132,8 +132,11 @@ def test_sampling_follows_the_seed_and_each_of_n_is_another(client):
         [choice["text"] for choice in client.complete("tiny", **options | {"seed": seed})[1]["choices"]]
         for seed in (3, 3, 4)
     )
-    assert first == again != other
-    assert len(set(first)) == 3
+    assert first == again
+    assert len({*first, *other}) == 6, "neighbouring seeds have no answer in common"
+    prompts = ["Der Fuchs"] * 3
+    several = client.complete("tiny", prompts, **options | {"n": 1})[1]["choices"]
+    assert len({choice["text"] for choice in several}) == 3, "nor have equal prompts of one request"
 
 
 def test_stop_words_end_the_text_before_them(client):
@@ -284,6 +287,45 @@ def test_bodies_that_are_no_requests(client, address):
     assert client.http.post("/v1/models", json={}).status_code == 405
     assert client.http.get("/v2").json()["error"]["message"] == "GET /v2: Not Found"
     assert client.text("tiny")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"messages": [{"role": "tool", "content": "x"}]}, r"messages[0].role: it must be system, developer, user or"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": None}]},
+            "messages[1].content: it must be a text, or a list of parts of type text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content: it must be a text, or a list",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "unknown or unsupported: messages[0].name"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "max_completion_tokens": 4},
+            "max_tokens and max_completion_tokens differ: give one of them",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "stream_options": {"include_usage": True}},
+            "stream_options are of streamed answers: give stream true",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_talk_is_told_by_its_place(body, said):
+    with pytest.raises(Refused) as caught:
+        requests.read(requests.Chat, json.dumps({"model": "x"} | body).encode())
+    assert said in str(caught.value)
+
+
+def test_offsets_are_those_of_the_text_that_is_told(client):
+    about = client.complete("tiny:de", "Der Fuchs", echo=True, logprobs=0, max_tokens=3)[1]["choices"][0]
+    told = about["logprobs"]
+    places = zip(told["tokens"], told["text_offset"], strict=True)
+    (start, first), *others = [(token, offset) for token, offset in places if "\ufffd" not in token]  # half a character
+    assert start.startswith("<") and start.endswith(">") and first == 0, "the start token, which the text has not"
+    assert len(others) >= 2
+    assert all(about["text"][offset : offset + len(token)] == token for token, offset in others)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from koff_lightning.support.errors import KoffError
+from koff_lightning.support.errors import KoffError, require
 from koff_lightning.support.names import AUTO
 from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.seeds import seed_of
@@ -59,14 +59,13 @@ def generate(
     options = sampling(max_new_tokens, temperature, top_p)
     domains = _per_prompt(domain, len(prompts))
     check_seed(seed)
-    if batch_size < 1:
-        raise KoffError(f"batch_size must be at least 1; got {batch_size}")
-    if compare and not domain:
-        raise KoffError("--compare shows what a memory changes: give its --domain")
+    require(batch_size >= 1, f"batch_size must be at least 1; got {batch_size}")
+    require(not compare or domain, "--compare shows what a memory changes: give its --domain")
     with quick_imports():
         from koff_lightning.artifact.decomposed import default_device, dense_of, load_decomposed
 
     decomposed = load_decomposed(model, default_device(device), dtype, domains=[*filter(None, dict.fromkeys(domains))])
+    check_room(decomposed, prompts, max_new_tokens)
     domains = routed(decomposed, domains, prompts)
     options = asked(decomposed, options, generation_config)
     dense = dense_of(decomposed) if compare else None
@@ -90,6 +89,21 @@ def routed(model: "DecomposedModel", domains: list[str | None], prompts: list[st
     auto = [prompt for name, prompt in zip(domains, prompts, strict=True) if name == AUTO]
     picked = iter(model.route(auto))
     return [next(picked) if name == AUTO else name for name in domains]
+
+
+def check_room(model: "DecomposedModel", prompts: list[str], max_new_tokens: int) -> None:
+    """Raise KoffError where a prompt and its continuation would be longer than what the model's positions are for."""
+    from koff_lightning.data.encoding import encode_prompt
+
+    room = model.backbone.config.max_position_embeddings
+    for number, prompt in enumerate(prompts, 1):
+        length = len(encode_prompt(model.tokenizer, prompt))
+        if length + max_new_tokens > room:
+            most = f"give --max_new_tokens {room - length} or less" if length < room else "give a shorter prompt"
+            raise KoffError(
+                f"prompt {number} has {length} tokens and {max_new_tokens} more are asked for, the model reads {room}: "
+                f"{most}"
+            )
 
 
 def check_seed(seed: int) -> None:

@@ -213,7 +213,7 @@ def _refusal(error: ValidationError) -> Refused:
     name = str(first["loc"][0])[:100] if first["loc"] else "body"
     if name == "messages" and len(first["loc"]) > 2:  # [number, name in it, ...]
         place = f"messages[{first['loc'][1]}].{str(first['loc'][2])[:100]}"
-        if unknown:
+        if unknown and len(first["loc"]) == 3:
             return Refused(f"unknown or unsupported: {place}", param=name)
         what = MESSAGE.get(first["loc"][2], first["msg"])
         return Refused(f"{place}: {what[:300]}", param=name)

@@ -134,6 +134,8 @@ def check_fit(answers: Sequence[str], memories: Sequence[str], folder: Path, loa
             f"the router of {folder} was fitted for {', '.join(answers)}, its memories are "
             f"{', '.join(memories) or 'none'} ({odd[0]!r} is {of} only): fit it "
             f"anew with `koff router fit --model {folder}`"
+            + " (what was added to this process alone: `koff memory add` it first)"
+            * loaded
         )
 
 

@@ -294,6 +294,8 @@ def _matches(pattern: str) -> list[Path] | list[RemoteFile]:
     if is_remote(pattern):
         return find_remote(pattern)
     path = Path(pattern).expanduser()
+    if not pattern.strip():
+        raise KoffError("a file has an empty name: give its path, a glob or 'bundled:<name>'")
     if path.is_dir():
         raise KoffError(f"'{pattern}' is a folder: name the files in it, for example '{path / '*.jsonl'}'")
     matches = [path] if path.is_file() else list(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))))

@@ -97,7 +97,10 @@ def read_domain(
     held_texts = {document.text for document in heldout}
     texts = Texts([d.text for d in train if d.text not in held_texts], fill(heldout, max_heldout_bytes))
     if not (train or heldout or full):
-        raise KoffError(f"domain '{name}' is empty: its files hold no document with text")
+        chosen = f" among the records that where={source.where} lets through" if source.where else ""
+        raise KoffError(f"domain '{name}' is empty: its files hold no document with text{chosen}")
+    if (found := train + heldout) and not any(document.text.strip() for document in found):
+        raise KoffError(f"domain '{name}' is empty: its documents hold nothing but blanks")
     if (
         not (full or source.heldout_entries or source.max_documents == 1)
         and len({document.text for document in train + heldout}) == 1

@@ -106,7 +106,7 @@ def test_each_tool_has_its_own_help(verb, capsys):
         (["--config", "demo.yaml", "fit"], "koff: the verb comes first: koff fit --config demo.yaml"),
         (["fetch"], "koff: fetch: the following arguments are required: name"),
         (["fetch", "smollm2", "--otu", "x"], "koff: fetch: no option 'otu'. Did you mean 'out'?"),
-        (["configs", "--out", "demo.yaml"], "koff: configs: no option 'out'."),
+        (["configs", "--out", "demo.yaml"], "koff: configs: no option 'out'. --help lists them"),
         (["export"], "koff: export: the following arguments are required: --ckpt, --out"),
         (
             ["export", "a.ckpt"],

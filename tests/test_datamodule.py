@@ -353,7 +353,7 @@ def test_a_tokenizer_larger_than_the_embedding(text):
     with pytest.raises(KoffError, match="does not match the backbone: it has ids up to 299, the backbone embeds 299"):
         check_vocabulary(tokenizer, 299)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # as a tokenizer_config.json may, so the advice is of it too
-    with pytest.raises(KoffError, match=r"so '\[PAD\]' \(300\) has no row.*out of its tokenizer_config.json"):
+    with pytest.raises(KoffError, match=r"so '\[PAD\]' \(300\) has no row.*out of its files"):
         check_vocabulary(tokenizer, 300)
 
 

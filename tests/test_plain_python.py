@@ -97,7 +97,6 @@ def test_a_mask_that_no_step_learns_is_the_priors_or_drawn(tmp_path, prior, warn
         (lambda: SparsitySpec(target="0.12"), r"sparsity\.target must be a number; got '0\.12'"),
         (lambda: SparsitySpec(beta_end="x"), r"sparsity\.beta_end must be a number or null; got 'x'"),
         (lambda: DomainDataModule(["bundled:de"]), r"data\.domains must be a mapping of names to text"),
-        (lambda: DomainDataModule({"auto": "bundled:de"}), "'auto' is the word that asks a router for one"),
         (lambda: DomainDataModule({"de": "bundled:de"}).train_dataloader(), r"call setup\(\) before train_dataloader"),
         (lambda: DomainDataModule({"de": "bundled:de"}).val_dataloader(), r"call setup\(\) before val_dataloader"),
     ],

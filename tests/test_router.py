@@ -18,7 +18,7 @@ from koff_lightning.artifact.router_files import read_router
 from koff_lightning.cli import main
 from koff_lightning.commands import router_cli
 from koff_lightning.evaluation.routing import first_ids
-from koff_lightning.router import ngrams, routing
+from koff_lightning.router import ngrams
 from koff_lightning.router.encoder import fine_tune, load_encoder
 from koff_lightning.router.routing import Router, calibrated, size_of, training_pieces
 from koff_lightning.specs.memories import LoraSpec
@@ -606,4 +606,3 @@ def test_a_router_alone_takes_any_classifier():
 
     router = Router(("x", "y"), Sure(), (0.5, 0.25, 0.0))
     assert router.route(["a", "b", "b" * 200, "b" * 600]) == ["x", None, "y", "y"]
-    assert routing.AUTO == "auto"

@@ -101,8 +101,8 @@ def test_what_fails_inside_lightning_is_one_line(refused, monkeypatch):
 def test_many_devices_without_a_strategy_start_no_process(refused, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("it starts processes"))
     assert refused("--trainer.devices=64") == (
-        "koff: DDPStrategy cannot train a decomposition: use --config hardware/ddp.yaml, or one device "
-        "(--trainer.devices 1)"
+        "koff: DDPStrategy cannot train a decomposition: use --config hardware/ddp.yaml (in Python "
+        "strategy=ReplicatedStrategy() of koff_lightning.training.strategies), or one device (--trainer.devices 1)"
     )
 
 

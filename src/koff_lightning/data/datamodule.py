@@ -388,5 +388,7 @@ class DomainDataModule(LightningDataModule):
 
     def sample_ids(self, domain: str, num_tokens: int) -> torch.Tensor:
         """Tokens of training text from which to initialise a memory of `domain`, [num_tokens]: see `sampled_chunks`."""
+        known = ", ".join(self._documents)
+        require(domain in self._documents, f"the model has the domain {domain!r}, and the data only {known}: give both")
         has_bos = self.tokenizer is not None and bool(start_tokens(self.tokenizer))
         return sampled_chunks(domain, self._documents[domain], num_tokens, seed=self.seed, has_bos=has_bos)

@@ -13,7 +13,7 @@ from koff_lightning.data.readers import Fields, format_of
 from koff_lightning.data.remote import RemoteFile, find_remote, is_remote
 from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_out_of_reach
 from koff_lightning.support.errors import KoffError, refused_by
-from koff_lightning.support.names import AUTO, check_name
+from koff_lightning.support.names import check_name
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.support.wording import nearest
 
@@ -211,8 +211,6 @@ def _check_name(name: object, known: Mapping[str, DomainSource]) -> None:
     if not isinstance(name, str):  # YAML reads an unquoted no as false (and 1 as a number)
         raise KoffError(f"domain name {name!r} is not text: put it in quotes, for example 'no': (Norwegian) or '1':")
     check_name(name)
-    if name == AUTO:
-        raise KoffError(f"domain name {AUTO!r} is the word that asks a router for one: give another")
     clash = next((other for other in known if other.lower() == name.lower()), None)
     if clash is not None:
         raise KoffError(

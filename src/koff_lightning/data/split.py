@@ -96,11 +96,7 @@ def read_domain(
         train, heldout = _hold_one(train)
     held_texts = {document.text for document in heldout}
     texts = Texts([d.text for d in train if d.text not in held_texts], fill(heldout, max_heldout_bytes))
-    if not (train or heldout or full):
-        chosen = f" among the records that where={source.where} lets through" if source.where else ""
-        raise KoffError(f"domain '{name}' is empty: its files hold no document with text{chosen}")
-    if (found := train + heldout) and not any(document.text.strip() for document in found):
-        raise KoffError(f"domain '{name}' is empty: its documents hold nothing but blanks")
+    _refuse_empty(name, source, train + heldout, full)
     if (
         not (full or source.heldout_entries or source.max_documents == 1)
         and len({document.text for document in train + heldout}) == 1
@@ -206,3 +202,12 @@ def fill(documents: list[Document], max_bytes: int | None) -> list[str]:
             taken.append(document.text)
             room -= size
     return taken
+
+
+def _refuse_empty(name: str, source: DomainSource, found: list[Document], full: bool) -> None:
+    """Raise KoffError where a domain's files hold no text, or blanks alone; `full` where reading stopped before."""
+    if not (found or full):
+        chosen = f" among the records that where={source.where} lets through" if source.where else ""
+        raise KoffError(f"domain '{name}' is empty: its files hold no document with text{chosen}")
+    if found and not any(document.text.strip() for document in found):
+        raise KoffError(f"domain '{name}' is empty: its documents hold nothing but blanks")

@@ -150,7 +150,7 @@ class KOFFModule(LightningModule):
         data = self._trainer.datamodule if self._trainer is not None else None
         if self._trainer is not None and self.trainer.training:
             refuse_trainer(self.trainer)
-            check_text(self.retention, data, self.domains)
+            check_text(self.retention, data)
             take_stored_teacher(self.loss, data, self.model.backbone_hash)
         if (tokenizer := getattr(data, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)

@@ -5,7 +5,6 @@ cut.
 """
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,22 +71,16 @@ def retention_loss(module: LightningModule, batch_idx: int) -> Tensor:
     return spec.weight * settled(found.loss, moves, loss_scale(module.trainer))
 
 
-def check_text(spec: RetentionSpec | None, data: Any, domains: Sequence[str]) -> None:
-    """Refuse retention without text, text without retention, and domains without text, before the first step.
+def check_text(spec: RetentionSpec | None, data: Any) -> None:
+    """Refuse retention without text, and text without retention, before the first step.
 
     Args:
         spec: Options of the model; None for no retention.
         data: The datamodule.
-        domains: Those of the model.
 
     Raises:
-        KoffError: Only one of retention and its text is given, or there is no text of a domain.
+        KoffError: Only one of retention and its text is given.
     """
-    known = getattr(data, "domain_names", domains)
-    if without := [domain for domain in domains if domain not in known]:
-        raise KoffError(
-            f"the model has the domain {without[0]!r}, and the data only {', '.join(known)}: give both the same"
-        )
     general = getattr(data, "general", None)
     if spec is not None and general is None:
         raise KoffError(

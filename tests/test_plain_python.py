@@ -122,6 +122,14 @@ def test_an_optimizer_whose_groups_have_no_names_is_one_line(tmp_path):
         Trainer(max_steps=2, default_root_dir=tmp_path, callbacks=[AnnealSparsity()], **PLAIN).fit(module, RandomText())
 
 
+def test_a_run_whose_time_is_up_says_so(tmp_path, caplog):
+    trainer = Trainer(max_steps=500, max_time={"seconds": 0.2}, callbacks=[AnnealSparsity()], **PLAIN)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit) as caught:
+        trainer.fit(tiny_module(tmp_path), RandomText(500))
+    assert caught.value.code == 124
+    assert f"after step {trainer.global_step} the run was ended by the time limit" in caplog.text
+
+
 def test_the_mean_is_of_the_domains_that_were_scored(tmp_path):
     module = tiny_module(tmp_path)
     module.held_out = lambda modes: {"en": {"koff": 1.5}, "law": {"koff": float("nan")}}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from koff_lightning.support import ranks
@@ -73,9 +74,10 @@ class EndsBetweenSteps(Callback):
             self._handler.asked, trainer._signal_connector.received_sigterm = TIME_LIMIT, True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give Lightning's exception, which has none, the exit status that was asked for."""
+        """Give Lightning's exception, which has none, the exit status that was asked for, and say so: it has no words."""
         if isinstance(exception, SIGTERMException):
             exception.code = self._handler.asked or 128 + signal.SIGTERM
+            rank_zero_info(f"after step {trainer.global_step} the run was {Ended(exception.code)}")
 
     def _may_leave(self) -> bool:
         alone = self._trainer.world_size == 1  # else the others would wait for this rank's part of the scores

@@ -74,7 +74,7 @@ class EndsBetweenSteps(Callback):
             self._handler.asked, trainer._signal_connector.received_sigterm = TIME_LIMIT, True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give Lightning's exception, which has none, the exit status that was asked for, and say so: it has no words."""
+        """Give Lightning's exception, which has none, the exit status that was asked for, and say so."""
         if isinstance(exception, SIGTERMException):
             exception.code = self._handler.asked or 128 + signal.SIGTERM
             rank_zero_info(f"after step {trainer.global_step} the run was {Ended(exception.code)}")

@@ -129,9 +129,12 @@ def make(kind: str, options: argparse.Namespace) -> Step:
     batch, data = batch_of(domains, options.rows, options.length, options.device)
     if kind == "lora":
         return in_dtype(lora_step(batch, options.rank, options.device, options.backbone, options.dtype), options)
-    loss = LossSpec(kl=0) if kind == "koff" else LossSpec(0.0, 1.0, top_k=options.teacher, teacher=kind)
-    if kind == "both":
+    if kind == "koff":
+        loss = LossSpec(kl=0)
+    elif kind == "both":
         loss = LossSpec(1.0, 2.0, top_k=options.teacher, tail="bucket", teacher="stored")
+    else:
+        loss = LossSpec(0.0, 1.0, top_k=options.teacher, teacher=kind)
     about = options.rank, options.slots, options.device, options.backbone, options.dtype
     return in_dtype(koff_step(batch, data, *about, loss), options)
 

@@ -24,6 +24,10 @@ IDS = torch.tensor([[5, 6, 7]])
         (lambda m: m(IDS, attention_masks=IDS), r"no argument 'attention_masks'\. Did you mean 'attention_mask'\?"),
         (lambda m: m(IDS, output_attentions=True), "the weights of attention are never formed"),
         (lambda m: m.generate(IDS, output_attentions=True), "the weights of attention are never formed"),
+        (
+            lambda m: m.generate(IDS, generation_config=GenerationConfig(output_attentions=True, max_new_tokens=1)),
+            "never formed",
+        ),
         (lambda m: m({"input_ids": IDS}), r"a tensor of whole numbers, \[rows, tokens\]; got dict"),
         (lambda m: m([[5, 6]]), "got list. model.encode"),
         (lambda m: m.generate("text"), "got str"),

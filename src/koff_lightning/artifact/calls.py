@@ -97,6 +97,7 @@ def check_generation(options: Mapping[str, Any]) -> None:
     config, processors = options.get("generation_config"), options.get("logits_processor")
     if config is not None and not isinstance(config, GenerationConfig):
         raise KoffError(f"generate: generation_config must be a GenerationConfig; got {type(config).__name__}")
+    check_attentions({"output_attentions": getattr(config, "output_attentions", None)})
     if processors is not None and not isinstance(processors, list | tuple):
         raise KoffError(f"generate: logits_processor must be a list of processors; got {type(processors).__name__}")
 

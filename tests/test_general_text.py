@@ -1,5 +1,7 @@
 """Retention: general text in every so-manyth step, under a memory drawn at random (eq. 2 of the KOFF paper)."""
 
+import json
+import math
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -14,8 +16,9 @@ from tiny_models import tiny_model
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning import DomainDataModule, KoffError, KOFFModule, KVSpec, LoraSpec, LossSpec, SparsitySpec
-from koff_lightning.callbacks import AnnealSparsity, GradientCoverage
+from koff_lightning.callbacks import AnnealSparsity, GradientCoverage, RunReport
 from koff_lightning.cli import main
+from koff_lightning.data.loader import HeldoutLoader
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.losses import settled
 from koff_lightning.specs.training import RetentionSpec
@@ -320,7 +323,7 @@ def test_a_run_goes_on_with_the_same_retention_only(folder, whole, tmp_path, spe
 
 def test_general_text_has_a_stored_teacher_too(folder, monkeypatch, capsys):
     general = {"data.retention": f"{{web: {folder}/web.jsonl, sums: {folder}/sums.jsonl}}"}
-    assert main(["prepare", *words(folder, **general), "--teacher"]) == 0
+    assert main(["prepare", *words(folder, **general), "--model.retention.every=3", "--teacher"]) == 0
     said = capsys.readouterr().out
     assert "retention web: tokenised" in said
     assert "teacher of retention sums: stored" in said
@@ -343,6 +346,112 @@ def test_the_command_trains_with_general_text(folder, tmp_path, monkeypatch):
     assert "train/retention" in (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()[0]
 
 
+# ------------------------------------------------------------------------------------------------------- its scores
+
+
+def scored(folder, root, *, general=("web", "sums"), spec=None, running=None, **options):
+    """Fit with a report in `root`: the model, its data, results and documents."""
+    model, data = module(folder, spec, **options), text(folder, general)
+    trainer(RunReport(), steps=3, default_root_dir=root, **running or {}).fit(model, data)
+    read = {name: root / f"{name}.json" for name in ("results", "documents", "general_documents")}
+    return model, data, {name: json.loads(path.read_text()) if path.exists() else None for name, path in read.items()}
+
+
+def by_hand(model, rows, memory_of_row):
+    """Bits per byte of held-out rows, each under the memory that `memory_of_row` names."""
+    batches = list(HeldoutLoader({"x": rows}, 4))
+    with torch.no_grad():
+        nats = sum(model._nats(b, [memory_of_row(r) for r in b["labels"]], model.hard_gates()).sum() for b in batches)
+    return float(nats) / math.log(2) / int(sum(b["num_bytes"].sum() for b in batches))
+
+
+def test_general_text_is_scored_bare_and_under_all_memories(folder, tmp_path, capsys, caplog):
+    module_, data, found = scored(folder, tmp_path)
+    assert "general text (data.retention) is scored and part of no step" in caplog.text
+    said = capsys.readouterr().out
+    model, figures = module_.model.eval(), found["results"]["general"]
+    assert figures["texts"].keys() == {"web", "sums"} and found["results"]["domains"].keys() == set(DOMAINS)
+    for name, rows in data.general._heldout.items():
+        row = figures["texts"][name]
+        assert row["koff_bpb"] is None and row["koff_ppl"] is None
+        assert row["memory_off_bpb"] == pytest.approx(by_hand(model, rows, lambda _: None), rel=1e-5)
+        drawn = by_hand(model, rows, lambda labels: DOMAINS[int(labels.clamp(min=0).sum()) % len(DOMAINS)])
+        assert row["swapped_bpb"] == pytest.approx(drawn, rel=1e-5)
+        kept = found["general_documents"][name]
+        assert sum(kept["bytes"]) == figures["heldout_bytes"][name] == sum(b["num_bytes"].sum() for b in batches(rows))
+        bits = {arm: sum(nats) / math.log(2) / sum(kept["bytes"]) for arm, nats in kept["nats"].items()}
+        assert bits == pytest.approx({arm: row[f"{arm}_bpb"] for arm in ("dense", "memory_off", "swapped")})
+    assert figures["mean"]["dense_bpb"] == pytest.approx(sum(r["dense_bpb"] for r in figures["texts"].values()) / 2)
+    assert found["documents"].keys() == set(DOMAINS)
+    (shown,) = (line.split() for line in said.splitlines() if "general/sums" in line)
+    sums = figures["texts"]["sums"]
+    assert shown[2:] == [
+        f"{sums['dense_bpb']:.4f}",
+        "-",
+        "-",
+        *(f"{sums[k]:.4f}" for k in ("memory_off_bpb", "swapped_bpb")),
+    ]
+
+
+def batches(rows):
+    return list(HeldoutLoader({"x": rows}, 4))
+
+
+def test_the_domains_are_scored_as_without_general_text(folder, tmp_path):
+    _, _, one = scored(folder, tmp_path / "a")
+    _, _, other = scored(folder, tmp_path / "b", general=())
+    assert other["general_documents"] is None and "general" not in other["results"]
+    same = ("domains", "mean", "heldout_bytes", "heldout_tokens", "by_context")
+    assert {key: one["results"][key] for key in same} == {key: other["results"][key] for key in same}
+    assert one["documents"] == other["documents"]
+
+
+@pytest.mark.parametrize(
+    ("options", "alike"),
+    [
+        ({"lora": None, "kv": None}, True),  # no memory
+        ({"shared_memory": True}, False),  # one for all, which is another's to general text
+    ],
+)
+def test_general_text_where_there_are_fewer_than_two_memories(folder, tmp_path, options, alike):
+    model, data, found = scored(folder, tmp_path, **options)
+    assert found["results"]["mean"]["swapped_bpb"] is None
+    for name, row in found["results"]["general"]["texts"].items():
+        one = by_hand(model.model.eval(), data.general._heldout[name], lambda _: DOMAINS[0])
+        assert row["swapped_bpb"] == (None if alike else pytest.approx(one, rel=1e-5))
+        assert not math.isclose(row["memory_off_bpb"], one, rel_tol=1e-6) or alike
+
+
+def test_validation_and_prediction_read_the_domains_alone(folder):
+    data = text(folder, tokenizer=str(folder / "model"))
+    data.setup()
+    loaders = {"val": data.val_dataloader(), "predict": data.predict_dataloader(), "test": data.test_dataloader()}
+    names = {kind: {name for batch in loader for name in batch["domains"]} for kind, loader in loaders.items()}
+    assert names["val"] == names["predict"] == set(DOMAINS)
+    assert names["test"] == {*DOMAINS, "general/web", "general/sums"}
+
+
+def test_the_test_command_scores_other_general_text(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = words(folder, **{"trainer.max_steps": 3})
+    options += ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--model.sparsity.min_channels=4"]
+    assert main(["fit", *options, "--export.enabled=false", "--trainer.default_root_dir=run"]) == 0
+    (checkpoint,) = (tmp_path / "run").rglob("last.ckpt")
+    capsys.readouterr()
+    more = [f"--data.retention.web={folder}/web.jsonl", f"--ckpt_path={checkpoint}"]
+    assert main(["test", *options, *more]) == 0
+    assert "general/web" in capsys.readouterr().out
+
+
+def test_text_that_is_only_scored_needs_no_stored_teacher(folder, capsys):
+    general = {"data.retention": f"{{web: {folder}/web.jsonl}}"}
+    assert main(["prepare", *words(folder, **general), "--model.retention=null", "--teacher"]) == 0
+    assert "teacher of retention" not in capsys.readouterr().out
+    fit(folder, spec=None, loss=LossSpec(0.0, top_k=K, teacher="stored"))
+    with pytest.raises(KoffError, match="no stored teacher"):
+        fit(folder, spec=RetentionSpec(EVERY), loss=LossSpec(0.0, top_k=K, teacher="stored"))
+
+
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
@@ -361,13 +470,8 @@ def test_a_validation_before_takes_nothing_from_a_fit(folder):
     assert len(seen.logged) == 2
     model = module(folder, None)
     run.validate(model, data, verbose=False)
-    with pytest.raises(KoffError, match="names general text that no step would take"):
-        trainer().fit(model, data)
-
-
-def test_text_without_retention(folder):
-    with pytest.raises(KoffError, match=r"data\.retention names general text that no step would take: give model\.ret"):
-        fit(folder, spec=None)
+    trainer(steps=2).fit(model, data)
+    assert data.general._train
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """The rules of docs/claims.md, on figures that decide them."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from koff_lightning.studies.bootstrap import Sample
-from koff_lightning.studies.claims import verdicts
-from koff_lightning.studies.claims.arms import AFTER
+from koff_lightning.studies.claims import general, text, verdicts
+from koff_lightning.studies.claims.arms import AFTER, Run
 from koff_lightning.studies.claims.verdicts import CLAIMS, judge
 
 HOLDS = {"dense": 1.2, "dense_memory": 1.19, "koff": 1.195, "no_memory": 1.3, "two_stage": 1.25}
@@ -90,3 +91,40 @@ def test_the_page_has_the_rules_of_the_code():
         assert f"| ({name}) | {claim.partition(':')[0]}" in page
     assert f"{verdicts.LEVEL:.1%}".replace("%", " %") in page
     assert "< 1 %" in page and verdicts.MARGIN == 0.01 and "0.95 (m - d)" in page and verdicts.RECOVERED == 0.95
+
+
+# --------------------------------------------------------------------------------------------------- general text
+
+
+def general_run(seed, **bpb):
+    """Results of a run by what it scores on one general text of three documents."""
+    sizes = [10, 20, 30]
+    nats = {arm: [value * math.log(2) * size for size in sizes] for arm, value in bpb.items()}
+    mean = {f"{arm}_bpb": value for arm, value in bpb.items()}
+    mean |= {f"{arm}_bpb": None for arm in ("dense", "memory_off", "swapped") if arm not in bpb}
+    return {"general": {"mean": mean}, "general_documents": {"web": {"bytes": sizes, "nats": nats}}}
+
+
+def test_general_text_is_told_bare_and_under_any_memory():
+    koff = {Run("koff", 0.12, s): general_run(s, dense=1.0, memory_off=1.1 + s / 100, swapped=1.2) for s in (0, 1)}
+    alone = {Run("no_memory", 0.12, s): general_run(s, dense=1.0, memory_off=1.15 + s / 100) for s in (0, 1)}
+    found = general.figures(koff | alone)
+    assert found["texts"] == {"web": 60} and found["dense"] == 1.0
+    bare, under = found["arms"]["koff"]["bare"], found["arms"]["koff"]["any memory"]
+    assert bare["bpb"] == [1.1, 1.11] and under["bpb"] == [1.2, 1.2]
+    assert bare["against_dense"]["value"] == pytest.approx(0.105)
+    assert bare["against_dense"]["low"] < 0.105 < bare["against_dense"]["high"]
+    difference = bare["against_alone"]  # the same in both seeds and all documents, so it is certain
+    assert difference == pytest.approx({"value": -0.05, "low": -0.05, "high": -0.05})
+    assert under["against_dense"] == pytest.approx({"value": 0.2, "low": 0.2, "high": 0.2})
+    assert found["arms"]["no_memory"]["bare"]["against_alone"] is None
+    assert found["arms"]["no_memory"]["any memory"] == {"bpb": [], "against_dense": None, "against_alone": None}
+    page = text._general(found)
+    assert "web (60 bytes); dense 1.0000" in page
+    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| koff")]
+    assert cells[0][1] == "1.1050 ± 0.0071" and cells[0][3] == "-0.0500 [-0.0500, -0.0500]"
+    assert cells[0][4:] == ["1.2000 ± 0.0000", "+20.00 % [+20.00, +20.00] |"]
+
+
+def test_no_general_text_is_nothing():
+    assert general.figures({Run("koff", 0.12, 0): {"mean": {}}}) is None

@@ -269,25 +269,24 @@ class Decomposition(nn.Module):
 
         Args:
             batch: Rows of any domains.
-            mode: One of `MODES`. `swapped` reads each row under one of the other memories (`another`); with one
-                memory only it is that one.
+            mode: One of `MODES`. `swapped` reads each row under one of the other memories (`another`).
         """
         rows: Sequence[str | None] = batch["domains"]
         if mode == "dense":
             return self._nats(batch, (), None)
-        if mode == "swapped" and len(set(self.memories.names.values())) > 1:
+        if mode == "swapped":
             rows = self.another(batch)
         return self._nats(batch, [None] * len(rows) if mode == "memory_off" else rows, self.hard_gates())
 
     def another(self, batch: Batch) -> list[str | None]:
-        """For each row a domain whose memory is not the row's, [B]; None where it has none.
+        """For each row a domain whose memory is not the row's, [B]; its own where there is no other, or None.
 
         The row's own tokens choose it, so that it is the same in any batch, and all others have their share of a text
-        in one pass, however many there are.
+        in one pass, however many there are. To general text all are others.
         """
         names, chosen = self.memories.names, []
         for domain, number in zip(batch["domains"], batch["labels"].clamp(min=0).sum(1).tolist(), strict=True):
-            others = [other for other in self.domains if names[other] != names.get(domain)]
+            others = [other for other in self.domains if names[other] != names.get(domain)] or [domain]
             chosen.append(None if domain is None else others[number % len(others)])
         return chosen
 

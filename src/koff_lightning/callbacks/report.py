@@ -24,6 +24,7 @@ from koff_lightning.reports import plots, results
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
+from koff_lightning.support.names import GENERAL
 from koff_lightning.support.versions import versions
 from koff_lightning.surgery import masks
 from koff_lightning.training.ending import may_be_left
@@ -35,6 +36,8 @@ MOST = 200  # points of the mask's history that are kept
 
 class RunReport(Callback):
     """Report of `fit`: table on the terminal; `results.json`, `documents.json` and `plots/` in `default_root_dir`.
+
+    Where there is general text, that too, and its `general_documents.json`.
 
     `test` prints the table; `predict` writes `predictions.jsonl`, a line for each row of text. With `fast_dev_run`
     nothing is written.
@@ -86,8 +89,7 @@ class RunReport(Callback):
             score(trainer, pl_module)
         tokens = trainer.strategy.reduce(self._tokens.to(pl_module.device), reduce_op="sum")
         self.documents = pl_module.documents.compute()
-        self.results = _figures(trainer, pl_module) | results.by_context(self.documents)
-        self.results |= {
+        self.results = _figures(trainer, pl_module, self.documents) | {
             "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
             "steps": trainer.global_step,
             "tokens": int(tokens),
@@ -125,7 +127,9 @@ class RunReport(Callback):
         _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}")
 
     def _figures(self, module: KOFFModule) -> dict[str, plots.Figure]:
-        figures = {"bits_per_byte": plots.domain_bars(self.results["domains"])}
+        general = self.results.get("general", {}).get("texts", {})
+        texts = self.results["domains"] | {f"{GENERAL}{name}": row for name, row in general.items()}
+        figures = {"bits_per_byte": plots.domain_bars(texts)}
         if points := self.history.points:
             groups = [(group.layer, group.kind) for group in module.model.gates.groups]
             figures["sparsity"] = plots.sparsity_over_training(points, module.sparsity.denominator)
@@ -150,7 +154,7 @@ class RunReport(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """The same table, of the checkpoint under test."""
         self.documents = pl_module.documents.compute()
-        self.results = _figures(trainer, pl_module) | results.by_context(self.documents)
+        self.results = _figures(trainer, pl_module, self.documents)
         print_figures(trainer, self.results)
 
     def on_predict_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
@@ -201,6 +205,7 @@ def score(trainer: Trainer, module: KOFFModule) -> None:
 def _log(trainer: Trainer, figures: results.Figures) -> None:
     """Held-out scores to all loggers, by the names that `koff test` gives them."""
     rows = {"": figures["mean"]} | {f"/{domain}": row for domain, row in figures["domains"].items()}
+    rows |= {f"/{GENERAL}{name}": row for name, row in figures.get("general", {}).get("texts", {}).items()}
     scores = {
         f"test/{name}{domain}": value
         for domain, row in rows.items()
@@ -212,13 +217,14 @@ def _log(trainer: Trainer, figures: results.Figures) -> None:
         logger.save()
 
 
-def _figures(trainer: Trainer, module: KOFFModule) -> results.Figures:
+def _figures(trainer: Trainer, module: KOFFModule, documents: results.Documents) -> results.Figures:
     """Figures of the evaluation that just ran, from all ranks."""
     held_out = module.held_out(module.modes)
     num_bytes, num_tokens = (_all_of(trainer, module, name) for name in ("num_bytes", "num_tokens"))
     memories = len(set(module.model.memories.names.values())) if module.lora or module.kv else 0
     figures = results.held_out_figures(held_out, num_bytes, num_tokens, memories)
-    return figures | results.mask_and_size(module.model, module.extends)
+    figures |= results.mask_and_size(module.model, module.extends) | results.by_context(documents)
+    return figures | results.general_figures(documents, memories)
 
 
 def _all_of(trainer: Trainer, module: KOFFModule, name: str) -> dict[str, int]:

@@ -89,7 +89,7 @@ def store_teacher(config: Any, data: DomainDataModule) -> None:
     head, backbone_hash = backbone.get_output_embeddings().weight, fingerprint(backbone)
     check_top_k(k, len(head))
     check_vocabulary(data.tokenizer, backbone.get_input_embeddings().num_embeddings)
-    texts = {"": data} | ({"retention ": data.general} if data.general is not None else {})
+    texts = {"": data} | ({"retention ": data.general} if model.retention and data.general is not None else {})
     rows = {(kind, name): rows for kind, text in texts.items() for name, rows in text.training_rows().items()}
     _say_size(data, list(rows.values()), k, len(head))
     backbone = backbone.to("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")

@@ -29,6 +29,7 @@ from koff_lightning.loading import load_config, load_tokenizer
 from koff_lightning.specs.text import check_data
 from koff_lightning.support.errors import require
 from koff_lightning.support.files import own_cache
+from koff_lightning.support.names import GENERAL
 
 SAMPLE = 2**18  # bytes of a streamed domain's training text that are read at once, for memories to start from
 
@@ -70,8 +71,8 @@ class DomainDataModule(LightningDataModule):
             ends where a document would. Held-out text has none: bits per byte are of the text alone.
         cache: Folder with tokenised text; what `koff prepare` has made there is used. By default $KOFF_CACHE/tokens or
             ~/.cache/koff/tokens.
-        retention: General text by name, each entry as in `domains`, for runs with model.retention; kept in memory or
-            prepared, also where the domains are streamed.
+        retention: General text by name, each entry as in `domains`: scored beside the domains at the end, and part of
+            the loss by model.retention; kept in memory or prepared, also where the domains are streamed.
         max_retention_bytes: At most this much of each of them (UTF-8 bytes, whole documents in file order).
         one_domain_batches: Each batch is of one domain, in turn, as in the paper (section 3.4); by default of all.
         open_with_start: Begin rows that open inside a document with the start token, where the tokenizer itself puts
@@ -145,7 +146,7 @@ class DomainDataModule(LightningDataModule):
         Raises:
             KoffError: Bad files or lines, a domain without training or held-out text, or no tokenizer.
         """
-        if self.general is not None and stage in (None, "fit"):  # also where a validation has read the rest
+        if self.general is not None and stage in (None, "fit", "test"):  # also where a validation has read the rest
             self.general.trainer = self.trainer
             self.general.setup()
         if self._heldout.keys() == self.sources.keys():
@@ -321,8 +322,6 @@ class DomainDataModule(LightningDataModule):
         )
         for name, rows in self._train.items():
             self._teachers[name] = self.teachers.load(name, self.belongs(rows, backbone_hash), k)
-        if self.general is not None:
-            self.general.take_stored_teacher(backbone_hash, k)
 
     def _reading(self) -> Reading:
         """What is streamed; its identity names what the place in a stream depends on."""
@@ -347,11 +346,18 @@ class DomainDataModule(LightningDataModule):
 
     def val_dataloader(self) -> HeldoutLoader:
         """Held-out batches, domain by domain."""
-        require(self._heldout, "there is no text yet: call setup() before val_dataloader()")
-        rank, world_size = self._place()
-        return HeldoutLoader(self._heldout, self.batch_size, rank, world_size, self.num_workers)
+        return self._held_out(self._heldout)
 
-    test_dataloader = predict_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def test_dataloader(self) -> HeldoutLoader:
+        """The same, then general text by its own names: `general/NAME`."""
+        general = {} if self.general is None else self.general._heldout
+        return self._held_out(self._heldout | {f"{GENERAL}{name}": rows for name, rows in general.items()})
+
+    def _held_out(self, packed: dict[str, PackedRows]) -> HeldoutLoader:
+        require(self._heldout, "there is no text yet: call setup() before val_dataloader()")
+        return HeldoutLoader(packed, self.batch_size, *self._place(), self.num_workers)
 
     def calibration_text(self, num_tokens: int, seed: int = 0) -> CalibrationText:
         """Batches of training text, the same number of tokens from every domain: see `CalibrationText`."""

@@ -18,6 +18,7 @@ from koff_lightning.decomposition import MODES, Decomposition
 from koff_lightning.metrics import CONTEXT
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.mask_words import by_type_and_physical
+from koff_lightning.support.names import GENERAL
 from koff_lightning.surgery import masks, whole_units
 
 Figures = dict[str, Any]
@@ -106,6 +107,10 @@ def held_out_figures(
         num_bytes: Bytes of held-out text behind them.
         num_tokens: Tokens of it that were predicted: perplexity is exp(nats / tokens), so it depends on the tokenizer.
         memories: How many different memories there are; with fewer than two none can be swapped.
+
+    Returns:
+        `domains`: by domain, for every arm `ARM_bpb` and `ARM_ppl`, None where it has no figure; `mean` of them;
+        `heldout_bytes` and `heldout_tokens`.
     """
     arms = [arm for arm in MODES if arm != "swapped" or memories > 1]
     domains = {}
@@ -121,6 +126,32 @@ def held_out_figures(
     return {"domains": domains, "mean": mean, "heldout_bytes": num_bytes, "heldout_tokens": num_tokens}
 
 
+def general_figures(documents: Documents, memories: int) -> Figures:
+    """The same of text that belongs to no domain, from its documents; nothing where none was scored.
+
+    Args:
+        documents: Of all held-out text; general text is told by its name.
+        memories: How many different memories there are, each of which is another's to such text.
+
+    Returns:
+        Under `general` what `held_out_figures` returns, its `domains` under `texts`.
+    """
+    held_out, num_bytes, num_tokens = {}, {}, {}
+    for name, arms in split_general(documents)[1].items():
+        row = next(iter(arms.values()))
+        num_bytes[name], num_tokens[name] = round(sum(row["bytes"])), round(np.sum(row["tokens"]))
+        held_out[name] = {arm: sum(row["nats"]) / math.log(2) / num_bytes[name] for arm, row in arms.items()}
+    figures = held_out_figures(held_out, num_bytes, num_tokens, memories + 1)
+    return {"general": {"texts": figures.pop("domains")} | figures} if held_out else {}
+
+
+def split_general(documents: Documents) -> tuple[Documents, Documents]:
+    """Documents of the domains, and those of general text by its name alone."""
+    general = {name: arms for name, arms in documents.items() if name.startswith(GENERAL)}
+    own = {name: arms for name, arms in documents.items() if name not in general}
+    return own, {name.removeprefix(GENERAL): arms for name, arms in general.items()}
+
+
 def by_context(documents: Documents) -> Figures:
     """How well tokens are predicted by how many of their text stand before them in their row, K classes.
 
@@ -131,6 +162,7 @@ def by_context(documents: Documents) -> Figures:
         domain, and `against_dense` by arm: the ratio of the means over those domains that have such tokens. Nothing
         where the data module does not number its documents.
     """
+    documents, _ = split_general(documents)
     if not documents:
         return {}
     tokens = {domain: np.sum(arms["koff"]["tokens"], axis=1) for domain, arms in documents.items()}  # [K] each
@@ -171,6 +203,10 @@ def table(results: Figures) -> Table:
         shown.add_row(domain, f"{results['heldout_bytes'][domain]:,}", *_cells(row))
     shown.add_section()
     shown.add_row("mean", f"{sum(results['heldout_bytes'].values()):,}", *_cells(results["mean"]), style="bold")
+    if general := results.get("general"):
+        shown.add_section()
+        for name, row in general["texts"].items():
+            shown.add_row(f"{GENERAL}{name}", f"{general['heldout_bytes'][name]:,}", *_cells(row))
     return shown
 
 
@@ -212,20 +248,26 @@ def write_documents(root: Path, documents: Documents, results: Figures) -> None:
     """Write `documents.json`, a line for each domain, of D documents and K classes of context (`metrics.CONTEXT`).
 
     {domain: {"bytes": [D], "nats": {arm: [D]}, "tokens": [K, D], "nats_by_context": {arm: [K, D]}}}. The sums of its
-    nats and bytes are the figures of `results`; an arm without a figure there is left out. Nothing is written where the
-    data module does not number its documents.
+    nats and bytes are the figures of `results`; an arm without a figure there is left out. General text goes to
+    `general_documents.json` in the same form. Nothing is written where the data module does not number its documents.
 
     Raises:
         KoffError: The disk did not take it.
     """
-    lines = []
-    for domain, arms in documents.items():
-        shown = {arm: row for arm, row in arms.items() if results["domains"][domain][f"{arm}_bpb"] is not None}
-        scores = {what: shown["koff"][what] for what in ("bytes", "tokens")}
-        scores |= {what: {arm: row[what] for arm, row in shown.items()} for what in ("nats", "nats_by_context")}
-        lines.append(f"{json.dumps(domain)}: {json.dumps(scores, allow_nan=False)}")
-    if lines:
-        write_atomically(root / "documents.json", "{\n" + ",\n".join(lines) + "\n}\n")
+    own, general = split_general(documents)
+    texts = results.get("general", {}).get("texts", {})
+    for file, part, figures in (
+        ("documents.json", own, results["domains"]),
+        ("general_documents.json", general, texts),
+    ):
+        lines = []
+        for name, arms in part.items():
+            shown = {arm: row for arm, row in arms.items() if figures[name][f"{arm}_bpb"] is not None}
+            scores = {what: next(iter(arms.values()))[what] for what in ("bytes", "tokens")}
+            scores |= {what: {arm: row[what] for arm, row in shown.items()} for what in ("nats", "nats_by_context")}
+            lines.append(f"{json.dumps(name)}: {json.dumps(scores, allow_nan=False)}")
+        if lines:
+            write_atomically(root / file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _cells(row: dict[str, float | None]) -> list[str]:

@@ -11,6 +11,7 @@ from koff_lightning.support.files import own_cache
 AUTO = "auto"  # in place of a domain's name: ask the router
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # org/name, org/name@revision
 FETCHED = ("smollm2", "qwen2.5-coder-1.5b")  # models that `koff fetch` knows (commands/fetch.py)
+GENERAL = "general/"  # begins the names of general text among held-out rows; no domain's name has a slash
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 

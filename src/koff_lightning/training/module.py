@@ -34,7 +34,7 @@ from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.specs.training import LossSpec, OptimSpec, RetentionSpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.names import check_names
+from koff_lightning.support.names import GENERAL, check_names
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training import strategies
 from koff_lightning.training.ending import EndsBetweenSteps
@@ -151,7 +151,8 @@ class KOFFModule(LightningModule):
         if self._trainer is not None and self.trainer.training:
             refuse_trainer(self.trainer)
             check_text(self.retention, data)
-            take_stored_teacher(self.loss, data, self.model.backbone_hash)
+            for text in (data, data.general) if self.retention else (data,):
+                take_stored_teacher(self.loss, text, self.model.backbone_hash)
         if (tokenizer := getattr(data, "tokenizer", None)) is not None:
             check_vocabulary(tokenizer, self.model.backbone.get_input_embeddings().num_embeddings)
 
@@ -301,11 +302,12 @@ class KOFFModule(LightningModule):
     def _evaluate(self, batch: Batch, modes: Sequence[str]) -> None:
         found: dict[str, Tensor] = {}  # mode -> nats [B, T-1]
         tokens = self.model.targets(batch)[1].sum(1)  # [B]
-        for mode in modes:
+        general = str(batch["domains"][0]).startswith(GENERAL)  # which has no memory of its own
+        for mode in (mode for mode in modes if mode != "koff" or not general):
             same = self.model.same_as(mode)
-            found[mode] = nats = found[same] if same in found else self.model.token_nats(batch, mode)
+            found[same] = nats = found[same] if same in found else self.model.token_nats(batch, mode)
             self.documents.update(mode, batch, nats)
-            for domain in dict.fromkeys(d for d in batch["domains"] if d is not None):
+            for domain in dict.fromkeys(d for d in batch["domains"] if d in self.domains):
                 chosen = [i for i, d in enumerate(batch["domains"]) if d == domain]
                 self.bpb[f"{mode}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen], tokens[chosen])
 
@@ -343,8 +345,6 @@ class KOFFModule(LightningModule):
         nats, size = self.model.row_nats(batch, "koff"), batch["num_bytes"]
         rows = zip(batch["domains"], (nats / math.log(2) / size).tolist(), size.tolist(), strict=True)
         return [{"domain": domain, "bits_per_byte": value} for domain, value, count in rows if count > 0]
-
-    # ---------------------------------------------------------------------------------------------- helpers
 
     def _log_table(self, stage: str, modes: Sequence[str]) -> None:
         table = self.held_out(modes)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from koff_lightning.decomposition import Batch, Decomposition
@@ -72,14 +73,14 @@ def retention_loss(module: LightningModule, batch_idx: int) -> Tensor:
 
 
 def check_text(spec: RetentionSpec | None, data: Any) -> None:
-    """Refuse retention without text, and text without retention, before the first step.
+    """Refuse retention without text before the first step; say of text without retention that no step takes it.
 
     Args:
         spec: Options of the model; None for no retention.
         data: The datamodule.
 
     Raises:
-        KoffError: Only one of retention and its text is given.
+        KoffError: There is no text.
     """
     general = getattr(data, "general", None)
     if spec is not None and general is None:
@@ -88,7 +89,4 @@ def check_text(spec: RetentionSpec | None, data: Any) -> None:
             "data.retention, as in data.domains, or set model.retention to null"
         )
     if spec is None and general is not None:
-        raise KoffError(
-            "data.retention names general text that no step would take: give model.retention too (every: 20), or leave "
-            "data.retention out"
-        )
+        rank_zero_info("general text (data.retention) is scored and part of no step: model.retention is null")

@@ -14,8 +14,8 @@ from typing import Any
 from koff_lightning.reports import plots, results
 from koff_lightning.studies.claims import paper_tables
 from koff_lightning.studies.claims.arms import Run
+from koff_lightning.studies.claims.paired import Done, PairedDraws
 from koff_lightning.studies.claims.paper_tables import Arm, Row, Table
-from koff_lightning.studies.claims.report import Done, PairedDraws
 from koff_lightning.studies.claims.statements import AnyStatement, Figure, as_statement, level, verdict
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically

@@ -29,6 +29,7 @@ def markdown(report: Report) -> str:
         f"Against its own mask with memories off, GC = {_interval(report['gap_closure']['gc'])}; against the mask "
         f"learned without memories, GC* = {_interval(report['gap_closure']['gc_star'])} (95 % intervals).",
         _retention(report["retention"]),
+        _general(report["general"]),
         "## By domain",
         _domains(report["domains"]),
         _curve(report),
@@ -101,6 +102,33 @@ def _retention(rows: Sequence[Mapping[str, Any]]) -> str:
         "## On tasks\n\nShare of right answers, mean over domains, and retention, which is what is left of the dense "
         f"model's distance from chance (95 % intervals, paired over questions and seeds).\n\n{table(head, lines)}"
     )
+
+
+def _general(found: Mapping[str, Any] | None) -> str:
+    """What pruning costs on text of no domain; nothing where none was scored."""
+    if found is None:
+        return ""
+    rows = []
+    for arm, read in found["arms"].items():
+        bare, any_memory = read["bare"], read["any memory"]
+        alone = "" if bare["against_alone"] is None else _signed(bare["against_alone"])
+        cells = [spread(bare["bpb"]), _signed(bare["against_dense"], relative=True), alone]
+        rows.append([arm, *cells, spread(any_memory["bpb"]), _signed(any_memory["against_dense"], relative=True)])
+    head = ["arm", "memories off", "against dense", "less no_memory", "any domain's memory", "against dense"]
+    texts = ", ".join(f"{name} ({size:,} bytes)" for name, size in found["texts"].items())
+    return (
+        f"## General text\n\nBits per byte of held-out text that belongs to no domain, mean over {texts}; dense "
+        f"{found['dense']:.4f}. 95 % intervals, paired over documents and seeds.\n\n{table(head, rows)}"
+    )
+
+
+def _signed(found: Mapping[str, float] | None, relative: bool = False) -> str:
+    """A difference and its interval, in bits per byte or in percent."""
+    if found is None:
+        return ""
+    scale, unit, digits = (100, " %", 2) if relative else (1, "", 4)
+    value, low, high = (f"{scale * found[key]:+.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value}{unit} [{low}, {high}]"
 
 
 def _domains(domains: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

@@ -30,7 +30,7 @@ class Part:
         figure: The figure from the arms' bits per byte.
         bound: The bound.
         above: It must lie above the bound, not below.
-        inside: Of tokens alone that have much of their text before them, see `report.PairedDraws`.
+        inside: Of tokens alone that have much of their text before them, see `paired.PairedDraws`.
     """
 
     words: str

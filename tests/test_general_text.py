@@ -431,6 +431,22 @@ def test_validation_and_prediction_read_the_domains_alone(folder):
     assert names["test"] == {*DOMAINS, "general/web", "general/sums"}
 
 
+@pytest.mark.parametrize("ranks", [3, 5, 7])
+def test_ranks_come_to_general_text_together(folder, ranks):
+    """Sharded models take each forward together, and a batch of general text takes one less."""
+    data = text(folder, tokenizer=str(folder / "model"))
+    data.setup()
+    general = {f"general/{name}": rows for name, rows in data.general._heldout.items()}
+    loaders = [HeldoutLoader(data._heldout, 4, rank, ranks, general=general) for rank in range(ranks)]
+    kinds = [[batch["domains"][0].startswith("general/") for batch in loader] for loader in loaders]
+    assert all(kind == kinds[0] for kind in kinds) and sorted(kinds[0]) == kinds[0]
+    assert [len(loader) for loader in loaders] == [len(kinds[0])] * ranks
+    whole = data.test_dataloader()
+    for key in ("num_bytes", "document_bytes"):
+        assert sum(b[key].sum() for loader in loaders for b in loader) == sum(b[key].sum() for b in whole)
+    assert sum(len(kind) for kind in kinds) > len(whole)  # some were blank
+
+
 def test_the_test_command_scores_other_general_text(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = words(folder, **{"trainer.max_steps": 3})

@@ -98,7 +98,7 @@ def test_the_page_has_the_rules_of_the_code():
 
 def general_run(seed, **bpb):
     """Results of a run by what it scores on one general text of three documents."""
-    sizes = [10, 20, 30]
+    sizes = [10.0, 20.0, 30.0]
     nats = {arm: [value * math.log(2) * size for size in sizes] for arm, value in bpb.items()}
     mean = {f"{arm}_bpb": value for arm, value in bpb.items()}
     mean |= {f"{arm}_bpb": None for arm in ("dense", "memory_off", "swapped") if arm not in bpb}

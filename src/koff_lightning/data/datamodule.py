@@ -346,18 +346,18 @@ class DomainDataModule(LightningDataModule):
 
     def val_dataloader(self) -> HeldoutLoader:
         """Held-out batches, domain by domain."""
-        return self._held_out(self._heldout)
+        return self._held_out({})
 
     predict_dataloader = val_dataloader
 
     def test_dataloader(self) -> HeldoutLoader:
         """The same, then general text by its own names: `general/NAME`."""
         general = {} if self.general is None else self.general._heldout
-        return self._held_out(self._heldout | {f"{GENERAL}{name}": rows for name, rows in general.items()})
+        return self._held_out({f"{GENERAL}{name}": rows for name, rows in general.items()})
 
-    def _held_out(self, packed: dict[str, PackedRows]) -> HeldoutLoader:
+    def _held_out(self, general: dict[str, PackedRows]) -> HeldoutLoader:
         require(self._heldout, "there is no text yet: call setup() before val_dataloader()")
-        return HeldoutLoader(packed, self.batch_size, *self._place(), self.num_workers)
+        return HeldoutLoader(self._heldout, self.batch_size, *self._place(), self.num_workers, general)
 
     def calibration_text(self, num_tokens: int, seed: int = 0) -> CalibrationText:
         """Batches of training text, the same number of tokens from every domain: see `CalibrationText`."""

@@ -8,10 +8,11 @@ torch DataLoader does the work and runs the workers.
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from threading import Thread
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -176,10 +177,11 @@ class TrainLoader:
 
 
 class HeldoutLoader:
-    """Held-out batches of one domain each, domain after domain, every row once.
+    """Held-out batches of one domain each, domain after domain, every row once; then those of general text.
 
     Ranks take batches in turn. Where they do not come out even, a rank gets a copy of a batch with nothing to predict
     (labels -100, zero bytes): sharded models need the same number of forwards on all ranks, and sums stay exact.
+    General text comes out even by itself, since it is read in fewer modes than a domain's.
     """
 
     def __init__(
@@ -189,26 +191,28 @@ class HeldoutLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        general: Mapping[str, PackedRows] = MappingProxyType({}),
     ) -> None:
-        self._packed, self._num_workers = packed, num_workers
-        batches = [
-            [(domain, row) for row in range(first, min(first + batch_size, len(rows)))]
-            for domain, rows in packed.items()
-            for first in range(0, len(rows), batch_size)
-        ]
-        self._refs: Sequence[list[RowRef]] = batches[rank::world_size]
-        self._blank = -(-len(batches) // world_size) - len(self._refs)  # 0 or 1
-        self._first = batches[0]
+        self._packed, self._num_workers = {**packed, **general}, num_workers
+        self._parts: list[tuple[list[list[RowRef]], list[list[RowRef]]]] = []  # batches, and 0 or 1 blank one
+        for part in filter(None, (packed, general)):
+            batches = [
+                [(name, row) for row in range(first, min(first + batch_size, len(rows)))]
+                for name, rows in part.items()
+                for first in range(0, len(rows), batch_size)
+            ]
+            own = batches[rank::world_size]
+            self._parts.append((own, batches[: -(-len(batches) // world_size) - len(own)]))
 
     def __len__(self) -> int:
-        return len(self._refs) + self._blank
+        return sum(len(own) + len(blank) for own, blank in self._parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from whole_batches(Rows(self._packed), self._num_workers, self._refs)
-        for _ in range(self._blank):
-            batch = Rows(self._packed)[self._first]
-            yield batch | {
-                "labels": torch.full_like(batch["labels"], IGNORED),
-                "num_bytes": torch.zeros_like(batch["num_bytes"]),
-                "document_bytes": torch.zeros_like(batch["document_bytes"]),
-            }
+        for own, blank in self._parts:
+            yield from whole_batches(Rows(self._packed), self._num_workers, own)
+            for batch in map(Rows(self._packed).__getitem__, blank):
+                yield batch | {
+                    "labels": torch.full_like(batch["labels"], IGNORED),
+                    "num_bytes": torch.zeros_like(batch["num_bytes"]),
+                    "document_bytes": torch.zeros_like(batch["document_bytes"]),
+                }

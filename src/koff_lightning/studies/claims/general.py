@@ -34,7 +34,7 @@ def figures(done: Done) -> dict[str, Any] | None:
     one = next(iter(scored.values()))["documents"]
     found = {arm: {how: _read(paired, done, arm, figure) for how, figure in READ.items()} for arm in arms}
     dense = next(iter(done.values()))["general"]["mean"]["dense_bpb"]
-    return {"texts": {name: sum(row["bytes"]) for name, row in one.items()}, "dense": dense, "arms": found}
+    return {"texts": {name: round(sum(row["bytes"])) for name, row in one.items()}, "dense": dense, "arms": found}
 
 
 def _read(paired: PairedDraws, done: Done, arm: str, figure: str) -> dict[str, Any]:

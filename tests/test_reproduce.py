@@ -30,7 +30,9 @@ own += {"0": -0.05, "1": 0.05}.get(seed, 0) * (arm == "kv_gates") - 0.03 * (arm 
 bpb = {"dense": 0.98, "koff": own, "memory_off": 1.12, "swapped": 1.2}
 documents = {"bytes": [10, 20, 30], "nats": {a: [b * math.log(2) * n for n in (10, 20, 30)] for a, b in bpb.items()}}
 row = {f"{name}_bpb": value for name, value in bpb.items()} | {f"{name}_ppl": 8 * value for name, value in bpb.items()}
-figures = {"mean": row, "domains": {"x": row}, "sparsity": {"body": 0.11, "units": 0.14, "physical": {"body": 0.2}}}
+general = {"dense_bpb": 1.5, "koff_bpb": None, "memory_off_bpb": 1.7, "swapped_bpb": 1.6 if arm == "koff" else None}
+figures = {"general": {"mean": general}} if arm in ("koff", "no_memory") else {}
+figures |= {"mean": row, "domains": {"x": row}, "sparsity": {"body": 0.11, "units": 0.14, "physical": {"body": 0.2}}}
 folder.mkdir()
 (folder / "documents.json").write_text(json.dumps({"x": documents}))
 (folder / "results.json").write_text(json.dumps(figures))
@@ -78,7 +80,11 @@ def test_a_table_has_a_run_for_each_arm_and_seed_and_none_twice(go, tmp_path, ca
     assert "half and half diverges" not in verdicts, "nothing is said of runs that there are not"
     text = (tmp_path / "out" / "reproduce.md").read_text(encoding="utf-8")
     assert "| with LoRA | 0.49 | 0.45 | 9.0 | 8.40 ± 0.00 | 1.0" in text
-    assert " ± 0.0001 | 11.00 % | 14.00 % | 20.00 % | 2 |" in text
+    assert " ± 0.0001 | - | 11.00 % | 14.00 % | 20.00 % | 2 |" in text, "this arm scored no general text"
+    read = {label: row["ours"]["general"] for label, row in rows.items()}
+    labels = "with both", "with both, memories off", "mask alone", "with LoRA"
+    assert [value and value["mean"] for value in map(read.get, labels)] == [1.6, 1.7, 1.7, None]
+    assert "| with both, memories off | - | - | - | 8.96 ± 0.00 | 1.1200 ± 0.0000 | 1.7000 ± 0.0000 |" in text
 
 
 def test_rows_of_some_arms_alone(go, tmp_path, capsys):
@@ -279,5 +285,6 @@ def test_every_arm_is_a_config_that_parses(name):
     memory = next((resolved["model"][part] for part in ("lora", "kv") if resolved["model"][part]), None)
     if memory:
         assert (memory["layers"], resolved["placement"]["keep"]) == places.get(name, ("top:64%", None))
-    both = resolved["model"]["retention"], resolved["data"]["retention"]
-    assert all(both) or not any(both), "a run refuses one without the other"
+    assert resolved["data"]["retention"], "general text is scored in all arms"
+    without = "paper/rows/no_retention.yaml" in arm.overlays or "--model.retention=null" in arm.options
+    assert (resolved["model"]["retention"] is None) == without

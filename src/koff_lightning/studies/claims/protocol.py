@@ -99,8 +99,16 @@ def _row(row: Row, done: Done) -> dict[str, Any]:
     ours["physical"] = _spread(
         [0.0 if row.figure == "dense" else one["sparsity"].get("physical", {}).get("body") for one in found]
     )
+    ours["general"] = _spread([_general(one, row.figure) for one in found])
     told = {key: value for key, value in asdict(row).items() if key != "others"}
     return told | {"ours": ours, "seeds": len(found)}
+
+
+def _general(result: Mapping[str, Any], figure: str) -> float | None:
+    """Bits per byte of general text, which has no memory of its own: under any domain's, bare where there is none."""
+    means = result.get("general", {}).get("mean", {})
+    read = ("swapped", "memory_off") if figure == "koff" else (figure,)
+    return next((found for name in read if (found := means.get(f"{name}_bpb")) is not None), None)
 
 
 def _removed(done: Done, figure: Figure) -> float | None:
@@ -157,7 +165,8 @@ def markdown(about: Mapping[str, Any]) -> str:
         "Columns P are the paper's (arXiv 2605.29075), of the models it names. The others are of this run: held-out "
         "text under the domain's own memory unless the row says otherwise, mean and standard deviation over seeds. PPL "
         'is per token, bpb bits per byte; both are means over domains. "Removed" is the nominal share of linears of '
-        'all layers, "of gated" of what has a gate, "physical" the share that a cut export really lacks.\n',
+        'all layers, "of gated" of what has a gate, "physical" the share that a cut export really lacks. "General" is '
+        "bits per byte of general text, where there is some, under a memory of whichever domain.\n",
     ]
     for name, table in about["tables"].items():
         parts.append(f"## {'Table ' if name[0].isdigit() else ''}{name}: {table['title']}\n")
@@ -189,14 +198,15 @@ def _part(part: Mapping[str, Any]) -> str:
 
 def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     theirs = [column for column in COLUMNS if any(column in row["paper"] for row in rows)]
-    lines = [
-        f"| row | {''.join(f'P {column} | ' for column in theirs)}PPL | bpb | removed | of gated | physical | seeds |"
-    ]
-    lines.append("|---|" + "---|" * (len(theirs) + 6))
+    general = ["general"] if any(row["ours"].get("general") for row in rows) else []
+    head = ["row", *(f"P {column}" for column in theirs), "PPL", "bpb", *general]
+    head += ["removed", "of gated", "physical", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         paper = "".join(f"{row['paper'].get(column, '-')} | " for column in theirs)
         ours = row["ours"]
-        cells = [_cell(ours["ppl"], 2), _cell(ours["bpb"], 4), *(_percent(ours[key]) for key in SHARES)]
+        cells = [_cell(ours["ppl"], 2), _cell(ours["bpb"], 4), *(_cell(ours[name], 4) for name in general)]
+        cells += [_percent(ours[key]) for key in SHARES]
         lines.append(f"| {row['label']} | {paper}{' | '.join(cells)} | {row['seeds']} |")
     return "\n".join(lines) + "\n"
 

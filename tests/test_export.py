@@ -37,6 +37,7 @@ from koff_lightning.cli import main
 from koff_lightning.commands.parsing import option_table
 from koff_lightning.reports.results import mask_and_size, sentences
 from koff_lightning.specs.sparsity import SparsitySpec
+from koff_lightning.training.run_folder import run_results
 
 LAYOUTS = ("ragged", "uniform", "deci", "masked", "merged")
 
@@ -282,6 +283,42 @@ def test_the_card_names_a_dense_model_of_the_hub_and_no_folder(made, tmp_path, m
     (tmp_path / "models" / "x").mkdir(parents=True)
     card = model_card(manifest, False, False)
     assert "base_model" not in card and "models/x" not in card and "`x`" in card
+
+
+def test_the_card_tells_what_the_run_scored(made, tmp_path):
+    def row(*values):
+        return dict(zip(("dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb"), values, strict=True))
+
+    results = {"steps": 1200, "domains": {"en": row(1.0, 1.01, 1.2, None)}, "heldout_bytes": {"en": 2000}}
+    results |= {"general": {"texts": {"web": row(2.0, None, 2.2, 2.1)}, "heldout_bytes": {"web": 30}}}
+    export(made.module, tmp_path / "out", prove=False, results=results)
+    card = (tmp_path / "out" / "backbone" / "README.md").read_text()
+    assert "after 1,200 steps" in card
+    assert "| en | 2,000 | 1.0000 | 1.0100 | 1.2000 |" in card
+    assert "| web (no domain; under any memory) | 30 | 2.0000 | 2.1000 | 2.2000 |" in card
+    export(made.module, tmp_path / "other", prove=False)
+    assert "Held-out" not in (tmp_path / "other" / "backbone" / "README.md").read_text()
+
+
+def test_results_of_another_run_or_step_are_not_the_checkpoints(tmp_path):
+    checkpoints = tmp_path / "version_0" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    config, path = {"model": {"a": 1}, "data": {}}, checkpoints / "last.ckpt"
+    torch.save({"global_step": 7}, path)
+    for found, mine, taken in (
+        ({"config": config, "steps": 7}, config, True),
+        ({"config": config, "steps": 8}, config, False),  # an earlier checkpoint of the run
+        ({"config": config | {"data": 1}, "steps": 7}, config, False),
+        ({"steps": 7}, config, False),
+        ([], config, False),
+        ({"config": None, "steps": 7}, None, False),
+    ):
+        (tmp_path / "results.json").write_text(json.dumps(found))
+        assert run_results(path, mine) == (found if taken else None)
+    (tmp_path / "results.json").write_text("{")
+    assert run_results(path, config) is None
+    (tmp_path / "results.json").unlink()
+    assert run_results(path, config) is None
 
 
 # ---------------------------------------------------------------------------------------------------- what fails

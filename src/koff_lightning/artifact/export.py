@@ -56,6 +56,7 @@ def export(
     prove: bool = True,
     config: dict[str, Any] | None = None,
     begun: Popen[str] | None = None,
+    results: Mapping[str, Any] | None = None,
 ) -> proof.Report:
     """Write an artifact and prove it. The module stays as it is.
 
@@ -69,6 +70,7 @@ def export(
         prove: Load the artifact in a fresh process and compare it with the module.
         config: Resolved options of the run, for the manifest; what looks like a secret is left out.
         begun: The process that proves it, if it was started already (`proof.begin`).
+        results: `results.json` of the run, for the model card, where it is of this very model.
 
     Returns:
         The proof's report, as in `export_report.json`.
@@ -88,7 +90,7 @@ def export(
     )
     memories = _memories(module, domain)
     with new_folder(out, overwrite) as folder:
-        write_parts(Order(module, form, memories, domain, with_code, tokenizer, config), folder)
+        write_parts(Order(module, form, memories, domain, with_code, tokenizer, config, results), folder)
         if not prove:
             return proof.write_report(folder, {"passed": None, "error": "written without proof"})
         arms = memories if domain else {None: None} | memories
@@ -186,6 +188,7 @@ class Order:
         with_code: Whether the code of the koff_* model types goes with them.
         tokenizer: Tokenizer of the backbone.
         config: Resolved options of the run, or None.
+        results: What the run scored, or None.
     """
 
     module: Decomposition
@@ -195,6 +198,7 @@ class Order:
     with_code: bool
     tokenizer: PreTrainedTokenizerBase
     config: dict[str, Any] | None
+    results: Mapping[str, Any] | None
 
     @property
     def kept(self) -> Tensor:
@@ -241,7 +245,8 @@ def write_parts(order: Order, folder: Path) -> Manifest:
     about = {name: card.summary(hash_file(folder / MEMORIES / name / CARD)) for name, card in cards.items()}
     manifest = _manifest(order, about, count_parameters(folder / BACKBONE))
     own_type = getattr(config, "model_type", "").startswith("koff_")
-    (folder / BACKBONE / "README.md").write_text(model_card(manifest, own_type, order.with_code), encoding="utf-8")
+    card = model_card(manifest, own_type, order.with_code, order.results)
+    (folder / BACKBONE / "README.md").write_text(card, encoding="utf-8")
     manifest = replace(manifest, files=describe_files(folder, BACKBONE))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

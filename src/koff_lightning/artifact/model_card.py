@@ -1,7 +1,9 @@
 """The card of an exported backbone: what it is, what was removed, how to load it, whose licence it is under."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
@@ -25,13 +27,14 @@ model = AutoModelForCausalLM.from_pretrained("DIR/backbone"{trust})
 """
 
 
-def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
+def model_card(manifest: Manifest, own_type: bool, with_code: bool, results: Mapping[str, Any] | None = None) -> str:
     """The text of `backbone/README.md`.
 
     Args:
         manifest: Manifest of the artifact.
         own_type: Its model type is one of koff-lightning's.
         with_code: The code of that type lies beside it.
+        results: `results.json` of the run, where it is of this very model.
     """
     base, rates, size = manifest.base, manifest.sparsity, manifest.parameters
     percent = {name: f"{100 * rates[name]:.2f} %" for name in ("body", "total", "units")}
@@ -66,6 +69,7 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool) -> str:
         "A memory fits this backbone only if it was made for the same base model, mask and tokenizer "
         f"(mask hash `{manifest.mask_hash[:12]}`); koff-lightning refuses others.",
         "",
+        *(_measured(results) if results else []),
         "## What each layer keeps",
         "",
         *_widths(manifest),
@@ -99,6 +103,35 @@ def _plain(manifest: Manifest, own_type: bool, with_code: bool) -> list[str]:
     importing = "import koff_lightning  # makes the model type known\n" if own_type and not with_code else ""
     code = _LOAD_PLAIN.format(importing=importing, trust=", trust_remote_code=True" if own_type and with_code else "")
     return ["Without:", "", "```python", code.strip(), "```", ""]
+
+
+def _measured(results: Mapping[str, Any]) -> list[str]:
+    """What the run scored at its end, by domain and for text of no domain."""
+    rows = [(name, row, "koff", results["heldout_bytes"][name]) for name, row in results["domains"].items()]
+    general = results.get("general", {"texts": {}})
+    rows += [
+        (f"{name} (no domain; under any memory)", row, "swapped", general["heldout_bytes"][name])
+        for name, row in general["texts"].items()
+    ]
+    arms = ("dense", None, "memory_off")  # None: what reads the text with memory
+    return [
+        "## Held-out text",
+        "",
+        f"Bits per byte at the end of the run, after {results['steps']:,} steps; less is better. Only what is compared "
+        "on the same text, tokenizer and length of rows can be compared.",
+        "",
+        "| text | bytes | the dense model | with its memory | memories off |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {size:,} | {' | '.join(_number(row[f'{arm or own}_bpb']) for arm in arms)} |"
+            for name, row, own, size in rows
+        ),
+        "",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _base(base: dict[str, str | None]) -> str:

@@ -12,7 +12,7 @@ from koff_lightning.artifact.export import export, summary
 from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import layout_named
 from koff_lightning.artifact.memories import add_from_bank, check_free_name
-from koff_lightning.callbacks.report import resolved_config
+from koff_lightning.callbacks.report import RunReport, resolved_config
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_free
 from koff_lightning.training.module import KOFFModule
@@ -110,6 +110,7 @@ class ExportArtifact(Callback):
             prove=self.prove,
             config=resolved_config(trainer, pl_module),
             begun=self._begun,
+            results=next((one.results for one in trainer.callbacks if isinstance(one, RunReport)), None),
         )
         print(summary(out, report), _next_steps(out), sep="\n", flush=True)
 

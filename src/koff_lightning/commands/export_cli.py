@@ -38,13 +38,14 @@ def export_checkpoint(
         from koff_lightning.artifact.checkpoint import from_checkpoint
         from koff_lightning.artifact.export import export, summary
         from koff_lightning.loading import device_named
-        from koff_lightning.training.run_folder import run_config
+        from koff_lightning.training.run_folder import run_config, run_results
 
     asked = engines.names(check) if check is not None else []  # refuses unknown ones before the work
     module = from_checkpoint(ckpt, backbone)
     module.to(device_named(device))
     config = run_config(Path(ckpt))
-    report = export(module, out, layout, domain, with_code=with_code, overwrite=overwrite, config=config)
+    how = {"with_code": with_code, "overwrite": overwrite, "config": config, "results": run_results(Path(ckpt), config)}
+    report = export(module, out, layout, domain, **how)
     print(summary(Path(out), report))
     if asked:
         print(engines.text(engines.check(out, asked)))

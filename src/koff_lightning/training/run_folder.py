@@ -1,5 +1,6 @@
 """Folders of runs: one run at a time in each, and for each start a `version_N` of its own."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -97,6 +98,27 @@ def run_config(ckpt: Path) -> dict[str, Any] | None:
             if isinstance(config, dict) and {"model", "data"} <= config.keys():
                 return config
     return None
+
+
+def run_results(ckpt: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The `results.json` of the run that ended with this checkpoint, if it is still there; None where it is another's.
+
+    Args:
+        ckpt: The checkpoint, which has been read before (`from_checkpoint`).
+        config: The options that lie beside it (`run_config`); results of other options are another run's.
+    """
+    import torch  # which other callers come before
+
+    path = ckpt.expanduser().resolve().parent.parent.parent / "results.json"  # version_N/checkpoints/X.ckpt
+    if config is None or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        step = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        same = found["config"] == config and found["steps"] == step
+    except (OSError, ValueError, KeyError, TypeError):  # of another release, or cut short: the card does without
+        return None
+    return found if same else None
 
 
 @contextmanager

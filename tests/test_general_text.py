@@ -420,6 +420,8 @@ def test_general_text_where_there_are_fewer_than_two_memories(folder, tmp_path, 
         one = by_hand(model.model.eval(), data.general._heldout[name], lambda _: DOMAINS[0])
         assert row["swapped_bpb"] == (None if alike else pytest.approx(one, rel=1e-5))
         assert not math.isclose(row["memory_off_bpb"], one, rel_tol=1e-6) or alike
+    own = batches(data._heldout[DOMAINS[1]])[0] | {"domains": [DOMAINS[1]] * 4}
+    assert torch.equal(model.model.token_nats(own, "swapped"), model.model.token_nats(own, "koff"))
 
 
 def test_validation_and_prediction_read_the_domains_alone(folder):

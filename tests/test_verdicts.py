@@ -106,24 +106,24 @@ def general_run(seed, **bpb):
 
 
 def test_general_text_is_told_bare_and_under_any_memory():
-    koff = {Run("koff", 0.12, s): general_run(s, dense=1.0, memory_off=1.1 + s / 100, swapped=1.2) for s in (0, 1)}
-    alone = {Run("no_memory", 0.12, s): general_run(s, dense=1.0, memory_off=1.15 + s / 100) for s in (0, 1)}
+    koff = {Run("koff", 0.12, s): general_run(s, dense=2.0, memory_off=2.2 + s / 100, swapped=2.4) for s in (0, 1)}
+    alone = {Run("no_memory", 0.12, s): general_run(s, dense=2.0, memory_off=2.25 + s / 100) for s in (0, 1)}
     found = general.figures(koff | alone)
-    assert found["texts"] == {"web": 60} and found["dense"] == 1.0
+    assert found["texts"] == {"web": 60} and found["dense"] == 2.0
     bare, under = found["arms"]["koff"]["bare"], found["arms"]["koff"]["any memory"]
-    assert bare["bpb"] == [1.1, 1.11] and under["bpb"] == [1.2, 1.2]
-    assert bare["against_dense"]["value"] == pytest.approx(0.105)
-    assert bare["against_dense"]["low"] < 0.105 < bare["against_dense"]["high"]
+    assert bare["bpb"] == [2.2, 2.21] and under["bpb"] == [2.4, 2.4]
+    assert bare["against_dense"]["value"] == pytest.approx(0.1025)
+    assert bare["against_dense"]["low"] < 0.1025 < bare["against_dense"]["high"]
     difference = bare["against_alone"]  # the same in both seeds and all documents, so it is certain
     assert difference == pytest.approx({"value": -0.05, "low": -0.05, "high": -0.05})
     assert under["against_dense"] == pytest.approx({"value": 0.2, "low": 0.2, "high": 0.2})
     assert found["arms"]["no_memory"]["bare"]["against_alone"] is None
     assert found["arms"]["no_memory"]["any memory"] == {"bpb": [], "against_dense": None, "against_alone": None}
     page = text._general(found)
-    assert "web (60 bytes); dense 1.0000" in page
+    assert "web (60 bytes); dense 2.0000" in page
     cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| koff")]
-    assert cells[0][1] == "1.1050 ± 0.0071" and cells[0][3] == "-0.0500 [-0.0500, -0.0500]"
-    assert cells[0][4:] == ["1.2000 ± 0.0000", "+20.00 % [+20.00, +20.00] |"]
+    assert cells[0][1] == "2.2050 ± 0.0071" and cells[0][3] == "-0.0500 [-0.0500, -0.0500]"
+    assert cells[0][4:] == ["2.4000 ± 0.0000", "+20.00 % [+20.00, +20.00] |"]
 
 
 def test_no_general_text_is_nothing():

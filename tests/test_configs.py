@@ -12,7 +12,10 @@ from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing import missing
 from koff_lightning.commands.parsing.config_files import SHIPPED, shipped_configs
 from koff_lightning.sparsity import SparsitySchedule
+from koff_lightning.specs.idle import idle_options
+from koff_lightning.specs.memories import KVSpec
 from koff_lightning.specs.sparsity import SparsitySpec
+from koff_lightning.specs.training import LossSpec
 from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
 FAMILY = {
@@ -203,3 +206,43 @@ def test_memories_that_would_never_train_are_refused(tmp_path, monkeypatch, caps
         "koff: model.joint false trains the memories once the mask is fixed, and anneal fixes it after"
     )
     assert line.endswith("give a hold that ends before, as paper/rows/prune_recover.yaml does")
+
+
+# ------------------------------------------------------------------------------------- options that have nothing to do
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "kv", "loss", "told"),
+    [
+        ({}, {}, {}, []),
+        ({"penalty": "hinge", "weight": 60.0}, {}, {}, []),
+        (
+            {"weight": 60.0},
+            {},
+            {},
+            ["sparsity.weight 60.0 (of penalty fixed, hinge or absolute; this one is lagrangian)"],
+        ),
+        ({"weight": 60.0, "target": 0.0}, {}, {}, []),  # no mask: all of it is idle, as whoever sets 0 knows
+        ({"penalty": "hinge", "band": 0.1}, {}, {}, ["sparsity.band 0.1 (of penalty lagrangian; this one is hinge)"]),
+        ({}, {}, {"kl": 0.0, "top_k": 100}, ["loss.top_k 100 (loss.kl is 0)"]),
+        ({}, {}, {"tail": "bucket"}, ["loss.tail bucket (loss.top_k is null)"]),
+        ({}, {}, {"tail": "bucket", "top_k": 100}, []),
+        ({}, {"std": 0.1}, {}, ["kv.std 0.1 (of kv.init normal; this one is text)"]),
+        ({}, {"std": 0.1, "init": "normal"}, {}, []),
+        ({}, None, {}, []),
+    ],
+)
+def test_what_is_set_and_does_nothing_is_told(sparsity, kv, loss, told):
+    kv = None if kv is None else KVSpec(**kv)
+    assert idle_options(SparsitySpec(**sparsity), kv, LossSpec(**loss)) == told
+
+
+@pytest.mark.parametrize(
+    "name", [*FAMILY, *(n for n in shipped_configs() if n.startswith("paper/") and "/rows" not in n)]
+)
+def test_no_shipped_config_sets_what_does_nothing(name):
+    model = training_cli.resolved(["fit", "--config", name])["model"]
+    kv, sparsity, loss = (
+        kind(**model[part]) for kind, part in ((KVSpec, "kv"), (SparsitySpec, "sparsity"), (LossSpec, "loss"))
+    )
+    assert idle_options(sparsity, kv, loss) == []

@@ -20,6 +20,7 @@ from koff_lightning.callbacks import RunReport
 from koff_lightning.callbacks import report as report_module
 from koff_lightning.callbacks.report import MOST, MaskHistory, score
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.specs.training import LossSpec
 from koff_lightning.support.files import write_atomically
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the backbone lies in it
@@ -199,6 +200,12 @@ def test_the_table_reads_well_without_a_terminal(tmp_path, capsys):
     (law,) = [row for row in rows if row[:1] == ["law"]]
     assert law[1] == "160" and float(law[4]) == pytest.approx(float(law[3]) / float(law[2]), abs=1e-3)
     assert "of body" in text and "active (with one memory)" in text and "results.json" in text
+
+
+def test_what_is_set_and_does_nothing_is_told_before_the_first_step(tmp_path, capsys):
+    fit(tmp_path, steps=1, loss=LossSpec(kl=0.0, top_k=5, tail="bucket"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "set, but without effect: model.loss.top_k 5 (loss.kl is 0)" in lines
 
 
 def test_scoring_leaves_modes_and_random_state_alone(tmp_path):

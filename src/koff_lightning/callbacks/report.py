@@ -21,6 +21,7 @@ from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.callbacks.lm_eval import LMEval
 from koff_lightning.callbacks.progress import LINE_SECONDS, predicted_tokens
 from koff_lightning.reports import plots, results
+from koff_lightning.specs.idle import idle_options
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
@@ -55,7 +56,7 @@ class RunReport(Callback):
     # --------------------------------------------------------------------------------------------------- fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Begin to count, where no run goes on; refuse now what would fail at the end."""
+        """Begin to count, where no run goes on; refuse now what would fail at the end, tell what does nothing."""
         if trainer.ckpt_path is None:  # another run with this callback, before
             self.history, self.results, self.documents = MaskHistory(), {}, {}
             self._tokens, self._seconds, self._since = torch.tensor(0), 0.0, 0.0
@@ -63,6 +64,8 @@ class RunReport(Callback):
             raise KoffError(
                 "the report scores held-out text at the end: give trainer.fit a datamodule with test batches"
             )
+        if idle := idle_options(pl_module.sparsity, pl_module.kv, pl_module.loss):
+            _say(trainer, f"set, but without effect: model.{', model.'.join(idle)}")
 
     def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Start to measure time."""

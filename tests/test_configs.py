@@ -15,7 +15,7 @@ from koff_lightning.sparsity import SparsitySchedule
 from koff_lightning.specs.idle import idle_options
 from koff_lightning.specs.memories import KVSpec
 from koff_lightning.specs.sparsity import SparsitySpec
-from koff_lightning.specs.training import LossSpec
+from koff_lightning.specs.training import LossSpec, RetentionSpec
 from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrategy
 
 FAMILY = {
@@ -224,7 +224,10 @@ def test_memories_that_would_never_train_are_refused(tmp_path, monkeypatch, caps
         ),
         ({"weight": 60.0, "target": 0.0}, {}, {}, []),  # no mask: all of it is idle, as whoever sets 0 knows
         ({"penalty": "hinge", "band": 0.1}, {}, {}, ["sparsity.band 0.1 (of penalty lagrangian; this one is hinge)"]),
+        ({"prior": "none", "spread": 9.0}, {}, {}, ["sparsity.spread 9.0 (of prior fisher; this one is none)"]),
+        (None, {}, {}, []),
         ({}, {}, {"kl": 0.0, "top_k": 100}, ["loss.top_k 100 (loss.kl is 0)"]),
+        ({}, {}, {"kl": 0.0, "tail": "bucket"}, ["loss.tail bucket (loss.kl is 0)"]),
         ({}, {}, {"tail": "bucket"}, ["loss.tail bucket (loss.top_k is null)"]),
         ({}, {}, {"tail": "bucket", "top_k": 100}, []),
         ({}, {"std": 0.1}, {}, ["kv.std 0.1 (of kv.init normal; this one is text)"]),
@@ -234,7 +237,14 @@ def test_memories_that_would_never_train_are_refused(tmp_path, monkeypatch, caps
 )
 def test_what_is_set_and_does_nothing_is_told(sparsity, kv, loss, told):
     kv = None if kv is None else KVSpec(**kv)
-    assert idle_options(SparsitySpec(**sparsity), kv, LossSpec(**loss)) == told
+    sparsity = None if sparsity is None else SparsitySpec(**sparsity)
+    assert idle_options(sparsity, kv, LossSpec(**loss)) == told
+
+
+@pytest.mark.parametrize(("updates", "fixed", "told"), [("mask", True, 1), ("mask", False, 0), ("both", True, 0)])
+def test_retention_without_a_mask_to_learn_is_told(updates, fixed, told):
+    found = idle_options(None, None, LossSpec(), RetentionSpec(updates=updates), fixed)
+    assert found == ["retention.updates mask (no mask is learned, so general text moves nothing)"] * told
 
 
 @pytest.mark.parametrize(

@@ -296,8 +296,12 @@ def test_the_card_tells_what_the_run_scored(made, tmp_path):
     assert "after 1,200 steps" in card
     assert "| en | 2,000 | 1.0000 | 1.0100 | 1.2000 |" in card
     assert "| web (no domain; under any memory) | 30 | 2.0000 | 2.1000 | 2.2000 |" in card
-    export(made.module, tmp_path / "other", prove=False)
-    assert "Held-out" not in (tmp_path / "other" / "backbone" / "README.md").read_text()
+    for name, how in (("other", {}), ("merged", {"layout": "merged", "domain": "de", "results": results})):
+        export(made.module, tmp_path / name, prove=False, **how)
+        assert "Held-out" not in (tmp_path / name / "backbone" / "README.md").read_text(), name
+    bare = replace(read_manifest(tmp_path / "out"), domains={})
+    assert "| en | 2,000 | 1.0000 | 1.2000 |" in model_card(bare, False, False, results)
+    assert "| web (no domain) | 30 | 2.0000 | 2.2000 |" in model_card(bare, False, False, results)
 
 
 def test_results_of_another_run_or_step_are_not_the_checkpoints(tmp_path):

@@ -205,7 +205,7 @@ def test_the_table_reads_well_without_a_terminal(tmp_path, capsys):
 def test_what_is_set_and_does_nothing_is_told_before_the_first_step(tmp_path, capsys):
     fit(tmp_path, steps=1, loss=LossSpec(kl=0.0, top_k=5, tail="bucket"))
     lines = capsys.readouterr().out.splitlines()
-    assert "set, but without effect: model.loss.top_k 5 (loss.kl is 0)" in lines
+    assert "set, but without effect: model.loss.top_k 5 (loss.kl is 0), model.loss.tail bucket (loss.kl is 0)" in lines
 
 
 def test_scoring_leaves_modes_and_random_state_alone(tmp_path):

@@ -69,7 +69,7 @@ def model_card(manifest: Manifest, own_type: bool, with_code: bool, results: Map
         "A memory fits this backbone only if it was made for the same base model, mask and tokenizer "
         f"(mask hash `{manifest.mask_hash[:12]}`); koff-lightning refuses others.",
         "",
-        *(_measured(results) if results else []),
+        *(_measured(results, manifest) if results and not manifest.form.folds else []),
         "## What each layer keeps",
         "",
         *_widths(manifest),
@@ -105,25 +105,27 @@ def _plain(manifest: Manifest, own_type: bool, with_code: bool) -> list[str]:
     return ["Without:", "", "```python", code.strip(), "```", ""]
 
 
-def _measured(results: Mapping[str, Any]) -> list[str]:
-    """What the run scored at its end, by domain and for text of no domain."""
+def _measured(results: Mapping[str, Any], manifest: Manifest) -> list[str]:
+    """What the run scored at its end, by domain and for text of no domain; without memories only bare."""
     rows = [(name, row, "koff", results["heldout_bytes"][name]) for name, row in results["domains"].items()]
     general = results.get("general", {"texts": {}})
+    under = "; under any memory" if manifest.domains else ""
     rows += [
-        (f"{name} (no domain; under any memory)", row, "swapped", general["heldout_bytes"][name])
+        (f"{name} (no domain{under})", row, "swapped", general["heldout_bytes"][name])
         for name, row in general["texts"].items()
     ]
-    arms = ("dense", None, "memory_off")  # None: what reads the text with memory
+    arms = {"the dense model": "dense"} | ({"with its memory": None} if manifest.domains else {})
+    arms |= {"memories off" if manifest.domains else "this model": "memory_off"}
     return [
         "## Held-out text",
         "",
-        f"Bits per byte at the end of the run, after {results['steps']:,} steps; less is better. Only what is compared "
+        f"Bits per byte at the end of the run, after {results['steps']:,} steps; less is better. Only what is scored "
         "on the same text, tokenizer and length of rows can be compared.",
         "",
-        "| text | bytes | the dense model | with its memory | memories off |",
-        "|---|---|---|---|---|",
+        f"| text | bytes | {' | '.join(arms)} |",
+        "|---" * (2 + len(arms)) + "|",
         *(
-            f"| {name} | {size:,} | {' | '.join(_number(row[f'{arm or own}_bpb']) for arm in arms)} |"
+            f"| {name} | {size:,} | {' | '.join(_number(row[f'{arm or own}_bpb']) for arm in arms.values())} |"
             for name, row, own, size in rows
         ),
         "",

@@ -110,7 +110,9 @@ class ExportArtifact(Callback):
             prove=self.prove,
             config=resolved_config(trainer, pl_module),
             begun=self._begun,
-            results=next((one.results for one in trainer.callbacks if isinstance(one, RunReport)), None),
+            results=next(
+                (r.results for r in trainer.callbacks if isinstance(r, RunReport) and "steps" in r.results), None
+            ),
         )
         print(summary(out, report), _next_steps(out), sep="\n", flush=True)
 

@@ -64,7 +64,8 @@ class RunReport(Callback):
             raise KoffError(
                 "the report scores held-out text at the end: give trainer.fit a datamodule with test batches"
             )
-        if idle := idle_options(pl_module.sparsity, pl_module.kv, pl_module.loss):
+        own = pl_module.sparsity if pl_module.mask_source is None else None  # else it may be another run's
+        if idle := idle_options(own, pl_module.kv, pl_module.loss, pl_module.retention, pl_module.mask_is_fixed):
             _say(trainer, f"set, but without effect: model.{', model.'.join(idle)}")
 
     def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
@@ -206,7 +207,7 @@ def score(trainer: Trainer, module: KOFFModule) -> None:
 
 
 def _log(trainer: Trainer, figures: results.Figures) -> None:
-    """Held-out scores to all loggers, by the names that `koff test` gives them."""
+    """Held-out scores to all loggers, by the names that `koff test` gives them; general text as of `general/NAME`."""
     rows = {"": figures["mean"]} | {f"/{domain}": row for domain, row in figures["domains"].items()}
     rows |= {f"/{GENERAL}{name}": row for name, row in figures.get("general", {}).get("texts", {}).items()}
     scores = {

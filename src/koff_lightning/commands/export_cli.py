@@ -44,8 +44,10 @@ def export_checkpoint(
     module = from_checkpoint(ckpt, backbone)
     module.to(device_named(device))
     config = run_config(Path(ckpt))
-    how = {"with_code": with_code, "overwrite": overwrite, "config": config, "results": run_results(Path(ckpt), config)}
-    report = export(module, out, layout, domain, **how)
+    results = run_results(Path(ckpt), config)
+    report = export(
+        module, out, layout, domain, with_code=with_code, overwrite=overwrite, config=config, results=results
+    )
     print(summary(Path(out), report))
     if asked:
         print(engines.text(engines.check(out, asked)))

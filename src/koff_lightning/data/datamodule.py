@@ -38,9 +38,8 @@ class DomainDataModule(LightningDataModule):
     """Text of several domains, tokenised, packed into rows and mixed into batches.
 
     Training rows of all domains are mixed by weight; every batch holds every domain when it has room for all, else
-    every optimizer step does where it can. Held-out rows come domain by domain, each token predicted exactly once, and
-    serve validation, test and prediction alike. All text is read and tokenised once and kept in memory (5 bytes per
-    token), or streamed: read, shuffled, tokenised and packed while the model trains.
+    every optimizer step does where it can. Held-out rows come domain by domain, each token predicted exactly once; in a
+    test general text follows, as `general/NAME`. Text is kept in memory (5 bytes per token), or streamed in training.
 
     Batches are dicts: input_ids [B, T], labels [B, T] (aligned with input_ids; -100 = not predicted), position_ids
     [B, T] (restart at each document; absent when no row holds more than one), domains (B names), num_bytes [B] (UTF-8
@@ -368,8 +367,9 @@ class DomainDataModule(LightningDataModule):
         return most_tokens(self._train)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: what tells other general text; the loader keeps all else."""
-        return {"retention": {name: rows.digest for name, rows in self.general._train.items()}} if self.general else {}
+        """For a checkpoint: what tells other general text, where steps take it; the loader keeps all else."""
+        trained = getattr(self.trainer and self.trainer.lightning_module, "retention", None) and self.general
+        return {"retention": {name: rows.digest for name, rows in trained._train.items()}} if trained else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Refuse to train on with other general text: the number of a row would mean another."""

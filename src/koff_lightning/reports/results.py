@@ -140,7 +140,8 @@ def general_figures(documents: Documents, memories: int) -> Figures:
     for name, arms in split_general(documents)[1].items():
         row = next(iter(arms.values()))
         num_bytes[name], num_tokens[name] = round(sum(row["bytes"])), round(np.sum(row["tokens"]))
-        held_out[name] = {arm: sum(row["nats"]) / math.log(2) / num_bytes[name] for arm, row in arms.items()}
+        bits = {arm: sum(row["nats"]) / math.log(2) for arm, row in arms.items()}
+        held_out[name] = {arm: value / num_bytes[name] if num_bytes[name] else math.nan for arm, value in bits.items()}
     figures = held_out_figures(held_out, num_bytes, num_tokens, memories + 1)
     return {"general": {"texts": figures.pop("domains")} | figures} if held_out else {}
 

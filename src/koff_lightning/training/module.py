@@ -302,7 +302,7 @@ class KOFFModule(LightningModule):
     def _evaluate(self, batch: Batch, modes: Sequence[str]) -> None:
         found: dict[str, Tensor] = {}  # mode -> nats [B, T-1]
         tokens = self.model.targets(batch)[1].sum(1)  # [B]
-        general = str(batch["domains"][0]).startswith(GENERAL)  # which has no memory of its own
+        general = all(str(d).startswith(GENERAL) for d in batch["domains"])  # which has no memory of its own
         for mode in (mode for mode in modes if mode != "koff" or not general):
             same = self.model.same_as(mode)
             found[same] = nats = found[same] if same in found else self.model.token_nats(batch, mode)

@@ -91,8 +91,7 @@ def new_version(root: str | Path) -> Version:
 
 def run_config(ckpt: Path) -> dict[str, Any] | None:
     """The resolved options that `koff fit` left beside its checkpoints, if they are still there."""
-    paths = ckpt.expanduser().resolve(), ckpt.expanduser().absolute()  # its folder may be a link
-    for folder in [folder for path in paths for folder in list(path.parents)[:2]]:
+    for folder in _folders(ckpt):
         if (folder / "config.yaml").is_file():
             config = read_yaml(folder / "config.yaml")
             if isinstance(config, dict) and {"model", "data"} <= config.keys():
@@ -100,8 +99,16 @@ def run_config(ckpt: Path) -> dict[str, Any] | None:
     return None
 
 
+def _folders(ckpt: Path) -> list[Path]:
+    """Where the options of a run can be: the checkpoint's folder and the one above, which may be a link."""
+    paths = ckpt.expanduser().resolve(), ckpt.expanduser().absolute()
+    return [folder for path in paths for folder in list(path.parents)[:2]]
+
+
 def run_results(ckpt: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The `results.json` of the run that ended with this checkpoint, if it is still there; None where it is another's.
+    """The `results.json` of a `koff fit` that ended with this checkpoint, if it is still there.
+
+    None where it is of other options or another step: another run's.
 
     Args:
         ckpt: The checkpoint, which has been read before (`from_checkpoint`).
@@ -109,12 +116,13 @@ def run_results(ckpt: Path, config: dict[str, Any] | None) -> dict[str, Any] | N
     """
     import torch  # which other callers come before
 
-    path = ckpt.expanduser().resolve().parent.parent.parent / "results.json"  # version_N/checkpoints/X.ckpt
-    if config is None or not path.is_file():
+    beside = (folder.parent / "results.json" for folder in _folders(ckpt))  # of version_N/checkpoints/X.ckpt
+    path = next(filter(Path.is_file, beside), None)
+    if config is None or path is None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        step = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        step = torch.load(ckpt.expanduser(), map_location="cpu", weights_only=True, mmap=True)["global_step"]
         same = found["config"] == config and found["steps"] == step
     except (OSError, ValueError, KeyError, TypeError):  # of another release, or cut short: the card does without
         return None

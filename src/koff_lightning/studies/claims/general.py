@@ -25,10 +25,11 @@ def figures(done: Done) -> dict[str, Any] | None:
         `texts` (bytes by name), `dense`, and `arms`: for each arm by how it is read `bpb` by seed, `against_dense` and,
         bare, `against_alone`: its distance to the mask that was learned without memories. None without such text.
     """
-    scored = {run: {"documents": found} for run, result in done.items() if (found := result.get("general_documents"))}
-    if not scored:
+    done = {run: result for run, result in done.items() if result.get("general_documents")}  # others named no such text
+    if not done:
         return None
-    arms = list(dict.fromkeys(run.arm for run in scored))
+    scored = {run: {"documents": result["general_documents"]} for run, result in done.items()}
+    arms = list(dict.fromkeys(run.arm for run in done))
     shown = {f"{arm} {figure}": ((arm,), figure) for arm in arms for figure in ("dense", *READ.values())}
     paired = PairedDraws(scored, shown)
     one = next(iter(scored.values()))["documents"]

@@ -166,7 +166,8 @@ def markdown(about: Mapping[str, Any]) -> str:
         "text under the domain's own memory unless the row says otherwise, mean and standard deviation over seeds. PPL "
         'is per token, bpb bits per byte; both are means over domains. "Removed" is the nominal share of linears of '
         'all layers, "of gated" of what has a gate, "physical" the share that a cut export really lacks. "General" is '
-        "bits per byte of general text, where there is some, under a memory of whichever domain.\n",
+        "bits per byte of general text, where there is some: under a memory of whichever domain, bare in rows without "
+        "memories, so that only rows of one kind can be compared.\n",
     ]
     for name, table in about["tables"].items():
         parts.append(f"## {'Table ' if name[0].isdigit() else ''}{name}: {table['title']}\n")

@@ -118,7 +118,8 @@ def _general(found: Mapping[str, Any] | None) -> str:
     texts = ", ".join(f"{name} ({size:,} bytes)" for name, size in found["texts"].items())
     return (
         f"## General text\n\nBits per byte of held-out text that belongs to no domain, mean over {texts}; dense "
-        f"{found['dense']:.4f}. 95 % intervals, paired over documents and seeds.\n\n{table(head, rows)}"
+        f"{found['dense']:.4f}. 95 % intervals, paired over documents and seeds. The mask of `no_memory` is learned to "
+        f"the end of its run, the others' for fewer steps.\n\n{table(head, rows)}"
     )
 
 

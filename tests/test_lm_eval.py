@@ -27,6 +27,7 @@ from koff_lightning.evaluation.harness import KoffLM, score
 from koff_lightning.evaluation.lm_tasks import quiet
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.support import ranks
+from koff_lightning.support.ending import Ended
 from koff_lightning.training.eval_mode import eval_mode
 
 TASK = "koff_cloze_en"
@@ -124,6 +125,19 @@ def test_an_error_of_one_of_several_ranks_ends_the_run_and_one_that_all_see_does
     evaluation._seen = 0
     with pytest.warns(match="failed at step 4, training goes on: not finite"):
         evaluation._evaluate(trainer, None)
+
+
+def test_an_evaluation_that_a_signal_ends_is_made_up_for_by_the_run_that_goes_on(monkeypatch):
+    trainer = SimpleNamespace(global_step=4, estimated_stepping_batches=4, world_size=1, callback_metrics={})
+    trainer.callbacks = trainer.loggers = []
+    first, second = LMEval([LMEvalTask(TASK, "en")]), LMEval([LMEvalTask(TASK, "en")])
+    first._parts = second._parts = [_Part("en", "en", first.tasks[0], {"tasks": {}})]
+    monkeypatch.setattr(LMEval, "_score", lambda *_: (_ for _ in ()).throw(Ended(143)))
+    first.on_train_batch_end(trainer, None)
+    second.load_state_dict(first.state_dict())
+    monkeypatch.setattr(LMEval, "_score", lambda *_: {TASK: {"acc": 0.5}})
+    second.on_train_start(trainer, None)
+    assert second.scores == {"en": {TASK: {"acc": 0.5}}}
 
 
 def test_what_would_stand_in_one_place_twice_is_refused_and_shared_arms_score_each_task_once(dense, tmp_path):

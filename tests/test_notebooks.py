@@ -85,3 +85,5 @@ def test_the_command_in_a_notebook(capsys):
     with pytest.raises(UsageError, match="koff ended with status 2"):
         koff("inspect 'no such folder'")
     assert "'no such folder'" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="No closing quotation: put a text with an apostrophe in double quotes"):
+        koff("generate --model m --prompt 'It's late'")

@@ -228,13 +228,15 @@ def test_the_mask_is_hardened_before_scoring_wherever_the_report_stands(tmp_path
     assert read(tmp_path)["sparsity"]["hardened"]
 
 
-def test_scoring_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("limit", "batches"), [(1.0, 4), (0.6, 2), (3, 3), (9, 4)])
+def test_scoring_shows_how_far_it_is_and_scores_what_koff_test_would(tmp_path, monkeypatch, capsys, limit, batches):
     monkeypatch.setattr(report_module, "LINE_SECONDS", -1.0)
     trainer = tiny_trainer(tmp_path, [RunReport()], steps=2)
+    trainer.limit_test_batches = limit
     trainer.fit(tiny_module(tmp_path), RandomText())
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scor")]
     assert said[0] == "scoring held-out text: dense, koff, memory_off, swapped"
-    assert said[1:] == [f"scored {number} of 4 batches" for number in range(1, 5)]
+    assert said[1:] == [f"scored {number} of {batches} batches" for number in range(1, batches + 1)]
 
 
 def test_a_run_stopped_early_says_so(tmp_path, capsys):

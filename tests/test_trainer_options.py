@@ -183,3 +183,24 @@ def test_processes_that_the_trainer_uses_train(process, launcher, options, envir
     done = process(launcher, options, **environment)
     assert done.returncode == 0, done.stderr
     assert list(Path("x").rglob("last.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("val_loss", ""), ("val/kof_bpb", " Did you mean 'val/koff_bpb'?"), ("val/koff_bpb/fr", "val/koff_bpb/de")],
+)
+def test_a_monitor_of_what_is_never_logged_ends_the_run_in_its_first_step(run_in, capsys, monkeypatch, name, hint):
+    steps, step = [], KOFFModule.training_step
+    monkeypatch.setattr(KOFFModule, "training_step", lambda *given: steps.append(1) or step(*given))
+    assert run_in("x", f"--checkpoint.monitor={name}", "--trainer.limit_val_batches=1") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"koff: a callback monitors '{name}', which this run does not log: val/koff_bpb is the mean")
+    assert hint in line
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("name", ["val/koff_bpb/de", "train/ce", "sparsity/expected"])
+def test_a_monitor_of_what_is_logged_keeps_its_best_file(run_in, name):
+    options = ["--checkpoint.filename=best", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"]
+    assert run_in("x", f"--checkpoint.monitor={name}", *options) == 0
+    assert {"best.ckpt", "last.ckpt"} <= {file.name for file in Path("x/version_0/checkpoints").iterdir()}

@@ -1,6 +1,7 @@
 """Whole runs through Lightning's Trainer: phases, who moves when, resuming to the bit, checkpoints, what stops it."""
 
 import copy
+import math
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -646,6 +647,19 @@ def test_a_loss_that_another_ranks_rows_spoil_names_their_domain(monkeypatch, sk
             guard.check_gradients(run, optimizer, {})
 
 
+def test_with_a_loss_scale_gradients_may_overflow_and_a_loss_that_is_no_number_is_told():
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad, optimizer = torch.ones(1), torch.optim.SGD([weight])
+    run = SimpleNamespace(trainer=SimpleNamespace(precision_plugin=SimpleNamespace(scaler="one")), global_step=7)
+    guard = NonFiniteGuard(skip=True)
+    guard.check_gradients(run, optimizer, {"lora": torch.tensor(math.inf)})
+    assert weight.grad is not None
+    guard.check_loss(torch.tensor(math.nan), torch.ones(6), torch.ones(2, 3, dtype=torch.bool), ["en", "code"], 7)
+    with pytest.warns(UserWarning, match="step 7 is left out: the loss became nan at step 7 .by its penalty"):
+        guard.check_gradients(run, optimizer, {})
+    assert weight.grad is None
+
+
 def test_a_warm_start_takes_the_weights_and_begins_anew(finished, folder, tmp_path):
     path, unfinished, old = finished
     fresh = module(folder, warm_start=str(path))
@@ -676,6 +690,14 @@ def test_a_warm_start_leaves_random_state_and_what_the_old_run_observed(finished
     assert old["model.gates.importance"].any()
     assert bool(fresh.model.gates.importance.any()) == fresh.model.gates.hardened, "of a fixed mask it says why"
     assert fresh.penalty.quadratic.item() == LagrangianPenalty().quadratic.item() != float(old["penalty.quadratic"])
+
+
+def test_a_mask_that_is_given_leaves_the_seed_of_the_run_that_takes_it(finished, folder):
+    fresh = module(folder, mask=str(finished[0]))
+    torch.manual_seed(77)
+    fresh.configure_model()
+    assert torch.equal(fresh.model.gates.kept, finished[2].model.gates.kept)
+    assert int(fresh.model.gates.seed) == 77 != int(finished[2].model.gates.seed)
 
 
 @pytest.mark.parametrize(

@@ -45,16 +45,17 @@ TINY: dict[str, list[str]] = {
     "ramp 0.05, hold 0.15": course(0.05, 0.15),
     "prior": [PRIOR],
     "prior, ramp 0.08, hold 0.02": [PRIOR, *course(0.08, 0.02)],
+    "warm-up 0.20, mask at once": ["--anneal.warmup=0.20", *course(0, 0.004)],
     "after": [AFTER],
 }
 SMOLLM2: dict[str, list[str]] = {
     "as configured": [],
     "lora_lr 1e-3": ["--model.optim.lora_lr=1e-3"],
+    "ramp 0.40, hold 0.15": course(0.40, 0.15),
+    "warm-up 0.20, mask at once": ["--anneal.warmup=0.20", *course(0, 0.01)],
     "lora_lr 2e-3": ["--model.optim.lora_lr=2e-3"],
-    "kv_lr 1.5e-3": ["--model.optim.kv_lr=1.5e-3"],
     "kv_lr 1.5e-2": ["--model.optim.kv_lr=1.5e-2"],
     "kl 0.5": ["--model.loss.kl=0.5"],
-    "ramp 0.08, hold 0.02": course(0.08, 0.02),
 }
 SETTINGS = {"tiny_12pct.yaml": TINY, "smollm2_12pct.yaml": SMOLLM2}
 

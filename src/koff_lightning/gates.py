@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.support import ranks
 from koff_lightning.support.in_force import InForce
-from koff_lightning.tracking import shift_to_target
+from koff_lightning.tracking import EVERY, shift_to_target
 
 
 class HardConcrete:
@@ -303,16 +303,12 @@ class BackboneGates(nn.Module):
         target: float,
         band: float,
         counts: Callable[[Tensor], tuple[Tensor, Tensor]],
-        units: Tensor | None = None,
+        units: Tensor | slice = EVERY,
     ) -> None:
         """Move the logits, or those of `units` (indices), by the least that brings both `counts` to the target.
 
         See tracking.py; `counts` takes the keep probabilities of the units that move.
         """
-        if units is None:
-            shift_to_target(self.gate, self.logits, target, band, counts)
-            return
-        units = units.to(self.logits.device)
         part = self.logits[units]
         shift_to_target(self.gate, part, target, band, counts)
         self.logits[units] = part

@@ -172,19 +172,25 @@ def fused_head_loss(
     return _FusedHeadLoss.apply(student, teacher, head, labels, weights, spec)
 
 
+def has_products(half: str) -> bool:
+    """Whether oneDNN multiplies matrices of `bf16` or `fp16` on this processor; torch may be built without it."""
+    onednn = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and getattr(onednn, f"_is_mkldnn_{half}_supported")()
+
+
 def half_is_slow(device: torch.device) -> bool:
     """Whether torch has only its plainest code for products of bf16 matrices: on CPUs for which oneDNN has none.
 
     There one product with a head of 49 thousand words takes a hundred times as long as in fp32.
     """
-    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cpu" and not has_products("bf16")
 
 
 def is_slow(head: Tensor) -> bool:
     """The same of products with this head, in what they would be made in here: processors with bf16 may lack fp16."""
     made_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.dtype
     in_fp16 = head.device.type == "cpu" and made_in == torch.float16
-    return half_is_slow(head.device) or (in_fp16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return half_is_slow(head.device) or (in_fp16 and not has_products("fp16"))
 
 
 def head_loss(

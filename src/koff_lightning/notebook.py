@@ -38,5 +38,9 @@ def koff(line: str) -> None:
         UsageError: The command failed, so that the cell, and a notebook that is run from top to bottom, stops here.
             The command has printed what was wrong.
     """
-    if status := main(shlex.split(line)):
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise UsageError(f"koff: {error}: put a text with an apostrophe in double quotes") from error
+    if status := main(words):
         raise UsageError(f"koff ended with status {status}")

@@ -16,6 +16,7 @@ from koff_lightning.backbone import PrunableGroup
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.surgery import physical
+from koff_lightning.tracking import EVERY
 
 Phase = Literal["warmup", "ramp", "hold", "consolidate"]
 
@@ -94,10 +95,10 @@ class Budget:
         """Sparsity by the soft count of keep probabilities [U], and by the hard one: gates mostly closed."""
         return self.expected(keep), self.expected((keep > 0.5).float())
 
-    def scopes(self) -> list[tuple[Tensor | None, Callable[[Tensor], tuple[Tensor, Tensor]]]]:
-        """Units that have the target for themselves (indices, None for all), each with its soft and hard counts."""
+    def scopes(self) -> list[tuple[Tensor | slice, Callable[[Tensor], tuple[Tensor, Tensor]]]]:
+        """Units that have the target for themselves (indices), each with its soft and hard counts."""
         if self.spec.scope == "global":
-            return [(None, self.counts)]
+            return [(EVERY, self.counts)]
         return [(units, _counts_of_kind) for units in self.kinds.values()]
 
     def measured(self, keep: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class Budget:
         """
         both, seen = self.spec.penalty in ("lagrangian", "fixed"), []
         for units, counts in self.scopes():
-            soft, hard = counts(keep if units is None else keep[units.to(keep.device)])
+            soft, hard = counts(keep[units])
             seen.append(soft + ((hard - soft) / 2).detach() if both else soft)
         return seen[0] if self.spec.scope == "global" else torch.stack(seen)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Gaps = tuple[float, float]  # soft and hard sparsity, less the target
+EVERY = slice(None)  # units
 APART = 6  # bands between the two counts beyond which one says little about the other
 WORST = 4  # bands that either count may be off: 1 of their mean and half of APART
 ROUNDS = 20  # sharpenings at most; each makes the gates 1.2 times as sharp

@@ -11,9 +11,14 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.wording import nearest
 from koff_lightning.training.ending import in_mid_step
 
 LOG = ExperimentWriter.NAME_METRICS_FILE  # metrics.csv
+
+OURS = ("koff_lightning.", "lightning.")
+ELSEWHERE = ("lm_eval/", "throughput/", "memory/", "lr-")  # judged there; logged by rank 0 alone, or not in each step
 
 
 class Checkpoints(ModelCheckpoint):
@@ -27,6 +32,7 @@ class Checkpoints(ModelCheckpoint):
 
     _aside = ""  # would be gone
     _trains = False  # the run has begun to
+    _looked = False  # at what the first step has logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the step that a run goes on from as saved, which Lightning forgets, and leave a sign that it trains."""
@@ -39,6 +45,9 @@ class Checkpoints(ModelCheckpoint):
         """Save if due; in mid-step not even the clock of `train_time_interval` is looked at, which would start anew."""
         if in_mid_step(trainer):
             return
+        if not self._looked:
+            self._looked = True
+            refuse_unlogged(trainer)
         super().on_train_batch_end(trainer, *args)
         if validation_comes_next(trainer) and not self._should_skip_saving_checkpoint(trainer):
             before = self._last_global_step_saved
@@ -73,6 +82,27 @@ class Checkpoints(ModelCheckpoint):
         filepath, self._aside = self._aside, filepath
         if filepath:
             super()._remove_checkpoint(trainer, filepath)
+
+
+def refuse_unlogged(trainer: Trainer) -> None:
+    """Refuse a monitor of what no step and no validation logs: Lightning would say so where the run ends.
+
+    Args:
+        trainer: After a whole step.
+
+    Raises:
+        KoffError: A callback monitors no such figure, and the run has nothing that others wrote and that may log it.
+    """
+    if not all(type(part).__module__.startswith(OURS) for part in (trainer.lightning_module, *trainer.callbacks)):
+        return
+    scores = {"val/koff_bpb", *(f"val/koff_bpb/{domain}" for domain in trainer.lightning_module.domains)}
+    for name in filter(None, (getattr(callback, "monitor", None) for callback in trainer.callbacks)):
+        if name not in scores | trainer.callback_metrics.keys() and not name.startswith(ELSEWHERE):
+            known = sorted(scores | trainer.callback_metrics.keys())
+            raise KoffError(
+                f"a callback monitors {name!r}, which this run does not log: val/koff_bpb is the mean held-out score, "
+                f"less is better; there are {', '.join(known)}.{nearest(name, known)}"
+            )
 
 
 def validation_comes_next(trainer: Trainer) -> bool:

@@ -191,7 +191,7 @@ class LMEval(Callback):
     def _evaluate(self, trainer: Trainer, module: KOFFModule) -> None:
         if not self._parts or self._seen == trainer.global_step:
             return
-        self._seen, since = trainer.global_step, time.perf_counter()
+        since = time.perf_counter()
         scored: dict[str, Scores] = {}
         for part in self._parts:
             if part.column == "dense" and part.names <= self.scores.get("dense", {}).keys():
@@ -208,6 +208,7 @@ class LMEval(Callback):
                     f"lm_eval: {part.spec.task} ({part.column}) failed at step {trainer.global_step}, training goes "
                     f"on: {reason}"
                 )
+        self._seen = trainer.global_step  # not before: what a signal ends is made up for by the run that goes on
         self.seconds += time.perf_counter() - since
         self._log(trainer, scored)
 

@@ -1,7 +1,6 @@
 """RunReport: what a run leaves behind. Scores held-out text, prints a table, writes results.json and plots."""
 
 import json
-import math
 import os
 import time
 from itertools import islice
@@ -195,7 +194,7 @@ def score(trainer: Trainer, module: KOFFModule) -> None:
     """Fill the module's metrics in all modes with held-out text; modes and random state are as before afterwards."""
     loader = trainer.datamodule.test_dataloader()
     limit = trainer.limit_test_batches
-    batches = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
+    batches = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
     said = time.perf_counter()
     with eval_mode(module), trainer.precision_plugin.forward_context():
         module.on_test_epoch_start()

@@ -145,7 +145,7 @@ def harden_by(
             most = data.most_calibration_text() * len(data.domain_names)
             num_tokens = min(CALIBRATION_TOKENS, max(most, 1))  # where there are none, the next line says whose
         text = data.calibration_text(num_tokens, seed)
-    with gates.off(), module.model.memories.off():
+    with module.model.under():
         if method == "flap":
             read = baselines.input_moments(backbone, text, gates.groups)
             values = baselines.scores_from(backbone, read, method, gates.groups)

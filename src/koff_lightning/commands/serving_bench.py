@@ -97,7 +97,7 @@ def _artifact(
         model.gates.harden(model.budget.harden(torch.rand(len(model.gates.logits))))
         size = model.backbone.config.vocab_size
         for name in names:
-            with model.gates.off(), model.memories.off():
+            with model.under():
                 model.memories.kv[model.memories.key(name)].initialise_(model.backbone, torch.randint(size, (slots,)))
         for parameter in model.memories.lora_parameters():
             torch.nn.init.normal_(parameter, std=0.01)

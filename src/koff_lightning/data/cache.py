@@ -243,8 +243,7 @@ def alone_with(folder: Path, key: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder / f".{key}.lock", wait=True)
-        with held:
+        with lock(folder / f".{key}.lock", wait=True):
             yield
     except OSError as error:
         raise KoffError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.loader import whole_batches
+from koff_lightning.data.loader import Batch, whole_batches
 from koff_lightning.data.mixture import DomainBatches
 from koff_lightning.data.packing import collate
 from koff_lightning.data.shards import deal
@@ -23,7 +23,6 @@ from koff_lightning.data.stream import Place, RowStream, Text
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 
-Batch = dict[str, Any]
 Places = dict[str, list[int]]  # by domain
 HARMLESS = ("batch_size", "window", "shares")  # may change in a resumed run: the places keep their meaning
 

@@ -74,10 +74,6 @@ class StoredTeacher:
     index: NDArray[np.unsignedinteger]
     log_q: NDArray[np.float16]
 
-    def first(self, k: int) -> "StoredTeacher":
-        """The same with the k likeliest of the stored tokens."""
-        return StoredTeacher(self.index[..., :k], self.log_q[..., :k])
-
 
 def rows_hash(rows: PackedRows) -> str:
     """A hash of all that a model sees of the rows that batches take: tokens and boundaries."""
@@ -137,7 +133,7 @@ class TeacherStore:
             log_q = np.memmap(folder / "log_q.bin", np.float16, "r", shape=shape)
         except (OSError, ValueError, TypeError) as error:
             raise KoffError(f"the stored teacher in {folder} is damaged ({error}): {MAKE} anew") from error
-        return StoredTeacher(index, log_q).first(k)
+        return StoredTeacher(index[..., :k], log_q[..., :k])
 
     def _all(self) -> Iterator[dict[str, Any]]:
         """What is said about each store."""

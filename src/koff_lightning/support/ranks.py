@@ -42,11 +42,6 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def agree(text: str) -> bool:
-    """Whether all ranks give the same text."""
-    return len(set(gather(text))) == 1
-
-
 def largest(value: int, device: torch.device) -> int:
     """The largest of the ranks' values, on every rank."""
     if count() == 1:

@@ -103,5 +103,5 @@ def load_mask(model: Decomposition, source: MaskSource) -> None:
     if not source.fixed:
         gates.order = logits.to(gates.logits.device)
         return
-    gates.load_state_dict(source.tensors)
+    gates.load_state_dict({name: value for name, value in source.tensors.items() if name != "seed"}, strict=False)
     gates.logits.requires_grad_(False)

@@ -251,7 +251,7 @@ class KOFFModule(LightningModule):
                 "nothing says when the mask is learned: give the trainer koff_lightning.AnnealSparsity() as a "
                 "callback, or set model.sparsity.target to 0"
             )
-        if not ranks.agree(self.model.backbone_hash):
+        if len(set(ranks.gather(self.model.backbone_hash))) > 1:
             raise KoffError(f"the processes have loaded different weights as {self.source!r}: give all the same")
         refuse_other_steps(ranks.gather(self.resumed_at))
         self.fill_memories()

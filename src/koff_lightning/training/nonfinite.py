@@ -65,9 +65,9 @@ class NonFiniteGuard:
         Raises:
             KoffError: A gradient is not finite, and such steps are not skipped.
         """
-        if getattr(module.trainer.precision_plugin, "scaler", None):
-            return  # 16-bit training finds its loss scale by overflowing, and skips such a step itself
-        step = module.global_step
+        step, scaled = module.global_step, getattr(module.trainer.precision_plugin, "scaler", None)
+        if scaled:
+            norms = {}  # 16-bit training finds its loss scale by overflowing, and skips such a step itself
         faulty_groups = [group for group, norm in norms.items() if not torch.isfinite(norm)]
         if faulty_groups and not self._fault:
             grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}

@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from koff_lightning.support.errors import KoffError
@@ -114,8 +115,6 @@ def run_results(ckpt: Path, config: dict[str, Any] | None) -> dict[str, Any] | N
         ckpt: The checkpoint, which has been read before (`from_checkpoint`).
         config: The options that lie beside it (`run_config`); results of other options are another run's.
     """
-    import torch  # which other callers come before
-
     beside = (folder.parent / "results.json" for folder in _folders(ckpt))  # of version_N/checkpoints/X.ckpt
     path = next(filter(Path.is_file, beside), None)
     if config is None or path is None:

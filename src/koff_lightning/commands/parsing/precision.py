@@ -14,6 +14,7 @@ import torch
 
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.loading import TINY, torch_dtype
+from koff_lightning.losses import has_products
 from koff_lightning.support.errors import KoffError
 
 AUTO = "auto"
@@ -43,7 +44,7 @@ def _processor_has_bf16() -> bool:
 def _processor_has(dtype: str) -> bool:
     """Whether the processor multiplies matrices of this dtype by instructions for it, as all do for fp32 and fp64."""
     if dtype == "float16":
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return has_products("fp16")
     return dtype != "bfloat16" or _processor_has_bf16()
 
 

@@ -199,7 +199,7 @@ def collect_dense(
     module: "Decomposition", batches: Iterable[Mapping[str, Any]], domains: Sequence[str], **options: Any
 ) -> Activations:
     """`collect` for the dense model inside a decomposition: gates and memories off."""
-    with module.gates.off(), module.memories.off():
+    with module.under():
         return collect(module.backbone, batches, domains, base_hash=module.backbone_hash, **options)
 
 

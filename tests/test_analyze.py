@@ -15,6 +15,7 @@ from koff_lightning.artifact.export import export
 from koff_lightning.cli import main
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.studies.analysis import paper
+from koff_lightning.studies.analysis.runs import folder_for, history_of
 from koff_lightning.studies.analysis.text import open_text
 
 FEW = [
@@ -199,6 +200,9 @@ def test_bad_input_is_named(home, tmp_path, capsys):
     assert "is given twice: two seeds are two runs" in refused("--model", run0, "--model", run0)
     assert "--against takes NAME=RUN" in refused("--model", run0, "--against", str(home / "bare"))
     assert "so the studied runs are called" in refused("--model", run0, "--against", f"koff={home / 'bare'}")
+    assert main(["analyze", "--model", run0, *FEW, "--draws=0"]) == 2
+    assert "draws must be 1 or more, got 0" in capsys.readouterr().err
+    assert "seed must be from 0 to 2^63 - 1; got -1" in refused("--model", run0, "--seed", "-1")
     assert "no question 'transfers'. Did you mean 'transfer'?" in refused("--model", run0, "--skip", "transfers")
     assert "--data takes NAME=TEXT" in refused("--model", run0, "--data", "de")
     assert "give either --config or --data" in refused("--model", run0, "--data", "de=x", "--config", "demo.yaml")
@@ -210,6 +214,16 @@ def test_bad_input_is_named(home, tmp_path, capsys):
         r"was cut from .* \(hash .*\), but .* has hash .*give its own dense model",
         refused("--model", run0, "--dense", str(tmp_path / "x")),
     )
+
+
+def test_an_artifact_that_lies_in_no_run_has_no_course_and_its_analysis_lies_beside_it(tmp_path):
+    """The checkpoints around it are other runs'; one of them may be damaged."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoints" / "last.ckpt").write_text("damaged")
+    assert history_of(tmp_path / "mine") == []
+    assert folder_for(tmp_path / "mine") == tmp_path / "mine-analysis"
+    assert folder_for(tmp_path / "run" / "checkpoints" / "last.ckpt") == tmp_path / "run" / "analysis"
 
 
 def test_runs_of_two_dense_models_are_not_compared(home, tmp_path, capsys):

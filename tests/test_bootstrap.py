@@ -93,6 +93,21 @@ def test_noise_of_one_document_in_one_run_is_not_counted_again_as_the_seeds():
     assert 0.95 < np.median(widths) < 1.35
 
 
+def test_a_gap_that_some_draws_close_leaves_its_quotient_open():
+    """1.6 % of the draws have no gap and nothing closed either: they say nothing, not that all of it is closed."""
+    below, above = np.full(1000, 0.1), np.full(1000, 0.05)
+    below[:16], above[:16] = -0.01, -0.02
+    found = interval(0.5, bootstrap.quotient(above, below), level=0.97)
+    assert (found.low, found.high) == (-math.inf, 0.5)
+
+
+def test_students_interval():
+    values = np.array([1.0, 2.0, 4.0])
+    found = bootstrap.student(values, 0.9)
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.9, 2, values.mean(), stats.sem(values)))
+    assert bootstrap.student(values[:1]) == bootstrap.Interval(1.0, -math.inf, math.inf)
+
+
 def test_many_documents_are_drawn_in_parts(monkeypatch):
     nats, sizes = np.random.default_rng(0).normal(100, 5, (2, 30)), np.ones(30)
     whole = bits_per_byte([nats], [sizes], resamples=100)[1]

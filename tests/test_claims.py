@@ -210,6 +210,19 @@ def test_runs_of_other_options_are_refused(runs, capsys):
     done.write_text(done.read_text().replace("seed_everything=0", "seed_everything=9"))
     assert go("--seeds=1", "--arms=koff") == (2, [])
     assert "other options (first: --seed_everything=9): give another --out" in capsys.readouterr().err
+    first, second, *rest = json.loads(done.read_text().replace("seed_everything=9", "seed_everything=0"))
+    done.write_text(json.dumps([second, first, *rest]))
+    assert go("--seeds=1", "--arms=koff") == (2, [])
+    assert "other options (first: their order): give another --out" in capsys.readouterr().err
+
+
+def test_a_folder_is_the_same_however_it_is_named(runs, monkeypatch):
+    out, go = runs
+    out.mkdir()
+    monkeypatch.chdir(out)
+    assert main(["claims", "--out=.", "--seeds=1", "--arms=koff"]) == 0
+    (out / "calls.txt").unlink()
+    assert go("--seeds=1", "--arms=koff") == (0, [])
 
 
 def test_runs_of_another_config_file_are_refused(runs, capsys):
@@ -395,9 +408,10 @@ def test_real_runs_of_a_tiny_model_on_toy_text(tmp_path, capsys):
     assert math.isfinite(shown["koff"]["seconds"])
 
 
-def test_another_backbone_with_the_settings_of_koff_tiny_is_warned_of(runs, capsys):
+@pytest.mark.parametrize("way", [["--backbone=some/model", "--"], ["--", "--model.backbone=some/model"]])
+def test_another_backbone_with_the_settings_of_koff_tiny_is_warned_of(runs, capsys, way):
     _, go = runs
-    assert go("--seeds=1", "--arms=koff", "--backbone=some/model", "--", "--data.seq_len=64")[0] == 0
+    assert go("--seeds=1", "--arms=koff", *way, "--data.seq_len=64")[0] == 0
     err = capsys.readouterr().err
     assert err.startswith("koff: warning: some/model runs with the settings of tiny_12pct.yaml, which were chosen for ")
     assert "(model.loss.kl 0.0, model.optim.kv_lr 0.01, model.lora.rank 4, " in err and "data.seq_len 64, " in err

@@ -30,6 +30,8 @@ def test_caches_are_looked_for_where_they_are(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
     for folder in ("home/hub/models--of--nobody", "home/datasets/raw___text", "koff/tokens/0123", "koff/tokens/4567"):
         (tmp_path / folder).mkdir(parents=True)
+    for name in ("raw-text-0123", "org--art@0123"):  # a dataset and an artifact
+        (tmp_path / "koff" / "hub" / name).mkdir(parents=True)
     for name in ("models--some--model", "datasets--some--text", "spaces--some--demo"):
         (tmp_path / "elsewhere" / name).mkdir(parents=True)
     (tmp_path / "koff" / "tokens" / ".0123.lock").touch()
@@ -42,6 +44,8 @@ def test_caches_are_looked_for_where_they_are(capsys, monkeypatch, tmp_path):
         "holds dataset some/text",
         "holds dataset raw/text, ready to read",
         "holds tokenised text, 2 entries",
+        "holds copies of streamed datasets, 1 entry",
+        "holds artifacts that were pulled, 1 entry",
     ]
 
 

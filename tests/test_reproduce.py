@@ -107,8 +107,10 @@ def test_one_seed_decides_nothing_and_two_may(go, tmp_path):
         assert go("--tables=9", f"--seeds={seeds}")[0] == 0
         found = json.loads((tmp_path / "out" / "reproduce.json").read_text(encoding="utf-8"))
         (cost,) = [one for one in found["statements"] if "retention" in one["says"]]
-        assert cost["difference"]["value"] == pytest.approx(0.04)
+        assert cost["parts"][0]["value"] == pytest.approx(0.04)
         assert (cost["verdict"], cost["seeds"]) == (verdict, seeds)
+    found["failures"] = [{"run": "koff-0.15-9", "tail": ""}]  # killed without a word
+    assert "- koff-0.15-9: it said nothing\n" in protocol.markdown(found)
 
 
 def test_a_difference_that_the_seeds_do_not_agree_on_is_not_decided(go, tmp_path):
@@ -116,9 +118,7 @@ def test_a_difference_that_the_seeds_do_not_agree_on_is_not_decided(go, tmp_path
     assert go("--tables=12", "--seeds=2")[0] == 0
     found = json.loads((tmp_path / "out" / "reproduce.json").read_text(encoding="utf-8"))
     (one,) = [one for one in found["statements"] if one.get("than", [""])[0] == "kv_gates"]
-    assert one["difference"]["low"] < 0 < one["difference"]["high"] and one["difference"]["value"] == pytest.approx(
-        -0.01
-    )
+    assert one["parts"][0]["low"] < 0 < one["parts"][0]["high"] and one["parts"][0]["value"] == pytest.approx(-0.01)
     assert one["verdict"] == "not decided"
 
 

@@ -288,7 +288,7 @@ def check_movable(config: PreTrainedConfig) -> None:
 
 
 def check_one_rope(config: PreTrainedConfig) -> None:
-    """Refuse, for vLLM, a model whose layers rotate by different frequencies.
+    """Refuse, for vLLM, a model whose rotary frequencies change with the layer or the text's length.
 
     Raises:
         KoffError: They do.
@@ -299,6 +299,7 @@ def check_one_rope(config: PreTrainedConfig) -> None:
             f"the plugin for vLLM takes layers that have one rotary embedding, those of {kind!r} have two: serve it "
             "with --engine own"
         )
+    check_movable(config)
 
 
 def _check_text(input_ids: Tensor, slots: int) -> None:

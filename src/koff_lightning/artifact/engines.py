@@ -21,7 +21,7 @@ from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.artifact.folder import MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freqs
-from koff_lightning.kv_memory import MOVING_ROPE, KVMemory, check_one_rope
+from koff_lightning.kv_memory import KVMemory, check_one_rope
 from koff_lightning.listed_files import BACKBONE
 from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
@@ -208,8 +208,6 @@ def _layers_in_vllm(folder: Path, manifest: Manifest) -> None:
     if getattr(config, "koff_biases", None):
         raise KoffError("its layers have no place for the biases by which this mask makes up for what it removes")
     check_one_rope(config)
-    if (kind := config.rope_parameters.get("rope_type")) in MOVING_ROPE:
-        raise KoffError(f"its rotary frequencies do not change with the length of a text, those of {kind!r} do")
 
 
 def _rank_in_vllm(folder: Path, manifest: Manifest) -> None:

@@ -211,7 +211,7 @@ class Order:
         """The mask as the manifest has it."""
         return describe_mask(self.module.gates.groups, self.kept, self.module.gates.bias)
 
-    @property
+    @cached_property
     def base(self) -> dict[str, Any]:
         """Name and hash of the dense model that was cut."""
         model = self.module.backbone

@@ -230,8 +230,8 @@ def _card(folder: Path, repo: str) -> str:
     """The backbone's card, told from the root of the repository."""
     card = folder / BACKBONE / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo}\n"
-    text = text.replace('load_decomposed("DIR")                     # the folder above this one, with its memories', "")
-    text = text.replace("model = \n", f'model = load_decomposed("{repo}")\n')
+    whole = 'load_decomposed("DIR")                     # the folder above this one, with its memories'
+    text = text.replace(whole, f'load_decomposed("{repo}")')
     return text.replace('"DIR/backbone"', f'"{repo}", subfolder="backbone"').replace("`../memories/`", "`memories/`")
 
 

@@ -334,7 +334,7 @@ these domains answer less well than they were scored. `koff serve ARTIFACT --eng
 
 
 def _readme(model: DecomposedModel, kind: str, adapters: list[str]) -> str:
-    """Write the text of the README beside a GGUF export.
+    """The text of the README beside a GGUF export.
 
     Args:
         model: The model that was written.

@@ -122,11 +122,8 @@ class RunReport(Callback):
         root = Path(trainer.default_root_dir)
         results.write_documents(root, self.documents, self.results)
         write_atomically(root / "results.json", results.as_json(self.results))
-        try:
-            for name, figure in self._figures(pl_module).items():
-                plots.save(figure, root / "plots", name)
-        except OSError as error:
-            raise KoffError(f"cannot write plots to {root / 'plots'}: {error.strerror or error}") from error
+        for name, figure in self._figures(pl_module).items():
+            plots.save(figure, root / "plots", name)
         _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}")
 
     def _figures(self, module: KOFFModule) -> dict[str, plots.Figure]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koff_lightning.commands.parsing.counts import check_counts, check_seed
 from koff_lightning.commands.parsing.text_options import data_section, named_texts
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
@@ -41,7 +42,8 @@ def analyze(
         dense: Where the dense model is, if it is no longer where the run found it.
         config: Config whose `data` section names the text; by default that of the first run.
         data: NAME=TEXT of a domain, in place of a config: de=bundled:de or law=corpora/law/*.jsonl; several times.
-        out: Folder to write; by default `analysis` in the folder of the first run.
+        out: Folder to write; by default `analysis` in the folder of the first run, and ARTIFACT-analysis beside an
+            artifact that lies in none.
         name: What the studied runs are called in figures.
         tokens: Training text in which neurons are watched, of each domain; less where a domain has less.
         heldout_bytes: Held-out text to score, of each domain, at most.
@@ -57,6 +59,8 @@ def analyze(
     """
     if not model:
         raise KoffError("analyze: give --model, an artifact or a checkpoint; several are seeds of one way of pruning")
+    check_counts(tokens=tokens, heldout_bytes=heldout_bytes, draws=draws, resamples=resamples)
+    check_seed(seed)
     from koff_lightning.studies.analysis.study import QUESTIONS, Settings
 
     settings = Settings(name, rate, bar, draws, resamples, controls, seed, _skipped(skip, QUESTIONS))
@@ -76,7 +80,7 @@ def _run(
     with quick_imports():
         from koff_lightning.artifact.decomposed import default_device
         from koff_lightning.studies.analysis.report.files import write
-        from koff_lightning.studies.analysis.runs import config_of, find_others, find_runs, history_of, home_of
+        from koff_lightning.studies.analysis.runs import config_of, find_others, find_runs, folder_for, history_of
         from koff_lightning.studies.analysis.study import study
         from koff_lightning.studies.analysis.text import open_text
 
@@ -85,11 +89,11 @@ def _run(
     if out is None and own_cache() in first.parents:
         raise KoffError(f"analyze: {model[0]} is on the hub and has no folder here to write beside: give --out")
     options, origin = _text(*asked, config_of(first), first)
-    folder = Path(out).expanduser() if out else home_of(first) / "analysis"
+    folder, history = Path(out).expanduser() if out else folder_for(first), history_of(first)
     data, text = open_text(options, dense or _backbone(first), *sizes)
     found = study(runs, others, data, text, settings, folder, dense=dense, device=default_device(device), say=_say)
     found.about["text"] |= {"origin": origin}
-    found.about["history"] = history_of(first)
+    found.about["history"] = history
     page = write(found, folder)
     for question, reason in found.missing.items():
         _say(f"not answered: {question}: {reason}")

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from koff_lightning.commands.generate import asked, check_seed, own_settings_told, sampling
+from koff_lightning.commands.generate import asked, own_settings_told, sampling
+from koff_lightning.commands.parsing.counts import check_seed
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import AUTO
 from koff_lightning.support.quick_imports import quick_imports

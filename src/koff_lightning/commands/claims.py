@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koff_lightning.commands.parsing.counts import check_counts
 from koff_lightning.data.sources import as_sources
 from koff_lightning.studies.claims import arms as all_arms
 from koff_lightning.studies.claims.arms import AFTER, EQUAL, METHODS, Run
@@ -78,22 +79,15 @@ def claims(
     shares = shares or _shares(str(resolved["model"]["sparsity"]["target"]))
     equal = all_arms.equal_memories(resolved["model"]) if set(EQUAL) & {*chosen, *(on_curve or ())} else {}
     suites = load_suites(tasks, list(resolved["data"]["domains"])) if tasks else {}
-    folder = Path(out).expanduser()
+    folder = Path(out).expanduser().absolute()
     given = {"config": config, "backbone": backbone, "seeds": seeds, "sparsity": sparsity, "arms": arms, "tasks": tasks}
     given |= {"curve": curve}
     about = {"command": the_command("claims", given, further), "equal_memories": equal}
     if config == TINYS:
-        _warn_of_settings(backbone, resolved)
+        _warn_of_settings(resolved)
     with alone_in(folder, "--out"):
         keep_config(folder / "config.yaml", resolved)
         _measure(folder, chosen, on_curve, shares, seeds, jobs, suites, about)
-
-
-def check_counts(**given: int) -> None:
-    """Raise KoffError unless each is 1 or more."""
-    for name, value in given.items():
-        if value < 1:
-            raise KoffError(f"{name} must be 1 or more, got {value}")
 
 
 def _measure(
@@ -119,7 +113,8 @@ def _measure(
     trust = trust_words(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     main = [Run(arm, shares[0], seed) for seed in range(seeds) for arm in _masks_first(chosen)]
     failures = make(main)
-    done = claims_report.read(folder, main, failures)
+    if not (done := claims_report.read(folder, main, failures)):
+        raise KoffError(f"every run failed, first {failures[0].run.name}: {failures[0].last} (log: {failures[0].log})")
     best = claims_report.best_one_shot(done)
     further = _masks_first([arm for arm in on_curve or _usual_curve(chosen, best) if arm != "dense_memory"])
     curve = [Run(arm, share, seed) for seed in range(seeds) for share in shares[1:] for arm in further]
@@ -197,11 +192,11 @@ def resolved_config(config: str, backbone: str | None, further: list[str]) -> di
     return resolved
 
 
-def _warn_of_settings(backbone: str | None, resolved: dict[str, Any]) -> None:
+def _warn_of_settings(resolved: dict[str, Any]) -> None:
     """Say that another backbone is about to run with what was chosen for koff-tiny."""
     from koff_lightning.loading import TINY
 
-    if backbone in (None, TINY):
+    if (backbone := resolved["model"]["backbone"]) == TINY:
         return
     flat = _flat(resolved)
     settings = ", ".join(f"{name} {flat[name]}" for name in CHOSEN if name in flat)

@@ -145,7 +145,9 @@ def _held(caches: dict[str, Path]) -> list[str]:
         held += [f"{kind} {folder.name.removeprefix(f'{kind}s--').replace('--', '/')}" for folder in found]
     made = sorted(folder for folder in caches["HF_DATASETS_CACHE"].glob("*") if folder.is_dir())
     held += [f"dataset {folder.name.replace('___', '/')}, ready to read" for folder in made]
-    for what, kind in (("tokenised text", "tokens"), ("copies of streamed datasets", "hub")):
-        count = sum(folder.is_dir() and folder.name[0] != "." for folder in (caches["KOFF_CACHE"] / kind).glob("*"))
+    own = {kind: list((caches["KOFF_CACHE"] / kind).glob("[!.]*/")) for kind in ("tokens", "hub")}
+    pulled = [folder for folder in own["hub"] if "@" in folder.name]  # no copy of a dataset has that in its name
+    counts = {"tokenised text": len(own["tokens"]), "copies of streamed datasets": len(own["hub"]) - len(pulled)}
+    for what, count in (counts | {"artifacts that were pulled": len(pulled)}).items():
         held += [f"{what}, {count} {'entry' if count == 1 else 'entries'}"] * (count > 0)
     return held

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from koff_lightning.commands.parsing.counts import check_seed
 from koff_lightning.support.errors import KoffError, require
 from koff_lightning.support.names import AUTO
 from koff_lightning.support.quick_imports import quick_imports
@@ -104,12 +105,6 @@ def check_room(model: "DecomposedModel", prompts: list[str], max_new_tokens: int
                 f"prompt {number} has {length} tokens and {max_new_tokens} more are asked for, the model reads {room}: "
                 f"{most}"
             )
-
-
-def check_seed(seed: int) -> None:
-    """Raise KoffError unless torch takes it."""
-    if not 0 <= seed < 2**63:
-        raise KoffError(f"seed must be from 0 to 2^63 - 1; got {seed}")
 
 
 def sampling(max_new_tokens: int, temperature: float | None, top_p: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.mask_words import KIND_NAMES, by_type_and_physical
+from koff_lightning.support.mask_words import KIND_NAMES, sparsity_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +37,8 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
         check_backbone(path)
         check_memories(path, manifest)
     console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # in a notebook too plain text
-    for line in [*_about(manifest), *_sizes(path, manifest), *_shares(manifest), *_parameters(manifest)]:
+    sparsity = sparsity_lines(manifest.sparsity)
+    for line in [*_about(manifest), *_sizes(path, manifest), *sparsity, *_parameters(manifest)]:
         console.print(line, markup=False)
     _layers(console, manifest)
     _domains(console, path, manifest)
@@ -69,15 +70,6 @@ def _sizes(path: Path, manifest: "Manifest") -> list[str]:
     backbone, every = folder_size(path / "backbone"), sum(memories.values())
     parts = f"backbone {_bytes(backbone)}, {len(memories)} memories {_bytes(every)}"
     return [f"on disk     {_bytes(backbone + every)}: {parts}"]
-
-
-def _shares(manifest: "Manifest") -> list[str]:
-    share = {name: f"{100 * manifest.sparsity[name]:.2f} %" for name in ("body", "total", "units")}
-    return [
-        f"sparsity    {share['body']} of body, {share['total']} of total, {share['units']} of prunable units "
-        f"(target: {100 * manifest.sparsity['target']:g} % of {manifest.sparsity['denominator']})",
-        *by_type_and_physical(manifest.sparsity),
-    ]
 
 
 def _parameters(manifest: "Manifest") -> list[str]:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koff_lightning.commands.claims import check_counts, keep_config, resolved_config, the_command, trust_words
+from koff_lightning.commands.claims import keep_config, resolved_config, the_command, trust_words
+from koff_lightning.commands.parsing.counts import check_counts
 from koff_lightning.data.sources import as_sources
 from koff_lightning.studies.claims.arms import Run
 from koff_lightning.support.errors import KoffError
@@ -52,7 +53,7 @@ def reproduce(
     share = resolved["model"]["sparsity"]["target"]
     wanted = [Run(arm, share, seed) for seed in range(seeds) for arm in paper_tables.needed(chosen.values())]
     chosen = {name: table.of(resolved["model"]["backbone"]) for name, table in chosen.items()}
-    folder = Path(out).expanduser()
+    folder = Path(out).expanduser().absolute()
     about = {"command": the_command("reproduce", given, further), "backbone": resolved["model"]["backbone"]}
     with alone_in(folder, "--out"):
         keep_config(folder / "config.yaml", resolved)

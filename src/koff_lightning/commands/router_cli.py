@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koff_lightning.commands.parsing.counts import check_counts
 from koff_lightning.commands.parsing.text_options import data_section, named_texts
 from koff_lightning.support.errors import KoffError
 
@@ -42,9 +43,7 @@ def fit(
         seed: Seed of what is drawn.
         device: Torch device of an encoder; by default a GPU if there is one.
     """
-    for name, value in (("epochs", epochs), ("train_bytes", train_bytes)):
-        if value < 1:
-            raise KoffError(f"router fit: {name} must be 1 or more; got {value}")
+    check_counts(epochs=epochs, train_bytes=train_bytes)
     if not 0 <= none_rate < 1:
         raise KoffError(f"router fit: none_rate must lie in [0, 1); got {none_rate}")
     from koff_lightning.artifact.router_files import check_choice, write_router

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from koff_lightning.support.errors import KoffError
 from koff_lightning.support.mask_words import KIND_NAMES
 
 # Okabe and Ito's palette, which tells apart under the common kinds of colour blindness
@@ -171,13 +172,16 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     """Write `folder/name.png` and `.svg`.
 
     Raises:
-        OSError: The disk did not take it.
+        KoffError: The disk did not take it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()  # lays it out once for both files
     figure.set_layout_engine(None)
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    figure.savefig(folder / f"{name}.svg")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        figure.savefig(folder / f"{name}.svg")
+    except OSError as error:
+        raise KoffError(f"cannot write plots to {folder}: {error.strerror or error}") from error
 
 
 def _bars(axes: Axes, values: Mapping[str, Sequence[float | None]]) -> None:

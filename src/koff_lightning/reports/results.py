@@ -17,7 +17,7 @@ from koff_lightning.artifact.folder import Manifest
 from koff_lightning.decomposition import MODES, Decomposition
 from koff_lightning.metrics import CONTEXT
 from koff_lightning.support.files import write_atomically
-from koff_lightning.support.mask_words import by_type_and_physical
+from koff_lightning.support.mask_words import sparsity_lines
 from koff_lightning.support.names import GENERAL
 from koff_lightning.surgery import masks, whole_units
 
@@ -215,11 +215,8 @@ def sentences(results: Figures) -> list[str]:
     """Sparsity and parameters, a line each."""
     rates, size = results["sparsity"], results["parameters"]
     dense, active, stored = size["dense_total"], size["active"], size["stored"]
-    percent = {key: f"{100 * rates[key]:.2f} %" for key in ("body", "total", "units")}
     lines = [
-        f"sparsity    {percent['body']} of body, {percent['total']} of total, {percent['units']} of prunable units "
-        f"(target: {100 * rates['target']:g} % of {rates['denominator']})",
-        *by_type_and_physical(rates),
+        *sparsity_lines(rates),
         f"parameters  dense {_count(dense)}, backbone kept {_count(size['backbone_kept'])}",
         f"            active (with one memory) {_count(active)}: {_change(active, dense)}",
         f"            stored (with all) {_count(stored)}: {_change(stored, dense)}",

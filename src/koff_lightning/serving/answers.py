@@ -126,8 +126,6 @@ class CompletionForm(Form):
             text = self._echoes[answer] + text
         if answer.options.logprobs is None:
             return {"text": text, "logprobs": None}
-        if self._echoes is None and first:
-            self._offsets[answer] = 0
         told = [*(prompt or ()), *tokens] if self._echoes is not None else tokens
         words, offsets = [self._word(token.id) for token in told], []
         for token, word in zip(told, words, strict=True):

@@ -64,10 +64,10 @@ def _routes(app: FastAPI, front: Front) -> None:
 
     @app.get("/v1/models/{name}")
     async def model(name: str, request: Request) -> Response:
-        known = front.models(front.rights(request))
-        if name not in [entry["id"] for entry in known]:
+        known = {entry["id"]: entry for entry in front.models(front.rights(request))}
+        if name not in known:
             raise no_model(name)
-        return JSONResponse(next(entry for entry in known if entry["id"] == name))
+        return JSONResponse(known[name])
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

@@ -250,6 +250,7 @@ class LlamaModel:
                 self._lib.llama_adapter_lora_free(loaded.adapter)
         self._loaded = {}
         if self._context is not None:
+            self._lib.llama_batch_free(self._batch)
             self._lib.llama_free(self._context)
         if self._model is not None:
             self._lib.llama_model_free(self._model)

@@ -97,6 +97,23 @@ def interval(value: float, draws: Array, level: float = 0.95) -> Interval:
     return Interval(float(value), float(low), float(high))
 
 
+def quotient(above: Array, below: Array) -> Array:
+    """Draws of a quotient; one whose denominator is not positive says nothing and lies beyond any bound."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(below > 0, above / below, np.copysign(np.inf, above))
+
+
+def student(values: Array, level: float = 0.95) -> Interval:
+    """Student's interval of the mean of [S] values; without bounds for a single one."""
+    from scipy import stats
+
+    mean, count = float(values.mean()), len(values)
+    if count == 1:
+        return Interval(mean, -np.inf, np.inf)
+    half = float(stats.t.ppf((1 + level) / 2, count - 1) * values.std(ddof=1) / np.sqrt(count))
+    return Interval(mean, mean - half, mean + half)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Arms with the same seeds, resampled together: arm -> figure, and arm -> its draws [R]."""

@@ -23,7 +23,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system witho
 
 
 def own_cache() -> Path:
-    """$KOFF_CACHE, or ~/.cache/koff: tokenised text in `tokens`, copies of hub datasets in `hub`, fetched models.
+    """$KOFF_CACHE, or ~/.cache/koff: tokenised text in `tokens`, hub datasets and artifacts in `hub`, fetched models.
 
     Raises:
         KoffError: The user has no home folder, as one that is a mere number in a container.

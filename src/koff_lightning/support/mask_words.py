@@ -8,8 +8,8 @@ KIND_NAMES = {"channel": "FFN neurons", "kv_group": "kv groups"} | {
 }
 
 
-def by_type_and_physical(sparsity: Mapping[str, Any]) -> list[str]:
-    """Lines that go on after the nominal sparsity: by type or kind of unit, and the physical count, told apart.
+def sparsity_lines(sparsity: Mapping[str, Any]) -> list[str]:
+    """The nominal sparsity, then by type or kind of unit, then the physical count, told apart.
 
     The physical count is left out for an artifact that is older than it.
 
@@ -21,7 +21,12 @@ def by_type_and_physical(sparsity: Mapping[str, Any]) -> list[str]:
     kinds = sparsity.get("by_kind", {})
     if any(kind.endswith("_channel") for kind in kinds):
         parts = "by kind: " + ", ".join(f"{100 * share:.2f} % of {KIND_NAMES[kind]}" for kind, share in kinds.items())
-    lines = [f"            {parts}"]
+    share = {name: f"{100 * sparsity[name]:.2f} %" for name in ("body", "total", "units")}
+    lines = [
+        f"sparsity    {share['body']} of body, {share['total']} of total, {share['units']} of prunable units "
+        f"(target: {100 * sparsity['target']:g} % of {sparsity['denominator']})",
+        f"            {parts}",
+    ]
     if (gone := sparsity.get("physical")) is not None:
         lines.append(
             f"            nominal, closed gates at their price; physically gone: {100 * gone['body']:.2f} % of body, "

@@ -19,7 +19,7 @@ from typing import Any
 from koff_lightning.artifact.folder import MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import check_memories, read_memory
 from koff_lightning.backbone import end_tokens
-from koff_lightning.kv_memory import MOVING_ROPE, check_one_rope
+from koff_lightning.kv_memory import check_one_rope
 from koff_lightning.listed_files import BACKBONE, CARD
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece, Token
@@ -54,7 +54,7 @@ class VllmEngine(Engine):
         check_memories(folder, self._manifest)
         self.tokenizer = load_tokenizer(str(folder / BACKBONE))
         self._config = self._manifest.form.read_config(folder / BACKBONE, self._manifest.base["family"])
-        _check_rope(self._config)
+        check_one_rope(self._config)
         self.vocabulary = self._config.vocab_size
         self._ends = _ends(folder / BACKBONE, self._config)
         self._work = Path(mkdtemp(prefix="koff-vllm-"))
@@ -199,16 +199,6 @@ def _started(settings: dict[str, Any]) -> Any:
     except (ValueError, RuntimeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise KoffError(f"vLLM does not start ({reason[:300]}); its own log has the rest") from error
-
-
-def _check_rope(config: Any) -> None:
-    """Refuse a model whose rotary frequencies change with the layer or the text's length: here they are one for all."""
-    check_one_rope(config)
-    if (kind := config.rope_parameters.get("rope_type")) in MOVING_ROPE:
-        raise KoffError(
-            f"vLLM's rotary frequencies do not change with the length of a text, as rope type {kind!r} has them do: "
-            "serve it with --engine own"
-        )
 
 
 def _rank_for(ranks: list[int | None]) -> int:

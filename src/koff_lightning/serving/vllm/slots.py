@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from koff_lightning.artifact.memory_files import read_card
 from koff_lightning.backbone import head_size
-from koff_lightning.kv_memory import KVMemory, check_movable, check_one_rope, rotate_keys
+from koff_lightning.kv_memory import KVMemory, check_one_rope, rotate_keys
 from koff_lightning.listed_files import CARD
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
@@ -105,7 +105,6 @@ def inv_freq(config: PreTrainedConfig) -> Tensor:
         KoffError: They change with the layer, or with the length of the text, so no memory can be placed.
     """
     check_one_rope(config)
-    check_movable(config)
     with torch.device("cpu"):  # whatever a worker has made the default
         return LlamaRotaryEmbedding(config).inv_freq
 

@@ -45,7 +45,7 @@ class Activations:
 
     Attributes:
         domains: Names of the domains.
-        base_hash: Hash of the dense model's weights (`backbone.fingerprint`).
+        base_hash: Hash of the dense model's weights (`loading.fingerprint`).
         layer: Layer of each neuron, int64 [N].
         down_norm: L2 norm of each neuron's column of the down projection, fp64 [N].
         tokens: Tokens counted, int64 [2, D].

@@ -14,9 +14,7 @@ import numpy as np
 
 from koff_lightning.studies.analysis.odds import common_odds
 from koff_lightning.studies.analysis.tables import Bools, Floats, Ints, count
-from koff_lightning.studies.bootstrap import over_seeds
-
-AT_ONCE = 4_000_000  # drawn counts held in memory at one time
+from koff_lightning.studies.bootstrap import AT_ONCE, over_seeds
 
 
 @dataclass(frozen=True)

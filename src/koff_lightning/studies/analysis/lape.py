@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from koff_lightning.support.errors import KoffError
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 Floats, Bools = NDArray[np.float64], NDArray[np.bool_]
 RATE, BAR = 0.01, 0.95  # the published shares: of neurons that are selected, of rates that lie below the bar
@@ -50,13 +50,6 @@ class Specialists:
         """All classes of neurons by name: `specific`, `specific:<domain>` for each, and the general ones."""
         by_domain = {f"specific:{name}": self.assigned[:, place] for place, name in enumerate(self.domains)}
         return {"specific": self.selected} | by_domain | self.general
-
-    def table(self) -> "pd.DataFrame":
-        """How many neurons each class has."""
-        import pandas as pd
-
-        rows = [{"class": name, "neurons": int(members.sum())} for name, members in self.classes().items()]
-        return pd.DataFrame(rows)
 
 
 def entropy(rates: Floats) -> Floats:

@@ -1,7 +1,7 @@
 """Where the adapters of a memory sit, and what a memory says: the tokens that it makes likelier."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -50,8 +50,8 @@ def promoted_tokens(
         count: Tokens on either side.
 
     Returns:
-        One line per domain and rank: `domain`, `rank` from 1, `promoted` and `suppressed`, tokens as text, with the
-        change of their logits `promoted_by` and `suppressed_by`.
+        One line per domain and rank: `domain`, `rank` from 1, `promoted` and `suppressed`, tokens as text, with how
+        much their logits rise, `promoted_by`, and fall, `suppressed_by`.
     """
     import pandas as pd
 
@@ -75,12 +75,8 @@ def promoted_tokens(
     for name, total in sums.items():
         logits = head @ (total / counts[name])  # [V]
         best, worst = logits.topk(count), (-logits).topk(count)
-        for rank in range(count):
-            words = {side: tokenizer.decode([int(top.indices[rank])]) for side, top in _sides(best, worst)}
-            by = {f"{side}_by": float(top.values[rank]) for side, top in _sides(best, worst)}
+        for rank, (up, down) in enumerate(zip(best.indices.tolist(), worst.indices.tolist(), strict=True)):
+            words = {"promoted": tokenizer.decode([up]), "suppressed": tokenizer.decode([down])}
+            by = {"promoted_by": float(best.values[rank]), "suppressed_by": float(worst.values[rank])}
             rows.append({"domain": name, "rank": rank + 1} | words | by)
     return pd.DataFrame(rows, columns=["domain", "rank", "promoted", "suppressed", "promoted_by", "suppressed_by"])
-
-
-def _sides(best: Any, worst: Any) -> list[tuple[str, Any]]:
-    return [("promoted", best), ("suppressed", worst)]

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from koff_lightning.studies.analysis.tables import Floats, informative
-
-AT_ONCE = 4_000_000  # draws held in memory at one time
+from koff_lightning.studies.bootstrap import AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -42,22 +41,12 @@ def common_odds(tables: Floats) -> CommonOdds:
         return CommonOdds(math.nan, math.nan, math.nan, math.nan, 0)
     pooled = StratifiedTable(tables.transpose(1, 2, 0))
     p = float(chi2.sf(pooled.test_null_odds().statistic, 1))  # its own p ends at 1e-16
-    ratio = mantel_haenszel(tables)
+    with np.errstate(divide="ignore"):  # infinite where no table has a marked neuron that stayed and another that went
+        ratio = float(pooled.oddsratio_pooled)
     if not 0 < ratio < math.inf:
         return CommonOdds(ratio, math.nan, math.nan, p, len(tables))
     low, high = pooled.oddsratio_pooled_confint()
     return CommonOdds(ratio, float(low), float(high), p, len(tables))
-
-
-def mantel_haenszel(tables: Floats) -> float:
-    """The pooled odds ratio of tables [K, 2, 2]; infinite without a denominator, nan without either."""
-    size = tables.sum((1, 2))
-    size = np.where(size > 0, size, 1.0)
-    above = float((tables[:, 0, 0] * tables[:, 1, 1] / size).sum())
-    below = float((tables[:, 0, 1] * tables[:, 1, 0] / size).sum())
-    if below:
-        return above / below
-    return math.inf if above else math.nan
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from koff_lightning.studies.analysis.ranking import ends
 from koff_lightning.studies.analysis.tables import Bools, Floats
-from koff_lightning.studies.bootstrap import RESAMPLES, Interval, interval, over_seeds
+from koff_lightning.studies.bootstrap import RESAMPLES, Interval, interval, over_seeds, student
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,11 +105,11 @@ def layer_lines(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, A
     if depth > 2:
         middle = table[:, :, depth // 3 : depth - depth // 3].mean((1, 2))  # [S]
         for name, place in (("first", 0), ("last", -1)):
-            found = _over_runs(table[:, :, place].mean(1) - middle)
+            found = student(table[:, :, place].mean(1) - middle, LEVEL)
             words = f"share removed of the {name} layer, less that of the middle third"
             lines.append(_line(MIDDLE, words, found, 0, False, len(runs)))
     if len(own) == 2:
-        found = _over_runs(table[:, 0].mean(1) - table[:, 1].mean(1))
+        found = student(table[:, 0].mean(1) - table[:, 1].mean(1), LEVEL)
         lines.append(_line(K_MORE, "share removed of k, less that of v", found, 0, True, len(runs)))
     return lines
 
@@ -119,17 +119,6 @@ def _by_layer(run: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Floats:
     of = {(group["kind"], group["layer"]): 1 - group["kept"] / group["of"] for group in run if group["of"]}
     layers = sorted({group["layer"] for group in run})
     return np.array([[of.get((kind, layer), 0.0) for layer in layers] for kind in kinds])
-
-
-def _over_runs(values: Floats) -> Interval:
-    """Student's interval of the mean over runs, [S]; unbounded for a single run."""
-    from scipy import stats
-
-    mean, count = float(values.mean()), len(values)
-    if count == 1:
-        return Interval(mean, -np.inf, np.inf)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * values.std(ddof=1) / np.sqrt(count))
-    return Interval(mean, mean - half, mean + half)
 
 
 def similarity_lines(measured: "pd.DataFrame", drawn: "pd.DataFrame") -> list[dict[str, Any]]:

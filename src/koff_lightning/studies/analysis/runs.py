@@ -61,17 +61,26 @@ def config_of(run: Path) -> dict[str, Any] | None:
     return read_manifest(run).config if run.is_dir() else run_config(run)
 
 
-def home_of(run: Path) -> Path:
-    """The folder of a run, given its checkpoint or artifact."""
+def home_of(run: Path) -> Path | None:
+    """The folder of a run, given its checkpoint or artifact; None of an artifact that lies in none (`koff export`)."""
+    if run.is_dir() and run.name != ARTIFACT:
+        return None
     folder = run.parent
     while folder.name in _NAMELESS or folder.name.startswith("version_"):
         folder = folder.parent
     return folder
 
 
+def folder_for(run: Path) -> Path:
+    """Where the analysis of a run goes unless somewhere else is asked for."""
+    home = home_of(run)
+    return home / "analysis" if home else run.with_name(f"{run.name}-analysis")
+
+
 def history_of(run: Path) -> list[dict[str, Any]]:
     """The course of a run's mask over training (`MaskHistory`); empty where no checkpoint of it is at hand."""
-    path = newest_checkpoint([home_of(run)]) if run.is_dir() else run
+    home = home_of(run)
+    path = run if not run.is_dir() else newest_checkpoint([home]) if home else None
     state = read_checkpoint(path, mmap=True).get("callbacks", {}) if path else {}
     return state.get("RunReport", {}).get("history", {}).get("points", [])
 

@@ -200,7 +200,7 @@ def _about_neurons(found: Study, seen: Activations, masks: neurons.Masks) -> Spe
     if masks:
         found.add({"masks": neurons.mask_table(masks)})
         found.ask("ranking", lambda: _ranking(found, seen, masks))
-    found.ask("overlap", lambda: {"overlap": neurons.overlaps(masks)})
+        found.ask("overlap", lambda: {"overlap": neurons.overlaps(masks)})
     try:
         specialists = identify(seen.rates(), seen.domains, settings.rate, settings.bar)
     except KoffError as error:

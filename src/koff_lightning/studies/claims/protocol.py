@@ -3,7 +3,6 @@
 An arm is a plain `koff fit` over one resolved config, as in arms.py; its runs are made by the same machine (runs.py).
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,6 @@ from koff_lightning.studies.claims.arms import Run
 from koff_lightning.studies.claims.paired import Done, PairedDraws
 from koff_lightning.studies.claims.paper_tables import Arm, Row, Table
 from koff_lightning.studies.claims.statements import AnyStatement, Figure, as_statement, level, verdict
-from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
 
@@ -140,10 +138,7 @@ def write(out: Path, about: Mapping[str, Any]) -> None:
     write_atomically(out / "reproduce.md", markdown(about))
     points = curve(about["tables"].get(CURVE, {"rows": []})["rows"])
     if points:
-        try:
-            plots.save(plots.quality_by_sparsity(points), out / "plots", "sparsity")
-        except OSError as error:
-            raise KoffError(f"cannot write plots to {out / 'plots'}: {error.strerror or error}") from error
+        plots.save(plots.quality_by_sparsity(points), out / "plots", "sparsity")
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -187,7 +182,8 @@ def markdown(about: Mapping[str, Any]) -> str:
     parts.append("\n".join(lines) + "\n")
     if about["failures"]:
         parts.append("## Runs that came to nothing\n")
-        parts += [f"- {failure['run']}: {failure['tail'].splitlines()[-1]}\n" for failure in about["failures"]]
+        said = {one["run"]: one["tail"].strip().splitlines() or ["it said nothing"] for one in about["failures"]}
+        parts += [f"- {run}: {lines[-1]}\n" for run, lines in said.items()]
     return "\n".join(parts)
 
 
@@ -220,4 +216,4 @@ def _cell(spread: Mapping[str, float | None] | None, digits: int) -> str:
 
 
 def _percent(spread: Mapping[str, float | None] | None) -> str:
-    return "-" if spread is None or math.isnan(spread["mean"] or 0.0) else f"{100 * (spread['mean'] or 0.0):.2f} %"
+    return "-" if spread is None else f"{100 * spread['mean']:.2f} %"

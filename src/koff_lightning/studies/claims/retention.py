@@ -108,8 +108,6 @@ def _figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _kept(above: bootstrap.Array, draws: bootstrap.Array) -> dict[str, dict[str, float]]:
     """Retention of every arm but the first, which is the dense model, from what arms [A] have above chance."""
-    # A draw in which the dense model is at chance or below has nothing to keep: it lies beyond any bound.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        quotients = np.where(draws[:, :1] > 0, draws / draws[:, :1], np.copysign(np.inf, draws))
+    quotients = bootstrap.quotient(draws, draws[:, :1])  # a dense model at chance or below has nothing to keep
     kept = {arm: bootstrap.interval(above[i] / above[0], quotients[:, i]) for i, arm in enumerate(SCORED) if i}
     return {arm: asdict(found) for arm, found in kept.items()}

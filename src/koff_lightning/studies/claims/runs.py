@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -49,7 +48,8 @@ def is_done(out: Path, run: Run, words: Sequence[str]) -> bool:
     if (folder / DONE).is_file():
         given, wanted = json.loads((folder / DONE).read_text(encoding="utf-8")), _made_by(words, out)
         if given not in (wanted, wanted[:-1]):  # earlier releases wrote the words alone
-            odd = next(word for word in [*given, *wanted] if word not in given or word not in wanted)
+            words = (word for word in [*given, *wanted] if word not in given or word not in wanted)
+            odd = next(words, "their order")
             raise KoffError(f"{folder} holds a run with other options (first: {odd}): give another --out")
         return True
     if folder.exists() and any(folder.iterdir()) and not _log(out, run).is_file():
@@ -195,11 +195,10 @@ class _Board:
 
     def _time_left(self) -> str:
         """From the mean time of the same arm's other runs, or else of all runs."""
-        known = statistics.fmean(self._seconds.values())
-        sums, counts = Counter(), Counter()
-        for run, seconds in self._seconds.items():
-            sums[run.arm] += seconds
-            counts[run.arm] += 1
-        left = sum(sums[run.arm] / counts[run.arm] if run.arm in counts else known for run in self._left)
+        known: dict[str, list[float]] = {}
+        for run, seconds in dict(self._seconds).items():  # a copy: other threads add to it meanwhile
+            known.setdefault(run.arm, []).append(seconds)
+        usual = [seconds for of_arm in known.values() for seconds in of_arm]
+        left = sum(statistics.fmean(known.get(run.arm, usual)) for run in self._left)
         seconds = round(left / self._jobs)
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -138,8 +138,7 @@ def verdict(statement: AnyStatement, paired: Paired, at: float, removed: Removed
         removed: Share of the body that each figure's runs closed.
 
     Returns:
-        The statement in plain values, `parts` (words and interval, None without runs), `verdict`, `seeds`; of a
-        statement of one part also its interval as `difference`.
+        The statement in plain values, `parts` (words and interval, None without runs), `verdict`, `seeds`.
     """
     sample = paired.of(tuple(map(_key, statement.figures)))
     several, parts, words = len(sample.seeds) > 1, [], []
@@ -152,8 +151,6 @@ def verdict(statement: AnyStatement, paired: Paired, at: float, removed: Removed
         low, high = (found.low, found.high) if found and several else (-math.inf, math.inf)
         words.append("supported" if high < 0 else "contradicted" if low > 0 else "not decided")
     told = {"parts": parts, "verdict": next(w for w in ("contradicted", "not decided", "supported") if w in words)}
-    if isinstance(statement, Statement):
-        told["difference"] = asdict(found) if found else None
     return asdict(statement) | told | {"seeds": len(sample.seeds)}
 
 

@@ -1,6 +1,7 @@
 """The words of the claims report: `claims.md`, and the lines for the terminal."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from koff_lightning.studies.claims.arms import ABOUT
@@ -169,9 +170,7 @@ def spread(values: Sequence[float] | None) -> str:
     """Mean and, over several seeds, standard deviation."""
     if not values:
         return ""
-    mean = sum(values) / len(values)
-    sd = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
-    return f"{mean:.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def percent(share: float | None, digits: int = 2) -> str:

@@ -41,9 +41,9 @@ class Part:
     inside: bool = False
 
 
-def _ratio(one: str, other: str, above: bool = False) -> Part:
+def _ratio(one: str, other: str, above: bool = False, inside: bool = False) -> Part:
     """`one` loses less (or more) than MARGIN against `other`."""
-    return Part(f"{one} / {other} - 1", (one, other), lambda x: x[one] / x[other] - 1, MARGIN, above)
+    return Part(f"{one} / {other} - 1", (one, other), lambda x: x[one] / x[other] - 1, MARGIN, above, inside)
 
 
 def _less(one: str, other: str) -> Part:
@@ -55,7 +55,7 @@ CLAIMS: dict[str, tuple[str, tuple[Part, ...]]] = {
     "a": ("KOFF keeps the unpruned model's ability", (_ratio("koff", "dense"),)),
     "a, within": (
         f"and that within texts as well, where {CONTEXT[-1]} tokens or more were read before",
-        (Part("koff / dense - 1", ("koff", "dense"), lambda x: x["koff"] / x["dense"] - 1, MARGIN, inside=True),),
+        (_ratio("koff", "dense", inside=True),),
     ),
     "a, fair": (
         "and the ability that the unpruned model has with the same memories",

@@ -41,10 +41,10 @@ def write(found: Study, folder: Path) -> Path:
         (folder / "tables").mkdir(parents=True, exist_ok=True)
         for name, table in found.tables.items():
             table.to_parquet(folder / "tables" / f"{name}.parquet", index=False)
-        for name, figure in figures.items():
-            plots.save(figure, folder / "plots", name)
     except OSError as error:
         raise KoffError(f"cannot write to {folder}: {error.strerror or error}") from error
+    for name, figure in figures.items():
+        plots.save(figure, folder / "plots", name)
     write_atomically(folder / "analysis.json", json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / PAGE, render(found, said, figures))
     return folder / PAGE

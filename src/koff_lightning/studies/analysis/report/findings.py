@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy import stats
 
 from koff_lightning.studies.analysis.paper import SOURCES, Verdict, judge
 from koff_lightning.studies.analysis.study import Study
 from koff_lightning.studies.analysis.transfer import Transfer
+from koff_lightning.studies.bootstrap import student
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,11 +150,10 @@ def _causal(table: "pd.DataFrame") -> list[Finding]:
     moved = ((off - on) - (control - control_on)).groupby(known["domain"]).mean()
     if len(moved) < 3:
         return [Finding("open", text)]
-    half = float(stats.t.ppf(0.975, len(moved) - 1) * moved.std(ddof=1) / math.sqrt(len(moved)))
-    low, high = moved.mean() - half, moved.mean() + half
-    text += f" Specialists lose {moved.mean():.2f} more of their gain to the memory than the others do "
-    text += f"{_between(low, high)}, an interval over {len(moved)} domains."
-    return [Finding("yes" if low > 0 else "no" if high < 0 else "open", text)]
+    found = student(moved.to_numpy())
+    text += f" Specialists lose {found.value:.2f} more of their gain to the memory than the others do "
+    text += f"{_between(found.low, found.high)}, an interval over {len(moved)} domains."
+    return [Finding("yes" if found.low > 0 else "no" if found.high < 0 else "open", text)]
 
 
 def _between(low: float, high: float) -> str:

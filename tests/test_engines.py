@@ -146,7 +146,7 @@ def test_what_the_plugin_of_vllm_refuses_is_said(tmp_path):
     assert set(found("some", kv=KVSpec(slots=4, layers=[1]))) == {"kv"}
     moving = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     kept = found("moving", kv=None, changes={"rope_parameters": moving})
-    assert set(kept) == {"backbone", "lora"} and "those of 'dynamic' do" in kept["lora"]
+    assert set(kept) == {"backbone", "lora"} and "as rope type 'dynamic' has them do" in kept["lora"]
     two = found("two", family="gemma3_text")
     assert set(two) == {"backbone", "lora", "kv"} and all(
         "those of 'gemma3_text' have two" in why for why in two.values()

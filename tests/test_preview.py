@@ -23,7 +23,7 @@ def test_a_dry_run_shows_what_is_to_come_and_writes_nothing(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     steps = []
     step = KOFFModule.training_step
-    monkeypatch.setattr(KOFFModule, "training_step", lambda self, *args: steps.append(1) or step(self, *args))
+    monkeypatch.setattr(KOFFModule, "training_step", lambda self, *args: steps.append(self.phase) or step(self, *args))
     handler = signal.getsignal(signal.SIGINT)
     domains = '{"de": "bundled:de", "python": "bundled:python"}'
     small = [
@@ -36,7 +36,7 @@ def test_a_dry_run_shows_what_is_to_come_and_writes_nothing(tmp_path, monkeypatc
     assert main(["fit", *argv]) == 0
     signal.signal(signal.SIGINT, handler)
     said = capsys.readouterr().out
-    assert len(steps) == 2
+    assert steps == ["ramp", "consolidate"], "one that learns the mask and one under it"
     assert "bits per byte" not in said  # of two rows, which are no domain's text
     assert list(tmp_path.iterdir()) == []
     assert "to remove 106,168: 12 % of body (884,736 are in the 1,560 units that can go)" in said

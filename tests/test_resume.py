@@ -28,7 +28,7 @@ from koff_lightning.artifact import checkpoint as checkpoint_io
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.callbacks import Checkpoints, ContinuedLog
 from koff_lightning.cli import main
-from koff_lightning.data import retries, stream
+from koff_lightning.data import DomainDataModule, retries, stream
 from koff_lightning.data.shards import FileShard
 from koff_lightning.support import files
 from koff_lightning.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
@@ -91,6 +91,22 @@ def cut_off(monkeypatch, run_in, *words, hook="training_step", step=5):
         at(patch, hook, step, pull_the_plug)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             run_in("cut", *words)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--model.lora.rank=3", "the checkpoint is of another make: lora.rank is 8 there and 3 here"),
+        ("--model.sparsity.units=[channel]", "units is [channel, kv_group] there and [channel] here"),
+        ("--model.sparsity.penalty=fixed", "keeps its course, but sparsity.penalty is lagrangian there and fixed here"),
+        ("--data.domains={de: bundled:de}", "another make: domains is [de, python] there and [de] here"),
+    ],
+)
+def test_other_options_than_the_runs_are_refused_before_text_is_read(run_in, monkeypatch, capsys, option, said):
+    assert run_in("cut", "--trainer.max_steps=1", "--trainer.limit_val_batches=0") == 0
+    monkeypatch.setattr(DomainDataModule, "setup", lambda *_: pytest.fail("it reads text"))
+    assert run_in("cut", option, "--ckpt_path", "last") == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

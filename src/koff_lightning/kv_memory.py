@@ -299,7 +299,11 @@ def check_one_rope(config: PreTrainedConfig) -> None:
             f"the plugin for vLLM takes layers that have one rotary embedding, those of {kind!r} have two: serve it "
             "with --engine own"
         )
-    check_movable(config)
+    if (kind := config.rope_parameters.get("rope_type")) in MOVING_ROPE:
+        raise KoffError(
+            f"vLLM's rotary frequencies do not change with the length of a text, as rope type {kind!r} has them do: "
+            "serve it with --engine own"
+        )
 
 
 def _check_text(input_ids: Tensor, slots: int) -> None:

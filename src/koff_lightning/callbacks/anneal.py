@@ -44,7 +44,10 @@ class AnnealSparsity(Callback):
         if trainer.ckpt_path is None:  # another run with this callback, before
             self._steps = self._begun = None
         self._steps = self._steps or asked
-        schedule = SparsitySchedule(pl_module.sparsity.target, self._steps, **self.fractions, shape=self.shape)
+        shares = self.fractions
+        if trainer.fast_dev_run and trainer.ckpt_path is None and shares["hold"] is not None:
+            shares = {"warmup": 0.0, "ramp": 1 / asked, "hold": 0.0}  # a step of the mask, the others as a run ends
+        schedule = SparsitySchedule(pl_module.sparsity.target, self._steps, **shares, shape=self.shape)
         if not pl_module.mask_is_fixed:
             self._refuse_other_course(schedule, asked, bool(trainer.fast_dev_run))
             waits = (pl_module.lora or pl_module.kv) and not pl_module.joint

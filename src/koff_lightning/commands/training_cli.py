@@ -69,6 +69,7 @@ from koff_lightning.support.yaml_files import refuse_duplicate_keys
 from koff_lightning.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from koff_lightning.training.ending import GRACE, is_loss_of_a_rank
 from koff_lightning.training.module import KOFFModule
+from koff_lightning.training.resume import refuse_other_options
 from koff_lightning.training.run_folder import alone_in, new_version
 from koff_lightning.training.strategies import check
 from koff_lightning.training.trainer_options import (
@@ -270,6 +271,9 @@ class KoffCLI(LightningCLI):
             if newest is None and subcommand != "fit":
                 raise KoffError(f"--ckpt_path last: there is no checkpoint below {root}")
             rank_zero_info(f"going on from {newest}" if newest else f"no checkpoint below {root} yet: starting anew")
+        path = options.get("ckpt_path")
+        if subcommand == "fit" and path and Path(path).expanduser().is_file():
+            refuse_other_options(path, self.model)
         return options
 
     def _goes_on_from(self) -> str | Path | None:

@@ -358,14 +358,14 @@ class KOFFModule(LightningModule):
 
     def owned(self) -> set[str]:
         """Names in the state dict that are ours: everything but the frozen weights and the metrics."""
-        penalty = {name for name in self.state_dict() if name.startswith("penalty.")}
-        return penalty | {f"{PREFIX}{name}" for name in self.model.owned()}
+        return {n for n in self.state_dict() if n.startswith("penalty.")} | {PREFIX + n for n in self.model.owned()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained; of the backbone only its name and hash."""
         owned = self.owned()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in owned}
         checkpoint["koff"] = make_of(self.model) | {
+            "placement": self.model.placement,
             "backbone": self.source,
             "backbone_hash": self.model.backbone_hash,
             "target": self.model.target,

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -22,6 +23,9 @@ from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import difference
+
+if TYPE_CHECKING:
+    from koff_lightning.training.module import KOFFModule
 
 # What fixes a mask; and options that are younger than some checkpoints, which then had these values.
 _HARDENING = ("target", "denominator", "layout", "multiple_of", "min_channels", "min_kv_groups", "scope", "harden")
@@ -93,15 +97,36 @@ def _course(options: Mapping[str, Any]) -> dict[str, Any]:
     } | {f"sparsity.{name}": sparsity[name] for name in _YOUNGER if name != "harden"}
 
 
-def _made(about: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """What is said of a model, with the memories' options that decide how they are shaped, filled up and in full."""
+def _made(about: Mapping[str, Any], depth: int | None) -> dict[str, Any]:
+    """What is said of a model, with the memories' options that decide how they are shaped, filled up and in full.
+
+    Args:
+        about: As `make_of` says it.
+        depth: Layers of the backbone; None where that is not known yet: then places are left out.
+    """
     made = dict(about)
     for name, kind in (("lora", LoraSpec), ("kv", KVSpec)):
         if made.get(name):
             spec = {field.name: field.default for field in fields(kind) if field.name in _SHAPING} | dict(made[name])
-            layers = shortest(placed(spec["layers"], depth, f"{name}.layers"), depth)
+            layers = shortest(placed(spec["layers"], depth, f"{name}.layers"), depth) if depth else None
             made[name] = {key: value for key, value in spec.items() if key not in _STARTS} | {"layers": layers}
     return made
+
+
+def refuse_other_options(path: str | Path, run: "KOFFModule") -> None:
+    """Refuse, before text is read and weights are loaded, to go on with other options than a run had.
+
+    Args:
+        path: Its checkpoint.
+        run: The module that is to go on, not configured yet.
+
+    Raises:
+        KoffError: The checkpoint cannot be read, or is of another make or course.
+    """
+    checkpoint = read_checkpoint(path, mmap=True)
+    if about := checkpoint.get("koff"):  # else `refuse_unfit` says whose it is not
+        refuse_other_make(_made(about, None), _made(make_of(run), None))
+        refuse_other_course(checkpoint["hyper_parameters"], run.hparams)
 
 
 def refuse_other_steps(steps: Sequence[int | None]) -> None:
@@ -155,7 +180,7 @@ def refuse_without_run(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
         rank_zero_info(f"the run so far computed in {there}, from here on in {here} (trainer.precision)")
 
 
-def make_of(model: Decomposition) -> dict[str, Any]:
+def make_of(model: "Decomposition | KOFFModule") -> dict[str, Any]:
     """What a checkpoint must have in common with a run that takes it up, by the names of options."""
     return {
         "domains": list(model.domains),
@@ -164,7 +189,6 @@ def make_of(model: Decomposition) -> dict[str, Any]:
         "units": sorted(model.sparsity.units),
         "lora": model.lora and asdict(model.lora) | {"targets": sorted(model.lora.targets)},
         "kv": model.kv and asdict(model.kv),
-        "placement": model.placement,
     }
 
 
@@ -200,7 +224,6 @@ def refuse_unfit(checkpoint: Mapping[str, Any], model: Decomposition, some_domai
         )
     refuse_other_backbone(about, model)
     here, depth = make_of(model), model.memories.depth
-    here.pop("placement")  # taken over below
     if some_domains:
         here.pop("domains")
     there, here = _made(about, depth), _made(here, depth)

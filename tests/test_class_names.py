@@ -203,3 +203,27 @@ def test_who_says_so_trusts_a_models_repository(model_with_code, tmp_path, capsy
     assert main(["fit", "--config", "c.yaml", f"--trainer.default_root_dir={tmp_path}/run", *said]) == 2
     assert "backbone 'theirs' is a 'theirs' model; supported families" in capsys.readouterr().err
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "line"),
+    [
+        (
+            {"logger": "wandb"},
+            "trainer.logger: no class 'wandb'. Name one in full, as class_path: lightning.pytorch.loggers.WandbLogger",
+        ),
+        (
+            {"callbacks": [{"class_path": "LearningRateMonitr"}]},
+            "trainer.callbacks: no class 'LearningRateMonitr'. Did you mean 'LearningRateMonitor'? Name one in full",
+        ),
+        (
+            {"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"save_topk": 2}}]},
+            "trainer.callbacks: lightning.pytorch.callbacks.ModelCheckpoint has no option 'save_topk'. Did you mean "
+            "'save_top_k'?",
+        ),
+    ],
+)
+def test_a_misspelt_class_or_option_of_one_is_named_with_the_right_one(tmp_path, capsys, trainer, line):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    assert main(["fit", "demo.yaml", "--config", str(tmp_path / "mine.yaml"), "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith(f"koff: {line}")

@@ -177,6 +177,23 @@ def test_what_may_be_right_is_left_to_the_parser(argv):
             ["--config", "demo.yaml", "--", "--data.seqlen", "8"],
             "claims: no option 'data.seqlen'",
         ),
+        (
+            "plan",
+            ["--config", "demo.yaml", "--data.seq_len", "300"],
+            "plan: data.seq_len is an option of the runs: it goes after a lone --, koff plan ... -- --data.seq_len",
+        ),
+        ("reproduce", ["--trainer.max_steps=3"], "reproduce: trainer.max_steps is an option of the runs"),
+        ("inspect", ["folder", "--data.seq_len", "3"], "inspect: no option 'data.seq_len'. --help lists them"),
+        (
+            "fit",
+            ["demo.yaml", "--ckpt_path", "auto"],
+            "ckpt_path auto: no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt, and `last` stands",
+        ),
+        (
+            "fit",
+            ["demo.yaml", "--model.backbone=koff-tiney"],
+            "backbone 'koff-tiney': no such folder. Did you mean 'koff-tiny'?",
+        ),
         ("plan", ["--config", "demo.yaml", "--", "--model", "x"], "plan: model has options of its own, a file of them"),
         ("inspect", ["folder", "--ver"], "inspect: no option 'ver'. Did you mean 'verify'"),
         ("serve", ["--model", "x"], "serve: no option 'model'. Here the artifact goes without --, by"),
@@ -305,7 +322,11 @@ def test_a_config_is_shown_and_copied(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["demo.yml"], "no config 'demo.yml' ships with the package. Did you mean 'demo.yaml'?"),
+        (
+            ["demo.yml"],
+            "no config 'demo.yml' ships with the package. Did you mean 'demo.yaml'? `koff configs` lists them",
+        ),
+        (["nothing.yaml"], "no config 'nothing.yaml' ships with the package. `koff configs` lists them"),
         (["--copy"], "configs: which config? koff configs demo.yaml --copy"),
         (["demo.yaml", "--copy"], "cannot write demo.yaml: File exists"),
         (["demo.yaml", "--copy", "no/such/folder.yaml"], "cannot write no/such/folder.yaml: No such file or directory"),

@@ -350,6 +350,10 @@ def test_offline_finds_what_is_there(text, monkeypatch, capsys):
     assert "a: tokenised" in capsys.readouterr().out
     assert main(["prepare", *words, f"--data.domains.a={text}/gone.jsonl"]) == 2
     assert "1 thing(s) that are needed are missing" in capsys.readouterr().err
+    asked = '[{"task": "koff_clozze", "domain": "a"}]'
+    assert main(["prepare", *words, f"--data.domains.a={text}/a.jsonl", f"--lm_eval.tasks={asked}"]) == 2
+    assert "has no task 'koff_clozze'. Did you mean 'koff_cloze'" in (said := capsys.readouterr().err)
+    assert "missing" not in said, "no fetch would help"
     assert main(["prepare", *words, f"--data.domains.a={text}/a.jsonl", "--prefetch-only"]) == 2
     assert "--prefetch-only fetches, --offline forbids it" in capsys.readouterr().err
 

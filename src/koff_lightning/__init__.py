@@ -27,6 +27,8 @@ _HOME = {
     "MemoryBank": "memory",
     "OptimSpec": "specs.training",
     "SparsitySpec": "specs.sparsity",
+    "export": "artifact.export",
+    "from_checkpoint": "artifact.checkpoint",
     "load_backbone": "loading",
     "load_decomposed": "artifact.decomposed",
     "load_tokenizer": "loading",

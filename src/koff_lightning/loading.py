@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
@@ -335,7 +335,7 @@ def _no_table(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _bar_for_large(source: str, gguf: str | None = None) -> Iterator[None]:
-    """Show no progress bar inside the block while little is loaded; the caller's own setting comes back after it.
+    """Show no progress bar inside the block while little is loaded.
 
     Args:
         source: Folder of the weights, or a hub id.
@@ -343,14 +343,20 @@ def _bar_for_large(source: str, gguf: str | None = None) -> Iterator[None]:
     """
     files = [Path(source) / gguf] if gguf else Path(source).glob("*.safetensors")
     silent = Path(source).is_dir() and sum(file.stat().st_size for file in files) < LARGE
-    if not silent or not is_progress_bar_enabled():
+    with no_bars() if silent else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Show none of transformers' progress bars inside the block; the caller's own setting comes back after it."""
+    shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:
         yield
     finally:
-        enable_progress_bar()
+        if shown:
+            enable_progress_bar()
 
 
 def device_named(name: str | torch.device) -> torch.device:

@@ -23,6 +23,7 @@ from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freqs
 from koff_lightning.kv_memory import KVMemory, check_one_rope
 from koff_lightning.listed_files import BACKBONE
+from koff_lightning.loading import no_bars
 from koff_lightning.placement import shown
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import read_json_object
@@ -126,11 +127,20 @@ def _answer(engine: str, part: str, folder: Path, manifest: Manifest) -> Answer:
     if answer != "yes" or trial is None:
         return answer, why
     try:
-        trial(folder, manifest)
+        with _unseen():
+            trial(folder, manifest)
     except Exception as error:  # whatever theirs raise is the finding
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return "no", reason if engine == "vllm" else f"tried, and failed: {reason}"
     return answer, why
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Keep what theirs say while they load, bars and words to their developers, out of the table."""
+    with no_bars(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _form(manifest: Manifest, config: dict[str, Any]) -> str:

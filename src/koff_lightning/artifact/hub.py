@@ -17,7 +17,7 @@ from koff_lightning.artifact.memory_files import check_memories, listed, read_ca
 from koff_lightning.listed_files import BACKBONE, MANIFEST, paths_below
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, lock, own_cache, write_atomically
-from koff_lightning.support.names import HUB_ID
+from koff_lightning.support.names import HUB_ID, repo_id
 
 _KEPT = ("README.md", "LICENSE", REPORT, f"{BACKBONE}/*")
 _ELSEWHERE = "*../*"  # names that would lead out of the folder; huggingface_hub reads backslashes as slashes here
@@ -45,7 +45,7 @@ def push(folder: str | Path, repo: str, memories: Sequence[str] | None = None, p
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = Path(folder).expanduser()
-    manifest, repo = verify(folder), _name(repo)
+    manifest, repo = verify(folder), repo_id(repo)
     manifest.refuse_others(memories or (), folder)
     check_memories(folder, manifest)
     with _said(repo), TemporaryDirectory() as work:
@@ -102,7 +102,7 @@ def pull(
             already, or the hub cannot be reached.
     """
     name, _, given = repo.partition("@")
-    name, revision, part = _name(name), revision or given or None, _suffix(memories)
+    name, revision, part = repo_id(name), revision or given or None, _suffix(memories)
     target = Path(out).expanduser() if out is not None else None
     try:
         with _said(name):
@@ -207,18 +207,6 @@ def _alone(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with lock(target.with_name(f".{target.name}.lock"), wait=True):
         yield
-
-
-def _name(repo: str) -> str:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-        if "@" not in repo and HUB_ID.fullmatch(repo):
-            return repo
-    except HFValidationError:
-        pass
-    raise KoffError(f"a repository of the hub is named org/name; got {repo!r}")
 
 
 def _suffix(memories: Sequence[str] | None) -> str:

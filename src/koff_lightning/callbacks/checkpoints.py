@@ -100,8 +100,8 @@ def refuse_unlogged(trainer: Trainer) -> None:
         if name not in scores | trainer.callback_metrics.keys() and not name.startswith(ELSEWHERE):
             known = sorted(scores | trainer.callback_metrics.keys())
             raise KoffError(
-                f"a callback monitors {name!r}, which this run does not log: val/koff_bpb is the mean held-out score, "
-                f"less is better; there are {', '.join(known)}.{nearest(name, known)}"
+                f"a callback monitors {name!r}, which this run does not log.{nearest(name, known)} val/koff_bpb is the "
+                f"mean held-out score, less is better; all that there are: {', '.join(known)}"
             )
 
 

@@ -130,6 +130,7 @@ def _next_steps(out: Path) -> str:
             f"  koff inspect {at}",
             f"  koff generate --model {at}{memory} --prompt 'How it begins'",
             f"  koff analyze --model {at}     # which neurons left, as a page",
+            f"  in Python: koff_lightning.load_decomposed({str(out)!r})",
         ]
     )
 

@@ -1,5 +1,7 @@
 """`koff push` and `koff pull`: artifacts on the Hugging Face hub."""
 
+from koff_lightning.support.names import repo_id
+
 
 def push(artifact: str, repo: str, *, domain: list[str] | None = None, public: bool = False) -> None:
     """Upload an exported model to the hub, or some of its memories into a repository of the same backbone.
@@ -12,6 +14,7 @@ def push(artifact: str, repo: str, *, domain: list[str] | None = None, public: b
         domain: Domain whose memory to push, once for each; by default the whole exported model.
         public: Make a new repository public; by default it is private.
     """
+    repo_id(repo)  # before the imports, which take seconds
     from koff_lightning.artifact import hub
 
     print(f"pushed: {hub.push(artifact, repo, domain, private=not public)}")
@@ -26,6 +29,7 @@ def pull(repo: str, *, out: str | None = None, domain: list[str] | None = None, 
         domain: Domain whose memory to take, once for each; by default all.
         revision: Branch, tag or commit.
     """
+    repo_id(repo.partition("@")[0])
     from koff_lightning.artifact import hub
 
     folder = hub.pull(repo, out or repo.partition("@")[0].rpartition("/")[2], domain, revision)

@@ -56,6 +56,8 @@ def serve(
     _refuse_unread(engine, {"--gguf": gguf, "--device": device, "--dtype": dtype})
     _check(batch_size, queue, time_limit, max_tokens)
     _check_installed()
+    if keys is None and not is_local(host):
+        raise KoffError(f"anybody who reaches {host} could use this server: give --keys FILE, or leave --host out")
     from koff_lightning.artifact.folder import read_manifest
     from koff_lightning.artifact.hub import local_folder
     from koff_lightning.serving.keys import read_keys
@@ -63,8 +65,6 @@ def serve(
     folder = local_folder(artifact).resolve()
     manifest = read_manifest(folder)
     allowed = read_keys(keys) if keys is not None else None
-    if allowed is None and not is_local(host):
-        raise KoffError(f"anybody who reaches {host} could use this server: give --keys FILE, or leave --host out")
     called = _name(manifest) if name is None else name
     if not called or ":" in called or any(c.isspace() for c in called):
         raise KoffError(f"the model's name cannot be {called!r}: give --name without ':' and spaces")

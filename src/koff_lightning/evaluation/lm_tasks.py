@@ -19,7 +19,7 @@ from traceback import walk_tb
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from koff_lightning.support.errors import KoffError
+from koff_lightning.support.errors import KoffError, NoSuchNameError
 from koff_lightning.support.wording import nearest
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ def _manager(names: tuple[str, ...], include_path: str | None, metadata: str) ->
     if include_path is not None and not Path(include_path).is_dir():
         raise KoffError(f"include_path {include_path!r} is no folder: give one that holds the tasks' YAML files")
     small = _index(include_path, metadata, False)
+    for name in names:
+        if isinstance(name, str) and name.startswith("koff_") and not small.match_tasks([name]):
+            raise _no_task(name, small)  # lm-eval's own have no such names: no need to read them all
     return small if all(_holds(small, name) for name in names) else _index(include_path, metadata, True)
 
 
@@ -159,10 +162,14 @@ def _matches(manager: "TaskManager", name: str) -> list[str]:
         raise KoffError(f"task file {name}: no such file")
     found = manager.match_tasks([name])
     if not found:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-        raise KoffError(f"lm-eval {version('lm-eval')} has no task {name!r}.{hint} `lm-eval ls tasks` lists its own")
+        raise _no_task(name, manager)
     return found
+
+
+def _no_task(name: str, manager: "TaskManager") -> NoSuchNameError:
+    near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+    hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+    return NoSuchNameError(f"lm-eval {version('lm-eval')} has no task {name!r}.{hint} `lm-eval ls tasks` lists its own")
 
 
 def _no_data(names: Sequence[str], error: BaseException) -> str:

@@ -13,12 +13,22 @@ def require(condition: bool, message: str) -> None:
         raise KoffError(message)
 
 
+class NoSuchNameError(KoffError):
+    """A name that nobody has, so that it is misspelt and not missing."""
+
+
 def refused_by(looks: Iterable[Callable[[], object]]) -> list[str]:
-    """What those of several looks say that raise KoffError, so that all that is missing is told at once."""
+    """What those of several looks say that raise KoffError, so that all that is missing is told at once.
+
+    Raises:
+        NoSuchNameError: As soon as a look does: nothing is missing then.
+    """
     said = []
     for look in looks:
         try:
             look()
+        except NoSuchNameError:
+            raise
         except KoffError as error:
             said.append(str(error))
     return said

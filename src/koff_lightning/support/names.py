@@ -7,6 +7,7 @@ from pathlib import Path
 
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache
+from koff_lightning.support.wording import nearest
 
 AUTO = "auto"  # in place of a domain's name: ask the router
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # org/name, org/name@revision
@@ -32,11 +33,30 @@ def refuse_no_model(source: str) -> None:
         raise KoffError(
             f"backbone {source!r}: no such folder. Give a folder, a .gguf file, a hub id (owner/name) or 'koff-tiny'"
         )
+    if "/" not in source and source != "koff-tiny" and (hint := nearest(source, ["koff-tiny"])) and not path.exists():
+        raise KoffError(f"backbone {source!r}: no such folder.{hint}")
     if not is_path and source not in ("", "koff-tiny") and not path.exists() and not may_be_had(source):
         raise KoffError(
             f"backbone {source!r}: no such folder here, and no copy of it from the hub, which is switched off: give a "
             "folder, a .gguf file, a hub id (owner/name) or 'koff-tiny'"
         )
+
+
+def repo_id(name: str) -> str:
+    """The same name of a repository on the hub, without a revision.
+
+    Raises:
+        KoffError: The hub takes none of that name.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        if "@" not in name and HUB_ID.fullmatch(name):
+            return name
+    except HFValidationError:
+        pass
+    raise KoffError(f"a repository of the hub is named org/name; got {name!r}")
 
 
 def may_be_had(name: str) -> bool:

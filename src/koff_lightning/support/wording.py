@@ -1,10 +1,14 @@
 """Say in one line what is wrong with an option; the parser's own words run to ninety lines."""
 
 import difflib
+import inspect
 import re
+import sys
 from collections.abc import Iterable, Mapping
 
 _BAD_VALUE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
+_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_OF_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':\s+Option '([\w.-]+)' is not accepted")
 _UNKNOWN_INNER = re.compile(r"Option '([\w.-]+)' is not accepted")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: (?:--)?|does not accept option ')([^\s'=]+)")
 _FOREIGN = re.compile(r"Importing '([\w.]+)' is not allowed")
@@ -43,8 +47,14 @@ def one_line(message: str, names: Iterable[str]) -> str:
         )
     if ours := _OURS.search(message):
         return ours[1]
+    if of_class := _OF_CLASS.search(message):
+        return f"{key}: {of_class[1]} has no option {of_class[2]!r}.{nearest(of_class[2], _parameters(of_class[1]))}"
     if inner := _UNKNOWN_INNER.search(message):
         return f"no option '{key}.{inner[1]}'.{nearest(f'{key}.{inner[1]}', names)}"
+    if no_class := _NO_CLASS.search(message):
+        kind = "loggers.WandbLogger" if key.endswith("logger") else "callbacks.ModelCheckpoint"
+        hint = nearest(no_class[1].rpartition(".")[2], _classes())
+        return f"{key}: no class {no_class[1]!r}.{hint} Name one in full, as class_path: lightning.pytorch.{kind}"
     if unusable := _UNUSABLE.findall(message):
         name, reason = unusable[-1]
         return f"{key + ': ' if key else ''}{name} cannot be used: {reason}"
@@ -56,6 +66,19 @@ def one_line(message: str, names: Iterable[str]) -> str:
         value = given[1].strip("'")
         return f"{key} must be {_readable(wanted)}; got {value!r}.{nearest(value, _choices(' '.join(wanted)))}"
     return " ".join(re.split(r"Given value type:|Got value: ", message)[0].split())  # what was given may hold a key
+
+
+def _classes() -> list[str]:
+    """Names of the callbacks and loggers that there are; their modules are loaded before a config is read."""
+    places = ("koff_lightning.callbacks", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+    loaded = [vars(sys.modules[place]) for place in places if place in sys.modules]
+    return [name for names in loaded for name, thing in names.items() if isinstance(thing, type)]
+
+
+def _parameters(path: str) -> list[str]:
+    """What a class is made with, which the parser has loaded."""
+    module, _, name = path.rpartition(".")
+    return [*inspect.signature(getattr(sys.modules[module], name)).parameters]
 
 
 def _choices(types: str) -> list[str]:

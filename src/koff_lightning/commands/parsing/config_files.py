@@ -54,7 +54,7 @@ def list_configs(*, name: str | None = None, copy: bool | str = False) -> None:
 
 def _show_or_copy(name: str, copy: str | bool) -> None:
     if name not in shipped_configs():
-        raise KoffError(f"no config {name!r} ships with the package.{nearest(name, shipped_configs())}")
+        raise KoffError(f"no config {name!r} ships with the package.{_like(name)} `koff configs` lists them")
     text = (SHIPPED / name).read_text(encoding="utf-8")
     if copy is False:
         print(text, end="")
@@ -79,8 +79,14 @@ def find_config(name: str) -> Path:
             return path
     raise KoffError(
         f"config {name!r} is neither a file here nor one that ships with the package."
-        f"{nearest(name, shipped_configs())} `koff configs` lists them"
+        f"{_like(name)} `koff configs` lists them"
     )
+
+
+def _like(name: str) -> str:
+    """A hint at the config of a name like this; that all end alike makes none of them like it."""
+    known = (config.removesuffix(".yaml") for config in shipped_configs())
+    return nearest(name.removesuffix(".yaml"), known).replace("'?", ".yaml'?")
 
 
 def find_configs(argv: list[str]) -> tuple[list[str], list[Path]]:

@@ -148,7 +148,8 @@ def refuse_no_checkpoint(name: str, value: str) -> None:
     """Refuse the value of one of `CHECKPOINTS` where no file is."""
     if value in ("last", "best", "hpc", "null", "") or "://" in value or Path(value).expanduser().exists():
         return
-    raise KoffError(f"{name} {value}: {NO_CHECKPOINT}")
+    hint = ", and `last` stands for the newest of the run's folder" if name == "ckpt_path" else ""
+    raise KoffError(f"{name} {value}: {NO_CHECKPOINT}{hint}")
 
 
 def refuse_no_domain(folder: str | None, domains: Iterable[str]) -> None:

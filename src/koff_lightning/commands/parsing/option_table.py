@@ -77,6 +77,10 @@ def look(verb: str, words: Sequence[str]) -> None:
                 _refuse_alone(verb, value, rows, trains)
             if value is None and trains and name in rows and {"str", "int", "float"} & {*parts_of(rows[name]["type"])}:
                 raise KoffError(f"--{name} wants a value ({rows[name]['type']})")
+            if verb in NAMED and name not in rows and _has_more(name.split(".")[0], _of_a_run()):
+                raise KoffError(
+                    f"{name} is an option of the runs: it goes after a lone --, koff {verb} ... -- --{name} VALUE"
+                )
             _check(name, value, rows, trains)
         if verb in NAMED:
             _look_at_the_rest(words)
@@ -102,9 +106,13 @@ def look(verb: str, words: Sequence[str]) -> None:
     _refuse_no_arm(verb, values)
 
 
+def _of_a_run() -> dict[str, Row]:
+    return {row["name"]: row for row in options_of("fit")}
+
+
 def _look_at_the_rest(words: Sequence[str]) -> None:
     """Refuse what is certainly wrong among the options of `koff fit` that stand after a lone `--`."""
-    rows = {row["name"]: row for row in options_of("fit")}
+    rows = _of_a_run()
     for name, value in _given([*words[words.index("--") + 1 :]] if "--" in words else [], rows, True):
         if name != ALONE:
             _check(name, value, rows, True)
@@ -179,6 +187,7 @@ def help_text(verb: str) -> str:
     placed = [row for row in options_of(verb) if row.get("by_place")]
     places = "".join(f" {row['name']}" if row["default"] == "" else f" [{row['name']}]" for row in placed)
     lines = [f"usage: koff {verb}{places}{' [CONFIG.yaml]' * about['trains']} [options]", ""]
+    lines[0] += " [-- options of koff fit]" * (verb in NAMED)
     lines += [*textwrap.wrap(about["about"], width), ""]
     section = None
     for row in [*placed, *named]:

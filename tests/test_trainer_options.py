@@ -190,7 +190,7 @@ def test_processes_that_the_trainer_uses_train(process, launcher, options, envir
     [
         ("val_loss", ""),
         ("val/kof_bpb", " Did you mean 'val/koff_bpb'?"),
-        ("val/koff_bpb/fr", " Did you mean 'val/koff_bpb/de'?"),
+        ("val/koff_bpb/fr", " Did you mean 'val/koff_bpb'?"),
     ],
 )
 def test_a_monitor_of_what_is_never_logged_ends_the_run_in_its_first_step(run_in, capsys, monkeypatch, name, hint):

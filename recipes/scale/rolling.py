@@ -3,7 +3,7 @@
     python recipes/scale/rolling.py --documents 1 --turns 2
 
 koff-tiny, a mask of 12 % and seven memories, all untrained; one thread; held-out documents of each of its domains. A
-run scores a text dense, under its own memory, without memory and under the six others.
+run scores a text dense, under its own memory, without memory and under one of the others.
 """
 
 import argparse

@@ -127,10 +127,9 @@ def _next_steps(out: Path) -> str:
     return "\n".join(
         [
             "next:",
-            f"  koff inspect {at}",
+            f"  koff inspect {at}     # in Python: koff_lightning.load_decomposed({str(out)!r})",
             f"  koff generate --model {at}{memory} --prompt 'How it begins'",
             f"  koff analyze --model {at}     # which neurons left, as a page",
-            f"  in Python: koff_lightning.load_decomposed({str(out)!r})",
         ]
     )
 

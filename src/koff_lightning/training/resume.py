@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from koff_lightning.artifact.checkpoint import (
@@ -23,9 +23,6 @@ from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import difference
-
-if TYPE_CHECKING:
-    from koff_lightning.training.module import KOFFModule
 
 # What fixes a mask; and options that are younger than some checkpoints, which then had these values.
 _HARDENING = ("target", "denominator", "layout", "multiple_of", "min_channels", "min_kv_groups", "scope", "harden")
@@ -113,12 +110,12 @@ def _made(about: Mapping[str, Any], depth: int | None) -> dict[str, Any]:
     return made
 
 
-def refuse_other_options(path: str | Path, run: "KOFFModule") -> None:
+def refuse_other_options(path: str | Path, run: LightningModule) -> None:
     """Refuse, before text is read and weights are loaded, to go on with other options than a run had.
 
     Args:
         path: Its checkpoint.
-        run: The module that is to go on, not configured yet.
+        run: The KOFFModule that is to go on, not configured yet.
 
     Raises:
         KoffError: The checkpoint cannot be read, or is of another make or course.
@@ -180,8 +177,12 @@ def refuse_without_run(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
         rank_zero_info(f"the run so far computed in {there}, from here on in {here} (trainer.precision)")
 
 
-def make_of(model: "Decomposition | KOFFModule") -> dict[str, Any]:
-    """What a checkpoint must have in common with a run that takes it up, by the names of options."""
+def make_of(model: Decomposition | LightningModule) -> dict[str, Any]:
+    """What a checkpoint must have in common with a run that takes it up, by the names of options.
+
+    Args:
+        model: The model, or a KOFFModule that has none yet.
+    """
     return {
         "domains": list(model.domains),
         "shared_memory": model.shared_memory,

@@ -76,7 +76,9 @@ def test_commands_of_the_readme_are_commands():
         if option_table.knows(verb) and "NAME" not in command:
             rows = {row["name"] for row in option_table.options_of(verb)} | {"config", "print_config"}
             for word in words[len(verb.split()) :]:
-                if word.startswith("--") and word != "--":
+                if word == "--":  # options of `koff fit` follow
+                    rows |= {row["name"] for row in option_table.options_of("fit")}
+                elif word.startswith("--"):
                     name = re.sub(r"=.*", "", word)[2:]
                     known = name in rows or name.replace("-", "_") in rows or name.startswith("data.domains.")
                     assert known or name in ("help", "offline", "allow-custom-classes"), command

@@ -106,6 +106,20 @@ def test_the_client_of_openai(ai, model):
         ai.completions.create(model="tiny", prompt="x", extra_body={"wishes": 3})
 
 
+def test_an_answer_goes_into_the_next_question_as_it_came(ai):
+    messages = [{"role": "user", "content": "fox"}]
+    for _ in range(2):
+        said = ai.chat.completions.create(model="tiny:de", messages=messages, max_tokens=4, temperature=0)
+        messages += [said.choices[0].message.model_dump(), {"role": "user", "content": "the quick"}]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_what_is_streamed_tells_its_usage_last_alone(client):
+    body = {"model": "tiny", "prompt": "fox", "max_tokens": 3, "stream_options": {"include_usage": True}}
+    *parts, last, _ = client.events("/v1/completions", body)
+    assert [part["usage"] for part in parts] == [None] * len(parts) and last["usage"]["completion_tokens"] == 3
+
+
 def test_many_clients_of_many_domains_get_what_they_get_alone(client, model):
     jobs = [(name, prompt) for name in ARMS for prompt in PROMPTS] * 3
     with concurrent.futures.ThreadPoolExecutor(12) as threads:
@@ -318,11 +332,26 @@ def test_what_is_wrong_with_a_talk_is_told_by_its_place(body, said):
     assert said in str(caught.value)
 
 
+def test_parts_of_characters_have_names_of_their_own(client, model):
+    """Read as text all of them were one, and a token had another's log-probability."""
+    ids = model.tokenizer("größere 今天", add_special_tokens=False)["input_ids"]
+    body = {"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 5}
+    told = client.post("/v1/completions", body)[1]["choices"][0]["logprobs"]
+    parts = [token.removeprefix("bytes:").split("\\x") for token in told["tokens"]]
+    raw = [bytes(int(each, 16) for each in part[1:]) if part[1:] else part[0].encode() for part in parts]
+    assert b"".join(raw) == "größere 今天".encode() and any(len(part) > 1 for part in parts)
+    for token, value, top in zip(told["tokens"][1:], told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True):
+        assert top[token] == value and "\ufffd" not in "".join(top) and len(top) in (5, 6)
+    said = client.chat("tiny", "größere", logprobs=True, top_logprobs=1)[1]["choices"][0]
+    parts = [bytes(token["bytes"]) for token in said["logprobs"]["content"]]
+    assert b"".join(parts).decode(errors="replace") == said["message"]["content"]
+
+
 def test_offsets_are_those_of_the_text_that_is_told(client):
     about = client.complete("tiny:de", "Der Fuchs", echo=True, logprobs=0, max_tokens=3)[1]["choices"][0]
     told = about["logprobs"]
     places = zip(told["tokens"], told["text_offset"], strict=True)
-    (start, first), *others = [(token, offset) for token, offset in places if "\ufffd" not in token]  # half a character
+    (start, first), *others = [(token, offset) for token, offset in places if token[:6] != "bytes:"]  # half a character
     assert start.startswith("<") and start.endswith(">") and first == 0, "the start token, which the text has not"
     assert len(others) >= 2
     assert all(about["text"][offset : offset + len(token)] == token for token, offset in others)
@@ -551,6 +580,23 @@ def test_metrics_count(client, model):
     assert grown('koff_requests_total{path="/v1/completions",status="200"}') == 1
     assert after["koff_memories"] == 3
     assert client.http.get("/health").json() == {"status": "ok"}
+
+
+def test_a_failure_of_the_server_is_counted(made, monkeypatch):
+    monkeypatch.setattr(ask.Ask, "answer", lambda *_: 1 / 0)
+    with served(OwnEngine(made.folder)) as address:
+        client, other = Client(address), Client(address)  # the first one's connection is closed
+        assert client.complete("tiny")[0] == 500
+        told = other.http.get("/metrics").text
+        assert 'koff_requests_total{path="/v1/completions",status="500"} 1.0' in told
+
+
+def test_the_default_of_tokens_goes_no_further_than_the_limit(made):
+    with served(OwnEngine(made.folder), max_tokens=8) as address:
+        client = Client(address)
+        status, content = client.complete("tiny:de", max_tokens=None)
+        assert (status, content["usage"]["completion_tokens"]) == (200, 8)
+        assert client.complete("tiny:de", max_tokens=9)[0] == 400
 
 
 def test_ids_that_the_model_makes_are_taken_though_the_tokenizer_has_no_name_for_them(client, model):

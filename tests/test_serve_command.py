@@ -75,8 +75,8 @@ def test_what_is_not_installed_is_said(made, capsys, monkeypatch):
 
 
 def test_which_addresses_are_this_machines_own():
-    assert all(map(is_local, ("127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost")))
-    assert not any(map(is_local, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")))
+    assert all(map(is_local, ("127.0.0.1", "::1", "[::1]", "localhost")))
+    assert not any(map(is_local, ("0.0.0.0", "::", "127.1.2.3", "10.0.0.1", "localhost.example.org", "")))
 
 
 def test_it_serves_until_it_is_told_to_end_and_ends_when_all_is_answered(made, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_artifact import VOCABULARY, tiny_artifact
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from koff_lightning import load_decomposed
 from koff_lightning.artifact.memories import add_memory, remove_memory
@@ -18,6 +19,8 @@ from koff_lightning.router.routing import Router
 from koff_lightning.serving import batch, own
 from koff_lightning.serving.engine import Failed, Options, Unknown
 from koff_lightning.serving.own import OwnEngine
+from koff_lightning.serving.sampling import Sampler, nucleus
+from koff_lightning.serving.text import Text
 from koff_lightning.support.errors import KoffError
 
 ARMS = ["de", "fr", "law", None]
@@ -77,6 +80,15 @@ def test_mixed_texts_give_what_each_gives_alone(made, model, rows):
     assert [(out, why) for out, why in found] == [
         (alone(model, ids, arm, options.max_tokens), "length") for ids, arm, options in jobs
     ]
+
+
+def test_rows_whose_rotary_embedding_goes_by_the_longest_are_read_apart(tmp_path):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [8.0] * 8, "original_max_position_embeddings": 32}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0} | factors
+    made = tiny_artifact(tmp_path, changes={"rope_parameters": rope}, kv=None)
+    jobs = [([7, 8, 9], "de"), ([5] * 60, "de"), ([4, 4], None)]
+    found = run(made.folder, lambda engine: asyncio.gather(*(answer(engine, *job) for job in jobs)))
+    assert [out for out, _ in found] == [run(made.folder, lambda e, job=job: answer(e, *job))[0] for job in jobs]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3_text"])
@@ -165,6 +177,22 @@ def test_sampling_follows_its_seed_whoever_is_beside(made):
     assert one == beside != other
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-9])
+def test_sampling_has_the_probabilities_that_transformers_gives(top_p):
+    torch.manual_seed(0)
+    logits, options = 3 * torch.randn(1, 2000), Options(1, temperature=0.7, top_p=top_p, seed=1)
+    due = TemperatureLogitsWarper(0.7)(None, logits.double())
+    due = (TopPLogitsWarper(top_p)(None, due) if top_p < 1 else due).softmax(-1)[0]
+    shares, places = nucleus((logits[0].double() / 0.7).softmax(-1), top_p)
+    found = torch.zeros(2000, dtype=torch.double)
+    found[slice(None) if places is None else places] = shares / shares.sum()
+    assert torch.allclose(found, due, atol=1e-12)
+    sampler = Sampler(options)
+    drawn = torch.tensor([sampler.pick(logits[0]) for _ in range(3000)]).bincount(minlength=2000)
+    assert not drawn[due == 0].any()
+    assert (drawn / 3000 - due).abs().max() < 5 * (0.25 / 3000) ** 0.5
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 5e-324])
 def test_sampling_at_hardly_any_temperature_is_greedy_and_harms_nobody_beside(made, model, temperature):
     cold = Options(8, temperature=temperature, top_p=0.9, seed=1, ignore_end=True)
@@ -186,6 +214,21 @@ def test_who_goes_away_frees_the_place(made, model):
         return await waiting
 
     assert run(made.folder, leave, rows=1)[0] == alone(model, [8, 9], "fr")
+
+
+def test_who_goes_away_while_it_waits_is_no_longer_held(made):
+    async def leave(engine):
+        first = engine.stream([5, 6, 7], "de", Options(400, ignore_end=True))
+        await anext(first)
+        waiting = [asyncio.create_task(answer(engine, [8, 9], "fr")) for _ in range(9)]
+        await asyncio.sleep(0.05)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert engine.load == (1, 0)
+        await first.aclose()
+
+    run(made.folder, leave, rows=1)
 
 
 def test_memories_come_and_go_while_texts_are_under_way(made, model, tmp_path):
@@ -426,3 +469,23 @@ def test_an_engine_that_ends_says_so(made):
             await answer(engine, [5], None)
 
     run(made.folder, close)
+
+
+def test_a_character_that_the_prompt_begins_is_told_whole(model):
+    first, *rest = model.tokenizer("ß", add_special_tokens=False)["input_ids"]
+    assert rest, "of several tokens"
+    assert Text(model.tokenizer, [7, first]).add(rest, last=True) == "ß"
+
+
+def test_long_stop_words_cost_no_more_than_what_is_held(model):
+    class Counted(str):
+        looks = 0
+
+        def __getitem__(self, part):
+            Counted.looks += 1
+            return str.__getitem__(self, part)
+
+    text = Text(model.tokenizer, [7], [Counted("never" * 1000)])
+    for token in (8, 9, 10):
+        text.add([token])
+    assert Counted.looks < 50

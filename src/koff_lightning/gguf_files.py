@@ -89,7 +89,10 @@ class _Reader:
         if count > len(self.content) - self.at or entry == _ARRAY:
             raise ValueError("an array in its head goes beyond its end, or holds arrays")
         if entry in _SCALARS:
-            self.take(f"{count}{_SCALARS[entry]}")
+            size = count * struct.calcsize(f"<{_SCALARS[entry]}")
+            if size > len(self.content) - self.at:
+                raise ValueError("an array in its head goes beyond its end, or holds arrays")
+            self.at += size
         else:
             for _ in range(count):
                 self.value(entry)

@@ -1,6 +1,5 @@
 """`koff serve`: an exported model behind OpenAI's protocol, a domain per request."""
 
-import ipaddress
 import logging
 import socket
 from pathlib import Path
@@ -127,11 +126,8 @@ def _name(manifest: "Manifest") -> str:
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+    """Whether only this machine can reach an address, by a name that `guard.LOCAL` knows."""
+    return host in ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -243,7 +243,7 @@ def unread(tokenizer: PreTrainedTokenizerBase) -> Unread:
     Its options need not say it: a model may have an unknown token that they do not name, or none where they name one.
     """
     ids, known = tokenizer(_SIGN, add_special_tokens=False)["input_ids"], _SIGN.encode()
-    raw = [piece.strip() for piece in _raws(tokenizer, ids)]
+    raw = [piece.strip() for piece in pieces_of(tokenizer, ids)]
     if b"".join(raw) == known:  # by its bytes
         return Unread(tokenizer.unk_token_id, left_out=False)
     odd = [token for token, piece in zip(ids, raw, strict=True) if piece not in known]
@@ -254,7 +254,7 @@ def _first_bytes(
     text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase, there: Unread
 ) -> int:
     """UTF-8 bytes of the text that its first token stands for, without the space that some tokenizers put first."""
-    raw = _raws(tokenizer, ids[:1])[0]
+    raw = pieces_of(tokenizer, ids[:1])[0]
     if there.left_out:  # before it too
         return len(raw.lstrip())
     if len(ids) == 1:
@@ -279,21 +279,24 @@ def _unknown_bytes(
     """UTF-8 bytes of the text in place of each unknown token, in their order; of what is left out all in one."""
     if there.left_out:
         size = sum(map(len, text.encode().split()))  # of white space some leave all out, and lose nothing
-        return [max(0, size - sum(len(part) for raw in _raws(tokenizer, ids) for part in raw.split()))]
+        return [max(0, size - sum(len(part) for raw in pieces_of(tokenizer, ids) for part in raw.split()))]
     places = [] if there.token is None else [place for place, token in enumerate(ids) if token == there.token]
     if not places:
         return []
     if not tokenizer.is_fast:  # it does not say where a token lies: what the known ones do not account for
-        known = sum(map(len, _raws(tokenizer, [token for token in ids if token != there.token])))
+        known = sum(map(len, pieces_of(tokenizer, [token for token in ids if token != there.token])))
         return [max(0, len(text.encode()) - known)] + [0] * (len(places) - 1)
     spans = [encoded.token_to_chars(number, place) for place in places]
     return [len(text[span.start : span.end].encode()) for span in spans]
 
 
-def _raws(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bytes]:
-    """The bytes that tokens stand for; of a vocabulary without the byte-level sign for a space letters are letters."""
+def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
+    """The bytes that tokens stand for, none for ids that the tokenizer has no name for.
+
+    Of a vocabulary without the byte-level sign for a space letters are letters.
+    """
     by_bytes = not tokenizer.is_fast or tokenizer.backend_tokenizer.token_to_id("Ġ") is not None
-    return [_raw(piece, by_bytes) for piece in tokenizer.convert_ids_to_tokens(ids)]
+    return [_raw(piece or "", by_bytes) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
 
 
 def _raw(piece: str, by_bytes: bool = True) -> bytes:

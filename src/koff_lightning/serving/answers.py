@@ -2,15 +2,17 @@
 
 import time
 import uuid
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from koff_lightning.data.encoding import pieces_of
 from koff_lightning.serving.engine import Token
 from koff_lightning.serving.job import Answer, Told
-from koff_lightning.serving.text import decoded
 
+PART = "bytes:"  # begins the name of a token that is a part of a character
 _LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
 
 
@@ -41,6 +43,7 @@ class Form:
     ) -> None:
         self.model, self.tokenizer, self.answers = model, tokenizer, answers
         self.with_ids, self.copies, self.domains = with_ids, copies, domains
+        self._pieces: dict[int, bytes] = {}
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def part(self, answer: Answer, told: Told, first: bool) -> dict[str, Any]:
@@ -92,8 +95,18 @@ class Form:
     ) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _piece(self, token: int) -> bytes:
+        if token not in self._pieces:
+            (self._pieces[token],) = pieces_of(self.tokenizer, [token])
+        return self._pieces[token]
+
     def _word(self, token: int) -> str:
-        return decoded(self.tokenizer, [token], special=True)
+        """What a token stands for; a part of a character as OpenAI writes it, so that no two are written alike."""
+        piece = self._piece(token)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return PART + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 class CompletionForm(Form):
@@ -110,6 +123,7 @@ class CompletionForm(Form):
         super().__init__(*args)
         self._echoes = echoes
         self._offsets = dict.fromkeys(self.answers, 0)
+        self._characters = {answer: getincrementaldecoder("utf-8")("replace") for answer in self.answers}
         self._unseen = frozenset(self.tokenizer.all_special_ids)  # no part of the text
 
     def _content(
@@ -127,22 +141,27 @@ class CompletionForm(Form):
         if answer.options.logprobs is None:
             return {"text": text, "logprobs": None}
         told = [*(prompt or ()), *tokens] if self._echoes is not None else tokens
-        words, offsets = [self._word(token.id) for token in told], []
-        for token, word in zip(told, words, strict=True):
-            offsets.append(self._offsets[answer])
-            self._offsets[answer] += 0 if token.id in self._unseen else len(word)
+        words = [self._word(token.id) for token in told]
+        offsets = [self._offset(answer, token.id, word) for token, word in zip(told, words, strict=True)]
         tops = [None if t.logprob is None else self._top(t, w) for t, w in zip(told, words, strict=True)]
         logprobs = [None if token.logprob is None else max(token.logprob, _LOWEST) for token in told]
         about = {"tokens": words, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
         return {"text": text, "logprobs": about}
 
+    def _offset(self, answer: Answer, token: int, word: str) -> int:
+        """Where a token begins in the text; one that is a part of a character, where that character does."""
+        place = self._offsets[answer]
+        if token in self._unseen:
+            return place
+        self._offsets[answer] += len(self._characters[answer].decode(self._piece(token)))
+        return place if word.startswith(PART) else self._offsets[answer] - len(word)
+
     def _top(self, token: Token, word: str) -> dict[str, float]:
-        """The likeliest tokens and the one that stands there. Of two that read alike the likelier is told."""
+        """The likeliest tokens and the one that stands there, which goes before another that reads alike."""
         found: dict[str, float] = {}
         for other, value in token.top:
             found.setdefault(self._word(other), max(value, _LOWEST))
-        found.setdefault(word, max(token.logprob, _LOWEST))
-        return found
+        return found | {word: max(token.logprob, _LOWEST)}
 
 
 class ChatForm(Form):
@@ -176,6 +195,4 @@ class ChatForm(Form):
         return self._one(token.id, token.logprob or 0.0) | {"top_logprobs": top}
 
     def _one(self, token: int, value: float) -> dict[str, Any]:
-        word = self._word(token)
-        content = None if "�" in word else list(word.encode())
-        return {"token": word, "logprob": max(value, _LOWEST), "bytes": content}
+        return {"token": self._word(token), "logprob": max(value, _LOWEST), "bytes": list(self._piece(token))}

@@ -166,8 +166,6 @@ class Ask:
         asked, body = self.body.max_tokens, self.body
         if isinstance(body, Chat) and body.max_completion_tokens is not None:
             asked = body.max_completion_tokens
-        if asked is None and isinstance(body, Completion):
-            asked = 16
         limit = min(room - length, self.front.settings.max_tokens or room)
         least = 0 if asked == 0 else 1
         if room - length < least or (asked is not None and asked > limit):
@@ -177,7 +175,9 @@ class Ask:
                 param="max_tokens" if room > length else "prompt",
                 code="context_length_exceeded",
             )
-        return limit if asked is None else asked
+        if asked is None:
+            return min(limit, 16) if isinstance(body, Completion) else limit  # as OpenAI's does
+        return asked
 
     def _form(self, answers: list[Answer]) -> Form:
         """How the answers are written down."""
@@ -209,11 +209,12 @@ class Ask:
     ) -> AsyncIterator[str]:
         """Server-sent events of a streamed answer."""
         self._first()
-        begun: set[Answer] = set()
+        asked = self.body.stream_options and self.body.stream_options.include_usage
+        begun, usage = set[Answer](), {"usage": None} if asked else {}
         try:
             async for answer, told in _again(first, come):
                 if told.text or told.tokens or told.finish or told.prompt:
-                    yield _event(form.part(answer, told, answer not in begun))
+                    yield _event(form.part(answer, told, answer not in begun) | usage)
                     begun.add(answer)
         except Refused as error:
             yield _event(error.body())
@@ -222,7 +223,7 @@ class Ask:
             _log.exception("a streamed answer failed")
             yield _event(Refused("the server failed; its log says how", 500).body())
             return
-        if self.body.stream_options and self.body.stream_options.include_usage:
+        if asked:
             yield _event(form.last())
         yield "data: [DONE]\n\n"
 

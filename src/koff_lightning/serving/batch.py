@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from koff_lightning.artifact.decomposed import DecomposedModel
+from koff_lightning.backbone import rope_of
+from koff_lightning.kv_memory import MOVING_ROPE
 from koff_lightning.serving.engine import Failed, Options, Piece, Token
 from koff_lightning.serving.sampling import Sampler, described
 
@@ -56,11 +58,11 @@ class Row:
 
     def take(self, logits: Tensor, ends: frozenset[int], prompt: tuple[Token, ...] | None = None) -> None:
         """Choose the next token by logits [V], and tell it."""
-        if not self.options.max_tokens:
-            self._tell(Piece((), "length", prompt))
-            return
         if not logits.max().isfinite():
             self.fail(Failed("the model's numbers are not finite"))
+            return
+        if not self.options.max_tokens:
+            self._tell(Piece((), "length", prompt))
             return
         self.last = self.sampler.pick(logits)
         if self.last in ends and not self.options.ignore_end:
@@ -234,6 +236,8 @@ class Batch:
     def __init__(self, model: DecomposedModel, ends: frozenset[int]) -> None:
         self.model, self.ends = model, ends
         self._weights = model.active_parameters()
+        # Such a rotary embedding goes by the longest text of a pass: together, rows would change each other's answers.
+        self._apart = rope_of(model.backbone.config).get("rope_type") in MOVING_ROPE
         self._prompts: list[Prompts] = []
         self._together: list[Together] = []
 
@@ -244,6 +248,9 @@ class Batch:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take in rows whose prompts are to be read."""
+        if self._apart:
+            self._prompts += [Prompts(self.model, [row]) for row in rows]
+            return
         key = _likeness
         self._prompts += [Prompts(self.model, [*few]) for _, few in groupby(sorted(rows, key=key), key)]
 
@@ -274,6 +281,9 @@ class Batch:
 
     def _join(self) -> None:
         """Put caches together where the padding costs a step less than reading the weights for one more."""
+        if self._apart:
+            self._together = [part for part in self._together if part.rows]
+            return
         joined: list[Together] = []
         for part in sorted((part for part in self._together if part.rows), key=lambda part: part.width):
             if joined and joined[-1].padding(part) * part.cell <= self._weights:

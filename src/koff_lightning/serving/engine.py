@@ -106,7 +106,7 @@ class Held:
 
 
 class Engine(ABC):
-    """Computes for the front, and holds the memories of an artifact. All methods are called in one event loop.
+    """Computes for the front, and holds the memories of an artifact. All methods but `route` are called in one event loop.
 
     Attributes:
         tokenizer: The backbone's.
@@ -123,7 +123,9 @@ class Engine(ABC):
         self.folder, self._manifest = folder, manifest
         self._held: dict[str, Held] = {}
         self._broken: dict[str, str] = {}  # domain -> hash of the card of a memory that could not be used
-        self._read: tuple[Any, Router] | None = None  # what the manifest said of the router, and the router
+        self._read: tuple[Any, Router | KoffError] | None = (
+            None  # what the manifest says of the router, and it or its fault
+        )
 
     @property
     @abstractmethod
@@ -185,9 +187,14 @@ class Engine(ABC):
         Raises:
             KoffError: There is none, it is damaged, or it was fitted for other memories.
         """
-        if self._read is None or self._read[0] != self._manifest.router:
-            self._read = self._manifest.router, read_router(self.folder, self._manifest)
-        router = self._read[1]
+        of = self._manifest.router
+        if self._read is None or self._read[0] != of:
+            try:
+                self._read = of, read_router(self.folder, self._manifest)
+            except KoffError as error:  # it would fail alike each time that somebody looks
+                self._read = of, error
+        if isinstance(router := self._read[1], KoffError):
+            raise router
         check_fit(router.domains, list(self._held), self.folder)
         return router
 
@@ -233,21 +240,25 @@ class Engine(ABC):
                 continue
             try:
                 held = await self._take_up(name, sha256, manifest)
-                replaced = await self._let_go(name)
-                self._held[name] = held
-                said.append(f"{'replaced' if replaced else 'added'} {name}")
+                old, self._held[name] = self._held.get(name), held  # at no moment is there none
+                said.append(f"{'replaced' if old else 'added'} {name}")
+                await self._retire(old)
             except Exception as error:  # whatever is wrong with one, the others go on
                 self._broken[name] = sha256
                 said.append(f"left out {name}, which cannot be used: {error}")
         self._manifest = manifest
+        await asyncio.to_thread(lambda: self.routes)  # to read it may take long: here, and not in a request
         return said
 
     async def _let_go(self, domain: str) -> bool:
         """Give a memory to no new text, and free it once no text reads it."""
         held = self._held.pop(domain, None)
-        if held is None:
-            return False
-        held.current = False
-        if not held.rows:
-            await self._drop(held)
-        return True
+        await self._retire(held)
+        return held is not None
+
+    async def _retire(self, held: Held | None) -> None:
+        """Free a memory that no new text is given, once no text reads it."""
+        if held is not None:
+            held.current = False
+            if not held.rows:
+                await self._drop(held)

@@ -41,8 +41,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        begun = False
+
         async def noted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 self.count(scope["path"], message["status"])
             await send(message)
 
@@ -67,7 +71,12 @@ class Guard:
                 due = None  # what is waited for now is that the client goes away
             return message
 
-        await self.app(scope, counted, noted)
+        try:
+            await self.app(scope, counted, noted)
+        except Exception:
+            if not begun:  # what answers it stands before this
+                self.count(scope["path"], 500)
+            raise
 
     def _look(self, scope: Scope) -> None:
         headers: Any = Headers(scope=scope)
@@ -80,7 +89,8 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > LARGEST_BODY:
             raise _too_large()
-        if scope["method"] == "POST" and headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        kind = headers.get("content-type", "").split(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != "application/json":
             raise Refused("send JSON, with the header Content-Type: application/json", 415)
 
 

@@ -1,6 +1,7 @@
 """The project's own runtime as an engine: one thread that continues all texts together, whatever memories they read."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -14,9 +15,12 @@ import torch
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.folder import MEMORIES, Manifest
+from koff_lightning.artifact.memory_files import CARD
 from koff_lightning.backbone import end_tokens
 from koff_lightning.serving.batch import Batch, Row
 from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece
+from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import hash_file
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -99,6 +103,8 @@ class OwnEngine(Engine):
                         return
             finally:
                 row.gone = True
+                with self._wake, contextlib.suppress(ValueError):
+                    self._waiting.remove(row)  # else it would be held until there is room for it
 
     async def close(self) -> None:
         """End what is under way, and the thread."""
@@ -113,9 +119,13 @@ class OwnEngine(Engine):
         while name in self.model.memories.domains:
             self._numbers += 1
             name = f"{domain[:50]}-{self._numbers}"
-        load = partial(self._keeper.add_memory, self.folder / MEMORIES / domain, name)
-        await asyncio.wrap_future(self._call(load))
+        await asyncio.wrap_future(self._call(partial(self._load, self.folder / MEMORIES / domain, name, sha256)))
         return self._known(name, sha256)
+
+    def _load(self, folder: Path, name: str, sha256: str) -> None:
+        if hash_file(folder / CARD) != sha256:
+            raise KoffError(f"{folder / CARD} is not the one in the artifact's manifest")
+        self._keeper.add_memory(folder, name)
 
     async def _drop(self, held: Held) -> None:
         """Let the thread free a memory; nobody waits for that."""
@@ -155,10 +165,11 @@ class OwnEngine(Engine):
         """Those who wait, as many as there is room for."""
         found: list[Row] = []
         busy = sum(not (row.done or row.gone) for row in self._batch.rows)
-        while self._waiting and busy + len(found) < self._rows:
-            row = self._waiting.popleft()
-            if not row.gone:
-                found.append(row)
+        with self._wake:
+            while self._waiting and busy + len(found) < self._rows:
+                row = self._waiting.popleft()
+                if not row.gone:
+                    found.append(row)
         return found
 
     def _fail(self, rows: list[Row], error: Failed) -> None:

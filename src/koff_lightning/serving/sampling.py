@@ -5,7 +5,6 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from koff_lightning.serving.engine import Options, Token
 
@@ -18,23 +17,43 @@ class Sampler:
     """
 
     def __init__(self, options: Options) -> None:
-        self._warpers: list[TemperatureLogitsWarper | TopPLogitsWarper] = []
-        self._random = torch.Generator()
-        if options.temperature:
+        self._temperature, self._top_p, self._random = options.temperature, options.top_p, torch.Generator()
+        if self._temperature:
             self._random.seed() if options.seed is None else self._random.manual_seed(options.seed)
-            self._warpers.append(TemperatureLogitsWarper(float(options.temperature)))
-            if options.top_p < 1:
-                self._warpers.append(TopPLogitsWarper(options.top_p))
 
     def pick(self, logits: Tensor) -> int:
         """The next token, by logits [V]."""
-        if not self._warpers:
+        if not self._temperature:
             return int(logits.argmax())
-        scores = logits[None].double().cpu()  # [1, V]
-        scores -= scores.max()  # so that no temperature makes an infinity of the largest
-        for warp in self._warpers:
-            scores = warp(None, scores)
-        return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._random))
+        scores = (logits.double() - logits.max()) / self._temperature  # none makes an infinity of the largest, [V]
+        shares, places = nucleus(scores.float().softmax(-1), self._top_p)
+        # One random number, whatever V is: multinomial draws V of them, which takes longer than a small model.
+        sums = shares.double().cumsum(-1)
+        drawn = torch.rand((), generator=self._random, dtype=torch.double).to(sums.device) * sums[-1]
+        place = torch.searchsorted(sums, drawn, right=True).clamp(max=len(sums) - 1)
+        return int(place if places is None else places[place])
+
+
+def nucleus(shares: Tensor, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """The fewest likeliest tokens that have `top_p` of the probability together (Holtzman et al., ICLR 2020).
+
+    Args:
+        shares: Probabilities, [V].
+        top_p: 1 for all of them.
+
+    Returns:
+        Their probabilities, [K], and which tokens they are, [K]; None for all of them in their order.
+    """
+    if top_p >= 1:
+        return shares, None
+    count = 64  # mostly enough: to sort all V takes far longer
+    while True:
+        best = shares.topk(min(count, len(shares)))
+        if count >= len(shares) or best.values.sum() >= top_p:
+            break
+        count *= 16
+    keep = best.values.double().cumsum(-1) - best.values < top_p
+    return best.values[keep], best.indices[keep]
 
 
 def described(ids: list[int], logits: Tensor, options: Options) -> list[Token]:

@@ -21,6 +21,8 @@ class Text:
         self._tokenizer, self._stop = tokenizer, stop
         self._ids = list(prompt[-_BEFORE:])
         self._start, self._read = 0, len(self._ids)  # decoded up to `_read`; what comes is decoded from `_start` on
+        while self._read and self._decode(self._read).endswith("�"):  # a character that the answer may end
+            self._read -= 1
         self._held = ""  # not told yet
         self.stopped = False  # at a stop word
 
@@ -55,10 +57,11 @@ class Text:
 
     def _may_become_stop(self) -> int:
         """Characters at the end of what is held that a stop word begins with."""
-        sizes = [size for word in self._stop for size in range(1, len(word)) if self._held.endswith(word[:size])]
+        most = len(self._held) + 1
+        sizes = [n for word in self._stop for n in range(1, min(len(word), most)) if self._held.endswith(word[:n])]
         return max(sizes, default=0)
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], special: bool = False) -> str:
-    """Text of tokens, with or without special ones."""
-    return tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of tokens, without special ones."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -127,7 +127,11 @@ class VllmEngine(Engine):
     async def _take_up(self, domain: str, sha256: str, manifest: Manifest) -> Held:
         held = await asyncio.to_thread(self._copied, domain, sha256, manifest)
         if (lora := self._loras.get(held.name)) is not None:
-            await self._llm.add_lora(lora)  # what does not fit is found out here, not in an answer
+            try:
+                await self._llm.add_lora(lora)  # what does not fit is found out here, not in an answer
+            except Exception:
+                await self._drop(held)
+                raise
         return held
 
     def _copied(self, domain: str, sha256: str, manifest: Manifest) -> Held:

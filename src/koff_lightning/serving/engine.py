@@ -106,7 +106,7 @@ class Held:
 
 
 class Engine(ABC):
-    """Computes for the front, and holds the memories of an artifact. All methods but `route` are called in one event loop.
+    """Computes for the front, and holds the memories of an artifact. All methods but `route` run in one event loop.
 
     Attributes:
         tokenizer: The backbone's.

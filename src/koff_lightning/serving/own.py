@@ -15,8 +15,8 @@ import torch
 
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.folder import MEMORIES, Manifest
-from koff_lightning.artifact.memory_files import CARD
 from koff_lightning.backbone import end_tokens
+from koff_lightning.listed_files import CARD
 from koff_lightning.serving.batch import Batch, Row
 from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece
 from koff_lightning.support.errors import KoffError

@@ -50,10 +50,10 @@ TINY: dict[str, list[str]] = {
 }
 SMOLLM2: dict[str, list[str]] = {
     "as configured": [],
-    "lora_lr 5e-4": ["--model.optim.lora_lr=5e-4"],
+    "lora_lr 1e-3": ["--model.optim.lora_lr=1e-3"],
     "ramp 0.40, hold 0.15": course(0.40, 0.15),
     "warm-up 0.20, mask at once": ["--anneal.warmup=0.20", *course(0, 0.01)],
-    "lora_lr 2e-3": ["--model.optim.lora_lr=2e-3"],
+    "lora_lr 4e-3": ["--model.optim.lora_lr=4e-3"],
     "kv_lr 1.5e-2": ["--model.optim.kv_lr=1.5e-2"],
     "kl 0.5": ["--model.loss.kl=0.5"],
 }

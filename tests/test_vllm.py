@@ -158,7 +158,7 @@ def test_vllms_own_server_refuses_at_once(monkeypatch):
 class Layer:
     """Of a model: keeps what is written into its cache."""
 
-    kv_cache_torch_dtype, head_size = torch.float32, 16
+    kv_cache_torch_dtype, head_size = torch.uint8, 16  # as with --kv-cache-dtype fp8: its own writing scales
 
     def __init__(self, heads, blocks, block):
         self.num_kv_heads, self.kv_cache = heads, torch.zeros(2, blocks * block, heads, 16)
@@ -179,7 +179,7 @@ class Side:
         made = SimpleNamespace(
             extra={"koff_memories": str(folder / "memories")},
             cache_config=SimpleNamespace(**given),
-            model_config=SimpleNamespace(hf_config=config),
+            model_config=SimpleNamespace(hf_config=config, dtype=torch.float32),
         )
         groups = SimpleNamespace(kv_cache_groups=[None])
         self.scheduler, self.worker = (KoffMemories(made, role, groups) for role in ("scheduler", "worker"))

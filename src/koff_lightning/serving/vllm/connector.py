@@ -10,7 +10,6 @@ engine, and an answer without the memory would be a wrong one.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +71,7 @@ class KoffMemories(KVConnectorBase_V1, SupportsHMA):
                 "give --disable-sliding-window"
             )
         self._folder, self._config = Path(folder), vllm_config.model_config.hf_config
+        self._dtype: torch.dtype = vllm_config.model_config.dtype  # of keys before a cache of 8 bits scales them
         self._block: int = vllm_config.cache_config.block_size
         self._salted: bool = vllm_config.cache_config.enable_prefix_caching
         self._freq = inv_freq(self._config)
@@ -182,7 +182,7 @@ class KoffMemories(KVConnectorBase_V1, SupportsHMA):
         places = torch.arange(load.first, load.end)
         slots = torch.tensor(load.blocks)[places // self._block] * self._block + places % self._block
         layers = {name: layer for name, layer in layers.items() if hasattr(layer, "kv_cache_torch_dtype")}
-        pairs = self._tensors(load.held, layers.values())
+        pairs = self._tensors(load.held)
         for name, layer in layers.items():
             cache = layer.kv_cache
             key, value = (part[load.first : load.end].to(cache.device) for part in pairs[extract_layer_index(name)])
@@ -192,7 +192,7 @@ class KoffMemories(KVConnectorBase_V1, SupportsHMA):
                 raise KoffError(f"{type(layer.impl).__name__} cannot write slots: give --attention-backend FLASH_ATTN")
             layer.impl.do_kv_cache_update(layer, key, value, cache, slots.to(cache.device))
 
-    def _tensors(self, held: Held, layers: Iterable[Any]) -> list[list[Tensor]]:
+    def _tensors(self, held: Held) -> list[list[Tensor]]:
         """The keys and values of a memory's layers that this rank holds, as they were when the request came."""
         if held.salt not in self._kept:
             if find(self._folder, held.name) != held:
@@ -200,8 +200,7 @@ class KoffMemories(KVConnectorBase_V1, SupportsHMA):
             _, _, memory = read_memory(self._folder / held.name, self._config.num_hidden_layers)
             check_layers(memory, self._config)
             rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-            dtype = next(iter(layers)).kv_cache_torch_dtype
-            self._kept[held.salt] = placed(memory, self._freq, dtype, rank, size)
+            self._kept[held.salt] = placed(memory, self._freq, self._dtype, rank, size)
             if len(self._kept) > _MOST:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(held.salt)

@@ -151,7 +151,7 @@ def placed(memory: KVMemory, freq: Tensor, dtype: torch.dtype, rank: int = 0, si
     Args:
         memory: The memory with all heads, its keys at the positions -P..-1.
         freq: As `inv_freq`.
-        dtype: Dtype of the cache.
+        dtype: Dtype of the model, in which its layers write into the cache.
         rank: This rank of tensor parallelism, from 0.
         size: How many ranks there are.
     """

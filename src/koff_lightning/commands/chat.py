@@ -84,6 +84,8 @@ def _check_template(tokenizer: Any, opening: list[dict[str, str]]) -> None:
 
 
 def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, str]], options: dict[str, Any]) -> None:
+    from koff_lightning.data.messages import last_questions_first
+
     about = f"domains: {', '.join(model.domains) or 'none'}. {HELP}"
     print(about)
     messages = list(opening)
@@ -109,8 +111,7 @@ def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, 
             messages.append({"role": "user", "content": line})
             memory = domain
             if domain == AUTO and AUTO not in model.domains:
-                questions = [message["content"] for message in reversed(messages) if message["role"] == "user"]
-                memory = model.route(["\n".join(questions)])[0]  # a short question goes with those before it
+                memory = model.route([last_questions_first(messages)])[0]
                 print(f"[{memory or 'no memory'}]")
             messages.append({"role": "assistant", "content": _answer(model, memory, messages, options)})
 

@@ -42,6 +42,11 @@ def questions(talk: str) -> str:
     return "\n".join(asked or [message["content"] for message in messages])
 
 
+def last_questions_first(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What the user says in a talk under way, for a router, which reads the beginning: a short question goes first."""
+    return "\n".join(message["content"] for message in reversed(messages) if message["role"] == "user")
+
+
 def _side(value: Any, name: str, role: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, name)
 

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from koff_lightning.data.encoding import encode, encode_prompt
+from koff_lightning.data.messages import last_questions_first
 from koff_lightning.data.rendering import render, writing
 from koff_lightning.serving.answers import ChatForm, CompletionForm, Form
 from koff_lightning.serving.errors import Refused
@@ -134,8 +135,7 @@ class Ask:
         if domain != AUTO or self.front.called_auto(self.rights):
             return [domain] * len(prompts)
         if isinstance(self.body, Chat):
-            questions = [m.plain()["content"] for m in reversed(self.body.messages) if m.role == "user"]
-            texts = ["\n".join(questions)]  # the last one first, as `koff chat` asks: a router reads the beginning
+            texts = [last_questions_first([message.plain() for message in self.body.messages])]
         else:
             texts = [text if isinstance(text, str) else decoded(self.tokenizer, text) for text in self.body.prompts]
         try:

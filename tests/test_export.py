@@ -737,7 +737,7 @@ def test_checkpoints_that_are_refused(run, tmp_path, monkeypatch):
     refused(good | {"hyper_parameters": added}, "holds memories for the artifact 'runs/demo/artifact'")
     with pytest.raises(KoffError, match="no such file. `koff fit` leaves one"):
         from_checkpoint(tmp_path / "none.ckpt")
-    with pytest.raises(KoffError, match="is a folder, as sharded runs save"):
+    with pytest.raises(KoffError, match=f"is a folder, wanted is a checkpoint: give {tmp_path / 'some.ckpt'}"):
         from_checkpoint(tmp_path)
 
 

@@ -367,7 +367,7 @@ def test_where_there_are_checkpoints_but_none_is_intact_no_run_starts_anew(run_i
     broken(tmp_path / "x/version_0/checkpoints/last.ckpt")
     broken(tmp_path / "x/version_1/checkpoints/last.ckpt", b"")
     saved(tmp_path / "x/version_2/a.ckpt", step=None)
-    (tmp_path / "x/version_3/sharded.ckpt").mkdir(parents=True)
+    broken(tmp_path / "x/version_3/sharded.ckpt/.metadata", b"")
     assert run_in("x", "--ckpt_path", "last") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("koff: there are checkpoints, but none can be used: ")

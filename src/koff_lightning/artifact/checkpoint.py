@@ -15,9 +15,11 @@ from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import options_of
+from koff_lightning.support.run_places import checkpoint_below, is_sharded
 
 PREFIX = "model."  # of the decomposition in the state dict of a KOFFModule
 _PARTS = ("koff", "hyper_parameters", "state_dict")
+_LEFT = "`koff fit` leaves one in runs/.../checkpoints/last.ckpt"
 _FIRST_VERSION = ("gates.", "memories.", "backbone.")  # 0.1.0 up to d37453a saved a decomposition without a prefix
 
 
@@ -42,14 +44,9 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
                 raise BadZipFile(f"{damaged} has another check sum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except IsADirectoryError:
-        raise KoffError(
-            f"{path} is a folder, as sharded runs save: make one file of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
-        ) from None
+        raise KoffError(_about_folder(path)) from None
     except FileNotFoundError:
-        raise KoffError(
-            f"checkpoint {path}: no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
-        ) from None
+        raise KoffError(f"checkpoint {path}: no such file. {_LEFT}") from None
     except OSError as error:
         raise KoffError(
             f"cannot read {path}: {reason_of(error)}. It may be intact: see to the disk or the rights, then try again"
@@ -65,6 +62,17 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         raise KoffError(f"{path} names code to be run ({', '.join(sorted(named))}): `koff fit` writes no such thing")
     check_content(checkpoint, str(path))
     return checkpoint
+
+
+def _about_folder(path: Path) -> str:
+    """What to do where a folder was given for a checkpoint."""
+    if is_sharded(path):
+        return (
+            f"{path} is a folder, as sharded runs save: make one file of it with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
+        )
+    found = checkpoint_below(path)
+    return f"{path} is a folder, wanted is a checkpoint: {f'give {found}' if found else f'it holds none. {_LEFT}'}"
 
 
 def check_content(checkpoint: dict[str, Any], where: str = "the checkpoint") -> None:

@@ -40,6 +40,7 @@ from koff_lightning.support.files import check_sha256, hash_file
 from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import check_name, refuse_no_memory
+from koff_lightning.support.run_places import artifact_near, checkpoint_below
 from koff_lightning.surgery import masks
 
 FORMAT = 1
@@ -258,11 +259,22 @@ def read_manifest(folder: str | Path) -> Manifest:
         fault = "that is a file, wanted is the folder" if folder.exists() else "no such folder"
         raise KoffError(f"artifact {str(folder)!r}: {fault}. `koff export --ckpt CHECKPOINT --out DIR` makes one")
     if not (folder / MANIFEST).is_file():
-        inside = (folder.parent / MANIFEST).is_file()
-        hint = f"give {folder.parent}" if inside else "`koff export --ckpt CHECKPOINT --out DIR` makes an artifact"
-        kind = "a model" if (folder / "config.json").is_file() else "a folder"
-        raise KoffError(f"{folder} is {kind} without {MANIFEST}, so it is no artifact: {hint}")
+        raise KoffError(_no_artifact(folder))
     return Manifest.from_json(read_versioned(folder / MANIFEST), folder / MANIFEST)
+
+
+def _no_artifact(folder: Path) -> str:
+    """What to do where another folder was given for an artifact."""
+    kind = "a model" if (folder / "config.json").is_file() else "a folder"
+    said = f"{folder} is {kind} without {MANIFEST}, so it is no artifact: "
+    if found := artifact_near(folder):
+        return f"{said}give {found}"
+    if checkpoint := checkpoint_below(folder):
+        return (
+            f"{said}it is of a run that has not ended, or exports none. `koff export --ckpt {checkpoint} --out DIR` "
+            "makes one, and `koff fit` goes on with the run with --ckpt_path last"
+        )
+    return f"{said}`koff export --ckpt CHECKPOINT --out DIR` makes an artifact"
 
 
 def read_versioned(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_command import small_fits
 
-from koff_lightning import KOFFModule
+from koff_lightning import DomainDataModule, KOFFModule
 from koff_lightning.training import trainer_options
 
 CALLBACKS = "lightning.pytorch.callbacks"
@@ -58,6 +58,16 @@ def test_options_without_use_are_refused(refused, option, advice):
 def test_a_run_without_a_step_is_refused(refused, option):
     line = refused(f"--trainer.{option}=0")
     assert line.startswith(f"koff: trainer.{option} is 0, so nothing would be trained: raise it")
+
+
+def test_a_run_without_an_end_is_refused(refused, tmp_path, monkeypatch):
+    """Lightning would take 1000 epochs, and a schedule of half a million steps."""
+    (tmp_path / "mine.yaml").write_text("data: {domains: {de: bundled:de}}\n")
+    monkeypatch.setattr(DomainDataModule, "setup", lambda *_: pytest.fail("it reads text"))
+    assert refused() == (
+        "koff: trainer.max_steps is not set, so nobody knows when the run ends: give --trainer.max_steps 1000, say (or "
+        "trainer.max_epochs)"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

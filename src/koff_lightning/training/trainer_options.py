@@ -48,6 +48,21 @@ def refuse_options(options: Any) -> None:
             raise KoffError(f"trainer.{name} is {value!r}, but {reason}")
 
 
+def refuse_endless(options: Any) -> None:
+    """Refuse options of the section `trainer` that say nothing of when a run ends: Lightning would take 1000 epochs.
+
+    A trainer that was made does not tell any more whether somebody has asked for these.
+
+    Raises:
+        KoffError: There are neither steps nor epochs nor a time, and it is no trial of a few steps.
+    """
+    if options.max_steps == -1 and options.max_epochs is None and options.max_time is None and not options.fast_dev_run:
+        raise KoffError(
+            "trainer.max_steps is not set, so nobody knows when the run ends: give --trainer.max_steps 1000, say (or "
+            "trainer.max_epochs)"
+        )
+
+
 def refuse_callbacks(trainer: Trainer) -> None:
     """Refuse callbacks that replace weights, rates or batches.
 

@@ -93,7 +93,7 @@ def test_training_rows_with_a_start_token_give_their_second(lengths, seq_len):
     np.testing.assert_array_equal(rows.tokens, plain.tokens)
     inside = plain.tokens[:, 0] != START
     assert rows.inside.tolist() == (inside.tolist() if inside.any() else [])
-    here, there = batch_of(rows), batch_of(plain)
+    here, there = (collate([("x", made, row) for row in range(len(made))]) for made in (_all(rows), _all(plain)))
     assert set(here["input_ids"][:, 0].tolist()) == {START}
     assert torch.equal(here["input_ids"][:, 1:], there["input_ids"][:, 1:])
     labels = there["labels"].clone()
@@ -102,6 +102,21 @@ def test_training_rows_with_a_start_token_give_their_second(lengths, seq_len):
     assert (rows.digest == plain.digest) == (not inside.any())
     predicted = np.array([(row != IGNORED).sum() for row in here["labels"].numpy()])
     assert (rows.num_bytes[predicted == 0] == 0).all()
+
+
+def _all(rows):
+    """Rows that say of themselves that all are useful."""
+    vars(rows)["useful"] = np.arange(len(rows.tokens))
+    return rows
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, seq_len=SEQ_LENS, begin=st.sampled_from([START, None]), overlap=st.booleans())
+def test_useful_rows_are_those_that_predict_anything(lengths, seq_len, begin, overlap):
+    """The last row may hold one token, or a start token and one that is given."""
+    rows, useful = (pack(started(lengths), seq_len, overlap=overlap, start=begin) for _ in range(2))
+    labels = collate([("x", _all(rows), row) for row in range(len(rows.tokens))])["labels"]
+    assert useful.useful.tolist() == torch.nonzero((labels != IGNORED).any(1))[:, 0].tolist()
 
 
 @settings(deadline=None)
@@ -164,7 +179,8 @@ def test_tokens_know_their_document_and_its_bytes(lengths, seq_len, overlap):
     real = batch["input_ids"] > 0
     expected = np.searchsorted(stream.starts, batch["input_ids"][real].numpy() - 1000, side="right") - 1
     np.testing.assert_array_equal(batch["documents"][real], expected)
-    assert batch["document_bytes"].sum(1).tolist() == batch["num_bytes"].tolist() == rows.num_bytes.tolist()
+    assert batch["document_bytes"].sum(1).tolist() == batch["num_bytes"].tolist()
+    assert batch["num_bytes"].tolist() == rows.num_bytes[rows.useful].tolist()
     predicted = batch["documents"][batch["labels"] != IGNORED].unique().tolist()
     sizes = torch.zeros(len(lengths)).index_add_(0, batch["documents"].flatten(), batch["document_bytes"].flatten())
     assert sizes[predicted].tolist() == stream.num_bytes[predicted].tolist()

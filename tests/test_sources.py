@@ -476,13 +476,51 @@ def test_streamed_the_same_document_of_a_small_corpus_is_held_out(tmp_path):
     texts = toy_documents(3)
     source = DomainSource(str(write_jsonl(tmp_path / "few.jsonl", texts)))
     options = {"heldout_fraction": 1e-9, "max_heldout_bytes": 10_000, "train_bytes": 1, "on_bad": pytest.fail}
-    streamed = split_streamed("x", domain_shards(source), **options)
+    streamed, _ = split_streamed("x", domain_shards(source), **options)
     assert streamed.heldout == read(source, heldout_fraction=1e-9).heldout
     copies = DomainSource(str(write_jsonl(tmp_path / "copies.jsonl", texts[:1] * 3)))
     with pytest.raises(KoffError, match="has no held-out text"):
         split_streamed("x", domain_shards(copies), **options)
     with pytest.raises(KoffError, match="has no held-out text"):  # which is there, and too long
         split_streamed("x", domain_shards(source), **options | {"heldout_fraction": 0.5, "max_heldout_bytes": 1})
+
+
+def test_streamed_all_of_an_id_is_held_out_where_the_hash_holds_out_none(tmp_path):
+    lines = [json.dumps({"id": f"book {i % 3}", "text": text}) for i, text in enumerate(toy_documents(9))]
+    (tmp_path / "books.jsonl").write_text("\n".join(lines))
+    source = DomainSource(str(tmp_path / "books.jsonl"))
+    memory = read(source, heldout_fraction=1e-9)
+    options = {"heldout_fraction": 1e-9, "max_heldout_bytes": 10_000, "train_bytes": 10**6, "on_bad": pytest.fail}
+    streamed, wanted = split_streamed("x", domain_shards(source), **options)
+    assert sorted(streamed.train) == sorted(memory.train)
+    assert len(memory.heldout) == 3 and streamed.heldout[0] in memory.heldout
+    documents = [document for shard, _ in domain_shards(source) for _, document in shard.read(pytest.fail)]
+    assert sorted(d.text for d in documents if wanted(0, d)) == sorted(memory.train)
+    same = [json.dumps({"id": "one", "text": text}) for text in toy_documents(4)]
+    (tmp_path / "books.jsonl").write_text("\n".join(same))
+    with pytest.raises(KoffError, match="has no held-out text"):
+        split_streamed("x", domain_shards(source), **options)
+
+
+def test_where_compares_values_as_they_are_written(tmp_path):
+    rows = [
+        {"text": f"t{i}", "year": 2020.0 + i % 2, "flag": i % 2 == 0, "lang": ["no", "de"][i % 2]} for i in range(4)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def found(**where):
+        source = as_sources({"a": {"files": str(tmp_path / "a.jsonl"), "where": where}})["a"]
+        return [
+            document.text
+            for shard, _ in domain_shards(source)
+            for _, document in shard.read(pytest.fail)
+            if document.text
+        ]
+
+    assert found(year=2020) == found(year="2020") == found(flag=True) == found(flag="true") == found(lang="no")
+    assert found(year=2020) == ["t0", "t2"]
+    with pytest.raises(KoffError, match=r"where.lang holds \[False, 'de'\]: put words such as no"):
+        found(lang=[False, "de"])
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])

@@ -29,6 +29,7 @@ from koff_lightning.data.encoding import tokenize
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.data.readers import Document, Part
 from koff_lightning.data.shards import FileShard, HubShard, deal
+from koff_lightning.data.sources import as_sources
 from koff_lightning.data.stream import Place, RowStream, Text
 from koff_lightning.loading import load_tokenizer
 from koff_lightning.support import ranks
@@ -291,6 +292,35 @@ def test_heldout_documents_are_those_of_memory_and_never_trained_on(text):
         assert kept == [f"doc-{i}" for i in range(len(kept) * 2) if f"doc-{i}" in set(kept)]
         assert not [doc_id for doc_id in kept if is_heldout(doc_id, 0.2)]
     assert torch.equal(streamed.sample_ids("a", 50), streamed.sample_ids("a", 50))
+
+
+def test_other_text_of_the_same_size_is_other_text(text, tmp_path):
+    for path in text.glob("[ab]-*.jsonl"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_jsonl(tmp_path / "other.jsonl", toy_documents(3, seed=9))
+    options = {"files": f"{tmp_path}/{{name}}-*.jsonl"}
+    state = loader_of(text, **options).state_dict()
+    loader_of(text, **options).load_state_dict(state)
+    changed = tmp_path / "a-0.jsonl"
+    content = changed.read_text()
+    changed.write_text(content[:-6] + content[-6:].swapcase())
+    assert changed.stat().st_size == (text / "a-0.jsonl").stat().st_size
+    with pytest.raises(KoffError, match=r"differs from the checkpoint's in text of a \("):
+        loader_of(text, **options).load_state_dict(state)
+
+
+def test_other_heldout_text_leaves_other_text_to_train_on(text, tmp_path):
+    states = []
+    for seed in (9, 8):
+        write_jsonl(tmp_path / "held.jsonl", toy_documents(3, seed=seed))
+        data = module_of(text)
+        data.sources = as_sources({"a": {"files": f"{text}/a-*.jsonl", "heldout_files": f"{tmp_path}/held.jsonl"}})
+        data.shares = {"a": 1.0}
+        data.setup()
+        data.trainer = SimpleNamespace(accumulate_grad_batches=1, max_steps=60, world_size=1)
+        states.append(data.train_dataloader())
+    with pytest.raises(KoffError, match=r"differs from the checkpoint's in text of a \("):
+        states[1].load_state_dict(states[0].state_dict())
 
 
 def test_reading_the_head_stops_when_it_has_enough(tmp_path, text):

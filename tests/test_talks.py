@@ -87,8 +87,8 @@ def predicted_text(tokenizer, stream, document=0):
 # ------------------------------------------------------------------------------------------------------ the mask
 
 said = st.lists(st.sampled_from([*WORDS, "\n", "user:", "{{ x }}", "<b>"]), min_size=1, max_size=8).map(" ".join)
-# An answer of white space alone cannot be told from what THINKING writes before it; it is left out, see docs/data.md.
-said = said.filter(str.strip)
+# Answers whose words stand in what templates write around them, too.
+said |= st.sampled_from(["e", "im", "end", "|", "think", " ", "\n\n"])
 
 
 @settings(deadline=None, max_examples=40)
@@ -116,6 +116,32 @@ def test_the_ends_of_answers_are_those_of_written_beginnings(folder, template):
     write = lambda part, ask=False: tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=ask)  # noqa: E731
     expected = [(len(write(messages[:n], True)), len(write(messages[: n + 1]))) for n in (2, 4)]
     assert answers(tokenizer, messages) == expected
+
+
+@pytest.mark.parametrize("template", [CHATML, WITH_START, THINKING])
+def test_the_words_with_which_an_assistant_opens_a_talk_are_learned_too(folder, template):
+    tokenizer = with_template(folder, template)
+    messages = talk("x", "hello", "y", "hello")[1:]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    found = [whole[first:end] for first, end in answers(tokenizer, messages)]
+    last = "<think>\n\n</think>\n\n" if template == THINKING else ""
+    assert found == ["hello<|im_end|>\n", f"{last}hello<|im_end|>\n"]
+    assert encoded(tokenizer, messages, chat="all").predicted[1:].all()
+
+
+@pytest.mark.parametrize("template", [CHATML, WITH_START])
+def test_memories_begin_with_the_start_token_where_the_template_writes_it(folder, tmp_path, template):
+    data = DomainDataModule(
+        {"a": {"files": str(talks_file(tmp_path / "a.jsonl")), "chat": "answers"}}, seq_len=32, batch_size=4
+    )
+    data._load_tokenizer = lambda: with_template(folder, template)
+    data.setup()
+    ids = data.sample_ids("a", 200).tolist()
+    documents = data._documents["a"]
+    opening = documents.tokens[documents.starts[0] : documents.starts[0] + (2 if template == WITH_START else 1)]
+    assert ids[: len(opening)] == opening.tolist()
+    text = data.tokenizer.decode(ids)
+    assert text.count("<|im_start|>user") == text.count("user\n") > 1, "no talk lacks its first token"
 
 
 @pytest.mark.parametrize("bos", [True, False])

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from koff_lightning.data.bundled_tokens import tokens_of
 from koff_lightning.data.cache import DomainRows, TokenCache, domain_rows
 from koff_lightning.data.calibration import CalibrationText, most_tokens
-from koff_lightning.data.encoding import TokenStream, fingerprint, opening, start_tokens
+from koff_lightning.data.encoding import TokenStream, fingerprint, opening
 from koff_lightning.data.loader import Batch, HeldoutLoader, Rows, TrainLoader
 from koff_lightning.data.mixture import DomainBatches, least_window
 from koff_lightning.data.packing import PackedRows
@@ -22,7 +22,7 @@ from koff_lightning.data.sources import DomainSource, as_shares, as_sources, dom
 from koff_lightning.data.split import BadLines, Texts, read_domain
 from koff_lightning.data.stream import Text
 from koff_lightning.data.stream_loader import Reading, StreamLoader
-from koff_lightning.data.streamed_split import IsTraining, first_documents, split_streamed
+from koff_lightning.data.streamed_split import first_documents, split_streamed
 from koff_lightning.data.talks import check_template, template_of
 from koff_lightning.data.teacher import FOLDER, Belongs, StoredTeacher, TeacherStore, rows_hash
 from koff_lightning.loading import load_config, load_tokenizer
@@ -244,13 +244,11 @@ class DomainDataModule(LightningDataModule):
             shards = first_documents(shards, source.max_documents, BadLines(name, self.on_bad_line))
         limits = {"max_heldout_bytes": self.max_heldout_bytes, "train_bytes": SAMPLE}
         limits |= {"heldout_fraction": self.heldout_fraction, "bounded": bool(source.max_documents)}
-        texts = split_streamed(name, shards, on_bad=on_bad, **limits)
+        texts, wanted = split_streamed(name, shards, on_bad=on_bad, **limits)
         on_bad.report()
-        streamed = [(shard, side) for shard, side in shards if side != "held out"]
-        wanted = IsTraining([side for _, side in streamed], self.heldout_fraction, frozenset(texts.heldout))
+        streamed = [shard for shard, side in shards if side != "held out"]
         on_bad = BadLines(name, self.on_bad_line, endless=True)
-        how = [shard for shard, _ in streamed], wanted, on_bad, self.append_eos, source.chat
-        self._texts[name] = Text(name, *how, **self._opening)
+        self._texts[name] = Text(name, streamed, wanted, on_bad, self.append_eos, source.chat, **self._opening)
         return texts
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -329,7 +327,8 @@ class DomainDataModule(LightningDataModule):
         for name, text in self._texts.items():
             fields = self.sources[name].fields
             talks = [[text.chat, template_of(self.tokenizer)]] if text.chat else []
-            identity |= text.identity((fields.text, fields.id), split, *talks, *self.sources[name].choice)
+            how = split, text.wanted.digest, *talks, *self.sources[name].choice
+            identity |= text.identity((fields.text, fields.id), *how)
         return Reading(self._texts, self.tokenizer, self.seq_len, identity)
 
     def _mixture(self, num_rows: Mapping[str, int], window: int | None = None) -> DomainBatches:
@@ -396,5 +395,5 @@ class DomainDataModule(LightningDataModule):
         """Tokens of training text from which to initialise a memory of `domain`, [num_tokens]: see `sampled_chunks`."""
         known = ", ".join(self._documents)
         require(domain in self._documents, f"the model has the domain {domain!r}, and the data only {known}: give both")
-        has_bos = self.tokenizer is not None and bool(start_tokens(self.tokenizer))
-        return sampled_chunks(domain, self._documents[domain], num_tokens, seed=self.seed, has_bos=has_bos)
+        start = None if self.tokenizer is None else self.tokenizer.bos_token_id
+        return sampled_chunks(domain, self._documents[domain], num_tokens, seed=self.seed, start=start)

@@ -65,10 +65,18 @@ class PackedRows:
 
     @cached_property
     def useful(self) -> NDArray[np.int64]:
-        """Numbers of the rows that predict anything: a row of talks may hold questions alone."""
-        if not self.predicted.size:
-            return np.arange(len(self.tokens))
-        return np.flatnonzero((self.predicted & ~self.starts).any(axis=1))
+        """Numbers of the rows that predict anything.
+
+        A row of talks may hold questions alone, and the last row of a text a token with nothing before it.
+        """
+        if self.predicted.size:
+            return np.flatnonzero((self.predicted & ~self.starts).any(axis=1))
+        left = self.tokens.shape[1] - np.diff(self.first_segment)  # [R] tokens but those that begin a segment
+        left[-1:] -= self.padding
+        if self.inside.size:
+            few = np.flatnonzero(left <= 1)  # where it matters; not to read all of what lies on a disk
+            left[few] -= self.inside[few] & ~self.starts[few, 1]  # the second token of such a row is given
+        return np.flatnonzero(left > 0)
 
     @property
     def whole(self) -> int:

@@ -6,6 +6,7 @@ bad line: that always stops. Records are numbered from 0 in each file, so that a
 several can share it.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -163,7 +164,7 @@ def as_document(record: Any, fields: Fields) -> Document | str:
         if name not in record:
             return f"no field '{name}', only {_listed(record)}: set where to the right one"
         values = record[name] if isinstance(record[name], list) else [record[name]]
-        if not any(str(value) in wanted for value in values):
+        if not any(written(value) in wanted for value in values):
             return Document("", "")
     if fields.chat:
         try:
@@ -186,6 +187,13 @@ def as_document(record: Any, fields: Fields) -> Document | str:
     return document
 
 
+def written(value: Any) -> str:
+    """A value as a file has it, by which `where` compares: JSON's `true`, and a whole number without decimals."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def _about_chat(names: Any) -> str:
     """What to do where there is no text, but talks are."""
     return ", or for talks chat: answers" if TALK[0] in names or {*TALK[1:]} <= {*names} else ""
@@ -195,7 +203,7 @@ def _read_jsonl(path: Path, fields: Fields, part: Part) -> Iterator[Record]:
     number = -1
     with _open(path) as file:
         for line, raw in enumerate(file, start=1):
-            if raw.isspace():
+            if raw.removeprefix(codecs.BOM_UTF8).isspace():
                 continue
             number += 1
             if number not in part:

@@ -13,17 +13,18 @@ MAX_CHUNKS = 8  # or more where that would take more places than this
 SPACING = (64, 16, 4, 1)  # chunks from one place in a document to the next; a smaller one where those are too few
 
 
-def sampled_chunks(domain: str, stream: TokenStream, num_tokens: int, *, seed: int, has_bos: bool) -> torch.Tensor:
+def sampled_chunks(domain: str, stream: TokenStream, num_tokens: int, *, seed: int, start: int | None) -> torch.Tensor:
     """Chunks from several places of the text, in seeded order, [num_tokens].
 
     The beginnings of documents serve, and of long ones (4,096 tokens or more) also places inside, so that a domain that
-    is one book does not start from its title page. BOS (if the tokenizer has one) comes at the very beginning only. The
-    same tokens on every call and every rank.
+    is one book does not start from its title page. The start token `start`, if all documents begin with it (talks as a
+    template writes them need not), comes at the very beginning only. The same tokens on every call and every rank.
 
     Raises:
         KoffError: The text is shorter than `num_tokens`.
     """
     chunk_len = max(CHUNK, -(-num_tokens // MAX_CHUNKS))
+    has_bos = start is not None and bool((stream.tokens[stream.starts] == start).all())
     begins, lengths = stream.starts + has_bos, stream.lengths - has_bos  # [D] of the text without BOS
     for spacing in SPACING:
         counts = np.maximum(1, lengths // (spacing * chunk_len))  # [D] places in each document

@@ -1,5 +1,6 @@
 """Shards: the pieces in which text is read (files, shards of hub datasets), and who reads which of them."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from koff_lightning.data.readers import (
 from koff_lightning.data.remote import RemoteFile
 from koff_lightning.data.retries import with_retries
 
+ENDS = 2**16  # bytes of either end of a file, by which it is known
 UNEVEN = 1.05  # readers get whole shards where the largest load is at most this much above the smallest
 OFFLINE_SHARDS = 64  # into which a dataset in the cache is divided
 
@@ -34,6 +36,7 @@ class Shard(Protocol):
     name: str  # does not change when a corpus moves to another folder
     until: int | None
     size: int | None  # bytes, None where that is not known
+    digest: str  # tells other content of the same name and size; empty where the name does
 
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
         """Yield (number, document) of the usable records in `part`."""
@@ -58,6 +61,16 @@ class FileShard:
         """Bytes on disk."""
         return self.path.stat().st_size if isinstance(self.path, Path) else self.path.size
 
+    @property
+    def digest(self) -> str:
+        """Hash of the beginning and the end of a file on disk; not of all of it, which may be large."""
+        if not isinstance(self.path, Path):
+            return ""
+        with self.path.open("rb") as file:
+            head = file.read(ENDS)
+            file.seek(max(file.seek(0, os.SEEK_END) - ENDS, 0))
+            return hashlib.sha256(head + file.read()).hexdigest()[:16]
+
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
         """Yield (number, document) of the usable records in `part`."""
         return read_records(self.path, self.fields, on_bad, part, self.until)
@@ -74,6 +87,7 @@ class HubShard:
     index: int
     of: int
     size: None = None
+    digest: str = ""  # the name has the commit
     until: int | None = None  # number of the record at which reading ends
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from koff_lightning.data.hub_copy import find_copy
-from koff_lightning.data.readers import Fields, format_of
+from koff_lightning.data.readers import Fields, format_of, written
 from koff_lightning.data.remote import RemoteFile, find_remote, is_remote
 from koff_lightning.data.shards import FileShard, Shard, hub_shards, is_out_of_reach
 from koff_lightning.support.errors import KoffError, refused_by
@@ -54,7 +54,7 @@ class DomainSource:
     heldout_files: str | list[str] | None = None
     subset: str | None = None
     split: str = "train"
-    where: dict[str, str | list[str]] | None = None
+    where: dict[str, Any] | None = None
     chat: Chat | None = None
     max_documents: int | None = None
 
@@ -62,7 +62,7 @@ class DomainSource:
     def fields(self) -> Fields:
         """Where a record holds its document; `where` in the order of its names, each with all its values."""
         items = [(name, value if isinstance(value, list) else [value]) for name, value in (self.where or {}).items()]
-        where = tuple((name, tuple(map(str, values))) for name, values in sorted(items))
+        where = tuple((name, tuple(map(written, values))) for name, values in sorted(items))
         return Fields(self.text_field, self.id_field, bool(self.chat), where)
 
     @property
@@ -192,6 +192,10 @@ def _check_where(name: str, source: DomainSource) -> None:
             raise KoffError(
                 f"domain '{name}': where names fields, each with a value or a list of them, as in "
                 f"{{topic: [history, geography]}}; got {source.where!r}"
+            )
+        if any(isinstance(v, bool) for v in values) and any(isinstance(v, str) for v in values):
+            raise KoffError(  # YAML reads an unquoted no as false
+                f"domain '{name}': where.{field} holds {values!r}: put words such as no, off and yes in quotes"
             )
     if source.bundled_entries:
         raise KoffError(f"domain '{name}': bundled text has no fields to choose by: leave where out")

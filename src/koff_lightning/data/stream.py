@@ -12,7 +12,7 @@ buffer again.
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from koff_lightning.data.encoding import TokenStream, tokenize
 from koff_lightning.data.packing import PackedRows, pack
-from koff_lightning.data.readers import Document, OnBad, Part
+from koff_lightning.data.readers import OnBad, Part
 from koff_lightning.data.retries import read_with_retries
 from koff_lightning.data.shards import HubShard, Shard
 from koff_lightning.data.sources import Chat
+from koff_lightning.data.streamed_split import IsTraining
 from koff_lightning.data.talks import tokenize_talks
 from koff_lightning.support.errors import KoffError
 
@@ -50,7 +51,7 @@ class Text:
 
     domain: str
     shards: Sequence[Shard]
-    wanted: Callable[[int, Document], bool]  # (number of the shard, document) -> is it training text?
+    wanted: IsTraining
     on_bad: OnBad
     append_eos: bool = False  # the end token behind each document
     chat: Chat | None = None  # documents are talks, and what of them is predicted
@@ -58,7 +59,8 @@ class Text:
 
     def identity(self, *how: object) -> dict[str, Any]:
         """What a place in this text depends on, in plain values by name: the shards, and `how` they are read."""
-        what = json.dumps([[[shard.name, shard.size] for shard in self.shards], *how])
+        shards = [[shard.name, shard.size, shard.digest] for shard in self.shards]
+        what = json.dumps([shards, *how])
         commits = sorted({shard.repo for shard in self.shards if isinstance(shard, HubShard)})
         said = {f"version of {self.domain}": ", ".join(commits)} if commits else {}
         return said | {f"text of {self.domain}": hashlib.sha256(what.encode()).hexdigest()[:16]}

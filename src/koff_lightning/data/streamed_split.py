@@ -1,5 +1,6 @@
 """Streaming's split: the held-out text is read from a corpus' head, and what is left of the corpus is training text."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,15 +20,24 @@ class IsTraining:
         sides: Sides of each shard.
         fraction: Held out by hash.
         heldout: Texts that serve validation.
+        id: Whose documents are held out where the hash holds out none.
     """
 
     sides: Sequence[Side]
     fraction: float
     heldout: frozenset[str]
+    id: str | None = None
 
     def __call__(self, shard: int, document: Document) -> bool:
         """Whether a document of the shard of this number is training text."""
-        return not on_heldout_side(self.sides[shard], document, self.fraction) and document.text not in self.heldout
+        held = on_heldout_side(self.sides[shard], document, self.fraction) or document.id == self.id
+        return not held and document.text not in self.heldout
+
+    @property
+    def digest(self) -> str:
+        """A hash that tells other held-out text, which leaves other text to train on."""
+        texts = sorted(hashlib.sha256(text.encode()).hexdigest() for text in self.heldout)
+        return hashlib.sha256("".join([*texts, str(self.id)]).encode()).hexdigest()[:16]
 
 
 class _AtMost(list[str]):
@@ -47,8 +57,8 @@ class _AtMost(list[str]):
             self.passed = True  # a text larger than the limit itself
 
 
-class _AtLeast(list[str]):
-    """Texts that together have so many UTF-8 bytes or, with the last, more."""
+class _AtLeast(list[Document]):
+    """Documents whose texts together have so many UTF-8 bytes or, with the last, more."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -58,10 +68,10 @@ class _AtLeast(list[str]):
     def full(self) -> bool:
         return self.room <= 0
 
-    def add(self, text: str) -> None:
+    def add(self, document: Document) -> None:
         if not self.full:
-            self.append(text)
-            self.room -= len(text.encode())
+            self.append(document)
+            self.room -= len(document.text.encode())
 
 
 def first_documents(shards: Sequence[tuple[Shard, Side]], count: int, on_bad: OnBad) -> list[tuple[Shard, Side]]:
@@ -94,12 +104,12 @@ def split_streamed(
     train_bytes: int,
     on_bad: OnBad,
     bounded: bool = False,
-) -> Texts:
+) -> tuple[Texts, IsTraining]:
     """Read as little of a domain as gives its held-out text and some training text, for corpora of any size.
 
     Held-out documents are taken in file order while they fit; those larger than the limit are passed over. Reading
     stops when both sides are full. Where the hash holds out none of two documents or more, the one that comes first by
-    its hash is held out.
+    its hash is held out, and with it all of its id.
 
     Args:
         name: Name of the domain, for messages.
@@ -109,6 +119,9 @@ def split_streamed(
         train_bytes: About how many UTF-8 bytes of training text to return.
         on_bad: What to do with a bad line.
         bounded: The shards are those of `first_documents`, so that reading all of them has an end.
+
+    Returns:
+        The texts, and what tells which of the other documents are training text.
 
     Raises:
         KoffError: Bad files or lines, no limit where one is needed, or a side that is left without text.
@@ -127,18 +140,24 @@ def split_streamed(
         while not all(texts.full for texts in wanted) and (numbered := next(documents, None)):
             document = numbered[1]
             held = on_heldout_side(side, document, heldout_fraction)
-            (heldout if held else train).add(document.text)
+            if held:
+                heldout.add(document.text)
+            else:
+                train.add(document)
             if side == "by hash":
-                several |= first is not None and (held or document.text != first.text)
+                several |= first is not None and document.id != first.id and document.text != first.text
                 first = document if first is None else min(first, document, key=first_by_hash)
-    if several and not (heldout or heldout.passed):
+    alone = first.id if several and not (heldout or heldout.passed) else None
+    if alone is not None:
         heldout.add(first.text)
-    held_texts = set(heldout)
-    texts = Texts([text for text in train if text not in held_texts], list(heldout))
+    sides = [side for _, side in shards if side != "held out"]
+    wanted = IsTraining(sides, heldout_fraction, frozenset(heldout), alone)
+    left = [document.text for document in train if document.id != alone and document.text not in wanted.heldout]
+    texts = Texts(left, list(heldout))
     for what, side in (("training", texts.train), ("held-out", texts.heldout)):
         if not side:
             raise KoffError(
                 f"domain '{name}' has no {what} text that could be used: add documents, or change "
                 f"data.heldout_fraction={heldout_fraction:.3g} or data.max_heldout_bytes={max_heldout_bytes}"
             )
-    return texts
+    return texts, wanted

@@ -21,6 +21,7 @@ from koff_lightning.data.sources import Chat
 from koff_lightning.support.errors import KoffError
 
 TALKS_PER_CALL = 64
+MARK = "koffMARKkoff"  # stands in the place of an answer's words; no talk says it
 SHOWN = 60  # characters of a talk in a message
 
 Span = tuple[int, int]  # characters of a text, the second one not in it
@@ -73,7 +74,7 @@ def tokenize_talks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cha
     special = np.array(sorted(_special(tokenizer)), dtype=np.int32)
     token = unread(tokenizer).token
     unread_as = -1 if token is None else token
-    for group in _groups(_written(texts, tokenizer, on_bad)):
+    for group in _groups(_written(texts, tokenizer, chat, on_bad)):
         encoded = encode(
             tokenizer,
             [text for text, _ in group],
@@ -107,9 +108,9 @@ def _groups(talks: Iterator[tuple[str, list[Span]]]) -> Iterator[list[tuple[str,
 
 
 def _written(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, on_bad: OnBad
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, chat: Chat, on_bad: OnBad
 ) -> Iterator[tuple[str, list[Span]]]:
-    """Yield each talk as the template writes it, and where its answers lie."""
+    """Yield each talk as the template writes it, and where its answers lie, if these are wanted alone."""
     special = sorted(tokenizer.convert_ids_to_tokens(sorted(_special(tokenizer))))
     for text in texts:
         messages = json.loads(text)
@@ -118,7 +119,8 @@ def _written(
             if odd := next((sign for sign in special if any(sign in content for content in contents)), None):
                 raise KoffError(f"what it says holds '{odd}', which the tokenizer takes for a sign of its own")
             with writing():
-                written, spans = render(tokenizer, messages), answers(tokenizer, messages)
+                written = render(tokenizer, messages)
+                spans = answers(tokenizer, messages) if chat == "answers" else []
             if len(written) > LONGEST_PART:
                 raise KoffError(f"it has {len(written):,} characters, a talk may have {LONGEST_PART:,}")
         except KoffError as error:
@@ -131,7 +133,8 @@ def answers(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
     """Where the assistant's messages lie in the written talk, each from behind what asks for it to the next message.
 
     Both ends are found by writing beginnings of the talk. Templates that write the last answer in another way than
-    earlier ones (Qwen3 leaves out the thoughts of those) show the end by what stands behind the answer's own words.
+    earlier ones (Qwen3 leaves out the thoughts of those) show the end by what they write behind a mark in its place. A
+    talk that the assistant opens has nothing that asks for it: there the words before the mark are not the answer's.
 
     Raises:
         KoffError: The template does not write a beginning of the talk as it does in the whole.
@@ -140,22 +143,32 @@ def answers(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = render(tokenizer, messages[:number], add_generation_prompt=True)
+        if number:
+            asked = render(tokenizer, messages[:number], add_generation_prompt=True)
+        else:  # most templates refuse to write a talk of no messages
+            asked, _ = _around(tokenizer, messages, 0)
         through = render(tokenizer, messages[: number + 1])
         if not whole.startswith(asked):
             raise KoffError("its chat template does not let an answer begin with the words that ask for one")
         if whole.startswith(through) and len(through) >= len(asked):
             spans.append((len(asked), len(through)))
             continue
-        said = message["content"].strip()
-        behind = through[through.rfind(said) + len(said) :]
-        first = whole.find(said, len(asked))
-        if said not in through or first < 0:
+        before, behind = _around(tokenizer, messages, number)
+        _, last = _around(tokenizer, messages[: number + 1], number)
+        if not (whole.startswith(before) and whole.endswith(behind) and len(asked) <= len(whole) - len(behind)):
             raise KoffError("its chat template does not show where an answer ends")
-        end = first + len(said)
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(behind, whole[end:], strict=False))
-        spans.append((len(asked), end + sum(1 for _ in alike)))
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(last, behind, strict=False))
+        spans.append((len(asked), len(whole) - len(behind) + sum(1 for _ in alike)))
     return spans
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], number: int) -> tuple[str, str]:
+    """What a template writes before and behind the words of a message: of an answer's own, some may stand there too."""
+    marked = [message | {"content": MARK} if n == number else message for n, message in enumerate(messages)]
+    before, mark, behind = render(tokenizer, marked).partition(MARK)
+    if not mark or MARK in behind:
+        raise KoffError("its chat template does not write an answer once and as it is")
+    return before, behind
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -109,6 +109,35 @@ def test_other_options_than_the_runs_are_refused_before_text_is_read(run_in, mon
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["test", "fit"])
+@pytest.mark.parametrize("option", ["ckpt_path", "model.warm_start"])
+def test_a_checkpoint_of_another_backbone_is_refused_before_text_is_read(
+    run_in, tmp_path, monkeypatch, capsys, verb, option
+):
+    tiny_module(tmp_path / "tiny")  # which saves its backbone
+    here = ["--model.backbone", str(tmp_path / "tiny/backbone")]
+    assert run_in("cut", "--trainer.max_steps=1", "--trainer.limit_val_batches=0") == 0
+    monkeypatch.setattr(DomainDataModule, "setup", lambda *_: pytest.fail("it reads text"))
+    last = str(newest_checkpoint(["cut"]))
+    scored = ["--ckpt_path", last] if (verb, option) == ("test", "model.warm_start") else []
+    capsys.readouterr()
+    assert main([verb, "--config", "mine.yaml", "--trainer.default_root_dir=cut", f"--{option}", last, *scored, *here])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"koff: the checkpoint belongs to backbone 'koff-tiny', and this run's '{here[1]}' has other sizes: give "
+        "--model.backbone koff-tiny, or the config of that run"
+    )
+
+
+def test_some_domains_of_a_run_are_scored_alone(run_in, monkeypatch, capsys):
+    """Only other options than these are refused before text is read."""
+    assert run_in("cut", "--trainer.max_steps=1", "--trainer.limit_val_batches=0") == 0
+    test = ["test", "--config", "mine.yaml", "--trainer.default_root_dir=cut", "--ckpt_path", "last"]
+    assert main([*test, "--data.domains={de: bundled:de}"]) == 0
+    monkeypatch.setattr(DomainDataModule, "setup", lambda *_: pytest.fail("it reads text"))
+    assert main([*test, "--model.lora.rank=3"]) == 2
+    assert "another make: lora.rank is 8 there and 3 here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("hook", "step"),
     [("training_step", 1), ("training_step", 5), ("on_validation_epoch_start", 4), ("on_test_epoch_start", STEPS)],

@@ -450,7 +450,7 @@ def test_sharded_weights_are_never_gathered_into_buffers_for_inference(monkeypat
 def test_a_checkpoint_of_another_backbone_is_refused(finished, folder, tmp_path):
     toy_tokenizer(tmp_path)
     tiny_model("llama", seed=1, **SIZES).save_pretrained(tmp_path)
-    with pytest.raises(KoffError, match="belongs to backbone .* hash .*: load that backbone"):
+    with pytest.raises(KoffError, match="belongs to backbone .* hash .*: give --model.backbone .*, or the config"):
         trainer(tmp_path, saver(tmp_path / "again", 4)).fit(
             module(tmp_path), text(folder), ckpt_path=finished[0], weights_only=True
         )

@@ -165,12 +165,12 @@ def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposit
     return model
 
 
-def refuse_other_backbone(about: Mapping[str, Any], model: Decomposition) -> None:
-    """Raise KoffError if what a checkpoint says `about` its backbone is not of this one."""
+def refuse_other_backbone(about: Mapping[str, Any], model: Decomposition, advice: str = "load that backbone") -> None:
+    """Raise KoffError, with `advice`, if what a checkpoint says `about` its backbone is not of this one."""
     if about["backbone_hash"] != model.backbone_hash:
         raise KoffError(
             f"the checkpoint belongs to backbone {about['backbone']!r} (hash {about['backbone_hash'][:12]}), "
-            f"but {model.source!r} has hash {model.backbone_hash[:12]}: load that backbone"
+            f"but {model.source!r} has hash {model.backbone_hash[:12]}: {advice}"
         )
 
 

@@ -74,6 +74,7 @@ from koff_lightning.training.run_folder import alone_in, new_version
 from koff_lightning.training.strategies import check
 from koff_lightning.training.trainer_options import (
     refuse_callbacks,
+    refuse_endless,
     refuse_no_steps,
     refuse_options,
     refuse_separate_copies,
@@ -159,6 +160,8 @@ class KoffCLI(LightningCLI):
             refuse_remote_code(model.trust_remote_code, self._words)
         if DRY_RUN in self._words:  # whatever a config says; two steps of the optimizer, of so many batches each
             trainer.fast_dev_run = 2 * max(1, trainer.accumulate_grad_batches)
+        if self.subcommand == "fit":
+            refuse_endless(trainer)
         if is_asked():
             refuse_missing(needs_of(self.config[self.subcommand]))
 
@@ -271,9 +274,10 @@ class KoffCLI(LightningCLI):
             if newest is None and subcommand != "fit":
                 raise KoffError(f"--ckpt_path last: there is no checkpoint below {root}")
             rank_zero_info(f"going on from {newest}" if newest else f"no checkpoint below {root} yet: starting anew")
-        path = options.get("ckpt_path")
-        if subcommand == "fit" and path and Path(path).expanduser().is_file():
-            refuse_other_options(path, self.model)
+        warm_start = None if subcommand == "baseline" else self.model.warm_start
+        for path, verb in ((warm_start, "warm_start"), (options.get("ckpt_path"), subcommand)):
+            if path and Path(path).expanduser().exists():
+                refuse_other_options(path, self.model, verb)
         return options
 
     def _goes_on_from(self) -> str | Path | None:

@@ -16,8 +16,10 @@ from koff_lightning.artifact.checkpoint import (
     refuse_other_tensors,
 )
 from koff_lightning.artifact.checkpoint_schema import fault_of_place
+from koff_lightning.backbone import prunable_groups, without_weights
 from koff_lightning.data import DomainDataModule
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.loading import load_config
 from koff_lightning.placement import placed, shortest
 from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.specs.sparsity import SparsitySpec
@@ -110,20 +112,48 @@ def _made(about: Mapping[str, Any], depth: int | None) -> dict[str, Any]:
     return made
 
 
-def refuse_other_options(path: str | Path, run: LightningModule) -> None:
-    """Refuse, before text is read and weights are loaded, to go on with other options than a run had.
+def refuse_other_options(path: str | Path, run: LightningModule, verb: str) -> None:
+    """Refuse, before text is read and weights are loaded, to use a checkpoint under other options than its run had.
 
     Args:
-        path: Its checkpoint.
-        run: The KOFFModule that is to go on, not configured yet.
+        path: The checkpoint.
+        run: The KOFFModule that is to take it up, not configured yet.
+        verb: `fit` to go on with its run, `warm_start` to begin a new one from it; any other scores it, some of its
+            domains alone too.
 
     Raises:
-        KoffError: The checkpoint cannot be read, or is of another make or course.
+        KoffError: The checkpoint cannot be read, or is of another backbone, make or course.
     """
     checkpoint = read_checkpoint(path, mmap=True)
     if about := checkpoint.get("koff"):  # else `refuse_unfit` says whose it is not
-        refuse_other_make(_made(about, None), _made(make_of(run), None))
-        refuse_other_course(checkpoint["hyper_parameters"], run.hparams)
+        here = make_of(run)
+        if verb not in ("fit", "warm_start"):
+            here.pop("domains")
+        _refuse_other_sizes(checkpoint, run)
+        refuse_other_make(_made(about, None), _made(here, None))
+        if verb == "fit":
+            refuse_other_course(checkpoint["hyper_parameters"], run.hparams)
+
+
+def _refuse_other_sizes(checkpoint: Mapping[str, Any], run: LightningModule) -> None:
+    """Refuse the checkpoint of a backbone that has another number of units than the run's.
+
+    One of another name may be the same one, moved; whether it is tells its hash, once the weights are loaded.
+    """
+    about, logits = checkpoint["koff"], decomposition_state(checkpoint).get("gates.logits")
+    if logits is None or about["backbone"] == run.source or run.artifact is not None:
+        return
+    where = {name: run.loading[name] for name in ("revision", "trust_remote_code")}
+    groups = prunable_groups(without_weights(load_config(run.source, **where)), about["units"])
+    if sum(group.size for group in groups) != len(logits):
+        raise KoffError(
+            f"the checkpoint belongs to backbone {about['backbone']!r}, and this run's {run.source!r} has other sizes: "
+            f"{_own_backbone(about)}"
+        )
+
+
+def _own_backbone(about: Mapping[str, Any]) -> str:
+    return f"give --model.backbone {about['backbone']}, or the config of that run"
 
 
 def refuse_other_steps(steps: Sequence[int | None]) -> None:
@@ -223,7 +253,7 @@ def refuse_unfit(checkpoint: Mapping[str, Any], model: Decomposition, some_domai
             f"the checkpoint's run kept its frozen weights in {dtypes[0]}, this one in {dtypes[1]}: give --model.dtype "
             f"{dtypes[0]}"
         )
-    refuse_other_backbone(about, model)
+    refuse_other_backbone(about, model, _own_backbone(about))
     here, depth = make_of(model), model.memories.depth
     if some_domains:
         here.pop("domains")

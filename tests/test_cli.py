@@ -118,6 +118,11 @@ def test_each_tool_has_its_own_help(verb, capsys):
             "koff: 'ablations/lora_only.yaml' stands alone: configs come first (koff fit demo.yaml), each other value "
             "has a name",
         ),
+        (
+            ["fit", "demo.yaml", "ablations/kv_only"],
+            "koff: 'ablations/kv_only' stands alone: configs come first (koff fit demo.yaml), each other value has a "
+            "name. Did you mean 'ablations/kv_only.yaml'?",
+        ),
         (["fit", "demo.yaml", "--model.backbone"], "koff: --model.backbone wants a value (str)"),
         (
             ["fit", "--config", "lama_12pct.yaml"],
@@ -151,6 +156,11 @@ def test_each_tool_has_its_own_help(verb, capsys):
         (
             ["fit"],
             "koff: data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE",
+        ),
+        (
+            ["fit", "hardware/cpu.yaml", "--model.lora.rank=4"],
+            "koff: data.domains is empty, no config given names it: add --config domains/law.yaml, say (`koff configs` "
+            "lists more), or --data.domains.NAME SOURCE",
         ),
         (
             ["fit", "--config", "demo.yaml", "--model.domains", "[de]"],
@@ -254,6 +264,19 @@ def test_a_typo_in_a_config_file_is_one_line(tmp_path, capsys):
 def test_broken_yaml_is_one_line(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("model: [1\n")
     assert "is not valid YAML" in refused(capsys, "fit", "--config", str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [("hello", "a single word, number or text"), ("[1, 2]", "a list"), ("7", "a single word, number")],
+)
+@pytest.mark.parametrize("verb", ["fit", "plan"])
+def test_a_config_that_holds_no_options_is_one_line(tmp_path, capsys, content, kind, verb):
+    (tmp_path / "str.yaml").write_text(content)
+    assert main([verb, "--config", str(tmp_path / "str.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"koff: {tmp_path / 'str.yaml'} holds {kind}")
+    assert "wanted are sections of options, as data: and below it domains:" in line
 
 
 def test_a_domain_given_twice_is_one_line(tmp_path, capsys):

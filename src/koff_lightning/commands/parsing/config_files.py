@@ -68,13 +68,22 @@ def _show_or_copy(name: str, copy: str | bool) -> None:
     print(f"wrote {path}: koff fit {path}")
 
 
+def _places(name: str) -> tuple[Path, Path]:
+    return Path(name).expanduser(), SHIPPED / name
+
+
+def is_config(name: str) -> bool:
+    """Whether there is a config of that name, as `find_config` looks for it."""
+    return any(path.is_file() for path in _places(name))
+
+
 def find_config(name: str) -> Path:
     """Path of a config: a file as named, else the shipped one of that name.
 
     Raises:
         KoffError: There is neither a file nor a shipped config of that name.
     """
-    for path in (Path(name).expanduser(), SHIPPED / name):
+    for path in _places(name):
         if path.is_file():
             return path
     raise KoffError(

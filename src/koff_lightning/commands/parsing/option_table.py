@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from koff_lightning.commands.parsing.config_files import find_config
+from koff_lightning.commands.parsing.config_files import find_config, is_config
 from koff_lightning.commands.parsing.missing import (
     CHECKPOINTS,
     refuse_missing,
@@ -40,6 +40,10 @@ HELD_BY_PARSER = ("print-config", "config", "allow-custom-classes")  # of every 
 MODELS = ("model", "artifact", "folder", "ckpt", "ckpt_path", "checkpoint")  # what verbs call it, or users do
 NAMED = ("plan", "claims", "reproduce")  # take a config by its name too
 NO_DOMAINS = "data.domains is empty: give a --config (`koff configs` lists them) or --data.domains.NAME SOURCE"
+NONE_NAMED = (
+    "data.domains is empty, no config given names it: add --config domains/law.yaml, say (`koff configs` lists "
+)
+NONE_NAMED += "more), or --data.domains.NAME SOURCE"
 ALONE = ""  # stands for the name of a word that belongs to no option
 
 Row = dict[str, Any]
@@ -92,6 +96,8 @@ def look(verb: str, words: Sequence[str]) -> None:
         names = ", ".join(f"{'' if row.get('by_place') else '--'}{row['name']}" for row in due)
         raise KoffError(f"{verb}: the following arguments are required: {names}")
     configs = [find_config(value) for name, value in given if value and name == "config" and (trains or verb in NAMED)]
+    for config in configs:
+        _refuse_no_sections(config)
     if trains:
         if verb != "baseline" and not configs and not any(name.startswith("data") for name, _ in given):
             raise KoffError(NO_DOMAINS)
@@ -100,6 +106,8 @@ def look(verb: str, words: Sequence[str]) -> None:
         from koff_lightning.commands.parsing.ranges import refuse_out_of_range  # which help does without
 
         leaves = list(_leaves_of(verb, given))
+        if configs and not any(name in ("config", "data") or name.startswith("data.domains") for name, _ in leaves):
+            raise KoffError(NONE_NAMED)
         refuse_missing_of_run(verb, leaves)
         refuse_out_of_range(verb, leaves, rows)
     refuse_missing(verb, given)
@@ -164,6 +172,17 @@ def look_into(verb: str, config: Path) -> None:
     rows = {row["name"]: row for row in options_of(verb)}
     for name, value in _leaves(_content(config), rows):
         _check(name, value, rows, table()["verbs"][verb]["trains"])
+
+
+def _refuse_no_sections(config: Path) -> None:
+    """Refuse a config that holds something else than options; one that cannot be read is left to the parser."""
+    content = _content(config)
+    if content is not None and not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else "a single word, number or text"
+        raise KoffError(
+            f"{config} holds {kind}, wanted are sections of options, as data: and below it domains: (`koff configs "
+            "demo.yaml` prints a config)"
+        )
 
 
 def _content(config: Path) -> object:
@@ -316,8 +335,9 @@ def _refuse_word_for_section(name: str, value: object) -> None:
 
 def _refuse_alone(verb: str, word: str, rows: dict[str, Row], trains: bool) -> None:
     if trains:
+        hint = f". Did you mean '{word}.yaml'?" if is_config(f"{word}.yaml") else ""
         raise KoffError(
-            f"{word!r} stands alone: configs come first (koff {verb} demo.yaml), each other value has a name"
+            f"{word!r} stands alone: configs come first (koff {verb} demo.yaml), each other value has a name{hint}"
         )
     named = [row["name"] for row in rows.values() if not row.get("by_place")]
     due = [row["name"] for row in rows.values() if _is_due(row) and not row.get("by_place")]

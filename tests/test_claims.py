@@ -122,6 +122,19 @@ def test_the_arms_of_the_curve_can_be_chosen(runs, curve, on_it):
     assert go("--seeds=1", "--sparsity=0.12,0.5", "--curve=kv_equl")[0] == 2
 
 
+def test_what_is_not_decided_says_why_once(runs, capsys):
+    _, go = runs
+    go("--seeds=1", "--arms=koff,no_memory", "--sparsity=0.12")
+    told = capsys.readouterr().out.splitlines()
+    reasons = [line for line in told if line.startswith("not decided ")]
+    assert reasons[0].endswith(": one seed tells nothing about the next")
+    assert reasons[0].startswith("not decided (a), ")
+    assert any(line.startswith("not decided (c): no common seed of koff, lora_equal") for line in reasons)
+    assert len({line.split(": ", 1)[1] for line in reasons}) == len(reasons)
+    (dense,) = (line for line in told if line.startswith("dense "))
+    assert dense.split()[1] == "1.0000" and " 12 % " not in dense, "nothing is removed from it"
+
+
 def test_what_is_done_is_not_repeated(runs):
     _, go = runs
     go("--seeds=1", "--arms=koff")

@@ -40,13 +40,24 @@ def markdown(report: Report) -> str:
 
 
 def summary(report: Report) -> str:
-    """Arms and verdicts, a line each."""
+    """Arms and verdicts, a line each, and below why some are not decided."""
     arms = [
-        f"{row['arm']:<16}  {_share(row['sparsity']):>6}  {spread(row['bpb']):<15}  {percent(row['against_dense'])}"
+        f"{row['arm']:<16}  {'' if 'dense' in row['arm'] else _share(row['sparsity']):>6}  {spread(row['bpb']):<15}  "
+        f"{percent(row['against_dense'])}"
         for row in report["arms"]
     ]
     words = [f"({row['name']}) {row['claim']}: {row['verdict']}" for row in report["verdicts"]]
-    return "\n".join(["bits per byte of held-out text, and against dense:", *arms, "", *words])
+    return "\n".join(["bits per byte of held-out text, and against dense:", *arms, "", *words, *_reasons(report)])
+
+
+def _reasons(report: Report) -> list[str]:
+    """Why claims are not decided, each reason once; of a claim the first one, the table has them all."""
+    found: dict[str, list[str]] = {}
+    for row in report["verdicts"]:
+        whys = [part["why"] for part in row["parts"] if part["why"]]
+        if row["verdict"] == "not decided" and whys:
+            found.setdefault(whys[0], []).append(f"({row['name']})")
+    return [f"not decided {', '.join(names)}: {why}" for why, names in found.items()]
 
 
 ARM_HEAD = ["arm", "", "bits per byte", "against dense", "GC", "GC*", "removed of body", "active", "net", "stored"]

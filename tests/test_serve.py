@@ -100,7 +100,7 @@ def test_the_client_of_openai(ai, model):
     assert parts[0].choices[0].delta.role == "assistant" and parts[-1].choices[0].finish_reason == "length"
     assert last.usage == said.usage
     assert "tiny:fr" in [model.id for model in ai.models.list()]
-    with pytest.raises(openai.NotFoundError, match="the model 'tiny:it' does not exist"):
+    with pytest.raises(openai.NotFoundError, match="the model 'tiny:it' does not exist: GET /v1/models lists them"):
         ai.completions.create(model="tiny:it", prompt="x")
     with pytest.raises(openai.BadRequestError, match="unknown or unsupported parameter: wishes"):
         ai.completions.create(model="tiny", prompt="x", extra_body={"wishes": 3})
@@ -223,7 +223,7 @@ def test_a_prompt_alone_is_scored(client):
 # -------------------------------------------------------------------------------------------------- what is refused
 
 BAD = [
-    ({"model": "other"}, 404, "does not exist"),
+    ({"model": "other"}, 404, "'other' does not exist: GET /v1/models lists them"),
     ({"model": "tiny:it"}, 404, "does not exist"),
     ({"model": "tiny:"}, 404, "does not exist"),
     ({"model": "tiny:auto"}, 404, "no router that can be used"),

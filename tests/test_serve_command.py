@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import pytest
@@ -79,11 +80,20 @@ def test_which_addresses_are_this_machines_own():
     assert not any(map(is_local, ("0.0.0.0", "::", "127.1.2.3", "10.0.0.1", "localhost.example.org", "")))
 
 
+def test_of_many_models_the_first_few_are_told():
+    about = SimpleNamespace(domains=["a", "b", "c", "d"], router=None)
+    assert command.names_told("tiny", about) == "tiny, tiny:a, tiny:b, tiny:c, ... (GET /v1/models lists them)"
+    about = SimpleNamespace(domains=["a"], router={"files": {}})
+    assert command.names_told("tiny", about) == "tiny, tiny:a, tiny:auto (GET /v1/models lists them)"
+
+
 def test_it_serves_until_it_is_told_to_end_and_ends_when_all_is_answered(made, tmp_path):
     words = [sys.executable, "-m", "koff_lightning", "serve", str(made.folder), "--port", "0", "--name", "tiny"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
-            address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+            line = process.stdout.readline()
+            address = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+            assert line.endswith(", model names: tiny, tiny:de, tiny:fr, tiny:law (GET /v1/models lists them)\n")
             client = Client(address)
             text = client.text("tiny:de", max_tokens=300, ignore_eos=True)
             found = []

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import AUTO
 from koff_lightning.support.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from koff_lightning.artifact.folder import Manifest
     from koff_lightning.serving.engine import Engine
 
+_TOLD = 4  # names of models that the first line tells
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -74,7 +76,7 @@ def serve(
         make = {"own": _own, "llamacpp": _llamacpp, "vllm": _vllm}[engine]
         made = make(folder, batch_size, gguf=gguf, device=device, dtype=dtype)
         settings = Settings(called, allowed, batch_size + queue, time_limit, max_tokens, folder=folder)
-        _run(create_app(made, settings), at, time_limit)
+        _run(create_app(made, settings), at, time_limit, names_told(called, manifest))
 
 
 def _refuse_unread(engine: str, given: dict[str, str | None]) -> None:
@@ -125,6 +127,15 @@ def _name(manifest: "Manifest") -> str:
     return Path(manifest.base["id"].replace(":", "-")).name.replace(" ", "-")
 
 
+def names_told(called: str, manifest: "Manifest") -> str:
+    """What requests may give as `model`: the first few names."""
+    names = [called, *(f"{called}:{domain}" for domain in manifest.domains)]
+    if manifest.router is not None and AUTO not in manifest.domains:
+        names.append(f"{called}:{AUTO}")
+    more = ["..."] * (len(names) > _TOLD)
+    return f"{', '.join([*names[:_TOLD], *more])} (GET /v1/models lists them)"
+
+
 def is_local(host: str) -> bool:
     """Whether only this machine can reach an address, by a name that `guard.LOCAL` knows."""
     return host in ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -153,8 +164,8 @@ def listening(host: str, port: int) -> socket.socket:
     return made
 
 
-def _run(app: Any, at: socket.socket, patience: float) -> None:
-    """Serve until a signal comes; requests under way are then answered first."""
+def _run(app: Any, at: socket.socket, patience: float, names: str) -> None:
+    """Say where and which models; serve until a signal comes; requests under way are then answered first."""
     import uvicorn
 
     from koff_lightning.serving.connection import config
@@ -162,5 +173,5 @@ def _run(app: Any, at: socket.socket, patience: float) -> None:
     logging.basicConfig(format="koff: %(message)s", level=logging.WARNING)
     host, port = at.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"serving on http://{shown}:{port}", flush=True)
+    print(f"serving on http://{shown}:{port}, model names: {names}", flush=True)
     uvicorn.Server(config(app, patience)).run(sockets=[at])

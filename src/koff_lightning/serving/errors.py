@@ -35,5 +35,6 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 def no_model(name: str) -> Refused:
-    """The answer to the name of a model that does not exist, or that the key may not know of."""
-    return Refused(f"the model {name[:200]!r} does not exist", 404, "model", "model_not_found")
+    """The answer to the name of a model that does not exist, or that the key may not know of: so it names no others."""
+    said = f"the model {name[:200]!r} does not exist: GET /v1/models lists them"
+    return Refused(said, 404, "model", "model_not_found")

@@ -1,8 +1,10 @@
 """Loading every family from disk, what can be removed from it, and one clear line for everything that goes wrong."""
 
 import json
+import logging
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -284,7 +286,20 @@ def test_a_revision_that_is_not_there(hub):
 def test_no_network(monkeypatch):
     use_hub(monkeypatch, "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: None)  # between the hub's retries
+    said = []
+    monkeypatch.setattr(
+        logging.getLogger("huggingface_hub"), "handlers", [SimpleNamespace(level=0, handle=said.append)]
+    )
     refused("koff-test/model", "hub cannot be reached.*koff-tiny")
+    with pytest.raises(KoffError, match="hub cannot be reached"):
+        load_tokenizer("koff-test/model")
+    assert said == [], "the hub's new attempts are not told"
+
+
+def test_a_number_is_looked_for_on_no_hub(monkeypatch):
+    use_hub(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it asks the hub"))
+    refused("5", "'5' is a number, and no such folder: give a folder")
 
 
 def test_offline(monkeypatch):

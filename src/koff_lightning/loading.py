@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
@@ -43,6 +43,7 @@ from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import refuse_no_model
 
 TINY = "koff-tiny"
+HUB_LOG = "huggingface_hub.utils._http"  # says each new attempt in two lines, where our one on the last says as much
 LARGE = 2 * 2**30  # bytes of weights; fewer are loaded in a few seconds, before anybody reads a progress bar
 
 
@@ -79,7 +80,7 @@ def load_backbone(
         _refuse_adapter(source, where)
     if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
         _check_files(folder, config, source, by_itself)
-    where = where | {"config": config, "output_loading_info": True}
+    where = where | {"config": config, "output_loading_info": True, "attn_implementation": "sdpa"}  # not the config's
     with _bar_for_large(where["pretrained_model_name_or_path"], where.get("gguf_file")), no_report():
         model, info = _loading(source, AutoModelForCausalLM.from_pretrained, where)
     if not folder.is_dir() and isinstance(
@@ -152,7 +153,8 @@ def _entries(source: str, where: dict[str, object]) -> dict[str, Any]:
     file = Path(where["pretrained_model_name_or_path"]) / "config.json"
     if file.parent.is_dir():
         return read_json_object(file)
-    return _loading(source, PreTrainedConfig.get_config_dict, where)[0]
+    with _only_errors_of(HUB_LOG):
+        return _loading(source, PreTrainedConfig.get_config_dict, where)[0]
 
 
 def _refuse_adapter(source: str, where: dict[str, object]) -> None:
@@ -179,7 +181,9 @@ def load_tokenizer(
     where = _resolve(source, revision, trust_remote_code, wanted)
     if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
         check_tokenizer(folder)
-    tokenizer = _loading(source, AutoTokenizer.from_pretrained, where | ({} if config is None else {"config": config}))
+    given = {} if config is None else {"config": config}
+    with _only_errors_of(HUB_LOG):
+        tokenizer = _loading(source, AutoTokenizer.from_pretrained, where | given)
     if not folder.is_dir() and isinstance(
         copy := try_to_load_from_cache(source, "tokenizer_config.json", revision=revision), str
     ):
@@ -315,21 +319,26 @@ def _reason(error: BaseException) -> str:
     return said if isinstance(error, OSError | ValueError | RuntimeError) and said else f"{type(error).__name__} {said}"
 
 
-@contextmanager
-def no_report() -> Iterator[None]:
+def no_report() -> AbstractContextManager[None]:
     """Keep transformers' table of what files and model do not share off the terminal: we say it in a line.
 
     The logger's level stays: where one is set, transformers also lists the layers that no other device shares.
     """
-    log = logging.getLogger("transformers.modeling_utils")
-    log.addFilter(_no_table)
+    return _only_errors_of("transformers.modeling_utils")
+
+
+@contextmanager
+def _only_errors_of(name: str) -> Iterator[None]:
+    """Keep a logger's warnings off the terminal inside the block."""
+    log = logging.getLogger(name)
+    log.addFilter(_is_error)
     try:
         yield
     finally:
-        log.removeFilter(_no_table)
+        log.removeFilter(_is_error)
 
 
-def _no_table(record: logging.LogRecord) -> bool:
+def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 

@@ -13,6 +13,7 @@ AUTO = "auto"  # in place of a domain's name: ask the router
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # org/name, org/name@revision
 FETCHED = ("smollm2", "qwen2.5-coder-1.5b")  # models that `koff fetch` knows (commands/fetch.py)
 GENERAL = "general/"  # begins the names of general text among held-out rows; no domain's name has a slash
+_NUMBER = re.compile(r"-?[\d.]+")
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -32,6 +33,11 @@ def refuse_no_model(source: str) -> None:
             )
         raise KoffError(
             f"backbone {source!r}: no such folder. Give a folder, a .gguf file, a hub id (owner/name) or 'koff-tiny'"
+        )
+    if _NUMBER.fullmatch(source) and not path.exists():
+        raise KoffError(
+            f"backbone {source!r} is a number, and no such folder: give a folder, a .gguf file, a hub id (owner/name) "
+            "or 'koff-tiny'"
         )
     if "/" not in source and source != "koff-tiny" and (hint := nearest(source, ["koff-tiny"])) and not path.exists():
         raise KoffError(f"backbone {source!r}: no such folder.{hint}")

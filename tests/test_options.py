@@ -201,7 +201,9 @@ def test_what_may_be_right_is_left_to_the_parser(argv):
         ("memory remove", [".", "--domain", "de"], "memory remove: no option 'domain'. Here the domain goes without"),
         ("generate", ["--artifact", "x"], "generate: no option 'artifact'. Did you mean 'model'"),
         ("export", ["--model", "x"], "export: no option 'model'. Did you mean 'ckpt'"),
-        ("reproduce", ["--tables", "2,99"], "no table '99'. Did you mean '9'? There are 1, "),
+        ("reproduce", ["--tables", "2,99"], "no table '99'. There are 1, "),
+        ("reproduce", ["--tables", "7"], "no table '7'. There are 1, 1 languages, 2, "),
+        ("reproduce", ["--tables", "fig2"], "no table 'fig2'. Did you mean 'fig 2'? There are 1, "),
         (
             "reproduce",
             ["--tables", "2", "--arms", "quarter"],

@@ -84,7 +84,11 @@ def chosen(names: str | None, arms: str | None = None) -> dict[str, Table]:
     wanted = [name.strip() for name in names.split(",")] if names is not None else list(known)
     for name in wanted:
         if name not in known:
-            raise KoffError(f"no table {name!r}.{nearest(name, known)} There are {', '.join(known)}")
+            hint = "" if name.isdigit() else nearest(name, known)  # one number is like any other
+            raise KoffError(
+                f"no table {name!r}.{hint} There are {', '.join(known)}; docs/reproduce.md tells what there is of the "
+                "paper's others"
+            )
     found = {name: known[name] for name in wanted}
     if arms is None:
         return found

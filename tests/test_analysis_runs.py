@@ -1,6 +1,7 @@
 """What is done to a decomposition: opened from checkpoint and artifacts, memories swapped, cut in parts, undone."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -323,3 +324,6 @@ def test_masks_without_neurons_and_no_text(tmp_path, opened):
         mask_of(module.model)
     with pytest.raises(KoffError, match="no held-out text to score"):
         transfer(opened, [])
+    taken = SimpleNamespace(memories=SimpleNamespace(domains=["de", "none"]))
+    with pytest.raises(KoffError, match="a domain is called 'none', which is what the table calls the model without a"):
+        transfer(taken, [])

@@ -208,9 +208,15 @@ def test_secrets_by_the_names_of_options():
         "http://localhost:8000/model@main",
         {"backbone": "org/sk-llama-3b-instruct-v2", "files": "data/cs-sk-parallel-corpus-v1.jsonl"},
         {"sep_token": "</s>", "cls_token": "<s>"},
+        {
+            "data": {
+                "retention": {"secrets": "novels/*.jsonl"},
+                "domains": {"x": {"where": {"token": "yes", "auth": "a"}}},
+            }
+        },
         "-" * 20_000,
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_only_sounds_like_a_secret_stays(innocent):
     assert without_secrets(innocent) == innocent

@@ -346,6 +346,31 @@ def test_an_answer_that_is_longer_than_what_is_read_is_refused(place, capsys):
     assert re.search(wanted, capsys.readouterr().err)
 
 
+def test_answers_that_leave_no_room_for_a_question_are_refused(tmp_path, capsys):
+    rows = [{"q": f"What is {n}?", "a": "b", "c": ["b", ""]} for n in range(4)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "d.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+    }
+    long = task | {"task": "toy_long", "output_type": "generate_until", "doc_to_target": "{{a}}"}
+    long |= {"generation_kwargs": {"until": ["."], "max_gen_toks": 2048}, "metric_list": [{"metric": "exact_match"}]}
+    none = task | {"task": "toy_none", "output_type": "multiple_choice", "doc_to_target": 0, "doc_to_choice": "{{c}}"}
+    none |= {"target_delimiter": "", "metric_list": [{"metric": "acc"}]}
+    for one in (long, none):
+        (tmp_path / f"{one['task']}.yaml").write_text(json.dumps(one))
+    command = ["lm-eval", "--model=koff-tiny", "--device=cpu", f"--include_path={tmp_path}"]
+    assert main([*command, "--tasks=toy_long"]) == 2
+    wanted = (
+        r"answers have 2048 tokens, and question and answer together have 1024 here: give --gen_kwargs max_gen_toks="
+    )
+    assert re.search(wanted, capsys.readouterr().err)
+    assert main([*command, "--tasks=toy_none"]) == 2
+    assert re.search(r"task 'toy_none' cannot be made of its data \(IndexError: ", capsys.readouterr().err)
+
+
 def test_text_is_read_in_windows_of_the_length_that_was_asked_for(place, tmp_path, capsys):
     ways = {16: ["--max_length=16"], 64: ["--max_length=64"], None: []}
     cache = f"--use_cache={tmp_path / 'cache'}"

@@ -356,7 +356,9 @@ def test_general_text_of_a_run_is_no_text_of_its_router(made, tmp_path):
 
 def test_the_report_counts_every_text_once_and_told_is_what_telling_costs(made, capsys, tmp_path):
     out, results = tmp_path / "router.json", tmp_path / "results.json"
-    results.write_text('{"mean": {"koff_bpb": 1.5}}', encoding="utf-8")
+    kept = [{key: group[key] for key in ("layer", "kind", "kept", "of")} for group in read_manifest(made.folder).kept]
+    content = {"mean": {"koff_bpb": 1.5}, "kept_units": kept}
+    results.write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "artifact").symlink_to(made.folder, target_is_directory=True)
     artifact = tmp_path / "artifact"
     command = ["router", "test", "--model", artifact, *TEXT, "--unseen", "zh=bundled:zh", "--out", out]
@@ -371,13 +373,25 @@ def test_the_report_counts_every_text_once_and_told_is_what_telling_costs(made, 
         assert found["accuracy"][size]["de"] == table["de"]["de"] / len(counts["de"])
     assert found["accuracy"]["256"]["de"] > 0.8 and found["accuracy"]["256"]["zh"] > 0.9
     noted = {"heldout_bytes": 4000, "accuracy": found["accuracy"], "bits_per_byte": found["bits_per_byte"]}
-    assert json.loads(results.read_text(encoding="utf-8")) == {"mean": {"koff_bpb": 1.5}, "router": noted}
+    assert json.loads(results.read_text(encoding="utf-8")) == content | {"router": noted}
     for row in found["bits_per_byte"].values():
         assert list(row) == ["told", "none", "16", "64", "256"]
         assert row["told"] != row["none"]
         low, high = min(row["told"], row["none"]), max(row["told"], row["none"])
         if row["64"] not in (row["told"], row["none"]):
             assert low - 0.5 < row["64"] < high + 0.5
+
+
+@pytest.mark.parametrize("name", ["artifact", "other"])
+def test_the_results_of_another_run_are_left_alone(made, tmp_path, capsys, name):
+    (tmp_path / name).symlink_to(made.folder, target_is_directory=True)
+    (tmp_path / "results.json").write_text('{"mean": {}, "kept_units": []}', encoding="utf-8")
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"text": f"{n} " + "Der Fuchs springt. " * 300}) + "\n" for n in range(40)))
+    command = ["router", "test", "--model", str(tmp_path / name), *TEXT, "--data", f"de={long}"]
+    assert main([*command, "--heldout_bytes", "3000", "--device", "cpu"]) == 0  # less than a document has
+    assert "added to" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text()) == {"mean": {}, "kept_units": []}
 
 
 def test_padding_is_no_text_to_route():

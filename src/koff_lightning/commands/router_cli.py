@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def fit(
     folder = Path(model).expanduser()
     manifest, text = _text(folder, config, data, most=train_bytes)
     check_choice(manifest, folder)
-    read = _texts(text)
+    read = _asked(text, text.texts())
     names = list(manifest.domains)
     parts = {name: training_pieces(read[name].train, train_bytes, seed) for name in names}
     pieces = [piece for name in names for piece in parts[name][0]]
@@ -124,15 +125,18 @@ def test(
     from koff_lightning.support.files import write_atomically
 
     folder = local_folder(model)
-    manifest, text = _text(folder, config, data, heldout=HELDOUT)
+    manifest, text = _text(folder, config, data)
     router = read_router(folder, manifest)  # before the model, which takes longer
     others = named_texts(unseen or [], "--unseen")
     if known := [name for name in others if name in router.domains]:
         raise KoffError(f"--unseen: the router knows {known[0]!r}: name what it does not know")
     decomposed = load_decomposed(folder, default_device(device), domains="auto")
-    texts = {name: part.heldout for name, part in _texts(text).items()}
+    read = text.texts()
+    texts = {name: part.heldout for name, part in _asked(text, read).items()}
     if others:
-        texts |= {name: part.heldout for name, part in _texts(DomainDataModule(others)).items()}
+        unknown = DomainDataModule(others)
+        texts |= {name: part.heldout for name, part in _asked(unknown, unknown.texts()).items()}
+    texts = {name: _first(part, HELDOUT) for name, part in texts.items()}
     tables = {str(n): routing.confusion(router, texts, decomposed.tokenizer, n) for n in routing.FIRST}
     found: dict[str, Any] = {
         "domains": list(router.domains),
@@ -140,29 +144,43 @@ def test(
         "confusion": tables,
         "accuracy": {size: routing.accuracy(table, router.domains) for size, table in tables.items()},
     }
-    if heldout_bytes:
-        _, text = _text(folder, config, data, heldout=heldout_bytes, tokenizer=str(folder / "backbone"))
+    if heldout_bytes:  # at least the shortest document of each domain
+        least = max(min(len(document.encode()) for document in part.heldout) for part in read.values())
+        size = max(heldout_bytes, least)
+        _, text = _text(folder, config, data, heldout=size, tokenizer=str(folder / "backbone"))
         text.setup()
         found["bits_per_byte"] = routing.routed_bits(decomposed, text)
     if out:
         write_atomically(Path(out).expanduser(), json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     _show(found)
     if heldout_bytes:
-        _add_to_results(folder.parent / "results.json", heldout_bytes, found)
+        _add_to_results(folder, manifest, text.max_heldout_bytes, found)
 
 
-def _add_to_results(path: Path, heldout_bytes: int, found: dict[str, Any]) -> None:
-    """Add accuracy and bits per byte, told and routed, to the results of the run that the artifact lies beside."""
+def _first(texts: list[str], most: int) -> list[str]:
+    """The first texts that together have so many bytes at most, and the very first in any case."""
+    sizes = accumulate(len(text.encode()) for text in texts)
+    return [text for number, (text, size) in enumerate(zip(texts, sizes, strict=True)) if size <= most or not number]
+
+
+def _add_to_results(folder: Path, manifest: "Manifest", heldout_bytes: int | None, found: dict[str, Any]) -> None:
+    """Add accuracy and bits per byte, told and routed, to the results of the run in whose folder the artifact lies."""
     from koff_lightning.reports.results import as_json
+    from koff_lightning.studies.analysis.runs import home_of
     from koff_lightning.support.files import write_atomically
     from koff_lightning.support.json_files import read_json_object
 
-    if path.is_file():
+    path = (home_of(folder.absolute()) or folder) / "results.json"
+    results = read_json_object(path) if path.is_file() else {}
+    masks = [
+        [{name: group[name] for name in ("layer", "kind", "of", "kept")} for group in groups]
+        for groups in (results.get("kept_units", []), manifest.kept)
+    ]
+    if masks[0] == masks[1]:
         bits = found["bits_per_byte"]
         rows = {n: {way: v if math.isfinite(v) else None for way, v in row.items()} for n, row in bits.items()}
         about = {"heldout_bytes": heldout_bytes, "accuracy": found["accuracy"], "bits_per_byte": rows}
-        content = read_json_object(path) | {"router": about}
-        write_atomically(path, as_json(content))
+        write_atomically(path, as_json(results | {"router": about}))
         print(f"added to {path}, as router")
 
 
@@ -182,7 +200,7 @@ def _text(
         config: In place of the options of its run.
         data: NAME=TEXT, in place of what those say of a domain.
         most: Bytes of training text per domain.
-        heldout: Bytes of held-out text per domain, at most; of what is streamed, what the run held out.
+        heldout: Bytes of held-out text per domain, at most; None for all. Of what is streamed, what the run held out.
         tokenizer: To set the text up with.
     """
     import inspect
@@ -203,19 +221,19 @@ def _text(
     options |= {"domains": {name: sources[name] for name in manifest.domains}, "retention": None}
     if most and not options.get("streaming"):
         options["max_train_bytes"] = min(options.get("max_train_bytes") or 10 * most, 10 * most)  # of many documents
-    if heldout and not options.get("streaming"):  # there what the run did not hold out it may have trained on
+    if not options.get("streaming"):  # there what the run did not hold out it may have trained on
         options["max_heldout_bytes"] = heldout
     return manifest, DomainDataModule(**options | {"tokenizer": tokenizer, "num_workers": 0})
 
 
-def _texts(data: "DomainDataModule") -> "dict[str, Texts]":
+def _asked(data: "DomainDataModule", read: "dict[str, Texts]") -> "dict[str, Texts]":
     """The text of every domain as a router meets it: of talks the questions, as in a chat."""
     from koff_lightning.data.messages import questions
     from koff_lightning.data.split import Texts
 
     return {
-        name: Texts(*([questions(talk) for talk in side] for side in read)) if data.sources[name].chat else read
-        for name, read in data.texts().items()
+        name: Texts(*([questions(talk) for talk in side] for side in texts)) if data.sources[name].chat else texts
+        for name, texts in read.items()
     }
 
 

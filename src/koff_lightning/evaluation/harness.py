@@ -31,7 +31,7 @@ from koff_lightning.data.encoding import encode, encode_and_count, encode_prompt
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.chats import WritesTalks
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
-from koff_lightning.evaluation.lm_tasks import Loaded, check_version, quiet
+from koff_lightning.evaluation.lm_tasks import Loaded, check_room, check_version, quiet
 from koff_lightning.evaluation.scored_models import (
     Model,
     check_router,
@@ -272,6 +272,7 @@ class KoffLM(WritesTalks, HFLM):
         if self._routes:
             texts = [request.args[0] for request in requests]
             return self._by_domain(requests, texts, lambda part: self.generate_until(part, disable_tqdm))
+        check_room(requests, self.max_gen_toks, self.max_length)
         return super().generate_until(requests, disable_tqdm)
 
     @property

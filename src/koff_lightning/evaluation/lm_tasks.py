@@ -173,11 +173,16 @@ def _no_task(name: str, manager: "TaskManager") -> NoSuchNameError:
 
 
 def _no_data(names: Sequence[str], error: BaseException) -> str:
-    """Which task, which data, and how to get it."""
+    """Which task, which data, and how to get it; or that the task cannot be made of its data."""
     task = _task_in(error.__traceback__)
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if task is None or not task.DATASET_PATH:
         return f"tasks {', '.join(names)} cannot be loaded: {reason}"
+    if not any(frame.f_code.co_name == "download" for frame, _ in walk_tb(error.__traceback__)):
+        return (
+            f"task {task.config.task!r} cannot be made of its data ({type(error).__name__}: {reason}): correct its "
+            "YAML file or its documents"
+        )
     place = ", ".join(repr(part) for part in (task.DATASET_PATH, task.DATASET_NAME) if part)
     return (
         f"task {task.config.task!r} has no data here: dataset {place} cannot be had ({reason}). Where there is a "
@@ -198,6 +203,24 @@ def check_safe(tasks: Loaded, confirmed: bool = False) -> None:
     if unsafe and not confirmed:
         raise KoffError(
             f"task {unsafe[0]!r} runs code that the model writes: only `koff lm-eval --confirm_run_unsafe_code` does so"
+        )
+
+
+def check_room(requests: Sequence[Any], default: int, max_length: int) -> None:
+    """Raise KoffError where requests want so many tokens of answer that nothing could be read before them.
+
+    Args:
+        requests: Of type `generate_until`, with their options.
+        default: Tokens of an answer where a request does not say.
+        max_length: Tokens that the model reads and writes.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    most = max((normalize_gen_kwargs(request.args[1], default)["max_gen_toks"] for request in requests), default=0)
+    if most >= max_length:
+        raise KoffError(
+            f"a task lets answers have {most} tokens, and question and answer together have {max_length} here: give "
+            f"--gen_kwargs max_gen_toks={max_length // 2}, a larger --max_length, or leave the task out"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 REMOVED = "(removed)"
+_OF_ANY_NAMES = ("domains", "retention", "where")  # options whose values have names of the user's own
 _SET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # in the environment
 
 # What the name of a secret ends with, whatever stands before: wandb_api_key, x-api-key, apiKey. An option's name may go
@@ -58,9 +59,9 @@ def without_secrets(value: Any) -> Any:
 
 
 def _named(name: str, value: Any) -> Any:
-    """The value of an option, unless its name says that it is a secret; a domain may have any name."""
-    if name == "domains" and isinstance(value, Mapping):
-        return {domain: without_secrets(source) for domain, source in value.items()}
+    """The value of an option, unless its name says that it is a secret; a domain and a field may have any name."""
+    if name in _OF_ANY_NAMES and isinstance(value, Mapping):
+        return {name: without_secrets(part) for name, part in value.items()}
     secret = _NAME.search(name)
     if secret and isinstance(value, list | tuple):
         return [_named(name, part) for part in value]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+CALLED = {"dense": "without a mask", "none": "without a memory"}  # the columns that are no memory's
+
+
 @dataclass(frozen=True)
 class Transfer:
     """Bits per byte of each domain's text (lines) under `dense`, `none` and each memory (columns).
@@ -36,7 +39,7 @@ class Transfer:
     @property
     def memories(self) -> list[str]:
         """Names of the memories."""
-        return [name for name in self.bpb.columns if name not in ("dense", "none")]
+        return [name for name in self.bpb.columns if name not in CALLED]
 
     @property
     def by_domain(self) -> "pd.Series":
@@ -91,7 +94,15 @@ def transfer(module: Decomposition, batches: Iterable[Batch]) -> Transfer:
     Args:
         module: From `open_run`.
         batches: Held-out text.
+
+    Raises:
+        KoffError: A domain has the name of another column.
     """
+    if clash := sorted(CALLED.keys() & set(module.memories.domains)):
+        raise KoffError(
+            f"a domain is called {clash[0]!r}, which is what the table calls the model {CALLED[clash[0]]}: give it "
+            "another name"
+        )
     memories = {name: under(module, name) for name in module.memories.domains}
     batches = list(batches)
     bpb = score(batches, {"dense": dense(module), "none": under(module, None)} | memories)

@@ -416,8 +416,7 @@ def test_real_runs_of_a_tiny_model_on_toy_text(tmp_path, capsys):
     part = found["verdicts"][0]["parts"][0]["found"]
     ratio = shown["koff"]["mean"] / shown["dense"]["mean"] - 1
     assert part["value"] == pytest.approx(ratio, rel=1e-6) and part["low"] < ratio < part["high"]
-    for kind in ("png", "svg"):
-        assert {f"arms.{kind}", f"sparsity.{kind}"} <= {file.name for file in (tmp_path / "out" / "plots").iterdir()}
+    assert {file.name for file in (tmp_path / "out" / "plots").iterdir()} == {"arms.png", "arms.svg"}, "no curve of one"
     assert math.isfinite(shown["koff"]["seconds"])
 
 

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from koff_lightning.studies.analysis.report.findings import _causal, _ratio, _removal
+from koff_lightning.studies.analysis.report.findings import _causal, _ratio, _removal, _transfer
 
 TESTS = pd.DataFrame({"both": [30], "marked": [40], "removed": [300], "neurons": [1000]})
 
@@ -69,3 +69,15 @@ def test_rows_without_controls_do_not_count():
     (found,) = _causal(table)
     assert "Mean over 3 domains" in found.text
     assert "nan" not in found.text
+
+
+def test_one_domain_of_one_run_is_no_mean():
+    (found,) = _causal(put_back(0.05, 0.01, 0.01, 0.01)[:1])
+    assert "Mean over" not in found.text
+    assert "One domain in one run." in found.text
+
+
+def test_the_best_memory_is_told_apart_from_no_memory():
+    rows = [("a", "de", 1.0, 1.1, 1.2, 1.4), ("a", "fr", 1.0, 1.1, 1.4, 1.2)]  # no memory is better still
+    (found,) = _transfer(pd.DataFrame(rows, columns=["run", "domain", "dense", "none", "de", "fr"]))
+    assert "among the memories, the own one is best for 100% of domains" in found.text

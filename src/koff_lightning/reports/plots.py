@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from koff_lightning.support.errors import KoffError
@@ -16,16 +17,21 @@ from koff_lightning.support.mask_words import KIND_NAMES
 
 # Okabe and Ito's palette, which tells apart under the common kinds of colour blindness
 BLACK, GREY, BLUE, ORANGE, PURPLE = "#000000", "#999999", "#0072B2", "#E69F00", "#CC79A7"
-MANY = ("#009E73", "#56B4E9", "#D55E00", "#F0E442", GREY, BLACK)
+MANY = ("#009E73", "#D55E00", "#56B4E9", BLACK)
 MARKERS = ("s", "^", "v", "D", "P", "X", "*")
-ARM_STYLE = {
-    "dense": ("dense", GREY),
-    "koff": ("KOFF", BLUE),
-    "memory_off": ("memory off", ORANGE),
-    "swapped": ("swapped", PURPLE),
-}
+COLOURS = {"dense": GREY, "dense_memory": GREY, "koff": BLUE, "memory_off": ORANGE, "swapped": PURPLE}
+# The other arms of `koff claims`. MANY comes round again, but no two of them have both colour and marker in common.
+OTHER_ARMS = (
+    *("no_memory", "two_stage", "shared_memory", "lora_only", "kv_only", "lora_equal", "kv_equal", "ddp"),
+    *("fisher_prior", "magnitude", "wanda_sp", "flap", "random", "fisher"),
+    *("magnitude_memory", "wanda_sp_memory", "flap_memory", "random_memory", "fisher_memory"),
+)
+DENSE = {"dense": "--", "dense_memory": ":"}  # arms without a mask, and the line at their level
+SCORED = ("dense", "koff", "memory_off", "swapped")  # arms of one run
+NAMES = {"dense": "dense", "koff": "KOFF", "memory_off": "memory off", "swapped": "swapped", "no_memory": "pruned"}
 Point = Mapping[str, Any]
 Bpb = Mapping[str, Mapping[str, float | None]]
+Arms = Mapping[str, Sequence[float | None]]
 
 
 def sparsity_over_training(points: Sequence[Point], denominator: str) -> Figure:
@@ -60,18 +66,18 @@ def sparsity_by_layer(points: Sequence[Point], groups: Sequence[tuple[int, str]]
     removed = 100 * np.array([point["removed"] for point in points])  # [points, groups]
     edges = _edges([point["step"] for point in points])
     figure = Figure(figsize=(1.5 + 4.2 * len(kinds), 4), layout="constrained")
-    for place, kind in enumerate(kinds):
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    top = float(removed.max()) or 100.0  # one scale for all panels: what looks alike is alike
+    for axes, kind in zip(panels, kinds, strict=True):
         rows = [i for i, (_, k) in enumerate(groups) if k == kind]
-        layers = [groups[i][0] for i in rows]
-        axes = figure.add_subplot(1, len(kinds), place + 1)
-        top = max(float(removed[:, rows].max()), 1.0)
-        mesh = axes.pcolormesh(
-            edges, np.arange(len(rows) + 1) - 0.5, removed[:, rows].T, cmap="Blues", vmin=0, vmax=top, rasterized=True
-        )
-        every = -(-len(layers) // 12)
-        axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
-        axes.set(title=KIND_NAMES[kind], xlabel="optimizer step", ylabel="layer" if place == 0 else "")
-        figure.colorbar(mesh, ax=axes, label="removed, % of the layer's units" if place == len(kinds) - 1 else "")
+        borders = np.arange(len(rows) + 1) - 0.5
+        mesh = axes.pcolormesh(edges, borders, removed[:, rows].T, cmap="Blues", vmin=0, vmax=top, rasterized=True)
+        number_layers(axes.yaxis, [groups[i][0] for i in rows], range(len(rows)))
+        axes.set(title=KIND_NAMES[kind], xlabel="optimizer step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.invert_yaxis()  # layer 0 on top, as in all heat maps
+    panels[0].set_ylabel("layer")
+    figure.colorbar(mesh, ax=list(panels), label="removed, % of the layer's units")
     return figure
 
 
@@ -88,30 +94,33 @@ def kept_by_layer(kept: Sequence[Mapping[str, Any]]) -> Figure:
         axes = figure.add_subplot(1, len(kinds), place + 1)
         axes.bar([row["layer"] for row in rows], [100 * row["kept"] / row["of"] for row in rows], color=BLUE)
         axes.set(title=KIND_NAMES[kind], xlabel="layer", ylabel="units kept, %" if place == 0 else "", ylim=(0, 100))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        number_layers(axes.xaxis, [row["layer"] for row in rows])
         plain(axes)
     return figure
 
 
 def domain_bars(domains: Bpb) -> Figure:
-    """Held-out bits per byte of all arms by domain, and below how far each arm is from the dense model.
+    """Held-out bits per byte of all arms by domain, and below how far each is from the dense model, if that was scored.
 
     Args:
         domains: {domain: {"dense_bpb": ..., "koff_bpb": ..., "memory_off_bpb": ..., "swapped_bpb": ...}}.
     """
     names = list(domains)
-    figure = Figure(figsize=(max(6.0, 2.0 + 1.1 * len(names)), 6.5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    _bars(above, {arm: [domains[name][f"{arm}_bpb"] for name in names] for arm in ARM_STYLE})
-    rest = [arm for arm in ARM_STYLE if arm != "dense"]
-    _bars(below, {arm: [_against_dense(domains[name], arm) for name in names] for arm in rest})
-    above.set(ylabel="bits per byte", title="Held-out text: less is better")
-    above.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.1))
-    below.set(ylabel="change against dense, %")
-    below.axhline(0, color=BLACK, linewidth=0.8)
-    below.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
-    for axes in (above, below):
+    arms = _scored(domains)
+    change = {arm: _against(row, arms["dense"]) for arm, row in arms.items() if arm != "dense"}
+    parts = 2 if any(value is not None for row in change.values() for value in row) else 1
+    size = (max(6.0, 2.0 + 1.1 * len(names)), 1.1 + 2.7 * parts)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(parts, 1, sharex=True, squeeze=False)[:, 0]
+    for axes, values in zip(panels, (arms, change), strict=False):
+        _bars(axes, values)
         axes.tick_params(axis="x", length=0)
+    panels[0].set(ylabel="bits per byte", title="Held-out text: less is better")
+    panels[0].legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.1))
+    if parts == 2:
+        panels[1].set(ylabel="change against dense, %")
+        panels[1].axhline(0, color=BLACK, linewidth=0.8)
+    panels[-1].set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
     return figure
 
 
@@ -126,39 +135,44 @@ def arms_compared(rows: Sequence[Point], sparsity: float) -> Figure:
     figure = Figure(figsize=(7, 1.2 + 0.28 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(shown):
-        colour = ARM_STYLE.get(row["arm"], ("", BLACK))[1]
+        colour, _, _ = arm_style(row["arm"])
         axes.plot(row["bpb"], [place] * len(row["bpb"]), "o", color=colour, markersize=4, alpha=0.5)
         axes.plot(row["mean"], place, "|", color=colour, markersize=14, markeredgewidth=2)
         beside = axes.get_yaxis_transform()  # x in shares of the width
         axes.text(1.01, place, f"{row['mean']:.4f}", transform=beside, va="center", fontsize=8)
     for row in shown:
-        if row["arm"] in ("dense", "dense_memory"):
-            axes.axvline(row["mean"], color=GREY, linewidth=0.8, linestyle="--" if row["arm"] == "dense" else ":")
+        if row["arm"] in DENSE:
+            colour, _, line = arm_style(row["arm"])
+            axes.axvline(row["mean"], color=colour, linewidth=0.8, linestyle=line)
     axes.set_yticks(range(len(shown)), [row["arm"] for row in shown])
+    axes.set_ylim(-0.6, len(shown) - 0.4)  # room for the marks of the first and the last
     axes.set(xlabel="bits per byte of held-out text (less is better)", title=f"Arms at {100 * sparsity:g} %")
     plain(axes)
     return figure
 
 
-def quality_by_sparsity(rows: Sequence[Point]) -> Figure:
+def quality_by_sparsity(rows: Sequence[Point]) -> Figure | None:
     """Bits per byte by sparsity, one line per arm; one sparsity alone is a mark, an arm without a mask a level line.
+
+    None where no arm has two sparsities: there is no line to draw.
 
     Args:
         rows: {"arm", "sparsity", "removed", "mean", "sd"} as in `claims.json`.
     """
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    if len(rows) == len(arms):
+        return None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for place, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+    for arm in arms:
         points = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["removed"])
-        colour = ARM_STYLE.get(arm, ("", MANY[place % len(MANY)]))[1]
-        if arm in ("dense", "dense_memory"):
-            level = "--" if arm == "dense" else ":"
-            axes.axhline(points[0]["mean"], color=BLACK, linestyle=level, linewidth=1, label=arm)
+        colour, marker, line = arm_style(arm)
+        if arm in DENSE:
+            axes.axhline(points[0]["mean"], color=colour, linestyle=line, linewidth=1, label=arm)
             continue
         at, mean = [100 * point["removed"] for point in points], [point["mean"] for point in points]
         bars = [point["sd"] or 0 for point in points]
-        line = ("-", "--")[place // len(MANY) % 2] if len(points) > 1 else ""  # where colours come round again
-        style = MARKERS[place % len(MARKERS)] + line
+        style = marker + (line if len(points) > 1 else "")
         axes.errorbar(at, mean, bars, fmt=style, color=colour, label=arm, linewidth=1.6, markersize=5, capsize=2)
     axes.set(
         xlabel="parameters removed, % of body", ylabel="bits per byte of held-out text", title="Quality by sparsity"
@@ -168,12 +182,14 @@ def quality_by_sparsity(rows: Sequence[Point]) -> Figure:
     return figure
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write `folder/name.png` and `.svg`.
+def save(figure: Figure | None, folder: Path, name: str) -> None:
+    """Write `folder/name.png` and `.svg`; nothing of a picture that there was no reason to draw.
 
     Raises:
         KoffError: The disk did not take it.
     """
+    if figure is None:
+        return
     figure.draw_without_rendering()  # lays it out once for both files
     figure.set_layout_engine(None)
     try:
@@ -184,20 +200,60 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         raise KoffError(f"cannot write plots to {folder}: {error.strerror or error}") from error
 
 
-def _bars(axes: Axes, values: Mapping[str, Sequence[float | None]]) -> None:
+def arm_style(arm: str) -> tuple[str, str, str]:
+    """Colour, marker and line of an arm: the same in every picture, whatever other arms it shows."""
+    if arm in COLOURS:
+        return COLOURS[arm], MARKERS[list(COLOURS).index(arm)], DENSE.get(arm, "-")
+    place = OTHER_ARMS.index(arm) if arm in OTHER_ARMS else len(OTHER_ARMS)
+    return MANY[place % len(MANY)], MARKERS[place % len(MARKERS)], ("-", "--")[place // len(MANY) % 2]
+
+
+def room(axes: Axes, groups: int) -> None:
+    """Leave room beside few groups of bars, which would be very wide without it."""
+    spare = max(4 - groups, 0) / 2
+    axes.set_xlim(-0.5 - spare, groups - 0.5 + spare)
+
+
+def number_layers(axis: Axis, layers: Sequence[int], places: Sequence[int] | None = None, most: int = 12) -> None:
+    """A tick for each layer, or for every second, third and so on where there are more than `most`.
+
+    Args:
+        axis: Of an axes, its x or y axis.
+        layers: Their numbers.
+        places: Where on the axis they are; at their numbers by default.
+        most: How many ticks there is room for.
+    """
+    every = max(-(-len(layers) // most), 1)
+    axis.set_ticks((layers if places is None else places)[::every], [str(layer) for layer in layers[::every]])
+
+
+def _scored(domains: Bpb) -> Arms:
+    """Bits per byte of each arm by domain. Without memories KOFF is the pruned model, and is not shown twice."""
+    arms = {arm: [row[f"{arm}_bpb"] for row in domains.values()] for arm in SCORED}
+    on, off = arms["koff"], arms["memory_off"]
+    known = [(a, b) for a, b in zip(on, off, strict=True) if a is not None and b is not None]
+    swapped = any(value is not None for value in arms["swapped"])  # memories, which happen to do nothing
+    if known and not swapped and all(a == b for a, b in known):
+        return {"dense": arms["dense"], "no_memory": [b if a is None else a for a, b in zip(on, off, strict=True)]}
+    return arms
+
+
+def _bars(axes: Axes, values: Arms) -> None:
     """Grouped bars from zero, one group for each domain; arms without figures are left out."""
     shown = {arm: row for arm, row in values.items() if any(value is not None for value in row)}
     width = 0.8 / max(len(shown), 1)
     for place, (arm, row) in enumerate(shown.items()):
-        label, colour = ARM_STYLE[arm]
         at = np.arange(len(row)) + (place - (len(shown) - 1) / 2) * width
-        axes.bar(at, [np.nan if value is None else value for value in row], width, color=colour, label=label)
+        heights = [np.nan if value is None else value for value in row]
+        axes.bar(at, heights, width, color=arm_style(arm)[0], label=NAMES[arm])
+    room(axes, max(map(len, values.values())))
     plain(axes)
 
 
-def _against_dense(row: Mapping[str, float | None], arm: str) -> float | None:
-    dense, value = row["dense_bpb"], row[f"{arm}_bpb"]
-    return None if dense is None or value is None else 100 * (value / dense - 1)
+def _against(row: Sequence[float | None], dense: Sequence[float | None]) -> list[float | None]:
+    """Change against the dense model in percent, where both are known."""
+    pairs = zip(row, dense, strict=True)
+    return [None if value is None or base is None else 100 * (value / base - 1) for value, base in pairs]
 
 
 def _edges(steps: Sequence[int]) -> np.ndarray:

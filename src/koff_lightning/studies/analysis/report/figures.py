@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from koff_lightning.reports.plots import BLACK, BLUE, GREY, MARKERS, ORANGE, plain, sparsity_by_layer
+from koff_lightning.reports.plots import BLACK, BLUE, GREY, MARKERS, ORANGE, number_layers, plain, sparsity_by_layer
 from koff_lightning.studies.analysis.report import memory_figures
 from koff_lightning.studies.analysis.report.drawing import GREEN, WIDE, heat
 from koff_lightning.studies.analysis.study import Study
@@ -16,6 +16,7 @@ from koff_lightning.support.mask_words import KIND_NAMES
 if TYPE_CHECKING:
     import pandas as pd
 
+LOW, HIGH = 0.05, 20  # ends of the axis of odds
 CLASSES = {"specific": "specific", "specific_weighted": "specific, variant", "G2": "general (G2)"}
 WITHIN = {
     "layers": ("same layer", BLUE, MARKERS[0]),
@@ -68,20 +69,20 @@ def _removed_by_layer(found: Study) -> Figure | None:
         share = np.divide(100 * gone[name], of[name], out=np.full(len(layers), np.nan), where=of[name] > 0)
         right.bar(layers + (place - 1) * 0.27, share, 0.27, color=colour)
     left.set(title="Removed neurons", xlabel="layer", ylabel="neurons, mean over runs" if runs > 1 else "neurons")
-    right.set(title="Share of each class removed", xlabel="layer", ylabel="%")
+    right.set(title="Share of each class removed", xlabel="layer", ylabel="removed, % of the class")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        number_layers(axes.xaxis, list(layers))
         plain(axes)
     return figure
 
 
 def _forest(found: Study) -> Figure:
     """Odds ratios of every kind of mask, class by class."""
-    table = found.tables["pooled"]
+    table = found.tables["pooled"][lambda t: t["class"].isin(CLASSES)]
     kinds = sorted(table["kind"].unique(), key=lambda kind: kind != found.settings.name)
     rows = [(f"{label}, {kind}", kind, name) for name, label in CLASSES.items() for kind in kinds]
-    figure, axes = _odds_axes(len(rows) + 0.6 * len(CLASSES), "Removed more often than others?")
+    figure, axes = _odds_axes(table, len(rows) + 0.6 * len(CLASSES), "Removed more often than others?")
     places = [place + 0.6 * (place // len(kinds)) for place in range(len(rows))]
     for place, (_, kind, name) in zip(places, rows, strict=True):
         part = table[(table["class"] == name) & (table["kind"] == kind)]
@@ -94,7 +95,7 @@ def _selections(found: Study) -> Figure:
     """The same of the studied runs, by how many neurons are called specific."""
     table = found.tables["selections"]
     groups = list(table.groupby(["rate", "bar"], sort=False))
-    figure, axes = _odds_axes(len(groups), "If more neurons are called specific")
+    figure, axes = _odds_axes(table, len(groups), "If more neurons are called specific")
     for place, (_, part) in enumerate(groups):
         _two(axes, place, part, full=True)
     labels = [f"{part['specific'].iloc[0]} neurons, bar {100 * bar:g} %" for (_, bar), part in groups]
@@ -102,18 +103,20 @@ def _selections(found: Study) -> Figure:
     return figure
 
 
-def _odds_axes(lines: float, title: str) -> tuple[Figure, Axes]:
+def _odds_axes(table: "pd.DataFrame", lines: float, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDE, 1.5 + 0.24 * lines), layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(1, color=BLACK, linewidth=1, linestyle="--")
     axes.set_xscale("log")
-    axes.set(xlabel="odds of being removed, against other neurons", title=title, xlim=(0.05, 20))
+    axes.set(xlabel="odds of being removed, against other neurons", title=title, xlim=(LOW, HIGH))
     axes.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
     axes.minorticks_off()
     axes.invert_yaxis()
     for label, colour, marker in WITHIN.values():
         axes.plot([], [], marker, color=colour, label=label)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    if ((table["low"] < LOW) | (table["high"] > HIGH)).any():
+        axes.plot([], [], ">", color=GREY, label="interval goes on")
+    figure.legend(loc="outside lower center", ncols=3, columnspacing=1, frameon=False)
     plain(axes, "x")
     return figure, axes
 
@@ -123,11 +126,14 @@ def _two(axes: Axes, place: float, rows: "pd.DataFrame", full: bool) -> None:
     for step, (within, (_, colour, marker)) in enumerate(WITHIN.items()):
         at = place + 0.32 * step
         for _, row in rows[rows["within"] == within].iterrows():
-            if 0.05 < row["odds_ratio"] < 20:
+            if LOW < row["odds_ratio"] < HIGH:
                 style = "full" if full else "none"
                 axes.plot(row["odds_ratio"], at, marker, color=colour, markersize=5, fillstyle=style)
             if not np.isnan(row["low"]):
-                axes.plot(np.clip([row["low"], row["high"]], 0.05, 20), [at, at], color=colour, linewidth=1.4)
+                axes.plot(np.clip([row["low"], row["high"]], LOW, HIGH), [at, at], color=colour, linewidth=1.4)
+                beyond = [(LOW, "<")] * (row["low"] < LOW) + [(HIGH, ">")] * (row["high"] > HIGH)
+                for end, arrow in beyond:  # over the frame, so that no end of the axis is taken for that of an interval
+                    axes.plot(end, at, arrow, color=colour, markersize=5, clip_on=False)
 
 
 def _overlap(found: Study) -> Figure:
@@ -165,7 +171,7 @@ def _sparsity(found: Study) -> Figure:
             ylim=(0, max(share.max() * 1.1, 5)),
         )
         axes.title.set_size(9 if len(kinds) > 3 else 12)  # five kinds of channels have little room for their names
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        number_layers(axes.xaxis, list(share[kind].index), most=24 // len(kinds))
         plain(axes)
     return figure
 

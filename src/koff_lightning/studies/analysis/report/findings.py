@@ -120,8 +120,8 @@ def _transfer(table: "pd.DataFrame") -> list[Finding]:
     text = (
         f"Are memories specific to their domains? Another domain's memory costs {costs.mean():.4f} bits per byte more "
     )
-    text += f"than the own one, which gains {np.mean(own):.4f} over none; {np.mean(best):.0%} of domains do best under "
-    text += "their own."
+    text += f"than the own one, which gains {np.mean(own):.4f} over none; among the memories, the own one is "
+    text += f"best for {np.mean(best):.0%} of domains."
     return [Finding("yes" if all(best) else "open" if costs.mean() > 0 else "no", text)]
 
 
@@ -140,12 +140,13 @@ def _causal(table: "pd.DataFrame") -> list[Finding]:
         return [Finding("note", "No neuron that is specific to a domain was removed, so none can be put back.")]
     off, on = (1000 * (known[f"{arm}_before"] - known[f"{arm}_after"]) for arm in ("off", "on"))
     control, control_on = (1000 * (known[f"{arm}_before"] - known[f"{arm}_control"]) for arm in ("off", "on"))
+    over = f"Mean over {len(known)} domains and runs." if len(known) > 1 else "One domain in one run."
     text = f"Has the knowledge moved? Put back, {known['neurons'].sum()} removed specialists gain their domains "
     text += (
         f"{off.mean():.2f} thousandths of a bit per byte with memories off and {on.mean():.2f} with them on; as many "
     )
     text += "others of the same layers gain "
-    text += f"{control.mean():.2f} (off) and {control_on.mean():.2f} (on). Mean over {len(known)} domains and runs."
+    text += f"{control.mean():.2f} (off) and {control_on.mean():.2f} (on). {over}"
     # What a memory has taken over of the specialists, beyond what it has of other neurons: by domain, over its runs.
     moved = ((off - on) - (control - control_on)).groupby(known["domain"]).mean()
     if len(moved) < 3:

@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from koff_lightning.reports.plots import BLACK, BLUE, GREY, ORANGE, plain
-from koff_lightning.studies.analysis.report.drawing import SKY, WIDE, heat, ticks
+from koff_lightning.reports.plots import BLACK, BLUE, GREY, ORANGE, plain, room
+from koff_lightning.studies.analysis.report.drawing import SKY, WIDE, heat, ticks, within_rows
 from koff_lightning.studies.analysis.study import Study
 from koff_lightning.studies.analysis.transfer import Transfer
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# Texts differ more from each other than the memories do on one text: one scale for all would show the texts alone.
+SHADES = "memory\n(colour: within each text, from the least, light, to the most, dark)"
 
 
 def transfer(found: Study) -> Figure:
@@ -33,10 +36,10 @@ def transfer(found: Study) -> Figure:
             top.plot(np.array(x) / 10, y, color=BLACK, linewidth=1)
         top.set_xlim(0, len(order) + 1)
         top.set_axis_off()
-    heat(axes, change.to_numpy(), "{:+.1f}", "cividis_r")
+    heat(axes, change.to_numpy(), "{:+.1f}", "cividis_r", shades=within_rows(change.to_numpy()))
     axes.set_xticks(np.arange(len(order) + 1) + 0.5, [*order, "none"])
     axes.set_yticks(np.arange(len(lines)) + 0.5, lines)
-    axes.set(xlabel="memory", ylabel="text")
+    axes.set(xlabel=SHADES, ylabel="text")
     runs = found.tables["transfer"]["run"].nunique()
     figure.suptitle("Bits per byte against dense, %" + (f", mean of {runs} runs" if runs > 1 else ""))
     return figure
@@ -48,11 +51,13 @@ def perplexity(found: Study) -> Figure:
     columns = [*(name for name in mean.columns if name not in ("none", "dense")), "none", "dense"]
     figure = Figure(figsize=(WIDE, 1.3 + 0.42 * len(mean)), layout="constrained")
     axes = figure.add_subplot()
-    heat(axes, mean[columns].to_numpy(), "{:.2f}", "cividis_r")
+    values = mean[columns].to_numpy()
+    shades = within_rows(values, len(columns) - 1)  # of the dense model, far below, the others would look alike
+    heat(axes, values, "{:.2f}", "cividis_r", shades=shades)
     names = {"none": "pruned\nonly", "dense": "un-\npruned"}
     axes.set_xticks(np.arange(len(columns)) + 0.5, [names.get(column, column) for column in columns])
     axes.set_yticks(np.arange(len(mean)) + 0.5, mean.index)
-    axes.set(xlabel="memory", ylabel="text", title="Perplexity per token")
+    axes.set(xlabel=SHADES, ylabel="text", title="Perplexity per token")
     return figure
 
 
@@ -67,6 +72,7 @@ def knockout(found: Study) -> Figure:
     ):
         axes.bar(np.arange(len(gain)) + (place - 1) * 0.27, gain[name], 0.27, color=colour, label=label)
     axes.set_xticks(range(len(gain)), gain.index)
+    room(axes, len(gain))
     axes.axhline(0, color=BLACK, linewidth=0.8)
     axes.set(ylabel="bits per byte gained", title="What the parts of a memory are worth")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -85,11 +91,12 @@ def causal(found: Study) -> Figure | None:
     bars = (("off", "after", "memory off", ORANGE), ("off", "control", "memory off, other neurons", GREY))
     bars += (("on", "after", "memory on", BLUE), ("on", "control", "memory on, other neurons", SKY))
     for place, (arm, when, label, colour) in enumerate(bars):
-        gain = 1000 * (table[f"{arm}_before"] - table[f"{arm}_{when}"])
+        gain = table[f"{arm}_before"] - table[f"{arm}_{when}"]
         axes.bar(np.arange(len(table)) + (place - 1.5) * 0.2, gain, 0.2, color=colour, label=label)
     axes.set_xticks(range(len(table)), [f"{d}\n{n:.3g} back" for d, n in table["neurons"].items()])
+    room(axes, len(table))
     axes.axhline(0, color=BLACK, linewidth=0.8)
-    axes.set(ylabel="gain, 0.001 bits per byte", title="Removed specialists put back")
+    axes.set(ylabel="bits per byte gained", title="Removed specialists put back")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     plain(axes)
     return figure
@@ -101,7 +108,8 @@ def attention(found: Study) -> Figure:
     figure = Figure(figsize=(WIDE, 1.3 + 0.34 * len(table)), layout="constrained")
     axes = figure.add_subplot()
     heat(axes, 100 * table.to_numpy(), "{:.0f}" if table.size <= 200 else "", "cividis")
-    axes.set(xlabel="query head", ylabel="layer", title="Attention on the memory's slots, %")
+    white = "\n(empty: removed heads)" if table.isna().to_numpy().any() else ""
+    axes.set(xlabel="query head", ylabel="layer", title=f"Attention on the memory's slots, %{white}")
     ticks(axes, len(table.columns), list(table.index))
     return figure
 

@@ -61,6 +61,14 @@ def test_the_dtype_is_as_asked(tmp_path, dtype):
     assert {p.dtype for p in load_backbone(str(tmp_path), dtype=dtype).parameters()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize("given", ["eager", "flex_attention"])
+def test_the_attention_is_ours_to_choose(tmp_path, given):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": given}))
+    assert load_backbone(str(tmp_path)).config._attn_implementation == "sdpa"
+
+
 def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(tmp_path / "models")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -8,6 +8,7 @@ from tiny_run import Batches, RandomText, tiny_module, tiny_trainer
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.backbone import attention_modules
 from koff_lightning.callbacks import GradientCoverage
+from koff_lightning.data.packing import IGNORED
 
 
 class At(Callback):
@@ -115,6 +116,27 @@ def test_domains_are_gathered_over_accumulated_batches(tmp_path):
 def test_rows_without_a_domain_touch_nothing(tmp_path):
     coverage = fit(tmp_path, data=RandomText(domains=["en", None]))
     assert "KV memory of law" not in coverage._checked
+
+
+def test_data_of_unknown_length_wants_a_number_of_steps(tmp_path):
+    class Unending(RandomText):
+        def train_dataloader(self):
+            return iter(super().train_dataloader())
+
+    with pytest.raises(KoffError, match=r"a schedule needs an end: set trainer\.max_steps"):
+        fit(tmp_path, data=Unending(), trainer={"steps": -1, "max_epochs": 1})
+    fit(tmp_path, data=Unending())
+
+
+def test_a_domain_of_which_nothing_is_predicted_is_not_present(tmp_path):
+    class Mute(RandomText):
+        def train_dataloader(self):
+            batches = [self.batch(self.domains, i) for i in range(20)]
+            for batch in batches[:2]:
+                batch["labels"][[domain == "law" for domain in batch["domains"]]] = IGNORED
+            return Batches(batches)
+
+    assert {"KV memory of en", "KV memory of law"} <= fit(tmp_path, data=Mute())._checked
 
 
 def test_not_finite_is_named(tmp_path):

@@ -18,7 +18,7 @@ from koff_lightning.artifact.memory_files import read_card
 from koff_lightning.backbone import rotary_inv_freqs
 from koff_lightning.cli import main
 from koff_lightning.kv_memory import KVMemory
-from koff_lightning.specs.memories import LoraSpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.support import files as new_folder
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
@@ -234,6 +234,13 @@ def test_a_kv_memory_goes_to_peft_and_back(uniform, tmp_path):
     for name, slots in model.memories.slots("de").tensors().items():
         torch.testing.assert_close(model.memories.slots("again").tensors()[name], slots, atol=1e-5, rtol=0)
     assert memory("cartridge", folder, "de", "--out", folder) == 2, "not into a folder that holds something"
+
+
+def test_a_rotary_embedding_that_moves_takes_no_cartridge(tmp_path, capsys):
+    moving = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    folder = tiny_artifact(tmp_path, "llama", changes=moving, kv=KVSpec(slots=5, init="normal")).folder
+    assert memory("cartridge", folder, "de", "--out", tmp_path / "cartridge") == 2
+    assert "rope type 'dynamic' depends on the text's length" in capsys.readouterr().err
 
 
 def test_a_sliding_window_is_no_place_for_a_cartridge(tmp_path, capsys):

@@ -16,7 +16,7 @@ from zipfile import ZipFile
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import model_checkpoint
+from lightning.pytorch.callbacks import EarlyStopping, model_checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from tiny_command import small_fits
@@ -211,6 +211,24 @@ def test_checkpoints_are_saved_between_steps(tmp_path, monkeypatch, often):
     tiny_trainer(tmp_path, [checkpoints], val_check_interval=6, **options).fit(tiny_module(tmp_path), RandomText())
     assert saves
     assert all(batches == 4 * step for step, batches in saves)
+
+
+@pytest.mark.parametrize("interval", [3, 4])  # batches: in mid-step, or behind a step
+def test_a_run_that_a_validation_ends_in_mid_step_ends_its_step_first(tmp_path, interval):
+    saves = []
+
+    class Noted(Checkpoints):
+        def _save_last_checkpoint(self, trainer, candidates):
+            saves.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.current.processed))
+
+    stop = EarlyStopping("val/koff_bpb", patience=2, min_delta=100.0)
+    options = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "limit_val_batches": 1}
+    options |= {"val_check_interval": interval, "check_val_every_n_epoch": None, "steps": 20}
+    trainer = tiny_trainer(tmp_path, [stop, Noted(tmp_path / "saved")], **options)
+    trainer.fit(tiny_module(tmp_path), RandomText(batches=60))
+    assert trainer.global_step == (5 if interval == 3 else 6), "the third validation is the last"
+    assert saves[-1][0] == trainer.global_step
+    assert all(batches == 2 * step for step, batches in saves)
 
 
 @pytest.mark.parametrize("fate", ["moved", "lost"])

@@ -126,6 +126,7 @@ def test_a_gguf_decomposed_and_written_again(tmp_path, monkeypatch):
         ("qwen3", {"changes": {"rope_parameters": LLAMA3_ROPE}, "target": 0.0}, "scaled as in Llama 3"),
         ("qwen3", {"changes": {"attention_bias": True}, "target": 0.0}, "biases that its family does not have"),
         ("llama", {"changes": {"rope_parameters": YARN_ROPE | {"beta_slow": 2.0}}}, "the model has (32, 2.0)"),
+        ("llama", {"changes": {"rope_parameters": YARN_ROPE | {"truncate": False}}}, "yarn with truncate true only"),
         ("llama", {"changes": {"hidden_act": "gelu"}}, "with SiLU, the model has 'gelu'"),
         ("gemma3_text", {}, "writes llama, mistral, qwen2, qwen3 models, this one is gemma3_text"),
     ],

@@ -45,6 +45,20 @@ def track(gaps):
     return gate, logits[0].item(), round((logits[1] - logits[0]).item())
 
 
+def test_a_gate_that_narrows_itself_is_as_wide_as_when_it_was_best():
+    class Narrowing(Slide):
+        width = 1.0
+
+        def sharpen(self, logits):
+            self.width /= 2
+            return super().sharpen(logits)
+
+    gate, logits = Narrowing(), torch.zeros(2, dtype=torch.float64)
+    apart = lambda keep: tuple(torch.tensor(TARGET + 8 * side * BAND, dtype=torch.float64) for side in (1, -1))  # noqa: E731
+    shift_to_target(gate, logits, TARGET, BAND, apart)
+    assert (gate.rounds, gate.width) == (ROUNDS, 1.0)
+
+
 def test_the_limits_are_those_that_the_log_gives_reasons_for():
     assert (APART, WORST, ROUNDS) == (6, 4, 20)
 

@@ -143,7 +143,7 @@ class Budget:
         Greedy with skip: a kv group that would overshoot is passed over and neurons fill the rest, so the result is
         below the target by less than the cheapest unit. Each layer keeps its minimum. With `multiple_of` or layout
         `uniform` units leave in steps of several at once (`_steps`), each scored by its mean, and the result is below
-        the target by less than the cheapest step.
+        the target by less than the cheapest step that is left.
         """
         scores = self._protected(scores.detach().float().cpu())
         target = self.spec.target if target is None else target

@@ -63,7 +63,7 @@ def shift_to_target(
             logits.copy_(gate.shift(logits, shift))
         return then
 
-    best, least = logits, math.inf
+    best, least = (logits, getattr(gate, "width", None)), math.inf  # one gate sharpens by a width of its own
     for _ in range(ROUNDS):
         now = at(0.0)
         shift, there = _find(at, _hard, now, band, gate.bound / 64) if _apart(now, band) else (0.0, now)
@@ -74,9 +74,13 @@ def shift_to_target(
             if max(map(abs, now)) <= WORST * band:
                 return
         if max(map(abs, now)) < least:
-            best, least = logits.clone(), max(map(abs, now))
+            best, least = (logits.clone(), getattr(gate, "width", None)), max(map(abs, now))
         logits.copy_(gate.sharpen(logits))
-    logits.copy_(best)  # a unit larger than the bounds: sharpening has not helped, and too sharp a gate learns nothing
+    if best[1] is not None:
+        gate.width = best[1]
+    logits.copy_(
+        best[0]
+    )  # a unit larger than the bounds: sharpening has not helped, and too sharp a gate learns nothing
     move(_mean, at(0.0))
 
 

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -40,9 +40,10 @@ def check_ids(input_ids: Any, backbone: PreTrainedModel) -> None:
         )
 
 
-def check_domains(domains: Any) -> None:
-    """Refuse what names no domains."""
-    if domains is not None and not isinstance(domains, str) and not isinstance(domains, Iterable):
+def check_domains(domains: Any, by_row: bool = False) -> None:
+    """Refuse what names no domains; `by_row` also what has no order, and so does not say which is of which row."""
+    named = isinstance(domains, Iterable) and not (by_row and isinstance(domains, Set | Mapping))
+    if domains is not None and not isinstance(domains, str) and not named:
         raise KoffError(f"domains must be a name, or a list of names (None for no memory); got {domains!r}")
 
 
@@ -94,6 +95,12 @@ def check_generation(options: Mapping[str, Any]) -> None:
         given = options.get(name, 1)
         if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
             raise KoffError(f"generate: {name} must be a whole number from 1 on; got {given!r}")
+    draft = options.get("assistant_model")
+    if draft is not None and not isinstance(draft, PreTrainedModel):
+        raise KoffError(
+            f"generate: assistant_model must be a model of transformers; got {type(draft).__name__} (of a decomposed "
+            "model give its .backbone)"
+        )
     config, processors = options.get("generation_config"), options.get("logits_processor")
     if config is not None and not isinstance(config, GenerationConfig):
         raise KoffError(f"generate: generation_config must be a GenerationConfig; got {type(config).__name__}")
@@ -107,6 +114,8 @@ def given_cache(inputs: dict[str, Any], backbone: PreTrainedModel) -> Any:
     given = [inputs.pop(name) for name in ("cache", "past_key_values") if name in inputs]
     if not given:
         return None
+    if given[0] is not None and not hasattr(given[0], "get_seq_length"):
+        raise KoffError(f"past_key_values must be a cache as transformers makes them; got {type(given[0]).__name__}")
     inputs[cache_argument(backbone)] = given[0]
     return given[0]
 
@@ -145,8 +154,11 @@ def positions(mask: Tensor | None, input_ids: Tensor, token_cache: Any) -> Tenso
     return (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
 
 
-def check_packing(mask: Tensor | None, position_ids: Tensor, use_cache: bool) -> None:
+def check_packing(mask: Tensor | None, position_ids: Any, use_cache: bool) -> None:
     """Packed rows stay apart only without mask and cache; transformers would mix them without a word."""
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        got = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+        raise KoffError(f"position_ids must be a tensor [rows, tokens]; got {got}")
     refuse_masked_packing(mask, position_ids)
     if use_cache and (position_ids.diff(dim=-1) != 1).any() and mask is None:
         raise KoffError("packed rows (positions that restart) cannot be run with a token cache: leave use_cache out")

@@ -170,6 +170,7 @@ class DecomposedModel(nn.Module):
             inputs["position_ids"] = positions(attention_mask, input_ids, cache)
         else:
             check_packing(attention_mask, inputs["position_ids"], inputs["use_cache"])
+            inputs["position_ids"] = inputs["position_ids"].to(device)
         if torch.is_grad_enabled() and is_recomputed(self.backbone):
             raise KoffError(
                 "activation checkpointing would compute layers again after this call, without its memories: activate "
@@ -204,8 +205,9 @@ class DecomposedModel(nn.Module):
         check_generation(options)
         given_cache(options, self.backbone)
         check_mask(attention_mask)
+        input_ids = input_ids.to(self.device)
         if attention_mask is not None:
-            check_prompt_mask(attention_mask, input_ids)
+            check_prompt_mask(attention_mask := attention_mask.to(self.device), input_ids)
         if options.get("custom_generate") is not None or self._option(options, "cache_implementation") not in CACHES:
             raise KoffError(
                 "generate: custom_generate and caches other than "
@@ -274,13 +276,15 @@ class DecomposedModel(nn.Module):
     def _chosen(self, domains: Domains, input_ids: Tensor, mask: Tensor | None, cache: Any = None) -> list[str | None]:
         """The domain of each row; where "auto" is asked for, what the router picks from the row's text."""
         rows = len(input_ids)
-        check_domains(domains)
+        check_domains(domains, by_row=True)
         chosen = [domains] * rows if domains is None or isinstance(domains, str) else list(domains)
         if len(chosen) != rows:
             raise KoffError(f"{len(chosen)} domains for {rows} rows: give one per row, None for no memory")
         if AUTO in chosen and AUTO not in self.domains:  # a memory that is called so is older than the router
             if cache is not None and cache.get_seq_length():
                 raise KoffError("a call that goes on from a token cache has no whole text to route: give model.route's")
+            if mask is not None and mask.ndim != 2:
+                raise KoffError("the router reads rows by a mask [rows, tokens]: give the domains, or such a mask")
             auto = [row for row, name in enumerate(chosen) if name == AUTO]
             real = torch.ones_like(input_ids) if mask is None else mask[:, -input_ids.shape[1] :]
             ids = [input_ids[row][real[row] > 0].tolist() for row in auto]

@@ -21,7 +21,7 @@ from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.artifact.folder import MEMORIES, Manifest, verify
 from koff_lightning.artifact.memory_files import KV_FILE
 from koff_lightning.backbone import rotary_inv_freqs
-from koff_lightning.kv_memory import KVMemory, check_one_rope
+from koff_lightning.kv_memory import KVMemory, check_movable, check_one_rope
 from koff_lightning.listed_files import BACKBONE
 from koff_lightning.loading import no_bars
 from koff_lightning.placement import shown
@@ -177,6 +177,7 @@ def _slots_in_peft(folder: Path, manifest: Manifest) -> None:
     model, tensors = _transformers(folder, manifest), load_file(_memory(folder, manifest, "slots") / KV_FILE)
     slots = KVMemory.from_tensors(tensors, depth=model.config.num_hidden_layers)
     check_in_sight(model.config)
+    check_movable(model.config)
     with TemporaryDirectory() as work, _strict():
         to_cartridge(slots, rotary_inv_freqs(model), Path(work))
         _run(PeftModel.from_pretrained(model, work))

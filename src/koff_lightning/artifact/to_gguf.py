@@ -131,6 +131,8 @@ def _check(config: PreTrainedConfig, head: int) -> None:
     kind = rope.get("rope_type", "default")
     if (betas := (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)) != (32, 1):
         raise KoffError(f"llama.cpp computes yarn with beta_fast 32 and beta_slow 1 only, the model has {betas}")
+    if kind == "yarn" and rope.get("truncate") is False:
+        raise KoffError("llama.cpp computes yarn with truncate true only, the model's is false: use another engine")
     if kind not in ("default", "linear", "yarn", "llama3") or head % 2:
         raise KoffError(f"a rotary embedding of type {kind!r} is not written to a GGUF: use another engine")
 

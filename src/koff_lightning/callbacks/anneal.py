@@ -11,6 +11,7 @@ from koff_lightning.specs.timing import check_anneal
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import difference
 from koff_lightning.training.module import KOFFModule
+from koff_lightning.training.optim import total_steps
 
 
 class AnnealSparsity(Callback):
@@ -40,7 +41,7 @@ class AnnealSparsity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Lay out the schedule over the run's steps (kept from the checkpoint when a run goes on)."""
-        asked = int(trainer.estimated_stepping_batches)
+        asked = total_steps(trainer)
         if trainer.ckpt_path is None:  # another run with this callback, before
             self._steps = self._begun = None
         self._steps = self._steps or asked

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
+from koff_lightning.decomposition import Decomposition
 from koff_lightning.support.errors import KoffError
 from koff_lightning.training.module import KOFFModule
 
@@ -31,8 +32,12 @@ class GradientCoverage(Callback):
         self._present: set[str] = set()  # domains of the micro-batches since the last optimizer step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: dict[str, Any], _: int) -> None:
-        """Note which domains this optimizer step sees."""
-        self._present |= {domain for domain in batch["domains"] if domain is not None}
+        """Note of which domains this optimizer step predicts anything."""
+        domains = batch["domains"]
+        if pl_module.phase != self._phase or not self._seen.issuperset(domains):  # else nobody waits for the device
+            predicts = Decomposition.targets(batch)[1].any(1).tolist()  # [B]
+            domains = [domain for domain, any_ in zip(domains, predicts, strict=True) if any_]
+        self._present |= {domain for domain in domains if domain is not None}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: KOFFModule, optimizer: Optimizer) -> None:
         """Check what has not been checked in this phase; gradients are accumulated and unscaled here, not yet clipped.

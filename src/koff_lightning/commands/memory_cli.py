@@ -82,9 +82,10 @@ def cartridge(folder: str, domain: str, *, out: str | None = None, from_: str | 
     from koff_lightning.artifact.cartridge import check_in_sight, from_cartridge, to_cartridge
     from koff_lightning.artifact.memories import add_from_bank
     from koff_lightning.backbone import rotary_inv_freqs
-    from koff_lightning.kv_memory import KVMemory
+    from koff_lightning.kv_memory import KVMemory, check_movable
 
     model = _loaded(folder, [] if out is None else [domain], domain if out is None else None)
+    check_movable(model.backbone.config)
     freqs = rotary_inv_freqs(model.backbone)
     if from_ is not None:
         slots = KVMemory.from_tensors(from_cartridge(Path(from_).expanduser(), freqs))

@@ -42,7 +42,7 @@ from koff_lightning.training.extending import artifact_to_extend, hold_closed
 from koff_lightning.training.mask_source import load_mask, read_mask_source
 from koff_lightning.training.nonfinite import NonFiniteGuard
 from koff_lightning.training.objective import Objective, take_stored_teacher
-from koff_lightning.training.optim import clip_by_group, loss_scale, optimizer_and_rates
+from koff_lightning.training.optim import clip_by_group, loss_scale, optimizer_and_rates, total_steps
 from koff_lightning.training.recomputation import recomputes
 from koff_lightning.training.resume import (
     give_data_its_place,
@@ -275,12 +275,6 @@ class KOFFModule(LightningModule):
             with self.model.under():
                 bank.kv[bank.key(name)].initialise_(self.model.backbone, ids)
 
-    def _number_of_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise KoffError("a schedule needs an end: set trainer.max_steps (or max_epochs with data of known length)")
-        return int(steps)
-
     on_validation_start = on_test_start = on_predict_start = fill_memories
 
     def on_after_backward(self) -> None:
@@ -290,7 +284,7 @@ class KOFFModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One AdamW: mask, multipliers (ascent), LoRA, KV."""
         parts = self.model.gates, self.penalty, self.model.memories
-        optimizer, rates = optimizer_and_rates(*parts, self.optim, self._number_of_steps())
+        optimizer, rates = optimizer_and_rates(*parts, self.optim, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:

@@ -15,6 +15,18 @@ from koff_lightning.specs.training import OptimSpec
 from koff_lightning.support.errors import KoffError
 
 
+def total_steps(trainer: Trainer) -> int:
+    """Optimizer steps of a run, by which its rates and its mask's course are laid out.
+
+    Raises:
+        KoffError: Nobody knows how many there will be.
+    """
+    steps = trainer.estimated_stepping_batches  # -1, which is max_steps, where the data does not say how long it is
+    if not 1 <= steps < math.inf:
+        raise KoffError("a schedule needs an end: set trainer.max_steps (or max_epochs with data of known length)")
+    return int(steps)
+
+
 def parameter_groups(
     gates: BackboneGates, penalty: nn.Module, memories: MemoryBank, spec: OptimSpec
 ) -> list[dict[str, Any]]:

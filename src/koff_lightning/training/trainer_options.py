@@ -6,7 +6,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -32,6 +34,9 @@ REFUSED_CALLBACKS = {
     StochasticWeightAveraging: _AVERAGES,
     WeightAveraging: _AVERAGES,
     LearningRateFinder: _RATES,
+    GradientAccumulationScheduler: "the course of the mask counts on steps that are all alike: set "
+    "trainer.accumulate_grad_batches",
+    ModelPruning: "it would prune what the mask and the memories are: set model.sparsity",
     BatchSizeFinder: "its trial steps would train: `koff plan` says what fits; set data.batch_size",
 }
 

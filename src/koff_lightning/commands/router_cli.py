@@ -132,11 +132,9 @@ def test(
         raise KoffError(f"--unseen: the router knows {known[0]!r}: name what it does not know")
     decomposed = load_decomposed(folder, default_device(device), domains="auto")
     read = text.texts()
-    texts = {name: part.heldout for name, part in _asked(text, read).items()}
+    texts = _heldout(text, read)
     if others:
-        unknown = DomainDataModule(others)
-        texts |= {name: part.heldout for name, part in _asked(unknown, unknown.texts()).items()}
-    texts = {name: _first(part, HELDOUT) for name, part in texts.items()}
+        texts |= _heldout(unknown := DomainDataModule(others), unknown.texts())
     tables = {str(n): routing.confusion(router, texts, decomposed.tokenizer, n) for n in routing.FIRST}
     found: dict[str, Any] = {
         "domains": list(router.domains),
@@ -144,9 +142,8 @@ def test(
         "confusion": tables,
         "accuracy": {size: routing.accuracy(table, router.domains) for size, table in tables.items()},
     }
-    if heldout_bytes:  # at least the shortest document of each domain
-        least = max(min(len(document.encode()) for document in part.heldout) for part in read.values())
-        size = max(heldout_bytes, least)
+    if heldout_bytes:
+        size = max(heldout_bytes, *(min(_sizes(part.heldout)) for part in read.values()))  # one document of each
         _, text = _text(folder, config, data, heldout=size, tokenizer=str(folder / "backbone"))
         text.setup()
         found["bits_per_byte"] = routing.routed_bits(decomposed, text)
@@ -157,10 +154,15 @@ def test(
         _add_to_results(folder, manifest, text.max_heldout_bytes, found)
 
 
-def _first(texts: list[str], most: int) -> list[str]:
-    """The first texts that together have so many bytes at most, and the very first in any case."""
-    sizes = accumulate(len(text.encode()) for text in texts)
-    return [text for number, (text, size) in enumerate(zip(texts, sizes, strict=True)) if size <= most or not number]
+def _heldout(data: "DomainDataModule", read: "dict[str, Texts]") -> dict[str, list[str]]:
+    """Held-out texts of every domain as a router meets them: the first HELDOUT bytes, and one text in any case."""
+    texts = {name: part.heldout for name, part in _asked(data, read).items()}
+    fitting = {name: sum(size <= HELDOUT for size in accumulate(_sizes(part))) for name, part in texts.items()}
+    return {name: part[: max(fitting[name], 1)] for name, part in texts.items()}
+
+
+def _sizes(texts: list[str]) -> list[int]:
+    return [len(text.encode()) for text in texts]
 
 
 def _add_to_results(folder: Path, manifest: "Manifest", heldout_bytes: int | None, found: dict[str, Any]) -> None:

@@ -139,8 +139,7 @@ def split_streamed(
         documents = read_with_retries(shard, on_bad)
         while not all(texts.full for texts in wanted) and (numbered := next(documents, None)):
             document = numbered[1]
-            held = on_heldout_side(side, document, heldout_fraction)
-            if held:
+            if on_heldout_side(side, document, heldout_fraction):
                 heldout.add(document.text)
             else:
                 train.add(document)
@@ -151,13 +150,14 @@ def split_streamed(
     if alone is not None:
         heldout.add(first.text)
     sides = [side for _, side in shards if side != "held out"]
-    wanted = IsTraining(sides, heldout_fraction, frozenset(heldout), alone)
-    left = [document.text for document in train if document.id != alone and document.text not in wanted.heldout]
+    is_training = IsTraining(sides, heldout_fraction, frozenset(heldout), alone)
+    left = [document.text for document in train if document.id != alone and document.text not in is_training.heldout]
     texts = Texts(left, list(heldout))
+    _refuse_empty(name, texts, f"data.heldout_fraction={heldout_fraction:.3g} or data.{max_heldout_bytes=}")
+    return texts, is_training
+
+
+def _refuse_empty(name: str, texts: Texts, limits: str) -> None:
     for what, side in (("training", texts.train), ("held-out", texts.heldout)):
         if not side:
-            raise KoffError(
-                f"domain '{name}' has no {what} text that could be used: add documents, or change "
-                f"data.heldout_fraction={heldout_fraction:.3g} or data.max_heldout_bytes={max_heldout_bytes}"
-            )
-    return texts, wanted
+            raise KoffError(f"domain '{name}' has no {what} text that could be used: add documents, or change {limits}")

@@ -459,6 +459,15 @@ def test_sides_without_text_say_what_to_do(tmp_path):
         read(many, max_heldout_bytes=1)
 
 
+@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl"])
+def test_a_single_txt_says_that_it_is_one_document(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps({"text": "First. Second."}))
+    with pytest.raises(KoffError, match=r"domain 'x' is one document, 1 time\(s\)") as caught:
+        read(DomainSource(str(tmp_path / name)))
+    said = "A .txt file is one document: give several files, or jsonl with one document a line"
+    assert (said in str(caught.value)) == name.endswith(".txt")
+
+
 def test_a_corpus_too_small_for_the_hash_holds_out_one_document(tmp_path):
     texts = toy_documents(3)
     source = DomainSource(str(write_jsonl(tmp_path / "few.jsonl", texts)))

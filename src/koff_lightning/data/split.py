@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -103,7 +104,7 @@ def read_domain(
     ):
         raise KoffError(
             f"domain '{name}' is one document, {len(train + heldout)} time(s), and none can be on both sides: divide "
-            "it into several, or name other text in its heldout_files"
+            f"it into several, or name other text in its heldout_files{_about_txt(source)}"
         )
     if not texts.train and source.heldout_entries and not max_train_bytes:
         raise KoffError(
@@ -188,6 +189,13 @@ def _about_ids(documents: list[Document]) -> str:
         f". Its {len(documents)} documents have only {ids} different id(s), and those of one id stay together: set "
         "id_field to a field that tells documents apart, or to one that none has (then the text decides)"
     )
+
+
+def _about_txt(source: DomainSource) -> str:
+    """How text in .txt becomes several documents, in words that end a sentence; nothing where there is none."""
+    if not any(".txt" in PurePath(entry).suffixes for entry in source.entries):
+        return ""
+    return ". A .txt file is one document: give several files, or jsonl with one document a line"
 
 
 def fill(documents: list[Document], max_bytes: int | None) -> list[str]:

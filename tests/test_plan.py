@@ -225,3 +225,11 @@ def test_bad_input_is_one_line(words, said, capsys):
     assert main(["plan", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_what_is_small_is_told_in_mib(capsys):
+    """Not as 0.00 GiB."""
+    assert main(["plan", "--config", "demo.yaml", "--tflops", "1", "--gpu-memory", "80"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^  LoRA +[1-9][\d.]* MiB$", told, re.MULTILINE)
+    assert not re.search(r"^  .* 0\.00", told, re.MULTILINE)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from koff_lightning.training.planning import Counts, Step
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 AUTO = "auto"  # of model.activation_checkpointing
 # Dense bf16 TFLOP/s and GiB by the vendors' data sheets (H100, H200, B200: SXM).
 GPUS = {
@@ -199,11 +199,12 @@ def _memory(run: _Run, counts: "Counts", size: float) -> list[str]:
 
     rows = memory(run.step, counts, run.gpus, run.sharded)
     total, room = sum(rows.values()) / GIB, size * ROOM
-    lines = ["memory of each GPU at its peak, GiB", *(f"  {k:<32}{v / GIB:8.2f}" for k, v in rows.items() if v)]
-    lines.append(f"  {'together':<32}{total:8.2f}")
+    shown = {k: v for k, v in rows.items() if v} | {"together": total * GIB}
+    lines = ["memory of each GPU at its peak, GiB", *(f"  {k:<32}{_cell(v)}" for k, v in shown.items())]
     kept = f"{room:.1f} GiB, {ROOM:.0%} of {size:g} (the rest: driver, collectives, fragmentation)"
     if total <= room:
-        return [*lines, f"fits: {total:.1f} of {kept}"]
+        told = _size(total * GIB) if total < 0.1 else f"{total:.1f}"  # the unit stands behind the next number
+        return [*lines, f"fits: {told} of {kept}"]
     return [*lines, f"does not fit: {total:.1f} of {kept}", *_advice(run, room * GIB)]
 
 
@@ -229,7 +230,7 @@ def _advice(run: _Run, room: float) -> list[str]:
     if least > room:
         more = "more GPUs, " if run.sharded else "more GPUs with --config hardware/fsdp.yaml, "
         return [
-            f"even one row takes {least / GIB:.1f} GiB{' with ' + ' '.join(words) if words else ''}: "
+            f"even one row takes {_size(least)}{' with ' + ' '.join(words) if words else ''}: "
             f"take {more}shorter rows (data.seq_len), smaller memories (model.lora.rank, model.kv.slots) or a smaller "
             "model"
         ]
@@ -242,7 +243,17 @@ def _advice(run: _Run, room: float) -> list[str]:
 
 
 def _change(words: list[str], total: float) -> list[str]:
-    return [f"fits with {' '.join(words)}: {total / GIB:.1f} GiB"]
+    return [f"fits with {' '.join(words)}: {_size(total)}"]
+
+
+def _cell(size: float) -> str:
+    """Bytes in GiB under a head that says so; in MiB, and so told, where that would round to nothing."""
+    return f"{size / GIB:8.2f}" if size >= GIB / 100 else f"{size / MIB:8.2f} MiB"
+
+
+def _size(size: float) -> str:
+    """Bytes as a person writes them."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / MIB:.1f} MiB"
 
 
 def _time(run: _Run, counts: "Counts", given: float | None, peak: float) -> list[str]:

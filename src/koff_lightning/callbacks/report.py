@@ -142,7 +142,8 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: KOFFModule, exception: BaseException) -> None:
         """Say what is left of a run that was cut short."""
-        if trainer.state.fn == "fit" and trainer.global_step and not isinstance(exception, SystemExit):
+        said = "No checkpoint had been saved" in str(exception) or "--ckpt_path" in str(exception)
+        if has_trained(trainer) and not (said or isinstance(exception, SystemExit)):
             _say(trainer, what_was_saved(trainer))
 
     # ---------------------------------------------------------------------------------------- test, predict
@@ -240,6 +241,11 @@ def resolved_config(trainer: Trainer, module: KOFFModule) -> dict[str, Any]:
         if isinstance(callback, SaveConfigCallback):
             return yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))
     return {"model": dict(module.hparams)}
+
+
+def has_trained(trainer: Trainer) -> bool:
+    """Whether there are steps of a run to lose, so that its report says what is left when it is cut short."""
+    return trainer.state.fn == "fit" and trainer.global_step > 0
 
 
 def what_was_saved(trainer: Trainer) -> str:

@@ -7,7 +7,7 @@ from traceback import walk_tb
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from koff_lightning.callbacks.report import what_was_saved
+from koff_lightning.callbacks.report import has_trained, what_was_saved
 from koff_lightning.support.errors import KoffError
 
 NO_BACKEND = "No supported gpu backend"  # Lightning's words, and ours in their place:
@@ -54,7 +54,8 @@ def systems_words(error: OSError, trainer: Trainer) -> str:
     if error.errno is None:  # of a library that says in words of its own what it misses
         return " ".join(str(error).split())
     file = error.filename or f"a file of the run in {Path(trainer.default_root_dir)}"
-    return f"cannot read or write {file}: {error.strerror or os.strerror(error.errno)}; {what_was_saved(trainer)}"
+    saved = "" if has_trained(trainer) else f"; {what_was_saved(trainer)}"  # the report has said it
+    return f"cannot read or write {file}: {error.strerror or os.strerror(error.errno)}{saved}"
 
 
 def _raised_in(error: BaseException) -> str:

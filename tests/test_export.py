@@ -31,6 +31,7 @@ from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.export import export, summary
 from koff_lightning.artifact.folder import read_manifest, verify
 from koff_lightning.artifact.layouts import Ragged
+from koff_lightning.artifact.memories import add_memory, remove_memory
 from koff_lightning.artifact.model_card import base_folder, licence_of, model_card
 from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
@@ -784,6 +785,19 @@ def test_a_run_leaves_a_proven_artifact(tmp_path, here, capsys):
     assert load_decomposed(tmp_path / "artifact").domains == ["en", "law"]
     train(tmp_path, ExportArtifact(layout="masked", prove=False))
     assert read_manifest(tmp_path / "artifact").layout == "masked", "a second run of the folder replaces it"
+
+
+def test_no_run_deletes_a_memory_that_was_added_to_its_artifact(tmp_path, here):
+    export_ = ExportArtifact(prove=False)
+    train(tmp_path, export_)
+    artifact = tmp_path / "artifact"
+    add_memory(artifact, artifact / "memories" / "en", "added")
+    before = {path: path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
+    with pytest.raises(KoffError, match="has the memory of 'added', which this run does not make and would delete"):
+        train(tmp_path, export_)
+    assert {path: path.read_bytes() for path in artifact.rglob("*") if path.is_file()} == before
+    remove_memory(artifact, "added")
+    train(tmp_path, export_)
 
 
 @pytest.mark.parametrize("lora", [LoraSpec(rank=2), None], ids=["with memories", "without"])

@@ -64,6 +64,24 @@ def test_a_run_adds_its_domain_and_changes_nothing_else(text, tmp_path, layout):
     assert results["parameters"]["stored"] == model.manifest.parameters["stored"]
 
 
+def test_the_text_of_an_added_domain_is_known_to_whoever_needs_it_later(text, tmp_path, capsys):
+    folder = tiny_artifact(tmp_path).folder
+    content = json.loads((folder / "koff.json").read_text())
+    own = {name: {"files": str(text / "art.jsonl")} for name in DOMAINS}
+    (folder / "koff.json").write_text(json.dumps(content | {"config": {"data": {"domains": own, "seq_len": 32}}}))
+    assert main(["router", "fit", "--model", str(folder)]) == 0
+    assert fit(tmp_path, folder, "--data.domains.art", str(text / "art.jsonl")) == 0
+    again = f"koff router fit --model {folder}"
+    assert f"is refused until it is fitted anew: {again}" in capsys.readouterr().out
+    assert main(["inspect", str(folder)]) == 0
+    assert "one was fitted and cannot be used: the router of" in capsys.readouterr().out
+    assert main(again.split()[1:]) == 0
+    assert main(["inspect", str(folder)]) == 0
+    assert "router      one was fitted\n" in capsys.readouterr().out
+    assert main(["memory", "remove", str(folder), "art"]) == 0
+    assert read_manifest(folder).config["data"] == {"domains": own, "seq_len": 32}
+
+
 def test_the_memory_in_the_artifact_is_the_one_that_was_trained(text, tmp_path):
     made = tiny_artifact(tmp_path)
     assert fit(tmp_path, made.folder, "--data.domains.art", str(text / "art.jsonl")) == 0

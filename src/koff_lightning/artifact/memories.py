@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,6 +26,7 @@ from koff_lightning.model_files import check_links
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, new_folder
 from koff_lightning.support.names import check_name
+from koff_lightning.support.secrets import without_secrets
 from koff_lightning.surgery import plain_state
 
 
@@ -49,8 +52,16 @@ def add_memory(folder: str | Path, source: str | Path, name: str | None = None) 
     return domain
 
 
-def add_from_bank(folder: str | Path, bank: MemoryBank, domains: Sequence[str]) -> None:
+def add_from_bank(
+    folder: str | Path, bank: MemoryBank, domains: Sequence[str], texts: Mapping[str, Any] | None = None
+) -> None:
     """Write memories of a bank that hangs on the artifact's backbone, and add all of them to the artifact or none.
+
+    Args:
+        folder: The artifact.
+        bank: Hangs on its backbone.
+        domains: Whose memories to add.
+        texts: What text of a domain they learned, as `data.domains` names it, for whoever needs it later (a router).
 
     Raises:
         KoffError: As `add_memory`.
@@ -61,10 +72,10 @@ def add_from_bank(folder: str | Path, bank: MemoryBank, domains: Sequence[str]) 
         sources = {domain: Path(work) / domain for domain in domains}
         for domain, source in sources.items():
             write_loaded(source, bank, domain, manifest)
-        _add(folder, sources)
+        _add(folder, sources, texts or {})
 
 
-def _add(folder: Path, sources: Mapping[str, Path]) -> None:
+def _add(folder: Path, sources: Mapping[str, Path], texts: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Copy memories, domain -> folder, into an artifact in one step."""
     read_manifest(folder)
     with revised(folder) as work:
@@ -78,8 +89,18 @@ def _add(folder: Path, sources: Mapping[str, Path]) -> None:
             for file in card.files:
                 shutil.copyfile(source / file, home / file)
             write_text(home / CARD, card.to_json())
-            manifest = listed(manifest, card, hash_file(home / CARD))
+            manifest = _with_text(listed(manifest, card, hash_file(home / CARD)), domain, texts.get(domain))
         write_text(work / MANIFEST, manifest.to_json())
+
+
+def _with_text(manifest: Manifest, domain: str, text: Any) -> Manifest:
+    """The manifest with this text of a domain among the options of its run, or with none of it."""
+    data = (manifest.config or {}).get("data")
+    if not isinstance(data, Mapping) or not isinstance(data.get("domains"), Mapping):
+        return manifest  # a run of Python's: nobody knows its text
+    others = {name: source for name, source in data["domains"].items() if name != domain}
+    domains = others if text is None else others | {domain: without_secrets(text)}
+    return replace(manifest, config={**manifest.config, "data": {**data, "domains": domains}})
 
 
 def remove_memory(folder: str | Path, domain: str) -> None:
@@ -97,7 +118,7 @@ def remove_memory(folder: str | Path, domain: str) -> None:
             raise KoffError(f"{folder} is {domain!r} merged into its backbone: there is no model without it in it")
         if (work / MEMORIES / domain).is_dir():
             shutil.rmtree(work / MEMORIES / domain)
-        write_text(work / MANIFEST, unlisted(manifest, domain).to_json())
+        write_text(work / MANIFEST, _with_text(unlisted(manifest, domain), domain, None).to_json())
 
 
 def check_free_name(manifest: Manifest, folder: Path, domain: str) -> None:

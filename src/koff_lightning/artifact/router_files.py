@@ -105,13 +105,7 @@ def read_router(folder: Path, manifest: Manifest) -> Router:
     if manifest.router is None:
         raise KoffError(f"{folder} has no router to pick a memory: `koff router fit --model {folder}` makes one")
     check_files(folder, manifest.router["files"], ROUTER)
-    path = folder / ROUTER / CARD
-    card = read_versioned(path)
-    try:
-        _check_card(card)
-    except (KoffError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise KoffError(f"{path} cannot be used ({error}): fit the router anew (koff router fit)") from error
-    check_fit(card["domains"], list(manifest.domains), folder)
+    card = read_fitting_card(folder, manifest)
     if card["kind"] == "ngrams":
         classifier = _ngrams(folder, manifest, len(card["domains"]))
     else:
@@ -119,6 +113,22 @@ def read_router(folder: Path, manifest: Manifest) -> Router:
 
         classifier = load_encoder(folder / ROUTER / ENCODER, len(card["domains"]))
     return Router(tuple(card["domains"]), classifier, tuple(map(float, card["thresholds"])))
+
+
+def read_fitting_card(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Content of the `router.json` of an artifact that has a router.
+
+    Raises:
+        KoffError: It is damaged, or its router was made for other memories.
+    """
+    path = folder / ROUTER / CARD
+    card = read_versioned(path)
+    try:
+        _check_card(card)
+    except (KoffError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise KoffError(f"{path} cannot be used ({error}): fit the router anew (koff router fit)") from error
+    check_fit(card["domains"], list(manifest.domains), folder)
+    return card
 
 
 def check_fit(answers: Sequence[str], memories: Sequence[str], folder: Path, loaded: bool = False) -> None:

@@ -1,11 +1,13 @@
 """ExportArtifact: at the end of a run, write what it has learned as a folder that others can use."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from subprocess import Popen
 from typing import Literal
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from koff_lightning.artifact import proof
 from koff_lightning.artifact.export import export, summary
@@ -13,6 +15,7 @@ from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import layout_named
 from koff_lightning.artifact.memories import add_from_bank, check_free_name
 from koff_lightning.callbacks.report import RunReport, resolved_config
+from koff_lightning.listed_files import MANIFEST
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import check_free
 from koff_lightning.training.module import KOFFModule
@@ -22,6 +25,8 @@ FOLDER = "artifact"
 
 class ExportArtifact(Callback):
     """Write and prove `artifact/` in `default_root_dir` when `fit` ends; that of an earlier run there is replaced.
+
+    Where that one has memories of domains that this run does not know, as added ones, the run is refused.
 
     A run that extends an artifact puts its memories there instead. A run whose mask was never fixed writes none, nor
     does one with `fast_dev_run`.
@@ -58,6 +63,7 @@ class ExportArtifact(Callback):
                     "model.sparsity.layout uniform too, so that it is learned like that, or leave export.layout out"
                 )
             check_free(_folder(trainer), overwrite=True)
+            _refuse_loss(_folder(trainer), pl_module.domains)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """After the last step: let the process that will prove the artifact import what it needs meanwhile."""
@@ -89,8 +95,12 @@ class ExportArtifact(Callback):
 
     def _write(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         if pl_module.extends is not None:
-            add_from_bank(pl_module.artifact, pl_module.model.memories, pl_module.domains)
+            texts = (resolved_config(trainer, pl_module).get("data") or {}).get("domains") or {}
+            add_from_bank(pl_module.artifact, pl_module.model.memories, pl_module.domains, texts)
             print(f"added {', '.join(pl_module.domains)} to {pl_module.artifact}", flush=True)
+            if pl_module.extends.router is not None:
+                again = shlex.join(["koff", "router", "fit", "--model", str(pl_module.artifact)])
+                print(f"its router picks among the others and is refused until it is fitted anew: {again}", flush=True)
             return
         out = _folder(trainer)
         if not pl_module.mask_is_fixed:
@@ -132,6 +142,21 @@ def _next_steps(out: Path) -> str:
             f"  koff analyze --model {at}     # which neurons left, as a page",
         ]
     )
+
+
+def _refuse_loss(artifact: Path, domains: Sequence[str]) -> None:
+    """Refuse to replace an artifact with memories that this run does not make; say it where a router would go."""
+    try:
+        manifest = read_manifest(artifact) if (artifact / MANIFEST).is_file() else None
+    except KoffError:
+        return  # damaged: there is nothing to be used, and so nothing to lose
+    if manifest and (lost := [name for name in manifest.domains if name not in domains]):
+        raise KoffError(
+            f"{artifact} has the memory of {lost[0]!r}, which this run does not make and would delete: move the folder "
+            "away, or give this run another --trainer.default_root_dir"
+        )
+    if manifest and manifest.router is not None:
+        rank_zero_warn(f"{artifact} has a router, which goes when this run replaces it: copy the folder to keep it")
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -38,7 +38,7 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
         check_memories(path, manifest)
     console = Console(highlight=False, soft_wrap=True, force_jupyter=False)  # in a notebook too plain text
     sparsity = sparsity_lines(manifest.sparsity)
-    for line in [*_about(manifest), *_sizes(path, manifest), *sparsity, *_parameters(manifest)]:
+    for line in [*_about(path, manifest), *_sizes(path, manifest), *sparsity, *_parameters(manifest)]:
         console.print(line, markup=False)
     _layers(console, manifest)
     _domains(console, path, manifest)
@@ -52,7 +52,7 @@ def inspect(folder: str, png: str | None = None, verify: bool = False, check: st
         print(engines.text(engines.check(path, engines.names(check))))
 
 
-def _about(manifest: "Manifest") -> list[str]:
+def _about(path: Path, manifest: "Manifest") -> list[str]:
     base = manifest.base
     of = f" of domain {manifest.domain}" if manifest.domain else ""
     revision = f" at {base['revision']}" if base.get("revision") else ""
@@ -61,8 +61,21 @@ def _about(manifest: "Manifest") -> list[str]:
         f"layout      {manifest.layout}{of}, {manifest.dtype}, mask {manifest.mask_hash[:12]}",
         f"licence     {manifest.licence or 'not known: ask whoever made the base model'}",
         f"made by     {manifest.created_by}",
-        f"router      {'one was fitted' if manifest.router else 'none: koff router fit makes one'}",
+        f"router      {_router(path, manifest)}",
     ]
+
+
+def _router(path: Path, manifest: "Manifest") -> str:
+    """Whether there is one, and picks among these memories."""
+    from koff_lightning.artifact.router_files import read_fitting_card
+
+    if manifest.router is None:
+        return "none: koff router fit makes one"
+    try:
+        read_fitting_card(path, manifest)
+    except KoffError as error:
+        return f"one was fitted and cannot be used: {error}"
+    return "one was fitted"
 
 
 def _sizes(path: Path, manifest: "Manifest") -> list[str]:

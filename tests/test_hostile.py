@@ -130,7 +130,7 @@ PARTS = ("tokens", "starts", "first_segment", "documents", "shares", "padding")
 @pytest.mark.parametrize("name", ["../../out", "/out", "a/b", "..", "C:\\out", "de\x00"])
 def test_names_of_domains(here, capsys, name):
     (here / "c.yaml").write_text(yaml.safe_dump({"data": {"domains": {name: "bundled:de"}}}))
-    assert main(["fit", "--config", "c.yaml", "--trainer.accelerator=cpu"]) == 2
+    assert main(["fit", "--config", "c.yaml", "--trainer.accelerator=cpu", "--trainer.max_steps=1"]) == 2
     assert "is not safe as a file name" in capsys.readouterr().err
     assert [path.name for path in here.iterdir()] == ["c.yaml"]
 

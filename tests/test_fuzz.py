@@ -25,7 +25,10 @@ SMALL = "data: {domains: {de: bundled:de}}\n"
         ),
         ("model: {loss: 0}", "model.loss must be a mapping of its options; got 0"),
         ("anneal: null", "anneal must be a mapping of its options; got null"),
-        ("trainer: {devices: '', accelerator: cpu, max_steps: 1}", "`devices` selected with `CPUAccelerator` should be an int > 0."),
+        (
+            "trainer: {devices: '', accelerator: cpu, max_steps: 1}",
+            "`devices` selected with `CPUAccelerator` should be an int > 0.",
+        ),
     ],
 )
 def test_values_that_the_types_let_pass(tmp_path, capsys, text, line):

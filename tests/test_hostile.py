@@ -267,7 +267,10 @@ def test_a_logger_that_cannot_be_used_is_one_line_without_its_key(here, capsys, 
     monkeypatch.setattr("lightning.pytorch.loggers.CometLogger.__init__", wraps(CometLogger.__init__)(refuse))
     comet = {"class_path": "lightning.pytorch.loggers.CometLogger", "init_args": {"api_key": "SUPERSECRETVALUE123"}}
     logger = [{"class_path": "CSVLogger", "init_args": {"save_dir": "x"}}, comet] if several else comet
-    options = {"trainer": {"accelerator": "cpu", "logger": logger, "max_steps": 1}, "data": {"domains": {"de": "bundled:de"}}}
+    options = {
+        "trainer": {"accelerator": "cpu", "logger": logger, "max_steps": 1},
+        "data": {"domains": {"de": "bundled:de"}},
+    }
     (here / "c.yaml").write_text(yaml.safe_dump(options))
     assert main(["fit", "--config", "c.yaml"]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("koff: ")]

@@ -153,7 +153,7 @@ def _refuse_loss(artifact: Path, domains: Sequence[str]) -> None:
     if manifest and (lost := [name for name in manifest.domains if name not in domains]):
         raise KoffError(
             f"{artifact} has the memory of {lost[0]!r}, which this run does not make and would delete: move the folder "
-            "away, or give this run another --trainer.default_root_dir"
+            "away, give this run another --trainer.default_root_dir, or --export.enabled=false to write none"
         )
     if manifest and manifest.router is not None:
         rank_zero_warn(f"{artifact} has a router, which goes when this run replaces it: copy the folder to keep it")

@@ -76,11 +76,10 @@ def shift_to_target(
         if max(map(abs, now)) < least:
             best, least = (logits.clone(), getattr(gate, "width", None)), max(map(abs, now))
         logits.copy_(gate.sharpen(logits))
+    # A unit is larger than the bounds: sharpening has not helped, and too sharp a gate learns nothing.
+    logits.copy_(best[0])
     if best[1] is not None:
         gate.width = best[1]
-    logits.copy_(
-        best[0]
-    )  # a unit larger than the bounds: sharpening has not helped, and too sharp a gate learns nothing
     move(_mean, at(0.0))
 
 

@@ -297,7 +297,7 @@ class DecomposedModel(nn.Module):
     def _routes(self, chosen: Sequence[str | None], copies: int = 1) -> Routes:
         """What a call reads. Those of a call not long ago for the same rows: they hold what decoding stacks."""
         copied = [domain for domain in chosen for _ in range(copies)]
-        known = [(rows, routes) for rows, routes in self._last if routes.hold]
+        known = [(rows, routes) for rows, routes in self._last if routes.valid]
         found = next((one for one in known if one[0] == copied), None) or (copied, self.memories.routes_of(copied))
         self._last = (found, *[one for one in known if one is not found])[:_CALLS]  # anew, for threads that read it
         return found[1]

@@ -186,7 +186,7 @@ def _agree(device: torch.device, dtype: torch.dtype, size: int) -> bool:
 def _gaps(device: torch.device, dtype: torch.dtype, size: int) -> list[float]:
     """Largest differences of outputs and gradients, relative to their largest value: of plain and of packed rows."""
     rows, length, slots = 2, 160, 8  # more tokens than a block of a kernel has
-    # Packed: two documents in each row, over which `number` counts.
+    # Packed rows of two documents each; `number` is the document of each token.
     bounds = torch.tensor([0, 10, length, length + 150, rows * length], dtype=torch.int32, device=device)
     number = torch.bucketize(torch.arange(rows * length, device=device), bounds, right=True).view(rows, 1, length)
     packed = (number[..., :, None] == number[..., None, :]).tril()  # bool [B, 1, T, T]

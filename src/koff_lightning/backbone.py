@@ -58,7 +58,7 @@ class PrunableGroup:
     @property
     def in_ffn(self) -> bool:
         """Whether the units are of the FFN; else they are of attention."""
-        return f".{FFN[0]}." in f".{self.gated}." or self.kind == KINDS[0]
+        return self.kind == KINDS[0] or (self.kind in CHANNELS and LINEAR_OF[self.kind][0] is FFN)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -139,7 +139,7 @@ class KVMemory(nn.Module):
 
     @torch.no_grad()
     def fill_normal_(self, std: float) -> None:
-        """Fill all slots, a frozen one too, with normal noise, which no rotation to other positions would change."""
+        """Fill all slots, a frozen one too, with normal noise; rotating it would not change its distribution."""
         for part in (self.sink_key, self.sink_value, self.key, self.value):
             for index in self.layers:  # drawn on the CPU, so that one seed gives the same noise on every device
                 part[index].copy_(torch.randn(part[index].shape, device="cpu") * std)

@@ -269,9 +269,9 @@ def test_the_merge_is_left_to_the_cuda_kernel_only_where_it_can_do_it(monkeypatc
     able = hidden in (None, "other documents") and dtype != torch.float32 and size in (64, 256)
     mask = torch.ones(1) if hidden in ("mask", "other documents") else None
     documents = torch.ones(1) if hidden == "other documents" else None
-    assert attention._merges(query, mask, memory, documents) == able
+    assert attention._can_merge(query, mask, memory, documents) == able
     monkeypatch.setattr(attention, "kernels_agree", lambda *_: False)
-    assert not attention._merges(query, mask, memory, documents)
+    assert not attention._can_merge(query, mask, memory, documents)
 
 
 def test_on_a_cpu_no_key_is_copied_for_the_heads_that_share_it(monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from koff_lightning import KoffError, LossSpec
-from koff_lightning.losses import ON_CPU, at_once, domain_weights, fused_head_loss, head_nats, top_k_of
+from koff_lightning.losses import CPU_LOGITS, chunk_size, domain_weights, fused_head_loss, head_nats, top_k_of
 
 N, D, V = 23, 8, 31
 
@@ -227,9 +227,9 @@ def test_bad_weights_are_refused(options, message):
 
 
 def test_on_a_cpu_the_logits_that_exist_at_one_time_are_few_bytes():
-    heads = {vocabulary: torch.empty(1, 1).expand(vocabulary, 1) for vocabulary in (300, 49_152, 2 * ON_CPU)}
-    assert [at_once(head, 1024) for head in heads.values()] == [1024, ON_CPU // 49_152, 1]
-    assert at_once(heads[49_152], 5) == 5
-    assert at_once(torch.empty(49_152, 1, device="meta"), 1024) == 1024, "elsewhere what was asked for"
-    wide = torch.empty(1, 1).expand(ON_CPU // 48, 1536)
-    assert (at_once(wide, 1024), at_once(wide, 100)) == (256, 100), "a wide head is read for enough tokens"
+    heads = {vocabulary: torch.empty(1, 1).expand(vocabulary, 1) for vocabulary in (300, 49_152, 2 * CPU_LOGITS)}
+    assert [chunk_size(head, 1024) for head in heads.values()] == [1024, CPU_LOGITS // 49_152, 1]
+    assert chunk_size(heads[49_152], 5) == 5
+    assert chunk_size(torch.empty(49_152, 1, device="meta"), 1024) == 1024, "elsewhere what was asked for"
+    wide = torch.empty(1, 1).expand(CPU_LOGITS // 48, 1536)
+    assert (chunk_size(wide, 1024), chunk_size(wide, 100)) == (256, 100), "a wide head is read for enough tokens"

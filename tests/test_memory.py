@@ -322,7 +322,7 @@ def test_a_gate_inside_an_adapter_and_a_second_bank_are_refused():
 
 
 def kept(memories):
-    return memories.routes._kept
+    return memories.routes._cache
 
 
 @pytest.mark.parametrize("rows", [["both"] * 3, ["both", "other", "kv"], ["both", None, "lora"]])

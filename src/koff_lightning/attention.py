@@ -1,12 +1,15 @@
-"""Attention over a learned memory: every query sees the memory slots of its row besides its own tokens.
+"""Attention over a learned memory: every query attends to the memory slots of its row besides its own tokens.
 
-Registered with transformers under the name ``koff``, for the attention function and for its mask. An attention module
-with a memory carries the attribute ``koff_memory``: a function of no arguments that returns its :class:`LayerMemory`,
-or None. It is a function so that a layer recomputed by activation checkpointing reads the memory again. Without a
+Registered with transformers under the name ``koff``, as an attention function and as its mask. An attention module with
+a memory has the attribute ``koff_memory``: a function without arguments that returns its :class:`LayerMemory`, or None.
+It is a function because activation checkpointing computes layers again and must then read the memory again. Without a
 memory the result is that of transformers' own ``sdpa``, bit for bit.
 
-The memory is never part of the tokens' key-value cache: `generate`, packing, padding and activation checkpointing work
-as they do without it. Its keys are stored after the rotary embedding, at the positions before the first token.
+The memory is never part of the tokens' key-value cache, so `generate`, packing, padding and activation checkpointing
+work as they do without it. Its keys are stored after the rotary embedding, at the positions before the first token.
+
+There are two ways to compute the same: `attend_reference` joins memory and tokens for one attention, `attend_merged`
+attends to each alone and merges the results. `koff_attention` chooses.
 """
 
 import math
@@ -29,12 +32,12 @@ from koff_lightning.support.errors import KoffError
 
 NAME = "koff"
 
-# Measured on a CPU, forward and backward: one attention over memory and tokens together is up to 1.3x faster below
-# this many tokens; above it the copied keys and the explicit mask cost up to 2x more than two attentions and a merge.
+# Measured on a CPU, forward and backward: below this many tokens one attention over memory and tokens together is up to
+# 1.3x faster; above it, copying the keys and building the mask make it up to 2x slower than two attentions and a merge.
 MERGE_FROM = 512
-KERNEL_GAP = 0.03  # of the largest value, between two ways in bfloat16
+KERNEL_GAP = 0.03  # difference allowed between the two ways in half precision, relative to the largest value
 
-# What transformers may hand to an attention function and what is not defined here for a memory.
+# Arguments that transformers may pass to an attention function and that are not supported with a memory.
 _UNDEFINED = {"cache", "position_bias", "s_aux", "softcap"}
 
 
@@ -72,16 +75,16 @@ def koff_attention(
         value: [B, K, S, dh].
         attention_mask: Bool or additive float [B, 1, T, S]; None for causal attention.
         scaling: Factor of the scores; 1/sqrt(dh) when None.
-        dropout: Probability that a weight, of a slot as of a token, is dropped.
-        **kwargs: Further arguments of transformers' attention functions; with a memory `is_causal` is used and, for
-            packed rows on a GPU, `koff_documents`.
+        dropout: Probability that an attention weight, of a slot or of a token, is dropped.
+        **kwargs: Further arguments of transformers' attention functions. With a memory, `is_causal` is used and, for
+            packed rows on a GPU, `koff_documents` (see `backbone.hidden_states`).
 
     Returns:
-        The heads' outputs [B, T, H, dh], and None in place of the weights, which are never formed.
+        The heads' outputs [B, T, H, dh], and None in place of the attention weights, which are never formed.
 
     Raises:
-        KoffError: the memory does not fit the batch or the layer, or the model asks for an attention variant
-            (soft capping, position bias, attention sinks, paged cache) that is not defined for a memory.
+        KoffError: The memory does not fit the batch or the layer, or the model uses an attention variant (soft capping,
+            position bias, attention sinks, paged cache) that is not supported with a memory.
     """
     read = getattr(module, "koff_memory", None)
     memory = None if read is None else read()
@@ -89,8 +92,9 @@ def koff_attention(
     documents = kwargs.get("koff_documents") if whole else None
     if memory is not None or documents is not None:
         query, key, value = _as_autocast(query, key, value)
-    taught = memory is None and documents is not None and not torch.is_grad_enabled() and not dropout  # the dense model
-    if taught and _merges(query, attention_mask, None, documents):
+    # The dense model on packed rows, as teacher: without gradients the kernel can be called as it is.
+    teaches = memory is None and documents is not None and not torch.is_grad_enabled() and not dropout
+    if teaches and _can_merge(query, attention_mask, None, documents):
         out, *_ = flash(query, key, value, None, scaling, True, documents)
         return out.transpose(1, 2).contiguous(), None
     if memory is None:
@@ -101,9 +105,9 @@ def koff_attention(
     if memory.key.dtype != key.dtype:
         memory = LayerMemory(memory.key.to(key.dtype), memory.value.to(key.dtype), memory.visible)
     causal = query.shape[2] > 1 and attention_mask is None and _is_causal(module, kwargs.get("is_causal"))
-    if causal:  # a static cache is longer than the tokens seen so far: transformers cuts it in the same way
+    if causal:  # a static cache is longer than the tokens seen so far: cut it, as transformers does
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    if key.shape[2] >= MERGE_FROM and not dropout and _merges(query, attention_mask, memory, documents):
+    if key.shape[2] >= MERGE_FROM and not dropout and _can_merge(query, attention_mask, memory, documents):
         out = attend_merged(query, key, value, memory, attention_mask, scaling, causal, documents)
     else:
         out = attend_reference(query, key, value, memory, attention_mask, scaling, causal, dropout)
@@ -135,39 +139,40 @@ def _is_causal(module: nn.Module, given: bool | None) -> bool:
 
 
 def _as_autocast(*tensors: Tensor) -> Iterator[Tensor]:
-    """On a GPU under autocast in its dtype, as SDPA has them by itself: the rotary embedding gives float32."""
+    """On a GPU under autocast: cast to its dtype, as SDPA does by itself, since the rotary embedding gives float32."""
     half = tensors[0].is_cuda and torch.is_autocast_enabled("cuda")
     return (each.to(torch.get_autocast_dtype("cuda")) if half else each for each in tensors)
 
 
-def _merges(query: Tensor, mask: Tensor | None, memory: LayerMemory | None, documents: Tensor | None = None) -> bool:
-    """Whether `attend_merged` is possible here; without a memory, whether its kernels are."""
+def _can_merge(query: Tensor, mask: Tensor | None, memory: LayerMemory | None, documents: Tensor | None) -> bool:
+    """Whether `attend_merged` can be used here; without a memory, whether its kernels can."""
     if query.is_cuda:
         shown = memory is None or memory.visible is None
-        plain = shown and (mask is None or documents is not None)  # the CUDA kernel takes no mask
+        maskless = shown and (mask is None or documents is not None)  # the CUDA kernel takes no mask
         size = query.shape[3]
-        able = plain and query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
+        able = maskless and query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
         return able and kernels_agree(query.device, query.dtype, size)
     return query.is_cpu
 
 
 @torch.compiler.assume_constant_result
 def kernels_agree(device: torch.device, dtype: torch.dtype, size: int) -> bool:
-    """Whether the merge gives there what one attention gives, gradients too; tried once, on little, with a warning.
+    """Whether `attend_merged` equals `attend_reference` on this GPU, gradients too; if not, a warning says so.
 
-    The kernels are called below torch's public functions, where releases of torch and kinds of GPU may differ.
+    It calls flash kernels that are no public functions of torch, which may differ between releases and GPUs. So they
+    are tried once, on a small example.
 
     Args:
         device: A GPU.
         dtype: Half precision.
-        size: Of a head.
+        size: Head size dh.
     """
     return _agree(device, dtype, size)
 
 
 @lru_cache
 def _agree(device: torch.device, dtype: torch.dtype, size: int) -> bool:
-    try:  # in a thread of its own: no autocast and no hooks of the pass that asks
+    try:  # in a thread of its own, outside of the autocast and the hooks of the forward under way
         with ThreadPoolExecutor(1) as pool:
             gaps = pool.submit(_gaps, device, dtype, size).result()
         said = "" if all(gap < KERNEL_GAP for gap in gaps) else f"differ by {', '.join(f'{gap:.1%}' for gap in gaps)}"
@@ -179,8 +184,9 @@ def _agree(device: torch.device, dtype: torch.dtype, size: int) -> bool:
 
 
 def _gaps(device: torch.device, dtype: torch.dtype, size: int) -> list[float]:
-    """Differences over the largest value: outputs and gradients, of plain rows with one memory and of packed ones."""
+    """Largest differences of outputs and gradients, relative to their largest value: of plain and of packed rows."""
     rows, length, slots = 2, 160, 8  # more tokens than a block of a kernel has
+    # Packed rows of two documents each; `number` is the document of each token.
     bounds = torch.tensor([0, 10, length, length + 150, rows * length], dtype=torch.int32, device=device)
     number = torch.bucketize(torch.arange(rows * length, device=device), bounds, right=True).view(rows, 1, length)
     packed = (number[..., :, None] == number[..., None, :]).tril()  # bool [B, 1, T, T]
@@ -216,6 +222,8 @@ def attend_reference(
 ) -> Tensor:
     """One attention over the memory followed by the tokens: the definition, and the faster way for short rows.
 
+    Keys and values of memory and tokens are concatenated, and the mask is extended by the slots.
+
     Args:
         query: [B, H, T, dh].
         key: [B, K, S, dh].
@@ -240,11 +248,12 @@ def attend_reference(
     key, value = torch.cat([slots[0], key], dim=2), torch.cat([slots[1], value], dim=2)  # [B, K, P + S, dh]
     grouped = query.is_cpu or use_gqa_in_sdpa(mask, key, value)
     if not grouped and query.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
-        shape = len(query), key.shape[1], -1, query.shape[3]  # [B, K, H / K, dh]: heads of a key as its queries
+        # Decoding: the H / K query heads of a key-value head become its queries.
+        shape = len(query), key.shape[1], -1, query.shape[3]  # [B, K, H / K, dh]
         return F.scaled_dot_product_attention(
             query.reshape(shape), key, value, attn_mask=mask, dropout_p=dropout, scale=scale
         ).reshape(query.shape)
-    if not grouped:  # with a mask, only the slowest CUDA kernel takes fewer key-value heads than query heads
+    if not grouped:  # with a mask, only the slowest CUDA kernel takes fewer key-value heads than query heads: repeat
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     return F.scaled_dot_product_attention(
@@ -253,7 +262,7 @@ def attend_reference(
 
 
 def _prepend_visible(mask: Tensor | None, memory: LayerMemory, query: Tensor, key: Tensor) -> Tensor:
-    """The mask [B|1, 1|H, T, P + S] over memory and tokens, where one of them hides something."""
+    """The mask [B|1, 1|H, T, P + S] over memory and tokens, from that of the tokens and `memory.visible`."""
     slots, visible = memory.key.shape[2], memory.visible
     if mask is None:
         mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
@@ -267,7 +276,7 @@ def _prepend_visible(mask: Tensor | None, memory: LayerMemory, query: Tensor, ke
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as a term of the scores: 0 where seen, -inf where not."""
+    """A mask as a term of the scores: 0 where seen, -inf where not."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
@@ -285,9 +294,9 @@ def attend_merged(
 ) -> Tensor:
     """Two flash attentions, over the tokens and over the memory, merged by their log-sum-exp: exact, nothing copied.
 
-    Same arguments and result as :func:`attend_reference`, without dropout. On CUDA: bfloat16 or float16, no `visible`,
-    and of masks only that of packed rows, which `documents` describes: int32 [N + 1], the bounds of the documents in
-    the tokens of all rows joined.
+    Arguments and result are those of :func:`attend_reference`, without dropout. On CUDA only bfloat16 or float16, no
+    `visible`, and no mask but that of packed rows, which is given as `documents`: int32 [N + 1], where each of the N
+    documents begins among the tokens of all rows joined, and where the last one ends.
     """
     tokens = None if mask is None or documents is not None else _additive(mask, query.dtype)
     slots = None if memory.visible is None else _additive(memory.visible[:, None, None, :], query.dtype)
@@ -296,4 +305,4 @@ def attend_merged(
 
 
 AttentionInterface.register(NAME, koff_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # without it transformers makes no mask: padding and packing are lost
+AttentionMaskInterface.register(NAME, sdpa_mask)  # else transformers makes no mask for padding and packing

@@ -1,9 +1,10 @@
-"""What is inside a frozen LLM: its layers, and what can be removed from them. Only this file and units.py know names.
+"""What is inside a frozen LLM: its layers, and what can be removed from them.
 
-To add a family, check that its decoder layer has the names in `FFN` and `ATTENTION` (units.py) and add its `model_type`
-to `FAMILIES`. Qwen2's q/k/v biases are counted and cut with their rows; the q/k norms of Qwen3 and Gemma 3 act inside
-one head and are shared by all heads, so there is nothing of them to cut. Gemma 3 rotates the layers that slide a window
-over the text with another base than the others, so rotary embeddings are asked for layer by layer.
+Only this file and units.py know the names of modules. To add a family, check that its decoder layer has the names in
+`FFN` and `ATTENTION` (units.py), and add its `model_type` to `FAMILIES`. What differs between families: Qwen2's q/k/v
+biases are counted and cut with their rows. The q/k norms of Qwen3 and Gemma 3 act inside one head and are shared by all
+heads, so nothing of them is cut. Gemma 3's sliding-window layers have another rotary base than its other layers, so
+rotary embeddings are looked up layer by layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,28 +23,32 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.units import ATTENTION, CHANNELS, FFN, HALVES, KINDS, LINEAR_OF, check_kinds
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-GRAPHS = 16  # of a compiled layer: dense or gated, with memories or without, rows in blocks or not, training or scoring
-_GLOBAL = "full_attention"  # the layers that see the whole text, as configs with two rotary embeddings name them
+# Graphs of a compiled layer: dense or gated, with or without memories, rows in blocks or not, training or scoring.
+GRAPHS = 16
+_GLOBAL = "full_attention"  # name of the layers that see the whole text, in configs with two rotary embeddings
 
 
 @dataclass(frozen=True)
 class PrunableGroup:
-    """The units of one kind in one layer: whole ones (`KINDS`), or output channels of one linear (`CHANNELS`).
+    """The units of one kind in one layer: whole units (`KINDS`), or output channels of one linear (`CHANNELS`).
 
-    A whole unit, an FFN neuron (`channel`) or a kv head with its queries (`kv_group`), owns `rows` rows of every
-    producer and `width` columns of the consumer, so removing it leaves smaller but otherwise ordinary linears (method:
-    structured pruning in the units of Sheared-LLaMA, with GQA groups kept whole). A channel owns a row of its one
-    producer and its bias; what else goes with it is said by `whole`.
+    A whole unit is an FFN neuron (`channel`) or a kv head with its query heads (`kv_group`): the units of
+    Sheared-LLaMA, with GQA groups kept whole. It owns some rows of each producer (the linears that compute it) and
+    `width` columns of the consumer (the linear that reads it), so that removing it leaves smaller but ordinary linears.
+
+    A channel owns one row of its only producer, with its bias. `whole` says what else is removed with it.
     """
 
     layer: int
     kind: str
     size: int  # units
     producers: tuple[tuple[str, int], ...]  # (module path, output rows per unit)
-    consumer: str  # module path; its INPUT is what a gate multiplies. Empty: the gate multiplies the producer's OUTPUT
+    consumer: (
+        str  # module path; a gate multiplies its INPUT. Empty for channels: a gate multiplies the producer's OUTPUT
+    )
     width: int  # input columns of the consumer per unit
     params_per_unit: int
-    whole: "PrunableGroup | None" = None  # units of which each is dead, and goes, once its channel here is closed
+    whole: "PrunableGroup | None" = None  # of gate and up channels: the neurons, each dead once its channel is closed
 
     @property
     def gated(self) -> str:
@@ -53,7 +58,7 @@ class PrunableGroup:
     @property
     def in_ffn(self) -> bool:
         """Whether the units are of the FFN; else they are of attention."""
-        return f".{FFN[0]}." in f".{self.gated}." or self.kind == KINDS[0]
+        return self.kind == KINDS[0] or (self.kind in CHANNELS and LINEAR_OF[self.kind][0] is FFN)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -62,7 +67,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def layer_of(path: str) -> int:
-    """Number of the layer that a module belongs to, from its path in the model."""
+    """Index of the layer that a module belongs to, from its path in the model."""
     return next(int(word) for word in path.split(".") if word.isdigit())
 
 
@@ -72,7 +77,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def neuron_linears(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
-    """Of each layer's FFN the linear whose output the activation function takes, and the one that reads the neurons."""
+    """For each layer's FFN the linear before the activation function, and the linear that reads the neurons."""
     name, (gate, _), down = FFN
     blocks = [getattr(layer, name) for layer in decoder_layers(model)]
     return [(getattr(block, gate), getattr(block, down)) for block in blocks]
@@ -108,10 +113,11 @@ def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
 def _documents(
     input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Where the documents of packed rows begin, for `koff_attention` on a GPU, whose kernels need no mask then.
+    """Where the documents of packed rows begin: with them the kernels of `koff_attention` on a GPU need no mask.
 
-    int32 [N + 1], in the tokens of all rows joined, the end of the last at last. Finding them waits for the device,
-    once a pass. Nothing where they are short: the backward of the kernel keeps 128 tokens more for each.
+    int32 [N + 1]: index of the first token of each document among the tokens of all rows joined, and at last the number
+    of tokens. Finding them syncs with the device once per forward. Nothing is returned for short documents, since the
+    kernel's backward keeps 128 further tokens for each.
     """
     if position_ids is None or attention_mask is not None or not position_ids.is_cuda:
         return {}
@@ -123,7 +129,7 @@ def _documents(
 
 
 def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """What `hidden_states` takes of a batch, as far as it has it, each [B, T]."""
+    """The arguments of `hidden_states` that a batch has, each [B, T]."""
     names = ("input_ids", "position_ids", "attention_mask")
     return {name: batch[name].to(device) for name in names if batch.get(name) is not None}
 
@@ -133,20 +139,20 @@ def refuse_masked_packing(mask: Tensor | None, positions: Tensor | None) -> None
     if mask is None or positions is None or mask.ndim != 2 or mask.shape[1] != positions.shape[1]:
         return
     inside = mask[:, 1:].bool() & mask[:, :-1].bool()
-    if ((positions.diff(dim=1) != 1) & inside).any():  # transformers would let the documents see each other
+    if ((positions.diff(dim=1) != 1) & inside).any():  # transformers would let the documents attend to each other
         raise KoffError("packed rows (positions that restart) and a padding mask cannot be combined: give one of them")
 
 
 def rope_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """The rotary embedding of the layers that see the whole text, as the config describes it.
+    """The config's rotary embedding of the layers that see the whole text.
 
-    Layers with a sliding window have the same, but those of Gemma 3: theirs has a base of its own and no scaling.
+    Sliding-window layers have the same, except in Gemma 3, where theirs has another base and no scaling.
     """
     return config.rope_parameters.get(_GLOBAL, config.rope_parameters)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Tokens that a layer sees at most, itself included; None if all layers see the whole text."""
+    """Tokens that a sliding-window layer sees, the current one included; None if all layers see the whole text."""
     kinds = getattr(config, "layer_types", None)
     return getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
@@ -164,12 +170,12 @@ def rotary_inv_freqs(model: PreTrainedModel) -> list[Tensor]:
 
 
 def rotary_scaling(model: PreTrainedModel) -> float:
-    """What cos and sin of the rotary embedding are multiplied by: 1 but for yarn."""
+    """Factor on cos and sin of the rotary embedding: 1 except for yarn."""
     return float(model.model.rotary_emb.attention_scaling)
 
 
 def prunable_groups(model: PreTrainedModel, kinds: tuple[str, ...] | list[str] = KINDS) -> list[PrunableGroup]:
-    """List the prunable units layer by layer. Call before adapters are injected: it reads the plain linears.
+    """List the prunable units layer by layer. Call it before adapters are injected: it reads the plain linears.
 
     Args:
         model: A backbone from `load_backbone`.
@@ -188,7 +194,7 @@ def prunable_groups(model: PreTrainedModel, kinds: tuple[str, ...] | list[str] =
 
 
 def channel_linear(layer: int, kind: str) -> str | None:
-    """Path of the linear whose output channels a kind is; None for kinds that leave nothing of a unit behind."""
+    """Path of the linear whose rows stay, as zeros, when channels of this kind are closed; None for all other kinds."""
     if kind in (*KINDS, *HALVES):
         return None
     (block, *_), name = LINEAR_OF[kind]
@@ -217,18 +223,17 @@ def _group(index: int, kind: str, layer: nn.Module, names: tuple[str, tuple[str,
 
 
 def uniform_kv_groups(config: PreTrainedConfig) -> list[int]:
-    """How many kv groups a plain config of this family can have in all layers when some are removed, most first.
+    """Numbers of kv groups that a plain config of this family allows if all layers have equally many, most first.
 
-    A config of Llama or Gemma 3 takes only head counts that divide the hidden size, whatever its head size; the others
-    take any.
+    Configs of Llama and Gemma 3 allow only head counts that divide the hidden size, whatever the head size is.
     """
     groups, queries = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    bound = config.model_type in ("llama", "gemma3_text")
-    return [n for n in range(groups, 0, -1) if not bound or config.hidden_size % (n * queries) == 0]
+    must_divide = config.model_type in ("llama", "gemma3_text")
+    return [n for n in range(groups, 0, -1) if not must_divide or config.hidden_size % (n * queries) == 0]
 
 
 def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config with shapes and no numbers (on the meta device), to count by."""
+    """The model of a config on the meta device: shapes without weights, for counting."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -246,10 +251,11 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
 
 
 def compile_layers(model: PreTrainedModel, backend: str) -> None:
-    """Let torch.compile translate each layer when it first runs.
+    """Let torch.compile compile each layer when it first runs.
 
-    Layer by layer, since one graph of a whole model takes minutes and cannot be recomputed in the backward. Gates and
-    memories are their layer's own, so each has graphs of its own, of which torch by itself keeps 8 for all layers.
+    Layer by layer, since compiling a whole model takes minutes and does not go with activation checkpointing. Layers
+    share code but not their gates and memories, so each needs graphs of its own, and torch's limit of 8 for the shared
+    code is raised.
 
     Raises:
         KoffError: There is no such backend.
@@ -265,14 +271,14 @@ def compile_layers(model: PreTrainedModel, backend: str) -> None:
 
 
 def end_tokens(given: int | list[int] | None) -> list[int]:
-    """The tokens that end a text, of an `eos_token_id` of transformers."""
+    """The tokens that end a text, as a list, from an `eos_token_id` of transformers."""
     return [] if given is None else [given] if isinstance(given, int) else list(given)
 
 
 def ask_nothing_(model: PreTrainedModel) -> GenerationConfig:
-    """Let `generate` do only what a call asks for. Returns what the model's generation_config.json says.
+    """Clear the model's generation defaults, so that `generate` does only what a call asks for; returns them.
 
-    Of that the token ids stay: without those that end a text, generation would go on behind the end.
+    Token ids stay, as generation needs to know which end a text.
     """
     own = model.generation_config
     ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -281,7 +287,7 @@ def ask_nothing_(model: PreTrainedModel) -> GenerationConfig:
 
 
 def allow_recomputation(model: PreTrainedModel) -> None:
-    """Let the model's layers be computed again in the backward, in training mode: activation checkpointing."""
+    """Turn on activation checkpointing: in training mode the backward computes layers again."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable()
     else:  # its name in transformers 5.17
@@ -289,16 +295,16 @@ def allow_recomputation(model: PreTrainedModel) -> None:
 
 
 def is_recomputed(model: PreTrainedModel) -> bool:
-    """Whether a backward would compute layers again: transformers does so in training mode only."""
+    """Whether a backward would compute layers again, which transformers does in training mode only."""
     return any(layer.training and layer.gradient_checkpointing for layer in decoder_layers(model))
 
 
 @contextmanager
 def recomputed(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
-    """Inside the block layers keep their inputs alone for the backward, which computes the rest again.
+    """Inside the block a forward keeps only the layers' inputs for the backward, which computes the rest again.
 
-    `allow_recomputation` comes first. transformers recomputes a layer in training mode only, and drops its cache there:
-    hence for one pass.
+    Call `allow_recomputation` first. For single forwards: transformers does this in training mode only, where it also
+    drops the key-value cache.
     """
     layers = decoder_layers(model) if wanted else []
     for layer in layers:

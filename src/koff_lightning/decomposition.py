@@ -34,8 +34,7 @@ from koff_lightning.support.names import check_names
 
 Batch = dict[str, Any]
 
-# Ways to score text: the unpruned model; mask and the row's own memory; the mask alone; mask and another domain's
-# memory.
+# Ways to score text: the unpruned model; under the mask with the row's own memory, without, and with another domain's.
 MODES = ("dense", "koff", "memory_off", "swapped")
 
 
@@ -47,27 +46,15 @@ def price(model: PreTrainedModel, sparsity: SparsitySpec) -> Budget:
         sparsity: What to remove.
 
     Raises:
-        KoffError: The target cannot be reached, or (layout `uniform`) not be said in a config of this family.
+        KoffError: The target cannot be reached, or (layout `uniform`) no config of this family can express it.
     """
     groups = prunable_groups(model, sparsity.units)
     return Budget(groups, parameter_counts(model), sparsity, uniform_kv_groups(model.config))
 
 
 def check_layout(config: PreTrainedConfig, sparsity: SparsitySpec) -> None:
-    """Refuse, before any weights are read, a layout that the family's config cannot say."""
+    """Refuse a layout that no config of the family can express, before any weights are read."""
     price(without_weights(config), sparsity)
-
-
-def _refuse_other_dtypes(model: "Decomposition", state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse tensors of another dtype, which torch would cast without a word: a bool or complex value to a float."""
-    here = model.state_dict()
-    for name in sorted(model.owned()):
-        given = state.get(f"{prefix}{name}")
-        if isinstance(given, Tensor) and given.dtype != here[name].dtype:
-            raise KoffError(
-                f"the checkpoint does not fit this run: {name} is {given.dtype} there and {here[name].dtype} here; "
-                "take one that `koff fit` wrote"
-            )
 
 
 class Decomposition(nn.Module):
@@ -100,20 +87,19 @@ class Decomposition(nn.Module):
         check_names(domains)
         self.source, self.domains, self.loading = source, list(domains), loading
         self.sparsity, self.lora, self.kv, self.shared_memory = sparsity, lora, kv, shared_memory
-        self.placement: dict[Part, list[int]] = {}  # layers that a run has chosen for a part, see `place`
-        self._target = 0.0  # of a mask that is not fixed yet, see `target`
-        self._cut: tuple[Any, Tensor, Tensor] | None = None  # what `hard_mask` chose last: for what, by what logits
+        self.placement: dict[Part, list[int]] = {}  # layers of each part that `place` has chosen
+        self._target = 0.0  # see `target`
+        self._cut: tuple[Any, Tensor, Tensor] | None = None  # cache of `hard_mask`: (target, device), logits, mask
         self.chunk = 1024  # tokens whose logits exist at one time
         self.backbone = load_backbone(source, **loading)
         self.own_settings = ask_nothing_(self.backbone)  # generation_config.json, for the export
-        with torch.device("cpu"):  # its tables are the host's, also where Lightning has all made on the GPU
+        with torch.device("cpu"):  # its tensors stay on the CPU, also inside Lightning's device context
             self.budget = price(self.backbone, sparsity)
         self.backbone_hash = fingerprint(self.backbone)
-        # In this order: gates go outside the adapters.
+        # In this order, so that the gates are outside of the adapters.
         self.memories = MemoryBank(self.backbone, self.domains, lora, kv, shared_memory)
         self.gates = BackboneGates(self.budget.groups, sparsity.gate, **sparsity.gate_options())
         self.gates.attach(self.backbone)
-        self.register_load_state_dict_pre_hook(_refuse_other_dtypes)
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +107,7 @@ class Decomposition(nn.Module):
         return self.gates.logits.device
 
     def owned(self) -> set[str]:
-        """Names in the state dict of what is trained or fixed by training: everything but the frozen weights."""
+        """Names in the state dict of all but the frozen weights: what is trained, or was chosen by training."""
         return {name for name in self.state_dict() if name.startswith(("gates.", "memories."))} | {
             name for name, parameter in self.named_parameters() if parameter.requires_grad
         }
@@ -135,7 +121,7 @@ class Decomposition(nn.Module):
 
     @property
     def target(self) -> float:
-        """Sparsity at which the mask is cut: that of the options once it is fixed, until then what was set last."""
+        """Sparsity at which the mask is cut: what was set last (at first 0); once it is fixed, that of the options."""
         return self.sparsity.target if self.gates.hardened else self._target
 
     @target.setter
@@ -151,20 +137,20 @@ class Decomposition(nn.Module):
         return self.budget.expected(self._keep())
 
     def shift_to_target(self, target: float, band: float) -> None:
-        """Move the logits by the least that brings soft and hard sparsity to the target +- band; see tracking.py."""
+        """Shift the logits until soft and hard sparsity are at the target +- band; see tracking.py."""
         for units, counts in self.budget.scopes():
             self.gates.shift_to_target(target, band, counts, units)
 
     def realised_sparsity(self) -> float:
-        """Sparsity in the target's denominator by gates more often closed than open; exact once hardened."""
+        """Sparsity in the target's denominator: the hard count, exact once hardened."""
         return float(self.budget.counts(self._keep())[1])
 
     def hard_mask(self) -> Tensor:
-        """The mask if training stopped now, bool [U]: hardened, or as `harden` would choose it at `target`."""
+        """The mask if training stopped now, bool [U]: the hardened one, or what `harden` would choose at `target`."""
         if self.gates.hardened:
             return self.gates.kept
         target, logits = self.target, self.gates.logits.detach()
-        if self.sparsity.harden == "threshold":  # depends on the temperature too, and takes no time
+        if self.sparsity.harden == "threshold":  # not cached: cheap, and depends on the temperature too
             return self.chosen_mask(target).to(logits.device)
         asked = target, logits.device
         if self._cut is None or self._cut[0] != asked or not torch.equal(self._cut[1], logits):
@@ -172,22 +158,22 @@ class Decomposition(nn.Module):
         return self._cut[2]
 
     def chosen_mask(self, target: float) -> Tensor:
-        """The mask that the present logits give, bool [U]: without the lowest up to the target, or by the threshold."""
+        """The mask by the present logits, bool [U]: the lowest removed until the target is met, or by the threshold."""
         if self.sparsity.harden == "threshold" and target > 0:
             return self.budget.threshold(self.gates.gate.keep(self.gates.logits))
         return self.budget.harden(self.gates.logits, target)
 
     def hard_gates(self) -> Tensor | None:
-        """Gate values of that mask, [1, U]; None where nothing is pruned."""
+        """Gate values of `hard_mask`, [1, U]; None where nothing is pruned."""
         return self.hard_mask().float().unsqueeze(0) if self.learns_mask else None
 
     def harden(self) -> None:
-        """Fix the mask by the logits of rank 0: at the exact final budget, or by the threshold."""
+        """Fix the mask by the logits of rank 0: at the final target, or by the threshold."""
         self.gates.harden(self.chosen_mask(self.sparsity.target))
         ranks.copy_from_first([self.gates.kept])
 
     def added_parameters(self) -> int:
-        """Biases that the cut model has and the dense one has not: those that make up for removed units."""
+        """Parameters that the cut model has and the dense one does not: biases in place of removed units."""
         if self.gates.bias is None:
             return 0
         consumers = [self.backbone.get_submodule(group.consumer) for group in self.gates.groups]
@@ -195,10 +181,10 @@ class Decomposition(nn.Module):
         return sum(linear.out_features for linear in plain if linear.bias is None)
 
     def place(self, placement: Mapping[Part, Sequence[int]]) -> None:
-        """Keep parts of the memories in some of the layers where they are, and let go of the rest.
+        """Keep a part of the memories (adapters, slots) in the given layers alone, and delete it elsewhere.
 
         Raises:
-            KoffError: No layer of a part, or one without that part.
+            KoffError: No layer is given for a part, or one in which the memories lack it.
         """
         for part, layers in placement.items():
             spec = {"lora": self.lora, "kv": self.kv}.get(part)
@@ -215,11 +201,11 @@ class Decomposition(nn.Module):
 
     @contextmanager
     def under(self, memories: Sequence[str | None] = (), mask: Tensor | None = None) -> Iterator[None]:
-        """Let the block run under these memories and this mask, in this thread; what was in force comes back after it.
+        """Inside the block, in this thread, these memories and this mask are in force; by default the dense model.
 
         Args:
-            memories: Memories of each row, None for none; empty for none at all.
-            mask: Gate values, [R, U] with R = 1 or rows; None for all open. Both left out: the dense model.
+            memories: Memory of each row, None for none; empty if no row has one.
+            mask: Gate values, [R, U] with R = 1 or rows; None for all open.
         """
         with self.gates.off(), self.memories.scope(self.memories.routes_of(memories)):
             self.gates.set(mask)
@@ -231,7 +217,7 @@ class Decomposition(nn.Module):
 
     @torch.no_grad()
     def dense_hidden(self, batch: Batch) -> Tensor:
-        """The same of the dense model: gates and memories off."""
+        """Last hidden states [B, T, d] of the dense model: gates and memories off."""
         with self.under():
             return self.hidden(batch)
 
@@ -269,20 +255,28 @@ class Decomposition(nn.Module):
 
         Args:
             batch: Rows of any domains.
-            mode: One of `MODES`. `swapped` reads each row under one of the other memories (`another`).
+            mode: One of `MODES`; `swapped` scores each row under the memory that `another` chooses.
         """
-        rows: Sequence[str | None] = batch["domains"]
         if mode == "dense":
             return self._nats(batch, (), None)
-        if mode == "swapped":
-            rows = self.another(batch)
-        return self._nats(batch, [None] * len(rows) if mode == "memory_off" else rows, self.hard_gates())
+        if mode == "memory_off":
+            return self._nats(batch, (), self.hard_gates())
+        memories = self.another(batch) if mode == "swapped" else batch["domains"]
+        return self._nats(batch, memories, self.hard_gates())
+
+    def _nats(self, batch: Batch, memories: Sequence[str | None], mask: Tensor | None) -> Tensor:
+        with self.under(memories, mask):
+            hidden = self.hidden(batch)
+        labels, predicted = self.targets(batch)
+        nats = head_nats(hidden[:, :-1][predicted], self.head, labels, self.chunk)  # [N]
+        return torch.zeros(predicted.shape, device=nats.device).masked_scatter(predicted, nats)  # [B, T-1]
 
     def another(self, batch: Batch) -> list[str | None]:
-        """For each row a domain whose memory is not the row's, [B]; its own where there is no other, or None.
+        """For each row, [B], a domain with another memory than the row's: its own if there is no other.
 
-        The row's own tokens choose it, so that it is the same in any batch, and all others have their share of a text
-        in one pass, however many there are. To general text all are others.
+        It is chosen by the row's tokens. So it does not depend on the batch, and one pass over a text scores about
+        equally many rows under each of the others. For rows of general text all domains are others; a row without a
+        domain has None.
         """
         names, chosen = self.memories.names, []
         for domain, number in zip(batch["domains"], batch["labels"].clamp(min=0).sum(1).tolist(), strict=True):
@@ -291,14 +285,7 @@ class Decomposition(nn.Module):
         return chosen
 
     def same_as(self, mode: str) -> str:
-        """The mode that gives the very figures of `mode`, where no memory tells two under the mask apart."""
+        """`koff` if `mode` must give the same figures, since there is no memory or only one; else `mode` itself."""
         bare = self.lora is None and self.kv is None
         one = bare or len(set(self.memories.names.values())) == 1
         return "koff" if (mode == "swapped" and one) or (mode == "memory_off" and bare) else mode
-
-    def _nats(self, batch: Batch, memories: Sequence[str | None], mask: Tensor | None) -> Tensor:
-        with self.under(memories, mask):
-            hidden = self.hidden(batch)
-        labels, predicted = self.targets(batch)
-        nats = head_nats(hidden[:, :-1][predicted], self.head, labels, self.chunk)  # [N]
-        return torch.zeros(predicted.shape, device=nats.device).masked_scatter(predicted, nats)  # [B, T-1]

@@ -22,20 +22,20 @@ from koff_lightning.tracking import EVERY, shift_to_target
 
 
 class HardConcrete:
-    """Stochastic gate in [0, 1] with mass at both ends (Louizos et al. 2018, eq. 10-12).
+    """Stochastic gate in [0, 1] that is exactly 0 or 1 with some probability (Louizos et al. 2018, eq. 10-12).
 
     `logits` are the paper's log alpha. Constants as in CoFi and Sheared-LLaMA.
 
     Args:
-        beta: Temperature of the sigmoid that makes a sample. Below 1 a gate is mostly 0 or 1; at 2, as in the KOFF
-            paper, mostly between.
-        beta_end: Temperature at the end of the mask phase, to which it falls linearly; None keeps it.
+        beta: Temperature of a sample's sigmoid. Below 1 a gate is mostly 0 or 1; at 2, as in the KOFF paper, mostly in
+            between.
+        beta_end: Temperature at the end of the mask phase, reached linearly; None keeps `beta`.
         initial: First logit of every unit; None for the default.
     """
 
     rate, bound = 1.0, 8.0
     gamma, zeta, eps = -0.1, 1.1, 1e-6
-    learns_closed = False  # at 0 the clamp of a sample has no slope
+    learns_closed = False  # a gate at 0 has no gradient: the sample is clamped there
 
     def __init__(self, beta: float = 2 / 3, beta_end: float | None = None, initial: float | None = None) -> None:
         self.beta, self._course = beta, (beta, beta if beta_end is None else beta_end)
@@ -43,12 +43,12 @@ class HardConcrete:
 
     @property
     def offset(self) -> float:
-        """Where a gate is as often zero as not: -1.5986 at beta 2/3."""
+        """Logit at which a gate is 0 with probability 1/2: -1.5986 at beta 2/3."""
         return self.beta * math.log(-self.gamma / self.zeta)
 
     @property
     def temperature(self) -> float:
-        """Of the sigmoid that makes a sample."""
+        """Of a sample's sigmoid; logged."""
         return self.beta
 
     def sample(self, logits: Tensor, rows: int = 1, random: torch.Generator | None = None) -> Tensor:
@@ -62,15 +62,15 @@ class HardConcrete:
         return torch.sigmoid(logits - self.offset)
 
     def shift(self, logits: Tensor, delta: Tensor | float) -> Tensor:
-        """Logits that keep more (delta > 0) or fewer units; every gate moves alike, so their order stays."""
+        """Logits that keep more (delta > 0) or fewer units. All move alike, so the order of the units stays."""
         return logits + delta
 
     def sharpen(self, logits: Tensor) -> Tensor:
-        """Logits further from the point where a gate is open half the time; which side they are on stays."""
+        """Logits further from the one at which a gate is open half the time, each on its own side of it."""
         return self.offset + 1.2 * (logits - self.offset)
 
     def prior(self, order: Tensor) -> Tensor:
-        """First logits for units in an order given as normal scores, [U]."""
+        """First logits [U] from the units' ranks, given as quantiles of a normal distribution [U]."""
         return self.initial + order
 
     def anneal(self, progress: float) -> None:
@@ -82,11 +82,12 @@ class HardConcrete:
 class ShrinkingReLU:
     """Deterministic gate max(z, 0) with an annealed soft count (DDP, arXiv 2603.08065, as in its released code).
 
-    Kept units may be amplified (m > 1). The threshold `mu` falls from 0.5 to 0.1 by a square-root schedule. `width`, on
-    either side of it, is where the soft count is neither 0 nor 1: mu at the start of a step, less after `sharpen`.
+    The logits are z. A unit may be amplified (m > 1). It counts as kept from the threshold `mu`, which falls from 0.5
+    to 0.1 by a square-root schedule; within `width` of it the soft count is between 0 and 1. `width` equals mu when a
+    step starts, and `sharpen` narrows it.
     """
 
-    rate, bound = 0.1, 4.0  # z moves in a range a tenth of the logits'
+    rate, bound = 0.1, 4.0  # z moves in a range a tenth as wide as that of hard-concrete logits
     learns_closed = True
     start, end, slope, stretch = 0.5, 0.1, 2.4, (-0.1, 1.1)
 
@@ -100,19 +101,19 @@ class ShrinkingReLU:
         return self.mu
 
     def sample(self, logits: Tensor, rows: int = 1, random: torch.Generator | None = None) -> Tensor:
-        """The gate itself, [1, U]; straight-through so that a unit at zero can come back."""
+        """The gate itself, [1, U]; gradient 1 also below 0 (straight-through), so that a closed unit can come back."""
         return (logits + (logits.clamp(min=0) - logits).detach()).unsqueeze(0)
 
     def keep(self, logits: Tensor) -> Tensor:
-        """Soft count: 0 at z = mu - width, 1 at mu + width; straight-through outside, [U]."""
+        """Soft count [U]: 0 at z = mu - width, 1 at mu + width, with a gradient also outside (straight-through)."""
         low, high = self.stretch
         soft = torch.sigmoid((logits - self.mu) * self.slope / self.width) * (high - low) + low
         return soft + (soft.clamp(0, 1) - soft).detach()
 
     def shift(self, logits: Tensor, delta: Tensor | float) -> Tensor:
-        """Move the units near the threshold most: a uniform shift would rescale every kept activation.
+        """As `HardConcrete.shift`, but units near the threshold move most: a uniform shift would rescale activations.
 
-        The exact flow du/dt = 1 / (1 + u^2) of u = (z - mu) / (2 width), so that no two units ever change places.
+        u = (z - mu) / (2 width) follows du/dt = 1 / (1 + u^2), solved exactly, so the order of the units stays.
         """
         span = 2 * self.width
         u = (logits - self.mu) / span
@@ -120,12 +121,12 @@ class ShrinkingReLU:
         return self.mu + span * 2 * torch.sinh(torch.asinh(1.5 * time) / 3)  # root of u + u^3 / 3 = time
 
     def sharpen(self, logits: Tensor) -> Tensor:
-        """The same z, for stretching it would rescale activations: the width is less until the next step."""
+        """Narrow the width until the next step. z stays: stretching it would rescale activations."""
         self.width /= 1.2
         return logits
 
     def prior(self, order: Tensor) -> Tensor:
-        """First z, [U]: around 1, and narrow enough that hardly any unit starts below the threshold."""
+        """As `HardConcrete.prior`: around 1, and so close to it that hardly any unit starts below the threshold."""
         return self.initial + 0.04 * order
 
     def anneal(self, progress: float) -> None:
@@ -137,10 +138,11 @@ GATES = {"hc": HardConcrete, "ddp": ShrinkingReLU}
 
 
 class _Product(torch.autograd.Function):
-    """x [B, T, C] times gates [R, 1, C] that have no slope at 0, of which the backward keeps the product alone.
+    """x [B, T, C] times gates [R, 1, C], saving for the backward only the product and not x.
 
-    An adapter or activation that reads the product keeps it in any case, so x itself need not stay: where a gate is not
-    0, it is product / gate.
+    What comes next (an adapter, an activation) saves the product anyway, so this costs no memory. The backward needs x
+    for the gates' gradient and finds it as product / gate, except where a gate is 0: there x is lost and the gradient
+    is 0, which is right for gates that have none at 0.
     """
 
     @staticmethod
@@ -150,24 +152,25 @@ class _Product(torch.autograd.Function):
         return product
 
     @staticmethod
-    def backward(ctx, slope):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
         product, gates = ctx.saved_tensors
-        x = product / gates.where(gates != 0, 1)  # before the slope comes in: fp16 has no room for slope * product
-        return slope * gates, x.mul_(slope).sum_to_size(gates.shape)
+        x = product / gates.where(gates != 0, 1)  # divided first: grad * product may overflow in fp16
+        return grad * gates, x.mul_(grad).sum_to_size(gates.shape)
 
 
 class BackboneGates(nn.Module):
-    """The mask: logits of all units, and the hooks by which they act on the backbone.
+    """The mask: logits of all units, and the hooks by which gates act on the backbone.
 
-    A gate of a whole unit multiplies the INPUT of the outermost (LoRA-wrapped) consumer, so the base path and LoRA see
-    the same gated activation and a zero gate equals a removed column (checked by the tests of surgery). A gate of a
-    channel multiplies the OUTPUT of the outermost linear, y = z (W x + b + s B A x): no adapter brings it back.
+    The gate of a whole unit multiplies the INPUT of its consumer, outside of the LoRA wrapper: base weight and adapter
+    see the same gated activation, and a gate at 0 equals a removed column of both (see tests/test_surgery.py). The gate
+    of a channel multiplies the OUTPUT of its linear, outside of the wrapper too, y = z (W x + b + s B A x), so that no
+    adapter brings a closed channel back.
     """
 
     kept: Tensor  # bool [U], the hardened mask
-    importance: Tensor  # [U]
+    importance: Tensor  # [U], squared gradients of the gates, summed over the warm-up
     hardened: Tensor  # bool [], whether `kept` is in force
-    bias: Tensor | None  # [groups, d], what the removed units leave behind at each consumer's output
+    bias: Tensor | None  # [groups, d], added to each consumer's output in place of the removed units (one-shot masks)
 
     def __init__(self, groups: list[PrunableGroup], kind: str = "hc", **options: float | None) -> None:
         """Args: units of all layers; kind of gate, `hc` or `ddp`; and its options."""
@@ -178,18 +181,18 @@ class BackboneGates(nn.Module):
         self.logits = nn.Parameter(torch.full((units,), self.gate.initial))  # [U] fp32
         self.register_buffer("kept", torch.ones(units, dtype=torch.bool))
         self.register_buffer("hardened", torch.tensor(False))
-        self.register_buffer("importance", torch.zeros(units))  # squared gate gradients of the warm-up
-        self.register_buffer("seed", torch.tensor(torch.initial_seed() % 2**31))  # of all draws of a run
+        self.register_buffer("importance", torch.zeros(units))
+        self.register_buffer("seed", torch.tensor(torch.initial_seed() % 2**31))  # of all samples of a run
         self.register_buffer("bias", None)
-        self.order: Tensor | None = None  # [U], a prior given from elsewhere instead of `importance`
-        self._probe: Tensor | None = None
+        self.order: Tensor | None = None  # [U], scores that order the units instead of `importance`
+        self._probe: Tensor | None = None  # [rows, U], see `probe`
         self._in_force: InForce[list[Tensor] | None] = InForce(None)
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        """Hang the hooks. After LoRA injection: a hook on an inner `base_layer` would leave the adapter ungated.
+        """Register the hooks. Only after LoRA is injected: a hook on the inner `base_layer` leaves the adapter ungated.
 
         Returns:
-            Their handles, for gates that do not stay.
+            Handles that remove the hooks again.
         """
         handles: list[RemovableHandle] = []
         for index, group in enumerate(self.groups):
@@ -200,19 +203,19 @@ class BackboneGates(nn.Module):
             if not group.consumer:
                 handles.append(module.register_forward_hook(self._output_hook(index)))
                 continue
-            handles.append(module.register_forward_pre_hook(self._hook(index)))
-            handles.append(module.register_forward_hook(self._compensation(index)))
+            handles.append(module.register_forward_pre_hook(self._input_hook(index)))
+            handles.append(module.register_forward_hook(self._bias_hook(index)))
         return handles
 
     def _gated(self, x: Tensor, values: Tensor, kept: bool = False) -> Tensor:
-        """What a gate lets through: x [B, T, C] times its values [R, 1, C]; `kept`: what made x keeps it anyway."""
+        """Multiply x [B, T, C] by gate values [R, 1, C]; `kept`: whether autograd keeps x in any case."""
         values = values.to(x.dtype)
         plain = kept or self.gate.learns_closed or not values.requires_grad
-        plain = plain or torch.compiler.is_compiling()  # it chooses itself what to keep
+        plain = plain or torch.compiler.is_compiling()  # the compiler decides by itself what to keep
         return x * values if plain else _Product.apply(x, values)
 
-    def _hook(self, index: int) -> object:
-        kept = self.groups[index].kind == "kv_group"  # by attention, whose backward needs what it gave
+    def _input_hook(self, index: int) -> Callable[..., tuple[Tensor, ...] | None]:
+        kept = self.groups[index].kind == "kv_group"  # x is the output of attention, which its backward reads
 
         def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             columns = self._columns
@@ -222,7 +225,7 @@ class BackboneGates(nn.Module):
 
         return multiply
 
-    def _output_hook(self, index: int) -> object:
+    def _output_hook(self, index: int) -> Callable[..., Tensor | None]:
         def multiply(_: nn.Module, __: object, output: Tensor) -> Tensor | None:
             if self._columns is None:
                 return None
@@ -230,7 +233,7 @@ class BackboneGates(nn.Module):
 
         return multiply
 
-    def _compensation(self, index: int) -> object:
+    def _bias_hook(self, index: int) -> Callable[..., Tensor | None]:
         def add(_: nn.Module, __: object, output: Tensor) -> Tensor | None:
             if self._columns is None or self.bias is None:
                 return None
@@ -239,20 +242,20 @@ class BackboneGates(nn.Module):
         return add
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        if (bias := state.get(f"{prefix}bias")) is not None:  # a mask with compensation; others have none
+        if (bias := state.get(f"{prefix}bias")) is not None:  # only some masks have it: make room for it
             self.bias = torch.zeros_like(bias, device=self.logits.device)
         super()._load_from_state_dict(state, prefix, *rest)
 
     @property
     def _columns(self) -> list[Tensor] | None:
-        """Of each group [R, 1, C_g]; None = all gates at one, nothing multiplied."""
+        """Gate values in force for each group, [R, 1, C_g]; None if nothing is to be multiplied (all gates at one)."""
         return self._in_force.value
 
     def set(self, values: Tensor | None) -> None:
         """Put gate values [R, U] in force until the next call; None switches the gates off (dense model).
 
-        Outside of `off` for all threads. They stay after the forward, because a checkpointed layer reads them again in
-        the backward, which may run in another thread.
+        They hold for all threads, and inside of `off` for this one. They stay in force after the forward: with
+        activation checkpointing the backward, which may run in another thread, computes layers again and needs them.
         """
         if values is None:
             self._in_force.set(None)
@@ -265,35 +268,39 @@ class BackboneGates(nn.Module):
         self._in_force.set(columns)
 
     def probe(self, rows: int) -> Tensor:
-        """Gates at one, [rows, U], whose gradient `observe` collects after the backward."""
+        """Gates at one, [rows, U]: they change nothing, and `observe` reads their gradient after the backward."""
         self._probe = torch.ones(rows, self.logits.numel(), device=self.logits.device, requires_grad=True)
         return self._probe
 
     @torch.no_grad()
     def observe(self, scale: float = 1.0) -> None:
-        """Add each gate's squared gradient per row: the empirical Fisher information of removing the unit, [U].
+        """Add the squared gradients of the probed gates, row by row, to `importance`: the empirical Fisher information.
 
         Args:
-            scale: What the loss was multiplied by for the backward.
+            scale: Loss scale, by which the loss was multiplied for the backward.
         """
         if self._probe is not None:
-            slope = torch.zeros_like(self._probe) if self._probe.grad is None else self._probe.grad  # [rows, U]
-            # Of the rows of all ranks, which start the ramp alike; in a rank's loss each counts `ranks.count()` times.
-            seen = ranks.total((slope / (scale * ranks.count())).square().sum(0))  # [U]
-            self.importance += seen.where(seen.isfinite().all(), 0.0)  # a step that is skipped leaves no trace
+            grad = torch.zeros_like(self._probe) if self._probe.grad is None else self._probe.grad  # [rows, U]
+            # Over the rows of all ranks, so that all start the ramp alike. A rank's loss is weighted by their number.
+            fisher = ranks.total((grad / (scale * ranks.count())).square().sum(0))  # [U]
+            self.importance += fisher.where(fisher.isfinite().all(), 0.0)  # a step that is skipped leaves no trace
         self._probe = None
 
     @torch.no_grad()
     def order_by_prior(self, costs: Tensor, spread: float) -> None:
-        """Start the logits normally distributed in the order of importance per parameter, or in one that was given.
+        """Set the first logits: normally distributed, in the order of importance per parameter, or of `order` if given.
 
-        Only the order of the prior is used: the scale of Fisher scores says nothing about gates. Without observations
-        the logits stay equal.
+        Only ranks are used, since the scale of Fisher scores says nothing about gates. If nothing was observed, the
+        logits stay equal.
+
+        Args:
+            costs: Parameters of each unit, [U].
+            spread: Standard deviation of the logits.
         """
         if self.order is None and self.importance.sum() == 0:
             return
-        worth = self.importance / costs.to(self.importance) if self.order is None else self.order
-        rank = worth.argsort(stable=True).argsort()  # [U]
+        scores = self.importance / costs.to(self.importance) if self.order is None else self.order
+        rank = scores.argsort(stable=True).argsort()  # [U]
         quantile = (rank + 0.5) / len(rank)
         self.logits.copy_(self.gate.prior(spread * torch.special.ndtri(quantile)))
 
@@ -305,19 +312,19 @@ class BackboneGates(nn.Module):
         counts: Callable[[Tensor], tuple[Tensor, Tensor]],
         units: Tensor | slice = EVERY,
     ) -> None:
-        """Move the logits, or those of `units` (indices), by the least that brings both `counts` to the target.
+        """Shift the logits of `units` (indices) to the target, see tracking.py.
 
-        See tracking.py; `counts` takes the keep probabilities of the units that move.
+        `counts` takes the keep probabilities of these units alone.
         """
         part = self.logits[units]
         shift_to_target(self.gate, part, target, band, counts)
         self.logits[units] = part
 
     def draw(self, rows: int = 1, place: tuple[int, ...] = ()) -> Tensor:
-        """Gate values for one micro-batch, [R, U]: hardened mask, or a sample while training.
+        """Gate values for one micro-batch, [R, U]: the hardened mask, or a sample as long as it is learned.
 
-        The noise depends on the run's seed and on `place` (step, micro-batch, rank) alone, so a resumed run draws what
-        an uninterrupted one would have drawn.
+        The noise depends only on the run's seed and on `place` (step, micro-batch, rank), so a resumed run draws the
+        same as an uninterrupted one.
         """
         if self.hardened:
             return self.kept.float().unsqueeze(0)
@@ -326,7 +333,7 @@ class BackboneGates(nn.Module):
         return self.gate.sample(self.logits, rows, random)
 
     def off(self) -> AbstractContextManager[None]:
-        """The dense model inside the block, in this thread, or what is `set` there; what was in force comes back."""
+        """Inside the block, in this thread: no gates, or those `set` there. Afterwards what was in force before."""
         return self._in_force.scope(None)
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
-"""A domain's learned memory: for each layer that has one, the keys and values of P slots that every token can see.
+"""A domain's KV memory: in each layer that has one, P slots, each a key and a value, that every token can attend to.
 
-The slots live at the positions -P..-1, before the first token. Tokens keep the positions that they have without a
-memory, so domains of unequal P share a batch, and a row without a memory gives what the plain model gives. Every token
-sees every slot, however far behind it, in layers whose sliding window ends before them too: a memory is for the whole
-text, and training finds keys that work at any distance.
+The slots have the positions -P..-1, before the first token. Tokens keep the positions that they have without a memory,
+so domains with different P can share a batch, and a row without a memory gives what the plain model gives. Every token
+sees every slot, also in layers with a sliding window that ends before the slots: a memory is for the whole text, and
+training finds keys that work at any distance.
 
-Source: Cartridges (arXiv 2506.06266): initialised from the cache of real text, first slot frozen.
+Source: Cartridges (arXiv 2506.06266): initialised from the key-value cache of real text, first slot frozen.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from koff_lightning.backbone import attention_modules, cache_argument, rope_of, 
 from koff_lightning.specs.memories import MAX_SLOTS
 from koff_lightning.support.errors import KoffError
 
-# Rotary embeddings whose frequencies change with the length of the text: no one rotation moves their keys.
+# Rotary embeddings whose frequencies depend on the length of the text: their keys cannot be moved by a rotation.
 MOVING_ROPE = ("dynamic", "longrope")
 
 _KINDS = ("key", "value")
@@ -30,8 +30,8 @@ _KINDS = ("key", "value")
 class KVMemory(nn.Module):
     """The memory of one domain: fp32 keys (after the rotary embedding) and values, per layer.
 
-    Slot 0 is frozen: it holds the attention sink of the text's first token, and training it makes a model forget
-    (Cartridges, section 3). The others are parameters.
+    Slot 0 is frozen: it is the attention sink of the text's first token, and training it makes a model forget
+    (Cartridges, section 3). The other slots are parameters.
 
     Args:
         shapes: Key-value heads K and head size dh of each layer, in order; None for a layer without slots.
@@ -43,7 +43,7 @@ class KVMemory(nn.Module):
     """
 
     initialised: Tensor
-    source: Tensor  # uint8 [32]: SHA-256 of the token ids it was filled from; zeros when they are not known
+    source: Tensor  # uint8 [32]: SHA-256 of the token ids it was filled from; zeros if unknown
 
     def __init__(self, shapes: Sequence[tuple[int, int] | None], slots: int, frozen_first: bool = True) -> None:
         super().__init__()
@@ -65,15 +65,15 @@ class KVMemory(nn.Module):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], source: str | None = None, depth: int | None = None
     ) -> "KVMemory":
-        """The frozen memory that `tensors` gave.
+        """A memory, not trained, from the tensors that the method `tensors` returned.
 
         Args:
             tensors: `layers.{i}.key` and `layers.{i}.value`, each fp32 [K_i, P, dh], of the layers that have slots.
             source: Hex digits of the SHA-256 of the token ids that it was filled from.
-            depth: Layers of the model, of which some may have no slots; None if all have, from 0 without gaps.
+            depth: Layers of the model, some of which may have no slots; None if all have, from 0 without gaps.
 
         Raises:
-            KoffError: A tensor is missing, left over, of another shape than its fellows or not fp32.
+            KoffError: A tensor is missing, not expected, not fp32, or of another shape than the others.
         """
         pairs = _pairs(tensors, depth)
         count = len(pairs) if depth is None else depth
@@ -93,7 +93,7 @@ class KVMemory(nn.Module):
 
     @property
     def source_hash(self) -> str | None:
-        """`source` in hex digits; None when it is not known."""
+        """`source` in hex digits; None if unknown."""
         return bytes(self.source.tolist()).hex() if self.source.any() else None
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -104,10 +104,10 @@ class KVMemory(nn.Module):
 
     @torch.no_grad()
     def initialise_(self, model: PreTrainedModel, input_ids: Tensor) -> None:
-        """Fill the memory with what `model` remembers of a text, moved to the positions -P..-1.
+        """Fill the memory with the model's key-value cache of a text, moved to the positions -P..-1.
 
-        The model then continues any tokens as if it had read the text before them (exactly, as long as all layers have
-        slots and no layer's sliding window ends inside the text).
+        The model then continues any tokens as if it had read the text before them; exactly so, if all layers have slots
+        and no layer's sliding window ends inside the text.
 
         Args:
             model: The frozen model, in eval mode, with memories, adapters and gates off.
@@ -139,14 +139,14 @@ class KVMemory(nn.Module):
 
     @torch.no_grad()
     def fill_normal_(self, std: float) -> None:
-        """Fill all slots, a frozen one too, with normal noise; no rotation changes its distribution."""
+        """Fill all slots, a frozen one too, with normal noise; rotating it would not change its distribution."""
         for part in (self.sink_key, self.sink_value, self.key, self.value):
-            for index in self.layers:
-                part[index].copy_(torch.randn(part[index].shape, device="cpu") * std)  # drawn there on every device
+            for index in self.layers:  # drawn on the CPU, so that one seed gives the same noise on every device
+                part[index].copy_(torch.randn(part[index].shape, device="cpu") * std)
         self.initialised.fill_(True)
 
     def keep_layers(self, layers: Sequence[int]) -> None:
-        """Let go of the slots of all other layers."""
+        """Delete the slots of all other layers."""
         for part in (self.sink_key, self.sink_value, self.key, self.value):
             for index in set(self.layers) - set(layers):
                 delattr(part, str(index))
@@ -171,7 +171,7 @@ class KVMemory(nn.Module):
 
 
 class _Parts(nn.Module):
-    """Parameters or buffers by number of layer; torch has lists, without gaps, and of parameters only."""
+    """Parameters or buffers by layer index. torch's `ParameterList` allows neither gaps nor buffers."""
 
     def __init__(self, tensors: Mapping[int, Tensor], trained: bool) -> None:
         super().__init__()
@@ -220,8 +220,8 @@ def read_memories(rows: Sequence[KVMemory | None], layer: int) -> LayerMemory | 
         layer: Index of the layer.
 
     Returns:
-        None when no row has a memory; one shared memory [1, K, P, dh] when all rows read the same; else one per row
-        [B, K, P, dh], where P is the largest present and `visible` hides what a row does not have.
+        None if no row has a memory; a single memory [1, K, P, dh] if all rows read the same one; else one per row
+        [B, K, P, dh], padded to the largest P, where `visible` hides the padding.
     """
     present = list(dict.fromkeys(memory for memory in rows if memory is not None))
     if not present:
@@ -232,7 +232,7 @@ def read_memories(rows: Sequence[KVMemory | None], layer: int) -> LayerMemory | 
         return LayerMemory(key[None], value[None])
     slots = max(memory.slots for memory in present)
     padded = {memory: tuple(_pad_slots(part, slots) for part in pair) for memory, pair in pairs.items()}
-    filled = [padded[memory or present[0]] for memory in rows]  # a row without a memory: any, all hidden
+    filled = [padded[memory or present[0]] for memory in rows]  # a row without a memory: any memory, hidden
     key, value = (torch.stack(parts) for parts in zip(*filled, strict=True))  # each [B, K, P, dh]
     return LayerMemory(key, value, _visible([memory.slots if memory else 0 for memory in rows], slots, key.device))
 
@@ -262,23 +262,19 @@ def _pairs(tensors: Mapping[str, Tensor], depth: int | None) -> dict[int, tuple[
 
 
 def _pad_slots(part: Tensor, slots: int) -> Tensor:
-    """[K, P, dh] with P raised to `slots` by slots of zeros, to be hidden."""
+    """Pad [K, P, dh] to `slots` with zeros, to be hidden."""
     return part if part.shape[1] == slots else F.pad(part, (0, 0, 0, slots - part.shape[1]))
 
 
 def _visible(counts: list[int], slots: int, device: torch.device) -> Tensor | None:
-    """Bool [B, P]: the first `counts` slots of each row; None when every row sees all."""
+    """Bool [B, P]: row b sees its first counts[b] slots; None if every row sees all."""
     if min(counts) == slots:
         return None
     return (torch.arange(slots) < torch.tensor(counts)[:, None]).to(device)
 
 
 def check_movable(config: PreTrainedConfig) -> None:
-    """Refuse a model whose rotary embedding changes with the length of the text.
-
-    Raises:
-        KoffError: It does.
-    """
+    """Raise KoffError for a model whose rotary embedding depends on the length of the text."""
     kind = rope_of(config).get("rope_type", "default")
     if kind in MOVING_ROPE:
         raise KoffError(
@@ -288,11 +284,7 @@ def check_movable(config: PreTrainedConfig) -> None:
 
 
 def check_one_rope(config: PreTrainedConfig) -> None:
-    """Refuse, for vLLM, a model whose rotary frequencies change with the layer or the text's length.
-
-    Raises:
-        KoffError: They do.
-    """
+    """Raise KoffError, for vLLM, for a model whose rotary frequencies depend on the layer or the text's length."""
     if rope_of(config) is not config.rope_parameters:
         kind = config.model_type.removeprefix("koff_")
         raise KoffError(

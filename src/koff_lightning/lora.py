@@ -1,8 +1,8 @@
 """A linear with the LoRA adapters of all memories, and which memory each row of the current batch reads.
 
-Laid out as peft lays it out (`base_layer`, `lora_A.<memory>`, `lora_B.<memory>`) and started as peft starts it, so the
-names in a state dict are peft's. Only the forward is ours: peft refuses rows of different adapters in training, and its
-per-forward hooks are gone when a checkpointed layer is recomputed.
+Modules have peft's layout (`base_layer`, `lora_A.<memory>`, `lora_B.<memory>`) and initialisation, so the names in a
+state dict are peft's. Only the forward is our own: peft cannot train rows of different adapters in one batch, and the
+hooks that it sets for one forward are gone when activation checkpointing computes a layer again.
 
 Shapes: B rows, T tokens, r rank, M distinct memories present in the batch.
 """
@@ -20,18 +20,18 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.in_force import InForce
 
 Made = TypeVar("Made")
-_version, _gone = attrgetter("_version"), attrgetter("gone")  # asked for so often that a loop in Python shows
-_NOTHING = None, (), (-1,)  # kept where nothing is: its versions are those of no tensors
+_version, _gone = attrgetter("_version"), attrgetter("gone")  # mapped in C: a loop in Python would cost time here
+_NOT_CACHED = None, (), (-1,)  # its versions never match
 
 
 class Mark:
-    """Stands for a memory in the routes that read it; `gone` once it is taken away."""
+    """By which `Routes` see that a memory that they read was removed from the bank: `gone` is True then."""
 
     gone = False
 
 
 class Routes:
-    """Which memory each row of a batch reads, and what was stacked for these rows. The rows never change.
+    """Which memory each row of a batch reads, and a cache of the tensors stacked for these rows. Rows never change.
 
     Args:
         names: Memories present.
@@ -48,51 +48,57 @@ class Routes:
         device: torch.device | None = None,
     ) -> None:
         self.names, self.marks, self.order = names, marks, order
-        self.rows: Tensor | None = None  # [B] the same where the adapters are; None = every row reads names[0]
-        self.groups = 0  # blocks of consecutive rows that share a memory, when all blocks are equally long; else 0
-        self._kept: dict[Hashable, tuple[object, Sequence[Tensor], Sequence[int]]] = {}
+        self.rows: Tensor | None = None  # [B] `order` on the device; None = every row reads names[0]
+        self.groups = 0  # M if the rows are M equally long blocks, each reading one memory, in the order of names; or 0
+        self._cache: dict[Hashable, tuple[object, Sequence[Tensor], Sequence[int]]] = {}
         if names and (len(names) > 1 or -1 in order):
             self.rows = torch.tensor(order, device=device)
             if order == [m for m in range(len(names)) for _ in range(len(order) // len(names))]:
                 self.groups = len(names)
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy of a model has tensors of its own: nothing that was kept holds for them."""
-        return self.__dict__ | {"_kept": {}}
+        """Copies do not take the cache: a copied model has tensors of its own."""
+        return self.__dict__ | {"_cache": {}}
 
     @property
-    def hold(self) -> bool:
+    def valid(self) -> bool:
         """Whether all memories that rows read are still there."""
         return not any(map(_gone, self.marks))
 
     def forget(self) -> None:
-        """Free the stacked tensors."""
-        self._kept.clear()
+        """Empty the cache."""
+        self._cache.clear()
 
-    def keep(self, place: Hashable, make: Callable[[], tuple[Made, Sequence[Tensor]]], rows: int | None = None) -> Made:
-        """What `make` returns first; without gradients it is made once and kept, as decoding asks for every token.
+    def cached(
+        self, place: Hashable, make: Callable[[], tuple[Made, Sequence[Tensor]]], rows: int | None = None
+    ) -> Made:
+        """What `make` returns first. Without gradients it is made once and cached, since decoding asks at every token.
 
-        Made anew when one of the tensors that `make` returns second was changed in place.
+        Args:
+            place: Key of the cache.
+            make: Returns what is wanted, and the tensors that it was computed from: when one of these was changed in
+                place, it is made anew.
+            rows: Rows of the batch at hand.
 
         Raises:
-            KoffError: The routes do not hold any longer, or not for that many rows.
+            KoffError: A memory was removed, or the routes are for another number of rows.
         """
-        if not self.hold:
+        if not self.valid:
             raise KoffError("a memory that is active was removed: activate the rows' memories anew")
         if rows not in (None, len(self.order)):
             raise KoffError(f"memories are active for {len(self.order)} rows, the batch has {rows}: one is due per row")
         if torch.is_grad_enabled():
             return make()[0]
-        made, sources, versions = self._kept.get(place, _NOTHING)
+        made, sources, versions = self._cache.get(place, _NOT_CACHED)
         if versions != list(map(_version, sources)):
             made, sources = make()
-            sources = [source for source in sources if not source.is_inference()]  # those count no versions
-            self._kept[place] = made, sources, list(map(_version, sources))
+            sources = [source for source in sources if not source.is_inference()]  # those have no version counter
+            self._cache[place] = made, sources, list(map(_version, sources))
         return made
 
 
 class _Matrix(nn.Module):
-    """Half of an adapter. A module, since peft's names end in `.weight`; not a linear, whose making costs more."""
+    """A or B of an adapter. A module, as peft's names end in `.weight`; not an `nn.Linear`, which is slow to make."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -115,13 +121,13 @@ class RoutedLinear(nn.Module):
         self.scaling: dict[str, float] = {}  # alpha / r
 
     def add(self, name: str, rank: int, scaling: float, weights: tuple[Tensor, Tensor] | None) -> None:
-        """Hang an adapter on: of given matrices A [r, in] and B [out, r], frozen; else a fresh one, to be trained.
+        """Add an adapter: a fresh one to train, or a frozen one with the given matrices A [r, in] and B [out, r].
 
-        A given B lies in memory as [r, out], which one token's product reads up to eight times as fast.
+        A given B is stored transposed, which makes the product with a single token up to eight times as fast.
         """
         device = self.base_layer.weight.device
         if weights is None:
-            with torch.device("cpu"):  # drawn there on every device: same seed, same adapter
+            with torch.device("cpu"):  # so that one seed gives the same adapter on every device
                 down = nn.Linear(self.in_features, rank, bias=False)
                 up = nn.Linear(rank, self.out_features, bias=False)
                 nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))  # again, as peft does
@@ -142,26 +148,26 @@ class RoutedLinear(nn.Module):
         base, routes = self.base_layer(x), self.routes.value
         if not routes.names:
             return base
-        matrices = routes.keep((self, x.dtype), lambda: self._matrices(routes, x.dtype), len(x))
+        matrices = routes.cached((self, x.dtype), lambda: self._matrices(routes, x.dtype), len(x))
         if matrices is None:
             return base
         down, up, scale = matrices
-        if down.ndim == 2:  # by the operators of the base layer, whose code the processor still holds
+        if down.ndim == 2:  # F.linear as in the base layer: its code is still in the processor's cache
             added = F.linear(F.linear(x, down), up)
             return torch.add(base, added, alpha=scale) if torch.is_grad_enabled() else base.add_(added, alpha=scale)
         low = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)  # [M or B, tokens, r]
-        if torch.is_grad_enabled() or base.dtype != up.dtype:  # the latter under autocast
+        if torch.is_grad_enabled() or base.dtype != up.dtype:  # they differ under autocast
             return base + (low @ up.mT).view_as(base)
-        base.view(len(down), -1, base.shape[-1]).baddbmm_(low, up.mT)  # decoding waits for every call
+        base.view(len(down), -1, base.shape[-1]).baddbmm_(low, up.mT)  # one call, as decoding is bound by their number
         return base
 
     def _matrices(
         self, routes: Routes, dtype: torch.dtype
     ) -> tuple[tuple[Tensor, Tensor, float] | None, Sequence[Tensor]]:
-        """A, B and a factor of the rows, and what they come from that they do not show.
+        """A, B and the factor of their product for the current rows (None if no memory has an adapter here).
 
-        [r, in] and [out, r] when all rows read the same; else one of each per block [M, ...] or per row [B, ...], B
-        scaled and the factor 1. The first is None when no memory has any here.
+        A is [r, in] and B [out, r] if all rows read one memory; else they are stacked, per block [M, ...] or per row
+        [B, ...], with B scaled already and a factor of 1. Comes with the tensors to watch, as `Routes.cached` wants it.
         """
         present = {
             name: (self.lora_A[name].weight, self.lora_B[name].weight) for name in routes.names if name in self.scaling
@@ -171,17 +177,17 @@ class RoutedLinear(nn.Module):
             return None, sources
         if routes.rows is None:
             (down, up), scale = sources, self.scaling[routes.names[0]]
-            if torch.is_grad_enabled():  # B is smaller than what it makes
+            if torch.is_grad_enabled():  # scale B, which is smaller than the output
                 return (down.to(dtype), (up * scale).to(dtype), 1.0), sources
-            # Nothing is copied unless it has to be cast, so a change in place shows by itself.
+            # Without a cast these are the parameters themselves, so there is no copy that could be out of date.
             return (down.to(dtype), up.to(dtype), scale), () if down.dtype == up.dtype == dtype else sources
         empty = sources[0].new_zeros(0, self.in_features), sources[0].new_zeros(self.out_features, 0)
-        pairs = [present.get(name, empty) for name in routes.names]  # a memory without an adapter here is one of rank 0
+        pairs = [present.get(name, empty) for name in routes.names]  # a memory without an adapter here has rank 0
         down = [pair[0] for pair in pairs]
         up = [pair[1] * self.scaling.get(name, 1.0) for name, pair in zip(routes.names, pairs, strict=True)]
         rank = max(w.shape[0] for w in down)
-        a = torch.stack([_raised(w, 0, rank) for w in down]).to(dtype)  # [M, r, in]
-        b = torch.stack([_raised(w, 1, rank) for w in up]).to(dtype)  # [M, out, r]
+        a = torch.stack([_padded(w, 0, rank) for w in down]).to(dtype)  # [M, r, in]
+        b = torch.stack([_padded(w, 1, rank) for w in up]).to(dtype)  # [M, out, r]
         if not routes.groups:
             index, reads = routes.rows.clamp(min=0), (routes.rows >= 0).to(dtype).view(-1, 1, 1)
             a, b = a[index], b[index] * reads  # [B, r, in], [B, out, r]; zeros for a row without a memory
@@ -189,12 +195,12 @@ class RoutedLinear(nn.Module):
 
 
 def check_fit(linears: Mapping[str, nn.Module], rank: int, weights: Mapping[str, Tensor] | None) -> None:
-    """Raise KoffError unless an adapter can be hung on.
+    """Raise KoffError unless an adapter fits the linears that are to carry it.
 
     Args:
-        linears: Path -> linear that is to carry it.
-        rank: Its rank.
-        weights: Its matrices, `<path>.lora_A.weight` and `<path>.lora_B.weight`; None when it is made afresh.
+        linears: Path -> linear.
+        rank: Of the adapter.
+        weights: Its matrices, `<path>.lora_A.weight` and `<path>.lora_B.weight`; None for a fresh adapter.
     """
     gated = [path for path, m in linears.items() if m._forward_pre_hooks and not isinstance(m, RoutedLinear)]
     if gated:
@@ -217,7 +223,7 @@ def check_fit(linears: Mapping[str, nn.Module], rank: int, weights: Mapping[str,
             raise KoffError(f"the adapter holds nan or inf: {name}; get it again")
 
 
-def _raised(weight: Tensor, dim: int, rank: int) -> Tensor:
-    """A matrix of a higher rank; what is added is zeros and adds nothing."""
+def _padded(weight: Tensor, dim: int, rank: int) -> Tensor:
+    """A or B of a lower rank, padded with zeros to `rank` along `dim`."""
     missing = rank - weight.shape[dim]
     return F.pad(weight, (0, 0, 0, missing) if dim == 0 else (0, missing)) if missing else weight

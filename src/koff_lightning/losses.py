@@ -1,8 +1,8 @@
 """Next-token cross-entropy and KL to the dense self, straight from hidden states, in token chunks.
 
-The language-model head is frozen, so the gradient of the loss with respect to the hidden states is known as soon as a
-chunk's logits are: softmax minus target. It is computed chunk by chunk in the forward and only scaled in the backward;
-no logit tensor of the whole batch ever exists and nothing is recomputed.
+The language-model head is frozen, so a chunk's logits give not only the loss but also its gradient with respect to the
+hidden states: (softmax minus target) times the head. The forward computes both chunk by chunk and the backward only
+scales the stored gradient. The logits of a whole batch never exist at one time, and none are computed twice.
 
 Shapes: N predicted tokens, d hidden, V vocabulary, C tokens per chunk.
 """
@@ -18,18 +18,23 @@ from koff_lightning.specs.training import LossSpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
 
-SPARSE = 8  # a chunk is this much shorter where each token takes k rows of the head
-ON_CPU = 7 * 2**20  # logits at one time there, 28 MiB: what caches hold, and malloc keeps instead of mapping anew
-READ = 6  # with fewer tokens at a time than a head's width / 6, reading the head takes longer than caches save
+# Chunks are this many times shorter with `top_k_alone`, where each token gathers k rows of the head.
+GATHERING = 8
+# Logits that exist at one time on a CPU (28 MiB): they fit into its caches, and malloc reuses memory of this size
+# instead of mapping it anew.
+CPU_LOGITS = 7 * 2**20
+# On a CPU a chunk has at least d / 6 tokens: each chunk reads the whole head, which for fewer tokens takes longer than
+# the caches save.
+WIDTH_PER_TOKEN = 6
 
 
 @dataclass(frozen=True)
 class TopK:
-    """What the dense model says of the tokens that it finds likeliest.
+    """The dense model's k likeliest next tokens at each place.
 
     Attributes:
-        index: The k tokens, long [N, k].
-        log_q: Their log-probabilities among all tokens, fp32 [N, k].
+        index: Token ids, long [N, k].
+        log_q: Their log-probabilities, normalised over the whole vocabulary, fp32 [N, k].
     """
 
     index: Tensor
@@ -39,13 +44,15 @@ class TopK:
         return TopK(self.index[part], self.log_q[part])
 
 
-def at_once(head: Tensor, chunk: int) -> int:
-    """Tokens whose logits are to exist at one time, by the head [V, d]; `chunk` is the most."""
-    return max(1, min(chunk, max(ON_CPU // len(head), head.shape[1] // READ))) if head.device.type == "cpu" else chunk
+def chunk_size(head: Tensor, most: int) -> int:
+    """Tokens C whose logits exist at one time, given the head [V, d]: `most`, or fewer on a CPU."""
+    if head.device.type != "cpu":
+        return most
+    return max(1, min(most, max(CPU_LOGITS // len(head), head.shape[1] // WIDTH_PER_TOKEN)))
 
 
 def check_top_k(k: int | None, vocabulary: int) -> None:
-    """Raise KoffError where `loss.top_k` is more than a vocabulary of so many tokens has."""
+    """Raise KoffError if `loss.top_k` is larger than the vocabulary."""
     if k is not None and k > vocabulary:
         raise KoffError(f"loss.top_k is {k}, but the vocabulary has {vocabulary} tokens: give at most that, or null")
 
@@ -62,50 +69,91 @@ def top_k_of(hidden: Tensor, head: Tensor, k: int) -> TopK:
     return TopK(index, values - logits.logsumexp(-1, keepdim=True))
 
 
-def _among(student: Tensor, seen: TopK, head: Tensor) -> tuple[Tensor, Tensor]:
-    """KL over the teacher's k tokens alone, from their rows of the head: no other logit is made.
+def _kl_of_top_k_alone(student: Tensor, teacher: TopK, head: Tensor) -> tuple[Tensor, Tensor]:
+    """KL where both models are renormalised over the teacher's k tokens, and no other logits are computed at all.
 
     Args:
         student: Hidden states [C, d].
-        seen: The teacher's k likeliest tokens at each place.
+        teacher: Its top k at each of the C places.
         head: [V, d].
 
     Returns:
-        KL [C], and the gradient of its sum by `student`, [C, d].
+        KL [C], and the gradient of its sum with respect to `student`, [C, d].
     """
-    rows = head[seen.index]  # [C, k, d]
+    rows = head[teacher.index]  # [C, k, d]
     log_p = (rows @ student.unsqueeze(-1)).squeeze(-1).float().log_softmax(-1)  # [C, k]
-    log_q = seen.log_q.log_softmax(-1)  # over the k alone
+    log_q = teacher.log_q.log_softmax(-1)  # [C, k]
     p, q = log_p.exp(), log_q.exp()
-    slope = (p - q).to(head.dtype)  # [C, k]
-    return (q * (log_q - log_p)).sum(-1), (slope.unsqueeze(1) @ rows).squeeze(1)
+    by_logits = (p - q).to(head.dtype)  # [C, k]
+    return (q * (log_q - log_p)).sum(-1), (by_logits.unsqueeze(1) @ rows).squeeze(1)
 
 
-def _among_all(log_p: Tensor, p: Tensor, seen: TopK, spec: LossSpec) -> tuple[Tensor, Tensor | float, Tensor]:
-    """KL over the teacher's k tokens where the logits of all are there; the k are set to 0 in `p`.
+def _kl_of_top_k(log_p: Tensor, p: Tensor, teacher: TopK, spec: LossSpec) -> tuple[Tensor, Tensor | float, Tensor]:
+    """KL over the teacher's k tokens, where CE needs the student's logits of all tokens anyway.
+
+    `spec.tail` says what becomes of the other V - k tokens: `drop` renormalises over the k, else they count as one
+    further token that holds the rest of the probability.
 
     Args:
-        log_p: The student's log-probabilities of the k, [C, k].
-        p: Its probabilities of all, [C, V].
-        seen: The teacher's likeliest tokens.
-        spec: Loss weights, and what becomes of the other tokens.
+        log_p: The student's log-probabilities of the k tokens, [C, k].
+        p: Its probabilities of all tokens, [C, V]; the k are set to 0 in place.
+        teacher: Its top k at each of the C places.
+        spec: Weights of CE and KL, and `tail`.
 
     Returns:
-        KL [C], and d/d logits of ce * CE + kl * KL but for CE's own token: that of the others as a factor of `p`
-        ([C, 1] or a number), that of the k [C, k].
+        KL [C]; and the gradient of ce * CE + kl * KL by the logits, to which -ce at the label is still to be added: for
+        the other tokens as a factor of `p` ([C, 1] or a number), for the k tokens [C, k].
     """
-    p.scatter_(1, seen.index, 0.0)
+    p.scatter_(1, teacher.index, 0.0)
     if spec.tail == "drop":
-        among, log_q = log_p.log_softmax(-1), seen.log_q.log_softmax(-1)
+        log_p_k, log_q = log_p.log_softmax(-1), teacher.log_q.log_softmax(-1)
         q = log_q.exp()
-        return (q * (log_q - among)).sum(-1), spec.ce, spec.ce * log_p.exp() + spec.kl * (among.exp() - q)
-    q = seen.log_q.exp()  # [C, k]
+        return (q * (log_q - log_p_k)).sum(-1), spec.ce, spec.ce * log_p.exp() + spec.kl * (log_p_k.exp() - q)
+    q = teacher.log_q.exp()  # [C, k]
     q_rest = (1 - q.sum(-1, keepdim=True)).clamp(min=0)  # [C, 1]
-    p_rest = p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)  # summed: 1 minus the k would cancel
-    kl = (q * (seen.log_q - log_p)).sum(-1) + torch.xlogy(q_rest, q_rest / p_rest).squeeze(1)
-    # d/d logits of -sum q log p - q_rest log p_rest: p - q for the k, p (1 - q_rest / p_rest) for the others.
+    p_rest = p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)  # 1 minus the sum of the k would cancel
+    kl = (q * (teacher.log_q - log_p)).sum(-1) + torch.xlogy(q_rest, q_rest / p_rest).squeeze(1)
+    # Gradient of -sum q log p - q_rest log p_rest by the logits: p - q for the k, p (1 - q_rest / p_rest) for others.
     share = spec.ce + spec.kl
     return kl, share - spec.kl * (q_rest / p_rest), share * log_p.exp() - spec.kl * q
+
+
+def _chunk_loss(
+    student: Tensor, teacher: Tensor | TopK | None, head: Tensor, labels: Tensor, spec: LossSpec
+) -> tuple[Tensor | float, Tensor | float, Tensor]:
+    """CE and KL of each token of a chunk, [C] or 0.0, and the gradient of the sum of ce * CE + kl * KL, [C, d].
+
+    What is as large as the logits is computed in their place: each pass over them costs as much as a matrix product.
+
+    Args:
+        student: Hidden states [C, d].
+        teacher: Those of the dense model, or its top k; None leaves KL out.
+        head: [V, d].
+        labels: [C].
+        spec: Weights of CE and KL.
+    """
+    if isinstance(teacher, Tensor) and spec.top_k is not None:
+        teacher = top_k_of(teacher, head, spec.top_k)
+    if isinstance(teacher, TopK) and spec.top_k_alone:
+        kl, grad = _kl_of_top_k_alone(student, teacher, head)
+        return 0.0, kl, spec.kl * grad
+    target, kl = labels.unsqueeze(1), 0.0
+    log_p = (student @ head.T).float().log_softmax(-1)  # [C, V]
+    ce = -log_p.gather(1, target).squeeze(1)
+    if isinstance(teacher, Tensor):
+        log_q = (teacher @ head.T).float().log_softmax(-1)  # [C, V]
+        q = log_q.exp()
+        kl = (log_q.sub_(log_p).mul_(q)).sum(-1)
+        by_logits = log_p.exp_().mul_(spec.ce + spec.kl)  # [C, V], here and below without CE's own token
+        by_logits.sub_(q, alpha=spec.kl)
+    elif teacher is not None:
+        log_p_top = log_p.gather(1, teacher.index)  # [C, k]
+        kl, others, top = _kl_of_top_k(log_p_top, p := log_p.exp_(), teacher, spec)
+        by_logits = p.mul_(others).scatter_(1, teacher.index, top)
+    else:
+        by_logits = log_p.exp_().mul_(spec.ce)
+    by_logits.scatter_add_(1, target, by_logits.new_full(target.shape, -spec.ce))
+    return ce, kl, by_logits.to(head.dtype) @ head
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -113,42 +161,20 @@ class _FusedHeadLoss(torch.autograd.Function):
     def forward(ctx, student, teacher, head, labels, weights, spec):  # noqa: ANN001, ANN205
         ce, kl = (student.new_zeros(len(labels), dtype=torch.float32) for _ in range(2))
         grad = torch.empty_like(student)
-        alone = teacher is not None and spec.top_k_alone
-        step = max(1, spec.chunk // SPARSE) if alone else at_once(head, spec.chunk)
+        gathers = teacher is not None and spec.top_k_alone
+        step = max(1, spec.chunk // GATHERING) if gathers else chunk_size(head, spec.chunk)
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
             seen = None if teacher is None else teacher[part]
-            if isinstance(seen, Tensor) and spec.top_k is not None:
-                seen = top_k_of(seen, head, spec.top_k)
-            if alone:
-                kl[part], slope = _among(student[part], seen, head)
-                grad[part] = spec.kl * slope
-                continue
-            target = labels[part].unsqueeze(1)
-            log_p = (student[part] @ head.T).float().log_softmax(-1)  # [C, V]
-            ce[part] = -log_p.gather(1, target).squeeze(1)
-            # Below, what is as large as the logits is made in their place: each pass over them costs as a product does.
-            if isinstance(seen, Tensor):
-                log_q = (seen @ head.T).float().log_softmax(-1)  # [C, V]
-                q = log_q.exp()
-                kl[part] = (log_q.sub_(log_p).mul_(q)).sum(-1)
-                slope = log_p.exp_().mul_(spec.ce + spec.kl)  # d/d logits of ce * CE + kl * KL, [C, V]
-                slope.sub_(q, alpha=spec.kl)
-            elif seen is not None:
-                log_among = log_p.gather(1, seen.index)  # [C, k]
-                kl[part], others, among = _among_all(log_among, p := log_p.exp_(), seen, spec)
-                slope = p.mul_(others).scatter_(1, seen.index, among)
-            else:
-                slope = log_p.exp_().mul_(spec.ce)
-            slope.scatter_add_(1, target, slope.new_full(target.shape, -spec.ce))
-            grad[part] = slope.to(head.dtype) @ head
+            ce[part], kl[part], grad[part] = _chunk_loss(student[part], seen, head, labels[part], spec)
         ctx.save_for_backward(grad, weights)
         ctx.mark_non_differentiable(ce, kl)
         return (weights * (spec.ce * ce + spec.kl * kl)).sum(), ce, kl
 
     @staticmethod
     def backward(ctx, scale, *_):  # noqa: ANN001, ANN002, ANN205
-        grad, weights = ctx.saved_tensors  # the weights come last: times one of 1e-4 half precision loses a slope
+        grad, weights = ctx.saved_tensors
+        # The weights come last: a gradient in half precision times a weight of 1e-4 would round to zero.
         return (grad * (weights * scale).unsqueeze(1)).to(grad.dtype), None, None, None, None, None
 
 
@@ -179,24 +205,24 @@ def has_products(half: str) -> bool:
 
 
 def half_is_slow(device: torch.device) -> bool:
-    """Whether torch has only its plainest code for products of bf16 matrices: on CPUs for which oneDNN has none.
+    """Whether bf16 matrix products fall back to torch's slowest code: on CPUs for which oneDNN has no kernel.
 
-    There one product with a head of 49 thousand words takes a hundred times as long as in fp32.
+    There a product with a head of 49 thousand tokens takes a hundred times as long as in fp32.
     """
     return device.type == "cpu" and not has_products("bf16")
 
 
 def is_slow(head: Tensor) -> bool:
-    """The same of products with this head, in what they would be made in here: processors with bf16 may lack fp16."""
-    made_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.dtype
-    in_fp16 = head.device.type == "cpu" and made_in == torch.float16
+    """Whether products with this head are slow in its dtype, or in autocast's: a CPU with bf16 may lack fp16."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.dtype
+    in_fp16 = head.device.type == "cpu" and dtype == torch.float16
     return half_is_slow(head.device) or (in_fp16 and not has_products("fp16"))
 
 
 def head_loss(
     student: Tensor, teacher: Tensor | TopK | None, head: Tensor, labels: Tensor, weights: Tensor, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fused_head_loss`, in fp32 where half precision is slow, whatever the dtypes are and autocast says."""
+    """As `fused_head_loss`, but computed in fp32 where half precision is slow, whatever dtypes and autocast say."""
     if not is_slow(head):
         return fused_head_loss(student, teacher, head, labels, weights, spec)
     with torch.autocast("cpu", enabled=False):
@@ -205,49 +231,51 @@ def head_loss(
 
 
 def domain_weights(domain_of_token: Tensor, domains: int) -> Tensor:
-    """Token weights [N] under which a weighted sum is the mean over present domains of the mean over their tokens.
+    """Token weights [N] with which a sum over tokens becomes the mean over domains of the mean over a domain's tokens.
 
-    Tokens are counted over all ranks. Each rank's sum is its part of that mean times the number of ranks, so that the
-    mean of the ranks' sums is what one process would have for the rows of all, whichever rank holds them.
+    Tokens are counted over all ranks, and weights are multiplied by the number of ranks: the mean of the ranks' sums,
+    which is what DDP takes, is then what one process would have for the rows of all ranks.
 
     Args:
         domain_of_token: Domain index of each predicted token, [N] in 0..domains-1.
         domains: Number of domains.
     """
     ones = torch.ones_like(domain_of_token)
-    tokens = ranks.total(ones.new_zeros(domains).scatter_add_(0, domain_of_token, ones))  # [D]; bincount would wait
+    tokens = ranks.total(ones.new_zeros(domains).scatter_add_(0, domain_of_token, ones))  # [D]; bincount would sync
     return ranks.count() / (tokens[domain_of_token] * (tokens > 0).sum())
 
 
 class _Settled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, slopes, *inputs):  # noqa: ANN001, ANN002, ANN205
-        ctx.slopes = slopes
+    def forward(ctx, loss, grads, *inputs):  # noqa: ANN001, ANN002, ANN205
+        ctx.grads = grads
         return loss.clone()
 
     @staticmethod
     def backward(ctx, scale):  # noqa: ANN001, ANN205
-        return None, None, *(None if slope is None else slope * scale for slope in ctx.slopes)
+        return None, None, *(None if grad is None else grad * scale for grad in ctx.grads)
 
 
 def settled(loss: Tensor, inputs: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """The same loss whose gradient by `inputs`, and by nothing else, is taken already: its graph is gone.
+    """The loss with its backward already run: its gradient with respect to `inputs` is stored and its graph is freed.
 
-    So two forwards can be part of one step whose backward would read again what is in force: gates and memories.
+    One step can then hold two forwards under different gates and memories. With activation checkpointing a backward
+    computes layers again under whatever gates and memories are in force at that time, so the backward of the first
+    forward has to run before the second forward changes them.
 
     Args:
         loss: A scalar.
-        inputs: What it depends on and what it is to move.
-        scale: By which the gradient is raised while it is computed: the loss scale of 16-bit training.
+        inputs: Tensors that receive its gradient; nothing else does.
+        scale: Loss scale of 16-bit training, applied while the gradient is computed.
     """
-    slopes = torch.autograd.grad(loss * scale, inputs, allow_unused=True)
-    return _Settled.apply(loss.detach(), [None if slope is None else slope / scale for slope in slopes], *inputs)
+    grads = torch.autograd.grad(loss * scale, inputs, allow_unused=True)
+    return _Settled.apply(loss.detach(), [None if grad is None else grad / scale for grad in grads], *inputs)
 
 
 @torch.no_grad()
 def head_nats(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:
     """Negative log-likelihood of `labels` [N] given hidden states [N, d], in nats, [N] fp32; for evaluation."""
-    slow, step = is_slow(head), at_once(head, chunk)
+    slow, step = is_slow(head), chunk_size(head, chunk)
     hidden, head = (hidden.float(), head.float()) if slow else (hidden, head)
     with torch.autocast("cpu", enabled=False) if slow else nullcontext():
         parts = [

@@ -1,7 +1,7 @@
-"""The memories: domain -> (LoRA adapter, KV memory), hung on a frozen backbone, and which row of a batch reads which.
+"""The memories: domain -> (LoRA adapter, KV memory), attached to a frozen backbone, and which row reads which.
 
-Each domain keeps its own parameters: one that is absent from a batch has no gradient and the optimizer leaves it alone,
-and one can be added or removed without touching the others.
+Each domain has parameters of its own. A domain that is absent from a batch therefore has no gradient and the optimizer
+leaves it alone, and a domain can be added or removed without touching the others.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,12 +29,12 @@ Part = Literal["lora", "kv"]  # of a memory
 
 
 class MemoryBank(nn.Module):
-    """The memories of all domains, hung on a frozen backbone.
+    """The memories of all domains, attached to a frozen backbone.
 
     Args:
-        model: Backbone; its linears get adapters and its attention becomes memory-aware where a memory asks for it,
-            without effect until `activate` is called.
-        domains: Names of the domains to start with; `add` takes further ones.
+        model: Backbone. Where a memory needs it, linears are wrapped to carry adapters and attention to read slots;
+            this has no effect until `activate` is called.
+        domains: Names of the domains to start with; `add` adds further ones.
         lora: Adapter of each of them; None for none.
         kv: KV memory of each of them; None for none.
         shared: All domains read and train one memory (the ablation).
@@ -55,8 +55,8 @@ class MemoryBank(nn.Module):
         self.names: dict[str, str] = {}  # domain -> memory
         self.kv = nn.ModuleDict()
         self._lora: dict[str, LoraSpec | None] = {}  # memory -> its adapter
-        self._marks: dict[str, Mark] = {}  # key of a memory -> what routes know it by
-        self.__dict__["model"] = model  # not a submodule: the backbone's weights are not the bank's
+        self._marks: dict[str, Mark] = {}  # key of a memory -> its mark in routes
+        self.__dict__["model"] = model  # not registered as a submodule: the backbone's weights are not the bank's
         linears = {path: m for path, m in model.named_modules() if path.rpartition(".")[2] in LORA_TARGETS}
         if any(isinstance(module, RoutedLinear) for module in linears.values()):
             raise KoffError("this model carries memories already: add further ones to the bank that it has")
@@ -80,14 +80,14 @@ class MemoryBank(nn.Module):
         kv: KVSpec | KVMemory | None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Hang one more memory on. It may differ from the others in rank, targets and slots, and lack either part.
+        """Add a memory. Its rank, targets and slots may differ from the others', and it may lack either part.
 
         Args:
             domain: Name of the domain.
             lora: Adapter of the domain; None for none.
-            kv: Slots of a fresh KV memory, or a filled one, which is taken as it is; None for none.
-            weights: Matrices of the adapter as the method `weights` gives them, hung on frozen; None for a fresh
-                adapter, to be trained.
+            kv: Options of a fresh KV memory, or a filled one, which is taken as it is; None for none.
+            weights: Matrices of the adapter, named as the method `weights` names them; they stay frozen. None for a
+                fresh adapter, to be trained.
 
         Raises:
             KoffError: The name is unsafe or taken, or a part does not fit the backbone. Nothing is changed then.
@@ -104,7 +104,7 @@ class MemoryBank(nn.Module):
             paths = self.paths(lora)
             check_fit({path: self.model.get_submodule(path) for path in paths}, lora and lora.rank, weights)
             if kv is not None:
-                self._hang_slots(self.key(name), kv)
+                self._attach_slots(self.key(name), kv)
             for path in paths:
                 pair = None if weights is None else (weights[f"{path}.lora_A.weight"], weights[f"{path}.lora_B.weight"])
                 self._linear(path).add(self.key(name), lora.rank, lora.alpha / lora.rank, pair)
@@ -113,7 +113,7 @@ class MemoryBank(nn.Module):
         self.names[domain] = name
 
     def remove(self, domain: str) -> None:
-        """Take a memory away and free its tensors; a shared one goes with the last domain that reads it.
+        """Remove a memory and free its tensors; a shared one goes with the last domain that reads it.
 
         Raises:
             KoffError: There is no such memory.
@@ -139,21 +139,21 @@ class MemoryBank(nn.Module):
         return [path for path in self._paths if path.rpartition(".")[2] in lora.targets and layer_of(path) in layers]
 
     def _linear(self, path: str) -> RoutedLinear:
-        """The linear at `path`, made able to carry adapters."""
+        """The linear at `path`, wrapped to carry adapters if it is not yet."""
         if path not in self._linears:
             parent, _, child = path.rpartition(".")
             self._linears[path] = RoutedLinear(self.model.get_submodule(path), self._in_force).eval()
             setattr(self.model.get_submodule(parent), child, self._linears[path])
         return self._linears[path]
 
-    def _hang_slots(self, key: str, kv: KVSpec | KVMemory) -> None:
+    def _attach_slots(self, key: str, kv: KVSpec | KVMemory) -> None:
         memory = kv.to(self.model.device) if isinstance(kv, KVMemory) else self._fresh_slots(kv)
         memory.check_shapes(kv_shapes(self.model))
         if not self.kv:
             self.model.set_attn_implementation("koff")
         for layer, attention in enumerate(attention_modules(self.model)):
-            if layer in memory.layers:  # the others take the plain path
-                attention.koff_memory = partial(self.read, layer)  # anew at every call: a layer may be recomputed
+            if layer in memory.layers:  # the others stay on the plain path of attention
+                attention.koff_memory = partial(self.read, layer)
         self.kv[key] = memory
 
     def _fresh_slots(self, kv: KVSpec) -> KVMemory:
@@ -169,9 +169,9 @@ class MemoryBank(nn.Module):
 
     @contextmanager
     def closed(self, part: Part, layer: int | None = None) -> Iterator[None]:
-        """Inside the block no row reads one part of its memory: in one layer, or (None) in any.
+        """Inside the block no row reads its adapters (or its slots) in one layer, or (None) in all layers.
 
-        Rows are to be activated inside it: what was stacked for the last ones is not looked at again.
+        Call `activate` or open a `scope` inside the block: routes from before it may have cached what is closed.
         """
         linears, attentions = [], []
         if part == "lora":
@@ -192,7 +192,7 @@ class MemoryBank(nn.Module):
                 attention.koff_memory = read
 
     def keep_layers(self, part: Part, layers: Sequence[int]) -> None:
-        """Let go of one part of all memories in all other layers."""
+        """Delete the adapters (or the slots) of all memories in all other layers."""
         if part == "lora":
             for path, linear in self._linears.items():
                 if layer_of(path) not in layers:
@@ -213,16 +213,16 @@ class MemoryBank(nn.Module):
 
     @property
     def routes(self) -> Routes:
-        """What the rows of a forward read that this thread would start now."""
+        """The routes in force in this thread."""
         return self._in_force.value
 
     def activate(self, domains: Sequence[str | None]) -> None:
         """Let row b of the following forwards read the memory of domains[b]; None = no memory.
 
-        Outside of `scope` it holds for all threads until the next call, as training needs it: a checkpointed layer
-        reads the routes again in the backward, which may run in another thread. Without gradients the rows' matrices
-        and slots are stacked once, in the first forward, and kept until the next call: call it again after a memory was
-        moved or its tensors were replaced (changes in place are noticed).
+        It holds until the next call: inside of a `scope` for this thread, else for all. Training needs the latter: with
+        activation checkpointing the backward, which may run in another thread, computes layers again and reads the
+        routes. Without gradients the rows' matrices and slots are stacked once, in the first forward, and cached until
+        the next call. Changes in place are noticed; if a memory's tensors were moved or replaced, call it again.
 
         Raises:
             KoffError: A domain that has no memory here.
@@ -230,7 +230,7 @@ class MemoryBank(nn.Module):
         self._in_force.set(self.routes_of(domains))
 
     def routes_of(self, domains: Sequence[str | None]) -> Routes:
-        """What `activate` puts in force, for `scope`."""
+        """The routes by which row b reads the memory of domains[b]; to be put in force by `scope`."""
         self._check_known([domain for domain in domains if domain is not None])
         keys = [None if d is None else self.key(self.names[d]) for d in domains]
         present = tuple(dict.fromkeys(key for key in keys if key is not None))  # in order of appearance
@@ -239,11 +239,11 @@ class MemoryBank(nn.Module):
         return Routes(present, marks, [places[key] for key in keys], self.model.device)
 
     def scope(self, routes: Routes) -> AbstractContextManager[None]:
-        """Rows read by `routes` inside the block, in this thread alone; what was in force comes back after it."""
+        """Inside the block, in this thread alone, rows read by `routes`; afterwards by those in force before."""
         return self._in_force.scope(routes)
 
     def off(self) -> AbstractContextManager[None]:
-        """No memory for any row inside the block, in this thread; the routes come back after it."""
+        """Inside the block, in this thread alone, no row reads a memory."""
         return self.scope(Routes())
 
     def _check_known(self, domains: Sequence[str]) -> None:
@@ -255,10 +255,10 @@ class MemoryBank(nn.Module):
     def read(self, layer: int) -> LayerMemory | None:
         """The KV memories of the current rows at one layer."""
         routes = self.routes
-        return routes.keep(layer, lambda: self._slots(routes, layer)) if routes.names else None
+        return routes.cached(layer, lambda: self._slots(routes, layer)) if routes.names else None
 
     def _slots(self, routes: Routes, layer: int) -> tuple[LayerMemory | None, list[Tensor]]:
-        """What `read` gives, and the tensors that it comes from."""
+        """What `read` returns, and the tensors that it is made of: as `Routes.cached` wants it."""
         names = routes.names
         memories = [self.kv[name] if name in self.kv and layer in self.kv[name].layers else None for name in names]
         slots = read_memories([None if row < 0 else memories[row] for row in routes.order], layer)
@@ -292,7 +292,7 @@ class MemoryBank(nn.Module):
     def lora_parameters(self, domain: str | None = None) -> list[nn.Parameter]:
         """Adapter parameters of one domain, or of all."""
         names = dict.fromkeys(self.key(self.names[d]) for d in ([domain] if domain else self.domains))
-        linears = [self._linears[path] for path in self._paths if path in self._linears]  # whoever was added first
+        linears = [self._linears[path] for path in self._paths if path in self._linears]  # in the model's order
         parts = [part for linear in linears for part in (linear.lora_A, linear.lora_B)]
         return [p for part in parts for name in names if name in part for p in part[name].parameters()]
 
@@ -302,7 +302,7 @@ class MemoryBank(nn.Module):
         return [p for name in names if name in self.kv for p in self.kv[name].parameters()]
 
     def sizes(self, domain: str) -> dict[tuple[Part, int], int]:
-        """What `size` counts, by part and layer."""
+        """Parameters of a domain's memory by part and layer; `size` is their sum."""
         found: dict[tuple[Part, int], int] = {}
         for name, weight in self.weights(domain).items():
             place: tuple[Part, int] = "lora", layer_of(name)
@@ -312,5 +312,5 @@ class MemoryBank(nn.Module):
         return found
 
     def size(self, domain: str) -> int:
-        """Parameters that one domain's memory adds to the model; the frozen KV slot counts, since it is stored too."""
+        """Parameters that a domain's memory adds to the model, the frozen KV slot included, since it is stored too."""
         return sum(self.sizes(domain).values())

@@ -10,11 +10,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class MergedAttention(torch.autograd.Function):
-    """Softmax over [memory; tokens] from the two parts' own softmax, as ring attention does (arXiv 2310.01889).
+    """Softmax over [memory; tokens] from one softmax over each part, as in ring attention (arXiv 2310.01889).
 
-    Forward: with l_t, l_m the parts' log-sum-exp, out = (1 - w) out_t + w out_m where w = sigmoid(l_m - l_t).
-    Backward: a flash kernel rebuilds its weights as exp(score - lse) and needs rowsum(grad * out) besides. Given the
-    MERGED lse and out it so returns each part's share of the exact gradient, and the shares for the query add up.
+    Forward: with l_t, l_m the log-sum-exp of the scores of tokens and memory, out = (1 - w) out_t + w out_m where
+    w = sigmoid(l_m - l_t).
+    Backward: a flash kernel recomputes its weights as exp(score - lse), and also needs rowsum(grad * out). Given the
+    MERGED lse and out, its weights are those of the joint softmax, so each call returns its part of the exact gradient:
+    that of its own keys and values, and a term of the query's.
     """
 
     @staticmethod
@@ -31,12 +33,12 @@ class MergedAttention(torch.autograd.Function):
         scale: float | None,
         is_causal: bool,
     ) -> Tensor:
-        """The output [B, H, T, dh]; the arguments are those of `attend_merged`, the masks additive."""
+        """The output [B, H, T, dh]. Arguments are those of `attend_merged`, with additive masks."""
         out_t, lse_t, seed_t = flash(query, key, value, mask, scale, is_causal, documents)
         out_m, lse_m, seed_m = flash(query, *_shared(query, memory_key, memory_value), visible, scale, False)
         weight = torch.sigmoid(lse_m - lse_t).unsqueeze(-1)  # [B, H, T, 1]
         out = torch.lerp(out_t.to(weight.dtype), out_m.to(weight.dtype), weight).to(query.dtype)
-        lse = torch.logaddexp(lse_t, lse_m).contiguous()  # [B, H, T]; the CUDA backward takes no notice of strides
+        lse = torch.logaddexp(lse_t, lse_m).contiguous()  # [B, H, T]; the CUDA backward ignores strides
         given = query, key, value, memory_key, memory_value, mask, visible, documents
         ctx.save_for_backward(*given, out, lse, *seed_t, *seed_m)
         ctx.scale, ctx.is_causal = scale, is_causal
@@ -45,7 +47,7 @@ class MergedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the first five arguments from that of the output, [B, H, T, dh]."""
+        """Gradients of the first five arguments, from that of the output [B, H, T, dh]."""
         query, key, value, memory_key, memory_value, mask, visible, documents, out, lse, *seeds = ctx.saved_tensors
         half = len(seeds) // 2
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # CUDA refuses expanded ones
@@ -63,7 +65,7 @@ class MergedAttention(torch.autograd.Function):
 
 
 def _shared(query: Tensor, memory_key: Tensor, memory_value: Tensor) -> tuple[Tensor, Tensor]:
-    """The memory seen by each row, [B, K, P, dh]; a shared memory is expanded, not copied."""
+    """The memory of each row, [B, K, P, dh]; a single one is expanded, not copied."""
     return memory_key.expand(len(query), -1, -1, -1), memory_value.expand(len(query), -1, -1, -1)
 
 
@@ -76,9 +78,11 @@ def flash(
     is_causal: bool,
     documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """The output [B, H, T, dh], its log-sum-exp [B, H, T], and the random state that the CUDA backward asks for.
+    """One flash attention.
 
-    On a GPU the bounds of the documents of packed rows, [N + 1], say all that `mask` does.
+    Returns:
+        The output [B, H, T, dh], the log-sum-exp of its scores [B, H, T], and the random state that the CUDA backward
+        takes. With `documents`, on a GPU, `mask` is not needed: see `attend_merged`.
     """
     if documents is not None:
         joined, longest = (_joined(tensor) for tensor in (query, key, value)), query.shape[2]
@@ -94,9 +98,9 @@ def flash(
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
     )
-    if mask is not None:  # a query that sees nothing gets output 0 and, from the kernel, lse 0 where it must be -inf
+    if mask is not None:  # for a query that sees nothing the kernel returns output 0 and lse 0; lse should be -inf
         blind = torch.isneginf(mask).all(dim=-1)  # [B|1, 1, T|1]
-        lse = lse.masked_fill(blind, torch.finfo(lse.dtype).min)  # finite, so that no difference of two is nan
+        lse = lse.masked_fill(blind, torch.finfo(lse.dtype).min)  # not -inf, as -inf - -inf is nan
     return out, lse, ()
 
 
@@ -113,7 +117,7 @@ def _flash_backward(
     seed: list[Tensor],
     documents: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients for query, key and value of the part of the softmax that falls on `key`."""
+    """Gradients of query, key and value, through the part of the softmax that falls on `key`."""
     if documents is not None:
         joined = (_joined(tensor) for tensor in (grad, query, key, value, out))
         lse, longest = lse.transpose(0, 1).flatten(1).contiguous(), query.shape[2]  # [H, B T]
@@ -132,10 +136,10 @@ def _flash_backward(
 
 
 def _joined(tensor: Tensor) -> Tensor:
-    """[B, H, T, dh] as [B T, H, dh]: no copy of what a projection made."""
+    """[B, H, T, dh] as [B T, H, dh]; no copy, as projections lay it out like this in memory."""
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
 def _apart(tensor: Tensor, rows: int) -> Tensor:
-    """[B T, H, dh] as [B, H, T, dh]."""
+    """[B T, H, dh] as [B, H, T, dh]: the reverse of `_joined`."""
     return tensor.unflatten(0, (rows, -1)).transpose(1, 2)

@@ -1,8 +1,8 @@
-"""Bits per byte: the loss on text in a unit that does not depend on the tokenizer, so languages can be compared.
+"""Bits per byte: the loss on text in a unit that does not depend on the tokenizer, so that languages can be compared.
 
-As one figure of all text (`BitsPerByte`), and by document (`DocumentScores`), which paired comparisons need; there also
-by how much of the text was there to predict from. A memory knows what its domain looks like before any text is read,
-which the dense model does not, so that the two compare otherwise at the beginning of a text than within it.
+`BitsPerByte` is one figure for all text. `DocumentScores` keeps the sums of each document, which paired comparisons
+need, also split by how many tokens of the text precede the predicted one: at the beginning of a text a memory has an
+advantage over the dense model, since it knows its domain before any text is read.
 """
 
 import math
@@ -44,7 +44,7 @@ class BitsPerByte(Metric):
         Args:
             nats: Negative log-likelihoods in nats, any shape (per token, per row or summed).
             num_bytes: UTF-8 bytes of the text that these predict, any shape.
-            num_tokens: How many tokens these predict, any shape; what has none counts for no perplexity.
+            num_tokens: Number of tokens that these predict, any shape; only a perplexity needs it.
         """
         self.nats += nats.sum(dtype=self.nats.dtype)
         self.num_bytes += num_bytes.sum(dtype=self.num_bytes.dtype)
@@ -52,7 +52,7 @@ class BitsPerByte(Metric):
             self.num_tokens += num_tokens.sum(dtype=self.num_tokens.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
-        """Follow the module to its device but not to its dtype: bf16-true training would turn the sums to bf16."""
+        """Follow the module to its device but not to its dtype: with bf16-true training the sums would become bf16."""
 
         def move(tensor: Tensor) -> Tensor:
             device = fn(torch.empty(0, device=tensor.device)).device
@@ -65,29 +65,29 @@ class BitsPerByte(Metric):
         return self.nats / (math.log(2) * self.num_bytes)
 
 
-# Fewest tokens before a predicted one, those of its own text in its row, of each class of context.
+# Classes of context: the least number of tokens of the same text and row that precede the predicted one.
 CONTEXT = (1, 8, 32, 128)
 
 
 class DocumentScores:
-    """Nats and UTF-8 bytes of every document by domain and arm, in fp64: the summands of `BitsPerByte`.
+    """Nats and UTF-8 bytes of every document by domain and arm, in fp64: the terms of `BitsPerByte`'s sums.
 
-    Nats and predicted tokens are counted by class of context as well, K = len(CONTEXT) of them. Documents are numbered
-    by the data module (`documents` of a batch); batches without numbers are passed over.
+    Nats and predicted tokens are also counted by class of context, K = len(CONTEXT). Documents are numbered by the data
+    module (`documents` of a batch); batches without these numbers are ignored.
     """
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str, str], np.ndarray] = {}  # (domain, arm, "nats" or "bytes") -> [D]
 
     def reset(self) -> None:
-        """Forget all that was counted."""
+        """Set all sums to zero."""
         self._sums = {}
 
     def update(self, arm: str, batch: Mapping[str, Any], nats: Tensor) -> None:
-        """Count the documents of a batch.
+        """Add the documents of a batch.
 
         Args:
-            arm: Name of the arm that was scored.
+            arm: Name of the arm: the way in which the batch was scored.
             batch: A batch of DomainDataModule.
             nats: Negative log-likelihood of each next token, [B, T-1], zero where none is predicted.
         """
@@ -132,7 +132,7 @@ def _told(sums: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
 
 
 def _added(one: np.ndarray | None, other: np.ndarray) -> np.ndarray:
-    """Sum of two lists by document; the shorter one has not seen the last documents."""
+    """Sum of two arrays by document; the shorter one lacks the last documents."""
     if one is None:
         return other
     size = max(len(one), len(other))

@@ -1,7 +1,7 @@
-"""What holds the mask to its target: a price on what is kept, in nats, added to the loss.
+"""Penalties that hold the mask to its target: a price on what is kept, in nats, added to the loss.
 
-All take the sparsity that `Budget.measured` finds, a scalar or [S] where each of S kinds of unit has the target for
-itself, and the target; with several, their prices are added.
+Each takes the sparsity as `Budget.measured` gives it, its target, and the loss on data. Sparsity is a scalar, or [S] if
+each of S kinds of unit has to meet the target by itself; the S prices are then added up.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 class LagrangianPenalty(nn.Module):
     """lam1 (s - t) + lam2 (s - t)^2, minimised over the mask and maximised over the multipliers (CoFi; Sheared-LLaMA).
 
-    Our choice: lam2 starts stiff instead of at 0. A price that must first be found by ascent lags the ramp, overshoots,
-    and short runs have no time to come back (docs/log.md).
+    Our choice: lam2 starts at `stiffness` instead of 0. Multipliers that start from nothing grow too late for the ramp
+    and then overshoot, and short runs have no time to recover (docs/log.md).
 
     Args:
-        stiffness: First lam2.
-        kinds: S, each with multipliers of its own; None for one pair.
+        stiffness: First value of lam2.
+        kinds: S, the kinds of unit, each with a pair of multipliers of its own; None for a single pair.
     """
 
     def __init__(self, stiffness: float = 20.0, kinds: int | None = None) -> None:
@@ -39,18 +39,18 @@ class FixedPenalty(nn.Module):
         self.weight = weight
 
     def forward(self, sparsity: Tensor, target: float, data: Tensor | None = None) -> Tensor:
-        """Args: sparsity; the target only switches the price on. Returns nats."""
+        """Args: sparsity; the target, which only switches the price on. Returns nats."""
         return (-self.weight * sparsity if target > 0 else 0 * sparsity).sum()
 
 
 class HingePenalty(nn.Module):
-    """weight * max(0, a - (1 - t)), a the share that is active: a price until the target is met (KOFF paper).
+    """weight * max(0, a - (1 - t)), a = 1 - s the active share: a price until the target is met (KOFF paper).
 
     Args:
         weight: The paper's lambda.
-        autoscale: Multiply by the loss on data, detached, so that the weight says how many times that loss the whole
-            gap costs. This is our reading of the paper's "auto-scaling", which it does not define.
-        both_sides: weight * |a - (1 - t)| instead, which calls a mask that runs ahead of a rising target back to it.
+        autoscale: Multiply by the loss on data, detached: `weight` is then relative to that loss. This is our reading
+            of the paper's "auto-scaling", which it does not define.
+        both_sides: weight * |a - (1 - t)| instead, which also pulls a mask back that runs ahead of a rising target.
     """
 
     def __init__(self, weight: float, autoscale: bool = False, both_sides: bool = False) -> None:
@@ -70,5 +70,6 @@ def make_penalty(name: str, weight: float, autoscale: bool = False, kinds: int |
         return HingePenalty(weight, autoscale, both_sides=name == "absolute")
     if name == "fixed":
         return FixedPenalty(weight)
-    # Multipliers from nothing and no tracking, as published; the KOFF paper reports that it collapses (Table 5).
+    # `plain_lagrangian`: multipliers start at 0 and nothing shifts the logits, as published;
+    # the KOFF paper reports that it collapses (Table 5).
     return LagrangianPenalty(kinds=kinds) if name == "lagrangian" else LagrangianPenalty(0.0, kinds)

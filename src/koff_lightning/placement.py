@@ -1,4 +1,4 @@
-"""In which layers a memory sits: the words of an option, and the numbers of layers that they stand for."""
+"""In which layers a memory is: an option's value (`all`, `top:18`, `top:64%`, a list), and the layers it stands for."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Layers = list[int] | str  # numbers from 0, or `all`, `top:18`, `top:64%`
 
 
 def check_words(words: Layers, option: str) -> None:
-    """Raise KoffError unless the words are of one of the kinds that `placed` knows, whatever the model."""
+    """Raise KoffError unless `words` have one of the forms that `placed` takes, whatever the model."""
     if isinstance(words, str):
         found = _TOP.fullmatch(words)
         number = float(found[1]) if found else 0
@@ -27,15 +27,15 @@ def check_words(words: Layers, option: str) -> None:
 
 
 def placed(words: Layers, depth: int, option: str = "layers") -> list[int]:
-    """The layers that the words stand for, in order.
+    """The layers that `words` stand for, in order.
 
     Args:
         words: `all`, `top:N`, `top:P%` (rounded to whole layers, at least one), or a list.
         depth: Layers of the model.
-        option: Name for the message.
+        option: Name of the option in messages.
 
     Raises:
-        KoffError: There are no such layers.
+        KoffError: The model has no such layers.
     """
     check_words(words, option)
     if words == ALL:
@@ -52,12 +52,12 @@ def placed(words: Layers, depth: int, option: str = "layers") -> list[int]:
 
 
 def shortest(layers: Sequence[int], depth: int) -> Layers:
-    """Placed layers as they are noted: `all`, or their list."""
+    """Layers as they are saved: `all`, or their list."""
     return ALL if len(layers) == depth else list(layers)
 
 
 def shown(layers: Sequence[int]) -> str:
-    """Layers for people: `10-27`, `0, 2-3`."""
+    """Layers as they are printed: `10-27`, `0, 2-3`."""
     parts: list[list[int]] = []
     for layer in layers:
         if parts and layer == parts[-1][-1] + 1:

@@ -1,7 +1,8 @@
 """How much is removed: exact accounting in parameters, the target over time, and hardening to a budget.
 
-Sparsity is always removed parameters over a named denominator: Sheared-LLaMA counts the body, "model X minus 12 %" the
-total; both and the share of prunable units are reported. Shapes: U units over all groups.
+Sparsity is always the removed parameters divided by one of three denominators: `body` (all linears of the layers, as in
+Sheared-LLaMA), `total` (the whole model, as in "model X minus 12 %") or `units` (all prunable units). All three are
+reported; `sparsity.denominator` chooses the one that the target is in. Shapes: U units over all groups.
 """
 
 import math
@@ -31,16 +32,17 @@ class Budget:
         spec: SparsitySpec,
         kv_groups: Sequence[int] | None = None,
     ) -> None:
-        """Price every unit.
+        """Count the parameters of every unit.
 
         Args:
             groups: From `prunable_groups` of the plain backbone.
-            counts: From `parameter_counts` of it.
+            counts: From `parameter_counts` of the same.
             spec: Options of the run.
-            kv_groups: How many kv groups layout `uniform` may leave in every layer (`uniform_kv_groups`); None for any.
+            kv_groups: Numbers of kv groups that layout `uniform` may leave in all layers (`uniform_kv_groups`); None
+                for any.
 
         Raises:
-            KoffError: The target cannot be reached under the units that every layer keeps.
+            KoffError: The target cannot be reached while every layer keeps its minimum of units.
         """
         self.groups, self.spec, self._kv_groups = groups, spec, kv_groups
         self.costs = torch.cat([torch.full((g.size,), g.params_per_unit, dtype=torch.int64) for g in groups])  # [U]
@@ -48,19 +50,19 @@ class Budget:
         self.in_ffn = torch.cat([torch.full((g.size,), g.in_ffn) for g in groups])  # [U]
         names = list(dict.fromkeys(group.kind for group in groups))
         kind = torch.cat([torch.full((g.size,), names.index(g.kind)) for g in groups])  # [U]
-        self.kinds = {name: (kind == place).nonzero()[:, 0] for place, name in enumerate(names)}  # -> its units, long
+        self.kinds = {name: (kind == place).nonzero()[:, 0] for place, name in enumerate(names)}  # indices, long
         self.denominators = {**counts, "units": int(self.costs.sum())}
         self._shares: Tensor | None = None
         self._check_reach()
 
     def _check_reach(self) -> None:
-        """Refuse a target that the units which every layer keeps put out of reach, and a layout that cannot say it."""
-        spec = self.spec
-        steps, costs, scores, _ = self._steps(self._protected(torch.zeros(len(self.costs))))
+        """Refuse a target that cannot be reached while every layer keeps its minimum, or not in layout `uniform`."""
+        spec, unscored = self.spec, self._protected(torch.zeros(len(self.costs)))
+        steps, costs, scores, _ = self._steps(unscored)
         removable = costs[scores < math.inf]
         most, share = int(removable.sum()) / self.denominators[spec.denominator], spec.denominator
         if spec.scope == "local":
-            free = self._protected(torch.zeros(len(self.costs))) < math.inf  # bool [U]
+            free = unscored < math.inf  # bool [U]
             most, share = min((float(free[units].double().mean()), name) for name, units in self.kinds.items())
         if spec.target > most:
             raise KoffError(
@@ -70,7 +72,7 @@ class Budget:
         self._check_uniform(steps, costs)
 
     def _check_uniform(self, steps: Tensor, costs: Tensor) -> None:
-        """Refuse kv groups in a uniform layout of which not even one step fits the target: the user would wonder."""
+        """Refuse layout `uniform` with kv groups if removing the fewest that it allows already exceeds the target."""
         kv = steps[~self.is_channel].unique()
         if not self.spec.uniform or not self.spec.target or not len(kv):
             return
@@ -92,31 +94,32 @@ class Budget:
         return ((1 - keep) * self._shares).sum()
 
     def counts(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Sparsity by the soft count of keep probabilities [U], and by the hard one: gates mostly closed."""
+        """Sparsity for keep probabilities [U], by the soft count and by the hard one (gates more often closed)."""
         return self.expected(keep), self.expected((keep > 0.5).float())
 
     def scopes(self) -> list[tuple[Tensor | slice, Callable[[Tensor], tuple[Tensor, Tensor]]]]:
-        """Units that have the target for themselves (indices), each with its soft and hard counts."""
+        """Sets of units that each have to meet the target (all, or kind by kind): indices, and how to count them."""
         if self.spec.scope == "global":
             return [(EVERY, self.counts)]
         return [(units, _counts_of_kind) for units in self.kinds.values()]
 
     def measured(self, keep: Tensor) -> Tensor:
-        """The sparsity that the penalty sees: scalar, or [S] of each kind with scope `local`.
+        """The sparsity that the penalty is given: a scalar, or [S] (one for each kind of unit) with scope `local`.
 
-        It is the mean of the soft and the hard count, with the gradient of the soft one: held to the soft one alone,
-        the hard one lags by many points. The published penalties see the soft count alone.
+        Its value is the mean of the soft and the hard count, its gradient that of the soft one: with the soft count
+        alone on target, the hard count lags by many points. The published penalties take the soft count alone.
         """
-        both, seen = self.spec.penalty in ("lagrangian", "fixed"), []
+        both, found = self.spec.penalty in ("lagrangian", "fixed"), []
         for units, counts in self.scopes():
             soft, hard = counts(keep[units])
-            seen.append(soft + ((hard - soft) / 2).detach() if both else soft)
-        return seen[0] if self.spec.scope == "global" else torch.stack(seen)
+            found.append(soft + ((hard - soft) / 2).detach() if both else soft)
+        return found[0] if self.spec.scope == "global" else torch.stack(found)
 
     def report(self, kept: Tensor) -> dict[str, float]:
-        """Nominal counts of a mask (bool [U]): sparsity in all three denominators, and per type of unit.
+        """Nominal sparsity of a mask (bool [U]) in all three denominators, and of FFN and attention units.
 
-        Nominal is what the closed gates are priced at, a channel at its row; `physical` is what an export removes.
+        Nominal: each closed gate counts with its own parameters, a channel with its row. What an export really removes
+        is `physical`.
         """
         gone, kept = self.costs.double() * ~kept.cpu(), kept.cpu()
         rates = {name: gone.sum().item() / size for name, size in self.denominators.items()}
@@ -125,25 +128,25 @@ class Budget:
         return rates
 
     def by_kind(self, kept: Tensor) -> dict[str, float]:
-        """Nominal too: the share that a mask (bool [U]) removes of each kind of unit, the paper's local sparsity."""
+        """Share of the units of each kind that a mask (bool [U]) removes: the paper's local sparsity; nominal too."""
         return {name: (~kept.cpu()[units]).double().mean().item() for name, units in self.kinds.items()}
 
     def physical(self, kept: Tensor) -> dict[str, float]:
-        """What a cut export lacks under a mask (bool [U]): parameters, and their share of body and of total."""
+        """Parameters that an export under a mask (bool [U]) is smaller by, and their share of `body` and of `total`."""
         gone = physical(self.groups, kept.cpu())
         return {"parameters": gone} | {name: gone / self.denominators[name] for name in ("body", "total")}
 
     def kept_parameters(self, kept: Tensor) -> int:
-        """Parameters of the cut backbone under a mask (bool [U]): a physical count."""
+        """Parameters of the exported backbone under a mask (bool [U])."""
         return self.denominators["total"] - physical(self.groups, kept.cpu())
 
     def harden(self, scores: Tensor, target: float | None = None) -> Tensor:
         """Remove the lowest-scored units until no further one fits into the budget; bool [U], True = kept.
 
-        Greedy with skip: a kv group that would overshoot is passed over and neurons fill the rest, so the result is
-        below the target by less than the cheapest unit. Each layer keeps its minimum. With `multiple_of` or layout
-        `uniform` units leave in steps of several at once (`_steps`), each scored by its mean, and the result is below
-        the target by less than the cheapest step that is left.
+        Greedy with skipping: a kv group that would overshoot the target is skipped and neurons fill the rest, so the
+        sparsity ends below the target by less than the cheapest unit. Each layer keeps its minimum. With `multiple_of`
+        or layout `uniform` several units leave together in a step (`_steps`), ranked by their mean score, and the
+        sparsity ends below the target by less than the cheapest step that is left.
         """
         scores = self._protected(scores.detach().float().cpu())
         target = self.spec.target if target is None else target
@@ -156,17 +159,17 @@ class Budget:
         return kept
 
     def threshold(self, keep: Tensor) -> Tensor:
-        """Remove the units that are more often closed than open by their keep probabilities [U]; bool [U], True = kept.
+        """Remove the units whose gate is more often closed than open, by keep probabilities [U]; bool [U], True = kept.
 
-        Each layer keeps its minimum; what is removed comes to whatever it comes to.
+        Each layer keeps its minimum. Nothing holds the result to the target.
         """
         keep = keep.detach().float().cpu()
         return (keep > 0.5) | (self._protected(keep) == math.inf)
 
     def _within(self, scores: Tensor, size: float) -> Tensor:
-        """The greedy choice of `harden` for scores [U], infinite for units that stay, and so many parameters."""
+        """The greedy choice of `harden`, for scores [U] (infinite for units that stay) and a budget of parameters."""
         steps, costs, scores, follows = self._steps(scores)
-        left = math.floor(size + 1e-4)  # parameters; 0.3 * 10 is 3
+        left = math.floor(size + 1e-4)  # parameters; target * size may be just below a whole number
         order, price, least = torch.argsort(scores, stable=True), costs.tolist(), int(costs.min())
         gone = [False] * len(price)
         for step in order[scores[order] < math.inf].tolist():
@@ -178,16 +181,18 @@ class Budget:
         return ~torch.tensor(gone)[steps]
 
     def _steps(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, list[bool]]:
-        """Which units leave together: the step of each unit, long [U]; cost and mean score of each step, [S].
+        """Which units leave together in one step: all their steps, S in number.
 
-        The list says of each step whether it can only be taken after the one before it.
+        Returns:
+            The step of each unit, long [U]; each step's cost in parameters and mean score, [S]; and for each step
+            whether it can only be taken after the one before it.
         """
         if not self.spec.uniform and self.spec.multiple_of == 1:
             return torch.arange(len(scores)), self.costs, scores, [False] * len(scores)
-        first: dict[tuple[object, ...], int] = {}  # of a layer (of all layers, if uniform) and a kind: its first step
+        first: dict[tuple[object, ...], int] = {}  # (layer, or None for all if uniform; kind) -> its first step
         steps, follows = [], []
         for group, part in zip(self.groups, scores.split([g.size for g in self.groups]), strict=True):
-            blocks = self._blocks(group)  # of the lowest score first
+            blocks = self._blocks(group)
             name = (None if self.spec.uniform else group.layer, group.kind)
             if name not in first:
                 first[name] = len(follows)
@@ -199,31 +204,34 @@ class Budget:
         return index, costs, zeros.index_add(0, index, scores.double()) / counts, follows
 
     def _blocks(self, group: PrunableGroup) -> Tensor:
-        """For the units of a group from the lowest score up: the number of the step in which each leaves, [size]."""
+        """For the units of a group, from the lowest score up, the number of the step in which each leaves, [size]."""
         ranks = torch.arange(group.size)
-        if group.kind == "channel":  # the first step is smaller if the width is no multiple to begin with
+        if group.kind == "channel":  # the first step is smaller if the dense width is no multiple
             return (ranks + -group.size % self.spec.multiple_of) // self.spec.multiple_of
         allowed = range(group.size) if not self.spec.uniform or self._kv_groups is None else self._kv_groups
-        stops = torch.tensor([group.size - n for n in allowed if n < group.size]).sort().values  # removed after a step
+        stops = (
+            torch.tensor([group.size - n for n in allowed if n < group.size]).sort().values
+        )  # units gone after each step
         return torch.searchsorted(stops, ranks, right=True)
 
     def _protected(self, scores: Tensor) -> Tensor:
-        """Scores with the best `minimum` units of every group set to infinity, so that they are never removed.
+        """Scores in which the best units of every group, its minimum, are infinite and so never removed.
 
-        Of gate and up channels the same ones: a neuron is worth what its lesser half is, since it goes with that.
+        Gate and up channels of a layer protect the same neurons. A neuron goes as soon as either of its channels does,
+        so its score is the lower of the two.
         """
         parts = scores.split([group.size for group in self.groups])
         places = [(group.layer, (group.whole or group).kind) for group in self.groups]
-        worth: dict[tuple[int, str], Tensor] = {}
+        lowest: dict[tuple[int, str], Tensor] = {}
         for place, part in zip(places, parts, strict=True):
-            worth[place] = torch.minimum(worth.get(place, part), part)
+            lowest[place] = torch.minimum(lowest.get(place, part), part)
         least = [min(self._minimum(group), group.size) for group in self.groups]
-        best = [worth[place].topk(number).indices for place, number in zip(places, least, strict=True)]
+        best = [lowest[place].topk(number).indices for place, number in zip(places, least, strict=True)]
         return torch.cat([part.index_fill(0, stay, math.inf) for part, stay in zip(parts, best, strict=True)])
 
 
 def _counts_of_kind(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Soft and hard sparsity of units of one price by their keep probabilities [U_k]."""
+    """Soft and hard sparsity of the units of one kind, which all cost the same, for keep probabilities [U_k]."""
     return (1 - keep).mean(), (keep <= 0.5).float().mean()
 
 

@@ -1,11 +1,11 @@
-"""Cut removed units out of weights, adapters and KV memories: the masked model, physically smaller.
+"""Cut removed units out of weights, adapters and KV memories: the masked model becomes physically smaller.
 
-Pure functions from dictionaries of tensors to new ones; no module is touched. What the masked model computes stays the
-same, up to the rounding of shorter sums.
+Pure functions from dictionaries of tensors to new ones; no module is touched. The cut model computes what the masked
+one does, up to the rounding of shorter sums.
 
-A tensor belongs to a unit's linear by its name: `<path>.weight` and `.bias`, peft's `<path>.lora_A...weight` and
-`.lora_B...weight` (in a file or in a module), each with or without peft's prefix. Tensors of no unit, and those of
-groups that lose nothing, are passed through as they are.
+A tensor is assigned to a linear by its name: `<path>.weight` and `.bias`, and peft's `<path>.lora_A...weight` and
+`.lora_B...weight` (as named in files or in modules), each with or without peft's prefix. Tensors of other modules, and
+those of groups that lose nothing, are passed through as they are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from koff_lightning.support.errors import KoffError
 PEFT_PREFIX = "base_model.model."
 
 State = dict[str, Tensor]
-# path of a linear (or layer of a KV memory) -> (0 for its rows, 1 for its columns; which of them are kept, bool)
+# Path of a linear (or layer of a KV memory) -> (dimension to cut: 0 rows, 1 columns; bool mask of those that stay).
 _Plan = dict[str, tuple[int, Tensor]]
 
 
@@ -44,65 +44,63 @@ def masks(groups: Sequence[PrunableGroup], kept: Tensor) -> list[tuple[PrunableG
 
 
 def whole_units(groups: Sequence[PrunableGroup], kept: Tensor) -> tuple[list[PrunableGroup], Tensor]:
-    """What of a mask leaves smaller linears: its whole units, and the neurons that a closed channel has killed.
+    """The part of a mask that makes linears smaller: whole units, and neurons whose gate or up channel is closed.
 
-    Channels whose place stays in every shape that we can write, a row that nothing but zeros fills, are not among them
-    (`close_rows`).
+    Closed channels of other linears are not among them: their rows stay, filled with zeros (`close_rows`).
 
     Args:
         groups: The units, as listed from the model that is cut.
         kept: Hard mask, bool [U].
 
     Returns:
-        Groups of whole units and the hard mask over them; both as given where all are whole.
+        Groups of whole units and the hard mask over them; both as given if all groups are whole units.
     """
     found: dict[tuple[int, str], tuple[PrunableGroup, Tensor]] = {}
     for group, mask in masks(groups, kept):
         whole = group if group.consumer else group.whole
         if whole is not None:
             place = (whole.layer, whole.kind)
-            before = found[place][1] if place in found else True
-            found[place] = whole, mask & before
+            found[place] = whole, mask & found[place][1] if place in found else mask
     parts = [mask for _, mask in found.values()]
     return [group for group, _ in found.values()], torch.cat(parts) if parts else kept[:0]
 
 
 def physical(groups: Sequence[PrunableGroup], kept: Tensor) -> int:
-    """Parameters by which the cut model is smaller, to the parameter: unlike the price of a mask, this is what goes.
+    """Exact number of parameters by which the cut model is smaller; the nominal count is `Budget.report`.
 
-    A neuron goes with all its weights if its gate or its up channel is closed. Closed channels of other linears stay in
-    their place as zeros and do not count.
+    A neuron goes with all its weights if its gate or up channel is closed. Closed channels of other linears stay as
+    zeros and do not count.
     """
     return sum(int((~mask).sum()) * group.params_per_unit for group, mask in masks(*whole_units(groups, kept)))
 
 
 def close_rows(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
-    """Weights, biases and adapters with zeros in the rows of closed channels; every shape stays."""
+    """Weights, biases and adapters with zeros in the rows of closed channels; shapes stay."""
     plan = {group.producers[0][0]: (0, mask) for group, mask in masks(groups, kept) if not group.consumer}
     return _edit(state, plan, _zero)
 
 
 def cut_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
-    """Weights or adapters without the removed units, and with zeros in closed channels that have to stay.
+    """Weights or adapters without the removed units, and with zeros in the rows of closed channels that stay.
 
     Args:
-        state: Name -> tensor of the uncut model; a part of it will do.
+        state: Name -> tensor of the uncut model, or of a part of it.
         groups: The units, as listed from the model that is cut.
         kept: Hard mask, bool [U].
 
     Raises:
-        KoffError: A tensor has another size than its units: it is cut already, or of another model.
+        KoffError: A tensor does not have the size of its units: it is cut already, or of another model.
     """
     return _edit(close_rows(state, groups, kept), _linears(groups, kept), _cut)
 
 
 def zero_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept: Tensor) -> State:
-    """The same with zeros where `cut_state` cuts; every shape stays."""
+    """The same with zeros where `cut_state` cuts; shapes stay."""
     return _edit(close_rows(state, groups, kept), _linears(groups, kept), _zero)
 
 
 def with_bias(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], bias: Tensor) -> State:
-    """Weights whose consumers have a bias, or a bias more: what removed units leave behind.
+    """Weights with `bias` added to the biases of the consumers, which get one if they have none.
 
     Args:
         state: Weights under the plain model's names.
@@ -127,7 +125,7 @@ def zero_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], kept
 
 
 def grow_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], held: Tensor) -> State:
-    """The reverse of `cut_state`: weights or adapters in the uncut model's shapes, zeros for units that are not held.
+    """The reverse of `cut_state`: weights or adapters in the uncut model's shapes, with zeros for units not in `held`.
 
     Raises:
         KoffError: A tensor has another size than the units that are held.
@@ -136,12 +134,12 @@ def grow_state(state: Mapping[str, Tensor], groups: Sequence[PrunableGroup], hel
 
 
 def grow_kv(tensors: Mapping[str, Tensor], groups: Sequence[PrunableGroup], held: Tensor) -> State:
-    """The reverse of `cut_kv`: zeros for the kv heads that are not held."""
+    """The reverse of `cut_kv`: zeros for the kv heads not in `held`."""
     return _edit(tensors, _heads(groups, held), _grow, lambda mask: int(mask.sum()))
 
 
 def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights under the plain model's names, on the CPU: without adapters, tied ones once."""
+    """Weights under the plain model's names, on the CPU: without adapters, and without the copies of tied ones."""
     tied = model.all_tied_weights_keys
     return {
         name.replace(".base_layer.", "."): tensor.detach().cpu()
@@ -151,7 +149,7 @@ def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def merge_lora(state: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scaling: float) -> State:
-    """Weights with one adapter folded in: W + scaling * B A, summed in fp32 or better and rounded once.
+    """Weights with an adapter merged into them: W + scaling * B A, summed in fp32 or better and rounded once.
 
     Args:
         state: Weights, of the same shapes that the adapter was made or cut for.
@@ -159,7 +157,7 @@ def merge_lora(state: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scali
         scaling: alpha / r.
 
     Raises:
-        KoffError: The adapter has a linear that the weights lack, or that has another shape.
+        KoffError: The weights lack a linear of the adapter, or have it in another shape.
     """
     merged = dict(state)
     for name, down in adapter.items():
@@ -195,7 +193,10 @@ def _edit(
     change: Callable[[Tensor, int, Tensor], Tensor],
     size: Callable[[Tensor], int] = len,
 ) -> State:
-    """Apply `change` to every tensor that a planned path owns and that has the side in question, `size(mask)` long."""
+    """Apply `change` to each tensor of a planned linear along the planned dimension, which has `size(mask)` entries.
+
+    Tensors that lack this dimension stay: A [r, in] has no rows of units, B [out, r] and a bias [out] no columns.
+    """
     edited = {}
     for name, tensor in state.items():
         path, part = _owner(name, plan)
@@ -203,7 +204,6 @@ def _edit(
         if not path:
             continue
         dim, mask = plan[path]
-        # A [r, in] has no rows that belong to units; B [out, r] and a bias [out] have no such columns.
         lacks = (part[0] == "lora_B" or part[-1] == "bias") if dim else part[0] == "lora_A"
         if lacks or mask.all():
             continue
@@ -217,7 +217,7 @@ def _edit(
 
 
 def _owner(name: str, plan: _Plan) -> tuple[str, list[str]]:
-    """The planned path that a tensor's name begins with, or "", and the words of the rest."""
+    """The path in the plan that a tensor's name begins with (or ""), and the rest of the name, split at its dots."""
     whole = path = name.removeprefix(PEFT_PREFIX)
     while path and path not in plan:
         path = path.rpartition(".")[0]

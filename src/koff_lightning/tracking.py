@@ -1,7 +1,10 @@
-"""Hold the mask to its target: the least change of the logits that brings the soft and the hard count there.
+"""Hold the mask to its target: shift all logits by the least amount that brings the sparsity there.
 
-The multipliers find the price of a parameter, but in a run of a few hundred steps Adam moves all logits together and
-overshoots before they do; memories would then learn for the wrong model (docs/log.md).
+Sparsity is counted in two ways. The soft count is the differentiable one, from the probabilities that gates are open;
+the hard count takes each gate as open or closed, whichever is more likely. Both are to be near the target.
+
+The Lagrangian multipliers alone would do it in a long run. In a few hundred steps they are too slow: Adam moves all
+logits together, sparsity overshoots, and the memories learn for a model that will not be the final one (docs/log.md).
 """
 
 import math
@@ -12,25 +15,25 @@ import torch
 from torch import Tensor
 
 Gaps = tuple[float, float]  # soft and hard sparsity, less the target
-EVERY = slice(None)  # units
-APART = 6  # bands between the two counts beyond which one says little about the other
-WORST = 4  # bands that either count may be off: 1 of their mean and half of APART
+EVERY = slice(None)  # index of all units
+APART = 6  # if the two counts differ by more bands than this, one says little about the other
+WORST = 4  # bands that either count may be off the target: 1 for their mean and half of APART
 ROUNDS = 20  # sharpenings at most; each makes the gates 1.2 times as sharp
 
 
 class Gate(Protocol):
-    """What is asked of a kind of gate (gates.py)."""
+    """What a kind of gate (gates.py) has to offer here."""
 
     bound: float
 
     def keep(self, logits: Tensor) -> Tensor:
-        """Differentiable count of kept units, [U]; a unit counts as kept in the hard count from 0.5."""
+        """Differentiable count of each unit, [U] in 0..1; the hard count rounds it."""
 
     def shift(self, logits: Tensor, delta: float) -> Tensor:
         """Logits that keep more (delta > 0) or fewer units, in the same order."""
 
     def sharpen(self, logits: Tensor) -> Tensor:
-        """Logits whose soft count is nearer to the hard one, which stays."""
+        """Logits whose soft count is nearer to the hard count; the hard count stays."""
 
 
 @torch.no_grad()
@@ -39,48 +42,51 @@ def shift_to_target(
 ) -> None:
     """Shift all `logits` [U], in place, until the mean of both counts lies in target +- band.
 
-    Of all shifts the one with the mean on target has the worse of the two counts nearest to it. Where that is not near
-    enough, because the counts lie apart or one large unit is a jump of the hard one, the gates are sharpened. Counts
-    far apart are brought together first, at the shift that has the hard one on target: the order of the units decides
-    it, however sharp the gates.
+    With the mean on target both counts are equally far from it, so no other shift has the worse of them nearer. That
+    may still be too far: the counts can lie far apart, or the hard one jumps across the target by one large unit. Then
+    the gates are sharpened, which brings the counts together, and shifted again. Counts that are far apart are judged
+    at the shift that puts the hard count on target: which units are closed there depends on the order of the units
+    alone, not on how sharp the gates are.
 
     Args:
         gate: Kind of gate.
         logits: Logits of the gates, [U].
-        target: Sparsity to be at.
-        band: Distance of the mean from it that is left alone.
+        target: Wanted sparsity.
+        band: Nothing is moved while the mean is within this distance of the target.
         counts: (soft, hard) sparsity for keep probabilities [U], as `Budget.counts`.
     """
 
-    def at(shift: float) -> Gaps:
+    def gaps_after(shift: float) -> Gaps:
         keep = gate.keep(gate.shift(logits, shift) if shift else logits)
-        soft, hard = torch.stack(counts(keep)).tolist()  # the only wait for the device
+        soft, hard = torch.stack(counts(keep)).tolist()  # the only sync with the device
         return soft - target, hard - target
 
     def move(count: Callable[[Gaps], float], now: Gaps) -> Gaps:
-        shift, then = _find(at, count, now, band, gate.bound / 64)
+        shift, then = _find_shift(gaps_after, count, now, band, gate.bound / 64)
         if shift:
             logits.copy_(gate.shift(logits, shift))
         return then
 
-    best, least = (logits, getattr(gate, "width", None)), math.inf  # one gate sharpens by a width of its own
+    best, least = (logits, getattr(gate, "width", None)), math.inf  # ShrinkingReLU sharpens by its width
     for _ in range(ROUNDS):
-        now = at(0.0)
-        shift, there = _find(at, _hard, now, band, gate.bound / 64) if _apart(now, band) else (0.0, now)
-        if not _apart(there, band):
+        now = shifted = gaps_after(0.0)
+        shift = 0.0
+        if _apart(now, band):
+            shift, shifted = _find_shift(gaps_after, _hard, now, band, gate.bound / 64)
+        if not _apart(shifted, band):
             if shift:
                 logits.copy_(gate.shift(logits, shift))
-            now = move(_mean, there)
+            now = move(_mean, shifted)
             if max(map(abs, now)) <= WORST * band:
                 return
         if max(map(abs, now)) < least:
             best, least = (logits.clone(), getattr(gate, "width", None)), max(map(abs, now))
         logits.copy_(gate.sharpen(logits))
-    # A unit is larger than the bounds: sharpening has not helped, and too sharp a gate learns nothing.
+    # One unit is larger than WORST bands, so sharpening cannot help. Too sharp a gate learns nothing: go back.
     logits.copy_(best[0])
     if best[1] is not None:
         gate.width = best[1]
-    move(_mean, at(0.0))
+    move(_mean, gaps_after(0.0))
 
 
 def _mean(gaps: Gaps) -> float:
@@ -95,30 +101,30 @@ def _apart(gaps: Gaps, band: float) -> bool:
     return abs(gaps[0] - gaps[1]) > APART * band
 
 
-def _find(
-    at: Callable[[float], Gaps], count: Callable[[Gaps], float], now: Gaps, band: float, step: float
+def _find_shift(
+    gaps_after: Callable[[float], Gaps], count: Callable[[Gaps], float], now: Gaps, band: float, step: float
 ) -> tuple[float, Gaps]:
-    """The least shift that brings a count into the band, and both counts there; the count falls as the shift grows.
+    """The smallest shift that brings a count into the band, by bisection, and both gaps after it.
 
-    Where it jumps across the band the side nearer to the target is taken.
+    The count falls as the shift grows. If it jumps across the band, the side nearer to the target is taken.
 
     Args:
-        at: Both counts less the target after a shift.
-        count: Picks one of the two counts, or their mean.
-        now: `at(0)`.
+        gaps_after: Both counts minus the target, after a shift.
+        count: Picks one of the two gaps, or their mean.
+        now: `gaps_after(0)`.
         band: Half-width of the band around 0.
-        step: First shift to try, doubled until the goal lies between.
+        step: First shift to try; doubled until the goal is passed.
     """
     goal = min(max(count(now), -band), band)
     if goal == count(now):
         return 0.0, now
     sign = 1.0 if count(now) > goal else -1.0
-    near, far = (0.0, now), (sign * step, at(sign * step))
+    near, far = (0.0, now), (sign * step, gaps_after(sign * step))
     while (count(far[1]) - goal) * sign > 0 and abs(far[0]) < 1e5 * step:
-        near, far = far, (2 * far[0], at(2 * far[0]))
+        near, far = far, (2 * far[0], gaps_after(2 * far[0]))
     for _ in range(30):
         middle = (near[0] + far[0]) / 2
-        trial = middle, at(middle)
+        trial = middle, gaps_after(middle)
         beyond = (goal - count(trial[1])) * sign  # how far past the goal
         if 0 <= beyond < 1e-5:
             return trial

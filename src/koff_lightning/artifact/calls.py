@@ -1,4 +1,4 @@
-"""What a call of a decomposed model gives it, looked at before the model does: transformers would let much of it pass.
+"""Checks of the arguments of a decomposed model's calls: transformers would silently accept many wrong ones.
 
 Shapes: B rows, T tokens.
 """
@@ -17,13 +17,13 @@ from koff_lightning.backbone import cache_argument, refuse_masked_packing
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
 
-# Kinds of token cache that `generate` was checked with. A paged one goes round the attention function that reads the
-# memories, a quantised one needs packages that are not ours, an offloaded one a GPU.
+# Kinds of token cache that `generate` was checked with. A paged one bypasses the attention function that reads the
+# memories, a quantised one needs further packages, an offloaded one a GPU.
 CACHES = (None, "dynamic", "static")
 
 
 def check_ids(input_ids: Any, backbone: PreTrainedModel) -> None:
-    """Refuse what are no token ids [B, T] of this model: no embedding has a row for others."""
+    """Refuse what is not a tensor [B, T] of this model's token ids."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         what = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise KoffError(
@@ -41,14 +41,14 @@ def check_ids(input_ids: Any, backbone: PreTrainedModel) -> None:
 
 
 def check_domains(domains: Any, by_row: bool = False) -> None:
-    """Refuse what names no domains; `by_row` also what has no order, and so does not say which is of which row."""
+    """Refuse what is no name of a domain and no list of names; with `by_row` also sets, which have no order."""
     named = isinstance(domains, Iterable) and not (by_row and isinstance(domains, Set | Mapping))
     if domains is not None and not isinstance(domains, str) and not named:
         raise KoffError(f"domains must be a name, or a list of names (None for no memory); got {domains!r}")
 
 
 def check_attention(backbone: PreTrainedModel, slots: bool) -> None:
-    """Refuse an attention function that would pass over the slots which rows read."""
+    """Refuse an attention function other than ours if rows read slots, which it would ignore."""
     given = backbone.config._attn_implementation
     if slots and given != "koff":
         raise KoffError(
@@ -58,17 +58,17 @@ def check_attention(backbone: PreTrainedModel, slots: bool) -> None:
 
 
 def check_mask(mask: Any) -> None:
-    """Refuse what no attention mask can be."""
+    """Refuse what cannot be an attention mask."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim not in (2, 4)):
         what = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise KoffError(f"attention_mask must be a tensor [rows, tokens], 0 for padding; got one {what}")
 
 
 def check_arguments(inputs: Mapping[str, Any], backbone: PreTrainedModel) -> None:
-    """Refuse arguments of `forward` that the backbone does not have, which it would pass over, and what it cannot give.
+    """Refuse arguments of `forward` that the backbone does not have and would ignore, and outputs it cannot give.
 
     Args:
-        inputs: By name, but for the ids, the mask and the domains.
+        inputs: Arguments by name, without ids, mask and domains.
         backbone: The model.
     """
     known = _arguments(type(backbone))
@@ -78,7 +78,7 @@ def check_arguments(inputs: Mapping[str, Any], backbone: PreTrainedModel) -> Non
 
 
 def check_attentions(options: Mapping[str, Any]) -> None:
-    """Refuse to give the weights of attention: they are never formed."""
+    """Refuse to return attention weights: they are never formed."""
     if options.get("output_attentions"):
         raise KoffError("output_attentions: the weights of attention are never formed here: leave it out")
 
@@ -89,7 +89,7 @@ def _arguments(kind: type[PreTrainedModel]) -> frozenset[str]:
 
 
 def check_generation(options: Mapping[str, Any]) -> None:
-    """Refuse options of transformers' `generate` that it would raise at, or take for something else."""
+    """Refuse options of transformers' `generate` at which it would fail, or which it would misread."""
     check_attentions(options)
     for name in ("num_beams", "num_return_sequences"):
         given = options.get(name, 1)
@@ -110,7 +110,7 @@ def check_generation(options: Mapping[str, Any]) -> None:
 
 
 def given_cache(inputs: dict[str, Any], backbone: PreTrainedModel) -> Any:
-    """The tokens' cache among the arguments, if any, by either of its names; there under the one of the backbone."""
+    """The token cache among the arguments, or None. It is renamed in place to what the backbone calls it."""
     given = [inputs.pop(name) for name in ("cache", "past_key_values") if name in inputs]
     if not given:
         return None
@@ -121,7 +121,7 @@ def given_cache(inputs: dict[str, Any], backbone: PreTrainedModel) -> Any:
 
 
 def refuse_overflow(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Scores [B, V] as they are, if they are such: the most likely of what is no number is the first token."""
+    """Return scores [B, V] if they are numbers; of nan or inf the likeliest token would be the first of all."""
     if not (scores < torch.inf).all():
         raise KoffError(
             "the model computes numbers that are not finite, so nothing can be generated: get its files again, or take "
@@ -131,7 +131,7 @@ def refuse_overflow(input_ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def check_prompt_mask(mask: Tensor, input_ids: Tensor) -> None:
-    """Of `generate`: a place for every token (more with a token cache), and padding on the left only."""
+    """For `generate`: the mask covers every token (more with a token cache), and padding is on the left only."""
     if mask.ndim != 2 or len(mask) != len(input_ids) or mask.shape[1] < input_ids.shape[1]:
         raise KoffError(
             f"generate: attention_mask is {list(mask.shape)} for input_ids {list(input_ids.shape)}: give 0 or 1 for "
@@ -142,7 +142,7 @@ def check_prompt_mask(mask: Tensor, input_ids: Tensor) -> None:
 
 
 def positions(mask: Tensor | None, input_ids: Tensor, token_cache: Any) -> Tensor | None:
-    """Positions [B, T] that count a row's own tokens, so that padding on the left does not shift them."""
+    """Positions [B, T] counted over a row's tokens without its padding."""
     if mask is None or mask.ndim != 2:
         return None
     past = 0 if token_cache is None else int(token_cache.get_seq_length())
@@ -155,7 +155,7 @@ def positions(mask: Tensor | None, input_ids: Tensor, token_cache: Any) -> Tenso
 
 
 def check_packing(mask: Tensor | None, position_ids: Any, use_cache: bool) -> None:
-    """Packed rows stay apart only without mask and cache; transformers would mix them without a word."""
+    """Refuse packed rows with a mask or a cache, with which transformers would silently mix documents."""
     if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
         got = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
         raise KoffError(f"position_ids must be a tensor [rows, tokens]; got {got}")

@@ -1,4 +1,4 @@
-"""A checkpoint of `koff fit` as a file that may come from anyone, and as the decomposition that it holds."""
+"""Read a checkpoint of `koff fit`, which may come from anyone, and make the decomposition that it holds."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,21 +17,21 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import options_of
 from koff_lightning.support.run_places import checkpoint_below, is_sharded
 
-PREFIX = "model."  # of the decomposition in the state dict of a KOFFModule
+PREFIX = "model."  # of the decomposition's tensors in the state dict of a KOFFModule
 _PARTS = ("koff", "hyper_parameters", "state_dict")
 _LEFT = "`koff fit` leaves one in runs/.../checkpoints/last.ckpt"
 _FIRST_VERSION = ("gates.", "memories.", "backbone.")  # 0.1.0 up to d37453a saved a decomposition without a prefix
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint of `koff fit`, on the CPU. Nothing in it is run: it may come from anyone.
+    """The content of a checkpoint of `koff fit`, on the CPU. It may come from anyone: nothing in it is run.
 
     Args:
         path: The file.
         mmap: Leave tensors on the disk until they are used.
 
     Raises:
-        KoffError: No such file, damaged, not of `koff fit`, or holding other values than a checkpoint of it.
+        KoffError: There is no such file, it is damaged or not of `koff fit`, or it holds values that are not allowed.
     """
     path = Path(path).expanduser()
     try:
@@ -65,7 +65,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def _about_folder(path: Path) -> str:
-    """What to do where a folder was given for a checkpoint."""
+    """The message for a folder that was given as a checkpoint."""
     if is_sharded(path):
         return (
             f"{path} is a folder, as sharded runs save: make one file of it with "
@@ -76,14 +76,14 @@ def _about_folder(path: Path) -> str:
 
 
 def check_content(checkpoint: dict[str, Any], where: str = "the checkpoint") -> None:
-    """Refuse other values than a checkpoint of `koff fit` has; tensors get the names that they have now, in place.
+    """Refuse values that no checkpoint of `koff fit` has. Tensors of earlier releases are renamed, in place.
 
     Args:
         checkpoint: Content of the file.
         where: Path of the file, for the message.
 
     Raises:
-        KoffError: A value is of another kind; the first is named.
+        KoffError: A value is not allowed; the first is named.
     """
     _rename_keys(checkpoint)
     if fault := fault_of(checkpoint):
@@ -91,7 +91,7 @@ def check_content(checkpoint: dict[str, Any], where: str = "the checkpoint") -> 
 
 
 def _rename_keys(checkpoint: dict[str, Any]) -> None:
-    """Give the tensors of a checkpoint of an earlier release the names that they have now, in place."""
+    """Rename the tensors of an earlier release's checkpoint to their present names, in place."""
     state = checkpoint.get("state_dict") or {}
     names = [str(name) for name in state]
     if any(name.startswith(_FIRST_VERSION) for name in names) and not any(name.startswith(PREFIX) for name in names):
@@ -106,10 +106,10 @@ def decomposition_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def target_of(checkpoint: Mapping[str, Any], sparsity: SparsitySpec) -> float:
-    """The sparsity at which a mask that is not fixed is cut, as its run had it.
+    """`Decomposition.target` of the checkpoint's run.
 
     Raises:
-        KoffError: There is a mask, but these options would leave it out.
+        KoffError: The checkpoint has a mask, and these options ask for none.
     """
     target = checkpoint["koff"]["target"]
     if target and not sparsity.target:
@@ -122,14 +122,14 @@ def target_of(checkpoint: Mapping[str, Any], sparsity: SparsitySpec) -> float:
 def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposition:
     """The decomposition that a checkpoint holds, on the CPU, ready to run.
 
-    The backbone is loaded without code of its own, whatever the run's options were.
+    The backbone is loaded without remote code, whatever the run's options were.
 
     Args:
         path: A `.ckpt` file of `koff fit`.
         backbone: Where the backbone is, if it is no longer where the run found it.
 
     Raises:
-        KoffError: No such file, not a checkpoint of `koff fit`, or a backbone that is missing or another one.
+        KoffError: There is no such file, it is not a checkpoint of `koff fit`, or its backbone is missing or differs.
     """
     path = Path(path).expanduser()
     checkpoint = read_checkpoint(path, mmap=True)
@@ -166,7 +166,7 @@ def from_checkpoint(path: str | Path, backbone: str | None = None) -> Decomposit
 
 
 def refuse_other_backbone(about: Mapping[str, Any], model: Decomposition, advice: str = "load that backbone") -> None:
-    """Raise KoffError, with `advice`, if what a checkpoint says `about` its backbone is not of this one."""
+    """Raise KoffError, with `advice`, if a checkpoint (its entry `koff`) belongs to another backbone."""
     if about["backbone_hash"] != model.backbone_hash:
         raise KoffError(
             f"the checkpoint belongs to backbone {about['backbone']!r} (hash {about['backbone_hash'][:12]}), "
@@ -177,13 +177,13 @@ def refuse_other_backbone(about: Mapping[str, Any], model: Decomposition, advice
 def refuse_other_tensors(
     there: Mapping[str, Tensor], here: Mapping[str, Tensor], needed: Iterable[str], others: Iterable[str] = ()
 ) -> None:
-    """Refuse a checkpoint that lacks something `needed`, or holds it in another shape or dtype, or holds more.
+    """Refuse a checkpoint whose tensors are not exactly the `needed` ones, with their shapes and dtypes.
 
     Args:
         there: Tensors of the checkpoint.
         here: State dict of the model.
-        needed: Names of those that the checkpoint must have.
-        others: Domains that the checkpoint has and the model does not, whose memories may be left out.
+        needed: Names of the tensors that the checkpoint must have.
+        others: Domains of the checkpoint that the model does not have: tensors of their memories may be there too.
 
     Raises:
         KoffError: A tensor is missing, has another shape or dtype, or is left over; the first one is named.
@@ -199,7 +199,7 @@ def refuse_other_tensors(
             f"the checkpoint does not fit this run: {odd[0]} has shape {list(there[odd[0]].shape)} there and "
             f"{list(here[odd[0]].shape)} here ({len(odd)} tensors in all): use the model options of that run"
         )
-    if odd := [name for name in needed if here[name].dtype != there[name].dtype]:
+    if odd := [name for name in needed if here[name].dtype != there[name].dtype]:  # torch would silently cast
         raise KoffError(
             f"the checkpoint does not fit this run: {odd[0]} is {there[odd[0]].dtype} there and "
             f"{here[odd[0]].dtype} here"
@@ -214,13 +214,13 @@ def refuse_other_tensors(
 
 
 def _may_stay(name: str, others: set[str]) -> bool:
-    """Whether a tensor may be left out: of another domain's memory, a penalty, or made when it is loaded."""
+    """Whether a tensor that is not needed is allowed: of a domain in `others`, of a penalty, or a mask's bias."""
     name = name.removeprefix(PREFIX)
     return name in ("gates.bias", "bias") or name.startswith("penalty.") or not others.isdisjoint(name.split("."))
 
 
 def reason_of(error: BaseException) -> str:
-    """What the system said, where torch covers it with words of its own."""
+    """The system's reason for an error, which torch may have wrapped."""
     cause: BaseException | None = error
     while cause is not None and not getattr(cause, "strerror", None):
         cause = cause.__cause__ or cause.__context__

@@ -47,7 +47,7 @@ from koff_lightning.support.names import AUTO
 
 Domains = str | Sequence[str | None] | None
 
-_CALLS = 4  # whose rows are remembered: texts that are continued in several caches take turns
+_CALLS = 4  # number of calls whose routes are kept, for texts that are continued in turn
 
 
 def load_decomposed(
@@ -261,7 +261,7 @@ class DecomposedModel(nn.Module):
         return load_memory(self.memories, Path(path).expanduser(), name, expect=self.manifest)
 
     def remove_memory(self, name: str) -> None:
-        """Drop a memory from the loaded ones and free its room."""
+        """Drop a loaded memory and free its tensors."""
         self._check_loaded([name])
         self.memories.remove(name)
         self._last = ()
@@ -295,9 +295,9 @@ class DecomposedModel(nn.Module):
         return chosen
 
     def _routes(self, chosen: Sequence[str | None], copies: int = 1) -> Routes:
-        """What a call reads. Those of a call not long ago for the same rows: they hold what decoding stacks."""
+        """The routes of a call. Recent ones for the same rows are used again, since they cache stacked tensors."""
         copied = [domain for domain in chosen for _ in range(copies)]
-        known = [(rows, routes) for rows, routes in self._last if routes.hold]
+        known = [(rows, routes) for rows, routes in self._last if routes.valid]
         found = next((one for one in known if one[0] == copied), None) or (copied, self.memories.routes_of(copied))
         self._last = (found, *[one for one in known if one is not found])[:_CALLS]  # anew, for threads that read it
         return found[1]
@@ -317,11 +317,11 @@ class DecomposedModel(nn.Module):
         save_artifact(self.backbone, self.memories, self.manifest, self.folder, Path(folder).expanduser())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DecomposedModel":
-        """Of `to`, `half`, `cuda` and the like: all moves, and of a dtype only the backbone's weights take notice.
+        """For `to`, `half`, `cuda` and the like: all tensors move, but only the backbone's weights change their dtype.
 
-        As after loading in that dtype: memories stay fp32, and so do the frequencies of the rotary embedding.
+        As after loading in that dtype, memories and the frequencies of the rotary embedding stay fp32.
         """
-        self._last = ()  # what was stacked stays behind when the model moves
+        self._last = ()  # cached tensors do not move along
         memories = [*self.memories.lora_parameters(), *self.memories.kv_parameters()]
         exact = {id(tensor) for tensor in (*self.buffers(), *memories, *(p.grad for p in memories))}
 
@@ -332,7 +332,7 @@ class DecomposedModel(nn.Module):
         return super()._apply(moved, *args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; with `assign=True` tensors are replaced, and what was stacked is of the old ones."""
+        """As torch's. Drops cached tensors: with `assign=True` those of the model are replaced."""
         self._last = ()
         return super().load_state_dict(*args, **kwargs)
 

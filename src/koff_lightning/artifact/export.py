@@ -1,6 +1,6 @@
-"""Turn a decomposition into an artifact: check that it can be done, write it in full, prove it, or leave nothing.
+"""Turn a decomposition into an artifact: check that this is possible, write it in full and prove it, or leave nothing.
 
-Every tensor that is written is a copy or is only read; the module stays as it is.
+The module stays as it is.
 """
 
 import json
@@ -63,14 +63,14 @@ def export(
     Args:
         module: With its mask fixed, or one that learned none.
         out: The artifact's folder. It appears there in full, or not at all.
-        layout: How the backbone is stored (layouts.py); by default as `sparsity.layout` was trained for.
-        domain: Whose LoRA to fold in, for layout `merged`.
+        layout: How the backbone is stored (layouts.py); by default `sparsity.layout`.
+        domain: Domain whose LoRA is merged into the weights, for layout `merged`.
         with_code: Put the code of the koff_* model types beside the weights, for people without koff-lightning.
         overwrite: Replace an artifact that is there.
         prove: Load the artifact in a fresh process and compare it with the module.
         config: Resolved options of the run, for the manifest; what looks like a secret is left out.
-        begun: The process that proves it, if it was started already (`proof.begin`).
-        results: `results.json` of the run, for the model card, where it is of this very model.
+        begun: The process that compares, if it was started already (`proof.begin`).
+        results: `results.json` of the run, for the model card, if it is about this very model.
 
     Returns:
         The proof's report, as in `export_report.json`.
@@ -103,7 +103,7 @@ def export(
 
 
 def summary(out: Path, report: proof.Report) -> str:
-    """What was written and what the proof found, in a line."""
+    """One line on what was written and what the proof found."""
     manifest = read_manifest(out)
     size = manifest.parameters
     found, count = "not proven", len(size["active"])
@@ -148,13 +148,13 @@ def _check(module: Decomposition, layout: Layout, domain: str | None, with_code:
 
 
 def _to_write(module: Decomposition) -> Iterator[tuple[str, Tensor]]:
-    """What training has made of the artifact: memories and compensation, by their names in the state dict."""
+    """The trained tensors of the artifact, memories and biases, by their names in the state dict."""
     parts = ("memories.", "gates.bias")
     return ((n, t) for n, t in module.state_dict().items() if n.startswith(parts) or ".lora_A." in n or ".lora_B." in n)
 
 
 def _memories(module: Decomposition, merged: str | None) -> dict[str, str]:
-    """Name of each memory to write -> a domain that reads it; a shared memory is written once."""
+    """Name of each memory to write -> a domain that reads it. A shared memory is written once."""
     if merged is not None:
         return {merged: merged}
     if module.lora is None and module.kv is None:
@@ -166,7 +166,7 @@ def _memories(module: Decomposition, merged: str | None) -> dict[str, str]:
 
 
 def _set_aside(folder: Path, out: Path) -> Path:
-    """Keep what failed, for whoever wants to know why."""
+    """Keep what failed in `out` + `.failed`, to look at."""
     failed = out.with_name(f"{out.name}.failed")
     check_free(failed, overwrite=True)
     shutil.rmtree(failed, ignore_errors=True)  # of an earlier export
@@ -178,14 +178,14 @@ def _set_aside(folder: Path, out: Path) -> Path:
 
 @dataclass(frozen=True)
 class Order:
-    """All that an export needs to know.
+    """What to export and how.
 
     Args:
         module: The decomposition.
         layout: How the backbone is stored.
         memories: Name of each memory -> a domain of the module that reads it.
-        merged: The domain whose LoRA is folded into the weights, or None.
-        with_code: Whether the code of the koff_* model types goes with them.
+        merged: The domain whose LoRA is merged into the weights, or None.
+        with_code: Whether the code of the koff_* model types is put beside the weights.
         tokenizer: Tokenizer of the backbone.
         config: Resolved options of the run, or None.
         results: What the run scored, or None.
@@ -202,7 +202,7 @@ class Order:
 
     @property
     def kept(self) -> Tensor:
-        """The mask, bool [U] on the CPU; all of it where none was learned."""
+        """The mask, bool [U] on the CPU; all True if none was learned."""
         gates = self.module.gates
         return gates.kept.cpu() if gates.hardened else torch.ones_like(gates.kept, device="cpu")
 
@@ -213,7 +213,7 @@ class Order:
 
     @cached_property
     def base(self) -> dict[str, Any]:
-        """Name and hash of the dense model that was cut."""
+        """Name and hashes of the dense model."""
         model = self.module.backbone
         return {
             "id": self.module.source,
@@ -276,7 +276,7 @@ def _write_weights(order: Order, folder: Path) -> Config:
 
 
 def _write_companions(order: Order, folder: Path, config: Config) -> None:
-    """What makes a folder of weights a model: config, generation config, tokenizer with chat template, licence."""
+    """The files beside the weights: config, generation config, tokenizer with chat template, licence."""
     values = dict(config) if isinstance(config, dict) else config.to_diff_dict()  # as save_pretrained writes it
     if order.with_code and (kinds := _classes(values["model_type"])):
         values |= {"auto_map": {auto: f"{_CODE.stem}.{kind.__name__}" for auto, kind in kinds.items()}}
@@ -289,7 +289,7 @@ def _write_companions(order: Order, folder: Path, config: Config) -> None:
 
 
 def _classes(model_type: str) -> dict[str, type]:
-    """Our classes for a model type, by the Auto class that finds them; none for a plain family."""
+    """Our classes for a model type, by the Auto class that loads them; none for a plain family."""
     if model_type == modeling_koff.KoffDeciConfig.model_type:
         return {"AutoConfig": modeling_koff.KoffDeciConfig}
     family = model_type.removeprefix("koff_")
@@ -343,7 +343,7 @@ def _manifest(order: Order, domains: dict[str, dict[str, Any]], backbone: int) -
 
 
 def _physical(module: Decomposition, backbone: int) -> dict[str, float]:
-    """What this export really lacks against the dense model, where the rest of `sparsity` is nominal."""
+    """Parameters by which this export is smaller than the dense model; the rest of `sparsity` is nominal."""
     sizes = module.budget.denominators
     gone = sizes["total"] - backbone
     return {"parameters": gone, "body": gone / sizes["body"], "total": gone / sizes["total"]}

@@ -1,8 +1,8 @@
-"""Layouts: the forms in which a cut backbone and its memories are stored, one class each.
+"""Layouts: the ways in which a pruned backbone and its memories can be stored, one class each.
 
-A layout decides which units the files have a place for, and from that follow the shapes of weights and memories: a
-removed unit that has a place is zeros, one that has none is cut out. It also decides what config.json says, and what
-can be done with the artifact afterwards.
+A layout decides which units the files hold (`held`). That gives the shapes of weights and memories: removed units that
+are held are zeros, the other removed units are cut out. It also decides what config.json says, and what can be done
+with the artifact later.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from koff_lightning.support.json_files import read_json_object
 from koff_lightning.surgery import State, cut_kv, cut_state, grow_kv, grow_state, masks, with_bias, zero_kv, zero_state
 
 Groups = Sequence[PrunableGroup]
-Config = PreTrainedConfig | dict[str, Any]  # the content of config.json where transformers has no class for it
+Config = PreTrainedConfig | dict[str, Any]  # a dict (the content of config.json) if transformers has no class for it
 Memory = tuple[State | None, State | None]  # adapter and KV memory, None where there is none
 Widths = list[dict[str, int]]  # of each layer, by the config's own names
 
@@ -35,15 +35,15 @@ class Layout:
 
     Attributes:
         name: In options and in the manifest.
-        about: What it means, for the model card; `{domain}` is the one that is folded in.
-        shapes: What its memories are shaped for, as their cards say: `cut` (removed units are gone), `full` (they are
-            zeros) or `deci` (FFN units are gone up to the format's granularity, attention is full).
-        folds: The LoRA of one domain is part of the weights, so that there is no model without that memory.
-        takes_domains: Memories can be trained on it later. Not where removed units are zeros: a new adapter would let
-            them speak again.
-        takes_biases: It has a place for the biases that make up for removed units.
-        has_code: It may be of a model type of ours, whose code can go with it.
-        in_transformers: transformers runs the backbone as it is stored.
+        about: What it means, for the model card; `{domain}` is the merged one.
+        shapes: Shapes of its memories, as their cards say: `cut` (removed units are gone), `full` (they are zeros) or
+            `deci` (FFN units are gone up to the format's granularity, attention is full).
+        folds: Whether the LoRA of one domain is merged into the weights, so that there is no model without it.
+        takes_domains: Whether memories can be trained on it later. Not if removed units are zeros: a new adapter could
+            bring them back.
+        takes_biases: Whether it can store the biases that stand in for removed units.
+        has_code: Whether it may have a model type of ours, whose code can be stored with it.
+        in_transformers: Whether transformers can run the backbone as it is stored.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Layout:
     in_transformers = True
 
     def held(self, groups: Groups, kept: Tensor) -> Tensor:
-        """The units that the files have a place for, bool [U]; the others are cut out."""
+        """The units that the files hold, bool [U]; the others are cut out."""
         return kept
 
     def config(self, config: PreTrainedConfig, dtype: str | None, widths: Widths, biases: list[str]) -> Config:
@@ -65,11 +65,11 @@ class Layout:
         Args:
             config: Config of the model that was cut.
             dtype: Dtype of its weights.
-            widths: What the files hold of each layer.
-            biases: Paths, inside a layer, of the linears that have a bias by compensation.
+            widths: Widths of each layer in the files.
+            biases: Paths, inside a layer, of the linears that have a bias in place of removed units.
 
         Raises:
-            KoffError: The layout has no way to write this config down.
+            KoffError: The layout cannot express this config.
         """
         raise NotImplementedError
 
@@ -85,10 +85,10 @@ class Layout:
 
         Args:
             config: Config of the model that the groups were listed from.
-            state: Its weights under the plain model's names (where the layout folds, after `surgery.merge_lora`).
+            state: Its weights under the plain model's names; if the layout folds, after `surgery.merge_lora`.
             groups: Its prunable units.
             kept: Hard mask, bool [U].
-            bias: What the removed units leave behind at the output of each group's consumer, [groups, d].
+            bias: Added to the output of each group's consumer in place of the removed units, [groups, d].
 
         Raises:
             KoffError: The layout cannot express this model or this mask.
@@ -123,7 +123,7 @@ class Layout:
     def dense_memory(
         self, lora: Mapping[str, Tensor] | None, kv: Mapping[str, Tensor] | None, groups: Groups, kept: Tensor
     ) -> Memory:
-        """A stored memory in the dense model's shapes again, zeros for what is not stored; arguments as of `memory`."""
+        """A stored memory in the dense model's shapes, with zeros for what is not stored; arguments as of `memory`."""
         held = self.held(groups, kept)
         return lora and grow_state(lora, groups, held), kv and grow_kv(kv, groups, held)
 
@@ -175,7 +175,7 @@ class Masked(Ragged):
 
 
 class Merged(Ragged):
-    """As `Ragged`, with one domain's LoRA folded into the weights beforehand; of its memory only the slots are left."""
+    """As `Ragged`, with one domain's LoRA merged into the weights; of its memory only the slots are stored."""
 
     name = "merged"
     about = "every layer has its own widths; the LoRA of {domain} is part of the weights"
@@ -185,7 +185,7 @@ class Merged(Ragged):
     def memory(
         self, lora: Mapping[str, Tensor] | None, kv: Mapping[str, Tensor] | None, groups: Groups, kept: Tensor
     ) -> Memory:
-        """As of `Layout`, without the adapter, which is in the weights."""
+        """As `Layout.memory`, without the adapter, which is in the weights."""
         return super().memory(None, kv, groups, kept)
 
 
@@ -217,16 +217,16 @@ class Uniform(Layout):
 
 
 class Deci(Layout):
-    """The block configs of DeciLM and Nemotron-NAS (`DeciLMForCausalLM`): FFN widths of its own for every layer.
+    """The block configs of DeciLM and Nemotron-NAS (`DeciLMForCausalLM`), in which every layer has its own FFN width.
 
-    Read off the engines' loaders: vLLM's and SGLang's `nemotron_nas.py`, llama.cpp's `DeciModel` converter. What
-    follows from them:
+    The format follows from the engines that read it: vLLM's and SGLang's `nemotron_nas.py`, llama.cpp's `DeciModel`
+    converter.
 
-    * An FFN width is written as `ffn_mult`, which readers turn into int(2 ffn_mult hidden / 3) rounded up to a multiple
-      of 256. Widths are therefore raised to such a multiple, with removed neurons that stay as zeros. If the model's
-      own width is no such multiple, the exact `intermediate_size` is written, which of the three only vLLM reads.
-    * Query heads are a property of the whole model, so removed kv groups stay as zeros.
-    * There is no place for q/k norms (Qwen3) or sliding windows. Biases on q, k, v alone (Qwen2) are `qkv_bias`.
+    * An FFN width is written as `ffn_mult`, from which readers compute int(2 ffn_mult hidden / 3), rounded up to a
+      multiple of 256. So widths are raised to such a multiple by removed neurons that stay as zeros. If the dense width
+      is no such multiple, the exact `intermediate_size` is written, which of the three only vLLM reads.
+    * The number of query heads is one for the whole model, so removed kv groups stay as zeros.
+    * There are no q/k norms (Qwen3) and no sliding windows. Biases on q, k, v alone (Qwen2) are `qkv_bias`.
     """
 
     name = "deci"
@@ -241,7 +241,7 @@ class Deci(Layout):
     _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers")
 
     def held(self, groups: Groups, kept: Tensor) -> Tensor:
-        """All kv groups, the kept neurons, and as many removed ones as fill up the granularity."""
+        """All kv groups, the kept neurons, and removed neurons up to the next multiple of `STEP`."""
         parts = []
         for group, mask in masks(groups, kept):
             if group.kind != "channel":
@@ -299,16 +299,16 @@ class Deci(Layout):
         return {"attention": {"n_heads_in_group": group} | used, "ffn": size | used}
 
     def read_config(self, folder: Path, family: str) -> PreTrainedConfig:
-        """As a koff_* model, which holds the same tensors; transformers has no class for block configs."""
+        """As a koff_* model, which has the same tensors: transformers has no class for block configs."""
         entries = read_json_object(folder / "config.json")
         check_config(entries, str(folder))
         return self.ragged_config(entries, family)
 
     def ragged_config(self, values: dict[str, Any], family: str) -> PreTrainedConfig:
-        """The config of the koff_* model that has the tensors of the one with this config.json.
+        """The config of the koff_* model with the same tensors, from the values of config.json.
 
         Raises:
-            KoffError: It is not of the kind written here.
+            KoffError: They are not as `config` writes them.
         """
         try:
             heads, hidden = values["num_attention_heads"], values["hidden_size"]
@@ -348,7 +348,7 @@ def layout_named(name: object) -> Layout:
 
 
 def layer_widths(config: PreTrainedConfig, groups: Groups, held: Tensor) -> Widths:
-    """The widths of every layer once the other units are gone, under the config's own names for them.
+    """The widths of every layer when only the `held` units are left, by the config's own names.
 
     Raises:
         KoffError: A layer would lose all its units of a kind.
@@ -368,7 +368,7 @@ def layer_widths(config: PreTrainedConfig, groups: Groups, held: Tensor) -> Widt
 
 
 def _copied(model_type: str, config: PreTrainedConfig, dtype: str | None, **widths: Any) -> PreTrainedConfig:
-    """A copy of a config as another model type, as it should be found on disk."""
+    """A copy of a config with another model type, for config.json."""
     values = config.to_dict()
     gone = ["model_type", "quantization_config", "transformers_version", "auto_map", "_name_or_path"]
     for name in gone if model_type == config.model_type else [*gone, "koff_layers"]:

@@ -20,8 +20,8 @@ class AnnealSparsity(Callback):
     Args:
         warmup: Share of all steps before the ramp, in which memories train on the dense model.
         ramp: Share in which the target rises from 0.
-        hold: Share at the full target before the mask is fixed; what remains consolidates the memories. None
-            to hold it to the end: the mask is fixed after the last step.
+        hold: Share at the full target before the mask is fixed; in the remaining steps memories train under the fixed
+            mask. None holds the target to the end: the mask is fixed after the last step.
         shape: How the target rises during the ramp.
     """
 
@@ -35,19 +35,19 @@ class AnnealSparsity(Callback):
         check_anneal(warmup, ramp, hold, shape)
         self.fractions = {"warmup": warmup, "ramp": ramp, "hold": hold}
         self.shape = shape
-        self._steps: int | None = None  # that the run which goes on was laid out over
-        self._begun: dict[str, Any] | None = None  # its course
-        self._used: dict[str, float] = {}  # state of the mask that the present step computes with
+        self._steps: int | None = None  # steps of the schedule; of a resumed run, from its checkpoint
+        self._begun: dict[str, Any] | None = None  # options with which a resumed run began, from its checkpoint
+        self._used: dict[str, float] = {}  # state of the mask in the present step, for the log
 
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
-        """Lay out the schedule over the run's steps (kept from the checkpoint when a run goes on)."""
+        """Lay out the schedule over the run's steps; a resumed run keeps the steps of its checkpoint."""
         asked = total_steps(trainer)
-        if trainer.ckpt_path is None:  # another run with this callback, before
+        if trainer.ckpt_path is None:  # forget an earlier run with this callback
             self._steps = self._begun = None
         self._steps = self._steps or asked
         shares = self.fractions
         if trainer.fast_dev_run and trainer.ckpt_path is None and shares["hold"] is not None:
-            shares = {"warmup": 0.0, "ramp": 1 / asked, "hold": 0.0}  # a step of the mask, the others as a run ends
+            shares = {"warmup": 0.0, "ramp": 1 / asked, "hold": 0.0}  # one step with the mask, then fixed
         schedule = SparsitySchedule(pl_module.sparsity.target, self._steps, **shares, shape=self.shape)
         if not pl_module.mask_is_fixed:
             self._refuse_other_course(schedule, asked, bool(trainer.fast_dev_run))
@@ -101,7 +101,7 @@ class AnnealSparsity(Callback):
         pl_module.log_dict(self._used, batch_size=1)
 
     def _order_unlearned(self, module: KOFFModule) -> None:
-        """Order the logits of a mask that no step has learned: by what the warm-up has observed, or by chance."""
+        """Order the logits of a mask that no step learns: by the Fisher scores of the warm-up, else at random."""
         gates = module.model.gates
         if gates.order is None and gates.importance.sum() == 0:
             rank_zero_warn(
@@ -115,7 +115,7 @@ class AnnealSparsity(Callback):
     @staticmethod
     @torch.no_grad()
     def state_of_mask(module: KOFFModule) -> dict[str, float]:
-        """Target, expected sparsity, sparsity of the gates more often closed than open, multipliers, temperature."""
+        """For the log: target, soft and hard sparsity, temperature of the gates, multipliers of the penalty."""
         model = module.model
         expected, realised = float(model.expected_sparsity()), model.realised_sparsity()
         if module.phase == "warmup":  # all gates stand at one, whatever their logits
@@ -129,13 +129,13 @@ class AnnealSparsity(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's length, so that a resumed run keeps its course even if asked for more steps; and the rest."""
+        """Steps and options of the schedule: a resumed run keeps them, even if it is asked for more steps."""
         return {"steps": self._steps, "course": self._course()}
 
     def _course(self) -> dict[str, Any]:
         return self.fractions | {"shape": self.shape}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it; `on_fit_start` lays out the rest."""
+        """Restore steps and options; `on_fit_start` makes the schedule."""
         self._steps = state["steps"]
         self._begun = state.get("course")  # older checkpoints do not say

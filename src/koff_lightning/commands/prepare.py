@@ -13,7 +13,7 @@ from koff_lightning.data import DomainDataModule, check_vocabulary
 from koff_lightning.data.packing import PackedRows
 from koff_lightning.data.teacher import stored_bytes
 from koff_lightning.loading import fingerprint, load_backbone
-from koff_lightning.losses import TopK, at_once, check_top_k, is_slow, top_k_of
+from koff_lightning.losses import TopK, check_top_k, chunk_size, is_slow, top_k_of
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import is_asked
 
@@ -121,5 +121,5 @@ def _likeliest(backbone: PreTrainedModel, batch: dict[str, Any], k: int, chunk: 
         head = backbone.get_output_embeddings().weight
         if is_slow(head):
             hidden, head = hidden.float(), head.float()
-        seen = [top_k_of(part, head, k) for part in hidden.split(at_once(head, chunk))]
+        seen = [top_k_of(part, head, k) for part in hidden.split(chunk_size(head, chunk))]
     return TopK(torch.cat([part.index for part in seen]), torch.cat([part.log_q for part in seen]))

@@ -1,9 +1,9 @@
-"""Tokenised text on disk: made once by `koff prepare`, then mapped into memory by every run that wants just this.
+"""Tokenised text on disk: made once by `koff prepare`, then mapped into memory by every run that needs it.
 
-An entry's name is a hash of all that its content depends on: the bytes of the files and their format, how they are
-read and split, the tokenizer, the length of rows, the release of this package. It appears in full or not at all, and a
-second builder of the same entry waits for the first. Its files are listed in it with size and hash: runs look at the
-sizes; `koff prepare` reads them through and makes a damaged entry anew.
+The name of an entry is a hash of all that its content depends on: the bytes of the files and their format, how they are
+read and split, the tokenizer, the length of rows, the release of this package. An entry appears in full or not at all,
+and a second builder of the same entry waits for the first. It lists its files with size and hash: runs check the sizes;
+`koff prepare` checks the hashes and makes a damaged entry again.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ from koff_lightning.support.files import hash_file, lock, new_folder, write_atom
 
 MANIFEST = "entry.json"  # of an entry: its files with size and SHA-256
 ARRAYS = ("tokens", "starts", "first_segment", "documents", "shares", "predicted")  # of PackedRows
-OPENING = ("inside", "start")  # of those that begin with a start token inside of documents
-NOTABLE, MOSTLY = 0.01, 0.5  # shares of a text that a tokenizer does not know: said, refused
-DIGESTS = "digests.json"  # of files whose size and time of change are still the same
+OPENING = ("inside", "start")  # of PackedRows too, if rows inside of documents begin with a start token
+NOTABLE, MOSTLY = 0.01, 0.5  # shares of a text that a tokenizer does not know, from which it warns and refuses
+DIGESTS = "digests.json"  # hashes of text files, valid while size and time of change are the same
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def domain_rows(
         tokenizer: Tokenizer of the backbone.
         seq_len: Tokens per row.
         append_eos: Put the end token behind each training document; a talk ends as its template ends it.
-        chat: Texts are talks, and what of them is predicted.
+        chat: If texts are talks: what of them is predicted.
         on_bad: Called with what is wrong with a talk.
-        tokenise: How text that is no talk becomes tokens.
-        open_with_start: With what rows that open inside a document begin, see `pack`.
+        tokenise: Tokenises texts that are no talks.
+        open_with_start: `start` of `pack`.
 
     Raises:
         KoffError: A side has no document that is two tokens or longer, or the tokenizer cannot read most of it.
@@ -84,7 +84,7 @@ def domain_rows(
         if not len(stream.tokens):
             raise KoffError(f"domain '{name}': no {split} document is two tokens or longer; give it longer text")
         _check_known(name, split, stream)
-    pad_id = tokenizer.pad_token_id or 0  # never predicted nor attended to: any token serves
+    pad_id = tokenizer.pad_token_id or 0  # never predicted nor attended to, so any token will do
     how = {"pad_id": pad_id, "start": open_with_start}
     rows, heldout_rows = (pack(s, seq_len, overlap=s is heldout, **how) for s in (train, heldout))
     if not len(rows):
@@ -93,7 +93,7 @@ def domain_rows(
 
 
 def _check_known(name: str, split: str, stream: TokenStream) -> None:
-    """Say it where a tokenizer without byte fallback cannot read a part of a text; refuse where it cannot most of it.
+    """Warn if a tokenizer without byte fallback does not know a part of a text, and refuse if it is most of it.
 
     Raises:
         KoffError: More than `MOSTLY` of the bytes are unknown.
@@ -114,7 +114,7 @@ def _check_known(name: str, split: str, stream: TokenStream) -> None:
 
 
 def _unpacked(rows: PackedRows, lengths: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> TokenStream:
-    """The documents that training rows hold, without a second copy of their tokens."""
+    """The documents in training rows, as a view of the rows' tokens."""
     return TokenStream(rows.tokens.reshape(-1)[: lengths.sum()], lengths, num_bytes)
 
 
@@ -155,9 +155,9 @@ class TokenCache:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def _digests(self, files: list[Path | RemoteFile]) -> list[list[str]]:
-        """Format, suffix and SHA-256 of each file; the last read again only where size or time of change are others.
+        """Format, suffix and SHA-256 of each file, read again only if its size or time of change differ from the last.
 
-        Of files elsewhere what their server says of their version.
+        For remote files the version that their server states.
         """
         known, new, found = read_own(self.folder / DIGESTS), {}, []
         for file in files:
@@ -178,7 +178,7 @@ class TokenCache:
         return found
 
     def _remember(self, digests: dict[str, Any]) -> None:
-        """Keep digests where the folder can be written; of two writers at once one is forgotten."""
+        """Save digests if the folder can be written; if two write at once, one is lost."""
         with suppress(KoffError):
             write_atomically(self.folder / DIGESTS, json.dumps(digests))
 
@@ -236,7 +236,7 @@ class TokenCache:
 
 @contextmanager
 def alone_with(folder: Path, key: str) -> Iterator[None]:
-    """Wait until no other process builds this entry; a lock goes with its process, however that ends.
+    """Wait until no other process builds this entry; a process that ends in any way frees its lock.
 
     Raises:
         KoffError: The disk does not take it.
@@ -267,7 +267,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def read_own(path: Path) -> dict[str, Any]:
-    """What a file of ours holds; nothing where there is none or it cannot be read."""
+    """The content of a JSON file of ours; empty if there is none or it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -37,9 +37,9 @@ SAMPLE = 2**18  # bytes of a streamed domain's training text that are read at on
 class DomainDataModule(LightningDataModule):
     """Text of several domains, tokenised, packed into rows and mixed into batches.
 
-    Training rows of all domains are mixed by weight; every batch holds every domain when it has room for all, else
-    every optimizer step does where it can. Held-out rows come domain by domain, each token predicted exactly once; in a
-    test general text follows, as `general/NAME`. Text is kept in memory (5 bytes per token), or streamed in training.
+    Training rows are mixed by the domains' weights: every batch holds all domains if it has room for them, else every
+    optimizer step if it can. Held-out rows come domain by domain, each token predicted exactly once; in a test, general
+    text follows as `general/NAME`. Text is kept in memory (5 bytes per token), or streamed in training.
 
     Batches are dicts: input_ids [B, T], labels [B, T] (aligned with input_ids; -100 = not predicted), position_ids
     [B, T] (restart at each document; absent when no row holds more than one), domains (B names), num_bytes [B] (UTF-8
@@ -140,7 +140,7 @@ class DomainDataModule(LightningDataModule):
         return list(self.sources)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, tokenise and pack all text; later calls find it done.
+        """Read, tokenise and pack all text, once: later calls do nothing.
 
         Raises:
             KoffError: Bad files or lines, a domain without training or held-out text, or no tokenizer.
@@ -160,17 +160,17 @@ class DomainDataModule(LightningDataModule):
             self._documents[name], self._train[name], self._heldout[name] = rows.documents, rows.train, rows.heldout
 
     def texts(self) -> dict[str, Texts]:
-        """Training and held-out text of every domain, read anew; of what is streamed a sample of the training text.
+        """Training and held-out text of every domain, read again; when streaming, a sample of the training text.
 
         Raises:
-            KoffError: As `setup`, but no tokenizer is asked.
+            KoffError: As `setup`, but no tokenizer is needed.
         """
         refuse_missing_files(self.sources)
         read = self._split_streamed if self.streaming else self._read_all
         return {name: read(name, source) for name, source in self.sources.items()}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-        """Tokenise all text into the cache; returns, by domain, whether that was still to be done.
+        """Tokenise all text into the cache; returns, by domain, whether this was still to do.
 
         Raises:
             KoffError: As `setup`; or the text is streamed.
@@ -184,7 +184,7 @@ class DomainDataModule(LightningDataModule):
         return made | {f"retention {name}": is_new for name, is_new in more.items()}
 
     def tokenise(self, name: str) -> bool:
-        """Put a domain's rows into the cache; whether that was still to be done."""
+        """Put a domain's rows into the cache; returns whether this was still to do."""
         source = self.sources[name]
         return self.cache.build(self._key(source), partial(self._make, name, source))
 
@@ -210,7 +210,7 @@ class DomainDataModule(LightningDataModule):
 
     @property
     def _opening(self) -> dict[str, int]:
-        """The token with which rows that open inside a document begin; nothing where they go on as the text does."""
+        """The start token of rows that open inside a document (see packing.py), as an argument; none: no argument."""
         start = opening(self.tokenizer) if self.open_with_start and self.tokenizer is not None else None
         return {} if start is None else {"open_with_start": start}
 
@@ -291,11 +291,11 @@ class DomainDataModule(LightningDataModule):
 
     @property
     def teachers(self) -> TeacherStore:
-        """Stored teachers of this text."""
+        """Where the teachers that `koff prepare --teacher` stores for this text are."""
         return TeacherStore(self.cache.folder / FOLDER)
 
     def belongs(self, rows: PackedRows, backbone_hash: str) -> Belongs:
-        """What a stored teacher of these rows belongs to."""
+        """What a stored teacher of these rows was made of, and must match."""
         return Belongs(backbone_hash, fingerprint(self.tokenizer), self.seq_len, rows_hash(rows))
 
     def training_rows(self) -> dict[str, PackedRows]:
@@ -303,14 +303,14 @@ class DomainDataModule(LightningDataModule):
         return {name: self.cache.load(self._key(source)).train for name, source in self.sources.items()}
 
     def take_stored_teacher(self, backbone_hash: str, k: int) -> None:
-        """Let training batches bring what `koff prepare --teacher` has stored of the likeliest k tokens.
+        """Add to training batches the dense model's k likeliest tokens, as `koff prepare --teacher` has stored them.
 
         Args:
             backbone_hash: Hash of the dense model's weights.
-            k: Tokens at each place.
+            k: Number of tokens at each place.
 
         Raises:
-            KoffError: It is not there, or is of something else; or the text is streamed.
+            KoffError: They are not stored, or belong to other text or another model; or the text is streamed.
         """
         require(
             not self.streaming,
@@ -321,7 +321,7 @@ class DomainDataModule(LightningDataModule):
             self._teachers[name] = self.teachers.load(name, self.belongs(rows, backbone_hash), k)
 
     def _reading(self) -> Reading:
-        """What is streamed; its identity names what the place in a stream depends on."""
+        """What is streamed. Its identity is all that a place in the stream depends on: a resumed run compares it."""
         split = [self.heldout_fraction, self.max_heldout_bytes, self.on_bad_line] + ["append_eos"] * self.append_eos
         identity = {"tokenizer": fingerprint(self.tokenizer), "seq_len": self.seq_len, **self._opening}
         for name, text in self._texts.items():
@@ -338,7 +338,7 @@ class DomainDataModule(LightningDataModule):
         )
 
     def _window(self, accumulate: int) -> int:
-        """Batches that together hold every domain by its share: one if that will do, else an optimizer step's."""
+        """Number of batches that together hold every domain by its share: 1 if possible, else an optimizer step's."""
         needed = least_window(self.shares.values(), self.batch_size)
         return accumulate if 1 < needed <= accumulate else needed
 
@@ -366,12 +366,12 @@ class DomainDataModule(LightningDataModule):
         return most_tokens(self._train)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: what tells other general text, where steps take it; the loader keeps all else."""
+        """For a checkpoint: digests of the general text, if steps train on it. All other state is the loader's."""
         trained = getattr(self.trainer and self.trainer.lightning_module, "retention", None) and self.general
         return {"retention": {name: rows.digest for name, rows in trained._train.items()}} if trained else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse to train on with other general text: the number of a row would mean another."""
+        """Refuse to resume training with other general text, whose rows would have other numbers."""
         if self.trainer is not None and self.trainer.training and (there := state.get("retention")):
             here = self.state_dict().get("retention")
             require(
@@ -381,18 +381,18 @@ class DomainDataModule(LightningDataModule):
             )
 
     def cut_documents(self) -> dict[str, tuple[int, int]]:
-        """By domain, how many training documents lie in several rows, of how many; when streaming, in a sample."""
+        """By domain: training documents that lie in several rows, and all of them; when streaming, of a sample."""
         return {name: (rows.cut, len(self._documents[name].lengths)) for name, rows in self._train.items()}
 
     def _place(self) -> tuple[int, int]:
-        """Rank and world size among processes that see different data (not the tensor-parallel ones)."""
+        """Rank and world size among the processes that read different data; tensor-parallel ones read the same."""
         if self.trainer is None or self.trainer.world_size == 1:
             return 0, 1
         place = self.trainer.strategy.distributed_sampler_kwargs
         return place["rank"], place["num_replicas"]
 
     def sample_ids(self, domain: str, num_tokens: int) -> torch.Tensor:
-        """Tokens of training text from which to initialise a memory of `domain`, [num_tokens]: see `sampled_chunks`."""
+        """Token ids [num_tokens] of training text, to initialise a memory of `domain`: see `sampled_chunks`."""
         known = ", ".join(self._documents)
         require(domain in self._documents, f"the model has the domain {domain!r}, and the data only {known}: give both")
         start = None if self.tokenizer is None else self.tokenizer.bos_token_id

@@ -1,8 +1,8 @@
 """Text -> token ids: of documents, which a model is trained and scored on, and of prompts, which it continues.
 
-One rule for all of them: the tokenizer's start token stands first, once, wherever the tokenizer has one, and no end
-token follows. What a tokenizer puts around text by itself is not asked: an end token behind a prompt makes a model go
-on after the end, and a start token that is there in training must be there afterwards.
+One rule for both: the tokenizer's start token comes first, once, if the tokenizer has one, and no end token follows.
+The special tokens that a tokenizer adds by itself are not used: after an end token behind a prompt a model would go on
+with another text, and if training has a start token, prompts must have one too.
 """
 
 import hashlib
@@ -38,10 +38,9 @@ class TokenStream:
     tokens: NDArray[np.int32]  # [N]
     lengths: NDArray[np.int64]  # [D] tokens of each document, 2 or more
     num_bytes: NDArray[np.int64]  # [D] UTF-8 bytes of each document's text that is predicted and known
-    # [D] UTF-8 bytes of each document's text in whose place the unknown token stands or nothing; empty where nobody
-    # counted
+    # [D] UTF-8 bytes of each document's text that became the unknown token, or no token; empty if not counted
     unknown_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    # [N] tokens that are predicted where anything stands before them in their row; empty where all are
+    # [N] False for tokens that are not to be predicted, as a talk's questions; empty if all are
     predicted: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
 
     @property
@@ -51,20 +50,20 @@ class TokenStream:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides which tokens a text becomes, and what is put before and after them."""
+    """A hash of all that a text's tokens depend on, special tokens included."""
     what = f"{tokenizer.bos_token_id} {tokenizer.pad_token_id} {tokenizer_hash(tokenizer)}"
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands before every document and every prompt: the start token, if there is one."""
+    """The token ids before every document and every prompt: the start token, or none."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The start token of a tokenizer that puts it before text by itself: its model has seen it before all text.
+    """The start token, if the tokenizer itself puts it before text: then its model has seen it before all text.
 
-    None for one that has a start token to tell documents apart, as SmolLM2's, or that has none, as Qwen's.
+    None if the start token only separates documents, as SmolLM2's, or if there is none, as in Qwen.
     """
     start = tokenizer.bos_token_id
     ids, plain = (encode(tokenizer, "a", add_special_tokens=added)["input_ids"] for added in (True, False))
@@ -72,17 +71,18 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> BatchEncoding:
-    """What a tokenizer makes of text or texts, in bounded time: its patterns come with the model, from anyone.
+    """Call the tokenizer on one text or several, in bounded time.
 
-    A pattern that goes back and forth is ended by the library after ten million steps, but at each character anew.
+    A tokenizer.json from anyone may hold a regular expression that backtracks without end: the library stops that after
+    ten million steps, but starts again at the next character.
 
     Args:
         tokenizer: Of the backbone.
-        text: To be encoded; of long text parts, as `tokenize` has them.
+        text: What to encode; a long text in parts, as `tokenize` makes them.
         options: Of the tokenizer's call.
 
     Raises:
-        KoffError: It takes a hundred times as long as tokenizers do, or text holds what is no character.
+        KoffError: It takes a hundred times as long as slow tokenizers do, or the text is not valid Unicode.
     """
     size = len(text) if isinstance(text, str) else sum(map(len, text))
 
@@ -104,8 +104,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of text that a model is to continue: the start token once, the text, no end token.
 
-    What is written like a special token becomes one, as the text of a chat template needs it; so where the text begins
-    with the start token, no second one is put before it.
+    Special tokens in the text are recognised, as chat templates write them. So if the text begins with the start token,
+    no second one is put before it.
     """
     ids, start = encode(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"], start_tokens(tokenizer)
     return ids if ids[: len(start)] == start else start + ids
@@ -124,7 +124,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
         raise KoffError(
             f"prompt {empty[0]} is empty, and this tokenizer has no start token to put before it: give some text"
         )
-    return left_padded(rows, tokenizer.pad_token_id or 0)  # nobody attends to it: any token serves
+    return left_padded(rows, tokenizer.pad_token_id or 0)  # masked, so any token will do
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -134,21 +134,22 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Te
 
 
 def encode_and_count(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
-    """Token ids of a text alone, without special tokens, and how many of its UTF-8 bytes it does not know."""
+    """Token ids of a text without special tokens, and how many of its UTF-8 bytes the tokenizer does not know."""
     encoded = encode(tokenizer, text, add_special_tokens=False)
     ids = encoded["input_ids"]
     return ids, sum(_unknown_bytes(text, ids, encoded, 0, tokenizer, unread(tokenizer)))
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eos: bool = False) -> TokenStream:
-    """Tokenise documents; each begins with the start token when the tokenizer has one.
+    """Tokenise documents; each begins with the start token, if the tokenizer has one.
 
-    Text is text: what looks like a special token (`</s>` in HTML) does not become one. A document of one token alone
-    predicts nothing and is left out. Bytes that nothing predicts do not count: without a start token those of the first
-    token, also where it is a part of a character. Nor do bytes in whose place the unknown token stands; what it costs
-    to predict that token does, so that text that cannot be read never looks well predicted; nor bytes that a tokenizer
-    without an unknown token leaves out. Documents of more than `LONGEST_PART` characters are tokenised in parts, which
-    bounds the memory that it takes.
+    What looks like a special token in a document (`</s>` in HTML) is text. A document of a single token predicts
+    nothing and is left out. Documents of more than `LONGEST_PART` characters are tokenised in parts, to bound memory.
+
+    `num_bytes` counts only what is predicted. Without a start token that leaves out the bytes of the first token, even
+    if it is a part of a character. It also leaves out bytes that the tokenizer does not know: those that became the
+    unknown token, whose prediction still costs nats, so that text that cannot be read never looks well predicted; and
+    those that a tokenizer without an unknown token drops.
 
     Args:
         texts: The documents.
@@ -162,7 +163,7 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
     there = unread(tokenizer)
 
     def take_in(call: list[tuple[int, str]]) -> None:
-        """Tokenise a call's texts; at its end all that the tokenizer has made is let go, before the next call's."""
+        """Tokenise the texts of a call. A function, so that the tokenizer's output is freed before the next call."""
         encoded = encode(
             tokenizer,
             [part for _, part in call],
@@ -172,7 +173,7 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
             verbose=False,
         )
         for number, ((document, part), ids) in enumerate(zip(call, encoded["input_ids"], strict=True)):
-            is_first = not (start or pieces[document])  # of the document, and nothing predicts its first token
+            is_first = not (start or pieces[document])  # the part's first token is not predicted
             given = _first_bytes(part, ids, encoded, number, tokenizer, there) if is_first and ids else 0
             unknown = _unknown_bytes(part, ids, encoded, number, tokenizer, there)
             unknown_bytes[document] += sum(unknown)
@@ -195,7 +196,7 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eo
 
 
 def _calls(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-    """Yield (number of the document, text) in the groups that are tokenised at once; long documents in parts."""
+    """Yield groups of (index of the document, text) to tokenise in one call; long documents in parts."""
     call: list[tuple[int, str]] = []
     size = 0
     for document, text in enumerate(texts):
@@ -223,24 +224,24 @@ def _parts(text: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Unread:
-    """What a tokenizer makes of text that it cannot read.
+    """What a tokenizer does with characters that it does not know.
 
     Args:
         token: Id of its unknown token; None if it has none.
-        left_out: It makes nothing of it.
+        left_out: Whether it drops them.
     """
 
     token: int | None
     left_out: bool
 
 
-_SIGN = "\U00012000"  # of cuneiform, which no vocabulary has
+_SIGN = "\U00012000"  # a cuneiform sign, which is in no vocabulary
 
 
 def unread(tokenizer: PreTrainedTokenizerBase) -> Unread:
-    """What a tokenizer makes of text that it cannot read, by what it makes of a sign that hardly one can.
+    """What a tokenizer does with characters that it does not know: found out by trying a rare one.
 
-    Its options need not say it: a model may have an unknown token that they do not name, or none where they name one.
+    Its attributes are no help: a model may have an unknown token that they do not name, or lack the one they name.
     """
     ids, known = tokenizer(_SIGN, add_special_tokens=False)["input_ids"], _SIGN.encode()
     raw = [piece.strip() for piece in pieces_of(tokenizer, ids)]
@@ -253,7 +254,7 @@ def unread(tokenizer: PreTrainedTokenizerBase) -> Unread:
 def _first_bytes(
     text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase, there: Unread
 ) -> int:
-    """UTF-8 bytes of the text that its first token stands for, without the space that some tokenizers put first."""
+    """UTF-8 bytes of the text that its first token covers, without the space that some tokenizers put first."""
     raw = pieces_of(tokenizer, ids[:1])[0]
     if there.left_out:  # before it too
         return len(raw.lstrip())
@@ -276,7 +277,7 @@ def _first_bytes(
 def _unknown_bytes(
     text: str, ids: list[int], encoded: BatchEncoding, number: int, tokenizer: PreTrainedTokenizerBase, there: Unread
 ) -> list[int]:
-    """UTF-8 bytes of the text in place of each unknown token, in their order; of what is left out all in one."""
+    """UTF-8 bytes of the text that each unknown token replaces, in order; if they are dropped, all in one number."""
     if there.left_out:
         size = sum(map(len, text.encode().split()))  # of white space some leave all out, and lose nothing
         return [max(0, size - sum(len(part) for raw in pieces_of(tokenizer, ids) for part in raw.split()))]
@@ -291,16 +292,16 @@ def _unknown_bytes(
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
-    """The bytes that tokens stand for, none for ids that the tokenizer has no name for.
+    """The bytes of each token; empty for ids that the tokenizer has no entry for.
 
-    Of a vocabulary without the byte-level sign for a space letters are letters.
+    A vocabulary is byte-level if it has byte-level BPE's sign for a space; else its letters are just letters.
     """
     by_bytes = not tokenizer.is_fast or tokenizer.backend_tokenizer.token_to_id("Ġ") is not None
     return [_raw(piece or "", by_bytes) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
 
 
 def _raw(piece: str, by_bytes: bool = True) -> bytes:
-    """The bytes that a piece of a vocabulary stands for, in the three ways in which vocabularies write bytes."""
+    """The bytes of a vocabulary's entry, in any of the three ways in which vocabularies write bytes."""
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
         return bytes.fromhex(byte[1])
     if by_bytes and all(sign in BYTE_LEVEL for sign in piece):
@@ -308,15 +309,11 @@ def _raw(piece: str, by_bytes: bool = True) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
-BYTE_LEVEL = {sign: byte for byte, sign in bytes_to_unicode().items()}  # how byte-level vocabularies write bytes
+BYTE_LEVEL = {sign: byte for byte, sign in bytes_to_unicode().items()}  # byte-level BPE's letters -> bytes
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
-    """Refuse a tokenizer that can produce ids for which the backbone has no embedding.
-
-    Raises:
-        KoffError: The tokenizer's largest id is not below `num_embeddings`.
-    """
+    """Raise KoffError for a tokenizer with ids for which the backbone has no embedding."""
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= num_embeddings}
     if beyond:
         first = min(beyond)

@@ -1,8 +1,8 @@
-"""Loaders: batch references in, batches out.
+"""Loaders: from references to rows to batches.
 
-They are not torch DataLoaders on the outside, on purpose: Lightning replaces the sampler of those under several
-processes, while ours already deals rows to ranks (and Lightning's would count some held-out text twice). Inside, a
-torch DataLoader does the work and runs the workers.
+On purpose they are not torch DataLoaders: under several processes Lightning replaces the sampler of those, while ours
+already shares the rows among ranks (and Lightning's would count some held-out text twice). Inside, a torch DataLoader
+does the work and runs the workers.
 """
 
 import multiprocessing
@@ -28,11 +28,11 @@ from koff_lightning.support.wording import difference
 Batch = dict[str, Any]
 Teachers = Mapping[str, StoredTeacher]
 NO_TEACHERS: Teachers = {}
-MAKE = ("seq_len", "rows", "text")  # may not change in a resumed run: the number of a row would mean another
+MAKE = ("seq_len", "rows", "text")  # may not change in a resumed run: row numbers would mean other rows
 
 
 class Rows(Dataset[Batch]):
-    """Looks up whole batches by their row references, with what stored teachers say of them if there are any."""
+    """Batches by lists of row references, with the predictions of stored teachers if there are any."""
 
     def __init__(self, packed: Mapping[str, PackedRows], teachers: Teachers = NO_TEACHERS) -> None:
         self.packed, self.teachers = packed, teachers
@@ -45,12 +45,12 @@ class Rows(Dataset[Batch]):
 def whole_batches(
     dataset: Dataset[Any], num_workers: int, sampler: Iterable[list[RowRef]] | None = None
 ) -> Iterator[Any]:
-    """An iteration of a torch DataLoader over what is whole batches already.
+    """One iteration of a torch DataLoader over a dataset whose items are whole batches.
 
     Args:
-        dataset: Gives them.
+        dataset: The dataset.
         num_workers: Worker processes; 0 for none.
-        sampler: What `dataset` is asked for; None where it goes on by itself.
+        sampler: Keys of the batches; None for a dataset that is iterated.
     """
     generator = torch.Generator().manual_seed(0)  # without one, opening a loader draws from the global random state
     loader = DataLoader(
@@ -70,16 +70,18 @@ def _same(item: Any) -> Any:
 
 
 def heed_the_parent_alone(worker: int) -> None:
-    """Have a worker ignore SIGTERM and Ctrl-C that come to all processes at once: its run still takes a step and saves.
+    """Let a worker ignore SIGTERM and Ctrl-C unless its parent sent them.
 
-    Torch's shutdown ends its workers with SIGTERM too, which must work while one waits for its source. So the sender is
-    asked for, which a signal handler of Python is not told. (Where systems cannot say, all is as torch has it.)
+    Signals to the whole process group also reach the workers, but the run wants to finish its step and save. Torch ends
+    its workers by SIGTERM too, and that must work, also while a worker waits for its source. So the sender decides,
+    which Python's signal handlers are not told, but `sigwaitinfo` is. (Without it, on macOS and Windows, all stays as
+    torch has it.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process().pid  # which is not the process above where a server forks
+    parent = multiprocessing.parent_process().pid  # not os.getppid(): with a fork server that is the server
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
@@ -90,7 +92,7 @@ def heed_the_parent_alone(worker: int) -> None:
 
 
 def _begin(loader: DataLoader) -> Iterator[Any]:
-    """An iteration of `loader`; its workers start with signals held back, until they heed the parent alone."""
+    """One iteration of `loader`; signals are blocked while workers start, until `heed_the_parent_alone` has run."""
     if not hasattr(signal, "sigwaitinfo"):
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -102,10 +104,10 @@ def _begin(loader: DataLoader) -> Iterator[Any]:
 
 
 class TrainLoader:
-    """Training batches; counts what it hands out and goes on from there, also in a resumed run.
+    """Training batches. Counts the batches that it hands out and continues there, also in a resumed run.
 
-    It has a length because Lightning, to find the end of a loader without one, fetches a batch ahead and loses it on
-    resume. An iteration hands out up to `length` batches from where the last one stopped.
+    It has a length because Lightning fetches one batch ahead from loaders without, and loses that batch on resume. An
+    iteration hands out up to `length` batches from where the last one stopped.
 
     Args:
         packed: Packed training rows by domain.
@@ -137,11 +139,11 @@ class TrainLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches handed out since the first step of the run, and what their order depends on."""
+        """Number of batches handed out since the run began, and all that their order depends on."""
         return {"batches": self._handed_out, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches that `state` counts; warns when they come in another order than in that run.
+        """Continue after the batches that `state` counts; warns if the order of batches differs from that run's.
 
         Raises:
             KoffError: That run streamed its text, or its rows were others.
@@ -179,9 +181,9 @@ class TrainLoader:
 class HeldoutLoader:
     """Held-out batches of one domain each, domain after domain, every row once; then those of general text.
 
-    Ranks take batches in turn. Where they do not come out even, a rank gets a copy of a batch with nothing to predict
-    (labels -100, zero bytes): sharded models need the same number of forwards on all ranks, and sums stay exact.
-    General text comes out even by itself, since it is read in fewer modes than a domain's.
+    Ranks take batches in turn. If their number does not divide evenly, some ranks also get a blank batch (labels -100,
+    zero bytes): sharded models need equally many forwards on all ranks, and sums stay exact. Domains and general text
+    are evened out separately, since general text is scored in fewer modes.
     """
 
     def __init__(

@@ -1,14 +1,15 @@
 """Which rows of which domains make up batch number n: a pure function of (seed, n), so that a run can resume anywhere.
 
-Shares. Batches come in windows: one batch when every domain is due a row of it by its share, else as many as that takes
-(at most `MOST`). In a window domain d is due q_d = max(1, c w_d) rows on average (c such that the q_d fill the window),
-so every window holds every domain. Whole rows are dealt by systematic sampling: lay the q_d end to end on a line and
-count the integers that fall on each after a shift u in [0, 1). Any u gives each domain floor(q_d) or ceil(q_d) rows and
-fills the window exactly. The golden-ratio sequence of shifts, the most even there is, keeps every domain within a few
-rows of its share for good.
+Shares. Batches come in windows: a window is as many batches as it takes for every domain to have a row by its share,
+at best one batch and at most `MOST`. In a window, domain d has q_d = max(1, c w_d) rows on average, where w_d is its
+weight and c is such that the q_d fill the window; so every window holds every domain. Numbers of rows are made whole by
+systematic sampling: lay the q_d end to end on a line, shift them by some u in [0, 1), and count the integers that fall
+on each. Whatever u is, each domain gets floor(q_d) or ceil(q_d) rows, and the window is full. The shifts of successive
+windows are multiples of the golden ratio, the most even sequence there is, so that no domain is ever more than a few
+rows off its share.
 
-Batches of one domain, the paper's way, are windows of one batch in which not rows are dealt but the batch: domain d is
-due w_d of it, and the same shifts let the domains take turns by their shares.
+Batches of one domain each, as in the paper, are the same with whole batches in place of rows: a window is one batch, of
+which domain d has w_d on average, so the domains take turns by their shares.
 
 Rows. Each pass over a domain follows a new seeded permutation of its rows. All ranks draw the same number of rows of
 each domain in each batch, and different rows.
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 UNIT = 2**32  # shares and shifts are integers in units of 1/UNIT: no rounding error however long the run
 GOLDEN = 2654435769  # UNIT / golden ratio, made odd (Knuth, TAOCP vol. 3, section 6.4)
-MOST = 100  # batches in which a domain has a row, however small its share
+MOST = 100  # batches of a window at most: a domain with a smaller share gets more than its share
 RowRef = tuple[str, int]  # domain, row
 
 
@@ -58,10 +59,10 @@ class DomainBatches:
         self.num_rows = dict(num_rows)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.window = 1 if one_domain else window or least_window(weights.values(), batch_size)
-        self._unit = batch_size if one_domain else 1  # rows that are dealt together
+        self._unit = batch_size if one_domain else 1  # rows that go to one domain together
         size = self.window * batch_size // self._unit
         quotas = _quotas([weights[domain] for domain in self.domains], size, least=0 if one_domain else 1)
-        self._edges = np.concatenate([[0], np.cumsum(quotas)])  # [D + 1] the line of the file's head
+        self._edges = np.concatenate([[0], np.cumsum(quotas)])  # [D + 1] ends of the q_d on the line
         self._orders: dict[str, tuple[int, NDArray[np.int64]]] = {}  # the pass each domain is in, and its order
 
     def start_at(self, first: int) -> Iterator[list[RowRef]]:
@@ -75,7 +76,7 @@ class DomainBatches:
             taken, window, skip = taken + counts, window + 1, 0
 
     def identity(self) -> dict[str, Any]:
-        """What the sequence depends on, in plain values, to tell after a restart whether it is the same one."""
+        """All that the sequence depends on, in plain values: a resumed run compares it with its checkpoint's."""
         return {
             "seed": self.seed,
             "world_size": self.world_size,
@@ -105,7 +106,7 @@ class DomainBatches:
 
 
 def least_window(weights: Iterable[float], batch_size: int) -> int:
-    """Batches of which each domain is due a row or more by its share; at most `MOST`, if these have room for all."""
+    """Fewest batches in which each domain has a row or more by its share; at most `MOST`, if these hold all domains."""
     shares = list(weights)
     rows = min(math.fsum(shares) / min(shares), float(MOST * batch_size))
     return math.ceil(max(rows, len(shares)) / batch_size - 1e-9)
@@ -114,7 +115,7 @@ def least_window(weights: Iterable[float], batch_size: int) -> int:
 def _quotas(weights: list[float], size: int, least: int) -> NDArray[np.int64]:
     """Average rows per window of each domain in units of 1/UNIT: proportional to weight, at least `least` (0 or 1)."""
     weight = np.array(weights, dtype=np.float64)
-    raised = np.zeros(len(weight), dtype=bool)  # domains raised to one row because their proportional share is less
+    raised = np.zeros(len(weight), dtype=bool)  # domains with a share of less than one row, which get one
     share = weight * size / weight.sum()
     while (below := ~raised & (share < least - 1e-9)).any():
         raised |= below

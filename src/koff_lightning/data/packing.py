@@ -1,16 +1,16 @@
 """Tokenised documents -> token rows of one length, with document boundaries kept. Pure functions on numpy arrays.
 
-Letters: N tokens of all documents, D documents, R rows, T = seq_len.
+Shapes: N tokens of all documents, D documents, R rows, S segments, T = seq_len.
 
 A row holds one or more segments; a segment is a document or a piece of one. Attention and positions restart at each
-segment, and nothing predicts a segment's first token, so no prediction crosses a document boundary. Training rows cut
+segment, and a segment's first token is not predicted, so no prediction crosses a document boundary. Training rows cut
 the token stream every T tokens. Held-out rows overlap where a document goes on in the next row, so that every token of
 a document but its first is predicted exactly once.
 
-A model whose tokenizer begins text with a start token reads it at the head of every text, and nearly all attention of
-later tokens may rest on it. A row that opens inside a document therefore has the start token in the place of its first
-token, and its second token is given: otherwise what a memory learns first, and what the dense model lacks, would be
-that token.
+Start tokens. If the tokenizer puts a start token before each text, the model has seen one at the head of everything,
+and later tokens may direct nearly all of their attention to it. A row that opens inside a document would lack it: the
+dense model would do badly there, and the first thing that a memory learned would be to stand for that token. So such a
+row has the start token in place of its first token, and its second token is not predicted.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from koff_lightning.data.encoding import TokenStream
 
 NO_START = -1
-IGNORED = -100  # label of a token that is not predicted (the value torch's cross-entropy leaves out)
+IGNORED = -100  # label of a token that is not predicted (torch's cross-entropy ignores it)
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class PackedRows:
     tokens: NDArray[np.int32]  # [R, T]
     starts: NDArray[np.bool_]  # [R, T] True at the first token of each segment, and at the first padding token
     padding: int  # padding tokens at the end of the last row
-    first_segment: NDArray[np.int64]  # [R + 1] number of each row's first segment; the last entry is S, their count
+    first_segment: NDArray[np.int64]  # [R + 1] index of each row's first segment; the last entry is S
     documents: NDArray[np.int32]  # [S] document to which each segment belongs
     shares: NDArray[np.int64]  # [S] UTF-8 bytes of the text predicted in each segment; sums to the documents' bytes
-    # [R, T] False where a token is not predicted though others stand before it; [0, 0] where there is no such token
+    # [R, T] False for tokens that are not to be predicted, as a talk's questions; [0, 0] if there are none
     predicted: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), bool))
-    start: int = NO_START  # what is read in the place of the first token of rows that open inside a document
-    inside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # [R] which these are; [0] for none
+    start: int = NO_START  # token that replaces the first one of rows that open inside a document
+    inside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # [R] which rows do; [0] if none
 
     @property
     def num_bytes(self) -> NDArray[np.int64]:
@@ -57,7 +57,7 @@ class PackedRows:
 
     @property
     def digest(self) -> str:
-        """A hash that tells other rows: of every segment's bytes and the tokens of a thousand rows, in milliseconds."""
+        """A hash that differs for other rows; of all segments' bytes but the tokens of a thousand rows, to be fast."""
         some = self.tokens[:: max(1, len(self.tokens) // 1000)]
         flags = self.predicted[:: max(1, len(self.tokens) // 1000)]
         opened = self.inside.tobytes() + str(self.start).encode() * bool(self.inside.size)
@@ -65,17 +65,17 @@ class PackedRows:
 
     @cached_property
     def useful(self) -> NDArray[np.int64]:
-        """Numbers of the rows that predict anything.
+        """Indices of the rows in which any token is predicted.
 
-        A row of talks may hold questions alone, and the last row of a text a token with nothing before it.
+        A row of talks may hold questions alone, and the last row of a text a single token.
         """
         if self.predicted.size:
             return np.flatnonzero((self.predicted & ~self.starts).any(axis=1))
-        left = self.tokens.shape[1] - np.diff(self.first_segment)  # [R] tokens but those that begin a segment
+        left = self.tokens.shape[1] - np.diff(self.first_segment)  # [R] tokens that do not begin a segment
         left[-1:] -= self.padding
         if self.inside.size:
-            few = np.flatnonzero(left <= 1)  # where it matters; not to read all of what lies on a disk
-            left[few] -= self.inside[few] & ~self.starts[few, 1]  # the second token of such a row is given
+            few = np.flatnonzero(left <= 1)  # only where it matters, as `starts` may be mapped from disk
+            left[few] -= self.inside[few] & ~self.starts[few, 1]  # the second token of such a row is not predicted
         return np.flatnonzero(left > 0)
 
     @property
@@ -95,8 +95,8 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0, s
         seq_len: T, tokens per row.
         overlap: False for training rows, True for held-out rows (see the head of this file).
         pad_id: Token that fills the last row; padding is a segment of its own and is never predicted.
-        start: Token at the head of rows that open inside a document, if all documents begin with it; None for what
-            stands there.
+        start: Token at the head of rows that open inside a document, as long as all documents begin with it; None to
+            leave the document's own token there.
 
     Returns:
         Rows whose `shares` split each document's bytes over its predicted tokens, in proportion and in whole bytes.
@@ -104,22 +104,22 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0, s
     num_tokens = len(stream.tokens)
     is_start = np.zeros(num_tokens, dtype=bool)  # [N]
     is_start[stream.starts] = True
-    if not (stream.tokens[stream.starts] == start).all():  # talks, whose template need not write it
+    if not (stream.tokens[stream.starts] == start).all():  # talks may not: their template decides
         start = None
     row_starts, inside = _row_starts(is_start, seq_len, (1 if start is None else 2) * overlap)  # [R], [R]
     inside = inside[:0] if start is None or not inside.any() else inside
     padding = max(0, int(row_starts[-1]) + seq_len - num_tokens)  # only the last row can run past the end
 
     def in_rows(values: NDArray[Any], fill: int) -> NDArray[Any]:
-        """[N] -> [R, T], by row: the place of each token takes twice the memory of the tokens."""
+        """[N] -> [R, T]; indexed by row, since an index of every token would take twice the memory of the tokens."""
         padded = np.append(values, np.full(padding, fill, values.dtype))
         return sliding_window_view(padded, seq_len)[row_starts]
 
     starts = in_rows(is_start, False)
     starts[:, 0] = True
-    segments = np.flatnonzero(starts)  # in reading order; with where they end and what they belong to:
+    segments = np.flatnonzero(starts)  # [S] where each begins, in the flattened rows
     ends = np.append(segments[1:], starts.size - padding)
-    first = row_starts[segments // seq_len] + segments % seq_len
+    first = row_starts[segments // seq_len] + segments % seq_len  # [S] its first token in the stream
     documents = np.searchsorted(stream.starts, first, side="right") - 1
     wanted = in_rows(stream.predicted, False) if len(stream.predicted) else np.zeros((0, 0), bool)
     first_segment = np.searchsorted(segments, np.arange(len(row_starts) + 1) * seq_len)
@@ -129,7 +129,7 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0, s
     else:
         predicted = ends - segments - 1
         predicted[first_segment[: len(inside)][inside]] -= 1
-        np.maximum(predicted, 0, out=predicted)  # of a segment of one token nothing is predicted in any case
+        np.maximum(predicted, 0, out=predicted)  # a segment of one token predicts nothing anyway
     shares = _share_bytes(stream.num_bytes, documents, predicted=predicted)
     if padding:
         starts[-1, seq_len - padding] = True
@@ -139,10 +139,10 @@ def pack(stream: TokenStream, seq_len: int, *, overlap: bool, pad_id: int = 0, s
 
 
 def _row_starts(is_start: NDArray[np.bool_], seq_len: int, overlap: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Index of each row's first token, and whether the row opens inside a document, both [R].
+    """Index of each row's first token in the stream, and whether the row opens inside a document, both [R].
 
-    A row that does repeats the last `overlap` tokens before it. Where the row before has of the document nothing but
-    its start, the row repeats that and opens with the document.
+    A row that opens inside a document repeats the last `overlap` tokens of the row before. If that row ends with the
+    first token of the document, only this token is repeated, so that the row opens with the document.
     """
     if not overlap:
         starts = np.arange(0, len(is_start), seq_len)
@@ -150,7 +150,7 @@ def _row_starts(is_start: NDArray[np.bool_], seq_len: int, overlap: int) -> tupl
     starts, inside, begin = [0], [False], seq_len
     while begin < len(is_start):
         goes_on = not is_start[begin]
-        alone = goes_on and is_start[begin - 1]  # all that the row before has of the document is its start
+        alone = goes_on and is_start[begin - 1]  # the row before has only the document's first token
         begin -= goes_on * (1 if alone else overlap)
         starts.append(begin)
         inside.append(goes_on and not alone)
@@ -163,7 +163,7 @@ def _share_bytes(
 ) -> NDArray[np.int64]:
     """Share each document's bytes over its segments in proportion to the tokens predicted in each.
 
-    Rounding the running total, not the parts, keeps the sum of a document's shares equal to its bytes exactly.
+    The running total is rounded and not the parts, so that a document's shares sum to exactly its bytes.
 
     Args:
         num_bytes: Bytes per document, [D].
@@ -177,14 +177,14 @@ def _share_bytes(
 
 
 def collate(rows: Sequence[tuple[str, PackedRows, int]]) -> dict[str, torch.Tensor | list[str]]:
-    """Build a batch from (domain, its packed rows, which of the useful ones) triples.
+    """Build a batch from triples of a domain, its packed rows, and the number of a row among the useful ones.
 
     Returns:
-        input_ids and labels [B, T] (labels aligned with input_ids, -100 = not predicted), position_ids [B, T] which
-        restart at each segment (absent when no row holds more than one: then no mask is needed), domains (B names),
-        documents [B, T] (which document of its domain a token belongs to; padding counts to the one before), and the
-        UTF-8 bytes of the text predicted: num_bytes [B] in each row, document_bytes [B, T] in each segment, at its
-        first token.
+        input_ids and labels [B, T] (labels aligned with input_ids, -100 = not predicted); position_ids [B, T], which
+        restart at each segment (absent if no row holds more than one: then no mask is needed); domains (B names);
+        documents [B, T], each token's document within its domain (padding counts to the one before); and the UTF-8
+        bytes of the predicted text: num_bytes [B] of each row, document_bytes [B, T] of each segment, at the place of
+        its first token.
     """
     rows = [(domain, packed, int(packed.useful[number])) for domain, packed, number in rows]
     tokens = np.stack([packed.tokens[row] for _, packed, row in rows]).astype(np.int64)  # [B, T]

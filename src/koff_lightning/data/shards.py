@@ -25,18 +25,18 @@ from koff_lightning.data.readers import (
 from koff_lightning.data.remote import RemoteFile
 from koff_lightning.data.retries import with_retries
 
-ENDS = 2**16  # bytes of either end of a file, by which it is known
-UNEVEN = 1.05  # readers get whole shards where the largest load is at most this much above the smallest
-OFFLINE_SHARDS = 64  # into which a dataset in the cache is divided
+ENDS = 2**16  # bytes at either end of a file that its digest is of
+UNEVEN = 1.05  # readers get whole shards if the largest load is at most this many times the smallest
+OFFLINE_SHARDS = 64  # number of shards into which a dataset in the cache is divided
 
 
 class Shard(Protocol):
     """A piece of a domain's text whose records are numbered from 0."""
 
     name: str  # does not change when a corpus moves to another folder
-    until: int | None
-    size: int | None  # bytes, None where that is not known
-    digest: str  # tells other content of the same name and size; empty where the name does
+    until: int | None  # number of the record at which reading ends
+    size: int | None  # bytes, None if unknown
+    digest: str  # differs for other content of the same name and size; empty if the name differs too
 
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
         """Yield (number, document) of the usable records in `part`."""
@@ -63,7 +63,7 @@ class FileShard:
 
     @property
     def digest(self) -> str:
-        """Hash of the beginning and the end of a file on disk; not of all of it, which may be large."""
+        """Hash of the first and the last bytes of a file on disk, which may be large."""
         if not isinstance(self.path, Path):
             return ""
         with self.path.open("rb") as file:
@@ -96,7 +96,7 @@ class HubShard:
         return f"hub:{self.repo}/{self.subset or 'default'}/{self.split}:{self.index}"
 
     def read(self, on_bad: OnBad, part: Part = ALL) -> Iterator[tuple[int, Document]]:
-        """Yield (number, document) of the usable records in `part`; to go on in the middle, the shard is read again."""
+        """Yield (number, document) of the usable records in `part`; a later part means reading the shard again."""
         stream = _open_hub(self.repo, self.subset, self.split, os.getpid())
         if stream.features:
             require_column(f"hub:{self.repo}", list(stream.features), self.fields)
@@ -118,7 +118,7 @@ class HubShard:
 
 
 def hub_shards(repo: str, subset: str | None, split: str, fields: Fields) -> list[HubShard]:
-    """The shards of a dataset, held to the commit that it is at now: whoever reads them later reads the same.
+    """The shards of a dataset, fixed to its present commit, so that they stay the same.
 
     Raises:
         KoffError: No such dataset, subset or split, no network, or offline.
@@ -133,7 +133,7 @@ def hub_shards(repo: str, subset: str | None, split: str, fields: Fields) -> lis
 
 
 def is_out_of_reach(repo: str) -> bool:
-    """Whether a dataset is on the hub, and `datasets` is kept from the network."""
+    """Whether a dataset is on the hub while `datasets` is offline."""
     import datasets  # a second of imports
 
     return datasets.config.HF_HUB_OFFLINE and not Path(repo.partition("@")[0]).is_dir()
@@ -141,7 +141,7 @@ def is_out_of_reach(repo: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _open_hub(repo: str, subset: str | None, split: str, process: int) -> Any:
-    """A dataset as a stream; each process opens its own, because connections do not survive a fork."""
+    """A dataset as a stream. `process`: each process opens its own, because connections do not survive a fork."""
     import datasets  # a second of imports
 
     if is_out_of_reach(repo):
@@ -183,7 +183,7 @@ def _at_commit(repo: str, subset: str | None) -> str:
 
 
 def _commit_in_cache(name: str, revision: str) -> str | None:
-    """The commit that a branch or tag was when it was last asked for here."""
+    """The commit of a branch or tag, as the cache here last saw it."""
     from huggingface_hub import snapshot_download  # takes a third of a second
 
     with suppress(OSError):  # huggingface_hub's word for "not there" is one
@@ -199,12 +199,12 @@ def _where(repo: str, subset: str | None, split: str) -> dict[str, str | None]:
 def deal(sizes: Sequence[int | None], readers: int) -> list[list[tuple[int, int, int]]]:
     """Share shards among readers so that each record has exactly one reader and all have about equally much to read.
 
-    Whole shards as far as they go round evenly, the others record by record: a reader of (shard, turn, of) takes the
-    records whose number leaves the remainder `turn` modulo `of`.
+    Readers get whole shards as long as these divide evenly, and share the other shards record by record: the reader of
+    (shard, turn, of) takes the records with number % of == turn.
 
     Args:
-        sizes: Bytes of each shard; where one is not known all count as equal.
-        readers: Over all ranks and workers.
+        sizes: Bytes of each shard; if one is unknown, all count as equal.
+        readers: Number of readers over all ranks and workers.
 
     Returns:
         For each reader its (shard, turn, of).
@@ -213,7 +213,7 @@ def deal(sizes: Sequence[int | None], readers: int) -> list[list[tuple[int, int,
     order = np.argsort(-weights, kind="stable")
     whole = len(sizes) - len(sizes) % readers
     loads, parts = np.zeros(readers), [[] for _ in range(readers)]
-    for shard in order[:whole]:  # the largest first, each to whom has least
+    for shard in order[:whole]:  # the largest first, each to the reader with the least
         reader = int(np.argmin(loads))
         loads[reader] += weights[shard]
         parts[reader].append((int(shard), 0, 1))
@@ -222,5 +222,7 @@ def deal(sizes: Sequence[int | None], readers: int) -> list[list[tuple[int, int,
         shared, parts = order, [[] for _ in range(readers)]
     for shard in np.sort(shared):
         for reader in range(readers):
-            parts[reader].append((int(shard), (reader + int(shard)) % readers, readers))  # one-record files go round
+            parts[reader].append(
+                (int(shard), (reader + int(shard)) % readers, readers)
+            )  # so that files of one record are shared too
     return [sorted(mine) for mine in parts]

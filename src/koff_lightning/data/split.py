@@ -38,12 +38,12 @@ def _hash(doc_id: str) -> int:
 
 @dataclass
 class BadLines:
-    """Stops at a line that cannot be used, or counts it.
+    """What to do with a line that cannot be used: raise, or count it.
 
     Args:
         domain: For messages.
         action: ``fail`` or ``skip``.
-        endless: Warn of the first line when it comes, because no end does.
+        endless: Warn of the first such line at once, since a stream has no end to warn at.
     """
 
     domain: str
@@ -53,7 +53,7 @@ class BadLines:
     first: str = ""
 
     def __call__(self, message: str) -> None:
-        """Take note of "file:line: what is wrong" or raise it."""
+        """Count "file:line: what is wrong", or raise it."""
         if self.action == "fail" and isinstance(message, OfFile):
             raise KoffError(message)
         if self.action == "fail":
@@ -84,8 +84,8 @@ def read_domain(
 
     A training document whose text is also held out is dropped. Limits count UTF-8 bytes and take whole documents:
     training text in file order up to the first document that no longer fits (reading stops there); held-out text in
-    the order of the id's hash, leaving out documents that do not fit. Where the hash holds out none of two documents or
-    more, the one that comes first by its hash is held out.
+    the order of the id's hash, leaving out documents that do not fit. If the hash holds out none of several documents,
+    the one with the lowest hash is held out.
 
     Raises:
         KoffError: Bad files or lines (see `readers`), or a side of the split that is left without text.
@@ -151,7 +151,7 @@ def on_heldout_side(side: Side, document: Document, fraction: float) -> bool:
 def _split(
     documents: Iterator[tuple[bool, Document]], max_train_bytes: int | None
 ) -> tuple[list[Document], list[Document], bool]:
-    """The documents of both sides, and whether one was left out since there is no room for it."""
+    """The documents of both sides, and whether reading stopped at a document that no longer fits."""
     train: list[Document] = []
     heldout: list[Document] = []
     size = 0
@@ -167,7 +167,7 @@ def _split(
 
 
 def _hold_one(train: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Of a corpus so small that the hash holds out no document, hold out the one that comes first by its hash."""
+    """For a corpus so small that the hash holds out no document: hold out the one with the lowest hash."""
     ids, texts = {document.id for document in train}, {document.text for document in train}
     if min(len(ids), len(texts)) < 2:
         return train, []
@@ -176,12 +176,12 @@ def _hold_one(train: list[Document]) -> tuple[list[Document], list[Document]]:
 
 
 def first_by_hash(document: Document) -> tuple[int, str]:
-    """By what the document is chosen that is held out where the hash alone holds out none."""
+    """Sort key by which one document is held out if the hash alone holds out none."""
     return _hash(document.id), document.id
 
 
 def _about_ids(documents: list[Document]) -> str:
-    """What to do about documents that share their ids, in words that end a sentence; nothing where none do."""
+    """Advice on documents that share their ids, to end a message with; empty if none do."""
     ids = len({document.id for document in documents})
     if ids == len({document.text for document in documents}):
         return ""
@@ -192,14 +192,14 @@ def _about_ids(documents: list[Document]) -> str:
 
 
 def _about_txt(source: DomainSource) -> str:
-    """How text in .txt becomes several documents, in words that end a sentence; nothing where there is none."""
+    """Advice on .txt files, to end a message with; empty if there are none."""
     if not any(".txt" in PurePath(entry).suffixes for entry in source.entries):
         return ""
     return ". A .txt file is one document: give several files, or jsonl with one document a line"
 
 
 def fill(documents: list[Document], max_bytes: int | None) -> list[str]:
-    """Take documents in the order of their hash, a sample that does not depend on file order, while they fit."""
+    """Take documents that fit, in the order of their hash: a sample that does not depend on the order of files."""
     if max_bytes is None:
         return [document.text for document in documents]
     taken: list[str] = []
@@ -213,7 +213,7 @@ def fill(documents: list[Document], max_bytes: int | None) -> list[str]:
 
 
 def _refuse_empty(name: str, source: DomainSource, found: list[Document], full: bool) -> None:
-    """Raise KoffError where a domain's files hold no text, or blanks alone; `full` where reading stopped before."""
+    """Raise KoffError if a domain's files hold no text, or only blanks; `full`: reading stopped at a limit."""
     if not (found or full):
         chosen = f" among the records that where={source.where} lets through" if source.where else ""
         raise KoffError(f"domain '{name}' is empty: its files hold no document with text{chosen}")

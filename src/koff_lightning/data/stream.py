@@ -1,12 +1,12 @@
-"""The training rows of one domain as an endless stream that one reader draws, shuffled, and can go on with anywhere.
+"""The training rows of one domain as an endless, shuffled stream for one reader, which can be resumed at any row.
 
-Letters: T = seq_len.
+Shapes: T = seq_len.
 
-A pass goes through the reader's shards in a new random order. What it reads fills a buffer; the buffer's documents are
-shuffled and cut into packs, and a pack is tokenised, packed and its rows shuffled when its first row is asked for. A
-document is in one pack of one buffer of each pass: none is dropped, none comes twice. All orders are drawn from (seed,
-domain, reader, pass, buffer, pack), so the place in the stream is six numbers, and to go on there means to read one
-buffer again.
+A pass goes through the reader's shards in a new random order. The documents that it reads fill a buffer. A full buffer
+is shuffled and cut into packs. A pack is tokenised and packed into rows, in random order, when its first row is asked
+for. In each pass every document is in exactly one pack of one buffer. All random orders depend only on (seed, domain,
+reader, pass, buffer, pack). So a place in the stream is six numbers (`Place`), and to resume there one buffer is read
+again.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ PACK = 512  # times T characters of text that are packed together: some 128 rows
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream stands: it has handed out `row` rows of pack `pack` of the buffer that begins at `record`."""
+    """Place in a stream, after `row` rows of pack `pack` of the buffer that begins at record `record`."""
 
     passes: int = 0  # passes that are over
     shard: int = 0  # place in the order of this pass
@@ -54,11 +54,11 @@ class Text:
     wanted: IsTraining
     on_bad: OnBad
     append_eos: bool = False  # the end token behind each document
-    chat: Chat | None = None  # documents are talks, and what of them is predicted
-    open_with_start: int | None = None  # with what rows that open inside a document begin, see `pack`
+    chat: Chat | None = None  # if documents are talks: what of them is predicted
+    open_with_start: int | None = None  # `start` of `pack`
 
     def identity(self, *how: object) -> dict[str, Any]:
-        """What a place in this text depends on, in plain values by name: the shards, and `how` they are read."""
+        """All that a place in this text depends on, in plain values by name: the shards, and `how` they are read."""
         shards = [[shard.name, shard.size, shard.digest] for shard in self.shards]
         what = json.dumps([shards, *how])
         commits = sorted({shard.repo for shard in self.shards if isinstance(shard, HubShard)})

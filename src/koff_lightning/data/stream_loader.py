@@ -1,8 +1,8 @@
-"""StreamLoader: training batches built while text is read, resumable to the row, for corpora that no memory holds.
+"""StreamLoader: training batches made while text is read, for corpora larger than memory; resumable to the row.
 
-The batches of a rank are dealt to lanes in turn. A lane is a reader with its own part of every domain's text and its
-own place in each; worker processes carry the lanes. A batch comes with its lane's places after it, so the loader knows
-at any time where each lane goes on, however far ahead the workers are.
+The batches of a rank come from its lanes in turn. A lane is a reader with a part of every domain's text of its own, and
+a place in each. Worker processes run the lanes. Every batch comes with the lane's places after it, so the loader knows
+at any time where each lane has to continue, however far ahead the workers have read.
 """
 
 import os
@@ -29,13 +29,13 @@ HARMLESS = ("batch_size", "window", "shares")  # may change in a resumed run: th
 
 @dataclass(frozen=True)
 class Reading:
-    """What all readers read and how rows are made of it.
+    """What all readers read, and how rows are made of it.
 
     Args:
         texts: By domain.
         tokenizer: Tokenizer of the backbone.
         seq_len: Tokens per row.
-        identity: What the meaning of a place depends on, in plain values.
+        identity: All that a place in the texts depends on, in plain values.
     """
 
     texts: Mapping[str, Text]
@@ -118,12 +118,12 @@ class StreamLoader:
             yield batch
 
     def _workers(self) -> int:
-        """As many workers as wanted and as can carry equally many lanes."""
+        """The largest number of workers, up to the wanted one, among which the lanes divide evenly."""
         lanes = len(self._places)
         return max((n for n in range(1, self._num_workers + 1) if lanes % n == 0), default=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches handed out, the places of all lanes of all ranks, and what their meaning depends on.
+        """Number of batches handed out, the places of all lanes of all ranks, and all that these depend on.
 
         A collective call: all ranks make it, and all get the same.
         """
@@ -131,10 +131,10 @@ class StreamLoader:
         return {"batches": self._handed_out, "places": places, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches that `state` counts, with its number of lanes.
+        """Continue after the batches that `state` counts, with its number of lanes.
 
         Raises:
-            KoffError: The text, the tokenizer, the rows or the ranks are others than in that run.
+            KoffError: The text, the tokenizer, the rows or the number of ranks differ from that run's.
         """
         mine, theirs = self._order(), state.get("order", {})
         changed = [key for key in mine if mine[key] != theirs.get(key)]

@@ -1,4 +1,4 @@
-"""Streaming's split: the held-out text is read from a corpus' head, and what is left of the corpus is training text."""
+"""The split for streaming: held-out text is read from the head of a corpus, and the rest is training text."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from koff_lightning.support.errors import KoffError
 
 @dataclass(frozen=True)
 class IsTraining:
-    """Whether a document is training text: neither on the held-out side nor a copy of a text that is.
+    """Whether a document is training text: not on the held-out side, and no copy of a held-out text.
 
     Args:
-        sides: Sides of each shard.
-        fraction: Held out by hash.
-        heldout: Texts that serve validation.
-        id: Whose documents are held out where the hash holds out none.
+        sides: Side of each shard.
+        fraction: Share that is held out by hash.
+        heldout: The held-out texts.
+        id: Id of the documents that are held out because the hash holds out none; None if it does.
     """
 
     sides: Sequence[Side]
@@ -29,19 +29,19 @@ class IsTraining:
     id: str | None = None
 
     def __call__(self, shard: int, document: Document) -> bool:
-        """Whether a document of the shard of this number is training text."""
+        """Whether a document of the shard with this index is training text."""
         held = on_heldout_side(self.sides[shard], document, self.fraction) or document.id == self.id
         return not held and document.text not in self.heldout
 
     @property
     def digest(self) -> str:
-        """A hash that tells other held-out text, which leaves other text to train on."""
+        """A hash that differs for other held-out text, which leaves other text to train on."""
         texts = sorted(hashlib.sha256(text.encode()).hexdigest() for text in self.heldout)
         return hashlib.sha256("".join([*texts, str(self.id)]).encode()).hexdigest()[:16]
 
 
 class _AtMost(list[str]):
-    """Texts that together have no more than so many UTF-8 bytes; full at the first that no longer fits."""
+    """Texts of at most `limit` UTF-8 bytes together; full at the first that no longer fits."""
 
     def __init__(self, limit: int | None) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _AtMost(list[str]):
 
 
 class _AtLeast(list[Document]):
-    """Documents whose texts together have so many UTF-8 bytes or, with the last, more."""
+    """Documents until their texts have at least `limit` UTF-8 bytes together."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class _AtLeast(list[Document]):
 
 
 def first_documents(shards: Sequence[tuple[Shard, Side]], count: int, on_bad: OnBad) -> list[tuple[Shard, Side]]:
-    """The shards that hold a domain's first documents, the last of them cut off behind the last of these.
+    """The shards that hold a domain's first documents, the last shard ending behind the last of these.
 
-    These documents are read for it, once: where a record ends the count does not show from outside.
+    The documents are read once to find that place.
 
     Args:
-        shards: Shards of the domain, with their sides; held-out files are not counted.
-        count: Documents.
+        shards: Shards of the domain, with their sides; documents of held-out files do not count.
+        count: Number of documents.
         on_bad: What to do with a bad line.
     """
     kept: list[tuple[Shard, Side]] = []
@@ -105,11 +105,11 @@ def split_streamed(
     on_bad: OnBad,
     bounded: bool = False,
 ) -> tuple[Texts, IsTraining]:
-    """Read as little of a domain as gives its held-out text and some training text, for corpora of any size.
+    """Read just enough of a domain for its held-out text and some training text, for corpora of any size.
 
     Held-out documents are taken in file order while they fit; those larger than the limit are passed over. Reading
-    stops when both sides are full. Where the hash holds out none of two documents or more, the one that comes first by
-    its hash is held out, and with it all of its id.
+    stops when both sides are full. If the hash holds out none of several documents, the one with the lowest hash is
+    held out, with all documents of its id.
 
     Args:
         name: Name of the domain, for messages.
@@ -121,7 +121,7 @@ def split_streamed(
         bounded: The shards are those of `first_documents`, so that reading all of them has an end.
 
     Returns:
-        The texts, and what tells which of the other documents are training text.
+        The texts, and a function that says which of all documents are training text.
 
     Raises:
         KoffError: Bad files or lines, no limit where one is needed, or a side that is left without text.
@@ -132,7 +132,7 @@ def split_streamed(
             "max_documents: without them, finding the held-out text would take reading the whole corpus"
         )
     heldout, train = _AtMost(max_heldout_bytes), _AtLeast(train_bytes)
-    first: Document | None = None  # by its hash, where the hash decides
+    first: Document | None = None  # the one with the lowest hash, if the hash decides
     several = False
     for shard, side in shards:
         wanted = {"held out": [heldout], "training": [train], "by hash": [heldout, train]}[side]

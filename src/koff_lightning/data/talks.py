@@ -1,7 +1,7 @@
 """Talks: chat and instruction data -> tokens, as the tokenizer's own chat template writes them.
 
-A talk is a list of messages, each with role and content. Between reader and tokenizer it is a text like any other: its
-messages as JSON, so that it is held out, counted and found again by what it says, whatever template it is put into.
+A talk is a list of messages, each with role and content. Between reader and tokenizer it is a text like any other, the
+JSON of its messages. So it is split, counted and compared by what it says, not by how a template writes it.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ from koff_lightning.data.sources import Chat
 from koff_lightning.support.errors import KoffError
 
 TALKS_PER_CALL = 64
-MARK = "koffMARKkoff"  # stands in the place of an answer's words; no talk says it
+MARK = "koffMARKkoff"  # put in place of an answer, to find where the template writes it; no talk contains it
 SHOWN = 60  # characters of a talk in a message
 
-Span = tuple[int, int]  # characters of a text, the second one not in it
+Span = tuple[int, int]  # first character, and the one behind the last
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -57,12 +57,11 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenize_talks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, chat: Chat, on_bad: OnBad) -> TokenStream:
-    """Tokenise talks; each begins and ends as its template has it, with a start token or without.
+    """Tokenise talks; each begins and ends as its template writes it, with a start token or without.
 
-    The tokens are those of the whole written talk, special tokens and all, as a model meets them in a chat. A token is
-    an answer's where it begins in what the assistant says, from behind the words with which the template asks it to
-    speak to where the next message begins. Bytes are those of predicted text; special tokens stand for none, though
-    what they cost counts.
+    The tokens are those of the whole talk as the template writes it, with its special tokens, as a model meets them in
+    a chat. A token belongs to an answer if its first character does (see `answers`). `num_bytes` counts predicted text;
+    predicted special tokens cost nats but have no bytes.
 
     Args:
         texts: JSON of the messages of each talk, as `readers` gives it.
@@ -85,7 +84,7 @@ def tokenize_talks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cha
         for (text, spans), ids, offsets in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             tokens, places = np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2)
             predicted = np.ones(len(ids), bool) if chat == "all" else _inside(places[:, 0], spans)
-            predicted[:1] = False  # nothing stands before it
+            predicted[:1] = False  # there is nothing to predict it from
             unknown = tokens == unread_as
             counted = predicted & ~unknown & ~np.isin(tokens, special)
             if predicted.any():
@@ -102,7 +101,7 @@ def tokenize_talks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cha
 
 
 def _groups(talks: Iterator[tuple[str, list[Span]]]) -> Iterator[list[tuple[str, list[Span]]]]:
-    """As many talks as are tokenised at once."""
+    """Yield groups of talks to tokenise in one call."""
     while group := list(islice(talks, TALKS_PER_CALL)):
         yield group
 
@@ -110,7 +109,7 @@ def _groups(talks: Iterator[tuple[str, list[Span]]]) -> Iterator[list[tuple[str,
 def _written(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, chat: Chat, on_bad: OnBad
 ) -> Iterator[tuple[str, list[Span]]]:
-    """Yield each talk as the template writes it, and where its answers lie, if these are wanted alone."""
+    """Yield each talk as the template writes it, and the spans of its answers if only these are predicted."""
     special = sorted(tokenizer.convert_ids_to_tokens(sorted(_special(tokenizer))))
     for text in texts:
         messages = json.loads(text)
@@ -130,11 +129,15 @@ def _written(
 
 
 def answers(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Span]:
-    """Where the assistant's messages lie in the written talk, each from behind what asks for it to the next message.
+    """The spans of the assistant's messages in the written talk.
 
-    Both ends are found by writing beginnings of the talk. Templates that write the last answer in another way than
-    earlier ones (Qwen3 leaves out the thoughts of those) show the end by what they write behind a mark in its place. A
-    talk that the assistant opens has nothing that asks for it: there the words before the mark are not the answer's.
+    A span begins behind the template's generation prompt and ends where the next message begins, so that the end of
+    turn is part of it. Both ends are found by writing beginnings of the talk, up to the message and with it.
+
+    Some templates write the last answer differently from earlier ones (Qwen3 leaves out the thoughts of those), so that
+    a beginning of the talk is no prefix of the whole. Then the end is found by what the template writes behind `MARK`
+    in place of the answer. If the assistant opens the talk, there is no generation prompt before it: then the span
+    begins where `MARK` does.
 
     Raises:
         KoffError: The template does not write a beginning of the talk as it does in the whole.
@@ -145,7 +148,7 @@ def answers(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
             continue
         if number:
             asked = render(tokenizer, messages[:number], add_generation_prompt=True)
-        else:  # most templates refuse to write a talk of no messages
+        else:  # most templates refuse to write a talk without messages
             asked, _ = _around(tokenizer, messages, 0)
         through = render(tokenizer, messages[: number + 1])
         if not whole.startswith(asked):
@@ -163,7 +166,7 @@ def answers(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], number: int) -> tuple[str, str]:
-    """What a template writes before and behind the words of a message: of an answer's own, some may stand there too."""
+    """What a template writes before and behind a message's content, with what it adds to that message itself."""
     marked = [message | {"content": MARK} if n == number else message for n, message in enumerate(messages)]
     before, mark, behind = render(tokenizer, marked).partition(MARK)
     if not mark or MARK in behind:
@@ -172,7 +175,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], num
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of tokens that stand for no text."""
+    """Ids of special tokens, which stand for no text."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
@@ -185,7 +188,7 @@ def _inside(places: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool
 
 
 def _bytes(text: str, places: NDArray[np.int64], counted: NDArray[np.bool_]) -> int:
-    """UTF-8 bytes of the characters that counted tokens stand for and no other token has a part in."""
+    """UTF-8 bytes of the characters that counted tokens cover, and that no other token covers, not even in part."""
     taken = np.zeros(len(text), dtype=bool)
     for value in (True, False):
         for first, end in places[counted == value]:

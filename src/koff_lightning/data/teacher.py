@@ -1,13 +1,13 @@
-"""What the dense model says of training rows, stored once and mapped into memory by runs that need no teacher pass.
+"""The dense model's predictions on the training rows, stored once: runs map them into memory and need no teacher pass.
 
-Of every next token of every row, also of those that nothing predicts, the store holds the k tokens that the dense model
-finds likeliest, likeliest first: their numbers as the smallest unsigned integers that hold the vocabulary, and their
-log-probabilities among all tokens as 16-bit floats, which are the finer the likelier a token is.
+For each place of each row, whether its next token is predicted in training or not, the store holds the k tokens that
+the dense model finds likeliest, likeliest first: their ids, as the smallest unsigned integers that fit the vocabulary,
+and their log-probabilities among all tokens in fp16, which is the more precise the likelier a token is.
 
-A store belongs to the weights of one backbone, a tokenizer, and the rows to the last token. It appears in full or not
-at all; a second writer of the same store waits for the first, and one that was killed is gone on with.
+A store is valid for one backbone's weights, one tokenizer, and exactly these rows. It appears in full or not at all. A
+second writer of the same store waits for the first, and if a writer was killed the next one continues its work.
 
-Letters: R rows, T tokens per row, k stored tokens, V size of the vocabulary.
+Shapes: R rows, T tokens per row, k stored tokens, V size of the vocabulary.
 """
 
 import hashlib
@@ -30,16 +30,16 @@ from koff_lightning.losses import TopK
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import flush, hash_file, write_atomically
 
-FOLDER = "teacher"  # of the cache of tokenised text
-INDEX, LOG_Q = "teacher_index", "teacher_log_q"  # in a batch
-DONE = "rows.json"  # of a store in the making: rows that are surely on the disk
-SAVED, SAID = 30.0, 10.0  # seconds from one note of the rows to the next, and from one line to the next
+FOLDER = "teacher"  # in the cache of tokenised text
+INDEX, LOG_Q = "teacher_index", "teacher_log_q"  # names in a batch
+DONE = "rows.json"  # in an unfinished store: number of rows that are certainly on the disk
+SAVED, SAID = 30.0, 10.0  # seconds between two updates of DONE, and between two lines of progress
 MAKE = "`koff prepare --teacher` with the same options makes it"
 
 
 @dataclass(frozen=True)
 class Belongs:
-    """What a stored teacher belongs to.
+    """What a stored teacher was made of, and is valid for.
 
     Attributes:
         backbone: Hash of the dense model's weights.
@@ -54,7 +54,7 @@ class Belongs:
     text: str
 
 
-WORDS = {  # what another value of each is called; the first that differs is told
+WORDS = {  # how a message names a difference in each; the first that differs is named
     "backbone": "is of another backbone: model.backbone, its revision or model.dtype (weights {} there, {} here)",
     "tokenizer": "is of another tokenizer ({} there, {} here)",
     "seq_len": "is of rows of another length: data.seq_len is {} there and {} here",
@@ -76,7 +76,7 @@ class StoredTeacher:
 
 
 def rows_hash(rows: PackedRows) -> str:
-    """A hash of all that a model sees of the rows that batches take: tokens and boundaries."""
+    """A hash of all that a model sees of the rows: tokens and boundaries."""
     digest = hashlib.sha256(f"{rows.tokens.shape} {rows.padding}".encode())
     if rows.inside.size:
         digest.update(f"{rows.start}".encode() + rows.inside.tobytes())
@@ -98,7 +98,7 @@ def stored_bytes(rows: PackedRows, k: int, vocabulary: int) -> int:
 
 
 def teacher_of_rows(teachers: Mapping[str, StoredTeacher], refs: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
-    """What a batch of (domain, row) gets from its stored teachers: int32 and fp16 [B, T - 1, k]."""
+    """What stored teachers add to a batch of (domain, row): int32 ids and fp16 log-probabilities, [B, T - 1, k]."""
     index = np.stack([teachers[domain].index[row].astype(np.int32) for domain, row in refs])
     log_q = np.stack([teachers[domain].log_q[row] for domain, row in refs])
     return {INDEX: torch.from_numpy(index), LOG_Q: torch.from_numpy(log_q)}
@@ -115,10 +115,10 @@ class TeacherStore:
         self.folder = folder
 
     def load(self, domain: str, belongs: Belongs, k: int) -> StoredTeacher:
-        """A domain's stored teacher mapped into memory, of the likeliest k tokens.
+        """A domain's stored teacher, mapped into memory and cut to the k likeliest tokens.
 
         Raises:
-            KoffError: There is none, it belongs to something else or holds fewer tokens (told), or it is damaged.
+            KoffError: There is none, or one that belongs to something else, holds fewer tokens, or is damaged.
         """
         found = list(self._all())
         fitting = [about for about in found if about["belongs"] == asdict(belongs)]
@@ -136,7 +136,7 @@ class TeacherStore:
         return StoredTeacher(index[..., :k], log_q[..., :k])
 
     def _all(self) -> Iterator[dict[str, Any]]:
-        """What is said about each store."""
+        """The description of each store."""
         for file in sorted(self.folder.glob("*/about.json")):
             about = read_own(file)
             if {"belongs", "domain", "rows", "top_k", "vocabulary"} <= about.keys():
@@ -145,7 +145,7 @@ class TeacherStore:
     def _missing(
         self, domain: str, belongs: Belongs, k: int, fitting: list[dict[str, Any]], found: list[dict[str, Any]]
     ) -> str:
-        """Why no store will do: what the nearest of this domain differs in."""
+        """Why no store fits: in what the most similar one of this domain differs."""
         here = asdict(belongs)
         near = [about for about in found if about["domain"] == domain and isinstance(about["belongs"], dict)]
         near.sort(key=lambda about: sum(about["belongs"].get(name) != value for name, value in here.items()))
@@ -172,7 +172,7 @@ class TeacherStore:
         vocabulary: int,
         batch_size: int,
     ) -> bool:
-        """Store what a teacher says, unless that is there and whole; returns whether it was to be done.
+        """Store a teacher's predictions unless they are there and intact; returns whether this was still to do.
 
         Args:
             domain: Name, for messages.
@@ -209,7 +209,7 @@ def _write_rows(
     kind: np.dtype,
     batch_size: int,
 ) -> None:
-    """Append what is missing of a store in the making, and note from time to time how far it is surely on the disk."""
+    """Append the missing rows to an unfinished store; every `SAVED` seconds flush them and note how many in DONE."""
     kinds = {"index.bin": kind, "log_q.bin": np.dtype(np.float16)}
     sizes = {name: (rows.tokens.shape[1] - 1) * k * kind.itemsize for name, kind in kinds.items()}  # bytes of a row
     done = read_own(work / DONE).get("rows", 0)
@@ -242,7 +242,7 @@ def _write_rows(
 
 
 def _finish(work: Path, target: Path, about: dict[str, Any]) -> None:
-    """Make a store that is complete one that is seen."""
+    """Write the manifest of a complete store and rename it to where runs look for it."""
     write_atomically(work / "about.json", json.dumps(about))
     parts = [work / name for name in ("about.json", "index.bin", "log_q.bin")]
     files = {part.name: [part.stat().st_size, hash_file(part)] for part in parts}  # minutes for a large store

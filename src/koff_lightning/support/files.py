@@ -1,6 +1,6 @@
-"""Files that are there in full, or not at all, or as they were before: whatever the process or its machine does.
+"""Write files and folders so that, whenever the process or its machine stops, they are complete, old or absent.
 
-One writer at a time holds a folder; its lock goes with its process, however that ends.
+One writer at a time may write a folder: it holds a lock, which ends with its process.
 """
 
 import ctypes
@@ -48,13 +48,13 @@ def check_sha256(found: str, listed: str, name: str | Path) -> None:
 
 @contextmanager
 def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends well and vanishes when it does not.
+    """A path to write to, which replaces `path` when the block ends without an error, and else is removed.
 
-    It lies beside `path`, so that the last step is a rename: the file is there in full or as it was before.
+    It is beside `path`, so that the last step is a rename: the file is complete or as it was before.
 
     Args:
         path: The file; its folder is made if need be.
-        alone: No other process writes this file, so what a killed one has left is overwritten by the next write.
+        alone: No other process writes this file, so that the next write may overwrite what a killed one has left.
 
     Raises:
         OSError: The folder or the file cannot be written.
@@ -69,10 +69,10 @@ def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that it is there in full or as it was before.
+    """Write a UTF-8 file so that it is complete or as it was before.
 
     Raises:
-        KoffError: The disk did not take it.
+        KoffError: It cannot be written.
     """
     try:
         with replacing(path) as part:
@@ -83,14 +83,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock of a file, which is made if need be; yields whether it is held.
+    """Lock a file, which is made if need be and removed at the end; yields whether the lock is held.
 
-    Where the file system has no locks the block runs all the same, as if it were held. Whoever holds it removes the
-    file at the end.
+    On file systems without locks the block runs as if it were.
 
     Args:
         path: The file.
-        wait: Wait until whoever holds it lets go.
+        wait: Wait until the lock is free.
 
     Raises:
         OSError: The file cannot be made.
@@ -111,12 +110,12 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     finally:
         if own.is_locked:
             if os.name == "posix":  # Windows does not remove open files
-                path.unlink(missing_ok=True)  # while it is locked: who opened it meanwhile sees that it is gone
+                path.unlink(missing_ok=True)  # while locked: who opened it meanwhile finds it gone
             own.release()
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder: `.*.part`, unless a writer holds it."""
+    """Remove what killed writers have left in a folder, `.*.part`, unless a writer still holds it."""
     for part in folder.glob(".*.part"):
         if not part.is_dir():
             part.unlink(missing_ok=True)
@@ -125,26 +124,25 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def _clear(part: Path) -> None:
-    """Remove a folder that a writer has left, and what lay beside it under its name, as an export's proof does."""
+    """Remove a folder that a writer has left, and what is beside it with the same prefix, as of an export's proof."""
     for path in [part, *part.parent.glob(f"{glob.escape(part.name)}.*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def new_folder(target: Path, overwrite: bool = False, marker: str = "koff.json") -> Iterator[Path]:
-    """An empty folder that becomes `target` when the block ends well, and vanishes when it does not.
+    """An empty folder that becomes `target` when the block ends without an error, and else is removed.
 
-    It lies beside `target`, so that the last step is a rename: whoever looks finds the old folder or the new one. Where
-    `target` is a symbolic link, that is beside the folder that it leads to, and the link stays.
+    It is beside `target`, so that the last step is a rename: at any time there is the old folder or the new one. If
+    `target` is a symbolic link, it is beside the folder that this leads to, and the link stays.
 
     Args:
-        target: Where the folder shall be.
+        target: The folder to write.
         overwrite: Replace a folder that is there already.
-        marker: File by which a folder is known to be of the kind that may be replaced; an empty one always may.
+        marker: File that a folder must hold to be replaced; an empty folder always may.
 
     Raises:
-        KoffError: The target exists and may not be replaced, another process is writing it, or the disk did not take
-            the new one.
+        KoffError: The target exists and may not be replaced, another process is writing it, or it cannot be written.
     """
     check_free(target, overwrite, marker)
     target = Path(os.path.realpath(target))
@@ -164,7 +162,7 @@ def new_folder(target: Path, overwrite: bool = False, marker: str = "koff.json")
 
 
 def _follow_umask(folder: Path) -> None:
-    """Give all new files the rights that the user's umask says: safetensors lets their owner alone read its own."""
+    """Give all new files the rights of the user's umask: safetensors makes files that only their owner can read."""
     probe = folder / ".umask"
     probe.touch()
     rights = probe.stat().st_mode & 0o777
@@ -176,10 +174,7 @@ def _follow_umask(folder: Path) -> None:
 
 @contextmanager
 def _only_writer(work: Path, target: Path) -> Iterator[None]:
-    """Refuse when another process is writing the same target; clear away what one left that was killed.
-
-    The lock on the work folder goes with its process, however that ends.
-    """
+    """Refuse if another process is writing the same target; remove what a killed one has left."""
     if os.name != "posix":  # Windows does not open folders
         yield
         return
@@ -203,7 +198,7 @@ def _only_writer(work: Path, target: Path) -> Iterator[None]:
 
 
 def _is_locked(folder: Path) -> bool | None:
-    """Whether a writer holds a folder; None where nobody can say."""
+    """Whether a writer holds a folder; None if the system cannot say."""
     if os.name != "posix":
         return None
     handle = os.open(folder, os.O_RDONLY)
@@ -215,7 +210,7 @@ def _is_locked(folder: Path) -> bool | None:
 
 
 def _take(handle: int) -> bool | None:
-    """Lock an open folder; returns whether that was possible, None where there are no locks."""
+    """Lock an open folder; returns whether the lock was free, None if there are no locks."""
     try:
         return lock_descriptor(handle, blocking=False)
     except OSError as error:
@@ -237,7 +232,7 @@ def check_free(target: Path, overwrite: bool = False, marker: str = "koff.json")
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`, whose old content is at `new` afterwards."""
+    """Rename `new` to `target`, whose old content is at `new` afterwards."""
     if not target.exists():
         new.rename(target)
     elif not _exchange(new, target):
@@ -252,12 +247,12 @@ def _swap(new: Path, target: Path) -> None:
 
 
 def _aside(target: Path) -> Path:
-    """Where a folder lies between two renames, on systems that cannot exchange two."""
+    """Where the old folder is between two renames, on systems that cannot exchange folders."""
     return target.with_name(f".{target.name}.previous")
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders in one system call; False where there is none (Linux has renameat2 with flag 2)."""
+    """Exchange two folders in one system call (Linux: renameat2 with flag 2); False if there is none."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     here = -100  # AT_FDCWD
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), 2) == 0

@@ -1,7 +1,12 @@
-"""What values in a file are to be, entry by entry, and one clause on the first that is something else.
+"""Small schemas for the content of files: checks a value against a form and says in one clause what is wrong first.
 
-A form is a kind, several kinds, a list of one form, the forms of names (`name?` may be missing; others are free), the
-form of everything under any name, `{str: form}`, or the dataclass of options that the names stand for.
+A form is one of
+    int, float, str ...      a type; floats are finite, and ints are counts
+    (form, form, None)       any of several; None allows null
+    [form]                   a list whose entries all have this form
+    {"a": form, "b?": form}  a mapping with these names, of which `b` may be missing; further names are not checked
+    {str: form}              a mapping whose values under any further name have this form
+    SomeSpec                 a dataclass of options, whose type hints say what its fields may be
 """
 
 import math
@@ -14,11 +19,11 @@ Options = TypeVar("Options")
 
 
 def fault_in(value: Any, form: Any, name: str) -> str | None:
-    """What is wrong with a value, in a clause; None if it is as its form has it.
+    """What is wrong with a value, in a clause; None if it has the form.
 
     Args:
-        value: Of the file.
-        form: What is due there.
+        value: From the file.
+        form: See the head of this file.
         name: What to call the value.
     """
     if isinstance(form, tuple):
@@ -63,7 +68,7 @@ def _fault_of_names(value: Any, form: dict[Any, Any], name: str) -> str | None:
 
 
 def _fault_of_spec(value: Any, spec: type, name: str) -> str | None:
-    """Options of a dataclass, by its own type hints; what it does not know is told by whoever makes one of them."""
+    """Options of a dataclass, by its type hints. Unknown names pass: `options_of` refuses them."""
     if not isinstance(value, Mapping):
         return other(name, "a dictionary", value)
     hints, known = get_type_hints(spec), {entry.name for entry in fields(spec)}
@@ -85,7 +90,7 @@ def options_of(spec: type[Options], given: Mapping[str, Any], name: str) -> Opti
     """A dataclass of options with the values that a file gives.
 
     Raises:
-        TypeError: An option that it does not have, as Python raises it, in words of ours.
+        TypeError: An option that it does not have, as Python would raise it, but worded for users.
     """
     if odd := sorted(given.keys() - {entry.name for entry in fields(spec)}):
         raise TypeError(f"{name} has no option {odd[0]!r:.60}")
@@ -93,13 +98,13 @@ def options_of(spec: type[Options], given: Mapping[str, Any], name: str) -> Opti
 
 
 def _form_of(hint: Any) -> Any:
-    """The form that a type hint of an option stands for."""
+    """The form of a type hint."""
     if get_origin(hint) in (Union, UnionType):
         return tuple(None if part is type(None) else _form_of(part) for part in get_args(hint))
     return [_form_of(get_args(hint)[0])] if get_origin(hint) is list else hint
 
 
 def other(name: str, wanted: str, value: object) -> str:
-    """The clause on a value that is something else than `wanted`."""
+    """The clause on a value that is not `wanted`."""
     shown = f"{type(value).__name__} {value!r:.40}" if isinstance(value, str | int | float) else type(value).__name__
     return f"{name} must be {wanted}, and is {'nothing' if value is None else ' '.join(shown.split())}"

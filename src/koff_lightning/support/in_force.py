@@ -1,4 +1,4 @@
-"""A setting of a model that a call may have to itself, while other threads call the same model."""
+"""A setting of a model (its gates, its memories) that one call can change while other threads call the same model."""
 
 import threading
 from collections.abc import Iterator
@@ -9,38 +9,38 @@ T = TypeVar("T")
 
 
 class _Here(threading.local):
-    """Of the thread that looks: torch.compile can read it and guards it, which it cannot with a ContextVar."""
+    """The innermost scope of each thread. Not a ContextVar, as torch.compile can neither read nor guard one."""
 
-    def __init__(self) -> None:  # runs anew in each thread; of a default at the class torch.compile takes no guard
-        self.held: tuple[object] | None = None
+    def __init__(self) -> None:  # runs once in each thread; torch.compile would not guard a default of the class
+        self.held: tuple[object] | None = None  # a value in a tuple, as the value may be None; None: no scope
 
 
 class InForce(Generic[T]):
-    """What is in force: in a scope that this thread has opened that scope's value, elsewhere the model's own.
+    """A value that all threads share, which a thread can replace for itself inside a `scope`.
 
-    The model's own value is what threads see that never opened a scope, such as those of autograd, where a checkpointed
-    layer is computed again. A copy has the model's own value and no scopes.
+    Threads that never opened a scope see the shared value. Autograd's threads are among them, in which activation
+    checkpointing computes layers again. Copies and pickles take the shared value along, and no scopes.
     """
 
     def __init__(self, value: T) -> None:
-        self._own, self._here = value, _Here()
+        self._shared, self._here = value, _Here()
 
     @property
     def value(self) -> T:
-        """What is in force for the thread that asks."""
+        """What is in force in this thread."""
         held = self._here.held
-        return self._own if held is None else held[0]
+        return self._shared if held is None else held[0]
 
     def set(self, value: T) -> None:
-        """Put another value in force: in the innermost scope of this thread, or for the model where there is none."""
+        """Replace the value: that of this thread's innermost scope, or the shared one if it is in none."""
         if self._here.held is None:
-            self._own = value
+            self._shared = value
         else:
             self._here.held = (value,)
 
     @contextmanager
     def scope(self, value: T) -> Iterator[None]:
-        """Put a value in force for this thread alone; at the end of the block what was before is in force again."""
+        """Inside the block, for this thread alone, another value; afterwards the one from before."""
         before, self._here.held = self._here.held, (value,)
         try:
             yield
@@ -48,7 +48,7 @@ class InForce(Generic[T]):
             self._here.held = before
 
     def __getstate__(self) -> dict[str, T]:
-        return {"_own": self._own}
+        return {"shared": self._shared}
 
     def __setstate__(self, state: dict[str, T]) -> None:
-        self.__init__(state["_own"])
+        self.__init__(state["shared"])

@@ -1,4 +1,4 @@
-"""What the kinds of unit are called, and how the two counts of a mask are told apart."""
+"""How reports name the kinds of unit, and the lines in which they give the sparsity of a mask."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,7 @@ KIND_NAMES = {"channel": "FFN neurons", "kv_group": "kv groups"} | {
 
 
 def sparsity_lines(sparsity: Mapping[str, Any]) -> list[str]:
-    """The nominal sparsity, then by type or kind of unit, then the physical count, told apart.
-
-    The physical count is left out for an artifact that is older than it.
+    """The nominal sparsity, that of each type or kind of unit, and the physical sparsity, which old artifacts lack.
 
     Args:
         sparsity: As `results.json` and `koff.json` have it.

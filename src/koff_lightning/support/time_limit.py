@@ -1,24 +1,24 @@
-"""Calls of code that no exception reaches, as of a library in Rust, and that may take for ever."""
+"""A time limit for calls that cannot be interrupted, such as those of a library in Rust."""
 
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-LOOK = 0.5  # seconds between two looks at a call that is still going on
+LOOK = 0.5  # seconds between two looks at a running call
 
 
 def within(seconds: float, call: Callable[[], Any], too_long: Callable[[], Exception]) -> Any:
-    """What `call` returns or raises, if it comes in time.
+    """What `call` returns or raises, if it ends in time.
 
-    What cannot be ended is left behind: its thread goes on until the process ends, and does not hold that up. Time is
-    the clock's and the processors' at once, so that neither a machine that others use nor other threads of this process
-    make a call too long.
+    A call that does not is left behind: its thread runs on until the process ends, which does not wait for it. A call
+    is too long only if both the clock and this process's processor time say so: then neither a busy machine nor other
+    threads are mistaken for a slow call.
 
     Args:
-        seconds: It may take.
-        call: Made in a thread of its own.
-        too_long: The error to raise where it takes longer.
+        seconds: Limit.
+        call: Runs in a thread of its own.
+        too_long: Makes the error to raise if the call takes longer.
     """
     found: list[tuple[bool, Any]] = []
 

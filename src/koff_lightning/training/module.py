@@ -123,9 +123,9 @@ class KOFFModule(LightningModule):
         self.activation_checkpointing, self.warm_start = activation_checkpointing, warm_start
         self.mask_source, self.guard = mask_source, NonFiniteGuard(skip=optim.on_nonfinite == "skip")
         self.modes = MODES if extends is None else tuple(mode for mode in MODES if mode != "dense")
-        self.schedule: SparsitySchedule | None = None  # of the mask; AnnealSparsity lays it out when a fit starts
-        self.resumed_at: int | None = None  # step of the checkpoint that a run goes on from
-        self.strict_loading = False  # checkpoints hold what is trained; `on_load_checkpoint` looks for what is missing
+        self.schedule: SparsitySchedule | None = None  # of the mask; AnnealSparsity sets it when a fit starts
+        self.resumed_at: int | None = None  # step of the checkpoint from which a run is resumed
+        self.strict_loading = False  # checkpoints hold only what is trained; `on_load_checkpoint` checks that
         self.model: Decomposition | None = None  # see `configure_model`
         if lora is None and kv is None and (sparsity.target == 0 or mask):
             what = "model.mask gives the mask" if mask else "sparsity.target is 0"
@@ -136,11 +136,11 @@ class KOFFModule(LightningModule):
         plain |= {"mask": mask, "prior": prior} | loading
         specs = {name: spec and asdict(spec) for name, spec in specs.items()}
         self.save_hyperparameters(specs | {"domains": self.domains} | without_secrets(plain))
-        if sparsity.uniform:  # what the family's configs cannot say is refused now
+        if sparsity.uniform:  # refuse now what no config of the family can express
             check_layout(load_config(source, revision=revision, trust_remote_code=trust_remote_code), sparsity)
 
     def configure_model(self) -> None:
-        """Build the decomposition once the devices are known; then look at what the loop takes, as Lightning asks."""
+        """Build the decomposition, as the devices are known by now; then check trainer and data against it."""
         strategies.check(self._trainer)
         if self.model is None:
             self._build()
@@ -184,7 +184,7 @@ class KOFFModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch; the equation at the head of this file."""
         rows, domains = len(batch["labels"]), self.model.domain_of_row(batch)  # [B]
-        retention = retention_loss(self, batch_idx)  # its gradient is taken by now: what is in force changes
+        retention = retention_loss(self, batch_idx)  # first, with its backward: it needs other gates and memories
         memories = batch["domains"] if self.memories_on else [None] * rows
         data = self.objective(batch, self.draw_gates(rows, batch_idx), memories, domains)
         penalty = self.sparsity_penalty(data.loss)
@@ -192,7 +192,7 @@ class KOFFModule(LightningModule):
         self.guard.check_loss(loss, data.tokens, data.predicted, batch["domains"], self.global_step)
         parts = {"train/loss": loss, "train/kl": data.kl, "train/penalty": penalty}
         self.log_dict(parts if self.loss.top_k_alone else parts | {"train/ce": data.ce}, batch_size=rows)
-        return loss if loss.requires_grad else loss.requires_grad_()  # there are steps in which nothing is due
+        return loss if loss.requires_grad else loss.requires_grad_()  # in some steps nothing learns
 
     @property
     def learns_mask(self) -> bool:
@@ -206,23 +206,23 @@ class KOFFModule(LightningModule):
 
     @property
     def phase(self) -> Phase:
-        """What the optimizer step under way does: by the schedule, as long as there is a mask to learn."""
+        """Phase of the current optimizer step: by the schedule, as long as there is a mask to learn."""
         if self.mask_is_fixed:
             return "consolidate"
         return "warmup" if self.schedule is None else self.schedule.phase(self.global_step)
 
     @property
     def learns_now(self) -> bool:
-        """Whether the mask is learned in this step: gates are drawn and penalised."""
+        """Whether the mask is learned in this step: gates are sampled and the penalty is on."""
         return self.phase in ("ramp", "hold")
 
     @property
     def memories_on(self) -> bool:
-        """Whether memories take part now: always, or only once the mask is fixed in a two-stage run."""
+        """Whether rows read their memories in this step: always, but in a two-stage run only once the mask is fixed."""
         return self.joint or self.mask_is_fixed
 
     def draw_gates(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Gate values for a micro-batch, [R, U]: ones while memories warm up, then a sample, then the hard mask."""
+        """Gate values for a micro-batch, [R, U]: in the warm-up ones (or None), then a sample, then the hard mask."""
         gates = self.model.gates
         if not self.learns_mask:
             return None
@@ -232,14 +232,14 @@ class KOFFModule(LightningModule):
         return gates.probe(rows) if observes else None
 
     def sparsity_penalty(self, data: Tensor | None = None) -> Tensor:
-        """The price of what is kept while the mask is learned, scalar in nats; `data` is the loss on data, a scalar."""
+        """The penalty while the mask is learned, else 0: scalar in nats. `data`: the loss on data, scalar."""
         if not self.learns_now:
             return torch.zeros((), device=self.device)
         gates = self.model.gates
         return self.penalty(self.model.budget.measured(gates.gate.keep(gates.logits)), self.model.target, data)
 
     def on_fit_start(self) -> None:
-        """Refuse what would train wrongly without a word; then fill fresh KV memories and start all ranks alike."""
+        """Refuse what would silently train wrongly; then fill fresh KV memories and let all ranks start alike."""
         cast = [name for name, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if cast:
             raise KoffError(
@@ -259,7 +259,7 @@ class KOFFModule(LightningModule):
         ranks.copy_from_first([value for name, value in sorted(self.state_dict().items()) if name in owned])
 
     def on_train_start(self) -> None:
-        """Give the training data its place in a run that goes on."""
+        """In a resumed run, let the training data go on where it was."""
         give_data_its_place(self.trainer)
 
     def fill_memories(self) -> None:
@@ -278,7 +278,7 @@ class KOFFModule(LightningModule):
     on_validation_start = on_test_start = on_predict_start = fill_memories
 
     def on_after_backward(self) -> None:
-        """Collect the squared gate gradients of the warm-up, which order the logits later."""
+        """In the warm-up, collect the squared gradients of the gates, which later order the logits."""
         self.model.gates.observe(loss_scale(self.trainer))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -288,7 +288,7 @@ class KOFFModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
-        """Clip each memory group by its own norm: one global norm would let the multipliers eat the budget."""
+        """Clip LoRA and KV gradients, each by its own norm: a global norm would be mostly that of the multipliers."""
         self.guard.check_gradients(self, optimizer, clip_by_group(optimizer, self.optim.clip))
 
     # ------------------------------------------------------------------------------------------- evaluation
@@ -296,7 +296,7 @@ class KOFFModule(LightningModule):
     def _evaluate(self, batch: Batch, modes: Sequence[str]) -> None:
         found: dict[str, Tensor] = {}  # mode -> nats [B, T-1]
         tokens = self.model.targets(batch)[1].sum(1)  # [B]
-        general = all(str(d).startswith(GENERAL) for d in batch["domains"])  # which has no memory of its own
+        general = all(str(d).startswith(GENERAL) for d in batch["domains"])  # general text has no memory of its own
         for mode in (mode for mode in modes if mode != "koff" or not general):
             same = self.model.same_as(mode)
             found[same] = nats = found[same] if same in found else self.model.token_nats(batch, mode)
@@ -306,8 +306,8 @@ class KOFFModule(LightningModule):
                 self.bpb[f"{mode}/{domain}"].update(nats[chosen], batch["num_bytes"][chosen], tokens[chosen])
 
     def held_out(self, modes: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Bits per byte of the evaluation that just ran: {domain: {mode: bits per byte}}."""
-        with warnings.catch_warnings():  # a domain without a row, as in a run cut short, is not a number
+        """Bits per byte of the evaluation that just ran, {domain: {mode: bits per byte}}; nan without a row."""
+        with warnings.catch_warnings():  # of such a domain
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             return {d: {mode: float(self.bpb[f"{mode}/{d}"].compute()) for mode in modes} for d in self.domains}
 
@@ -319,7 +319,7 @@ class KOFFModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Held-out bits per byte with the own memory, under the mask in force."""
+        """Held-out bits per byte of each row with its own memory, under the mask in force."""
         self._evaluate(batch, ("koff",))
 
     def on_validation_epoch_end(self) -> None:
@@ -369,7 +369,7 @@ class KOFFModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:
-        """As Lightning's, for a file that may come from anyone: nothing runs that is not asked for here."""
+        """As Lightning's, but safe for files from anyone: no pickled code runs, and no remote code unless asked for."""
         if "domains" in options:
             raise KoffError("load_from_checkpoint takes the checkpoint's own domains: leave domains out")
         options = {name: asdict(value) if is_dataclass(value) else value for name, value in options.items()}
@@ -379,7 +379,7 @@ class KOFFModule(LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what does not fit, and to train on from what holds no run or one of another course."""
+        """Refuse a checkpoint that does not fit, and one that a run cannot be resumed from."""
         goes_on = self._trainer is not None and self.trainer.training
         if "koff" in checkpoint:  # else `refuse_unfit` says whose it is not
             check_content(checkpoint)

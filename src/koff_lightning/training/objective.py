@@ -1,4 +1,4 @@
-"""The loss on text, under gates and memories: what the objective says of the domains and of general text alike.
+"""The loss on text under gates and memories, for the domains' text and for general text (retention) alike.
 
 Shapes: B rows, T tokens, N predicted tokens, U prunable units.
 """
@@ -21,14 +21,14 @@ from koff_lightning.support.errors import KoffError
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Losses of one micro-batch in nats; the scalars are of the rows of all ranks.
+    """Losses of one micro-batch in nats; the scalars are means over the rows of all ranks.
 
     Attributes:
-        loss: ce * CE + kl * KL; its gradient is this rank's part.
-        ce: Cross-entropy.
-        kl: Divergence from the dense model.
-        tokens: CE + KL of each token of this rank, [N].
-        predicted: Where they are, bool [B, T-1].
+        loss: ce * CE + kl * KL, scalar; its gradient is that of this rank's rows alone.
+        ce: Cross-entropy, scalar.
+        kl: KL(dense || student), scalar.
+        tokens: CE + KL of each predicted token of this rank, [N].
+        predicted: Where these tokens are predicted, bool [B, T-1].
     """
 
     loss: Tensor
@@ -40,11 +40,11 @@ class TextLoss:
 
 @dataclass(frozen=True)
 class Objective:
-    """Scores text under gates and memories as `LossSpec` says.
+    """Computes the loss of `spec` on text under gates and memories.
 
     Args:
         model: The decomposition.
-        spec: Weights.
+        spec: Options of the loss.
         recompute: Whether activations are recomputed in the backward.
     """
 
@@ -53,15 +53,16 @@ class Objective:
     recompute: bool = False
 
     def __call__(self, batch: Batch, gates: Tensor | None, memories: Sequence[str | None], groups: Tensor) -> TextLoss:
-        """Mean over groups of rows of the mean over their predicted tokens.
+        """The mean over groups of rows (domains, in training) of the mean over their predicted tokens.
 
-        Gates and memories stay in force after the forward: a checkpointed layer reads them again in the backward.
+        Gates and memories stay in force after the forward: with activation checkpointing the backward computes layers
+        again and needs them.
 
         Args:
             batch: Rows.
             gates: Gate values [R, U], None for all open.
-            memories: Memories of each row, None for none.
-            groups: Number of each row's group, [B] in 0..len(domains).
+            memories: Memory of each row, None for none.
+            groups: Index of each row's group, [B] in 0..len(domains).
         """
         labels, predicted = self.model.targets(batch)  # [N], bool [B, T-1]
         teacher = self.teacher(batch, predicted)
@@ -69,7 +70,7 @@ class Objective:
         return self.compare(student, teacher, labels, predicted, groups)
 
     def teacher(self, batch: Batch, predicted: Tensor) -> Tensor | TopK | None:
-        """What the dense model says at the predicted places: hidden states [N, d], or its stored likeliest tokens."""
+        """The dense model at the predicted places: hidden states [N, d], or the stored top k; None without KL."""
         if not self.spec.kl:
             return None
         if self.spec.teacher == "live":
@@ -86,10 +87,12 @@ class Objective:
     def compare(
         self, student: Tensor, teacher: Tensor | TopK | None, labels: Tensor, predicted: Tensor, groups: Tensor
     ) -> TextLoss:
-        """The loss, given hidden states [N, d], what the teacher says there, and the next tokens [N]."""
+        """The loss, from the student's hidden states [N, d], those of the teacher (or its top k), and labels [N]."""
         weights = self.weights(predicted, groups)
         loss, ce, kl = head_loss(student, teacher, self.model.head, labels, weights, self.spec)
-        parts = torch.stack([loss.detach(), (weights * ce).sum(), (weights * kl).sum()])  # a product would be autocast
+        parts = torch.stack(
+            [loss.detach(), (weights * ce).sum(), (weights * kl).sum()]
+        )  # not as matrix products, which autocast would round
         all_loss, all_ce, all_kl = ranks.total(parts) / ranks.count()
         return TextLoss(loss + (all_loss - loss.detach()), all_ce, all_kl, ce + kl, predicted)
 
@@ -104,7 +107,7 @@ class Objective:
 
 
 def take_stored_teacher(spec: LossSpec, data: Any, backbone_hash: str) -> None:
-    """Have training batches bring the stored teacher, where `spec` asks for it.
+    """Let training batches bring the stored teacher, if `spec` asks for it.
 
     Args:
         spec: Options of the loss.
@@ -112,7 +115,7 @@ def take_stored_teacher(spec: LossSpec, data: Any, backbone_hash: str) -> None:
         backbone_hash: Hash of the dense model's weights.
 
     Raises:
-        KoffError: There is none that fits, or a datamodule that knows of none.
+        KoffError: There is no fitting one, or the datamodule has no stored teachers.
     """
     if spec.teacher != "stored":
         return

@@ -43,9 +43,7 @@ class PrunableGroup:
     kind: str
     size: int  # units
     producers: tuple[tuple[str, int], ...]  # (module path, output rows per unit)
-    consumer: (
-        str  # module path; a gate multiplies its INPUT. Empty for channels: a gate multiplies the producer's OUTPUT
-    )
+    consumer: str  # module path; a gate multiplies its INPUT. Empty (channels): it multiplies the producer's OUTPUT
     width: int  # input columns of the consumer per unit
     params_per_unit: int
     whole: "PrunableGroup | None" = None  # of gate and up channels: the neurons, each dead once its channel is closed

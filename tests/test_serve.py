@@ -1,5 +1,6 @@
 """`koff serve` speaks OpenAI's protocol: what clients send is answered as they know it, and as the model says it."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import gc
@@ -298,7 +299,8 @@ def test_bodies_that_are_no_requests(client, address):
     assert send(b'{"temperature": NaN, "model": "tiny", "prompt": "x"}')[0] == 400
     assert send(b"{}", "text/plain") == (415, "send JSON, with the header Content-Type: application/json")
     assert send(b"x" * (LARGEST_BODY + 1))[0] == 413
-    assert client.http.post("/v1/models", json={}).status_code == 405
+    wrong = client.http.post("/v1/models", json={})
+    assert (wrong.status_code, wrong.headers["Allow"]) == (405, "GET")
     assert client.http.get("/v2").json()["error"]["message"] == "GET /v2: Not Found"
     assert client.text("tiny")
 
@@ -322,7 +324,7 @@ def test_bodies_that_are_no_requests(client, address):
         ),
         (
             {"messages": [{"role": "user", "content": "x"}], "stream_options": {"include_usage": True}},
-            "stream_options are of streamed answers: give stream true",
+            "body: stream_options are of streamed answers: give stream true",
         ),
     ],
 )
@@ -580,6 +582,18 @@ def test_metrics_count(client, model):
     assert grown('koff_requests_total{path="/v1/completions",status="200"}') == 1
     assert after["koff_memories"] == 3
     assert client.http.get("/health").json() == {"status": "ok"}
+
+
+def test_health_tells_of_an_engine_that_has_ended(made):
+    """Every request fails then, until somebody starts the server again."""
+    engine = OwnEngine(made.folder)
+    with served(engine, close=False) as address:
+        client = Client(address)
+        assert client.http.get("/health").status_code == 200
+        asyncio.run(engine.close())
+        answer = client.http.get("/health")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"] == "the engine has ended: start the server again"
 
 
 def test_a_failure_of_the_server_is_counted(made, monkeypatch):

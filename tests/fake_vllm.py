@@ -39,6 +39,7 @@ class Llm:
     asked: list = field(default_factory=list)
     adapters: list = field(default_factory=list)
     closed: bool = False
+    errored: bool = False
 
     def __post_init__(self):
         self.model_config = SimpleNamespace(max_model_len=512)

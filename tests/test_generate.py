@@ -318,6 +318,28 @@ def test_a_talk_ends_with_its_input(made, monkeypatch, capsys):
     assert talk(monkeypatch, capsys, made, []).endswith("no memory> ")
 
 
+@pytest.mark.parametrize("argv", [(), ("--generation-config", "model")])
+def test_a_talk_longer_than_the_models_context_is_told_and_goes_on(made, model, monkeypatch, capsys, argv):
+    """Beyond its positions a model computes nonsense."""
+    room = model.backbone.config.max_position_embeddings
+    short = len(model.tokenizer("user: \nassistant:")["input_ids"])
+    word = len(model.tokenizer(" fox", add_special_tokens=False)["input_ids"])
+    fits = "fox" + " fox" * ((room - short) // word - 2)
+    lines = ["fox" + " fox" * room, fits, fits, "/clear", "the fox"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    command = ["chat", "--model", made.folder, *argv, "--temperature", "0", "--device", "cpu"]
+    assert main([str(word) for word in [*command, "--max_new_tokens", str(room)]]) == 0
+    said = capsys.readouterr()
+    assert "exceeded" not in said.err, "transformers says so of positions that are not there"
+    answers = said.out.split("> ")[1:]
+    assert [f"the model reads {room} with its answer: /clear" in answer for answer in answers[:3]] == [
+        True,
+        False,
+        True,
+    ]
+    assert answers[4].startswith(greedy(model, "user: the fox\nassistant:", special=False))
+
+
 def test_without_a_chat_template_there_is_no_chat(tmp_path, capsys):
     made = tiny_artifact(tmp_path)
     assert main(["chat", "--model", str(made.folder)]) == 2

@@ -1,5 +1,6 @@
 """`koff serve` speaks OpenAI's protocol: what clients send is answered as they know it, and as the model says it."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import gc
@@ -8,6 +9,7 @@ import re
 import shutil
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from koff_lightning.artifact.memories import add_memory, remove_memory
 from koff_lightning.data import rendering
 from koff_lightning.evaluation.harness import KoffLM
 from koff_lightning.serving import ask, requests
+from koff_lightning.serving.answers import CompletionForm
 from koff_lightning.serving.batch import Batch
 from koff_lightning.serving.connection import Connection
 from koff_lightning.serving.errors import Refused
@@ -298,7 +301,8 @@ def test_bodies_that_are_no_requests(client, address):
     assert send(b'{"temperature": NaN, "model": "tiny", "prompt": "x"}')[0] == 400
     assert send(b"{}", "text/plain") == (415, "send JSON, with the header Content-Type: application/json")
     assert send(b"x" * (LARGEST_BODY + 1))[0] == 413
-    assert client.http.post("/v1/models", json={}).status_code == 405
+    wrong = client.http.post("/v1/models", json={})
+    assert (wrong.status_code, wrong.headers["Allow"]) == (405, "GET")
     assert client.http.get("/v2").json()["error"]["message"] == "GET /v2: Not Found"
     assert client.text("tiny")
 
@@ -322,7 +326,7 @@ def test_bodies_that_are_no_requests(client, address):
         ),
         (
             {"messages": [{"role": "user", "content": "x"}], "stream_options": {"include_usage": True}},
-            "stream_options are of streamed answers: give stream true",
+            "body: stream_options are of streamed answers: give stream true",
         ),
     ],
 )
@@ -457,6 +461,43 @@ def test_who_finds_no_place_is_told_to_come_again(made, slow):
             time.sleep(0.01)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_of_many_log_probabilities_are_written_while_others_are_answered(made, monkeypatch, stream):
+    """Of 128 long prompts with 20 each that took 22 s, in which nobody had a token."""
+    name, writing = "part" if stream else "whole", threading.Event()
+    stock = getattr(CompletionForm, name)
+
+    def slow(form, *args):
+        writing.set()
+        time.sleep(1.5)
+        return stock(form, *args)
+
+    monkeypatch.setattr(CompletionForm, name, slow)
+    with served(OwnEngine(made.folder)) as address, concurrent.futures.ThreadPoolExecutor() as pool:
+        client, other = Client(address), Client(address)
+        body = {"model": "tiny", "prompt": "fox", "max_tokens": 0, "echo": True, "logprobs": 5, "stream": stream}
+        asked = pool.submit(client.http.post, "/v1/completions", json=body)
+        assert writing.wait(20)
+        began = time.monotonic()
+        assert other.http.get("/health").status_code == 200
+        assert time.monotonic() - began < 1
+        assert asked.result().status_code == 200
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(client, made, monkeypatch):
+    """That took a minute, and six such clients all threads that there are for it."""
+    word = max(load_decomposed(made.folder, domains=[]).tokenizer.get_vocab(), key=len)
+    long = "x" * (512 * len(word))
+    said = f"the prompt has {len(long) + 1} characters, more than 512 tokens can hold: this model takes 512 in all"
+    assert "the prompt has" in client.complete("tiny", long)[1]["error"]["message"], "by its tokens"
+    monkeypatch.setattr(ask, "encode_prompt", lambda *_: 1 / 0)
+    status, content = client.complete("tiny", long + "x")
+    assert (status, content["error"]["message"], content["error"]["param"]) == (400, said, "prompt")
+    assert content["error"]["code"] == "context_length_exceeded"
+    status, content = client.chat("tiny", long)
+    assert status == 400 and "characters, more than 512 tokens can hold" in content["error"]["message"]
+
+
 def test_a_client_that_goes_before_its_answer_frees_its_place(made, slow):
     with served(OwnEngine(made.folder, rows=1), texts=1) as address:
         client = Client(address)
@@ -580,6 +621,18 @@ def test_metrics_count(client, model):
     assert grown('koff_requests_total{path="/v1/completions",status="200"}') == 1
     assert after["koff_memories"] == 3
     assert client.http.get("/health").json() == {"status": "ok"}
+
+
+def test_health_tells_of_an_engine_that_has_ended(made):
+    """Every request fails then, until somebody starts the server again."""
+    engine = OwnEngine(made.folder)
+    with served(engine, close=False) as address:
+        client = Client(address)
+        assert client.http.get("/health").status_code == 200
+        asyncio.run(engine.close())
+        answer = client.http.get("/health")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"] == "the engine has ended: start the server again"
 
 
 def test_a_failure_of_the_server_is_counted(made, monkeypatch):

@@ -477,6 +477,14 @@ def test_a_character_that_the_prompt_begins_is_told_whole(model):
     assert Text(model.tokenizer, [7, first]).add(rest, last=True) == "ß"
 
 
+@pytest.mark.parametrize("prompt", ["�", "fox ���"])
+def test_a_sign_for_what_cannot_be_read_is_the_prompts_own(model, prompt):
+    """It is what the rest of a split character reads as, too; repeated, it broke the characters after it."""
+    ids, said = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, "ßx�y"))
+    text = Text(model.tokenizer, ids)
+    assert "".join(text.add([token]) for token in said) + text.add([], last=True) == "ßx�y"
+
+
 def test_long_stop_words_cost_no_more_than_what_is_held(model):
     class Counted(str):
         looks = 0

@@ -510,7 +510,10 @@ def test_an_engine_that_dies_hides_no_answer_and_keeps_no_memory(tmp_path, monke
             await anext(stream)
 
     monkeypatch.setattr(told.llm, "remove_lora", lost)
+    assert made.alive
     asyncio.run(scene())
+    told.llm.errored = True
+    assert not made.alive, "for /health"
     assert made.load == (0, 0) and list(made.memories()) == ["de"]
     assert [path.name.rpartition("-")[0] for path in made._work.iterdir()] == ["de"]
 

@@ -1,5 +1,6 @@
 """`koff chat`: talk to an exported chat model; a memory is changed between two questions at no cost."""
 
+import copy
 from typing import TYPE_CHECKING, Any, Literal
 
 from koff_lightning.commands.generate import asked, own_settings_told, sampling
@@ -9,6 +10,8 @@ from koff_lightning.support.names import AUTO
 from koff_lightning.support.quick_imports import quick_imports
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from koff_lightning.artifact.decomposed import DecomposedModel
 
 HELP = (
@@ -109,11 +112,17 @@ def _talk(model: "DecomposedModel", domain: str | None, opening: list[dict[str, 
             print(f"not understood: {line}; {about}")
         elif line:
             messages.append({"role": "user", "content": line})
+            try:
+                ids, within = _written(model, messages, options)
+            except _TooLong as error:
+                print(error)
+                messages.pop()
+                continue
             memory = domain
             if domain == AUTO and AUTO not in model.domains:
                 memory = model.route([last_questions_first(messages)])[0]
                 print(f"[{memory or 'no memory'}]")
-            messages.append({"role": "assistant", "content": _answer(model, memory, messages, options)})
+            messages.append({"role": "assistant", "content": _answer(model, memory, ids, within)})
 
 
 def _can_route(model: "DecomposedModel") -> bool:
@@ -126,21 +135,47 @@ def _can_route(model: "DecomposedModel") -> bool:
     return True
 
 
-def _answer(
-    model: "DecomposedModel", domain: str | None, messages: list[dict[str, str]], options: dict[str, Any]
-) -> str:
-    """Stream the answer to the terminal and return it."""
+class _TooLong(KoffError):
+    """A talk that the model has no positions for; a shorter one may go on."""
+
+
+def _written(
+    model: "DecomposedModel", messages: list[dict[str, str]], options: dict[str, Any]
+) -> tuple["Tensor", dict[str, Any]]:
+    """A talk as token ids [1, T], and the options with no more tokens than what the model reads leaves room for.
+
+    Raises:
+        _TooLong: It leaves none.
+    """
     import torch
-    from transformers import TextStreamer
 
     from koff_lightning.data.encoding import encode
     from koff_lightning.data.rendering import render, writing
 
-    tokenizer = model.tokenizer
     with writing():
-        written = render(tokenizer, messages, add_generation_prompt=True)
-    ids = torch.tensor([encode(tokenizer, written, add_special_tokens=False)["input_ids"]])  # [1, T]
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        written = render(model.tokenizer, messages, add_generation_prompt=True)
+    ids = encode(model.tokenizer, written, add_special_tokens=False)["input_ids"]
+    room = model.backbone.config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise _TooLong(
+            f"the talk would have {len(ids)} tokens with this, the model reads {room + len(ids)} with its answer: "
+            "/clear forgets the talk, or say less"
+        )
+    settings = options.get("generation_config")
+    if settings is None:
+        within = options | {"max_new_tokens": min(room, options["max_new_tokens"])}
+    else:
+        within = {"generation_config": copy.deepcopy(settings)}
+        within["generation_config"].max_new_tokens = min(room, settings.max_new_tokens)
+    return torch.tensor([ids]), within
+
+
+def _answer(model: "DecomposedModel", domain: str | None, ids: "Tensor", options: dict[str, Any]) -> str:
+    """Stream the answer to the terminal and return it."""
+    import torch
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with own_settings_told(options):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), domains=domain, streamer=streamer, **options)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -19,11 +19,12 @@ from transformers.utils.logging import disable_progress_bar
 from koff_lightning.artifact.decomposed import DecomposedModel, load_decomposed
 from koff_lightning.artifact.export import export
 from koff_lightning.backbone import cache_argument, kv_shapes, parameter_counts
+from koff_lightning.commands.parsing.counts import check_counts
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.loading import load_backbone
+from koff_lightning.loading import device_named, load_backbone
 from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.specs.sparsity import SparsitySpec
-from koff_lightning.support.errors import KoffError
+from koff_lightning.support.errors import KoffError, require
 
 Run = Callable[[], object]
 
@@ -58,6 +59,9 @@ def bench_serving(
     """
     if memories < 16:
         raise KoffError(f"bench: at least 16 memories are wanted, for a batch of 16 domains; got {memories}")
+    require(bool(sparsities), "bench: sparsities names no share to remove: give one or more, as [0.12]")
+    check_counts(rounds=rounds, prompt=prompt, threads=1 if threads is None else threads)
+    device = str(device_named(device))
     torch.set_num_threads(threads or torch.get_num_threads())
     print(
         f"{backbone}, {device}, {dtype}, {torch.get_num_threads()} threads, {rounds} pairs; random masks and memories; "

@@ -1,5 +1,6 @@
 """Answers in OpenAI's form: whole or in parts, of completions and of chats."""
 
+import json
 import time
 import uuid
 from codecs import getincrementaldecoder
@@ -14,6 +15,11 @@ from koff_lightning.serving.job import Answer, Told
 
 PART = "bytes:"  # begins the name of a token that is a part of a character
 _LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
+
+
+def as_json(content: Any) -> str:
+    """What is sent, in one line."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class Form:
@@ -50,10 +56,13 @@ class Form:
         """What came of one answer."""
         return self._around(self.part_kind, [self._choice(answer, [told], first=first, part=True)])
 
-    def whole(self, told: dict[Answer, list[Told]]) -> dict[str, Any]:
-        """All of it."""
-        choices = [self._choice(answer, told[answer], first=True, part=False) for answer in self.answers]
-        return self._around(self.kind, choices) | {"usage": self.usage()}
+    def whole(self, told: dict[Answer, list[Told]]) -> bytes:
+        """All of it, as JSON. For a thread: log-probabilities of long prompts are megabytes, and take seconds."""
+        # Choice by choice: nobody else can run while JSON is written.
+        choices = [as_json(self._choice(answer, told[answer], first=True, part=False)) for answer in self.answers]
+        around = self._around(self.kind, []) | {"usage": self.usage()}
+        parts = {name: as_json(value) for name, value in around.items()} | {"choices": f"[{','.join(choices)}]"}
+        return ("{" + ",".join(f'"{name}":{part}' for name, part in parts.items()) + "}").encode()
 
     def last(self) -> dict[str, Any]:
         """The part that tells the usage."""

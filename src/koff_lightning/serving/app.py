@@ -101,6 +101,8 @@ def _koff_routes(app: FastAPI, front: Front) -> None:
 
     @app.get("/health")
     async def health() -> Response:
+        if not front.engine.alive:
+            raise Refused("the engine has ended: start the server again", 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
@@ -131,7 +133,8 @@ async def _gone(request: Request, error: Gone | ClientDisconnect) -> Response:
 
 
 async def _not_found(request: Request, error: HTTPException) -> Response:
-    return refusal(Refused(f"{request.method} {request.url.path[:100]}: {error.detail}", error.status_code))
+    said = f"{request.method} {request.url.path[:100]}: {error.detail}"
+    return refusal(Refused(said, error.status_code, headers=dict(error.headers or {})))
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -2,20 +2,19 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from koff_lightning.data.encoding import encode, encode_prompt
 from koff_lightning.data.messages import last_questions_first
 from koff_lightning.data.rendering import render, writing
-from koff_lightning.serving.answers import ChatForm, CompletionForm, Form
+from koff_lightning.serving.answers import ChatForm, CompletionForm, Form, as_json
 from koff_lightning.serving.errors import Refused
 from koff_lightning.serving.front import Front
 from koff_lightning.serving.job import Answer, Job, Told
@@ -73,7 +72,8 @@ class Ask:
             held.callback(self._count, form)
             if not self.body.stream:
                 told = await _unless_gone(request, self._collected(job))
-                return JSONResponse(form.whole(told), headers=headers)
+                content = await asyncio.to_thread(form.whole, told)
+                return Response(content, media_type="application/json", headers=headers)
             come = job.told()
             first = await _unless_gone(request, anext(come))  # what is refused now has a status of its own
             seconds = self.front.settings.seconds + GRACE
@@ -108,7 +108,7 @@ class Ask:
         vocabulary = self.engine.vocabulary
         prompts = []
         for text in self.body.prompts:
-            ids = encode_prompt(self.tokenizer, _sound(text)) if isinstance(text, str) else text
+            ids = encode_prompt(self.tokenizer, self._short(_sound(text))) if isinstance(text, str) else text
             if not ids:
                 raise Refused("an empty prompt cannot be continued: this model has no start token", param="prompt")
             if max(ids) >= vocabulary:
@@ -125,10 +125,22 @@ class Ask:
                 written = render(self.tokenizer, messages, add_generation_prompt=True)
         except KoffError as error:  # a template is a program of whoever made the model
             raise Refused(f"the model's template cannot be used here: {str(error)[:200]}") from error
-        ids = encode(self.tokenizer, written, add_special_tokens=False)["input_ids"]
+        ids = encode(self.tokenizer, self._short(written), add_special_tokens=False)["input_ids"]
         if not ids:
             raise Refused("the model's chat template makes no tokens of these messages", param="messages")
         return ids
+
+    def _short(self, text: str) -> str:
+        """Refuse a text that is far too long, before it is tokenised."""
+        if len(text) > self.front.most_characters:
+            room = self.engine.room(None)
+            raise Refused(
+                f"the prompt has {len(text)} characters, more than {room} tokens can hold: this model takes {room} in "
+                "all",
+                param="prompt" if isinstance(self.body, Completion) else "messages",
+                code="context_length_exceeded",
+            )
+        return text
 
     async def _domains(self, domain: str | None, prompts: list[list[int]]) -> list[str | None]:
         """Whose memory each prompt is read with."""
@@ -214,7 +226,10 @@ class Ask:
         try:
             async for answer, told in _again(first, come):
                 if told.text or told.tokens or told.finish or told.prompt:
-                    yield _event(form.part(answer, told, answer not in begun) | usage)
+                    part = answer, told, answer not in begun
+                    # Log-probabilities of a prompt are many, and all that is done here keeps all others waiting.
+                    written = await asyncio.to_thread(form.part, *part) if told.prompt else form.part(*part)
+                    yield _event(written | usage)
                     begun.add(answer)
         except Refused as error:
             yield _event(error.body())
@@ -266,7 +281,7 @@ class EventStream(StreamingResponse):
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
+    return f"data: {as_json(content)}\n\n"
 
 
 def _sound(text: str) -> str:

@@ -132,6 +132,11 @@ class Engine(ABC):
     def load(self) -> tuple[int, int]:
         """Texts under way and texts that wait, for the metrics."""
 
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether it can still answer; one that cannot wants the process to be started again."""
+
     @abstractmethod
     def stream(self, ids: list[int], memory: str | None, options: Options) -> AsyncIterator[Piece]:
         """Continue a prompt. Closing the iterator early frees its place.

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ class Front:
         self.engine, self.settings = engine, settings
         self.places, self.metrics = Places(settings.texts), Metrics()
         self._changing, self._faults = asyncio.Lock(), ""
+
+    @cached_property
+    def most_characters(self) -> int:
+        """Of a text that may fit in the context: a longer one need not be tokenised, which takes a minute for 8 MB."""
+        return self.engine.room(None) * max(map(len, self.engine.tokenizer.get_vocab()))
 
     def rights(self, request: Request) -> Rights:
         """The rights of the caller.

@@ -80,6 +80,11 @@ class OwnEngine(Engine):
         """Texts under way and texts that wait."""
         return len(self._batch.rows), len(self._waiting)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread is there."""
+        return self._thread.is_alive()
+
     # -------------------------------------------------------------------------------------- in the event loop
 
     async def stream(self, ids: list[int], memory: str | None, options: Options) -> AsyncIterator[Piece]:

@@ -216,16 +216,15 @@ def _refusal(error: ValidationError) -> Refused:
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
     first = (unknown or faults)[0]
+    said = first["msg"].removeprefix("Value error, ")[:300]  # pydantic's word before ours
     name = str(first["loc"][0])[:100] if first["loc"] else "body"
     if name == "messages" and len(first["loc"]) > 2:  # [number, name in it, ...]
         place = f"messages[{first['loc'][1]}].{str(first['loc'][2])[:100]}"
         if unknown and len(first["loc"]) == 3:
             return Refused(f"unknown or unsupported: {place}", param=name)
-        what = MESSAGE.get(first["loc"][2], first["msg"])
-        return Refused(f"{place}: {what[:300]}", param=name)
+        return Refused(f"{place}: {MESSAGE.get(first['loc'][2], said)}", param=name)
     if unknown:
         return Refused(f"unknown or unsupported parameter: {name}", param=name)
-    what = first["msg"]
     if name == "prompt":
-        what = "it must be a text, a list of token ids, or a list of one of these, and not empty"
-    return Refused(f"{name}: {what[:300]}", param=name)
+        said = "it must be a text, a list of token ids, or a list of one of these, and not empty"
+    return Refused(f"{name}: {said}", param=name)

@@ -21,8 +21,7 @@ class Text:
         self._tokenizer, self._stop = tokenizer, stop
         self._ids = list(prompt[-_BEFORE:])
         self._start, self._read = 0, len(self._ids)  # decoded up to `_read`; what comes is decoded from `_start` on
-        while self._read and self._decode(self._read).endswith("�"):  # a character that the answer may end
-            self._read -= 1
+        self._before = self._decode()  # text of the tokens from `_start` to `_read`
         self._held = ""  # not told yet
         self.stopped = False  # at a stop word
 
@@ -36,20 +35,20 @@ class Text:
         if self.stopped:
             return ""
         self._ids += ids
-        before, now = self._decode(self._read), self._decode(len(self._ids))
-        if (
-            last or not now.endswith("�") or len(self._ids) - self._read > _PATIENCE
-        ):  # else the end of a character is missing
-            self._held += now[len(before) :]
+        now, new = self._decode(), len(self._ids) - self._read
+        if last or not now.endswith("�") or new > _PATIENCE:  # else the end of a character is missing
+            ended = not now.startswith(self._before)  # a character that the prompt had begun
+            self._held += now[len(self._before.rstrip("�") if ended else self._before) :]
             self._start, self._read = self._read, len(self._ids)
+            self._before = self._decode()
         places = [place for word in self._stop if (place := self._held.find(word)) >= 0]
         if places:
             self.stopped = True
             return self._tell(min(places))
         return self._tell(len(self._held) - (0 if last else self._may_become_stop()))
 
-    def _decode(self, end: int) -> str:
-        return decoded(self._tokenizer, self._ids[self._start : end])
+    def _decode(self) -> str:
+        return decoded(self._tokenizer, self._ids[self._start :])
 
     def _tell(self, length: int) -> str:
         told, self._held = self._held[:length], self._held[length:]

@@ -91,6 +91,11 @@ class VllmEngine(Engine):
         """Texts under way; which of them wait is vLLM's affair."""
         return self._under_way, 0
 
+    @property
+    def alive(self) -> bool:
+        """Whether vLLM's processes are."""
+        return not self._llm.errored
+
     # ------------------------------------------------------------------------------------------------ answers
 
     async def stream(self, ids: list[int], memory: str | None, options: Options) -> AsyncIterator[Piece]:

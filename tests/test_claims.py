@@ -292,6 +292,32 @@ def test_a_failing_arm_leaves_the_others_and_is_run_again(runs, capsys, monkeypa
     assert not report(out)["failures"]
 
 
+def unscored(out, run, *figures):
+    """Take figures out of what a run has left, as where they were no numbers."""
+    path = out / run / "results.json"
+    found = json.loads(path.read_text())
+    for row in (found["mean"], found["domains"]["x"]):
+        row |= dict.fromkeys((f"{figure}_bpb" for figure in figures), None)
+    path.write_text(json.dumps(found))
+
+
+def test_a_run_whose_scores_are_no_numbers_is_told_like_a_failed_one(runs, capsys):
+    out, go = runs
+    asked = ("--seeds=2", "--arms=koff,no_memory,flap_memory", "--sparsity=0.12")
+    go(*asked)
+    unscored(out, "no_memory-0.12-1", "koff", "memory_off")
+    unscored(out, "flap_memory-0.12-0", "koff")
+    unscored(out, "koff-0.12-0", "memory_off")  # a figure beside its own: it has no gap to close
+    assert go(*asked) == (2, [])
+    err = capsys.readouterr().err
+    assert "2 of 8 runs failed, first flap_memory-0.12-0: its held-out scores are not all numbers" in err
+    shown = {row["arm"]: row for row in report(out)["arms"]}
+    assert (shown["no_memory"]["seeds"], shown["flap_memory"]["seeds"]) == ([0], [1])
+    assert shown["memory_off"]["seeds"] == [1] and shown["koff"]["seeds"] == [0, 1]
+    assert shown["koff"]["gc"] == pytest.approx((1.1201 - 1.0001) / 0.1201), "of the seed that has one"
+    assert "remove its folder" in (out / "claims.md").read_text()
+
+
 def test_when_every_run_fails_that_is_the_message(runs, capsys, monkeypatch):
     monkeypatch.setenv("FAIL", "-")
     assert runs[1]("--seeds=1", "--arms=koff")[0] == 2

@@ -73,6 +73,7 @@ def _removal(pooled: "pd.DataFrame", tests: "pd.DataFrame", words: str) -> Findi
         within = "of the same layer" + (", activity and importance" if row["within"] == "cells" else "")
         if math.isnan(row["low"]):
             text += f" Against others {within} nothing can be said: too few."
+            verdicts.add("open")
             continue
         text += f" Odds {row['odds_ratio']:.2f} times those of others {within} {_between(row['low'], row['high'])}."
         verdicts.add(_side(row))
@@ -136,8 +137,13 @@ def _knockout(table: "pd.DataFrame") -> Finding:
 
 def _causal(table: "pd.DataFrame") -> list[Finding]:
     known = table.dropna(subset=["off_after", "off_control", "on_after", "on_control"])
-    if known.empty:
+    if not table["neurons"].any():
         return [Finding("note", "No neuron that is specific to a domain was removed, so none can be put back.")]
+    if known.empty:
+        text = (
+            f"Has the knowledge moved? {table['neurons'].sum()} removed specialists were put back, but without as many "
+        )
+        return [Finding("note", f"{text}other removed neurons of the same layers to compare with.")]
     off, on = (1000 * (known[f"{arm}_before"] - known[f"{arm}_after"]) for arm in ("off", "on"))
     control, control_on = (1000 * (known[f"{arm}_before"] - known[f"{arm}_control"]) for arm in ("off", "on"))
     over = f"Mean over {len(known)} domains and runs." if len(known) > 1 else "One domain in one run."
@@ -158,4 +164,4 @@ def _causal(table: "pd.DataFrame") -> list[Finding]:
 
 
 def _between(low: float, high: float) -> str:
-    return "(no interval)" if math.isnan(low) or math.isnan(high) else f"[{low:.2f}, {high:.2f}]"
+    return "(no interval)" if math.isnan(low) or math.isnan(high) or low == -math.inf else f"[{low:.2f}, {high:.2f}]"

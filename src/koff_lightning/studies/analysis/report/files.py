@@ -12,6 +12,7 @@ from koff_lightning.reports import plots
 from koff_lightning.studies.analysis.report.figures import draw_all
 from koff_lightning.studies.analysis.report.findings import findings
 from koff_lightning.studies.analysis.report.page import render
+from koff_lightning.studies.analysis.report.words import words
 from koff_lightning.studies.analysis.study import Study
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
@@ -23,7 +24,7 @@ PAGE = "report.html"
 
 
 def write(found: Study, folder: Path) -> Path:
-    """Write everything; returns the path of the page.
+    """Write everything, and remove what an earlier study left there that this one has not; returns the page's path.
 
     Raises:
         KoffError: The disk did not take it.
@@ -41,10 +42,12 @@ def write(found: Study, folder: Path) -> Path:
         (folder / "tables").mkdir(parents=True, exist_ok=True)
         for name, table in found.tables.items():
             table.to_parquet(folder / "tables" / f"{name}.parquet", index=False)
+        for name in {*words()["tables"], *RAW} - found.tables.keys():
+            (folder / "tables" / f"{name}.parquet").unlink(missing_ok=True)
     except OSError as error:
         raise KoffError(f"cannot write to {folder}: {error.strerror or error}") from error
-    for name, figure in figures.items():
-        plots.save(figure, folder / "plots", name)
+    for name in words()["figures"]:
+        plots.save(figures.get(name), folder / "plots", name)
     write_atomically(folder / "analysis.json", json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / PAGE, render(found, said, figures))
     return folder / PAGE

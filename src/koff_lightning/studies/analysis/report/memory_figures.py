@@ -48,8 +48,8 @@ def transfer(found: Study) -> Figure:
 def perplexity(found: Study) -> Figure:
     """The same text and memories as the paper shows them (Fig. 3): perplexities, with the dense model's.
 
-    And with memories off, where the paper has a mask learned without memories ("pruned only"): the mean of its column is
-    what its Table 1 has for that mask of Qwen2.5-3B, 12.10.
+    And with memories off, where the paper has a mask learned without memories ("pruned only"): the mean of that column
+    is what its Table 1 has for such a mask of Qwen2.5-3B, 12.10.
     """
     mean = _mean_table(found.tables["perplexity"])
     columns = [*(name for name in mean.columns if name not in ("none", "dense")), "none", "dense"]

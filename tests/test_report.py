@@ -410,3 +410,12 @@ def test_an_arm_without_a_figure_in_one_domain_has_no_mean():
     assert mean == {"dense_bpb": 1.5, "koff_bpb": None, "memory_off_bpb": None, "swapped_bpb": pytest.approx(1.8)}
     assert found["mean"]["koff_ppl"] is None and found["mean"]["dense_ppl"] == pytest.approx((2**2 + 2**4) / 2)
     assert results.table(found | {"general": None}).row_count == 4
+
+
+def test_documents_of_an_earlier_run_do_not_stay_beside_a_later_one(tmp_path):
+    row = {"nats": [1.0], "bytes": [2.0], "nats_by_context": [[1.0]] * 4, "tokens": [[1]] * 4}
+    figures = {"domains": {"de": {"koff_bpb": 1.0}}, "general": {"texts": {"web": {"koff_bpb": 1.0}}}}
+    results.write_documents(tmp_path, {"de": {"koff": row}, "general/web": {"koff": row}}, figures)
+    assert {path.name for path in tmp_path.iterdir()} == {"documents.json", "general_documents.json"}
+    results.write_documents(tmp_path, {"de": {"koff": row}}, {"domains": figures["domains"]})
+    assert {path.name for path in tmp_path.iterdir()} == {"documents.json"}, "this run had no general text"

@@ -248,7 +248,8 @@ def write_documents(root: Path, documents: Documents, results: Figures) -> None:
 
     {domain: {"bytes": [D], "nats": {arm: [D]}, "tokens": [K, D], "nats_by_context": {arm: [K, D]}}}. The sums of its
     nats and bytes are the figures of `results`; an arm without a figure there is left out. General text goes to
-    `general_documents.json` in the same form. Nothing is written where the data module does not number its documents.
+    `general_documents.json` in the same form. Nothing is written where the data module does not number its documents,
+    and what an earlier run left under a name that is not written is removed: it would be taken for this run's.
 
     Raises:
         KoffError: The disk did not take it.
@@ -265,7 +266,9 @@ def write_documents(root: Path, documents: Documents, results: Figures) -> None:
             scores = {what: next(iter(arms.values()))[what] for what in ("bytes", "tokens")}
             scores |= {what: {arm: row[what] for arm, row in shown.items()} for what in ("nats", "nats_by_context")}
             lines.append(f"{json.dumps(name)}: {json.dumps(scores, allow_nan=False)}")
-        if lines:
+        if not lines:
+            (root / file).unlink(missing_ok=True)
+        else:
             write_atomically(root / file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 

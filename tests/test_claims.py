@@ -10,10 +10,12 @@ from tiny_run import tiny_module
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.cli import main
-from koff_lightning.commands.claims import resolved_config
+from koff_lightning.commands import training_cli
+from koff_lightning.commands.claims import keep_config, resolved_config
 from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.studies.claims import runs as arm_runs
-from koff_lightning.studies.claims.arms import ARMS, Run, chosen, equal_memories
+from koff_lightning.studies.claims.arms import ARMS, Run, chosen, command, equal_memories
 from koff_lightning.training.run_folder import alone_in
 
 # Writes what a run leaves, with bits per byte that tell arm and seed; fails where its folder's name holds FAIL.
@@ -377,6 +379,7 @@ def test_runs_that_read_the_text_otherwise_are_not_compared(runs, capsys):
         (["--sparsity=twelve"], "as 0.12,0.25; got 'twelve'"),
         (["--sparsity=0.12,0.12"], "must be different numbers"),
         (["--tasks=koff_cloze"], "tasks must name a task for every domain, as koff_cloze_{domain}; got 'koff_cloze'"),
+        (["--tasks=,"], "tasks must name a task for every domain, as koff_cloze_{domain}; got ','"),
         (["--tasks=koff_cloze_{domain}", "--arms=no_memory"], "tasks are asked of the runs of koff, which arms leaves"),
         (["--config=tiny.yaml"], "config 'tiny.yaml' is neither a file here nor one that ships with the package"),
         (["--", "--model.sparsty.target=1"], "Did you mean 'model.sparsity.target'?"),
@@ -416,6 +419,21 @@ def test_equal_memories_have_the_parameters_that_are_said(tmp_path, rank, slots)
     assert kv["parameters"] == size(None, KVSpec(kv["slots"])) >= found["both"]
     assert size(LoraSpec(lora["rank"] - 1), None) < found["both"] > size(None, KVSpec(kv["slots"] - 1))
     assert lora["alpha"] / lora["rank"] == 2 and kv["ratio"] == kv["parameters"] / found["both"]
+
+
+@pytest.mark.parametrize("config", ["tiny_12pct.yaml", "paper/tiny_languages.yaml"])
+def test_every_fit_of_an_arm_is_one_that_koff_fit_takes(tmp_path, config):
+    """The paper's recipe has a temperature, and the arm of ddp gates none."""
+    shared = resolved_config(config, None, [])
+    keep_config(tmp_path / "config.yaml", shared)
+    for arm in ("koff", "dense_memory", "ddp"):
+        words = command(Run(arm, 0.2, 0), tmp_path, {}, shared["model"]["sparsity"])
+        found = training_cli.resolved(words)["model"]["sparsity"]
+        assert SparsitySpec(**found).gate == ("ddp" if arm == "ddp" else "hc")
+    named = "tiny_languages" in config
+    flap = command(Run("flap", 0.2, 0), tmp_path, {}, shared["model"]["sparsity"])
+    assert ("--compensate=false" in flap) == named, "output channels have no place for its biases"
+    assert ("--model.sparsity.beta_end=null" in words) == named, "else runs of earlier releases are still these"
 
 
 @pytest.mark.slow

@@ -107,10 +107,12 @@ def _measure(
     from koff_lightning.studies.claims import runs as arm_runs
 
     def make(runs: list[Run]) -> list[arm_runs.Failure]:
-        words = {run: all_arms.command(run, folder, about["equal_memories"]) + trust for run in runs}
+        equal = about["equal_memories"]
+        words = {run: all_arms.command(run, folder, equal, shared["model"]["sparsity"]) + trust for run in runs}
         return arm_runs.run_all(words, folder, jobs)
 
-    trust = trust_words(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    shared = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    trust = trust_words(shared)
     main = [Run(arm, shares[0], seed) for seed in range(seeds) for arm in _masks_first(chosen)]
     failures = make(main)
     done = claims_report.read(folder, main, failures)

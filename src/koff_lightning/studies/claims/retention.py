@@ -39,7 +39,7 @@ def load_suites(names: str, domains: Sequence[str]) -> Suites:
         KoffError: No such task or no data, or one that has no chance to compare with.
     """
     suites: dict[str, dict[str, Loaded]] = {name.strip(): {} for name in names.split(",") if name.strip()}
-    for suite, tasks in suites.items():
+    for suite, tasks in suites.items() or {names: {}}.items():
         if "{domain}" not in suite:
             raise KoffError(f"tasks must name a task for every domain, as koff_cloze_{{domain}}; got {suite!r}")
         for domain in domains:

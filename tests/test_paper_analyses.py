@@ -159,6 +159,7 @@ def test_runs_that_agree_in_coarse_steps_decide_nothing():
     (verdict,) = paper.judge(pd.DataFrame(paper.layer_lines([run, run])))
     assert verdict.word == "not decided"
     assert verdict.figures["value"].tolist() == [0, 0.25]
+    assert _statement(verdict).text.endswith("0.250. Runs that agree exactly give no interval.")
 
 
 def test_figure_4_is_judged_by_layers_and_by_kind():

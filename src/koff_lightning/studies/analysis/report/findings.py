@@ -88,7 +88,9 @@ def _statement(found: Verdict) -> Finding:
         + (f" ({'above' if row['above'] else 'below'} {row['bound']:g} wanted)" if row["bound"] else "")
         for _, row in found.figures.iterrows()
     )
-    several = "" if found.figures["runs"].min() > 1 else " One run decides nothing."
+    several = " One run decides nothing." if found.figures["runs"].min() < 2 else ""
+    if not several and not np.isfinite(found.figures["low"]).all():
+        several = " Runs that agree exactly give no interval."
     text = f"The paper, {SOURCES[found.says]}: {found.says}. At this scale {found.word}: {figures}.{several}"
     return Finding({"supported": "yes", "contradicted": "no"}.get(found.word, "open"), text)
 

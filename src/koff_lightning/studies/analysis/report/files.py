@@ -24,7 +24,10 @@ PAGE = "report.html"
 
 
 def write(found: Study, folder: Path) -> Path:
-    """Write everything, and remove what an earlier study left there that this one has not; returns the page's path.
+    """Write everything; returns the path of the page.
+
+    Pictures of an earlier study that this one does not draw are removed, since they do not say whose they are. Its
+    tables stay: they name their runs, may have taken hours, and analysis.json lists those of this study.
 
     Raises:
         KoffError: The disk did not take it.
@@ -42,8 +45,6 @@ def write(found: Study, folder: Path) -> Path:
         (folder / "tables").mkdir(parents=True, exist_ok=True)
         for name, table in found.tables.items():
             table.to_parquet(folder / "tables" / f"{name}.parquet", index=False)
-        for name in {*words()["tables"], *RAW} - found.tables.keys():
-            (folder / "tables" / f"{name}.parquet").unlink(missing_ok=True)
     except OSError as error:
         raise KoffError(f"cannot write to {folder}: {error.strerror or error}") from error
     for name in words()["figures"]:

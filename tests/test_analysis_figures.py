@@ -109,3 +109,17 @@ def test_empty_cells_are_explained_and_the_first_layer_is_on_top(gone):
     assert ("removed heads" in axes.get_title()) == gone
     bottom, top = axes.get_ylim()
     assert bottom > top
+
+
+def test_masks_of_different_layers_have_no_overlap_to_draw():
+    row = {"a": "koff/a", "b": "koff/b", "jaccard": 0.0, "chance": 0.0}
+    assert figures._overlap(study(overlap=[row])) is None
+    both = [row, row | {"b": "koff/c", "jaccard": 0.3, "chance": 0.1}]
+    (axes,) = figures._overlap(study(overlap=both)).axes
+    assert [text.get_text() for text in axes.texts] == ["3.0"]
+
+
+def test_the_mask_with_memories_off_is_not_called_by_the_papers_word_for_another():
+    table = pd.DataFrame({"run": ["a"], "domain": ["de"], "dense": [3.0], "none": [4.0], "de": [3.5], "fr": [5.0]})
+    (axes,) = memory_figures.perplexity(study(perplexity=table)).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["de", "fr", "memories\noff", "dense"]

@@ -165,7 +165,8 @@ def test_no_ffn_neuron_removed(home, tmp_path, capsys):
     assert "not answered: attention of kv: no domain of this text has a KV memory" in said
     tables = json.loads((tmp_path / "out" / "analysis.json").read_text())["tables"]
     assert {"transfer", "knockout", "stability"} <= set(tables)
-    assert (tmp_path / "out" / "report.html").is_file()
+    page, neurons = (tmp_path / "out" / "report.html").read_text(), tmp_path / "out" / "tables" / "neurons.parquet"
+    assert f"<b>{len(pd.read_parquet(neurons)):,}</b><span>FFN neurons of the dense model" in page
 
 
 def test_layers_with_nothing_removed_are_named(home, tmp_path, capsys):
@@ -175,6 +176,17 @@ def test_layers_with_nothing_removed_are_named(home, tmp_path, capsys):
     assert list(tests.loc["specific", "skipped"]) == [0]
     layers = pd.read_parquet(tmp_path / "out" / "tables" / "layers.parquet")
     assert layers.query("`class` == 'specific' and layer == 0")["removed"].tolist() == [0]
+
+
+def test_pictures_of_an_earlier_study_are_not_left_beside_a_later_one(home, tmp_path, capsys):
+    skip = "removal,ranking,overlap,similarity,transfer,causal,attention,adapters,tokens"
+    analysed(capsys, "--model", str(home / "run0"), "--out", str(tmp_path), "--skip", skip, *FEW)
+    (tmp_path / "plots" / "my own.png").touch()
+    assert (tmp_path / "plots" / "knockout.svg").is_file() and (tmp_path / "tables" / "knockout.parquet").is_file()
+    analysed(capsys, "--model", str(home / "run1"), "--out", str(tmp_path), "--skip", f"knockout,{skip}", *FEW)
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"sparsity", "my own"}
+    listed = json.loads((tmp_path / "analysis.json").read_text())["files"]
+    assert "knockout" not in listed and (tmp_path / "tables" / "knockout.parquet").is_file(), "it names its run"
 
 
 def test_text_that_is_too_little_is_told(home, tmp_path, capsys):
@@ -200,8 +212,14 @@ def test_bad_input_is_named(home, tmp_path, capsys):
     assert "is given twice: two seeds are two runs" in refused("--model", run0, "--model", run0)
     assert "--against takes NAME=RUN" in refused("--model", run0, "--against", str(home / "bare"))
     assert "so the studied runs are called" in refused("--model", run0, "--against", f"koff={home / 'bare'}")
-    assert main(["analyze", "--model", run0, *FEW, "--draws=0"]) == 2
-    assert "draws must be 1 or more, got 0" in capsys.readouterr().err
+    for option, said in (
+        ("--draws=0", "draws must be 1 or more, got 0"),
+        ("--rate=1.5", "rate must be a share between 0 and 1; got 1.5"),
+        ("--bar=0", "bar must be a share between 0 and 1; got 0"),
+        ("--controls=-1", "controls must be 0 or more, got -1"),
+    ):
+        assert main(["analyze", "--model", run0, *FEW, option]) == 2
+        assert capsys.readouterr().err.startswith(f"koff: {said}")
     assert "seed must be from 0 to 2^63 - 1; got -1" in refused("--model", run0, "--seed", "-1")
     assert "no question 'transfers'. Did you mean 'transfer'?" in refused("--model", run0, "--skip", "transfers")
     assert "--data takes NAME=TEXT" in refused("--model", run0, "--data", "de")

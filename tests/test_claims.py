@@ -10,10 +10,12 @@ from tiny_run import tiny_module
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning.cli import main
-from koff_lightning.commands.claims import resolved_config
+from koff_lightning.commands import training_cli
+from koff_lightning.commands.claims import keep_config, resolved_config
 from koff_lightning.specs.memories import KVSpec, LoraSpec
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.studies.claims import runs as arm_runs
-from koff_lightning.studies.claims.arms import ARMS, Run, chosen, equal_memories
+from koff_lightning.studies.claims.arms import ARMS, Run, chosen, command, equal_memories
 from koff_lightning.training.run_folder import alone_in
 
 # Writes what a run leaves, with bits per byte that tell arm and seed; fails where its folder's name holds FAIL.
@@ -292,6 +294,32 @@ def test_a_failing_arm_leaves_the_others_and_is_run_again(runs, capsys, monkeypa
     assert not report(out)["failures"]
 
 
+def unscored(out, run, *figures):
+    """Take figures out of what a run has left, as where they were no numbers."""
+    path = out / run / "results.json"
+    found = json.loads(path.read_text())
+    for row in (found["mean"], found["domains"]["x"]):
+        row |= dict.fromkeys((f"{figure}_bpb" for figure in figures), None)
+    path.write_text(json.dumps(found))
+
+
+def test_a_run_whose_scores_are_no_numbers_is_told_like_a_failed_one(runs, capsys):
+    out, go = runs
+    asked = ("--seeds=2", "--arms=koff,no_memory,flap_memory", "--sparsity=0.12")
+    go(*asked)
+    unscored(out, "no_memory-0.12-1", "koff", "memory_off")
+    unscored(out, "flap_memory-0.12-0", "koff")
+    unscored(out, "koff-0.12-0", "memory_off")  # a figure beside its own: it has no gap to close
+    assert go(*asked) == (2, [])
+    err = capsys.readouterr().err
+    assert "2 of 8 runs failed, first flap_memory-0.12-0: its held-out scores are not all numbers" in err
+    shown = {row["arm"]: row for row in report(out)["arms"]}
+    assert (shown["no_memory"]["seeds"], shown["flap_memory"]["seeds"]) == ([0], [1])
+    assert shown["memory_off"]["seeds"] == [1] and shown["koff"]["seeds"] == [0, 1]
+    assert shown["koff"]["gc"] == pytest.approx((1.1201 - 1.0001) / 0.1201), "of the seed that has one"
+    assert "remove its folder" in (out / "claims.md").read_text()
+
+
 def test_when_every_run_fails_that_is_the_message(runs, capsys, monkeypatch):
     monkeypatch.setenv("FAIL", "-")
     assert runs[1]("--seeds=1", "--arms=koff")[0] == 2
@@ -351,6 +379,7 @@ def test_runs_that_read_the_text_otherwise_are_not_compared(runs, capsys):
         (["--sparsity=twelve"], "as 0.12,0.25; got 'twelve'"),
         (["--sparsity=0.12,0.12"], "must be different numbers"),
         (["--tasks=koff_cloze"], "tasks must name a task for every domain, as koff_cloze_{domain}; got 'koff_cloze'"),
+        (["--tasks=,"], "tasks must name a task for every domain, as koff_cloze_{domain}; got ','"),
         (["--tasks=koff_cloze_{domain}", "--arms=no_memory"], "tasks are asked of the runs of koff, which arms leaves"),
         (["--config=tiny.yaml"], "config 'tiny.yaml' is neither a file here nor one that ships with the package"),
         (["--", "--model.sparsty.target=1"], "Did you mean 'model.sparsity.target'?"),
@@ -390,6 +419,21 @@ def test_equal_memories_have_the_parameters_that_are_said(tmp_path, rank, slots)
     assert kv["parameters"] == size(None, KVSpec(kv["slots"])) >= found["both"]
     assert size(LoraSpec(lora["rank"] - 1), None) < found["both"] > size(None, KVSpec(kv["slots"] - 1))
     assert lora["alpha"] / lora["rank"] == 2 and kv["ratio"] == kv["parameters"] / found["both"]
+
+
+@pytest.mark.parametrize("config", ["tiny_12pct.yaml", "paper/tiny_languages.yaml"])
+def test_every_fit_of_an_arm_is_one_that_koff_fit_takes(tmp_path, config):
+    """The paper's recipe has a temperature, and the arm of ddp gates none."""
+    shared = resolved_config(config, None, [])
+    keep_config(tmp_path / "config.yaml", shared)
+    for arm in ("koff", "dense_memory", "ddp"):
+        words = command(Run(arm, 0.2, 0), tmp_path, {}, shared["model"]["sparsity"])
+        found = training_cli.resolved(words)["model"]["sparsity"]
+        assert SparsitySpec(**found).gate == ("ddp" if arm == "ddp" else "hc")
+    named = "tiny_languages" in config
+    flap = command(Run("flap", 0.2, 0), tmp_path, {}, shared["model"]["sparsity"])
+    assert ("--compensate=false" in flap) == named, "output channels have no place for its biases"
+    assert ("--model.sparsity.beta_end=null" in words) == named, "else runs of earlier releases are still these"
 
 
 @pytest.mark.slow

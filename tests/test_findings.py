@@ -20,7 +20,7 @@ def pooled(layers, cells):
         ((2, 4), (0.5, 1.5), "open"),  # silent neurons go, whoever they serve
         ((0.1, 0.5), (0.2, 0.9), "no"),
         ((0.1, 0.5), (2, 4), "open"),
-        ((2, 4), (float("nan"),) * 2, "yes"),  # no cell holds both kinds: the text says so
+        ((2, 4), (float("nan"),) * 2, "open"),  # no cell holds both kinds: the strict comparison has not been made
     ],
 )
 def test_removal_is_told_where_both_comparisons_agree(layers, cells, verdict):
@@ -69,6 +69,14 @@ def test_rows_without_controls_do_not_count():
     (found,) = _causal(table)
     assert "Mean over 3 domains" in found.text
     assert "nan" not in found.text
+
+
+def test_specialists_without_controls_were_removed_all_the_same():
+    table = put_back(0.05, 0.01, 0.01, 0.01).assign(off_control=float("nan"), on_control=float("nan"))
+    (found,) = _causal(table)
+    assert f"{table['neurons'].sum()} removed specialists were put back" in found.text
+    (none,) = _causal(table.assign(neurons=0, off_after=float("nan"), on_after=float("nan")))
+    assert "No neuron that is specific to a domain was removed" in none.text
 
 
 def test_one_domain_of_one_run_is_no_mean():

@@ -152,6 +152,13 @@ def test_without_score_there_are_no_results(masks):
     assert {path.name for path in (masks / "random").iterdir()} == {"checkpoints", "config.yaml"}
 
 
+def test_scores_of_an_earlier_mask_do_not_stay_beside_another(place, tmp_path):
+    for name in ("results.json", "documents.json", "general_documents.json"):
+        (tmp_path / name).write_text("{}")
+    assert baseline(place, tmp_path, "random", "--no-score") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml"}
+
+
 def test_short_options_stand_for_those_of_the_run(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--method=random", "--no-score", "--sparsity=0.1", "--model.sparsity.denominator=total", "--out=o"]

@@ -153,6 +153,15 @@ def test_a_figure_without_an_interval_is_told_without_one():
     assert "inf" not in text and text.endswith("middle third 0.000. One run decides nothing."), text
 
 
+def test_runs_that_agree_in_coarse_steps_decide_nothing():
+    """Each run loses one of four kv groups in the same layer, as two may by chance: no sign that a third does too."""
+    run = [{"layer": layer, "kind": "kv_group", "kept": 4 - (layer == 5), "of": 4} for layer in range(6)]
+    (verdict,) = paper.judge(pd.DataFrame(paper.layer_lines([run, run])))
+    assert verdict.word == "not decided"
+    assert verdict.figures["value"].tolist() == [0, 0.25]
+    assert _statement(verdict).text.endswith("0.250. Runs that agree exactly give no interval.")
+
+
 def test_figure_4_is_judged_by_layers_and_by_kind():
     less = [share - 0.05 for share in HILL]
     assert layered(HILL, less) == {paper.MIDDLE: "supported", paper.K_MORE: "supported"}

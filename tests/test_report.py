@@ -20,6 +20,7 @@ from koff_lightning.callbacks import RunReport
 from koff_lightning.callbacks import report as report_module
 from koff_lightning.callbacks.report import MOST, MaskHistory, score
 from koff_lightning.decomposition import Decomposition
+from koff_lightning.reports import results
 from koff_lightning.specs.training import LossSpec
 from koff_lightning.support.files import write_atomically
 
@@ -395,3 +396,26 @@ def test_tokens_of_all_ranks_are_saved_and_counted_on_from_by_the_first(monkeypa
     monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", rank)
     report.load_state_dict(state)
     assert report._tokens == kept
+
+
+def test_an_arm_without_a_figure_in_one_domain_has_no_mean():
+    """Over the domain that is left it would be set beside the others' mean over both; a domain without text is none."""
+    held_out = {
+        "en": {"dense": 1.0, "koff": 1.1, "memory_off": 1.2, "swapped": 1.3},
+        "de": {"dense": 2.0, "koff": math.nan, "memory_off": math.inf, "swapped": 2.3},
+        "fr": dict.fromkeys(("dense", "koff", "memory_off", "swapped"), math.nan),
+    }
+    found = results.held_out_figures(held_out, {"en": 10, "de": 10, "fr": 0}, {"en": 5, "de": 5, "fr": 0}, 3)
+    mean = {name: value for name, value in found["mean"].items() if name.endswith("_bpb")}
+    assert mean == {"dense_bpb": 1.5, "koff_bpb": None, "memory_off_bpb": None, "swapped_bpb": pytest.approx(1.8)}
+    assert found["mean"]["koff_ppl"] is None and found["mean"]["dense_ppl"] == pytest.approx((2**2 + 2**4) / 2)
+    assert results.table(found | {"general": None}).row_count == 4
+
+
+def test_documents_of_an_earlier_run_do_not_stay_beside_a_later_one(tmp_path):
+    row = {"nats": [1.0], "bytes": [2.0], "nats_by_context": [[1.0]] * 4, "tokens": [[1]] * 4}
+    figures = {"domains": {"de": {"koff_bpb": 1.0}}, "general": {"texts": {"web": {"koff_bpb": 1.0}}}}
+    results.write_documents(tmp_path, {"de": {"koff": row}, "general/web": {"koff": row}}, figures)
+    assert {path.name for path in tmp_path.iterdir()} == {"documents.json", "general_documents.json"}
+    results.write_documents(tmp_path, {"de": {"koff": row}}, {"domains": figures["domains"]})
+    assert {path.name for path in tmp_path.iterdir()} == {"documents.json"}, "this run had no general text"

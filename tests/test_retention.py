@@ -90,7 +90,20 @@ def test_answers_are_those_that_lm_eval_counts_and_are_kept(run, monkeypatch):
     assert len({tuple(found[arm]["de"]) for arm in SCORED}) > 1
     monkeypatch.setattr(retention, "newest_checkpoint", lambda _: 1 / 0)
     assert answer(run, suites)["koff_cloze_{domain}"] == found, "from the file"
-    assert set(json.loads((run / retention.ANSWERS).read_text())) == set(suites)
+    path = run / retention.ANSWERS
+    kept = json.loads(path.read_text())
+    assert set(kept) == set(suites)
+    older = {suite: {key: rows for key, rows in row.items() if key != "questions"} for suite, row in kept.items()}
+    path.write_text(json.dumps(older))
+    assert answer(run, suites) == older, "an earlier release told no more than the answers"
+    other = json.loads(json.dumps(kept))
+    other["koff_cloze_{domain}"]["questions"]["de"] = "of a task that was changed since"
+    shorter = json.loads(json.dumps(older))
+    shorter["koff_cloze_{domain}"]["dense"]["en"].pop()
+    for stale in (other, shorter):
+        path.write_text(json.dumps(stale))
+        with pytest.raises(ZeroDivisionError):  # it is asked again
+            answer(run, suites)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,11 @@ def analyze(
         raise KoffError("analyze: give --model, an artifact or a checkpoint; several are seeds of one way of pruning")
     check_counts(tokens=tokens, heldout_bytes=heldout_bytes, draws=draws, resamples=resamples)
     check_seed(seed)
+    for option, share in (("rate", rate), ("bar", bar)):
+        if not 0 < share < 1:
+            raise KoffError(f"{option} must be a share between 0 and 1; got {share}")
+    if controls < 0:
+        raise KoffError(f"controls must be 0 or more, got {controls}")
     from koff_lightning.studies.analysis.study import QUESTIONS, Settings
 
     settings = Settings(name, rate, bar, draws, resamples, controls, seed, _skipped(skip, QUESTIONS))

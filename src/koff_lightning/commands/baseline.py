@@ -81,6 +81,8 @@ class KoffTrainer(Trainer):
         root = Path(self.default_root_dir)
         options = _write_options(self, model, root)
         path = root / "checkpoints" / "last.ckpt"
+        for name in ("results.json", "documents.json", "general_documents.json"):
+            (root / name).unlink(missing_ok=True)  # of an earlier mask
         try:
             self.save_checkpoint(path, weights_only=True)
         except OSError as error:

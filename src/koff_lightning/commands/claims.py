@@ -107,19 +107,24 @@ def _measure(
     from koff_lightning.studies.claims import runs as arm_runs
 
     def make(runs: list[Run]) -> list[arm_runs.Failure]:
-        words = {run: all_arms.command(run, folder, about["equal_memories"]) + trust for run in runs}
+        equal = about["equal_memories"]
+        words = {run: all_arms.command(run, folder, equal, shared["model"]["sparsity"]) + trust for run in runs}
         return arm_runs.run_all(words, folder, jobs)
 
-    trust = trust_words(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    shared = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    trust = trust_words(shared)
     main = [Run(arm, shares[0], seed) for seed in range(seeds) for arm in _masks_first(chosen)]
     failures = make(main)
-    if not (done := claims_report.read(folder, main, failures)):
+    done = claims_report.read(folder, main, failures)
+    failures += claims_report.without_scores(folder, done)
+    if not done:
         raise KoffError(f"every run failed, first {failures[0].run.name}: {failures[0].last} (log: {failures[0].log})")
     best = claims_report.best_one_shot(done)
     further = _masks_first([arm for arm in on_curve or _usual_curve(chosen, best) if arm != "dense_memory"])
     curve = [Run(arm, share, seed) for seed in range(seeds) for share in shares[1:] for arm in further]
     failures += make(curve)
     done |= claims_report.read(folder, curve, failures)
+    failures += claims_report.without_scores(folder, done)
     about = about | {"best_one_shot": best, "retention": []}
     report = claims_report.write(folder, done, failures, about)
     if suites:  # after the report: to score tasks takes long, and may fail

@@ -74,8 +74,10 @@ def _run_and_write(
     (steps, trust, jobs), paper = how, protocol.paper()
     words = {run: protocol.command(run, paper.arms[run.arm], folder, steps) + trust for run in wanted}
     failures = runs.run_all(words, folder, jobs)
+    done = claims_report.read(folder, wanted, failures)
+    failures += claims_report.without_scores(folder, done)
     first = f"first {failures[0].run.name}: {failures[0].last} (log: {failures[0].log})" if failures else ""
-    if not (done := claims_report.read(folder, wanted, failures)):
+    if not done:
         raise KoffError(f"every run failed, {first}")
     about = protocol.report(paper, tables, done) | about
     about |= {"failures": [{"run": failure.run.name, "tail": failure.tail} for failure in failures]}

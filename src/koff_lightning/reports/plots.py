@@ -183,12 +183,14 @@ def quality_by_sparsity(rows: Sequence[Point]) -> Figure | None:
 
 
 def save(figure: Figure | None, folder: Path, name: str) -> None:
-    """Write `folder/name.png` and `.svg`; nothing of a picture that there was no reason to draw.
+    """Write `folder/name.png` and `.svg`; of a picture that there was no reason to draw nothing, nor an earlier one.
 
     Raises:
         KoffError: The disk did not take it.
     """
     if figure is None:
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
         return
     figure.draw_without_rendering()  # lays it out once for both files
     figure.set_layout_engine(None)

@@ -109,8 +109,8 @@ def held_out_figures(
         memories: How many different memories there are; with fewer than two none can be swapped.
 
     Returns:
-        `domains`: by domain, for every arm `ARM_bpb` and `ARM_ppl`, None where it has no figure; `mean` of them;
-        `heldout_bytes` and `heldout_tokens`.
+        `domains`: by domain, for every arm `ARM_bpb` and `ARM_ppl`, None where it has no figure; `mean` of them over
+        the domains with text, None for an arm that lacks one of these; `heldout_bytes` and `heldout_tokens`.
     """
     arms = [arm for arm in MODES if arm != "swapped" or memories > 1]
     domains = {}
@@ -122,7 +122,8 @@ def held_out_figures(
             for arm, value in bits.items()
         }
     keys = [f"{arm}_{unit}" for unit in ("bpb", "ppl") for arm in MODES]
-    mean = {key: _mean([row[key] for row in domains.values()]) for key in keys}
+    with_text = [row for row in domains.values() if any(value is not None for value in row.values())]
+    mean = {key: _mean([row[key] for row in with_text]) for key in keys}
     return {"domains": domains, "mean": mean, "heldout_bytes": num_bytes, "heldout_tokens": num_tokens}
 
 
@@ -247,7 +248,8 @@ def write_documents(root: Path, documents: Documents, results: Figures) -> None:
 
     {domain: {"bytes": [D], "nats": {arm: [D]}, "tokens": [K, D], "nats_by_context": {arm: [K, D]}}}. The sums of its
     nats and bytes are the figures of `results`; an arm without a figure there is left out. General text goes to
-    `general_documents.json` in the same form. Nothing is written where the data module does not number its documents.
+    `general_documents.json` in the same form. Nothing is written where the data module does not number its documents,
+    and what an earlier run left under a name that is not written is removed: it would be taken for this run's.
 
     Raises:
         KoffError: The disk did not take it.
@@ -264,7 +266,9 @@ def write_documents(root: Path, documents: Documents, results: Figures) -> None:
             scores = {what: next(iter(arms.values()))[what] for what in ("bytes", "tokens")}
             scores |= {what: {arm: row[what] for arm, row in shown.items()} for what in ("nats", "nats_by_context")}
             lines.append(f"{json.dumps(name)}: {json.dumps(scores, allow_nan=False)}")
-        if lines:
+        if not lines:
+            (root / file).unlink(missing_ok=True)
+        else:
             write_atomically(root / file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
@@ -279,8 +283,8 @@ def _number(value: float) -> float | None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    """None where one is: over the other domains alone an arm would not compare with those that have all."""
+    return sum(values) / len(values) if values and None not in values else None
 
 
 def _count(n: int) -> str:

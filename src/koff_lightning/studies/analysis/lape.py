@@ -8,15 +8,11 @@ Letters: N neurons, D domains.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from koff_lightning.support.errors import KoffError
-
-if TYPE_CHECKING:
-    pass
 
 Floats, Bools = NDArray[np.float64], NDArray[np.bool_]
 RATE, BAR = 0.01, 0.95  # the published shares: of neurons that are selected, of rates that lie below the bar

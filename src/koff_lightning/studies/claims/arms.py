@@ -119,26 +119,29 @@ def _size(model: Mapping[str, Any], lora: Any, kv: Any) -> int:
     return MemoryBank(without_weights(config), ["one"], lora, kv).size("one")
 
 
-def command(run: Run, out: Path, equal: Mapping[str, Any]) -> list[str]:
+def command(run: Run, out: Path, equal: Mapping[str, Any], sparsity: Mapping[str, Any]) -> list[str]:
     """The words after `koff` that make a run.
 
     Args:
         run: Which one.
         out: Folder of all runs; `config.yaml` there is the resolved config.
         equal: As from `equal_memories`; needed by its two arms only.
+        sparsity: Section `model.sparsity` of the resolved config.
     """
     folder, config = out / run.name, ["--config", str(out / "config.yaml")]
     if run.arm in METHODS:
         options = [f"--method={run.arm}", f"--sparsity={run.sparsity:g}", f"--seed={run.seed}", f"--out={folder}"]
-        return ["baseline", *config, *options]
+        no_place = sparsity["layout"] == "uniform" or any(kind.endswith("_channel") for kind in sparsity["units"])
+        biases = ["--compensate=false"] if run.arm == "flap" and no_place else []
+        return ["baseline", *config, *options, *biases]
     seeds = [f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]
     options = [*seeds, f"--trainer.default_root_dir={folder}", "--export.enabled=false"]
     if run.arm != "dense_memory":
         options.append(f"--model.sparsity.target={run.sparsity:g}")
-    return ["fit", *config, *_own_options(run, out, equal), *options]
+    return ["fit", *config, *_own_options(run, out, equal, sparsity), *options]
 
 
-def _own_options(run: Run, out: Path, equal: Mapping[str, Any]) -> Sequence[str]:
+def _own_options(run: Run, out: Path, equal: Mapping[str, Any], sparsity: Mapping[str, Any]) -> Sequence[str]:
     """What makes a `koff fit` this arm."""
     if run.arm in ABLATIONS:
         return ["--config", f"ablations/{run.arm}.yaml"]
@@ -149,6 +152,15 @@ def _own_options(run: Run, out: Path, equal: Mapping[str, Any]) -> Sequence[str]
     if run.arm == "kv_equal":
         return ["--config", "ablations/kv_only.yaml", f"--model.kv.slots={equal['kv_equal']['slots']}"]
     if run.arm == "ddp":
-        return ["--model.sparsity.gate=ddp"]
+        return ["--model.sparsity.gate=ddp", *_without_temperature(sparsity)]
     option = "prior" if run.arm == PRIOR else "mask"
     return [f"--model.{option}={out / run.needs.name / 'checkpoints' / 'last.ckpt'}"] if run.needs else []
+
+
+def _without_temperature(sparsity: Mapping[str, Any]) -> list[str]:
+    """What takes back the temperatures of a config, of which ddp gates know none; nothing where it names none."""
+    from koff_lightning.specs.sparsity import SparsitySpec
+
+    if (sparsity["beta"], sparsity["beta_end"]) == (SparsitySpec.beta, None):
+        return []
+    return [f"--model.sparsity.beta={SparsitySpec.beta}", "--model.sparsity.beta_end=null"]

@@ -137,8 +137,7 @@ def write(out: Path, about: Mapping[str, Any]) -> None:
     write_atomically(out / "reproduce.json", results.as_json(dict(about)))
     write_atomically(out / "reproduce.md", markdown(about))
     points = curve(about["tables"].get(CURVE, {"rows": []})["rows"])
-    if points:
-        plots.save(plots.quality_by_sparsity(points), out / "plots", "sparsity")
+    plots.save(plots.quality_by_sparsity(points), out / "plots", "sparsity")
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

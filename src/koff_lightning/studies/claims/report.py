@@ -13,7 +13,7 @@ from koff_lightning.studies.claims import general, verdicts
 from koff_lightning.studies.claims import text as claims_text
 from koff_lightning.studies.claims.arms import AFTER, ARMS, FREE, LEARNED, METHODS, Run
 from koff_lightning.studies.claims.paired import Done, PairedDraws
-from koff_lightning.studies.claims.runs import Failure
+from koff_lightning.studies.claims.runs import Failure, failed
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.support.versions import versions
@@ -34,10 +34,10 @@ def read(folder: Path, runs: Sequence[Run], failures: Sequence[Failure]) -> Done
     Raises:
         KoffError: A file that cannot be read.
     """
-    failed = {failure.run for failure in failures}
+    without = {failure.run for failure in failures}
     done: Done = {}
     for run in runs:
-        if run not in failed:
+        if run not in without:
             path = folder / run.name / "results.json"
             try:
                 done[run] = json.loads(path.read_text(encoding="utf-8"))
@@ -47,6 +47,18 @@ def read(folder: Path, runs: Sequence[Run], failures: Sequence[Failure]) -> Done
             except (OSError, ValueError) as error:
                 raise KoffError(f"cannot read {path}: {error}; remove its folder and run again") from error
     return done
+
+
+def without_scores(folder: Path, done: Done) -> list[Failure]:
+    """Runs whose model has no finite score on some domain's text; they are taken out of `done` and told like failed."""
+    broken = [run for run, result in done.items() if result["mean"]["koff_bpb"] is None]
+    said = (
+        "its held-out scores are not all numbers (nan or infinite), so it has no mean: results.json tells in which "
+        "domains. To run it again, with lower rates or in another precision, remove its folder"
+    )
+    for run in broken:
+        del done[run]
+    return [failed(run, folder, "scores", said) for run in broken]
 
 
 def source(arm: str) -> tuple[tuple[str, ...], str]:
@@ -121,9 +133,9 @@ def _size(arm: str, parameters: Mapping[str, Any]) -> dict[str, float]:
     return {"active": active, "stored": stored, "net": active / total - 1}
 
 
-def _gc(off: float, on: float, dense: float) -> float | None:
-    """Gap closure; none where there is no gap to close."""
-    return (off - on) / (off - dense) if off > dense else None
+def _gc(off: float | None, on: float, dense: float) -> float | None:
+    """Gap closure; none where there is no gap to close, or the mask alone has no score."""
+    return (off - on) / (off - dense) if off is not None and off > dense else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -6,6 +6,7 @@ A suite is a task for every domain: `koff_cloze_{domain}`. Each is read under it
 by the dense model. Answers are kept one by one, so that intervals pair the arms over the same questions.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
 from koff_lightning.training.checkpoints import newest_checkpoint
 
-ANSWERS = "answers.json"  # in the folder of a run: suite -> "chance" and arms -> domain -> what is right, 0 or 1
+# In the folder of a run: suite -> "chance", "questions" (a digest of them) and arms -> domain -> what is right, 0 or 1
+ANSWERS = "answers.json"
 SCORED = ("dense", "koff", "memory_off")
 ROWS = 16  # at a time
 Suites = Mapping[str, Mapping[str, Loaded]]  # suite -> domain -> its task
@@ -39,7 +41,7 @@ def load_suites(names: str, domains: Sequence[str]) -> Suites:
         KoffError: No such task or no data, or one that has no chance to compare with.
     """
     suites: dict[str, dict[str, Loaded]] = {name.strip(): {} for name in names.split(",") if name.strip()}
-    for suite, tasks in suites.items():
+    for suite, tasks in suites.items() or {names: {}}.items():
         if "{domain}" not in suite:
             raise KoffError(f"tasks must name a task for every domain, as koff_cloze_{{domain}}; got {suite!r}")
         for domain in domains:
@@ -52,6 +54,8 @@ def load_suites(names: str, domains: Sequence[str]) -> Suites:
 def answer(run: Path, suites: Suites) -> Answers:
     """Score a run's last checkpoint on the suites that it has not been scored on, and keep the answers beside it.
 
+    Answers to other questions, as an earlier release of a task had them, are not those of this suite.
+
     Raises:
         KoffError: It has no checkpoint, or log-likelihoods that are no numbers.
     """
@@ -59,12 +63,13 @@ def answer(run: Path, suites: Suites) -> Answers:
 
     path = run / ANSWERS
     known: Answers = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if due := {name: tasks for name, tasks in suites.items() if name not in known}:
+    if due := {name: tasks for name, tasks in suites.items() if not _answered(known.get(name, {}), tasks)}:
         if (checkpoint := newest_checkpoint([run])) is None:
             raise KoffError(f"{run} has no checkpoint to ask: remove this folder and run again with checkpoints")
         model = harness.load_model(str(checkpoint))
         for suite, tasks in due.items():
             known[suite] = {"chance": {domain: _chance(loaded) for domain, loaded in tasks.items()}}
+            known[suite]["questions"] = {domain: _digest(loaded) for domain, loaded in tasks.items()}
             for arm in SCORED:
                 known[suite][arm] = {}
                 for domain, loaded in tasks.items():
@@ -72,6 +77,22 @@ def answer(run: Path, suites: Suites) -> Answers:
                     known[suite][arm][domain] = harness.answers(lm, loaded)
         write_atomically(path, json.dumps(known))
     return {suite: known[suite] for suite in suites}
+
+
+def _answered(known: Mapping[str, Any], tasks: Mapping[str, Loaded]) -> bool:
+    """Whether these are answers to the questions of the tasks; those of earlier releases tell only how many."""
+    told, right = known.get("questions", {}), known.get("dense", {})
+    return all(
+        len(right.get(domain, ())) == sum(len(task.eval_docs) for task in loaded["tasks"].values())
+        and (domain not in told or told[domain] == _digest(loaded))
+        for domain, loaded in tasks.items()
+    )
+
+
+def _digest(loaded: Loaded) -> str:
+    """SHA-256 of the questions of a domain."""
+    docs = {name: list(task.eval_docs) for name, task in sorted(loaded["tasks"].items())}
+    return hashlib.sha256(json.dumps(docs, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _chance(loaded: Loaded) -> float:

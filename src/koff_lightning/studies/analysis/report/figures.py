@@ -136,13 +136,16 @@ def _two(axes: Axes, place: float, rows: "pd.DataFrame", full: bool) -> None:
                     axes.plot(end, at, arrow, color=colour, markersize=5, clip_on=False)
 
 
-def _overlap(found: Study) -> Figure:
+def _overlap(found: Study) -> Figure | None:
     table = found.tables["overlap"]
     names = list(dict.fromkeys([*table["a"], *table["b"]]))
     values = np.full((len(names), len(names)), np.nan)
     for _, row in table.iterrows():
         i, j = names.index(row["a"]), names.index(row["b"])
-        values[max(i, j), min(i, j)] = row["jaccard"] / row["chance"]
+        if row["chance"] > 0:  # else the two remove neurons of different layers, and no chance would let them meet
+            values[max(i, j), min(i, j)] = row["jaccard"] / row["chance"]
+    if np.isnan(values).all():
+        return None
     figure = Figure(figsize=(WIDE, 1.6 + 0.36 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     heat(axes, values, "{:.1f}" if len(names) <= 14 else "", "cividis", low=0)

@@ -12,6 +12,7 @@ from koff_lightning.reports import plots
 from koff_lightning.studies.analysis.report.figures import draw_all
 from koff_lightning.studies.analysis.report.findings import findings
 from koff_lightning.studies.analysis.report.page import render
+from koff_lightning.studies.analysis.report.words import words
 from koff_lightning.studies.analysis.study import Study
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import write_atomically
@@ -24,6 +25,9 @@ PAGE = "report.html"
 
 def write(found: Study, folder: Path) -> Path:
     """Write everything; returns the path of the page.
+
+    Pictures of an earlier study that this one does not draw are removed, since they do not say whose they are. Its
+    tables stay: they name their runs, may have taken hours, and analysis.json lists those of this study.
 
     Raises:
         KoffError: The disk did not take it.
@@ -43,8 +47,8 @@ def write(found: Study, folder: Path) -> Path:
             table.to_parquet(folder / "tables" / f"{name}.parquet", index=False)
     except OSError as error:
         raise KoffError(f"cannot write to {folder}: {error.strerror or error}") from error
-    for name, figure in figures.items():
-        plots.save(figure, folder / "plots", name)
+    for name in words()["figures"]:
+        plots.save(figures.get(name), folder / "plots", name)
     write_atomically(folder / "analysis.json", json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / PAGE, render(found, said, figures))
     return folder / PAGE

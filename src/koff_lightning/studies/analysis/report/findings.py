@@ -73,6 +73,7 @@ def _removal(pooled: "pd.DataFrame", tests: "pd.DataFrame", words: str) -> Findi
         within = "of the same layer" + (", activity and importance" if row["within"] == "cells" else "")
         if math.isnan(row["low"]):
             text += f" Against others {within} nothing can be said: too few."
+            verdicts.add("open")
             continue
         text += f" Odds {row['odds_ratio']:.2f} times those of others {within} {_between(row['low'], row['high'])}."
         verdicts.add(_side(row))
@@ -87,7 +88,9 @@ def _statement(found: Verdict) -> Finding:
         + (f" ({'above' if row['above'] else 'below'} {row['bound']:g} wanted)" if row["bound"] else "")
         for _, row in found.figures.iterrows()
     )
-    several = "" if found.figures["runs"].min() > 1 else " One run decides nothing."
+    several = " One run decides nothing." if found.figures["runs"].min() < 2 else ""
+    if not several and not np.isfinite(found.figures["low"]).all():
+        several = " Runs that agree exactly give no interval."
     text = f"The paper, {SOURCES[found.says]}: {found.says}. At this scale {found.word}: {figures}.{several}"
     return Finding({"supported": "yes", "contradicted": "no"}.get(found.word, "open"), text)
 
@@ -136,8 +139,13 @@ def _knockout(table: "pd.DataFrame") -> Finding:
 
 def _causal(table: "pd.DataFrame") -> list[Finding]:
     known = table.dropna(subset=["off_after", "off_control", "on_after", "on_control"])
-    if known.empty:
+    if not table["neurons"].any():
         return [Finding("note", "No neuron that is specific to a domain was removed, so none can be put back.")]
+    if known.empty:
+        text = (
+            f"Has the knowledge moved? {table['neurons'].sum()} removed specialists were put back, but without as many "
+        )
+        return [Finding("note", f"{text}other removed neurons of the same layers to compare with.")]
     off, on = (1000 * (known[f"{arm}_before"] - known[f"{arm}_after"]) for arm in ("off", "on"))
     control, control_on = (1000 * (known[f"{arm}_before"] - known[f"{arm}_control"]) for arm in ("off", "on"))
     over = f"Mean over {len(known)} domains and runs." if len(known) > 1 else "One domain in one run."
@@ -158,4 +166,4 @@ def _causal(table: "pd.DataFrame") -> list[Finding]:
 
 
 def _between(low: float, high: float) -> str:
-    return "(no interval)" if math.isnan(low) or math.isnan(high) else f"[{low:.2f}, {high:.2f}]"
+    return "(no interval)" if math.isnan(low) or math.isnan(high) or low == -math.inf else f"[{low:.2f}, {high:.2f}]"

@@ -13,7 +13,6 @@ import matplotlib as mpl
 from koff_lightning.studies.analysis.report import words
 from koff_lightning.studies.analysis.report.findings import Finding
 from koff_lightning.studies.analysis.study import Study
-from koff_lightning.units import NEURONS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,10 +75,9 @@ def _numbers(found: Study) -> str:
     removed = [run["removed_of_body"] for run in runs.values()]
     first = next(iter(runs.values()))
     tokens = sum(text["watched_tokens"].values())
-    neurons = {kind: sum(g["of"] for g in first["kept"] if g["kind"] == kind) for kind in NEURONS}
     cards = {
         "removed of the body": f"{100 * sum(removed) / len(removed):.1f} %",
-        "FFN neurons of the dense model": f"{max(neurons.values()):,}",
+        "FFN neurons of the dense model": f"{len(found.tables['neurons']):,}",
         "domains with a memory": str(len(first["memories"])),
         "tokens in which neurons were watched": f"{tokens:,}",
         "bytes of held-out text": f"{sum(text['heldout_bytes'].values()):,}",

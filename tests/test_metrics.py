@@ -50,6 +50,12 @@ def test_rows_with_nothing_to_predict_change_nothing_and_no_text_gives_nan():
     assert metric.compute().item() == before
 
 
+def test_text_that_cannot_be_scored_is_no_text_that_is_not_there():
+    metric = BitsPerByte()
+    metric.update(torch.tensor([math.nan, 1.0]), torch.tensor([4.0, 4.0]))
+    assert metric.compute().item() == math.inf
+
+
 def test_no_graph_is_kept_and_reset_forgets():
     metric, nats = BitsPerByte(), torch.ones(3, requires_grad=True)
     metric.update(nats * 2, torch.ones(3))

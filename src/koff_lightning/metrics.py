@@ -22,7 +22,8 @@ class BitsPerByte(Metric):
     """Total negative log-likelihood in bits over the UTF-8 bytes of the text: sum of nats / (ln 2 * bytes).
 
     A ratio of sums, not a mean of ratios, and exact over any split of the text into rows, batches and ranks. Sums are
-    kept in fp64: in fp32 a corpus of 2^24 bytes would no longer count single bytes. Without any bytes the value is nan.
+    kept in fp64: in fp32 a corpus of 2^24 bytes would no longer count single bytes. The value is nan without any bytes,
+    and inf if a likelihood is nan: a model that cannot score a text must not pass for one that was given none.
     """
 
     full_state_update = False
@@ -62,7 +63,8 @@ class BitsPerByte(Metric):
 
     def compute(self) -> Tensor:
         """Bits per byte so far, scalar."""
-        return self.nats / (math.log(2) * self.num_bytes)
+        bits = self.nats / (math.log(2) * self.num_bytes)
+        return bits.masked_fill(bits.isnan() & (self.num_bytes > 0), math.inf)
 
 
 # Classes of context: the least number of tokens of the same text and row that precede the predicted one.

@@ -108,13 +108,48 @@ def _among_all(log_p: Tensor, p: Tensor, seen: TopK, spec: LossSpec) -> tuple[Te
     return kl, share - spec.kl * (q_rest / p_rest), share * log_p.exp() - spec.kl * q
 
 
+def _of_chunk(
+    student: Tensor, seen: Tensor | TopK | None, head: Tensor, labels: Tensor, spec: LossSpec
+) -> tuple[Tensor, Tensor | float, Tensor]:
+    """Loss and gradient of a chunk of tokens. What is as large as its logits is gone before the next chunk begins.
+
+    Args:
+        student: Hidden states [C, d].
+        seen: Those of the dense model, or its likeliest tokens.
+        head: [V, d].
+        labels: Next tokens, [C].
+        spec: Loss weights.
+
+    Returns:
+        CE [C], KL [C] or 0, and the gradient of the sum of ce * CE + kl * KL by `student`, [C, d].
+    """
+    target, kl = labels.unsqueeze(1), 0.0
+    log_p = (student @ head.T).float().log_softmax(-1)  # [C, V]
+    ce = -log_p.gather(1, target).squeeze(1)
+    # Below, what is as large as the logits is made in their place: each pass over them costs as a product does.
+    if isinstance(seen, Tensor):
+        log_q = (seen @ head.T).float().log_softmax(-1)  # [C, V]
+        q = log_q.exp()
+        kl = (log_q.sub_(log_p).mul_(q)).sum(-1)
+        slope = log_p.exp_().mul_(spec.ce + spec.kl)  # d/d logits of ce * CE + kl * KL, [C, V]
+        slope.sub_(q, alpha=spec.kl)
+    elif seen is not None:
+        log_among = log_p.gather(1, seen.index)  # [C, k]
+        kl, others, among = _among_all(log_among, p := log_p.exp_(), seen, spec)
+        slope = p.mul_(others).scatter_(1, seen.index, among)
+    else:
+        slope = log_p.exp_().mul_(spec.ce)
+    slope.scatter_add_(1, target, slope.new_full(target.shape, -spec.ce))
+    return ce, kl, slope.to(head.dtype) @ head
+
+
 class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, head, labels, weights, spec):  # noqa: ANN001, ANN205
+    def forward(ctx, student, teacher, head, labels, weights, spec, step):  # noqa: ANN001, ANN205
         ce, kl = (student.new_zeros(len(labels), dtype=torch.float32) for _ in range(2))
         grad = torch.empty_like(student)
         alone = teacher is not None and spec.top_k_alone
-        step = max(1, spec.chunk // SPARSE) if alone else at_once(head, spec.chunk)
+        step = max(1, spec.chunk // SPARSE) if alone else step
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
             seen = None if teacher is None else teacher[part]
@@ -124,24 +159,7 @@ class _FusedHeadLoss(torch.autograd.Function):
                 kl[part], slope = _among(student[part], seen, head)
                 grad[part] = spec.kl * slope
                 continue
-            target = labels[part].unsqueeze(1)
-            log_p = (student[part] @ head.T).float().log_softmax(-1)  # [C, V]
-            ce[part] = -log_p.gather(1, target).squeeze(1)
-            # Below, what is as large as the logits is made in their place: each pass over them costs as a product does.
-            if isinstance(seen, Tensor):
-                log_q = (seen @ head.T).float().log_softmax(-1)  # [C, V]
-                q = log_q.exp()
-                kl[part] = (log_q.sub_(log_p).mul_(q)).sum(-1)
-                slope = log_p.exp_().mul_(spec.ce + spec.kl)  # d/d logits of ce * CE + kl * KL, [C, V]
-                slope.sub_(q, alpha=spec.kl)
-            elif seen is not None:
-                log_among = log_p.gather(1, seen.index)  # [C, k]
-                kl[part], others, among = _among_all(log_among, p := log_p.exp_(), seen, spec)
-                slope = p.mul_(others).scatter_(1, seen.index, among)
-            else:
-                slope = log_p.exp_().mul_(spec.ce)
-            slope.scatter_add_(1, target, slope.new_full(target.shape, -spec.ce))
-            grad[part] = slope.to(head.dtype) @ head
+            ce[part], kl[part], grad[part] = _of_chunk(student[part], seen, head, labels[part], spec)
         ctx.save_for_backward(grad, weights)
         ctx.mark_non_differentiable(ce, kl)
         return (weights * (spec.ce * ce + spec.kl * kl)).sum(), ce, kl
@@ -149,11 +167,17 @@ class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, *_):  # noqa: ANN001, ANN002, ANN205
         grad, weights = ctx.saved_tensors  # the weights come last: times one of 1e-4 half precision loses a slope
-        return (grad * (weights * scale).unsqueeze(1)).to(grad.dtype), None, None, None, None, None
+        return (grad * (weights * scale).unsqueeze(1)).to(grad.dtype), *(None,) * 6
 
 
 def fused_head_loss(
-    student: Tensor, teacher: Tensor | TopK | None, head: Tensor, labels: Tensor, weights: Tensor, spec: LossSpec
+    student: Tensor,
+    teacher: Tensor | TopK | None,
+    head: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    spec: LossSpec,
+    step: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum over tokens of ce * CE + kl * KL(dense || student), with both per token.
 
@@ -164,12 +188,14 @@ def fused_head_loss(
         labels: Next tokens, [N].
         weights: Weight of each token, [N] fp32.
         spec: Loss weights and chunk size.
+        step: Tokens whose logits exist at one time; by default as many as suit the device.
 
     Returns:
         Scalar loss in nats (differentiable in `student`), cross-entropy [N] (zeros where `spec.top_k_alone`)
         and KL [N] (for logging).
     """
-    return _FusedHeadLoss.apply(student, teacher, head, labels, weights, spec)
+    step = at_once(head, spec.chunk) if step is None else step
+    return _FusedHeadLoss.apply(student, teacher, head, labels, weights, spec, step)
 
 
 def has_products(half: str) -> bool:

@@ -635,14 +635,17 @@ ALONE = {"lora": None, "kv": None}  # the mask alone: nothing moves in the warm-
 
 
 @pytest.mark.parametrize("options", [{"joint": False}, {"joint": True}, ALONE], ids=["two stages", "joint", "alone"])
-def test_16_bit_training_takes_steps_in_which_nothing_moves(folder, tmp_path, options):
-    """Torch's loss scaler fails where no parameter has a gradient."""
-    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=128.0))]
-    model, run = fit(folder, tmp_path, data=RandomText(), plugins=plugins, **options)
-    assert len(run.steps) == STEPS
-    assert model.model.gates.hardened
-    assert run.moved("gates.logits", range(5, 12))
-    assert options is ALONE or run.moved("lora_B", range(13, STEPS))
+def test_16_bit_training_takes_steps_in_which_nothing_moves(folder, tmp_path, monkeypatch, options):
+    """Torch's loss scaler fails where no parameter has a gradient. Here it scales what is computed in fp32."""
+    monkeypatch.setattr(MixedPrecision, "autocast_context_manager", lambda _: nullcontext())
+    ended = []
+    for plugins in ([MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=128.0))], []):
+        model, run = fit(folder, tmp_path, plugins=plugins, **options)
+        assert len(run.steps) == STEPS
+        ended.append({name: value for name, value in model.state_dict().items() if name in model.owned()})
+    assert ended[0]["model.gates.importance"].any()
+    for name, value in ended[0].items():
+        torch.testing.assert_close(value, ended[1][name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("skip", [True, False])

@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Timer
+from tiny_run import RandomText, tiny_module, tiny_trainer
 
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.cli import main
@@ -173,6 +176,30 @@ def test_a_time_limit_ends_a_run_as_a_signal_does(capsys):
     assert not Path("run/results.json").exists()
     assert main([*FIT, *words, "--ckpt_path", "last"]) == TIME_LIMIT
     assert capsys.readouterr().err.splitlines()[-1].startswith("koff: ended by the time limit; give it more")
+
+
+class Stops(Callback):
+    """Asks to stop in the middle of step 3, as the timer does, whose clock on another rank is behind."""
+
+    def __init__(self, hook):
+        setattr(self, hook, self.stop)
+
+    @staticmethod
+    def stop(trainer, *_):
+        trainer.should_stop |= trainer.fit_loop.total_batch_idx == 4
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+@pytest.mark.parametrize("left", [None, 0.01, -0.01])
+def test_what_asks_to_stop_in_mid_step_waits_for_its_end(tmp_path, monkeypatch, hook, left):
+    """On all ranks, however late it is by the clock of each: else one would leave the loop, and the others wait."""
+    timer = [] if left is None else [Timer("00:12:00:00")]
+    monkeypatch.setattr(Timer, "time_remaining", lambda _: left)
+    options = {"accumulate_grad_batches": 2, "limit_val_batches": 1, "val_check_interval": 1}
+    trainer = tiny_trainer(tmp_path, [*timer, Stops(hook)], steps=8, check_val_every_n_epoch=None, **options)
+    with pytest.raises(SystemExit) if timer and left < 0 else nullcontext():
+        trainer.fit(tiny_module(tmp_path), RandomText())
+    assert (trainer.global_step, trainer.fit_loop.total_batch_idx + 1) == (3, 6)
 
 
 def test_what_comes_twice_in_a_moment_is_one_request(monkeypatch):

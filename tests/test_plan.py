@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
+from koff_lightning import losses
 from koff_lightning.backbone import parameter_counts, without_weights
 from koff_lightning.cli import main
 from koff_lightning.commands.plan import planned
 from koff_lightning.commands.published_sizes import PUBLISHED
+from koff_lightning.losses import fused_head_loss
 from koff_lightning.memory import MemoryBank
 from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.specs.training import LossSpec, RetentionSpec
-from koff_lightning.training.planning import Step, _count, count, memory
+from koff_lightning.training.planning import Step, _count, _Live, count, memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/scale"))
 import peak
@@ -45,7 +48,7 @@ def step():
 def compare(*cases, tmp_path):
     """Plan over measured peak of cases of the recipe."""
     words = [peak.words(peak.backbone(model, tmp_path), *rest) for model, *rest in cases]
-    return [planned(given, foreach=False)[1] / real for given, real in zip(words, peak.in_child(words), strict=True)]
+    return [planned(given, on_cpus=True)[1] / real for given, real in zip(words, peak.in_child(words), strict=True)]
 
 
 def test_the_peak_of_a_real_run_is_met_to_15_percent(tmp_path):
@@ -132,9 +135,35 @@ def test_every_saving_saves(step):
     whole, sharded = (memory(step, counts, devices=4, sharded=way) for way in (False, True))
     assert sum(sharded.values()) < sum(whole.values())
     assert sharded["frozen weights"] == counts.rest + counts.layers / 4
-    assert sum(memory(step, counts, foreach=False).values()) == pytest.approx(
+    assert sum(memory(replace(step, gpu=False), counts).values()) == pytest.approx(
         counts.layers + counts.rest + counts.sinks + 4 * counts.trained + max(counts.peaks.values())
     )
+
+
+def test_a_gpu_is_planned_alike_on_every_processor(step, monkeypatch):
+    """One without bf16 multiplies with an fp32 copy of the head, and any with shorter chunks; a GPU does neither."""
+    step.config.vocab_size = 50_000
+    half = {"dtype": torch.bfloat16, "precision": "bf16-mixed", "loss": LossSpec(kl=0)}
+    step, peaks = replace(step, length=300, **half), []
+    for slow in (True, False):
+        monkeypatch.setattr(losses, "has_products", lambda _, slow=slow: not slow)
+        peaks.append(count(step).peaks)
+    assert peaks[0] == peaks[1]
+    shorter = count(replace(step, loss=LossSpec(kl=0, chunk=512))).peaks["loss"]
+    assert peaks[0]["loss"] - shorter >= 2 * 4 * 512 * step.config.vocab_size, "fp32 logits and their softmax"
+
+
+@pytest.mark.parametrize(("kl", "top_k"), [(0, None), (2, None), (2, 50)])
+def test_many_chunks_of_tokens_take_as_much_at_one_time_as_one(kl, top_k):
+    peaks, spec = [], LossSpec(kl=kl, top_k=top_k, chunk=64)
+    for chunks in (1, 3):
+        with FakeTensorMode():
+            head, labels, weights = torch.zeros(5000, 8), torch.zeros(64 * chunks, dtype=torch.int64), torch.ones(())
+            student, teacher = torch.zeros(64 * chunks, 8, requires_grad=True), torch.zeros(64 * chunks, 8)
+            with _Live([head, labels, weights, student, teacher]) as live:
+                fused_head_loss(student, teacher if kl else None, head, labels, weights, spec, spec.chunk)
+        peaks.append(live.peak)
+    assert peaks[1] < 1.05 * peaks[0]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -91,6 +91,7 @@ def test_options_of_a_config_file_are_refused_too(refused, tmp_path):
         ("LearningRateFinder", "set model.optim.mask_lr"),
         ("BatchSizeFinder", "set data.batch_size"),
         ("GradientAccumulationScheduler, init_args: {scheduling: {0: 1}}", "set trainer.accumulate_grad_batches"),
+        ("BackboneFinetuning", "model.joint, model.lora"),
         ("ModelPruning, init_args: {pruning_fn: l1_unstructured}", "set model.sparsity"),
         ("StochasticWeightAveraging, init_args: {swa_lrs: 0.01}", "replace the weights by averages"),
         ("EMAWeightAveraging", "replace the weights by averages"),

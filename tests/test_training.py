@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_cases import cut_model
 from tiny_models import tiny_model
@@ -121,7 +122,9 @@ def trainer(tmp_path, *callbacks, steps=STEPS, anneal=None, **options):
 def fit(folder, tmp_path, *callbacks, data=None, **options):
     """Run; returns the module and what was recorded."""
     recorder = Recorder()
-    running = {key: options.pop(key) for key in ("steps", "anneal", "accumulate_grad_batches") if key in options}
+    running = {
+        key: options.pop(key) for key in ("steps", "anneal", "accumulate_grad_batches", "plugins") if key in options
+    }
     model = module(folder, **options)
     trainer(tmp_path, recorder, *callbacks, **running).fit(model, data or text(folder))
     return model, recorder
@@ -626,6 +629,23 @@ def test_a_step_that_is_skipped_leaves_no_trace(folder, tmp_path, loss):
     assert len(run.steps) == STEPS
     assert torch.isfinite(model.model.gates.importance).all()
     assert model.model.gates.hardened
+
+
+ALONE = {"lora": None, "kv": None}  # the mask alone: nothing moves in the warm-up, nor once it is fixed
+
+
+@pytest.mark.parametrize("options", [{"joint": False}, {"joint": True}, ALONE], ids=["two stages", "joint", "alone"])
+def test_16_bit_training_takes_steps_in_which_nothing_moves(folder, tmp_path, monkeypatch, options):
+    """Torch's loss scaler fails where no parameter has a gradient. Here it scales what is computed in fp32."""
+    monkeypatch.setattr(MixedPrecision, "autocast_context_manager", lambda _: nullcontext())
+    ended = []
+    for plugins in ([MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=128.0))], []):
+        model, run = fit(folder, tmp_path, plugins=plugins, **options)
+        assert len(run.steps) == STEPS
+        ended.append({name: value for name, value in model.state_dict().items() if name in model.owned()})
+    assert ended[0]["model.gates.importance"].any()
+    for name, value in ended[0].items():
+        torch.testing.assert_close(value, ended[1][name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("skip", [True, False])

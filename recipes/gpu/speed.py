@@ -52,7 +52,8 @@ class Shape:
         sparsity = self.sparsity or SparsitySpec(target=0.12, min_channels=8)
         lora, kv = self.lora or LoraSpec(16, 32.0), self.kv or KVSpec(128)
         precision = "bf16-mixed" if device == "cuda" else "32-true"
-        return Step(config, DOMAINS, self.rows, self.length, dtype, precision, False, sparsity, lora, kv, replace(loss))
+        memories = {"sparsity": sparsity, "lora": lora, "kv": kv, "loss": replace(loss)}
+        return Step(config, DOMAINS, self.rows, self.length, dtype, precision, **memories, gpu=device == "cuda")
 
 
 def shapes(tiny: bool) -> dict[str, Shape]:
@@ -148,19 +149,19 @@ def _planned(shape: Shape, backbone: PreTrainedModel, loss: LossSpec, device: st
     room = ROOM * torch.cuda.get_device_properties(0).total_memory if device == "cuda" else float("inf")
     try:
         with torch.device("cpu"):
-            total = _total(step, device)
+            total = _total(step)
             if total[0] > room:
                 step = replace(step, checkpointing=True)
-                total = _total(step, device)
+                total = _total(step)
     except Exception as error:  # a step is measured with or without it
         return {"plan_error": f"{type(error).__name__}: {error}"[:200], "recompute": device == "cuda"}
     return {"planned_gib": total[0] / GIB, "gflop_per_token": total[1], "recompute": step.checkpointing}
 
 
-def _total(step: Step, device: str) -> tuple[float, float]:
+def _total(step: Step) -> tuple[float, float]:
     """Bytes at the worst moment, and 10^9 operations of a token."""
     counts = count(step)
-    return sum(memory(step, counts, foreach=device == "cuda").values()), counts.flops / step.rows / step.length / 1e9
+    return sum(memory(step, counts).values()), counts.flops / step.rows / step.length / 1e9
 
 
 def _sizes(shape: Shape) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def main() -> None:
         peaks = in_child(given, options.hoard)
         for (model, rows, length, further), option, peak in zip(cases, given, peaks, strict=True):
             plan, said = (
-                planned(option, foreach=False)[1],
+                planned(option, on_cpus=True)[1],
                 ", ".join(f"{name}={value}" for name, value in further.items()) or "-",
             )
             figures = f"{plan / 2**20:.0f} | {peak / 2**20:.0f} | {plan / peak:.2f}"

@@ -124,6 +124,7 @@ def _chunk_loss(
     """CE and KL of each token of a chunk, [C] or 0.0, and the gradient of the sum of ce * CE + kl * KL, [C, d].
 
     What is as large as the logits is computed in their place: each pass over them costs as much as a matrix product.
+    A function of its own, so that nothing of their size is alive when the next chunk's are made.
 
     Args:
         student: Hidden states [C, d].
@@ -158,11 +159,11 @@ def _chunk_loss(
 
 class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, head, labels, weights, spec):  # noqa: ANN001, ANN205
+    def forward(ctx, student, teacher, head, labels, weights, spec, step):  # noqa: ANN001, ANN205
         ce, kl = (student.new_zeros(len(labels), dtype=torch.float32) for _ in range(2))
         grad = torch.empty_like(student)
         gathers = teacher is not None and spec.top_k_alone
-        step = max(1, spec.chunk // GATHERING) if gathers else chunk_size(head, spec.chunk)
+        step = max(1, spec.chunk // GATHERING) if gathers else step
         for start in range(0, len(labels), step):
             part = slice(start, start + step)
             seen = None if teacher is None else teacher[part]
@@ -175,11 +176,17 @@ class _FusedHeadLoss(torch.autograd.Function):
     def backward(ctx, scale, *_):  # noqa: ANN001, ANN002, ANN205
         grad, weights = ctx.saved_tensors
         # The weights come last: a gradient in half precision times a weight of 1e-4 would round to zero.
-        return (grad * (weights * scale).unsqueeze(1)).to(grad.dtype), None, None, None, None, None
+        return (grad * (weights * scale).unsqueeze(1)).to(grad.dtype), *(None,) * 6
 
 
 def fused_head_loss(
-    student: Tensor, teacher: Tensor | TopK | None, head: Tensor, labels: Tensor, weights: Tensor, spec: LossSpec
+    student: Tensor,
+    teacher: Tensor | TopK | None,
+    head: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    spec: LossSpec,
+    step: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum over tokens of ce * CE + kl * KL(dense || student), with both per token.
 
@@ -190,12 +197,14 @@ def fused_head_loss(
         labels: Next tokens, [N].
         weights: Weight of each token, [N] fp32.
         spec: Loss weights and chunk size.
+        step: Tokens whose logits exist at one time; by default as many as suit the device.
 
     Returns:
         Scalar loss in nats (differentiable in `student`), cross-entropy [N] (zeros where `spec.top_k_alone`)
         and KL [N] (for logging).
     """
-    return _FusedHeadLoss.apply(student, teacher, head, labels, weights, spec)
+    step = chunk_size(head, spec.chunk) if step is None else step
+    return _FusedHeadLoss.apply(student, teacher, head, labels, weights, spec, step)
 
 
 def has_products(half: str) -> bool:

@@ -33,12 +33,11 @@ class Checkpoints(ModelCheckpoint):
     _aside = ""  # would be gone
     _trains = False  # the run has begun to
     _looked = False  # at what the first step has logged
-    _stops = False  # a validation in mid-step has asked to end
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the step that a run goes on from as saved, which Lightning forgets, and leave a sign that it trains."""
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved, self._trains, self._stops = trainer.global_step, True, False
+        self._last_global_step_saved, self._trains = trainer.global_step, True
         if trainer.is_global_zero and self.dirpath:
             Path(self.dirpath).mkdir(parents=True, exist_ok=True)  # a run killed before its first save is known by it
 
@@ -49,7 +48,6 @@ class Checkpoints(ModelCheckpoint):
         if not self._looked:
             self._looked = True
             refuse_unlogged(trainer)
-        trainer.should_stop |= self._stops
         super().on_train_batch_end(trainer, *args)
         if validation_comes_next(trainer) and not self._should_skip_saving_checkpoint(trainer):
             before = self._last_global_step_saved
@@ -57,15 +55,9 @@ class Checkpoints(ModelCheckpoint):
             self._last_global_step_saved = before  # what is saved by the figures of the validation is still to come
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if due; validation may come in mid-step, and what asks to end then, as EarlyStopping, waits for its end.
-
-        Lightning calls its checkpoint callbacks behind all others.
-        """
+        """Save if due; validation may come in mid-step."""
         if not in_mid_step(trainer):
             super().on_validation_end(trainer, pl_module)
-        elif trainer.state.fn == TrainerFn.FITTING:
-            self._stops |= trainer.should_stop
-            trainer.should_stop = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run, whether or not a save is due: Lightning would leave `last` at an earlier step."""

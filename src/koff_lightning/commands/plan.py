@@ -71,18 +71,19 @@ def plan(
         print(line)
 
 
-def planned(options: list[str], gpus: int = 1, foreach: bool = True) -> tuple[int, float]:
+def planned(options: list[str], gpus: int = 1, on_cpus: bool = False) -> tuple[int, float]:
     """Tokens of a micro-batch and bytes at the peak, both on each device, of `koff fit` with these options.
 
     Args:
         options: Options of `koff fit`.
         gpus: Processes of the run.
-        foreach: As for `planning.memory`; not so on CPUs.
+        on_cpus: Their devices are the processors that are here.
     """
     from koff_lightning.training.planning import count, memory
 
     run = _read(options, gpus, None, bf16=None)
-    return run.step.rows * run.step.length, sum(memory(run.step, count(run.step), gpus, run.sharded, foreach).values())
+    step = replace(run.step, gpu=not on_cpus)
+    return step.rows * step.length, sum(memory(step, count(step), gpus, run.sharded).values())
 
 
 # ------------------------------------------------------------------------------------------------- what is asked

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -38,6 +39,7 @@ class EndsBetweenSteps(Callback):
         self._handler = SignalHandler(lambda: False)
         self._trainer: Trainer | None = None
         self._scoring = 0  # blocks of `may_be_left` that are open
+        self._stops = False  # the trainer was asked to stop in mid-step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the other processes of the run from here on; what only scores may see its launcher end before it."""
@@ -56,17 +58,28 @@ class EndsBetweenSteps(Callback):
         self._handler = SignalHandler(self._may_leave)
         self._handler.asked, signals.received_sigterm = 128 + signal.SIGTERM if signals.received_sigterm else 0, False
         self._handler.install(SIGNALS)
+        self._stops = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Have Lightning end the run after this batch, if it is the last of its step."""
-        late = _time_is_up(trainer)
         if in_mid_step(trainer):
-            trainer.should_stop &= not late  # the timer looks again after the next batch
+            self._hold_back(trainer)
             return
+        trainer.should_stop, self._stops = trainer.should_stop or self._stops, False
+        late = _time_is_up(trainer)
         self._handler.asked = self._handler.asked or (TIME_LIMIT if late else 0)
         self._handler.asked = ranks.largest(self._handler.asked, pl_module.device)
         if self._handler.asked:
             trainer.should_stop, trainer._signal_connector.received_sigterm = False, True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation may come in mid-step: what asks to stop then, as EarlyStopping, waits for the step's end."""
+        if trainer.state.fn == TrainerFn.FITTING and in_mid_step(trainer):
+            self._hold_back(trainer)
+
+    def _hold_back(self, trainer: Trainer) -> None:
+        """Let the step that has begun come to its end. No clock is looked at: each rank has its own."""
+        self._stops, trainer.should_stop = self._stops or trainer.should_stop, False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the run if its timer looks after epochs alone."""

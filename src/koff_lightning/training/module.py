@@ -42,7 +42,7 @@ from koff_lightning.training.extending import artifact_to_extend, hold_closed
 from koff_lightning.training.mask_source import load_mask, read_mask_source
 from koff_lightning.training.nonfinite import NonFiniteGuard
 from koff_lightning.training.objective import Objective, take_stored_teacher
-from koff_lightning.training.optim import clip_by_group, loss_scale, optimizer_and_rates, total_steps
+from koff_lightning.training.optim import clip_by_group, loss_scale, optimizer_and_rates, take_step, total_steps
 from koff_lightning.training.recomputation import recomputes
 from koff_lightning.training.resume import (
     give_data_its_place,
@@ -286,6 +286,11 @@ class KOFFModule(LightningModule):
         parts = self.model.gates, self.penalty, self.model.memories
         optimizer, rates = optimizer_and_rates(*parts, self.optim, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """As Lightning's, also where nothing moves."""
+        moves = self.learns_now or (self.memories_on and (self.lora or self.kv))
+        take_step(self, optimizer, optimizer_closure, bool(moves))
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
         """Clip LoRA and KV gradients, each by its own norm: a global norm would be mostly that of the multipliers."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
+from koff_lightning.training.optim import loss_scaler
 
 _DOMAIN = re.compile(r"\.koff_([A-Za-z0-9_-]+)\.")
 
@@ -65,7 +66,7 @@ class NonFiniteGuard:
         Raises:
             KoffError: A gradient is not finite, and such steps are not skipped.
         """
-        step, scaled = module.global_step, getattr(module.trainer.precision_plugin, "scaler", None)
+        step, scaled = module.global_step, loss_scaler(module.trainer)
         if scaled:
             norms = {}  # 16-bit training finds its loss scale by overflowing, and skips such a step itself
         faulty_groups = [group for group, norm in norms.items() if not torch.isfinite(norm)]

@@ -89,12 +89,17 @@ class Objective:
     ) -> TextLoss:
         """The loss, from the student's hidden states [N, d], those of the teacher (or its top k), and labels [N]."""
         weights = self.weights(predicted, groups)
-        loss, ce, kl = head_loss(student, teacher, self.model.head, labels, weights, self.spec)
-        parts = torch.stack(
-            [loss.detach(), (weights * ce).sum(), (weights * kl).sum()]
-        )  # not as matrix products, which autocast would round
+        loss, ce, kl = self.head_loss(student, teacher, labels, weights)
+        # Not as matrix products, which autocast would round.
+        parts = torch.stack([loss.detach(), (weights * ce).sum(), (weights * kl).sum()])
         all_loss, all_ce, all_kl = ranks.total(parts) / ranks.count()
         return TextLoss(loss + (all_loss - loss.detach()), all_ce, all_kl, ce + kl, predicted)
+
+    def head_loss(
+        self, student: Tensor, teacher: Tensor | TopK | None, labels: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted sum over tokens, and CE and KL of each: see `losses.head_loss`."""
+        return head_loss(student, teacher, self.model.head, labels, weights, self.spec)
 
     def weights(self, predicted: Tensor, groups: Tensor) -> Tensor:
         """Weight of each predicted token, [N]."""

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -138,7 +140,29 @@ def clip_by_group(optimizer: torch.optim.Optimizer, clip: float) -> dict[str, Te
     return norms
 
 
+def take_step(module: LightningModule, optimizer: LightningOptimizer, closure: Callable[[], Any], moves: bool) -> None:
+    """Take an optimizer step as Lightning does, but past a loss scaler where nothing moves.
+
+    Torch's fails where no parameter has a gradient, as in a warm-up without memories.
+
+    Args:
+        module: The module in training.
+        optimizer: Its optimizer.
+        closure: Forward and backward.
+        moves: Whether the phase trains anything.
+    """
+    if moves or loss_scaler(module.trainer) is None:
+        optimizer.step(closure=closure)
+    else:
+        Precision.optimizer_step(module.trainer.precision_plugin, optimizer.optimizer, module, closure)
+
+
+def loss_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """What scales the loss of 16-bit training, so that gradients find room; None in any other."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
 def loss_scale(trainer: Trainer) -> float:
     """By what gradients are too large now: the scale of 16-bit training, which changes as it goes, else 1."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = loss_scaler(trainer)
     return scaler.get_scale() if scaler else 1.0

@@ -31,7 +31,7 @@ from koff_lightning.backbone import allow_recomputation, decoder_layers, prunabl
 from koff_lightning.data.teacher import INDEX, LOG_Q
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.gates import BackboneGates
-from koff_lightning.losses import settled
+from koff_lightning.losses import fused_head_loss, settled
 from koff_lightning.memory import MemoryBank
 from koff_lightning.placement import ALL, placed
 from koff_lightning.specs.memories import KVSpec, LoraSpec
@@ -70,6 +70,8 @@ class Step:
         loss: Its chunk, and whether there is a teacher.
         shared: One memory for all domains.
         retention: How general text takes part; None for not at all.
+        gpu: The device is a GPU, whatever is here: logits come in chunks of full length and in the head's dtype, and
+            the optimizer works on all tensors at a time, for which it needs room for one more copy.
     """
 
     config: PreTrainedConfig
@@ -85,6 +87,7 @@ class Step:
     loss: LossSpec = field(default_factory=LossSpec)
     shared: bool = False
     retention: RetentionSpec | None = None
+    gpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,7 @@ class Counts:
         return self.lora + self.kv + self.mask
 
 
-def memory(
-    step: Step, counts: Counts, devices: int = 1, sharded: bool = False, foreach: bool = True
-) -> dict[str, float]:
+def memory(step: Step, counts: Counts, devices: int = 1, sharded: bool = False) -> dict[str, float]:
     """Bytes on each device at the peak, by what takes them; they add up.
 
     Args:
@@ -134,11 +135,10 @@ def memory(
         counts: What `count` found for that micro-batch.
         devices: Processes of the run.
         sharded: The layers' weights are split over them.
-        foreach: The optimizer works on all tensors at a time, as it does on GPUs, and so needs room for one more copy.
     """
     spread = sharded and devices > 1
     averaging = 2 * min(4 * ranks.BUCKET, counts.trained) if devices > 1 else 0  # a bucket and its mean, fp32
-    peaks = counts.peaks | {"optimizer step": averaging + (counts.trained if foreach else 0)}
+    peaks = counts.peaks | {"optimizer step": averaging + (counts.trained if step.gpu else 0)}
     stage = max(peaks, key=peaks.get)
     both = counts.teacher + counts.activations
     kept = {"forward": counts.teacher, "loss": both, "backward": both}.get(stage, 0)
@@ -252,6 +252,7 @@ class _Counted(Objective):
     """The objective where every token is predicted, with a note of what each part of it takes."""
 
     live: "_Live | None" = None
+    gpu: bool = True
 
     def teacher(self, *args: Any) -> Any:
         """As in training."""
@@ -267,6 +268,13 @@ class _Counted(Objective):
         """As in training."""
         with self.live.stage("loss"):
             return super().compare(*args)
+
+    def head_loss(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As on the device of the run, though what is counted lies on the CPU."""
+        if not self.gpu:
+            return super().head_loss(*given)
+        student, teacher, labels, weights = given
+        return fused_head_loss(student, teacher, self.model.head, labels, weights, self.spec, self.spec.chunk)
 
     def weights(self, predicted: Tensor, groups: Tensor) -> Tensor:
         """Weight of each token, [N]: the same shape without a look at which domain it is of."""
@@ -288,7 +296,7 @@ def _micro_batch(step: Step, model: _Outline, live: "_Live") -> dict[str, Any]:
         places = step.rows, step.length - 1, step.loss.top_k
         batch |= {INDEX: torch.zeros(places, dtype=torch.int32), LOG_Q: torch.zeros(places, dtype=torch.float16)}
     groups = torch.zeros(step.rows, dtype=torch.int64)
-    objective = _Counted(model, step.loss, step.checkpointing, live)
+    objective = _Counted(model, step.loss, step.checkpointing, live, step.gpu)
 
     def forward(memories: Sequence[str]) -> Tensor:
         gates = model.gates.gate.sample(model.gates.logits, step.rows)

@@ -42,7 +42,7 @@ def recomputes(module: LightningModule) -> bool:
         return False
     sharded = isinstance(trainer.strategy, ShardedStrategy)
     with torch.device("cpu"):  # Lightning has all made on the GPU here; what is counted has no numbers
-        parts = memory(step, count(step), trainer.world_size, sharded, foreach=device.type != "cpu")
+        parts = memory(step, count(step), trainer.world_size, sharded)
     if module.model.backbone.device.type == device.type:  # under FSDP it is on the CPU until then
         parts = {name: size for name, size in parts.items() if name not in IN_PLACE}
     total = sum(parts.values())
@@ -90,6 +90,7 @@ def _step(module: LightningModule) -> Step:
         loss=module.loss,
         shared=module.shared_memory,
         retention=module.retention,
+        gpu=trainer.strategy.root_device.type != "cpu",
     )
 
 

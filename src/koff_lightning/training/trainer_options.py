@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -36,6 +37,8 @@ REFUSED_CALLBACKS = {
     LearningRateFinder: _RATES,
     GradientAccumulationScheduler: "the course of the mask counts on steps that are all alike: set "
     "trainer.accumulate_grad_batches",
+    BaseFinetuning: "it would thaw the backbone, which stays frozen: model.joint, model.lora and model.kv say what "
+    "trains",
     ModelPruning: "it would prune what the mask and the memories are: set model.sparsity",
     BatchSizeFinder: "its trial steps would train: `koff plan` says what fits; set data.batch_size",
 }

@@ -20,7 +20,7 @@ from koff_lightning.callbacks import RunReport
 from koff_lightning.callbacks import report as report_module
 from koff_lightning.callbacks.report import MOST, MaskHistory, score
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.reports import results
+from koff_lightning.reports import plots, results
 from koff_lightning.specs.training import LossSpec
 from koff_lightning.support.files import write_atomically
 
@@ -39,7 +39,11 @@ def fit(folder, *callbacks, data=None, steps=8, **options):
 def drawn(monkeypatch):
     """Plots take a second, so only their names are taken down; `run` draws them."""
     names = []
-    monkeypatch.setattr("koff_lightning.reports.plots.save", lambda figure, folder, name: names.append(name))
+    save = plots.save
+    monkeypatch.setattr(
+        "koff_lightning.reports.plots.save",
+        lambda figure, folder, name: names.append(name) if figure else save(None, folder, name),
+    )
     return names
 
 
@@ -250,9 +254,13 @@ def test_a_run_stopped_early_says_so(tmp_path, capsys):
     assert "before its mask was fixed" in capsys.readouterr().out
 
 
-def test_without_a_mask_there_are_no_sparsity_plots(tmp_path, drawn):
+def test_without_a_mask_there_are_no_sparsity_plots_nor_those_of_a_run_before(tmp_path, drawn):
+    (tmp_path / "plots").mkdir()
+    for name in ("sparsity.png", "sparsity_by_layer.svg"):
+        (tmp_path / "plots" / name).touch()
     fit(tmp_path, sparsity=SparsitySpec(target=0.0, min_channels=4))
     assert drawn == ["bits_per_byte"]
+    assert not list((tmp_path / "plots").iterdir())
 
 
 def test_a_shared_memory_is_stored_once_and_cannot_be_swapped(tmp_path):

@@ -126,10 +126,11 @@ class RunReport(Callback):
             plots.save(figure, root / "plots", name)
         _say(trainer, f"wrote {root / 'results.json'} and {root / 'plots'}")
 
-    def _figures(self, module: KOFFModule) -> dict[str, plots.Figure]:
+    def _figures(self, module: KOFFModule) -> dict[str, plots.Figure | None]:
         general = self.results.get("general", {}).get("texts", {})
         texts = self.results["domains"] | {f"{GENERAL}{name}": row for name, row in general.items()}
-        figures = {"bits_per_byte": plots.domain_bars(texts)}
+        # Without a mask to learn there is nothing to draw, nor are an earlier run's pictures of one to stay.
+        figures = {"bits_per_byte": plots.domain_bars(texts), "sparsity": None, "sparsity_by_layer": None}
         if points := self.history.points:
             groups = [(group.layer, group.kind) for group in module.model.gates.groups]
             figures["sparsity"] = plots.sparsity_over_training(points, module.sparsity.denominator)

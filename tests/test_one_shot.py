@@ -1,5 +1,6 @@
 """`koff baseline` as a command, and what its masks are for: tests, exports, memories trained under them, priors."""
 
+import errno
 import json
 import math
 import re
@@ -152,9 +153,17 @@ def test_without_score_there_are_no_results(masks):
     assert {path.name for path in (masks / "random").iterdir()} == {"checkpoints", "config.yaml"}
 
 
-def test_scores_of_an_earlier_mask_do_not_stay_beside_another(place, tmp_path):
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_scores_of_an_earlier_mask_do_not_stay_beside_another(place, tmp_path, monkeypatch):
     for name in ("results.json", "documents.json", "general_documents.json"):
         (tmp_path / name).write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr("koff_lightning.commands.baseline.KoffTrainer.save_checkpoint", full_disk)
+        assert baseline(place, tmp_path, "random", "--no-score") == 2
+    assert (tmp_path / "results.json").exists(), "the mask that it is of is still there"
     assert baseline(place, tmp_path, "random", "--no-score") == 0
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml"}
 

@@ -209,9 +209,8 @@ class Budget:
         if group.kind == "channel":  # the first step is smaller if the dense width is no multiple
             return (ranks + -group.size % self.spec.multiple_of) // self.spec.multiple_of
         allowed = range(group.size) if not self.spec.uniform or self._kv_groups is None else self._kv_groups
-        stops = (
-            torch.tensor([group.size - n for n in allowed if n < group.size]).sort().values
-        )  # units gone after each step
+        gone = [group.size - n for n in allowed if n < group.size]  # units, after each step
+        stops = torch.tensor(gone).sort().values
         return torch.searchsorted(stops, ranks, right=True)
 
     def _protected(self, scores: Tensor) -> Tensor:

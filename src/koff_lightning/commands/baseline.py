@@ -81,12 +81,12 @@ class KoffTrainer(Trainer):
         root = Path(self.default_root_dir)
         options = _write_options(self, model, root)
         path = root / "checkpoints" / "last.ckpt"
-        for name in ("results.json", "documents.json", "general_documents.json"):
-            (root / name).unlink(missing_ok=True)  # of an earlier mask
         try:
             self.save_checkpoint(path, weights_only=True)
         except OSError as error:
             raise KoffError(f"cannot write {path}: {error.strerror or error}") from error
+        for name in ("results.json", "documents.json", "general_documents.json"):
+            (root / name).unlink(missing_ok=True)  # of an earlier mask, which is gone now
         print(f"wrote {path}: {method}, {read:,} tokens of calibration text, {seconds:.1f} s", flush=True)
         if score:
             about = {"baseline": {"method": method, "calibration_tokens": read}, "seed": seed, "seconds": seconds}

@@ -222,7 +222,6 @@ def deal(sizes: Sequence[int | None], readers: int) -> list[list[tuple[int, int,
         shared, parts = order, [[] for _ in range(readers)]
     for shard in np.sort(shared):
         for reader in range(readers):
-            parts[reader].append(
-                (int(shard), (reader + int(shard)) % readers, readers)
-            )  # so that files of one record are shared too
+            turn = (reader + int(shard)) % readers  # varies by shard, so that files of one record are shared too
+            parts[reader].append((int(shard), turn, readers))
     return [sorted(mine) for mine in parts]

@@ -21,9 +21,9 @@ from koff_lightning.callbacks import AnnealSparsity, GradientCoverage, RunReport
 from koff_lightning.cli import main
 from koff_lightning.data.loader import HeldoutLoader
 from koff_lightning.decomposition import Decomposition
-from koff_lightning.losses import settled
 from koff_lightning.specs.training import RetentionSpec
 from koff_lightning.training import recomputation, retention
+from koff_lightning.training.settled import settled
 
 STEPS, EVERY = 20, 3
 PHASES = {"warmup": 0.2, "ramp": 0.3, "hold": 0.1}  # steps 0-3, 4-9, 10-11; hardened from 12

@@ -1,13 +1,9 @@
 """The `koff` command: a table of verbs. A verb imports what is heavy only when it runs, so help is immediate."""
 
 import errno
-import io
-import os
-import select
 import signal
 import sys
 from importlib import import_module
-from typing import Any
 
 from koff_lightning import __version__
 from koff_lightning.support.ending import SIGNALS, Ended, ended_by, watch_the_launcher
@@ -15,6 +11,7 @@ from koff_lightning.support.errors import KoffError
 from koff_lightning.support.offline import switch_off
 from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.secrets import without_secrets
+from koff_lightning.support.streams import is_full, make_printable, nobody_reads
 from koff_lightning.support.threads import wait_asleep
 from koff_lightning.support.wording import nearest
 
@@ -86,14 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     wait_asleep()
-    _make_printable()
+    make_printable()
     try:
         with ended_by(tuple(number for number in SIGNALS if number != signal.SIGINT)):  # Python has that one
             status = _run(argv)
             sys.stdout.flush()
             return status
     except BrokenPipeError:
-        if not hasattr(select, "poll") or not _nobody_reads():
+        if not nobody_reads():
             raise
         return 141  # as where SIGPIPE ends a process
     except KoffError as error:
@@ -108,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # a parser that has printed its help, or rich where nobody reads
         return 141 if isinstance(stop.__context__, BrokenPipeError) else int(stop.code or 0)
     except OSError as error:
-        if _is_full(error):
+        if is_full(error):
             place = error.filename or "what is printed, or a file"
             print(f"koff: cannot write {place}: {error.strerror}; make room, then run it again", file=sys.stderr)
         elif error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -123,60 +120,6 @@ def main(argv: list[str] | None = None) -> int:
         reason = " ".join(str(error).split())[:200]
         print(f"koff: a tokenizer cannot be used, it failed in the middle of a text ({reason})", file=sys.stderr)
         return 2
-
-
-class _Terminal(io.FileIO):
-    """Writes to a terminal, and nowhere once that was closed: whoever closes it does not mean the work to be lost.
-
-    The process is told by a signal too, which may come later, or not at all.
-    """
-
-    def write(self, data: Any) -> int:
-        """Number of bytes of `data` that are dealt with."""
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(data)
-
-
-def _make_printable() -> None:
-    """Let all that is printed be printed: escaped where a stream is not of UTF-8, and nowhere where it is closed."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = getattr(sys, name)
-        if stream is None:  # closed: this takes its number, which the next file that is written must not get
-            setattr(sys, name, stream := open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-            os.set_inheritable(stream.fileno(), True)
-        elif mode == "w" and hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="backslashreplace")
-        is_own = stream is getattr(sys, f"__{name}__") and hasattr(signal, "SIGHUP")  # not a notebook's, nor Windows'
-        if mode == "w" and is_own and stream.isatty():
-            raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
-
-
-def _nobody_reads() -> bool:
-    """Whether whoever read what we print has gone, as `head` does; what is left to print then goes nowhere."""
-    look = select.poll()
-    look.register(sys.stdout, 0)
-    if gone := any(event & select.POLLERR for _, event in look.poll(0)):
-        _print_nowhere()
-    return gone
-
-
-def _is_full(error: OSError) -> bool:
-    """Whether a disk takes no more; where that is what we print to, what is left to print goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _print_nowhere()
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _print_nowhere() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage() -> str:

@@ -7,7 +7,6 @@ scales the stored gradient. The logits of a whole batch never exist at one time,
 Shapes: N predicted tokens, d hidden, V vocabulary, C tokens per chunk.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -252,33 +251,6 @@ def domain_weights(domain_of_token: Tensor, domains: int) -> Tensor:
     ones = torch.ones_like(domain_of_token)
     tokens = ranks.total(ones.new_zeros(domains).scatter_add_(0, domain_of_token, ones))  # [D]; bincount would sync
     return ranks.count() / (tokens[domain_of_token] * (tokens > 0).sum())
-
-
-class _Settled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss, grads, *inputs):  # noqa: ANN001, ANN002, ANN205
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, scale):  # noqa: ANN001, ANN205
-        return None, None, *(None if grad is None else grad * scale for grad in ctx.grads)
-
-
-def settled(loss: Tensor, inputs: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """The loss with its backward already run: its gradient with respect to `inputs` is stored and its graph is freed.
-
-    One step can then hold two forwards under different gates and memories. With activation checkpointing a backward
-    computes layers again under whatever gates and memories are in force at that time, so the backward of the first
-    forward has to run before the second forward changes them.
-
-    Args:
-        loss: A scalar.
-        inputs: Tensors that receive its gradient; nothing else does.
-        scale: Loss scale of 16-bit training, applied while the gradient is computed.
-    """
-    grads = torch.autograd.grad(loss * scale, inputs, allow_unused=True)
-    return _Settled.apply(loss.detach(), [None if grad is None else grad / scale for grad in grads], *inputs)
 
 
 @torch.no_grad()

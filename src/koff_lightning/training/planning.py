@@ -31,7 +31,7 @@ from koff_lightning.backbone import allow_recomputation, decoder_layers, prunabl
 from koff_lightning.data.teacher import INDEX, LOG_Q
 from koff_lightning.decomposition import Batch, Decomposition
 from koff_lightning.gates import BackboneGates
-from koff_lightning.losses import fused_head_loss, settled
+from koff_lightning.losses import fused_head_loss
 from koff_lightning.memory import MemoryBank
 from koff_lightning.placement import ALL, placed
 from koff_lightning.specs.memories import KVSpec, LoraSpec
@@ -40,6 +40,7 @@ from koff_lightning.specs.training import LossSpec, RetentionSpec
 from koff_lightning.support import ranks
 from koff_lightning.training.objective import Objective
 from koff_lightning.training.retention import moved_parts
+from koff_lightning.training.settled import settled
 
 COUNTED = (2, 3)  # layers
 AMPS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

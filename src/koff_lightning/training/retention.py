@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from koff_lightning.decomposition import Batch, Decomposition
-from koff_lightning.losses import settled
 from koff_lightning.specs.training import RetentionSpec
 from koff_lightning.support.errors import KoffError
 from koff_lightning.training.optim import loss_scale
+from koff_lightning.training.settled import settled
 
 
 def drawn(model: Decomposition, step: int) -> str:

@@ -15,7 +15,7 @@ import yaml
 
 from koff_lightning.cli import TOOLS, TRAINING, _with_names, main
 from koff_lightning.commands import training_cli
-from koff_lightning.commands.parsing import config_files, option_table
+from koff_lightning.commands.parsing import config_files, first_look
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.names import refuse_no_model
 from koff_lightning.support.wording import nearest, one_line
@@ -196,7 +196,7 @@ def test_bad_input_is_one_line(argv, line, capsys):
 )
 def test_what_is_not_there_is_seen_before_anything_heavy_is_imported(verb, words, message):
     with pytest.raises(KoffError, match=message):
-        option_table.look(verb, words)
+        first_look.look(verb, words)
 
 
 def test_a_name_without_owner_is_looked_for_where_the_hub_is_switched_off(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_name_without_owner_is_looked_for_where_the_hub_is_switched_off(tmp_pa
     with pytest.raises(
         KoffError, match="backbone 'word': no such folder here, and no copy of it from the hub, which is"
     ):
-        option_table.look("fit", ["--config", "demo.yaml", "--model.backbone", "word"])
+        first_look.look("fit", ["--config", "demo.yaml", "--model.backbone", "word"])
     (tmp_path / "hub" / "models--word").mkdir(parents=True)
     refuse_no_model("word")
     (tmp_path / "folder").mkdir()
@@ -220,17 +220,17 @@ def test_a_folder_without_a_run_is_refused_before_text_is_read(words, tmp_path, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # it may have a run x/y
     words = [word.format(tmp_path) for word in words]
     with pytest.raises(KoffError, match="holds neither a checkpoint nor koff.json of an exported model"):
-        option_table.look("analyze", words)
+        first_look.look("analyze", words)
     (tmp_path / "version_0" / "checkpoints").mkdir(parents=True)
     with pytest.raises(KoffError, match="is the folder of a run without a checkpoint or an exported model"):
-        option_table.look("analyze", words)
+        first_look.look("analyze", words)
     elsewhere = tmp_path.parent / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     (tmp_path / "version_0" / "link").symlink_to(elsewhere)  # what lies there may be one
-    option_table.look("analyze", words)
+    first_look.look("analyze", words)
     (tmp_path / "version_0" / "link").unlink()
     (tmp_path / "version_0" / "checkpoints" / "last.ckpt").touch()
-    option_table.look("analyze", words)
+    first_look.look("analyze", words)
 
 
 def test_looking_for_text_imports_nothing_heavy():
@@ -249,10 +249,10 @@ def test_what_a_later_word_says_counts(tmp_path):
     (tmp_path / "a.yaml").write_text("data: {domains: {de: nothing.txt}}\nmodel: {backbone: ./nothing}\n")
     (tmp_path / "b.yaml").write_text("data: {domains: {de: bundled:de}}\nmodel: {backbone: koff-tiny}\n")
     first, second = ([f"--config={tmp_path / name}"] for name in ("a.yaml", "b.yaml"))
-    option_table.look("fit", first + second)
-    option_table.look("fit", [*first, "--data.domains.de", "bundled:de", "--model.backbone", "koff-tiny"])
+    first_look.look("fit", first + second)
+    first_look.look("fit", [*first, "--data.domains.de", "bundled:de", "--model.backbone", "koff-tiny"])
     with pytest.raises(KoffError, match=r"\./nothing"):
-        option_table.look("fit", second + first)
+        first_look.look("fit", second + first)
 
 
 def test_a_typo_in_a_config_file_is_one_line(tmp_path, capsys):

@@ -35,7 +35,7 @@ from koff_lightning.artifact.memories import add_memory, remove_memory
 from koff_lightning.artifact.model_card import base_folder, licence_of, model_card
 from koff_lightning.callbacks import ExportArtifact, RunReport
 from koff_lightning.cli import main
-from koff_lightning.commands.parsing import option_table
+from koff_lightning.commands.parsing import first_look
 from koff_lightning.reports.results import mask_and_size, sentences
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.training.run_folder import run_results
@@ -808,7 +808,7 @@ def test_a_run_says_what_to_do_with_its_artifact(tmp_path, capsys, lora):
     commands = [shlex.split(line, comments=True) for line in lines[lines.index("next:") + 1 :]]
     assert [words[:2] for words in commands] == [["koff", verb] for verb in ("inspect", "generate", "analyze")]
     for _, verb, *words in commands:
-        option_table.look(verb, words)
+        first_look.look(verb, words)
     assert main(commands[0][1:]) == 0
     assert ("--domain" in commands[1]) == (lora is not None)
     assert main([*commands[1][1:], "--max_new_tokens", "1"]) == 0

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from koff_lightning.cli import TOOLS, TRAINING, main
-from koff_lightning.commands.parsing import option_table
+from koff_lightning.commands.parsing import first_look, option_table
 from koff_lightning.commands.parsing.config_files import SHIPPED, shipped_configs
 from koff_lightning.support.errors import KoffError
 
@@ -63,8 +63,8 @@ def test_a_field_that_no_domain_has_is_no_path(words, message, tmp_path, monkeyp
 
 def test_a_domain_may_be_given_as_a_class():
     value = {"class_path": "koff_lightning.data.DomainSource", "init_args": {"files": "bundled:de"}}
-    option_table.look("fit", ["--config", "demo.yaml", f"--data.domains.de={json.dumps(value)}"])
-    option_table.look("fit", ["--config", "demo.yaml", "--data.domains.de.init_args.files=bundled:de"])
+    first_look.look("fit", ["--config", "demo.yaml", f"--data.domains.de={json.dumps(value)}"])
+    first_look.look("fit", ["--config", "demo.yaml", "--data.domains.de.init_args.files=bundled:de"])
 
 
 @pytest.mark.parametrize("verb", TRAINING)
@@ -151,7 +151,7 @@ def test_help_and_what_is_certainly_wrong_take_no_imports(argv, tmp_path):
     ids=" ".join,
 )
 def test_what_may_be_right_is_left_to_the_parser(argv):
-    option_table.look("fit", ["--config", "demo.yaml", *argv])
+    first_look.look("fit", ["--config", "demo.yaml", *argv])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_what_is_wrong_is_one_line(verb, argv, line, tmp_path, monkeypatch, caps
 def test_a_missing_backbone_and_all_missing_text_are_told_at_once():
     words = ["--model.backbone", "./nope", "--data.domains.a", "nope.txt", "--data.domains.b", "bundled:xx"]
     with pytest.raises(KoffError) as caught:
-        option_table.look("fit", words)
+        first_look.look("fit", words)
     lines = str(caught.value).splitlines()
     begins = ["backbone './nope': no such folder", "2 domains lack text:", "  domain 'a': no file matches 'nope.txt'"]
     begins.append("  domain 'b': unknown bundled domain 'xx'")
@@ -238,7 +238,7 @@ def test_a_missing_backbone_and_all_missing_text_are_told_at_once():
 def test_missing_general_text_is_told_with_that_of_the_domains():
     words = ["--data.domains.a", "nope.txt", "--data.retention.web", "gone.txt"]
     with pytest.raises(KoffError) as caught:
-        option_table.look("fit", words)
+        first_look.look("fit", words)
     assert "domain 'a': no file matches 'nope.txt'" in str(caught.value)
     assert "domain 'web': no file matches 'gone.txt'" in str(caught.value)
 
@@ -271,40 +271,40 @@ def test_a_model_of_the_hub_is_missing_where_the_hub_is_switched_off(off, tmp_pa
     if off:
         for verb, before in words.items():
             with pytest.raises(KoffError, match=r"'org/m': no such folder.*, and no copy of it from the hub, which is"):
-                option_table.look(verb, [*before, "org/m"])
+                first_look.look(verb, [*before, "org/m"])
         (tmp_path / "koff/hub" / f"org--m@{'0' * 40}").mkdir(parents=True)
     for verb, before in words.items():
-        option_table.look(verb, [*before, "org/m"])
+        first_look.look(verb, [*before, "org/m"])
 
 
 def test_a_prompt_is_text_even_where_it_looks_like_an_option(tmp_path):
-    option_table.look("generate", ["--model", str(tmp_path), "--prompt", "--no-such-thing"])
+    first_look.look("generate", ["--model", str(tmp_path), "--prompt", "--no-such-thing"])
     with pytest.raises(KoffError, match="no option 'no_such_thing'"):
-        option_table.look("generate", ["--model", str(tmp_path), "--no-such-thing"])
+        first_look.look("generate", ["--model", str(tmp_path), "--no-such-thing"])
 
 
 def test_what_follows_a_lone_dash_pair_is_for_fit():
-    option_table.look("plan", ["--config", "demo.yaml", "--", "--data.seq_len", "64"])
+    first_look.look("plan", ["--config", "demo.yaml", "--", "--data.seq_len", "64"])
     with pytest.raises(KoffError, match="plan: no option 'no-such-thing'"):
-        option_table.look("plan", ["--config", "demo.yaml", "--", "--data.seq_len", "64", "--no-such-thing"])
+        first_look.look("plan", ["--config", "demo.yaml", "--", "--data.seq_len", "64", "--no-such-thing"])
     assert not option_table.wants_help(["--config", "demo.yaml", "--", "--help"])
 
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_config_that_ships_passes_the_first_look(name):
-    option_table.look_into("fit", SHIPPED / name)
+    first_look.look_into("fit", SHIPPED / name)
 
 
 def test_a_config_of_another_release_of_lightning_is_left_to_the_parser(monkeypatch):
-    monkeypatch.setattr(option_table, "version", lambda name: "0")
-    option_table.look("fit", ["--config", "demo.yaml", "--trainer.new_in_2_9", "1"])
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
+    first_look.look("fit", ["--config", "demo.yaml", "--trainer.new_in_2_9", "1"])
     assert "those of Lightning" in option_table.help_text("fit")
 
 
 def test_a_config_that_no_parser_should_read_is_left_to_the_one_that_refuses_it(tmp_path):
     for text in ("a: &a [1]\nb: [*a, *a]\n", "{" * 5000, "\x00", "- 1", ""):
         (tmp_path / "bad.yaml").write_text(text)
-        option_table.look_into("fit", tmp_path / "bad.yaml")
+        first_look.look_into("fit", tmp_path / "bad.yaml")
 
 
 # ------------------------------------------------------------------------------------------------- configs by name

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from koff_lightning.commands import training_cli
-from koff_lightning.commands.parsing import option_table
+from koff_lightning.commands.parsing import first_look, option_table
 from koff_lightning.commands.parsing.config_files import shipped_configs
 from koff_lightning.commands.parsing.option_types import InDoubtError, typed
 from koff_lightning.commands.parsing.ranges import RULES
@@ -133,7 +133,7 @@ def told(folder):
     """What the first look says of the wrong ones, in a process that is then free of what is heavy."""
     program = f"""if True:
         import json, sys
-        from koff_lightning.commands.parsing.option_table import look
+        from koff_lightning.commands.parsing.first_look import look
         said = []
         for verb, *words in {[words_of(case) for case in WRONG]}:
             try:
@@ -158,17 +158,17 @@ def test_values_out_of_range_are_told_without_imports_as_the_classes_tell_them(c
 @pytest.mark.parametrize("case", RIGHT)
 def test_what_the_parser_takes_passes(case, parser):
     words = words_of(case)
-    option_table.look(words[0], words[1:])
+    first_look.look(words[0], words[1:])
     assert parser(words) is None
 
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_config_that_ships_is_looked_at_and_passes(name, monkeypatch):
-    monkeypatch.setattr(option_table, "refuse_missing_of_run", lambda verb, options: None)  # of text that is not here
+    monkeypatch.setattr(first_look, "refuse_missing_of_run", lambda verb, options: None)  # of text that is not here
     for words in (["--config", "demo.yaml", "--config", name], ["--config", name, "--data.domains.de", "bundled:de"]):
-        option_table.look("fit", words)
+        first_look.look("fit", words)
         with pytest.raises(KoffError, match=r"^kv.slots must be between . and 8192"):
-            option_table.look("fit", [*words, "--model.kv.slots=0"])
+            first_look.look("fit", [*words, "--model.kv.slots=0"])
 
 
 def test_each_section_has_its_rule_and_all_that_the_rule_asks():

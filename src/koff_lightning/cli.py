@@ -175,7 +175,9 @@ def _run_verb(verb: str, words: list[str]) -> None:
         if option_table.wants_help(words):
             print(option_table.help_text(verb))
             return
-        option_table.look(verb, words)
+        from koff_lightning.commands.parsing.first_look import look  # which help does without
+
+        look(verb, words)
     if verb in TOOLS:
         _run_tool(verb, words)
         return

@@ -44,6 +44,7 @@ from koff_lightning.commands.parsing.class_names import (
     refuse_task_files,
 )
 from koff_lightning.commands.parsing.config_files import find_configs, limited_yaml, take_paths_as_paths, utf8_files
+from koff_lightning.commands.parsing.first_look import NO_DOMAINS
 from koff_lightning.commands.parsing.foreign_errors import (
     NO_BACKEND,
     NO_GPU,
@@ -54,7 +55,6 @@ from koff_lightning.commands.parsing.foreign_errors import (
     systems_words,
 )
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
-from koff_lightning.commands.parsing.option_table import NO_DOMAINS
 from koff_lightning.commands.parsing.option_values import refuse_meaningless
 from koff_lightning.commands.parsing.precision import AUTO, choose, has_bf16, hint_of, refuse_words, take_up, told
 from koff_lightning.commands.parsing.quiet_terminal import keep_the_terminal_quiet

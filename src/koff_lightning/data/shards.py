@@ -9,8 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from koff_lightning.data.readers import (
     ALL,
     Document,
@@ -209,19 +207,20 @@ def deal(sizes: Sequence[int | None], readers: int) -> list[list[tuple[int, int,
     Returns:
         For each reader its (shard, turn, of).
     """
-    weights = np.array([1 if None in sizes else size for size in sizes], dtype=np.int64)
-    order = np.argsort(-weights, kind="stable")
+    weights = [1 if None in sizes else size for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda shard: -weights[shard])  # the largest first
     whole = len(sizes) - len(sizes) % readers
-    loads, parts = np.zeros(readers), [[] for _ in range(readers)]
-    for shard in order[:whole]:  # the largest first, each to the reader with the least
-        reader = int(np.argmin(loads))
+    loads, parts = [0] * readers, [[] for _ in range(readers)]
+    for shard in order[:whole]:
+        reader = loads.index(min(loads))
         loads[reader] += weights[shard]
-        parts[reader].append((int(shard), 0, 1))
+        parts[reader].append((shard, 0, 1))
     shared = order[whole:]
-    if loads.max() + weights[shared].sum() / readers > UNEVEN * (loads.min() + weights[shared].sum() / readers):
+    rest = sum(weights[shard] for shard in shared) / readers
+    if max(loads) + rest > UNEVEN * (min(loads) + rest):
         shared, parts = order, [[] for _ in range(readers)]
-    for shard in np.sort(shared):
+    for shard in sorted(shared):
         for reader in range(readers):
-            turn = (reader + int(shard)) % readers  # varies by shard, so that files of one record are shared too
-            parts[reader].append((int(shard), turn, readers))
+            turn = (reader + shard) % readers  # varies by shard, so that files of one record are shared too
+            parts[reader].append((shard, turn, readers))
     return [sorted(mine) for mine in parts]

@@ -1,6 +1,6 @@
 """The paper's tables (paper.yaml): the rows of each and the arms that fill them. Nothing heavy is imported here.
 
-So a table or an arm that there is not is told before anything else (commands/parsing/option_table.py).
+So a table or an arm that there is not is told before anything else (commands/parsing/first_look.py).
 """
 
 from collections.abc import Iterable, Mapping, Sequence

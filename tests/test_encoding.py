@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from koff_lightning.artifact.decomposed import load_decomposed
 from koff_lightning.cli import main
-from koff_lightning.data import DomainDataModule, encoding
+from koff_lightning.data import DomainDataModule, encoding, token_bytes
 from koff_lightning.data.encoding import encode_prompt, encode_prompts, fingerprint, opening, tokenize
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.evaluation.harness import KoffLM
@@ -347,7 +347,7 @@ def letters(*signs, unknown=None, named=None, merges=()):
 
 def some_bytes(text):
     """A byte-level vocabulary of the bytes in a text alone, as a trainer without an initial alphabet makes it."""
-    signs = {pre for byte in text.encode() for pre, value in encoding.BYTE_LEVEL.items() if value == byte}
+    signs = {pre for byte in text.encode() for pre, value in token_bytes.BYTE_LEVEL.items() if value == byte}
     tokenizer = letters(*sorted(signs)).backend_tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

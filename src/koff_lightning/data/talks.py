@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.encoding import LONGEST_PART, TokenStream, encode, unread
+from koff_lightning.data.encoding import LONGEST_PART, TokenStream, encode
 from koff_lightning.data.readers import OnBad
 from koff_lightning.data.rendering import Message, render, writing
 from koff_lightning.data.sources import Chat
+from koff_lightning.data.token_bytes import unread
 from koff_lightning.support.errors import KoffError
 
 TALKS_PER_CALL = 64

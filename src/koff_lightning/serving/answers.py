@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data.encoding import pieces_of
+from koff_lightning.data.token_bytes import pieces_of
 from koff_lightning.serving.engine import Token
 from koff_lightning.serving.job import Answer, Told
 

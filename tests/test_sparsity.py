@@ -123,6 +123,12 @@ def removable(budget, kept):
     return costs
 
 
+@pytest.mark.parametrize(("target", "gone"), [(0.29, 29), (0.29 - 5e-7, 28)])  # 0.29 * 100 is 28.999999999999996
+def test_rounding_removes_no_unit_too_few_and_none_too_many(target, gone):
+    kept = budget_of([group(0, "channel", 100, 1)], denominator="units").harden(torch.arange(100.0), target)
+    assert int((~kept).sum()) == gone
+
+
 @given(problems())
 @settings(max_examples=150, deadline=None)
 def test_harden_hits_the_budget(problem):

@@ -8,7 +8,7 @@ reported; `sparsity.denominator` chooses the one that the target is in. Shapes: 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,22 @@ from koff_lightning.surgery import physical
 from koff_lightning.tracking import EVERY
 
 Phase = Literal["warmup", "ramp", "hold", "consolidate"]
+
+
+class Steps(NamedTuple):
+    """Sets of units that are removed together, S in number; in most runs each unit is a step of its own.
+
+    Attributes:
+        of_unit: The step of each unit, long [U].
+        costs: Parameters of each step, long [S].
+        scores: Mean score of its units, [S].
+        follows: Whether it can only be taken after the step before it, S entries.
+    """
+
+    of_unit: Tensor
+    costs: Tensor
+    scores: Tensor
+    follows: list[bool]
 
 
 class Budget:
@@ -58,8 +74,8 @@ class Budget:
     def _check_reach(self) -> None:
         """Refuse a target that cannot be reached while every layer keeps its minimum, or not in layout `uniform`."""
         spec, unscored = self.spec, self._protected(torch.zeros(len(self.costs)))
-        steps, costs, scores, _ = self._steps(unscored)
-        removable = costs[scores < math.inf]
+        steps = self._steps(unscored)
+        removable = steps.costs[steps.scores < math.inf]
         most, share = int(removable.sum()) / self.denominators[spec.denominator], spec.denominator
         if spec.scope == "local":
             free = unscored < math.inf  # bool [U]
@@ -69,14 +85,14 @@ class Budget:
                 f"sparsity.target {spec.target} of {share} cannot be reached: with {spec.min_channels} "
                 f"neurons and {spec.min_kv_groups} kv groups kept per layer, at most {most:.4f} can be removed"
             )
-        self._check_uniform(steps, costs)
+        self._check_uniform(steps)
 
-    def _check_uniform(self, steps: Tensor, costs: Tensor) -> None:
+    def _check_uniform(self, steps: Steps) -> None:
         """Refuse layout `uniform` with kv groups if removing the fewest that it allows already exceeds the target."""
-        kv = steps[~self.is_channel].unique()
+        kv = steps.of_unit[~self.is_channel].unique()
         if not self.spec.uniform or not self.spec.target or not len(kv):
             return
-        share = int(costs[kv].min()) / self.denominators[self.spec.denominator]
+        share = int(steps.costs[kv].min()) / self.denominators[self.spec.denominator]
         if share > self.spec.target:
             raise KoffError(
                 f"sparsity.layout uniform: removing kv groups from every layer takes at least {share:.1%} of "
@@ -168,8 +184,8 @@ class Budget:
 
     def _within(self, scores: Tensor, size: float) -> Tensor:
         """The greedy choice of `harden`, for scores [U] (infinite for units that stay) and a budget of parameters."""
-        steps, costs, scores, follows = self._steps(scores)
-        left = math.floor(size + 1e-4)  # parameters; target * size may be just below a whole number
+        of_unit, costs, scores, follows = self._steps(scores)
+        left = math.floor(size * (1 + 1e-12))  # parameters; target * size may be rounded to just below a whole number
         order, price, least = torch.argsort(scores, stable=True), costs.tolist(), int(costs.min())
         gone = [False] * len(price)
         for step in order[scores[order] < math.inf].tolist():
@@ -178,17 +194,12 @@ class Budget:
             if price[step] <= left and (not follows[step] or gone[step - 1]):
                 gone[step] = True
                 left -= price[step]
-        return ~torch.tensor(gone)[steps]
+        return ~torch.tensor(gone)[of_unit]
 
-    def _steps(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, list[bool]]:
-        """Which units leave together in one step: all their steps, S in number.
-
-        Returns:
-            The step of each unit, long [U]; each step's cost in parameters and mean score, [S]; and for each step
-            whether it can only be taken after the one before it.
-        """
+    def _steps(self, scores: Tensor) -> Steps:
+        """Which units are removed together, by scores [U]."""
         if not self.spec.uniform and self.spec.multiple_of == 1:
-            return torch.arange(len(scores)), self.costs, scores, [False] * len(scores)
+            return Steps(torch.arange(len(scores)), self.costs, scores, [False] * len(scores))
         first: dict[tuple[object, ...], int] = {}  # (layer, or None for all if uniform; kind) -> its first step
         steps, follows = [], []
         for group, part in zip(self.groups, scores.split([g.size for g in self.groups]), strict=True):
@@ -201,7 +212,7 @@ class Budget:
         index, zeros = torch.cat(steps), torch.zeros(len(follows), dtype=torch.float64)
         counts = zeros.index_add(0, index, torch.ones(len(index), dtype=zeros.dtype))
         costs = zeros.long().index_add(0, index, self.costs)
-        return index, costs, zeros.index_add(0, index, scores.double()) / counts, follows
+        return Steps(index, costs, zeros.index_add(0, index, scores.double()) / counts, follows)
 
     def _blocks(self, group: PrunableGroup) -> Tensor:
         """For the units of a group, from the lowest score up, the number of the step in which each leaves, [size]."""

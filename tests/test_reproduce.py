@@ -10,6 +10,7 @@ import pytest
 from koff_lightning.cli import main
 from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing.config_files import shipped_configs
+from koff_lightning.specs.training import LossSpec
 from koff_lightning.studies.bootstrap import Sample
 from koff_lightning.studies.claims import paper_tables, protocol, statements
 from koff_lightning.studies.claims import runs as arm_runs
@@ -266,6 +267,14 @@ def test_every_arm_is_used_and_every_row_has_one():
     used = set(paper_tables.needed(paper.tables.values()))
     assert used == set(paper.arms)
     assert {arm for one in paper.statements for arm, _ in one.figures} <= used
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "blended", "our_layout", "our_layout_text"])
+def test_arms_of_another_loss_start_beside_a_stored_teacher(name, tmp_path):
+    (stored := tmp_path / "stored.yaml").write_text("model: {loss: {teacher: stored}}", encoding="utf-8")
+    configs = ("paper/tiny_languages.yaml", str(stored), *protocol.paper().arms[name].overlays)
+    words = ["fit", *(word for one in configs for word in ("--config", one))]
+    LossSpec(**training_cli.resolved(words)["model"]["loss"])
 
 
 @pytest.mark.parametrize("name", list(protocol.paper().arms))

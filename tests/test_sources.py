@@ -453,7 +453,7 @@ def test_sides_without_text_say_what_to_do(tmp_path):
             read(one, heldout_fraction=fraction, max_train_bytes=1000)
     with pytest.raises(KoffError, match="domain 'x' has no training text: its documents are held out"):
         read(many, heldout_fraction=1 - 1e-9)
-    with pytest.raises(KoffError, match="domain 'x' has no training text: .*max_train_bytes=1"):
+    with pytest.raises(KoffError, match="domain 'x' has no training text: .*max_train_bytes=1 .*max_retention_bytes"):
         read(many, max_train_bytes=1)
     with pytest.raises(KoffError, match="none of its .* held-out document.* fits in data.max_heldout_bytes=1"):
         read(many, max_heldout_bytes=1)

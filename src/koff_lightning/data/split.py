@@ -111,7 +111,8 @@ def read_domain(
             f"domain '{name}' has no training text: its files hold no document that its heldout_files do not hold too"
         )
     if not texts.train:
-        limit = f", or exceed data.max_train_bytes={max_train_bytes}" if max_train_bytes else ""
+        options = f"data.max_train_bytes={max_train_bytes} (of general text data.max_retention_bytes)"
+        limit = f", or exceed {options}" if max_train_bytes else ""
         raise KoffError(
             f"domain '{name}' has no training text: its documents are held out or repeat one that is{limit}. Add "
             f"documents, or change heldout_fraction={heldout_fraction:.3g}{_about_ids(train + heldout)}"

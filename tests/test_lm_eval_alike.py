@@ -13,7 +13,7 @@ import yaml
 from lm_eval._cli.run import Run
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tiny_artifact import tiny_decomposition
+from tiny_artifact import tiny_artifact, tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 from tiny_tasks import NEW, PROMPTS, UNTIL, toy_tasks
 from torch import nn
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
 from koff_lightning.artifact.export import export
+from koff_lightning.artifact.to_gguf import to_gguf
 from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main
 from koff_lightning.commands.lm_eval_cli import _parser
@@ -222,6 +223,18 @@ def test_the_folder_of_a_run_is_told_where_its_artifact_is(place, capsys):
     assert said == f"koff: {place.folder} is a folder without koff.json, so it is no artifact: give " + str(
         place.folder / "artifact"
     )
+
+
+def test_a_model_in_a_gguf_file_is_scored_with_the_tokenizer_in_it(place, tmp_path):
+    with quiet():
+        tasks = lm_tasks.load_tasks(["toy_choose"], str(place.folder / "tasks"))
+        tiny_artifact(place.folder, "llama", "uniform", uniform=True)
+        to_gguf(place.folder / "uniform", tmp_path / "gguf", "f32")
+        folder, file = (
+            score(KoffLM(str(path), batch_size=4, device="cpu"), tasks)
+            for path in (place.folder / "uniform" / "backbone", tmp_path / "gguf" / "model.gguf")
+        )
+    assert file == folder
 
 
 @pytest.mark.parametrize("option", ["output_path", "use_cache"])

@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
                 group._group_actions.remove(action)
     ours = made.add_argument_group("koff")
     ours.add_argument(
-        "--model", help="folder of an artifact, .ckpt of `koff fit`, or dense model (id, folder, koff-tiny)"
+        "--model", help="folder of an artifact, .ckpt of `koff fit`, or dense model (id, folder, .gguf, koff-tiny)"
     )
     ours.add_argument(
         "--domain", "--domains", help="whose memory to read: names with commas, `all`, or `auto`: the router's"

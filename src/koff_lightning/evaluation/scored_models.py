@@ -40,6 +40,7 @@ def load_model(path: str, backbone: str | None = None, device: str | None = None
     stored = str(load_config(path).dtype or "float32").removeprefix("torch.")
     model = load_backbone(path, dtype=dtype or stored).to(where)
     ask_nothing_(model)  # a task says how it is answered
+    model.name_or_path = path  # of a .gguf file it is the folder, which holds no tokenizer
     return model
 
 

@@ -129,6 +129,13 @@ def test_what_is_no_cartridge_is_refused(tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps(config | dict([change])))
         with pytest.raises(KoffError, match=message):
             from_cartridge(folder, [torch.ones(8)])
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"lora_A": torch.ones(P, 64)}, folder / "adapter_model.safetensors")
+    with pytest.raises(KoffError, match="that can be read: its weights hold no prompt_embeddings$"):
+        from_cartridge(folder, [torch.ones(8)])
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    with pytest.raises(KoffError, match="holds a peft adapter of type LORA, wanted is CARTRIDGE"):
+        from_cartridge(folder, [torch.ones(8)])
     (folder / "adapter_config.json").write_text("[" * 50_000)
     with pytest.raises(KoffError, match="that can be read: .* thousands deep"):
         from_cartridge(folder, [torch.ones(8)])

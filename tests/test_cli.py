@@ -130,6 +130,19 @@ def test_each_tool_has_its_own_help(verb, capsys):
             "Did you mean 'llama_12pct.yaml'? `koff configs` lists them",
         ),
         (
+            ["plan", "--config", "hardware/fsdp"],
+            "koff: config 'hardware/fsdp' is neither a file here nor one that ships with the package. "
+            "Did you mean 'hardware/fsdp.yaml'? `koff configs` lists them",
+        ),
+        (
+            ["configs", "demo"],
+            "koff: no config 'demo' ships with the package. Did you mean 'demo.yaml'? `koff configs` lists them",
+        ),
+        (
+            ["memory", "compose", ".", "a", "b", "--as", "both", "--weights", "0.7, 0.3"],
+            "koff: memory compose: weights must be list; got '0.7, 0.3'. A list stands in brackets: '[0.7, 0.3]'",
+        ),
+        (
             ["fit", "--config", "demo.yaml", "--model.sparcity.target", "0.2"],
             "koff: no option 'model.sparcity.target'. Did you mean 'model.sparsity.target'?",
         ),

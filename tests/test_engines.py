@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny_artifact import left_padded, tiny_artifact
+from tiny_artifact import left_padded, tiny_artifact, tiny_decomposition
 from transformers import AutoModelForCausalLM
 
 from koff_lightning import KoffError
 from koff_lightning.artifact import engines
 from koff_lightning.artifact.folder import read_manifest
 from koff_lightning.artifact.layouts import LAYOUTS
+from koff_lightning.artifact.to_gguf import to_gguf
 from koff_lightning.serving.vllm.engine import RANKS
 from koff_lightning.specs.memories import KVSpec, LoraSpec
 
@@ -113,6 +114,24 @@ def test_answers_follow_the_artifact(tmp_path):
 def test_what_llama_cpp_has_no_architecture_for(tmp_path):
     answers = engines.check(made(tmp_path, "ragged", family="qwen3").folder, ["gguf"])["gguf"]
     assert all(answer == "no" and "has no q/k norms" in why for answer, why in answers.values())
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_have(tmp_path):
+    """What `koff convert gguf` refuses is not promised."""
+    tiny_decomposition(tmp_path)  # writes dense/
+    file = tmp_path / "dense" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Punctuation"}, content["pre_tokenizer"]],
+    }
+    file.write_text(json.dumps(content))
+    folder = tiny_artifact(tmp_path).folder
+    with pytest.raises(KoffError, match="llama.cpp has no name for this tokenizer's pre-tokenizer"):
+        to_gguf(folder, tmp_path / "out")
+    answers = engines.check(folder, ["gguf"])["gguf"]
+    assert {answer for answer, _ in answers.values()} == {"no"}
+    assert "no name for this tokenizer's pre-tokenizer" in answers["backbone"][1]
 
 
 def test_what_of_gemma_other_engines_take(tmp_path):

@@ -64,9 +64,10 @@ def test_the_picture_as_a_file(made, capsys, tmp_path):
     inspect(capsys, made.folder, "--png", tmp_path / "new" / "kept.png")
     assert (tmp_path / "new" / "kept.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").write_text("")
-    for target in (tmp_path / "file" / "kept.png", tmp_path / "kept.what"):
+    for target in (tmp_path / "file" / "kept.png", tmp_path / "kept.what", tmp_path / "new"):
         assert main(["inspect", str(made.folder), "--png", str(target)]) == 2
         assert f"cannot write {target}" in capsys.readouterr().err
+    assert not (tmp_path / "new.png").exists()
 
 
 def test_verification_is_asked_for(tmp_path, capsys):

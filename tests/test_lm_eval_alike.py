@@ -13,7 +13,7 @@ import yaml
 from lm_eval._cli.run import Run
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tiny_artifact import tiny_decomposition
+from tiny_artifact import tiny_artifact, tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 from tiny_tasks import NEW, PROMPTS, UNTIL, toy_tasks
 from torch import nn
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_lightning import KoffError, KOFFModule, KVSpec, LoraSpec, SparsitySpec
 from koff_lightning.artifact.export import export
+from koff_lightning.artifact.to_gguf import to_gguf
 from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main
 from koff_lightning.commands.lm_eval_cli import _parser
@@ -199,6 +200,88 @@ def test_what_lm_eval_would_refuse_with_a_traceback_is_one_line(place, capsys, m
     monkeypatch.setattr(KoffLM, "_loglikelihood_tokens", cublas)
     said = refused(place, capsys)
     assert said.startswith("koff: not enough memory: CUDA error: CUBLAS_STATUS_ALLOC_FAILED") and said.endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metadata", "{a"], "Invalid JSON: {a."),
+        (["--gen_kwargs", "{a"], "Invalid JSON: {a."),
+        (["--seed", "x"], "argument --seed: invalid value: 'x'"),
+        (["--domain", "en", "law"], "'law' stands alone, wanted is an option with a name"),
+        (["run"], "'run' stands alone, wanted is an option with a name"),
+    ],
+)
+def test_words_that_lm_evals_parser_cannot_read(words, message, capsys):
+    assert main(["lm-eval", "--model=koff-tiny", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"koff: lm-eval: {message}") and len(said.splitlines()) == 1
+
+
+def test_the_folder_of_a_run_is_told_where_its_artifact_is(place, capsys):
+    said = refused(place, capsys, model=f"{place.folder}/")
+    assert said == f"koff: {place.folder} is a folder without koff.json, so it is no artifact: give " + str(
+        place.folder / "artifact"
+    )
+
+
+def test_a_model_in_a_gguf_file_is_scored_with_the_tokenizer_in_it(place, tmp_path):
+    with quiet():
+        tasks = lm_tasks.load_tasks(["toy_choose"], str(place.folder / "tasks"))
+        tiny_artifact(place.folder, "llama", "uniform", uniform=True)
+        to_gguf(place.folder / "uniform", tmp_path / "gguf", "f32")
+        folder, file = (
+            score(KoffLM(str(path), batch_size=4, device="cpu"), tasks)
+            for path in (place.folder / "uniform" / "backbone", tmp_path / "gguf" / "model.gguf")
+        )
+    assert file == folder
+
+
+@pytest.mark.parametrize("option", ["output_path", "use_cache"])
+def test_a_place_that_nothing_can_be_written_into_is_told_before_the_model_is_loaded(place, capsys, tmp_path, option):
+    (tmp_path / "file").write_text("")
+    said = refused(place, capsys, f"--{option}={tmp_path}/file/results/of", model=str(tmp_path))
+    where = tmp_path / "file" / "results" / ("of" if option == "output_path" else "")
+    assert said.startswith(
+        f"koff: lm-eval: --{option}: cannot write into {where} (Not a directory)".replace("/ (", " (")
+    )
+
+
+def test_results_that_could_not_be_written_are_told_after_the_scores(place, capsys, tmp_path, monkeypatch):
+    whole = Path.write_text
+
+    def full(path, *args, **options):
+        if path.name.startswith("results_"):
+            raise OSError(28, "No space left on device")
+        return whole(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ["--tasks=toy_choose", f"--include_path={place.folder / 'tasks'}", "--device=cpu", "--limit=1"]
+    assert main(["lm-eval", f"--model={place.folder / 'dense'}", *words, f"--output_path={tmp_path}"]) == 2
+    said = capsys.readouterr()
+    assert "toy_choose" in said.out
+    assert said.err.strip().splitlines()[-1] == (
+        f"koff: lm-eval: not all files below {tmp_path} could be written (OSError(28, 'No space left on device')): the "
+        "scores stand above and nowhere else"
+    )
+
+
+@pytest.mark.parametrize("tasks", ["toy_choose,koff_cloze_en", ["toy_choose", "koff_cloze_en"]])
+def test_tasks_of_a_config_and_the_first_question_as_it_is_asked(place, capsys, tmp_path, tasks):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"tasks": tasks, "limit": 1, "num_fewshot": 1}))
+    words = ["--config", str(tmp_path / "c.yaml"), f"--include_path={place.folder / 'tasks'}", "--device=cpu"]
+    assert main(["lm-eval", f"--model={place.folder / 'artifact'}", *words, "--domain=all", "--write_out"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("toy_choose, as the model is asked:\n") == 1, "once, for all columns"
+    assert f"\n\n{PROMPTS[0]}\ntoy_choose, right answer (or its number): 0\n" in said
+    assert main(["lm-eval", f"--model={place.folder / 'dense'}"]) == 2
+    assert "give --model (artifact, checkpoint or dense model) and --tasks" in capsys.readouterr().err
+
+
+def test_a_pattern_of_our_names_needs_no_index_of_lm_evals(monkeypatch):
+    index = lm_tasks._index
+    monkeypatch.setattr(lm_tasks, "_index", lambda *a: pytest.fail("it reads all of lm-eval's") if a[2] else index(*a))
+    assert len(lm_tasks.load_tasks(["koff_cloze_*"])["tasks"]) == 7
 
 
 @pytest.mark.parametrize(

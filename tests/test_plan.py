@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_artifact import tiny_artifact
 from tiny_models import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 from koff_lightning import losses
-from koff_lightning.backbone import parameter_counts, without_weights
+from koff_lightning.backbone import neuron_linears, parameter_counts, without_weights
 from koff_lightning.cli import main
 from koff_lightning.commands.plan import planned
 from koff_lightning.commands.published_sizes import PUBLISHED
+from koff_lightning.loading import load_backbone
 from koff_lightning.losses import fused_head_loss
 from koff_lightning.memory import MemoryBank
 from koff_lightning.specs.memories import KVSpec, LoraSpec
@@ -97,6 +99,15 @@ def test_weights_and_memories_are_counted_exactly(step):
     assert sum(memories.size(d) for d in step.domains) * 4 == counts.lora + counts.kv + counts.sinks
     half = count(replace(step, dtype=torch.bfloat16))
     assert (half.layers, half.trained) == (counts.layers / 2, counts.trained)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_of_unequal_width_are_counted_one_by_one(tmp_path, checkpointing):
+    made = tiny_artifact(tmp_path, changes={"num_hidden_layers": 5})
+    model = load_backbone(str(made.folder / "backbone"))
+    assert len({up.out_features for up, _ in neuron_linears(model)}) > 1
+    counts = count(Step(model.config, ["en"], 4, 24, lora=LoraSpec(rank=2), checkpointing=checkpointing))
+    assert counts.layers + counts.rest == 4 * parameter_counts(model)["total"]
 
 
 def test_the_arithmetic_is_that_of_the_matrix_products(step):
@@ -244,7 +255,7 @@ def test_a_config_in_place_of_a_model_out_of_reach(tmp_path, monkeypatch, capsys
     [
         ([], "give the run's config"),
         (["--config", "demo.yaml", "--gpus", "0"], "gpus must be more than 0"),
-        (["--config", "demo.yaml", "--gpu", "h1000"], "gpu must be one of a100"),
+        (["--config", "demo.yaml", "--gpu", "h1000"], "got 'h1000'. For another leave --gpu out and give --gpu-memory"),
         (["--config", "demo.yml"], "Did you mean 'demo.yaml'"),
         (["--config", "demo.yaml", "--", "--model.lora.rnk=3"], "no option 'model.lora.rnk'"),
         (["--config", "add_domain.yaml", "--", "--data.domains.x=bundled:en"], "model.artifact names one that was cut"),

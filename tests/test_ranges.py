@@ -45,8 +45,10 @@ WRONG = {
     "fit --model.retention.every=0": "retention.every must be at least 1 step; got 0",
     "fit --model.sparsity.target=12": "sparsity.target must lie in [0, 1): the share to remove, 0.12 for 12 %; got",
     "fit --model.sparsity.target=0 --model.sparsity.penalty=hinge": "sparsity.penalty hinge with sparsity.target 0",
-    "fit --model.sparsity.units=channel": "model.sparsity.units must be list; got 'channel'.",
-    "fit --model.lora.targets q_proj,v_proj": "model.lora.targets must be list; got 'q_proj,v_proj'.",
+    "fit --model.sparsity.units=channel": "model.sparsity.units must be list; got 'channel'. A list stands in "
+    "brackets: '[channel]'",
+    "fit --model.lora.targets q_proj,v_proj": "model.lora.targets must be list; got 'q_proj,v_proj'. A list "
+    "stands in brackets: '[q_proj,v_proj]'",
     "fit --model.lora.rank=4.0": "model.lora.rank must be int; got '4.0'.",
     "fit --model.optim.lora_lr=inf": "model.optim.lora_lr must be float; got 'inf'.",
     "fit --model.sparsity.units=[channel,up_channel]": "sparsity.units: channel owns the weights of up_channel",

@@ -111,11 +111,13 @@ def from_cartridge(folder: Path, freqs: Sequence[Tensor]) -> dict[str, Tensor]:
     """
     try:
         config, held = read_json_object(folder / CONFIG), load_file(folder / WEIGHTS)
-        flat = held.pop(NAME)  # [P, 2L * K * dh]
-        sizes = {name: config[name] for name in ("num_virtual_tokens", "num_layers", "token_dim")}
-        kind = config["peft_type"]
-    except (KoffError, OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise KoffError(f"{folder} is not a CARTRIDGE adapter that can be read: {error}") from error
+    if (kind := config.get("peft_type")) != "CARTRIDGE":
+        raise KoffError(f"{folder} holds a peft adapter of type {kind}, wanted is CARTRIDGE")
+    if (flat := held.pop(NAME, None)) is None:  # [P, 2L * K * dh]
+        raise KoffError(f"{folder} is not a CARTRIDGE adapter that can be read: its weights hold no {NAME}")
+    sizes = {name: config.get(name) for name in ("num_virtual_tokens", "num_layers", "token_dim")}
     if odd := next((name for name, size in sizes.items() if type(size) is not int or size < 1), None):
         raise KoffError(f"{folder} is not a CARTRIDGE adapter that can be read: its {odd} is {str(sizes[odd])[:20]!r}")
     if held:
@@ -123,8 +125,6 @@ def from_cartridge(folder: Path, freqs: Sequence[Tensor]) -> dict[str, Tensor]:
     if flat.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise KoffError(f"{folder}: {NAME} is {flat.dtype}, which are no keys and values: get the adapter again")
     slots, layers, width = sizes.values()
-    if kind != "CARTRIDGE":
-        raise KoffError(f"{folder} holds a peft adapter of type {kind}, wanted is CARTRIDGE")
     size = 2 * len(freqs[0])
     if flat.shape != (slots, 2 * layers * width) or width % size:
         raise KoffError(

@@ -88,8 +88,8 @@ def check(folder: str | Path, engines: Sequence[str] = tuple(ENGINES)) -> dict[s
     """What each engine can take of one artifact.
 
     What is promised of transformers and PEFT is tried: the artifact is loaded with them and run on a few tokens. Of
-    llama.cpp it is tried whether one of its architectures holds the model. vLLM has an environment of its own: it is
-    looked whether the artifact has anything that the plugin refuses.
+    llama.cpp it is tried whether it has an architecture for the model and a pre-tokenizer for its text. vLLM has an
+    environment of its own: it is looked whether the artifact has anything that the plugin refuses.
 
     Returns:
         Engine -> part (`backbone`, `lora`, `kv`) -> answer and reason. Parts that the artifact lacks are left out.
@@ -202,10 +202,14 @@ def _memory(folder: Path, manifest: Manifest, part: str) -> Path:
     return folder / MEMORIES / next(name for name, about in manifest.domains.items() if about[part])
 
 
-def _architecture(folder: Path, manifest: Manifest) -> None:
-    from koff_lightning.artifact.to_gguf import form_of  # gguf takes a second
+def _converted(folder: Path, manifest: Manifest) -> None:
+    """Try whether llama.cpp has an architecture and a pre-tokenizer for the backbone."""
+    from koff_lightning.artifact.gguf_tokenizer import check_tokenizer  # gguf takes a second
+    from koff_lightning.artifact.to_gguf import form_of
 
-    form_of(load_decomposed(folder, domains=[], verify=False))
+    model = load_decomposed(folder, domains=[], verify=False)
+    form_of(model)
+    check_tokenizer(model.tokenizer)
 
 
 def _check_all_layers(folder: Path, manifest: Manifest) -> None:
@@ -239,7 +243,7 @@ _TRIALS: dict[tuple[str, str], Callable[[Path, Manifest], object]] = {
     ("vllm", "backbone"): _layers_in_vllm,
     ("vllm", "lora"): _each(_layers_in_vllm, _rank_in_vllm),
     ("vllm", "kv"): _each(_layers_in_vllm, _check_all_layers),
-    ("gguf", "backbone"): _architecture,
-    ("gguf", "lora"): _architecture,
-    ("gguf", "kv"): _each(_architecture, _check_all_layers),
+    ("gguf", "backbone"): _converted,
+    ("gguf", "lora"): _converted,
+    ("gguf", "kv"): _each(_converted, _check_all_layers),
 }

@@ -35,6 +35,12 @@ _NAMES: dict[tuple[_Steps, bool], str] = {
 }
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise KoffError, as `write_tokenizer` would, where llama.cpp would tokenise a text otherwise."""
+    _pre_tokenizer(_content(tokenizer))
+    _around(tokenizer)
+
+
 def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int, ends: list[int]) -> str:
     """Add a tokenizer to the metadata of a GGUF.
 

@@ -146,6 +146,8 @@ def _placement(memory: dict[str, Any]) -> str:
 def _draw(manifest: "Manifest", file: Path) -> None:
     from koff_lightning.reports.plots import kept_by_layer
 
+    if file.is_dir():  # matplotlib would write beside it
+        raise KoffError(f"cannot write {file}: it is a folder; give a file, as {file / 'kept.png'}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         kept_by_layer(manifest.kept).savefig(file, dpi=150)

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -57,17 +58,13 @@ def lm_eval(argv: list[str]) -> None:
     from koff_lightning.evaluation.lm_tasks import check_version
 
     check_version()
-    options = _parser().parse_args(argv)
-    if not options.model or not options.tasks:
+    options = _given(argv)
+    if not options.model or not (options.tasks or options.config):
         raise KoffError("lm-eval: give --model (artifact, checkpoint or dense model) and --tasks")
     if options.config and not options.allow_custom_classes:
         _refuse_code(Path(options.config).expanduser())
     _refuse_no_model(options.model, options.domain)
     settings = _settings(options)
-    if (settings.output_path or "").endswith(".json"):
-        raise KoffError(
-            f"lm-eval: --output_path {settings.output_path}: give a folder, since each column has files of its own"
-        )
     from koff_lightning.artifact.hub import artifact_or_same
 
     options.model = artifact_or_same(options.model)
@@ -81,6 +78,7 @@ def lm_eval(argv: list[str]) -> None:
     largest = 64 if settings.max_batch_size is None else settings.max_batch_size  # 64 is HFLM's own
     for value, name in ((settings.batch_size, "batch_size"), (largest, "max_batch_size")):
         check_batch_size(value, f"lm-eval: {name}")
+    from koff_lightning.evaluation.lm_files import files_written
     from koff_lightning.evaluation.lm_scores import show
     from koff_lightning.evaluation.one_bar import one_bar
     from koff_lightning.evaluation.scored_models import load_model, opens_with_start, rows_of
@@ -90,7 +88,8 @@ def lm_eval(argv: list[str]) -> None:
     sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
     options.rows = None if options.max_length else rows_of(options.model)
     as_run = {"rows": options.rows, "open_with_start": opens_with_start(options.model)}
-    with lack_of_memory_told("Take a smaller --batch_size, or another --device"):
+    advice = "Take a smaller --batch_size, or another --device"
+    with files_written(settings.output_path, settings.use_cache), lack_of_memory_told(advice):
         model = load_model(options.model, options.backbone, options.device, options.dtype)
         columns = _columns(options, model)
         with one_bar(len(columns)) as bar:
@@ -100,9 +99,21 @@ def lm_eval(argv: list[str]) -> None:
                 _check_chat_template(lm, settings.apply_chat_template, options.model)
                 bar(column.name)
                 scores[column.name] = _score(lm, tasks, settings, options, column)
-    show(scores)
-    if options.rows and any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks["tasks"].values()):
-        print(f"whole texts are read {lm.rows} tokens at a time, as its run read them; --max_length N reads otherwise")
+                settings.write_out = False  # the other columns are asked the same
+        show(scores)
+        if options.rows and any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks["tasks"].values()):
+            read = f"whole texts are read {lm.rows} tokens at a time, as its run read them"
+            print(f"{read}; --max_length N reads otherwise")
+
+
+def _given(argv: list[str]) -> argparse.Namespace:
+    """The options as lm-eval's parser reads them, some of which it refuses with exceptions that argparse lets pass."""
+    try:
+        return _parser().parse_args(argv)
+    except KoffError:
+        raise
+    except ValueError as error:
+        raise KoffError(f"lm-eval: {' '.join(str(error).split())}") from error
 
 
 def _refuse_no_model(model: str, domains: str | None) -> None:
@@ -191,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
                 group._group_actions.remove(action)
     ours = made.add_argument_group("koff")
     ours.add_argument(
-        "--model", help="folder of an artifact, .ckpt of `koff fit`, or dense model (id, folder, koff-tiny)"
+        "--model", help="folder of an artifact, .ckpt of `koff fit`, or dense model (id, folder, .gguf, koff-tiny)"
     )
     ours.add_argument(
         "--domain", "--domains", help="whose memory to read: names with commas, `all`, or `auto`: the router's"
@@ -210,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def refuse(message: str) -> NoReturn:
         names = [word.lstrip("-") for action in made._actions for word in action.option_strings]
+        message = re.sub(r"invalid (functools\.partial\(.*\)|\w+_\w+) value", "invalid value", message)  # its own words
         raise KoffError(f"lm-eval: {one_line(message, names)}")
 
     made.error = refuse
@@ -246,6 +258,8 @@ def _settings(options: argparse.Namespace) -> Any:
             named = isinstance(self.samples, str) and not self.samples.lstrip().startswith("{")
             if named and (path := Path(self.samples).expanduser()).is_file():
                 self.samples = read_json_object(path)
+            if isinstance(self.tasks, str):  # of a config
+                self.tasks = self.tasks.split(",")
             return super()._process_arguments()
 
     try:
@@ -352,14 +366,22 @@ def _few_questions(written: bool) -> Iterator[None]:
     """
     from lm_eval import evaluator
 
-    asked = evaluator.get_git_commit_hash, evaluator.add_env_info
+    asked = evaluator.get_git_commit_hash, evaluator.add_env_info, evaluator.print_writeout
     evaluator.get_git_commit_hash = lambda: None  # of the folder that the user stands in
+    evaluator.print_writeout = _print_question  # its own speaks in its log, of which errors alone are shown
     if not written:
         evaluator.add_env_info = lambda results: None
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash, evaluator.add_env_info = asked
+        evaluator.get_git_commit_hash, evaluator.add_env_info, evaluator.print_writeout = asked
+
+
+def _print_question(task: Any) -> None:
+    """Print the first request of a task, and its right answer, for `--write_out`."""
+    for request in task.instances[:1]:
+        print(f"{task.config.task}, as the model is asked:\n{request.args[0]}")
+        print(f"{task.config.task}, right answer (or its number): {task.doc_to_target(request.doc)}\n")
 
 
 def roots(tasks: "Loaded") -> list[Any]:

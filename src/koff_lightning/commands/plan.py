@@ -53,7 +53,10 @@ def plan(
     if not config:
         raise KoffError("give the run's config: koff plan --config llama_12pct.yaml (`koff configs` lists them)")
     if gpu.lower() not in GPUS:
-        raise KoffError(f"gpu must be one of {', '.join(GPUS)}; got {gpu!r}. For others give --gpu-memory and --tflops")
+        raise KoffError(
+            f"gpu must be one of {', '.join(GPUS)}; got {gpu!r}. For another leave --gpu out and "
+            "give --gpu-memory and --tflops"
+        )
     peak, size = GPUS[gpu.lower()]
     size = size if gpu_memory is None else gpu_memory
     for name, value in {"gpus": gpus, "gpu_memory": size, "tflops": 1.0 if tflops is None else tflops}.items():

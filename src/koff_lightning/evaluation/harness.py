@@ -127,7 +127,7 @@ class KoffLM(WritesTalks, HFLM):
     """A decomposition, an artifact, a checkpoint or a dense model, for lm-eval.
 
     Args:
-        path: Folder of an artifact, checkpoint, dense model (hub id, folder, `koff-tiny`), or a loaded one of these.
+        path: Folder of an artifact, checkpoint, dense model (hub id, folder, `.gguf`, `koff-tiny`), or a loaded one.
         domain: Whose memory to read; None for none, "auto" for what an artifact's router picks for each request, from
             its context; where a text is scored as a whole, from the text.
         dense: The dense model that the decomposition was made from.

@@ -106,11 +106,14 @@ def _manager(names: tuple[str, ...], include_path: str | None, metadata: str) ->
     """An index of our tasks and the user's alone where that is enough: to read all of lm-eval's takes seconds."""
     if include_path is not None and not Path(include_path).is_dir():
         raise KoffError(f"include_path {include_path!r} is no folder: give one that holds the tasks' YAML files")
-    small = _index(include_path, metadata, False)
+    small, wanted = _index(include_path, metadata, False), []
     for name in names:
-        if isinstance(name, str) and name.startswith("koff_") and not small.match_tasks([name]):
-            raise _no_task(name, small)  # lm-eval's own have no such names: no need to read them all
-    return small if all(_holds(small, name) for name in names) else _index(include_path, metadata, True)
+        ours = isinstance(name, str) and name.startswith("koff_")  # lm-eval's own have no such names
+        found = small.match_tasks([name]) if ours else [name]
+        if not found:
+            raise _no_task(name, small)
+        wanted += found
+    return small if all(_holds(small, name) for name in wanted) else _index(include_path, metadata, True)
 
 
 def _holds(index: "TaskManager", name: str) -> bool:

@@ -14,6 +14,7 @@ from koff_lightning.decomposition import Decomposition
 from koff_lightning.listed_files import MANIFEST
 from koff_lightning.loading import load_backbone, load_config, load_tokenizer
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.run_places import artifact_near
 from koff_lightning.training.run_folder import run_config
 
 Model = Decomposition | DecomposedModel | PreTrainedModel
@@ -34,9 +35,12 @@ def load_model(path: str, backbone: str | None = None, device: str | None = None
         if dtype is not None:
             raise KoffError(f"{path} is read in the dtype of its run: leave dtype out")
         return from_checkpoint(place, backbone).to(where).eval()
+    if place.is_dir() and not (place / "config.json").exists() and artifact_near(place):
+        read_manifest(place)  # of a run's folder it says which one to give
     stored = str(load_config(path).dtype or "float32").removeprefix("torch.")
     model = load_backbone(path, dtype=dtype or stored).to(where)
     ask_nothing_(model)  # a task says how it is answered
+    model.name_or_path = path  # of a .gguf file it is the folder, which holds no tokenizer
     return model
 
 

@@ -11,6 +11,7 @@ _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _OF_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':\s+Option '([\w.-]+)' is not accepted")
 _UNKNOWN_INNER = re.compile(r"Option '([\w.-]+)' is not accepted")
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: (?:--)?|does not accept option ')([^\s'=]+)")
+_ALONE = re.compile(r"unrecognized arguments: ([^\s-]\S*)")
 _FOREIGN = re.compile(r"Importing '([\w.]+)' is not allowed")
 _OURS = re.compile(r"^Errors:\n  - (?!Expected |Problem |Not )(.+)$", re.MULTILINE)  # of a class's own check
 _UNUSABLE = re.compile(r"Problem with given class_path '([\w.]+)':\n\s*(?!\s|Parser key|Problem|Does not)(.+)")
@@ -37,6 +38,8 @@ def one_line(message: str, names: Iterable[str]) -> str:
     """
     if linked := _LINKED.search(message):
         return f"{linked[2]} is taken from {linked[1]}: give that instead"
+    if alone := _ALONE.search(message):
+        return f"{alone[1]!r} stands alone, wanted is an option with a name"
     if unknown := _UNKNOWN.search(message):
         return f"no option {unknown[1]!r}.{nearest(unknown[1], names)}"
     key = ".".join(re.findall(r'Parser key "([^"]+)":\s*$', message, re.MULTILINE))
@@ -59,13 +62,21 @@ def one_line(message: str, names: Iterable[str]) -> str:
         name, reason = unusable[-1]
         return f"{key + ': ' if key else ''}{name} cannot be used: {reason}"
     if bad := _BAD_VALUE.search(message):
-        return f"{key} must be {_readable([bad[1]])}; got {bad[2]!r}.{nearest(bad[2], _choices(bad[1]))}"
+        kinds = _readable([bad[1]])
+        hint = in_brackets(kinds, bad[2]) or nearest(bad[2], _choices(bad[1]))
+        return f"{key} must be {kinds}; got {bad[2]!r}.{hint}"
     wanted = re.findall(r"^\s*- Expected an? (.+)$", message, re.MULTILINE)
     given = re.search(r"Given value: (?:NestedArg\(key='\w+', val=)?(.+?)\)?$", message, re.MULTILINE)
     if key and wanted and given:
         value = given[1].strip("'")
         return f"{key} must be {_readable(wanted)}; got {value!r}.{nearest(value, _choices(' '.join(wanted)))}"
     return " ".join(re.split(r"Given value type:|Got value: ", message)[0].split())  # what was given may hold a key
+
+
+def in_brackets(kinds: str, value: str) -> str:
+    """The hint that a list stands in brackets, where one is due and plain words came; else nothing."""
+    plain = re.fullmatch(r"[\w.-]+([, ]+[\w.-]+)*", value)
+    return f" A list stands in brackets: '[{value}]'" if plain and kinds.startswith("list") else ""
 
 
 def _classes() -> list[str]:
@@ -91,7 +102,7 @@ def _readable(types: list[str]) -> str:
     for name in types:
         name = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", name)
         name = re.sub(r"(?:typing\.)?Literal\[(.*)\]", r"\1", name)
-        name = re.sub(r"[\w.]+\.(\w+)", r"\1", "null" if name == "NoneType" else name)
+        name = re.sub(r"[\w.]+\.(\w+)", r"\1", "null" if name == "NoneType" else name).replace("tuple", "list")
         parts += [name] * (name not in parts)
     return " or ".join(parts)
 

@@ -157,9 +157,12 @@ def memory(step: Step, counts: Counts, devices: int = 1, sharded: bool = False) 
 
 
 def count(step: Step) -> Counts:
-    """Count a step: two and three layers as they are, the others as the third of those that carry the same memories."""
+    """Count a step: two and three layers as they are, the others as the third of those that carry the same memories.
+
+    Layers of an artifact's backbone are of unequal width: all are counted as they are.
+    """
     layers = step.config.num_hidden_layers
-    if layers <= COUNTED[1]:
+    if layers <= COUNTED[1] or hasattr(step.config, "koff_layers"):
         return Counts(**_count(step, layers))
     lora, kv = (part and placed(part.layers, layers) for part in (step.lora, step.kv))
     kinds = Counter((layer in (lora or ()), layer in (kv or ())) for layer in range(layers))

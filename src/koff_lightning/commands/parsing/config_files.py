@@ -94,6 +94,8 @@ def find_config(name: str) -> Path:
 
 def _like(name: str) -> str:
     """A hint at the config of a name like this; that all end alike makes none of them like it."""
+    if f"{name}.yaml" in shipped_configs():
+        return f" Did you mean '{name}.yaml'?"
     known = (config.removesuffix(".yaml") for config in shipped_configs())
     return nearest(name.removesuffix(".yaml"), known).replace("'?", ".yaml'?")
 

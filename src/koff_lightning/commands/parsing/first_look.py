@@ -282,6 +282,8 @@ def _refuse_word_for_section(name: str, value: object) -> None:
 
 
 def _refuse_alone(verb: str, word: str, rows: dict[str, Row], trains: bool) -> None:
+    if word.startswith("-"):
+        raise KoffError(f"no option {word!r}: names are written out, after --. `koff {verb} --help` lists them")
     if trains:
         hint = f". Did you mean '{word}.yaml'?" if is_config(f"{word}.yaml") else ""
         raise KoffError(

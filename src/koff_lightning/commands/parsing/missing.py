@@ -23,7 +23,11 @@ ARTIFACTS |= {"router fit": "model", "router test": "model", "convert gguf": "fo
 # Options that name memories of that artifact.
 DOMAINS = {"generate": ["domain"], "chat": ["domain"], "push": ["domain"], "memory remove": ["domain"]}
 DOMAINS |= {"memory compose": ["a", "b"]}
-MEMORIES = {"memory add": "memory", "memory cartridge": "from"}  # read a memory that is not in the artifact
+# Read a memory that is not in the artifact: by which option, what it is, and where there are some.
+MEMORIES = {
+    "memory add": ("memory", "memory", "DIR/memories/NAME of an exported model is one"),
+    "memory cartridge": ("from", "adapter", "`koff memory cartridge DIR NAME --out FOLDER` writes one, as peft does"),
+}
 # Take what is on this machine alone, as to change it or to send it.
 CHANGING = ("memory add", "memory remove", "memory compose", "push", "router fit")
 NO_CHECKPOINT = "no such file. `koff fit` leaves one in runs/.../checkpoints/last.ckpt"
@@ -42,9 +46,10 @@ def refuse_missing(verb: str, given: Sequence[tuple[str, str | None]]) -> None:
         _refuse_no_artifact(values.get(folder), verb not in CHANGING)
         named = [value for name, value in given if name in DOMAINS.get(verb, []) and value is not None]
         refuse_no_domain(values.get(folder), named)
-    memory = values.get(MEMORIES.get(verb, ""))
+    option, kind, hint = MEMORIES.get(verb, ("", "", ""))
+    memory = values.get(option)
     if memory is not None and not Path(memory).expanduser().exists():
-        raise KoffError(f"memory {memory!r}: no such folder. DIR/memories/NAME of an exported model is one")
+        raise KoffError(f"{kind} {memory!r}: no such folder. {hint}")
     _refuse_no_runs(given if verb == "analyze" else [])
 
 

@@ -4,7 +4,7 @@ import re
 from contextlib import suppress
 
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.wording import nearest
+from koff_lightning.support.wording import in_brackets, nearest
 
 SWITCHES = ("true", "false", "yes", "no", "on", "off")  # as YAML reads them
 _NAMES = {type(None): "null", bool: "bool", int: "int", float: "float", str: "str"}
@@ -53,7 +53,7 @@ def refuse_no_list(name: str, value: object, kind: str) -> None:
     with suppress(InDoubtError):
         if as_read(value) is None or isinstance(as_read(value), list):
             return
-    raise KoffError(f"{name} must be list; got {str(value)!r}.")
+    raise KoffError(f"{name} must be list; got {str(value)!r}.{in_brackets('list', str(value))}")
 
 
 def typed(value: object, kind: str) -> object:

@@ -29,7 +29,7 @@ FEW = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Two seeds of a decomposition, the text that their config names, and a mask to compare with."""
     folder = tmp_path_factory.mktemp("analyze")
@@ -52,8 +52,8 @@ def analysed(capsys, *words: str) -> str:
     return said.out
 
 
-@pytest.fixture(scope="session")
-def whole(home):
+@pytest.fixture(scope="module")
+def whole(home, drawn_pictures):
     """Everything, with two seeds against another mask."""
     runs = ["--model", str(home / "run0"), "--model", str(home / "run1"), "--against", f"bare={home / 'bare'}"]
     assert main(["analyze", *runs, "--out", str(home / "whole"), *FEW]) == 0

@@ -109,6 +109,7 @@ def test_checkpoints_older_than_these_options_are_taken_with_what_was_then():
 def test_a_threshold_takes_what_it_comes_to(tmp_path, monkeypatch):
     options = MASK | {"harden": "threshold", "initial": -5.5, "autoscale": False, "prior": "none"}
     sections = {"trainer": {"max_steps": 6}, "model": {"sparsity": options}, "anneal": ANNEAL}
+    sections["export"] = {"enabled": False}
     with small_fits(tmp_path, monkeypatch, **sections) as fit:
         assert not fit("run")
     model = from_checkpoint(checkpoint(tmp_path))

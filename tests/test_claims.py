@@ -58,7 +58,6 @@ def runs(tmp_path, monkeypatch):
     stub = tmp_path / "stub.py"
     stub.write_text(STUB)
     monkeypatch.setattr(arm_runs, "PROGRAM", [sys.executable, "-S", str(stub)])
-    monkeypatch.setattr("koff_lightning.reports.plots.save", lambda figure, folder, name: None)  # a second each
     out = tmp_path / "claims"
 
     def go(*options):

@@ -36,7 +36,7 @@ def test_what_is_deep_does_not_end_the_process(tmp_path, monkeypatch, option, wh
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep").write_text("[" * 100_000, encoding="utf-8")
     value = "deep" if where == "file" else "[" * 100_000
-    with pytest.raises(KoffError, match="is not read: its values lie thousands deep in one another"):
+    with pytest.raises(KoffError, match="is not read: its values lie more than 64 deep in one another"):
         resolved(["fit", "--config", "demo.yaml", f"--{option}", value])
 
 
@@ -69,11 +69,19 @@ parser = ArgumentParser()
 parser.add_argument("--name", type=str)
 with utf8_files():
     parser.save(parser.parse_args(["--name", "\\u6e2c\\u8a66"]), "saved.yaml")
-sys.exit(main(["prepare", "--config", "run.yaml", "--out", "out"]))
+assert main(["prepare", "--config", "run.yaml", "--out", "out"]) == 0
+
+from pathlib import Path
+from koff_lightning.commands import lm_eval_cli
+
+words = ["--model", "x", "--config", "c.yaml", "--samples", "samples.json"]
+settings = lm_eval_cli._settings(lm_eval_cli._parser().parse_args(words))
+Path("said").write_text(repr((settings.system_instruction, settings.samples)), encoding="utf-8")
 """
 
 
-def test_configs_and_text_are_utf8_in_a_locale_that_is_not(tmp_path):
+def test_what_is_read_is_utf8_in_a_locale_that_is_not(tmp_path):
+    """Configs, text, and files of lm-eval, whose own reader takes the locale's encoding."""
     toy_tokenizer(tmp_path / "tokenizer")
     write_jsonl(tmp_path / "text.jsonl", toy_documents(60))
     config = {
@@ -83,6 +91,8 @@ def test_configs_and_text_are_utf8_in_a_locale_that_is_not(tmp_path):
     lines = (tmp_path / "text.jsonl").read_text(encoding="utf-8").replace('"text"', '"größe 狐"')
     (tmp_path / "text.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    (tmp_path / "c.yaml").write_text("tasks: [koff_bpb]\nsystem_instruction: große Füchse 狐狸\n", encoding="utf-8")
+    (tmp_path / "samples.json").write_text('{"koff_größe": [0]}', encoding="utf-8")
     environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "LANG": "C"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, timeout=300, check=False
@@ -90,27 +100,5 @@ def test_configs_and_text_are_utf8_in_a_locale_that_is_not(tmp_path):
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert b"a: tokenised" in done.stdout
     assert "測試" in (tmp_path / "saved.yaml").read_text(encoding="utf-8")
-
-
-LM_EVAL = """
-import sys
-from pathlib import Path
-from koff_lightning.commands import lm_eval_cli
-
-options = lm_eval_cli._parser().parse_args(["--model", "x", "--config", "c.yaml", *sys.argv[1:]])
-settings = lm_eval_cli._settings(options)
-Path("said").write_text(repr((settings.system_instruction, settings.samples)), encoding="utf-8")
-"""
-
-
-def test_files_of_lm_eval_are_utf8_in_a_locale_that_is_not(tmp_path):
-    """Its own reader takes the locale's encoding."""
-    (tmp_path / "c.yaml").write_text("tasks: [koff_bpb]\nsystem_instruction: große Füchse 狐狸\n", encoding="utf-8")
-    (tmp_path / "samples.json").write_text('{"koff_größe": [0]}', encoding="utf-8")
-    (tmp_path / "look.py").write_text(LM_EVAL, encoding="utf-8")
-    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "LANG": "C"}
-    words = [sys.executable, "look.py", "--samples", "samples.json"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
     said = (tmp_path / "said").read_text(encoding="utf-8")
     assert said == repr(("große Füchse 狐狸", {"koff_größe": [0]}))

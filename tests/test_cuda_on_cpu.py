@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from koff_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 THERE = ROOT / "recipes/gpu/cuda_on_cpu.py"
@@ -41,13 +44,11 @@ def test_a_run_computes_there_what_it_computes_here(tmp_path):
     """Training with the dense model's answers, the cut, the scores, the figures, the export and its proof."""
 
     def here(*words):
-        command = [sys.executable, "-m", "koff_lightning", *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        subprocess.run(command, capture_output=True, check=True, env=environment, timeout=900)
+        assert main(list(words)) == 0
 
     words = ["--data.seq_len=64", "--trainer.max_steps=4", "--model.loss.kl=1", "--trainer.precision=32-true"]
     one = fit(tmp_path / "there", *words, "--trainer.accelerator=gpu")
-    other = fit(tmp_path / "here", *words, "--trainer.accelerator=cpu", run=here)
+    other = fit(tmp_path / "here", *words, "--trainer.accelerator=cpu", "--export.enabled=false", run=here)
     losses = [pd.read_csv(tmp_path / place / "version_0/metrics.csv")["train/loss"] for place in ("there", "here")]
     assert losses[0].iloc[0] == pytest.approx(losses[1].iloc[0], rel=1e-5)
     assert one["mean"]["dense_bpb"] == pytest.approx(other["mean"]["dense_bpb"], rel=1e-5)
@@ -57,27 +58,26 @@ def test_a_run_computes_there_what_it_computes_here(tmp_path):
     assert json.loads((tmp_path / "there/artifact/export_report.json").read_text())["passed"]
 
 
+RUNS = """
+import sys
+from cuda_on_cpu import COUNTS
+from koff_lightning.cli import main
+for dtype in ("bfloat16", "float32"):
+    COUNTS.update(dict.fromkeys(COUNTS, 0))
+    assert main(["fit", "--config", "demo.yaml", f"--model.dtype={dtype}", *sys.argv[1:]]) == 0
+    print("kernels", dtype, *COUNTS.values())
+"""
+
+
 def test_rows_in_bf16_go_through_the_flash_kernels(tmp_path):
-    words = ["--data.seq_len=512", "--trainer.max_steps=2", "--export.enabled=false", "--trainer.accelerator=gpu"]
+    words = ["--data.seq_len=512", "--trainer.max_steps=1", "--export.enabled=false", "--trainer.accelerator=gpu"]
+    words += ["--trainer.limit_val_batches=0", "--trainer.limit_test_batches=1"]
     words += ["--trainer.precision=bf16-mixed", *SMALL, f"--trainer.default_root_dir={tmp_path}"]
-    for dtype in ("bfloat16", "float32"):
-        said = there("fit", "--config", "demo.yaml", f"--model.dtype={dtype}", *words)
-        counts = json.loads(said.rpartition("kernels: ")[2].replace("'", '"'))
-        assert counts["flash"] > counts["flash backward"] > 7, dtype  # 7 of `kernels_agree`
-
-
-@pytest.mark.parametrize("part", ["attention", pytest.param("all", marks=pytest.mark.slow)])
-def test_the_recipe_for_a_gpu_runs_there(tmp_path, part):
-    rows = tmp_path / "rows.jsonl"
-    said = there(ROOT / "recipes/gpu/parts.py", part, "--tiny", "--out", rows)
-    assert "WRONG" not in said
-    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    parts = {"correct", "speed", "attention", "decode", "compile"} if part == "all" else {part}
-    assert {row["part"] for row in found} == parts
-    assert {row["what"] for row in found if "error" in row} <= {"attention, flex"}  # torch.compile on a played device
-    merged = [row for row in found if row["what"] == "attention, merged"]
-    assert len(merged) == 2  # whole rows and packed ones
-    assert all(row["dtype"] == "bf16" and row["gap"] < 2e-2 for row in merged)
+    (tmp_path / "runs.py").write_text(RUNS)
+    counts = re.findall(r"kernels (\w+) (\d+) (\d+)", there(tmp_path / "runs.py", *words))
+    assert [dtype for dtype, *_ in counts] == ["bfloat16", "float32"]
+    for dtype, forward, backward in counts:
+        assert int(forward) > int(backward) > 7, dtype  # 7 of `kernels_agree`, in the first run
 
 
 REFUSED = {
@@ -89,7 +89,7 @@ REFUSED = {
     "attend_merged(*made(torch.float32))": "only support fp16 and bf16",
     "dist.all_reduce(torch.ones(3))": "No backend type associated with device type cpu",
 }
-SCRIPT = """
+REFUSING = """
 import json
 import torch
 import torch.distributed as dist
@@ -111,17 +111,6 @@ for line in {lines}:
         said[line] = str(error)
 print("said", json.dumps(said))
 """
-
-
-def test_what_a_gpu_refuses_is_refused(tmp_path):
-    """Else the tests here could not fail."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.replace("{folder}", str(tmp_path)).replace("{lines}", str(list(REFUSED))))
-    said = json.loads(there(script).partition("said ")[2].splitlines()[0])
-    for line, message in REFUSED.items():
-        assert message in said.get(line, "nothing"), line
-
-
 MEMORIES = """
 import torch
 from koff_lightning import KVSpec, LoraSpec, SparsitySpec
@@ -138,15 +127,6 @@ for place in ("cpu", "cuda"):
 same = [torch.equal(one, other) for one, other in zip(*made)]
 print("same", len(same), same[0], all(same[1:]))
 """
-
-
-def test_the_same_seed_gives_the_same_memories_there(tmp_path):
-    """DDP makes them on the GPU, FSDP on the CPU, and both are to be the same run."""
-    script = tmp_path / "script.py"
-    script.write_text(MEMORIES)
-    number, noise, memories = there(script).partition("same ")[2].split()[:3]
-    assert int(number) > 20
-    assert (noise, memories) == ("False", "True")
 
 
 KERNELS = """
@@ -211,11 +191,34 @@ print("found", json.dumps(found))
 """
 
 
-def test_kernels_that_do_not_agree_are_not_used(tmp_path):
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What these scripts say, run one by one in one process: to begin it takes longer than they do."""
+    folder = tmp_path_factory.mktemp("scripts")
+    refusing = REFUSING.replace("{folder}", str(folder)).replace("{lines}", str(list(REFUSED)))
+    for number, text in enumerate((MEMORIES, refusing, KERNELS)):  # the last replaces functions
+        (folder / f"{number}.py").write_text(text)
+    (folder / "all.py").write_text("import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path)")
+    return there(folder / "all.py", *sorted(folder.glob("?.py")))
+
+
+def test_what_a_gpu_refuses_is_refused(said):
+    """Else the tests here could not fail."""
+    found = json.loads(said.partition("said ")[2].splitlines()[0])
+    for line, message in REFUSED.items():
+        assert message in found.get(line, "nothing"), line
+
+
+def test_the_same_seed_gives_the_same_memories_there(said):
+    """DDP makes them on the GPU, FSDP on the CPU, and both are to be the same run."""
+    number, noise, memories = said.partition("same ")[2].split()[:3]
+    assert int(number) > 20
+    assert (noise, memories) == ("False", "True")
+
+
+def test_kernels_that_do_not_agree_are_not_used(said):
     """They are called below torch's public functions, so another release or GPU may have others; said once."""
-    script = tmp_path / "script.py"
-    script.write_text(KERNELS)
-    found = json.loads(there(script).partition("found ")[2].splitlines()[0])
+    found = json.loads(said.partition("found ")[2].splitlines()[0])
     assert found.pop("one token")[0] < 1e-5
     gap, calls, _ = found.pop("taught")
     assert 0 < gap < 0.02
@@ -226,6 +229,20 @@ def test_kernels_that_do_not_agree_are_not_used(tmp_path):
         assert 0 < gap < 0.02, name
         assert len(said) == (message is not None), name
         assert (message or "") in "".join(said), name
+
+
+@pytest.mark.parametrize("part", ["attention", pytest.param("all", marks=pytest.mark.slow)])
+def test_the_recipe_for_a_gpu_runs_there(tmp_path, part):
+    rows = tmp_path / "rows.jsonl"
+    said = there(ROOT / "recipes/gpu/parts.py", part, "--tiny", "--out", rows)
+    assert "WRONG" not in said
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    parts = {"correct", "speed", "attention", "decode", "compile"} if part == "all" else {part}
+    assert {row["part"] for row in found} == parts
+    assert {row["what"] for row in found if "error" in row} <= {"attention, flex"}  # torch.compile on a played device
+    merged = [row for row in found if row["what"] == "attention, merged"]
+    assert len(merged) == 2  # whole rows and packed ones
+    assert all(row["dtype"] == "bf16" and row["gap"] < 2e-2 for row in merged)
 
 
 @pytest.mark.slow

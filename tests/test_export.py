@@ -50,17 +50,6 @@ def made(tmp_path_factory):
     return SimpleNamespace(folder=folder, module=tiny_decomposition(folder, chat=True, tie=True))
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Run the comparison in this process, which saves its imports; one test below does without."""
-
-    def run(command, **_):
-        return SimpleNamespace(returncode=proof.main(*command[3:]), stderr="")
-
-    monkeypatch.setattr(proof.subprocess, "run", run)
-    monkeypatch.setattr(proof, "begin", lambda: None)
-
-
 def counted(folder):
     """Numbers in the safetensors files below a folder."""
     total = 0
@@ -74,7 +63,7 @@ def counted(folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_computes_what_the_gated_model_computes(tmp_path, here, layout):
+def test_every_layout_computes_what_the_gated_model_computes(tmp_path, layout):
     module = tiny_decomposition(tmp_path, uniform=layout == "uniform")
     report = export(module, tmp_path / "out", layout, "fr" if layout == "merged" else None)
     assert report["passed"] and report["greedy"] == "equal" and report["argmax_agreement"] == 1
@@ -96,7 +85,7 @@ def test_every_layout_computes_what_the_gated_model_computes(tmp_path, here, lay
         ("llama", {"lora": LoraSpec(rank=2, targets=["q_proj", "down_proj"]), "dtype": "float16"}),
     ],
 )
-def test_other_families_memories_and_dtypes(tmp_path, here, family, options):
+def test_other_families_memories_and_dtypes(tmp_path, family, options):
     module = tiny_decomposition(tmp_path, family, **options)
     report = export(module, tmp_path / "out")
     assert report["passed"]
@@ -107,7 +96,7 @@ def test_other_families_memories_and_dtypes(tmp_path, here, family, options):
     assert counted(tmp_path / "out") == manifest.parameters["stored"]
 
 
-def test_where_no_mask_was_learned_the_backbone_is_the_dense_one(tmp_path, here):
+def test_where_no_mask_was_learned_the_backbone_is_the_dense_one(tmp_path):
     module = tiny_decomposition(tmp_path)
     module.gates.hardened.fill_(False)
     module.sparsity = replace(module.sparsity, target=0.0)
@@ -118,12 +107,12 @@ def test_where_no_mask_was_learned_the_backbone_is_the_dense_one(tmp_path, here)
     assert json.loads((tmp_path / "out/backbone/config.json").read_text())["model_type"] == "llama"
 
 
-def test_a_fresh_process_proves(made, tmp_path):
+def test_a_fresh_process_proves(made, fresh_process, tmp_path):
     report = export(made.module, tmp_path / "out")
     assert report["passed"] and report["dtype"] == "float32" and report["device"] == "cpu"
 
 
-def test_the_module_stays_as_it_was(made, tmp_path, here):
+def test_the_module_stays_as_it_was(made, tmp_path):
     before = {name: tensor.clone() for name, tensor in made.module.state_dict().items()}
     made.module.gates.set(torch.ones(1, len(made.module.gates.kept)))
     columns, config = made.module.gates._columns, made.module.backbone.config.to_dict()
@@ -187,7 +176,7 @@ def test_the_files_are_plain_and_complete(made, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights are of POSIX systems")
-def test_all_files_may_be_read_by_whom_the_umask_says(tmp_path, here):
+def test_all_files_may_be_read_by_whom_the_umask_says(tmp_path):
     """safetensors by itself lets nobody but their owner read its files."""
     umask = os.umask(0o027)
     try:
@@ -199,7 +188,7 @@ def test_all_files_may_be_read_by_whom_the_umask_says(tmp_path, here):
     assert not [file for file in (tmp_path / "out").rglob("*") if file.name == ".umask"]
 
 
-def test_big_models_are_sharded(made, tmp_path, here, monkeypatch):
+def test_big_models_are_sharded(made, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "SHARD", "40KB")
     assert export(made.module, tmp_path / "out")["passed"]
     backbone = tmp_path / "out" / "backbone"
@@ -362,7 +351,7 @@ def spoil(monkeypatch, part):
         ("shape", "could not use it"),
     ],
 )
-def test_what_is_wrong_is_set_aside_and_the_old_stays(made, tmp_path, here, monkeypatch, part, message):
+def test_what_is_wrong_is_set_aside_and_the_old_stays(made, tmp_path, monkeypatch, part, message):
     out = tmp_path / "out"
     export(made.module, out)
     before = (out / "koff.json").read_text()
@@ -383,7 +372,7 @@ def test_what_is_wrong_is_set_aside_and_the_old_stays(made, tmp_path, here, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.failed"]
 
 
-def test_a_file_that_changes_before_the_proof(made, tmp_path, monkeypatch, here):
+def test_a_file_that_changes_before_the_proof(made, tmp_path, monkeypatch):
     check = proof.main
 
     def tamper(folder, reference):
@@ -398,7 +387,7 @@ def test_a_file_that_changes_before_the_proof(made, tmp_path, monkeypatch, here)
 
 
 @pytest.mark.parametrize("place", ["cuda:0", "cpu"])
-def test_a_gpu_without_room_leaves_the_proof_to_the_cpu(made, tmp_path, monkeypatch, here, place):
+def test_a_gpu_without_room_leaves_the_proof_to_the_cpu(made, tmp_path, monkeypatch, place):
     compare_on, write, asked = proof.compare_on, proof.save_file, []
 
     def full(device, *paths):
@@ -429,7 +418,7 @@ def test_a_proof_that_dies(made, tmp_path, monkeypatch):
         export(made.module, tmp_path / "out")
 
 
-def test_a_process_that_was_begun_before_compares_alike(made, tmp_path):
+def test_a_process_that_was_begun_before_compares_alike(made, fresh_process, tmp_path):
     begun = proof.begin()
     report = export(made.module, tmp_path / "out", begun=begun)
     assert report["passed"] and begun.returncode == 0
@@ -446,7 +435,7 @@ def test_a_begun_process_that_ended_as_it_waited_is_no_fault_of_the_artifact(mad
         export(made.module, tmp_path / "other", begun=comparing)
 
 
-def test_a_begun_process_ends_without_a_word_when_nothing_is_to_be_proven():
+def test_a_begun_process_ends_without_a_word_when_nothing_is_to_be_proven(fresh_process):
     begun = proof.begin()
     assert begun.communicate("") == ("", "")
     assert begun.returncode == 0
@@ -456,7 +445,7 @@ def test_a_begun_process_ends_without_a_word_when_nothing_is_to_be_proven():
     assert begun.returncode == -9 and callback._begun is None
 
 
-def test_greedy_tokens_may_differ_only_at_a_tie(made, tmp_path, here, monkeypatch):
+def test_greedy_tokens_may_differ_only_at_a_tie(made, tmp_path, monkeypatch):
     """Wrong with a cache alone: the logits of whole forwards agree."""
     generate = proof.DecomposedModel.generate
 
@@ -474,7 +463,7 @@ def test_greedy_tokens_may_differ_only_at_a_tie(made, tmp_path, here, monkeypatc
     assert [case["greedy"] for case in report["memories"]] == ["equal", "tie", "equal", "equal"]
 
 
-def test_another_tokenizer_is_noticed(made, tmp_path, here, monkeypatch):
+def test_another_tokenizer_is_noticed(made, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(made.folder / "dense")
     tokenizer.add_tokens(["the"])
     write = exporting._write_companions
@@ -550,7 +539,7 @@ def test_memories_that_hold_no_numbers_are_refused(tmp_path, kind):
 
 @pytest.mark.parametrize("arm", [None, "law"], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gated_model_that_gives_no_numbers_proves_nothing(tmp_path, here, monkeypatch, arm, value):
+def test_a_gated_model_that_gives_no_numbers_proves_nothing(tmp_path, monkeypatch, arm, value):
     """For whatever reason, also where the artifact gives the same: `nan` differs from nothing by less than allowed."""
     gated, written = proof._gated, proof._written
 
@@ -574,7 +563,7 @@ def test_a_gated_model_that_gives_no_numbers_proves_nothing(tmp_path, here, monk
 
 
 @pytest.mark.parametrize("arm", [None, "de", "law"], ids=str)
-def test_an_artifact_that_gives_no_numbers_for_one_memory(tmp_path, here, monkeypatch, arm):
+def test_an_artifact_that_gives_no_numbers_for_one_memory(tmp_path, monkeypatch, arm):
     written = proof._written
 
     def broken(model, ids, mask, rows):
@@ -587,7 +576,7 @@ def test_an_artifact_that_gives_no_numbers_for_one_memory(tmp_path, here, monkey
         export(tiny_decomposition(tmp_path), tmp_path / "out")
 
 
-def test_numbers_that_run_out_on_the_way_are_noticed(tmp_path, here, monkeypatch):
+def test_numbers_that_run_out_on_the_way_are_noticed(tmp_path, monkeypatch):
     """Only the continuation shows it: the logits that are compared are those of the first step."""
     gated, calls = proof._gated, []
 
@@ -603,14 +592,14 @@ def test_numbers_that_run_out_on_the_way_are_noticed(tmp_path, here, monkeypatch
         export(tiny_decomposition(tmp_path), tmp_path / "out")
 
 
-def test_a_fixed_mask_that_removes_nothing_is_refused(tmp_path, here):
+def test_a_fixed_mask_that_removes_nothing_is_refused(tmp_path):
     module = tiny_decomposition(tmp_path)
     module.gates.harden(torch.ones_like(module.gates.kept))
     with pytest.raises(KoffError, match=r"the mask is fixed but removes nothing, and the run's target is 0\.3"):
         export(module, tmp_path / "out")
 
 
-def test_a_threshold_that_closed_nothing_leaves_the_backbone_whole(tmp_path, here):
+def test_a_threshold_that_closed_nothing_leaves_the_backbone_whole(tmp_path):
     """What the run ended with is exported, and said: the dense backbone, its memories, and why it is whole."""
     module = tiny_decomposition(tmp_path, sparsity=SparsitySpec(target=0.3, harden="threshold", min_channels=4))
     module.gates.logits.data.fill_(8.0)
@@ -650,9 +639,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text("model: {backbone: x}\ndata: {hf_token: abc}\n")
     checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("koff_lightning.reports.plots.save", lambda *_: None)
-        train(folder, RunReport(), checkpoint, ExportArtifact(prove=False))
+    train(folder, RunReport(), checkpoint, ExportArtifact(prove=False))
     return folder
 
 
@@ -660,7 +647,7 @@ def export_by_command(run, out, *options):
     return main(["export", "--ckpt", str(run / "checkpoints" / "last.ckpt"), "--out", str(out), *options])
 
 
-def test_a_checkpoint_gives_the_artifact_that_the_run_left(run, tmp_path, here, capsys):
+def test_a_checkpoint_gives_the_artifact_that_the_run_left(run, tmp_path, capsys):
     assert export_by_command(run, tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "2 memories; a fresh process computes the same from it" in said
@@ -674,7 +661,7 @@ def test_a_checkpoint_gives_the_artifact_that_the_run_left(run, tmp_path, here, 
         assert (tmp_path / "out/backbone" / name).read_bytes() == (run / "artifact/backbone" / name).read_bytes()
 
 
-def test_the_command_refuses_and_overwrites(run, tmp_path, here, capsys):
+def test_the_command_refuses_and_overwrites(run, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     assert export_by_command(run, tmp_path / "out") == 2
@@ -691,7 +678,7 @@ def test_the_command_refuses_and_overwrites(run, tmp_path, here, capsys):
     assert re.search(r"^vLLM +backbone +yes +with this package beside it", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_a_backbone_that_has_moved(run, tmp_path, here, capsys):
+def test_a_backbone_that_has_moved(run, tmp_path, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     content = torch.load(moved / "checkpoints" / "last.ckpt", weights_only=True)
@@ -777,7 +764,7 @@ def test_a_checkpoint_cannot_ask_for_code_to_be_run(run, tmp_path):
     assert not from_checkpoint(tmp_path / "some.ckpt").loading.get("trust_remote_code")
 
 
-def test_a_run_leaves_a_proven_artifact(tmp_path, here, capsys):
+def test_a_run_leaves_a_proven_artifact(fresh_process, tmp_path, capsys):
     module = train(tmp_path, ExportArtifact())
     assert "wrote " in capsys.readouterr().out
     assert json.loads((tmp_path / "artifact" / "export_report.json").read_text())["passed"]
@@ -787,7 +774,7 @@ def test_a_run_leaves_a_proven_artifact(tmp_path, here, capsys):
     assert read_manifest(tmp_path / "artifact").layout == "masked", "a second run of the folder replaces it"
 
 
-def test_no_run_deletes_a_memory_that_was_added_to_its_artifact(tmp_path, here):
+def test_no_run_deletes_a_memory_that_was_added_to_its_artifact(tmp_path):
     export_ = ExportArtifact(prove=False)
     train(tmp_path, export_)
     artifact = tmp_path / "artifact"

@@ -64,7 +64,10 @@ def test_long_and_short_texts_are_scored_in_batches_of_like_length(monkeypatch, 
 
 
 def test_tasks_draw_no_bars_of_their_own(capsys):
-    harness.answers(harness.KoffLM("koff-tiny", device="cpu"), load_tasks(["koff_cloze_de", "koff_cloze_fr"]))
+    tasks = load_tasks(["koff_cloze_de", "koff_cloze_fr"])
+    for task in tasks["tasks"].values():
+        task.dataset = {split: rows.select(range(4)) for split, rows in task.dataset.items()}
+    harness.answers(harness.KoffLM("koff-tiny", device="cpu"), tasks)
     begun = [part for part in re.split("[\r\n]", capsys.readouterr().err) if "| 0/" in part]
     assert [part.partition(":")[0] for part in begun] == ["Tokenizing inputs", "Running loglikelihood requests"]
 

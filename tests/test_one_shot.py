@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from koff_lightning import (
     SparsitySpec,
     load_decomposed,
 )
-from koff_lightning.artifact import proof
 from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.export import export
 from koff_lightning.artifact.folder import read_manifest
@@ -87,17 +85,6 @@ def masks(place, tmp_path_factory):
 
 def checkpoint(masks, method):
     return masks / method / "checkpoints" / "last.ckpt"
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Prove exports in this process, which saves its imports."""
-
-    def run(command, **_):
-        return SimpleNamespace(returncode=proof.main(*command[3:]), stderr="")
-
-    monkeypatch.setattr(proof.subprocess, "run", run)
-    monkeypatch.setattr(proof, "begin", lambda: None)
 
 
 # ------------------------------------------------------------------------------------------------- the checkpoint
@@ -268,7 +255,7 @@ def test_a_layout_without_a_place_for_biases_says_so(layout, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_compensation_survives_the_checkpoint_and_the_export_is_proven(place, masks, here, tmp_path, capsys):
+def test_compensation_survives_the_checkpoint_and_the_export_is_proven(place, masks, tmp_path, capsys):
     module = from_checkpoint(checkpoint(masks, "flap"))
     assert module.gates.bias.abs().max() > 0
     assert main(["export", "--ckpt", str(checkpoint(masks, "flap")), "--out", str(tmp_path / "out")]) == 0
@@ -293,7 +280,7 @@ class Trained(Callback):
         self.optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
 
 
-def test_fit_trains_memories_under_a_mask_to_a_normal_end(place, masks, here, tmp_path):
+def test_fit_trains_memories_under_a_mask_to_a_normal_end(place, masks, tmp_path):
     given = from_checkpoint(checkpoint(masks, "flap"))
     words = ["--config", str(place / "tiny.yaml"), "--model.mask", str(checkpoint(masks, "flap"))]
     words += [f"--trainer.default_root_dir={tmp_path}", "--model.sparsity.target=0.1"]  # the mask's own options hold

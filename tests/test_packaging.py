@@ -118,14 +118,25 @@ def test_the_command_is_light(command, tmp_path):
     assert not {"torch", "lightning", "transformers", "numpy", "koff_lightning.artifact.modeling_koff"} & set(loaded)
 
 
-def test_an_import_opens_nothing_but_makes_the_model_types_known():
-    code = "import sys; import koff_lightning; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = [name for name in done.stdout.split() if name.startswith("koff_lightning")]
+IMPORTS = """
+import sys
+import koff_lightning
+print(*sys.modules)
+# all that `koff serve --engine vllm` needs but vLLM itself and the parser of its words
+import koff_lightning.commands.serve, koff_lightning.serving.app, koff_lightning.artifact.hub
+import koff_lightning.serving.vllm.engine, koff_lightning.serving.vllm.plugin, koff_lightning.serving.keys
+print(*sys.modules)
+"""
+LACKING = {"peft", "jsonargparse", "lm_eval", "datasets", "torchmetrics", "matplotlib", "gguf", "statsmodels"}
+
+
+def test_an_import_makes_the_model_types_known_and_serving_by_vllm_needs_what_its_environment_has():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+    package, serving = (set(line.split()) for line in done.stdout.splitlines())
     light = {"koff_lightning.support", "koff_lightning.support.threads"}  # which is to run before torch is loaded
     own = {"koff_lightning.artifact", "koff_lightning.artifact.modeling_koff"}
-    assert set(loaded) == {"koff_lightning"} | light | own
-    assert "lightning" not in done.stdout.split()
+    assert {name for name in package if name.startswith("koff_lightning")} == {"koff_lightning"} | light | own
+    assert not serving & (LACKING | {"lightning"})
 
 
 @pytest.mark.parametrize("name", koff_lightning._HOME)

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from koff_lightning import KoffError, KVSpec, LoraSpec, load_decomposed
 from koff_lightning import attention as attention_module
-from koff_lightning.artifact import proof
 from koff_lightning.artifact.checkpoint import from_checkpoint
 from koff_lightning.artifact.compose import compose
 from koff_lightning.artifact.export import export
@@ -43,17 +42,6 @@ TOP = {"lora": LoraSpec(3, 6.0, PAPER, layers="top:1"), "kv": KVSpec(5, layers="
 UNLIKE = {"lora": LoraSpec(3, 6.0, layers=[0]), "kv": KVSpec(5, layers=[1])}
 WORDS = ["", "top", "top:", "top:0", "top:-1", "top:0%", "top:101%", "top:1.5", "top:x", "bottom:2"]
 LAYOUTS = ("ragged", "uniform", "deci", "masked", "merged")
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """The proof in this process, which saves its imports."""
-
-    def run(command, **_):
-        return SimpleNamespace(returncode=proof.main(*command[3:]), stderr="")
-
-    monkeypatch.setattr(proof.subprocess, "run", run)
-    monkeypatch.setattr(proof, "begin", lambda: None)
 
 
 def filled(lora, kv, depth=4, family="llama"):
@@ -348,7 +336,7 @@ def test_memories_of_unlike_placement_are_composed_where_that_has_a_meaning():
 
 @pytest.mark.parametrize("memories", [TOP, UNLIKE], ids=["top", "unlike"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_proven(tmp_path, here, layout, memories):
+def test_every_layout_is_proven(tmp_path, layout, memories):
     module = tiny_decomposition(tmp_path, uniform=layout == "uniform", **memories)
     report = export(module, tmp_path / "out", layout, "fr" if layout == "merged" else None)
     assert report["passed"] and report["greedy"] == "equal" and report["max_abs_diff"] < 1e-5
@@ -358,7 +346,7 @@ def test_every_layout_is_proven(tmp_path, here, layout, memories):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_proven(tmp_path, here, family):
+def test_every_family_is_proven(tmp_path, family):
     assert export(tiny_decomposition(tmp_path, family, **TOP), tmp_path / "out")["passed"]
 
 

@@ -23,6 +23,7 @@ from koff_lightning.memory import MemoryBank
 from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.specs.training import LossSpec, RetentionSpec
+from koff_lightning.training import planning
 from koff_lightning.training.planning import Step, _count, _Live, count, memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes/scale"))
@@ -76,9 +77,21 @@ def test_layers_that_are_not_counted_are_as_those_that_are(step, checkpointing):
         assert getattr(counts, field.name) == whole[field.name], field.name
 
 
+@pytest.fixture(scope="module")
+def known():
+    return {}
+
+
 @pytest.mark.parametrize("lora", ["top:2", [0, 3]])
 @pytest.mark.parametrize("kv", ["top:40%", [1]])
-def test_layers_without_memories_are_counted_as_such(step, lora, kv):
+def test_layers_without_memories_are_counted_as_such(step, known, monkeypatch, lora, kv):
+    def once(step, layers):  # of the kinds of layers, the same of each of these placements
+        asked = repr(step), layers
+        if asked not in known:
+            known[asked] = _count(step, layers)
+        return known[asked]
+
+    monkeypatch.setattr(planning, "_count", once)
     step = replace(step, lora=LoraSpec(rank=2, layers=lora), kv=KVSpec(slots=4, layers=kv))
     counts, whole = count(step), _count(step, step.config.num_hidden_layers)
     for field in fields(counts):
@@ -219,16 +232,35 @@ def test_the_papers_recipes_fit_on_one_gpu_without_asking_for_a_model(name, memo
 
 def test_what_does_not_fit_is_told_what_would(capsys):
     words = ["plan", "--config", "demo.yaml", "--gpus", "2", "--tflops", "1"]
-    kept = ["--model.activation_checkpointing=false"]
+    few = ["--data.domains={de: bundled:de, en: bundled:en}"]  # each takes its time to count
+    kept = [*few, "--model.activation_checkpointing=false"]
     assert main([*words, "--gpu-memory", "0.1", "--", "--data.seq_len=512", *kept]) == 0
     told = capsys.readouterr().out
     assert "does not fit:" in told
     advice = told.partition("fits with ")[2].partition(":")[0].split()
     assert advice[0] == "--model.activation_checkpointing=true"
-    assert main([*words, "--gpu-memory", "0.1", "--", "--data.seq_len=512", *advice]) == 0
+    assert main([*words, "--gpu-memory", "0.1", "--", "--data.seq_len=512", *few, *advice]) == 0
     assert "\nfits: " in capsys.readouterr().out
-    assert main([*words, "--gpu-memory", "0.01"]) == 0
+    assert main([*words, "--gpu-memory", "0.01", "--", *few]) == 0
     assert "even one row takes" in capsys.readouterr().out
+
+
+def test_fewer_rows_are_advised_and_nothing_is_counted_twice(monkeypatch, capsys):
+    """Of 7 rows of a GiB each, halved where activations are recomputed, 3 fit into 92 % of 2 GiB."""
+    counted = []
+
+    def count(step):
+        counted.append((step.checkpointing, step.rows))
+        size = step.rows * 2**30 / (2 if step.checkpointing else 1)
+        nothing = dict.fromkeys((field.name for field in fields(planning.Counts)), 0)
+        return planning.Counts(**nothing | {"peaks": {"backward": size}, "flops": 1})
+
+    monkeypatch.setattr(planning, "count", count)
+    words = ["plan", "--config", "demo.yaml", "--tflops", "1", "--gpu-memory", "2", "--"]
+    assert main([*words, "--model.activation_checkpointing=false"]) == 0
+    advice = "--model.activation_checkpointing=true --data.batch_size=3 --trainer.accumulate_grad_batches=3: 1.5 GiB"
+    assert f"fits with {advice}" in capsys.readouterr().out
+    assert counted == [(False, 7), (True, 7), (True, 1), (True, 3)]
 
 
 def test_a_config_in_place_of_a_model_out_of_reach(tmp_path, monkeypatch, capsys):

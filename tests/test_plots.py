@@ -8,6 +8,7 @@ from matplotlib.image import imread
 from koff_lightning.reports import plots
 from koff_lightning.studies.claims.arms import ARMS as ARMS_OF_CLAIMS
 
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
 ARMS = ("dense_bpb", "koff_bpb", "memory_off_bpb", "swapped_bpb")
 GROUPS = [(layer, kind) for layer in range(3) for kind in ("channel", "kv_group")]
 

@@ -222,7 +222,7 @@ def test_the_papers_figures_are_those_of_the_backbone(go, tmp_path):
             assert {row.label for row in rows if not row.paper} <= {"KOFF, memories off"}
 
 
-def test_figure_2_is_drawn_over_what_was_really_closed(go, tmp_path):
+def test_figure_2_is_drawn_over_what_was_really_closed(go, drawn_pictures, tmp_path):
     assert go("--tables=fig 2", "--seeds=1")[0] == 0
     found = json.loads((tmp_path / "out" / "reproduce.json").read_text(encoding="utf-8"))
     points = protocol.curve(found["tables"]["fig 2"]["rows"])

@@ -5,6 +5,7 @@ import errno
 import itertools
 import os
 import re
+import shutil
 import signal
 import time
 from datetime import timedelta
@@ -38,17 +39,15 @@ LOGGED = ("step", "epoch", "train/", "sparsity/", "penalty/", "val/")  # the oth
 STEPS = 8
 
 
+def fits(folder, monkeypatch):
+    trainer = {"max_steps": STEPS, "check_val_every_n_epoch": None, "val_check_interval": 4}
+    return small_fits(folder, monkeypatch, trainer=trainer, export={"enabled": False})
+
+
 @pytest.fixture
 def run_in(tmp_path, monkeypatch):
-    trainer = {"max_steps": STEPS, "check_val_every_n_epoch": None, "val_check_interval": 4}
-    with small_fits(tmp_path, monkeypatch, trainer=trainer, export={"enabled": False}) as run:
+    with fits(tmp_path, monkeypatch) as run:
         yield run
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """Folder of a run that nothing stopped, made by the first test that asks for it."""
-    return tmp_path_factory.mktemp("straight") / "run"
 
 
 def end_of(root):
@@ -93,6 +92,16 @@ def cut_off(monkeypatch, run_in, *words, hook="training_step", step=5):
             run_in("cut", *words)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the run `straight`, which nothing stopped, and the run `cut`, which broke off in step 5."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch, fits(folder, patch) as run:
+        assert run("straight") == 0
+        cut_off(patch, run)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
@@ -102,8 +111,8 @@ def cut_off(monkeypatch, run_in, *words, hook="training_step", step=5):
         ("--data.domains={de: bundled:de}", "another make: domains is [de, python] there and [de] here"),
     ],
 )
-def test_other_options_than_the_runs_are_refused_before_text_is_read(run_in, monkeypatch, capsys, option, said):
-    assert run_in("cut", "--trainer.max_steps=1", "--trainer.limit_val_batches=0") == 0
+def test_other_options_than_the_runs_are_refused_before_text_is_read(run_in, made, monkeypatch, capsys, option, said):
+    shutil.copytree(made / "cut", "cut")
     monkeypatch.setattr(DomainDataModule, "setup", lambda *_: pytest.fail("it reads text"))
     assert run_in("cut", option, "--ckpt_path", "last") == 2
     assert said in capsys.readouterr().err
@@ -112,11 +121,11 @@ def test_other_options_than_the_runs_are_refused_before_text_is_read(run_in, mon
 @pytest.mark.parametrize("verb", ["test", "fit"])
 @pytest.mark.parametrize("option", ["ckpt_path", "model.warm_start"])
 def test_a_checkpoint_of_another_backbone_is_refused_before_text_is_read(
-    run_in, tmp_path, monkeypatch, capsys, verb, option
+    run_in, made, tmp_path, monkeypatch, capsys, verb, option
 ):
     tiny_module(tmp_path / "tiny")  # which saves its backbone
     here = ["--model.backbone", str(tmp_path / "tiny/backbone")]
-    assert run_in("cut", "--trainer.max_steps=1", "--trainer.limit_val_batches=0") == 0
+    shutil.copytree(made / "cut", "cut")
     monkeypatch.setattr(DomainDataModule, "setup", lambda *_: pytest.fail("it reads text"))
     last = str(newest_checkpoint(["cut"]))
     scored = ["--ckpt_path", last] if (verb, option) == ("test", "model.warm_start") else []
@@ -128,9 +137,9 @@ def test_a_checkpoint_of_another_backbone_is_refused_before_text_is_read(
     )
 
 
-def test_some_domains_of_a_run_are_scored_alone(run_in, monkeypatch, capsys):
+def test_some_domains_of_a_run_are_scored_alone(run_in, made, monkeypatch, capsys):
     """Only other options than these are refused before text is read."""
-    assert run_in("cut", "--trainer.max_steps=1", "--trainer.limit_val_batches=0") == 0
+    shutil.copytree(made / "cut", "cut")
     test = ["test", "--config", "mine.yaml", "--trainer.default_root_dir=cut", "--ckpt_path", "last"]
     assert main([*test, "--data.domains={de: bundled:de}"]) == 0
     monkeypatch.setattr(DomainDataModule, "setup", lambda *_: pytest.fail("it reads text"))
@@ -143,24 +152,20 @@ def test_some_domains_of_a_run_are_scored_alone(run_in, monkeypatch, capsys):
     [("training_step", 1), ("training_step", 5), ("on_validation_epoch_start", 4), ("on_test_epoch_start", STEPS)],
     ids=["before the first checkpoint", "between checkpoints", "validating", "scoring after the last step"],
 )
-def test_a_run_cut_off_anywhere_goes_on_as_if_nothing_had_happened(run_in, straight, monkeypatch, hook, step):
-    if not straight.exists():
-        assert run_in(straight) == 0
+def test_a_run_cut_off_anywhere_goes_on_as_if_nothing_had_happened(run_in, made, monkeypatch, hook, step):
     cut_off(monkeypatch, run_in, hook=hook, step=step)
     assert run_in("cut", "--ckpt_path", "last") == 0
-    check_same_end("cut", straight)
+    check_same_end("cut", made / "straight")
 
 
-def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, straight, monkeypatch, capsys):
-    if not straight.exists():
-        assert run_in(straight) == 0
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(run_in, made, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         at(patch, "training_step", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run_in("cut") == 128 + signal.SIGTERM
     assert "koff: ended by SIGTERM; go on with --ckpt_path last" in capsys.readouterr().err
     assert read_checkpoint(newest_checkpoint(["cut"]))["global_step"] == 5, "of this very step"
     assert run_in("cut", "--ckpt_path", "last") == 0
-    check_same_end("cut", straight)
+    check_same_end("cut", made / "straight")
 
 
 ACCUMULATED = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=8"]
@@ -168,9 +173,14 @@ ACCUMULATED = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_inter
 
 @pytest.mark.filterwarnings("ignore:.*version_1 is of a later run, but holds no checkpoint")
 @pytest.mark.parametrize("ending", ["asked", pytest.param("cut off twice", marks=pytest.mark.slow)])
-def test_no_run_ends_or_saves_in_the_middle_of_a_step(run_in, straight, monkeypatch, ending):
+def test_no_run_ends_or_saves_in_the_middle_of_a_step(run_in, made, monkeypatch, ending):
     """Its first batches would count as read, but their gradients be gone."""
-    whole, batches = straight.parent / "accumulated", []
+    whole, batches = made / "accumulated", []
+
+    def asked_in_first_batch():
+        batches.append(1)
+        if len(batches) == 1:  # a second request, a second later, would end this very process
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def in_second_batch():
         batches.append(1)
@@ -181,7 +191,7 @@ def test_no_run_ends_or_saves_in_the_middle_of_a_step(run_in, straight, monkeypa
         assert run_in(whole, *ACCUMULATED) == 0
     with monkeypatch.context() as patch:
         if ending == "asked":
-            at(patch, "training_step", 5, lambda: batches.append(1) or os.kill(os.getpid(), signal.SIGTERM))
+            at(patch, "training_step", 5, asked_in_first_batch)
             assert run_in("cut", *ACCUMULATED) == 128 + signal.SIGTERM
             assert len(batches) == 2, "the step is taken to its end"
     if ending == "cut off twice":
@@ -232,14 +242,11 @@ def test_a_run_that_a_validation_ends_in_mid_step_ends_its_step_first(tmp_path, 
 
 
 @pytest.mark.parametrize("fate", ["moved", "lost"])
-def test_the_log_of_a_run_whose_folder_was_moved_is_found(run_in, straight, monkeypatch, fate):
-    if not straight.exists():
-        assert run_in(straight) == 0
-    cut_off(monkeypatch, run_in)
-    Path("cut").rename("elsewhere")
+def test_the_log_of_a_run_whose_folder_was_moved_is_found(run_in, made, fate):
+    shutil.copytree(made / "cut", "elsewhere")
     if fate == "moved":
         assert run_in("elsewhere", "--ckpt_path", "last") == 0
-        check_same_end("elsewhere", straight)
+        check_same_end("elsewhere", made / "straight")
         return
     Path("elsewhere/version_0/metrics.csv").unlink()
     with pytest.warns(
@@ -274,9 +281,12 @@ EPOCHS = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=4"]  # of the
 
 
 @pytest.mark.parametrize("words", [[*EPOCHS, "--trainer.max_steps=-1"], ["--trainer.max_epochs=9"]])
-def test_a_run_laid_out_in_epochs_goes_on_with_the_next_row(run_in, monkeypatch, capsys, words):
+def test_a_run_laid_out_in_epochs_goes_on_with_the_next_row(run_in, made, monkeypatch, capsys, words):
     """Lightning then makes the loader before it has read from the checkpoint where it stood."""
-    assert run_in("whole", *words) == 0
+    if words[:2] == EPOCHS:
+        assert run_in("whole", *words) == 0
+    else:  # it ends within the first
+        shutil.copytree(made / "straight", "whole")
     cut_off(monkeypatch, run_in, *words)
     last = str(newest_checkpoint(["cut"]))
     assert run_in("cut", *words, "--ckpt_path", last) == 0
@@ -350,10 +360,8 @@ def test_a_streamed_run_with_workers_goes_on_in_mid_epoch(run_in, little_at_a_ti
     check_same_end("cut", "whole")
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_in, straight, monkeypatch):
-    if not straight.exists():
-        assert run_in(straight) == 0
-    cut_off(monkeypatch, run_in)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_in, made):
+    shutil.copytree(made / "cut", "cut")
     folder = Path("cut/version_0/checkpoints")
     assert {path.name for path in folder.iterdir()} == {"epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt", "last.ckpt"}
     os.truncate(folder / "last.ckpt", 100_000)
@@ -373,7 +381,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run_in, straight, monk
     }
     with pytest.warns(UserWarning, match="An earlier checkpoint is used"):
         assert run_in("cut", "--ckpt_path", "last") == 0
-    check_same_end("cut", straight)
+    check_same_end("cut", made / "straight")
 
 
 # ----------------------------------------------------------------------------------------------- one checkpoint
@@ -604,8 +612,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
             ask()
 
 
-def test_a_later_run_that_saved_nothing_is_not_passed_over_in_silence(run_in, monkeypatch):
-    cut_off(monkeypatch, run_in)
+def test_a_later_run_that_saved_nothing_is_not_passed_over_in_silence(run_in, made, monkeypatch):
+    shutil.copytree(made / "cut", "cut")
     cut_off(monkeypatch, run_in, step=1)
     (Path("cut") / "version_2").mkdir()  # as of a command that was refused: it has not trained
     said = r"^cut/version_1 is of a later run, but holds no checkpoint: cut/version_0/\S+ of an earlier run is used$"

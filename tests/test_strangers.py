@@ -574,15 +574,9 @@ def test_a_run_that_goes_on_takes_no_options_of_the_optimizer_from_a_file(run, t
 
 
 def test_a_run_does_not_begin_its_text_anew(tmp_path, capsys):
-    root = f"--trainer.default_root_dir={tmp_path}"
-    words = [
-        "fit",
-        "demo.yaml",
-        root,
-        "--data.max_heldout_bytes=3000",
-        "--data.max_train_bytes=20000",
-        "--export.enabled=false",
-    ]
+    words = ["fit", "demo.yaml", f"--trainer.default_root_dir={tmp_path}", "--export.enabled=false"]
+    words += ["--data.domains={de: bundled:de, en: bundled:en}", "--data.seq_len=64", "--data.batch_size=2"]
+    words += ["--data.max_heldout_bytes=1000", "--data.max_train_bytes=9000"]
     assert main([*words, "--trainer.max_steps=2"]) == 0
     path = next(tmp_path.glob("version_0/checkpoints/last.ckpt"))
     content = torch.load(path, weights_only=True)

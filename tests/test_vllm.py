@@ -4,7 +4,6 @@ import asyncio
 import logging
 import re
 import shutil
-import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -377,19 +376,6 @@ def test_rows_without_lora_take_none(monkeypatch):
     y = shrunk()
     assert not y[[1, 3]].any()
     assert torch.allclose(y[[0, 2]], torch.stack([2 * adapters[0] @ x[0], 2 * adapters[1] @ x[2]]))
-
-
-def test_nothing_is_imported_that_vllms_environment_lacks():
-    """All that `koff serve --engine vllm` needs but vLLM itself and the parser of its words."""
-    code = """
-import sys
-import koff_lightning.commands.serve, koff_lightning.serving.app, koff_lightning.artifact.hub
-import koff_lightning.serving.vllm.engine, koff_lightning.serving.vllm.plugin, koff_lightning.serving.keys
-lacking = "lightning peft jsonargparse lm_eval datasets torchmetrics matplotlib gguf statsmodels"
-print(*set(lacking.split()) & set(sys.modules))
-"""
-    found = subprocess.run([sys.executable, "-c", code], check=True, timeout=300, capture_output=True, text=True)
-    assert found.stdout.split() == []
 
 
 # ----------------------------------------------------------------------------------------------------- the engine

@@ -382,6 +382,7 @@ def main() -> int:
     words = sys.argv[1:]
     if words[0].endswith(".py"):
         sys.argv = words
+        sys.modules["cuda_on_cpu"] = sys.modules["__main__"]  # for scripts that ask for COUNTS
         runpy.run_path(words[0], run_name="__main__")
         return 0
     from koff_lightning.cli import main as koff

@@ -209,15 +209,20 @@ def _memory(run: _Run, counts: "Counts", size: float) -> list[str]:
     if total <= room:
         told = _size(total * GIB) if total < 0.1 else f"{total:.1f}"  # the unit stands behind the next number
         return [*lines, f"fits: {told} of {kept}"]
-    return [*lines, f"does not fit: {total:.1f} of {kept}", *_advice(run, room * GIB)]
+    return [*lines, f"does not fit: {total:.1f} of {kept}", *_advice(run, counts, room * GIB)]
 
 
-def _advice(run: _Run, room: float) -> list[str]:
+def _advice(run: _Run, counts: "Counts", room: float) -> list[str]:
     """What to change, the cheapest first, until it fits."""
     from koff_lightning.training.planning import count
 
+    known = {(run.step.checkpointing, run.step.rows): counts}  # a count takes seconds, and these alone change
+
     def needs(run: _Run) -> float:
-        return _needs(run, count(run.step))
+        what = run.step.checkpointing, run.step.rows
+        if what not in known:
+            known[what] = count(run.step)
+        return _needs(run, known[what])
 
     words: list[str] = []
     if not run.step.checkpointing:

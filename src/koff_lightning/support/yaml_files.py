@@ -9,6 +9,7 @@ from koff_lightning.support.errors import KoffError
 
 LARGEST = 4 * 2**20  # characters; the longest config of ours has 3,000
 DEEPEST = 64  # of values in one another
+TOO_DEEP = f"its values lie more than {DEEPEST} deep in one another"
 MOST = 100_000  # values, each as often as an alias names it
 
 
@@ -47,19 +48,33 @@ def compose(text: str, where: str) -> yaml.Node | None:
     if len(text) > LARGEST:
         raise KoffError(f"{where} is {len(text)} characters long; a YAML of more than {LARGEST} is not read")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
         if root is not None:
             _count(root, {}, 0)
     except yaml.YAMLError as error:
         raise KoffError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
-    except (RecursionError, _TooMuchError) as error:
-        reason = str(error) if isinstance(error, _TooMuchError) else "its values lie thousands deep in one another"
-        raise KoffError(f"{where} is not read: {reason}") from error
+    except _TooMuchError as error:
+        raise KoffError(f"{where} is not read: {error}") from error
     return root
 
 
 class _TooMuchError(ValueError):
     """More than whoever walks over it would survive."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops where values lie too deep: what it would take to read on grows with the square of the depth."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """One value, and all that it holds."""
+        if self.depth > DEEPEST + 1:  # a text or a number may lie one deeper
+            raise _TooMuchError(TOO_DEEP)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
@@ -71,7 +86,7 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     if known.get(id(node)) == 0:
         raise _TooMuchError(f"line {node.start_mark.line + 1} holds an alias that names what it stands in")
     if depth > DEEPEST:
-        raise _TooMuchError(f"its values lie more than {DEEPEST} deep in one another")
+        raise _TooMuchError(TOO_DEEP)  # by aliases
     if id(node) not in known:
         known[id(node)] = 0  # on the way
         mapping = isinstance(node, yaml.MappingNode)

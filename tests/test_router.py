@@ -428,6 +428,16 @@ def test_lm_eval_reads_each_request_with_what_the_router_picks(model):
     assert routed.model.domain == "auto"
 
 
+def test_lm_eval_by_the_router_is_refused_in_several_processes(model, monkeypatch):
+    from koff_lightning.evaluation.harness import KoffLM
+
+    monkeypatch.setattr("koff_lightning.support.ranks.count", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    with pytest.raises(KoffError, match="domain 'auto' is scored in one process, and here are 2: name a domain"):
+        KoffLM(model, "auto", batch_size=2)
+    assert KoffLM(model, "de", batch_size=2).world_size == 2
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 

@@ -142,7 +142,7 @@ class KoffLM(WritesTalks, HFLM):
         options: Further arguments of HFLM: `batch_size`, `max_batch_size`, `max_length`, `softmax_dtype` ...
 
     Raises:
-        KoffError: No such model, or no memory of that domain in it.
+        KoffError: No such model, no memory of that domain in it, or "auto" in one of several processes.
     """
 
     def __init__(
@@ -170,6 +170,8 @@ class KoffLM(WritesTalks, HFLM):
             super().__init__(reading(model, domain, dense), tokenizer=tokenizer, **options)
         self._rank = dist.get_rank() if ranks.count() > 1 else 0
         self._world_size = ranks.count()
+        if self._routes and self._world_size > 1:  # they score in step, and each would ask for other memories
+            raise KoffError(f"domain 'auto' is scored in one process, and here are {self._world_size}: name a domain")
         self.rows = min(rows or self.max_length, self.max_length)
         opened = opens_with_start(path) if open_with_start is None else open_with_start
         # With what windows inside of a text begin: as a run's rows; for dense models alone nothing, as in stock HFLM.

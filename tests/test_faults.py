@@ -243,9 +243,9 @@ def test_a_worker_that_the_system_kills_is_one_line(run_in, monkeypatch, capsys)
     at(monkeypatch, "training_step", 3, kill_workers)
     assert run_in("run", *WORKERS) == 2
     said = capsys.readouterr()
-    assert re.fullmatch(
-        r"koff: a process that builds batches is gone, .*: DataLoader worker .* killed by signal: Killed. Give fewer "
-        "data.num_workers, or more memory",
+    assert re.fullmatch(  # torch's words depend on whether the signal or the wait for a batch tells it first
+        r"koff: a process that builds batches is gone, .*: DataLoader worker .*"
+        "(killed by signal: Killed|exited unexpectedly). Give fewer data.num_workers, or more memory",
         said.err.splitlines()[-1],
     )
     assert "step=2.ckpt" in said.out.splitlines()[-1] or "last.ckpt" in said.out.splitlines()[-1]

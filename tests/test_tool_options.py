@@ -55,7 +55,7 @@ def test_words_become_arguments(argv, changes):
     [
         (["--as", "x"], "verb: the following arguments are required: folder"),
         (["d"], "verb: the following arguments are required: as"),
-        (["d", "--as", "x", "e"], "verb: no option 'e'."),
+        (["d", "--as", "x", "e"], "verb: 'e' stands alone, wanted is an option with a name"),
         (["d", "--as", "x", "--max-tokns", "4"], "verb: no option 'max-tokns'. Did you mean 'max_tokens'?"),
         (["d", "--as", "x", "--foldr", "4"], "verb: no option 'foldr'."),
         (["d", "--as", "x", "--max_tokens", "much"], "verb: max_tokens must be int; got 'much'."),

@@ -51,6 +51,7 @@ class _Bar:
         """So many requests are asked in this column; in those that follow as many."""
         if number and self.left == self.columns - 1:
             self.drawn.total += number * self.columns
+            self.drawn.delay = 0  # it is drawn now, and a bar that ends within its delay would be left on the terminal
             self.drawn.refresh()
 
 

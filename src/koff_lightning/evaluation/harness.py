@@ -168,8 +168,7 @@ class KoffLM(WritesTalks, HFLM):
         options.setdefault("softmax_dtype", "float32")  # a sum of log-likelihoods in bf16 has two or three digits
         with quiet():
             super().__init__(reading(model, domain, dense), tokenizer=tokenizer, **options)
-        self._rank = dist.get_rank() if ranks.count() > 1 else 0
-        self._world_size = ranks.count()
+        self._rank, self._world_size = dist.get_rank() if ranks.count() > 1 else 0, ranks.count()
         if self._routes and self._world_size > 1:  # they score in step, and each would ask for other memories
             raise KoffError(f"domain 'auto' is scored in one process, and here are {self._world_size}: name a domain")
         self.rows = min(rows or self.max_length, self.max_length)

@@ -1,5 +1,6 @@
 """What is written for a GPU, run on a device that refuses what a GPU refuses and is computed on the CPU."""
 
+import importlib
 import json
 import os
 import re
@@ -38,6 +39,20 @@ def fit(folder, *words, run=there):
     """Train a little; the results."""
     run("fit", "--config", "demo.yaml", f"--trainer.default_root_dir={folder}", *SMALL, *words)
     return json.loads((Path(folder) / "results.json").read_text())
+
+
+def test_the_library_is_of_the_torch_that_loads_it(tmp_path, monkeypatch):
+    """Environments share the folder of temporary files, and one of the same release may since have been deleted."""
+    monkeypatch.syspath_prepend(THERE.parent)
+    there = importlib.import_module("cuda_on_cpu")
+    monkeypatch.setattr(there.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(there.subprocess, "run", lambda words, check: Path(words[words.index("-o") + 1]).touch())
+    made = []
+    for place in ("one", "one", "another"):
+        monkeypatch.setattr(there.torch, "__file__", str(tmp_path / place / "torch/__init__.py"))
+        made.append(there.built())
+    assert made[0] == made[1] != made[2]
+    assert {made[0], made[2]} == set(tmp_path.glob("*.so"))
 
 
 def test_a_run_computes_there_what_it_computes_here(tmp_path):

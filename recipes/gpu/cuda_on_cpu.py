@@ -357,9 +357,9 @@ def _begin() -> bool:
 
 
 def built() -> Path:
-    """The library that answers torch's C++ side, compiled once for this torch."""
+    """The library that answers torch's C++ side, compiled once for this torch: it names the folder it was built for."""
     root = Path(torch.__file__).parent
-    known = hashlib.sha256(f"{torch.__version__} {CPP.read_text()}".encode()).hexdigest()[:12]
+    known = hashlib.sha256(f"{root} {torch.__version__} {CPP.read_text()}".encode()).hexdigest()[:12]
     library = Path(tempfile.gettempdir()) / f"cuda_on_cpu-{os.getuid()}-{known}.so"
     if not library.exists():
         new = library.with_suffix(f".{os.getpid()}")

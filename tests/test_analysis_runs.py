@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from tiny_run import RandomText, tiny_module, tiny_trainer
 
 from koff_lightning.artifact.export import export
-from koff_lightning.loading import load_tokenizer
+from koff_lightning.loading import load_config, load_tokenizer
 from koff_lightning.specs.memories import LoraSpec
 from koff_lightning.studies.analysis import (
     adapter_norms,
@@ -28,6 +28,7 @@ from koff_lightning.studies.analysis import (
     reinsertion,
     transfer,
 )
+from koff_lightning.studies.analysis.causal import _alike
 from koff_lightning.studies.analysis.scoring import own_memory, score, under
 from koff_lightning.studies.analysis.transfer import Transfer
 from koff_lightning.support.errors import KoffError
@@ -63,7 +64,7 @@ def opened(home):
 
 def test_all_layouts_open_as_the_same_thing(home, opened):
     expected = transfer(opened, held_out()).bpb
-    assert list(expected.columns) == ["dense", "none", *DOMAINS]
+    assert (list(expected.columns), expected.index.name) == (["dense", "none", *DOMAINS], "domain")
     original = tiny_decomposition(home)
     assert torch.equal(opened.gates.kept, original.gates.kept)
     own = score(held_out(), {"koff": lambda batch: original.row_nats(batch, "koff")})
@@ -90,7 +91,7 @@ def test_perplexity_is_that_of_the_predicted_tokens(opened):
     assert list(found.perplexity.columns) == list(found.bpb.columns)
 
 
-def test_a_checkpoint_opens_as_its_own_export(tmp_path):
+def test_a_checkpoint_opens_as_its_own_export(tmp_path, monkeypatch):
     module = tiny_module(tmp_path)
     trainer = tiny_trainer(tmp_path, [], steps=8)
     trainer.fit(module, RandomText())
@@ -113,6 +114,15 @@ def test_a_checkpoint_opens_as_its_own_export(tmp_path):
     was = score(batches, {"koff": lambda batch: module.model.eval().row_nats(batch, "koff")})
     now = score(batches, {"koff": own_memory(opened)})
     assert now.to_numpy() == pytest.approx(was.to_numpy(), rel=1e-5)
+    checkpoint, asked = torch.load(tmp_path / "last.ckpt", weights_only=True), []
+    checkpoint["hyper_parameters"]["revision"] = "v2"
+    torch.save(checkpoint, tmp_path / "v2.ckpt")
+    monkeypatch.setattr(
+        "koff_lightning.studies.analysis.masks.load_config",
+        lambda where, revision: asked.append(revision) or load_config(where),
+    )
+    read_mask(tmp_path / "v2.ckpt"), read_mask(tmp_path / "v2.ckpt", module.model.source)
+    assert asked == ["v2", None], "units are those of the run's own revision; a place that is named has none"
 
 
 def test_parts_switched_off_add_up(opened):
@@ -185,11 +195,32 @@ def test_reinsertion_puts_the_specialists_back_and_only_them(opened):
     assert not table.loc["de"].isna().any()
     assert table.loc["de", "off_after"] != table.loc["de", "off_before"]
     assert table.loc["fr", ["off_after", "on_after", "off_control", "others_gain"]].isna().all()
+    with reinserted(opened, assigned[:, 0] & mask.removed):
+        after = score(held_out(), {"off": under(opened, None), "on": own_memory(opened)})
+    assert table.loc["de", ["off_after", "on_after"]].tolist() == after.loc["de", ["off", "on"]].tolist()
+    others = table["off_before"][1:].to_numpy() - after["off"][1:].to_numpy()
+    random, controls = np.random.default_rng(0), []
+    for _ in range(2):
+        with reinserted(opened, _alike(assigned[:, 0], mask.removed & ~assigned[:, 0], mask.layer, random)):
+            controls.append(score(held_out(["de"]), {"off": under(opened, None), "on": own_memory(opened)}))
+    control = np.mean([one.loc["de"] for one in controls], axis=0)  # [off, on]
+    assert table.loc["de", ["off_control", "on_control"]].tolist() == pytest.approx(control.tolist(), rel=1e-9)
+    assert table.loc["de", "others_gain"] == pytest.approx(others.mean(), rel=1e-9), "of the other domains alone"
     assert torch.equal(opened.gates.kept, before)
     with pytest.raises(KoffError, match=r"specialists of \[3, 3\] neurons and domains"):
         reinsertion(opened, assigned[:3], list(DOMAINS), held_out())
     with pytest.raises(KoffError, match="domain 'law' has no held-out text"):
         reinsertion(opened, assigned, list(DOMAINS), held_out(["de", "fr"]))
+
+
+def test_the_control_has_as_many_neurons_of_each_layer_and_none_of_the_set_itself():
+    layer, random = np.repeat([0, 1, 2], 10), np.random.default_rng(0)
+    wanted, pool = np.zeros(30, bool), np.zeros(30, bool)
+    wanted[[0, 1, 2, 20]] = pool[[4, 5, 6, 7, 15, 25]] = True
+    drawn = [_alike(wanted, pool, layer, random) for _ in range(50)]
+    assert all(not (one & ~pool).any() and np.bincount(layer[one], minlength=3).tolist() == [3, 0, 1] for one in drawn)
+    assert np.any(drawn, axis=0).tolist() == (pool & (layer != 1)).tolist(), "each of them may be drawn"
+    assert _alike(wanted, pool & (np.arange(30) != 25), layer, random) is None, "too few in the last layer"
 
 
 def test_attention_on_the_slots_is_the_softmax_over_both(opened):
@@ -237,6 +268,17 @@ def test_promoted_tokens_are_those_the_change_points_to(opened, home):
     assert table["rank"].tolist() == [1, 2, 3, 4]
     assert (table["promoted_by"].diff().dropna() <= 0).all()
     assert table["promoted_by"].min() > 0 > -table["suppressed_by"].min()
+    (batch,) = held_out(["de"])
+    states = []
+    for memories in (["de"] * 2, [None] * 2):
+        with opened.under(memories, opened.hard_gates()):
+            states.append(opened.hidden(batch)[:, 1:].flatten(0, 1).double())  # the first token is not predicted
+    risen = ((states[0] - states[1]) @ opened.head.double().T).mean(0)  # [V], of logits
+    order = risen.argsort(descending=True).tolist()
+    assert table["promoted"].tolist() == [tokenizer.decode([token]) for token in order[:4]]
+    assert table["suppressed"].tolist() == [tokenizer.decode([token]) for token in order[:-5:-1]]
+    assert table["promoted_by"].tolist() == pytest.approx(risen[order[:4]].tolist(), rel=1e-4)
+    assert table["suppressed_by"].tolist() == pytest.approx((-risen[order[:-5:-1]]).tolist(), rel=1e-4)
 
 
 def test_the_dense_model_is_read_whatever_is_in_force(opened, home):
@@ -311,6 +353,14 @@ def test_a_mask_that_is_not_fixed_is_refused(tmp_path):
     module.model.gates.hardened.fill_(False)
     with pytest.raises(KoffError, match="its mask is not fixed yet"):
         mask_of(module.model)
+
+
+def test_importance_is_told_where_any_unit_has_some(tmp_path):
+    module = tiny_decomposition(tmp_path)
+    module.gates.importance.zero_()
+    assert mask_of(module).importance is None, "nothing was observed"
+    module.gates.importance[3] = 2.0
+    assert mask_of(module).importance.nonzero()[0].tolist() == [3] and mask_of(module).importance[3] == 2
 
 
 def test_masks_without_neurons_and_no_text(tmp_path, opened):

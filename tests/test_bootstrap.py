@@ -105,6 +105,8 @@ def test_students_interval():
     values = np.array([1.0, 2.0, 4.0])
     found = bootstrap.student(values, 0.9)
     assert (found.low, found.high) == pytest.approx(stats.t.interval(0.9, 2, values.mean(), stats.sem(values)))
+    two = bootstrap.student(values[:2])
+    assert (two.low, two.high) == pytest.approx(stats.t.interval(0.95, 1, 1.5, 0.5)), "two seeds are enough for one"
     assert bootstrap.student(np.full(3, 0.25)) == bootstrap.Interval(0.25, -math.inf, math.inf)
     assert bootstrap.student(values[:1]) == bootstrap.Interval(1.0, -math.inf, math.inf)
 

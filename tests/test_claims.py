@@ -97,6 +97,7 @@ def test_all_arms_run_at_the_first_sparsity_and_few_at_the_others(runs, capsys):
     assert shown["koff"]["gc_star"] == pytest.approx(1.0, abs=1e-3)
     assert shown["dense"]["active"] == 1000 and shown["memory_off"]["active"] == 900
     assert shown["koff"]["net"] == pytest.approx(-0.05)
+    assert (shown["dense"]["removed"], shown["koff"]["removed"]) == (0, 0.12)
     assert {row["name"]: row["verdict"] for row in found["verdicts"]}["c"] == "supported"
     page, said = (out / "claims.md").read_text(), capsys.readouterr().out
     assert "| flap_memory |" in page and "## The curve" in page

@@ -46,6 +46,8 @@ def test_a_table_done_by_hand():
 
     assert found.cmh_p == pytest.approx(chi2.sf(excess**2 / spread, 1))
     assert (found.marked, found.removed, found.both) == (25, 36, 16)
+    assert found.note == "", "five are expected, which is enough"
+    assert enrichment(*of_tables((10, 5, 9, 50))).note == "few members: expect little power"
     assert found.expected == pytest.approx(15 * 20 / 100 + 10 * 16 / 80)
     assert found.risk_ratio == pytest.approx(16 / 25 / (36 / 180))
     assert found.odds_ratio == pytest.approx(16.5 * 135.5 / (9.5 * 20.5))
@@ -123,6 +125,10 @@ def test_silent_layers_are_named_and_change_nothing():
     assert (found.p_more, found.p_less) == (enrichment(*telling).p_more, enrichment(*telling).p_less)
 
 
+def test_one_member_and_one_removed_neuron_are_enough_to_tell():
+    assert enrichment(*of_tables((1, 0, 9, 30), (1, 9, 0, 30), (0, 1, 10, 30), (1, 9, 9, 1)), draws=9).skipped == []
+
+
 def test_what_cannot_be_said_is_nan_with_a_note():
     removed, _, layer = of_tables((10, 5, 10, 75))
     found = enrichment(removed, np.zeros(100, bool), layer)
@@ -163,6 +169,9 @@ def test_regression_finds_the_class_and_leaves_the_confounds():
     assert "general" in set(spared.table["term"])
     named = logistic(specific, specific, general, rates, importance, layer)
     assert "specific has no kept member" in named.note
+    even = logistic(removed, specific, general, np.full((4000, 3), 0.5), importance, layer)
+    assert even.note.startswith("mean_rate does not vary; max_rate does not vary; ")
+    assert even.table["term"].tolist() == ["specific", "general", "log_importance"]
     split = logistic(rates.mean(1) > 0.3, specific, general, rates, importance, layer)
     assert split.table.empty
     assert "no fit" in split.note

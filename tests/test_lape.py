@@ -1,6 +1,7 @@
 """LAPE and its kin on rates of activity with a known answer."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -221,6 +222,12 @@ def test_stability_says_how_much_text_is_needed():
     assert little.tokens == 300
     assert f"about {little.needed:,} of each are needed" in little.sentence
     assert stability(sums_of(rates, 2 * little.needed, seed=2)).jaccard > 0.7, "the forecast is of the right size"
+
+
+def test_four_of_five_are_enough(monkeypatch):
+    monkeypatch.setattr(sys.modules[stability.__module__], "jaccard", lambda first, second: 0.8)
+    found = stability(sums_of(np.random.default_rng(1).beta(0.5, 2.0, (200, 3)), 150))
+    assert (found.enough, found.needed) == (True, None)
 
 
 def test_all_text_of_a_domain_in_one_half():

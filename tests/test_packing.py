@@ -232,6 +232,11 @@ def test_tokenize_keeps_text_and_bytes_and_puts_bos_first(tmp_path, bos):
         assert tokens[bos:] == tokenizer.encode(text, add_special_tokens=False)
 
 
+def test_white_space_at_the_head_of_a_text_counts_where_tokens_are_bytes(tmp_path):
+    tokenizer, text = load_tokenizer(toy_tokenizer(tmp_path, bos=False)), " \n two words"
+    assert tokenize([text], tokenizer).num_bytes.tolist() == [len(text) - 1], "all but its first token"
+
+
 def test_text_that_looks_like_a_special_token_is_text(tmp_path):
     tokenizer = load_tokenizer(toy_tokenizer(tmp_path))
     stream = tokenize(["before <bos> after <eos>"], tokenizer)

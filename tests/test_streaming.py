@@ -558,6 +558,7 @@ def test_bad_lines_stop_or_are_left_out_with_one_warning(tmp_path, text):
     assert len(said) == 2
     assert "domain 'a': left out 5 line(s) that could not be used, first" in said[0], "when the head is read"
     assert "domain 'a': leaves out lines that cannot be used, first" in said[1], "in the stream, once"
+    assert all("a-0.jsonl:1: not valid JSON" in message for message in said), "the first is named"
 
 
 def test_nuls_huge_lines_and_duplicates_are_text(tmp_path, text):

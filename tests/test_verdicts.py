@@ -9,6 +9,8 @@ import pytest
 from koff_lightning.studies.bootstrap import Sample
 from koff_lightning.studies.claims import general, text, verdicts
 from koff_lightning.studies.claims.arms import AFTER, Run
+from koff_lightning.studies.claims.paired import PairedDraws
+from koff_lightning.studies.claims.report import gap_closure
 from koff_lightning.studies.claims.verdicts import CLAIMS, judge
 
 HOLDS = {"dense": 1.2, "dense_memory": 1.19, "koff": 1.195, "no_memory": 1.3, "two_stage": 1.25}
@@ -91,6 +93,36 @@ def test_the_page_has_the_rules_of_the_code():
         assert f"| ({name}) | {claim.partition(':')[0]}" in page
     assert f"{verdicts.LEVEL:.1%}".replace("%", " %") in page
     assert "< 1 %" in page and verdicts.MARGIN == 0.01 and "0.95 (m - d)" in page and verdicts.RECOVERED == 0.95
+
+
+def test_a_figure_that_one_domain_lacks_is_none_of_the_run():
+    """As memories off where the bare mask cannot score one language."""
+    whole = {"bytes": [10.0, 20.0], "nats": {"koff": [7.0, 14.0], "memory_off": [9.0, 18.0]}}
+    lacks = whole | {"nats": {"koff": [8.0, 16.0]}}
+    done = {Run("koff", 0.12, seed): {"documents": {"de": whole, "zh": lacks if seed else whole}} for seed in (0, 1)}
+    paired = PairedDraws(done, {name: (("koff",), name) for name in ("koff", "memory_off")})
+    assert (paired.of(("koff",)).seeds, paired.of(("memory_off", "koff")).seeds) == ([0, 1], [0])
+
+
+class Drawn:
+    """Stands for PairedDraws: each arm lies between two ends, evenly, and is measured in their middle."""
+
+    def __init__(self, **ends):
+        self.draws = {arm: np.linspace(*pair, 1001) for arm, pair in ends.items()}
+
+    def of(self, arms):
+        if set(arms) - set(self.draws):
+            return Sample({}, {}, [])
+        return Sample({arm: self.draws[arm].mean() for arm in arms}, {arm: self.draws[arm] for arm in arms}, [0, 1])
+
+
+def test_gap_closure_is_what_is_won_back_of_what_was_lost():
+    still = {"dense": (1.0, 1.0), "memory_off": (1.3, 1.3)}
+    found = gap_closure(Drawn(**still, koff=(1.0, 1.2), no_memory=(1.2, 1.2)))
+    assert found["gc"] == pytest.approx({"value": 0.2 / 0.3, "low": 0.35, "high": 1 - 0.05 / 3}, abs=1e-3)
+    assert found["gc_star"] == pytest.approx({"value": 0.5, "low": 0.025, "high": 0.975}, abs=1e-3)
+    assert gap_closure(Drawn(**still, koff=(1.1, 1.1), no_memory=(0.99, 1.1)))["gc_star"] is None, "perhaps no gap"
+    assert gap_closure(Drawn(**still, koff=(1.1, 1.1)))["gc_star"] is None, "no run"
 
 
 # --------------------------------------------------------------------------------------------------- general text

@@ -1,16 +1,16 @@
 """Break the method's code on purpose, one small fault at a time, and see whether a test notices.
 
-    python recipes/reliability/mutate.py --count 40 --seed 0 --out runs/mutate.jsonl [FILE ...]
+    python recipes/reliability/mutate.py --count 40 --seed 0 --out runs/mutate.jsonl [FILE ...] [--tests NAME ...]
 
 Faults: another comparison, another operator, a number that is off by one, a truth value, a condition or a `not` turned
 round, an argument or a statement left out, `min` for `max`. Drawn at random from each file, with the same seed the same
 ones. Left alone: what is said in errors, and `strict` of zip, which guards and decides nothing.
 
 A fault is killed when a test fails, or takes 10 s and three times the processor time that it takes otherwise. Those
-tests of the method run that execute the broken statement, or all of a module where one of its fixtures does: the
-cheapest, up to --seconds of processor time, so the score is a lower bound. What lives is printed with its line; so is
-what no test executes, such as the ways that only a GPU takes. A run that was stopped goes on where it was: delete both
-files of --out to begin anew, as after any change of tests or files.
+tests run, of the method or of --tests, that execute the broken statement, or all of a module where one of its fixtures
+does: the cheapest, up to --seconds of processor time, so the score is a lower bound. What lives is printed with its
+line; so is what no test executes, such as the ways that only a GPU takes. A run that was stopped goes on where it was:
+delete both files of --out to begin anew, as after any change of tests or files.
 
 One process imports and collects all; each fault runs in a fork of it, put into the functions and constants that are
 there already. So it costs its tests alone, some seconds.
@@ -20,6 +20,7 @@ import argparse
 import ast
 import builtins
 import copy
+import importlib
 import json
 import os
 import random
@@ -29,6 +30,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -51,7 +53,7 @@ FILES = [
     "studies/analysis/lape.py",
     "training/optim.py",
 ]
-# The tests of the method; --more names others, for what lives.
+# The tests of the method; --more names others, for what lives, and --tests those of other files in place of these.
 TESTS = ["gates", "sparsity", "tracking", "uniform", "channels", "penalties", "losses", "optim", "lape", "attention"]
 TESTS += ["kv_memory", "memory", "memory_files", "surgery", "layouts", "equivalences", "bounds"]
 # Of files whose other tests are whole runs.
@@ -137,9 +139,13 @@ def broken(tree: ast.Module, number: int, change: Change) -> ast.Module:
     return ast.fix_missing_locations(other)
 
 
+def _module(file: str) -> str:
+    return "koff_lightning." + file.removesuffix(".py").replace("/", ".")
+
+
 def put(file: str, tree: ast.Module) -> None:
     """Let the module of a file that is imported already do what another tree of it says."""
-    live = sys.modules["koff_lightning." + file.removesuffix(".py").replace("/", ".")]
+    live = sys.modules[_module(file)]
     other = ModuleType(live.__name__)
     other.__file__ = live.__file__
     sys.modules[live.__name__] = other  # dataclasses look their module up
@@ -176,10 +182,9 @@ def _put(live: object, other: object, module: str) -> None:
 
 def _functions(old: object, new: object) -> list[tuple[FunctionType, FunctionType]]:
     """The plain functions in two objects of one kind: themselves, or below decorators and properties."""
-    if isinstance(old, property):
-        return _functions(old.fget, new.fget)
-    if isinstance(old, classmethod | staticmethod):
-        return _functions(old.__func__, new.__func__)
+    for kind, inner in ((property, "fget"), (cached_property, "func"), (classmethod | staticmethod, "__func__")):
+        if isinstance(old, kind):
+            return _functions(getattr(old, inner), getattr(new, inner))
     if not isinstance(old, FunctionType) or not isinstance(new, FunctionType):
         return []
     while hasattr(old, "__wrapped__") and hasattr(new, "__wrapped__"):
@@ -231,7 +236,7 @@ class Mutants:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.trees = {file: ast.parse((SOURCE / file).read_text(encoding="utf-8")) for file in FILES}
+        self.trees = {file: ast.parse((SOURCE / file).read_text(encoding="utf-8")) for file in options.files}
         self.failed: list[str] = []
         self.now = ""
         self.hits: dict[tuple[str, int], set[str]] = {}
@@ -255,6 +260,8 @@ class Mutants:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """In place of running the tests."""
         self.items = {item.nodeid: item for item in session.items}
+        for file in self.options.files:
+            importlib.import_module(_module(file))
         self.look()
         for start in range(0, self.options.count, 4):  # all files alike, should there be no time for the rest
             for file in self.options.files:
@@ -363,7 +370,7 @@ class Mutants:
 def main() -> int:
     """Draw, run, tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", default=FILES, help="of the method; by default all")
+    parser.add_argument("files", nargs="*", default=FILES, help="below src/koff_lightning; by default the method's")
     parser.add_argument("--count", type=int, default=20, help="faults drawn from each file")
     parser.add_argument("--seconds", type=float, default=60, help="of tests for a fault")
     parser.add_argument("--seed", type=int, default=0)
@@ -371,6 +378,7 @@ def main() -> int:
     parser.add_argument(
         "--more", nargs="*", default=[], help="further tests, NAME as in tests/test_NAME.py, or NAME::TEST"
     )
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="tests in place of the method's, named likewise")
     options = parser.parse_args()
     options.out = options.out.absolute()
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +387,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    names = [name.partition("::") for name in [*TESTS, *options.more]]
+    names = [name.partition("::") for name in [*options.tests, *options.more]]
     tests = [str(ROOT / "tests" / f"test_{file}.py{mark}{one}") for file, mark, one in names]
     return int(
         pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[Mutants(options)])

@@ -112,7 +112,7 @@ def student(values: Array, level: float = 0.95) -> Interval:
     from scipy import stats
 
     mean, count = float(values.mean()), len(values)
-    if count == 1 or np.ptp(values) < 1e-12:
+    if np.ptp(values) < 1e-12:
         return Interval(mean, -np.inf, np.inf)
     half = float(stats.t.ppf((1 + level) / 2, count - 1) * values.std(ddof=1) / np.sqrt(count))
     return Interval(mean, mean - half, mean + half)

@@ -57,7 +57,7 @@ def overlap(first: Bools, second: Bools, layer: Ints) -> Overlap:
             f"masks of {len(first)} and {len(second)} neurons, layers of {len(layer)}: give those of one model"
         )
     size = np.bincount(layer).astype(float)  # [L]
-    a, b = (np.bincount(layer, weights=mask, minlength=len(size)) for mask in (first, second))
+    a, b = (np.bincount(layer, weights=mask) for mask in (first, second))
     used = size > 0
     size, a, b = size[used], a[used], b[used]
     expected = float((a * b / size).sum())

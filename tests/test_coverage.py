@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny_run import Batches, RandomText, tiny_module, tiny_trainer
 from koff_lightning import KoffError, SparsitySpec
 from koff_lightning.backbone import attention_modules
 from koff_lightning.callbacks import GradientCoverage
+from koff_lightning.callbacks.coverage import _faults, _message
 from koff_lightning.data.packing import IGNORED
 
 
@@ -145,6 +147,18 @@ def test_not_finite_is_named(tmp_path):
 
     with pytest.raises(KoffError, match="gradients of domain en .lora. are not finite at step 0"):
         fit(tmp_path, Tamper(spoil))
+
+
+def test_one_number_that_is_not_finite_spoils_its_tensor():
+    """A part with it is not known to learn: it is checked again at the next step."""
+    sound, odd = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    sound.grad, odd.grad = torch.ones(3), torch.tensor([1.0, torch.inf, 1.0])
+    assert _faults([sound, odd], {sound: "a", odd: "b"}, SimpleNamespace(learns_now=False)) == {odd: "not finite"}
+
+
+def test_three_are_named_and_the_others_counted():
+    assert "c (none). They" in _message(dict.fromkeys("abc", "none"), 3, "ramp", 0)
+    assert "c (none) and 1 more. They" in _message(dict.fromkeys("abcd", "none"), 4, "ramp", 0)
 
 
 def test_zeros_behind_closed_gates_pass_but_not_a_memory_of_zeros(tmp_path):

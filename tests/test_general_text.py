@@ -187,6 +187,18 @@ def test_each_micro_batch_of_a_step_has_its_own(folder, taken):
     assert all(not torch.equal(one, other) for (_, one), (_, other) in zip(taken[::2], taken[1::2], strict=True))
 
 
+@pytest.mark.parametrize(("every", "many"), [(1, 1), (3, 1), (3, 2)])
+def test_micro_batches_are_read_one_behind_the_other_without_a_gap(every, many):
+    asked = []
+    general = SimpleNamespace(batch_number=asked.append)
+    strategy = SimpleNamespace(batch_to_device=lambda batch: batch)
+    run = SimpleNamespace(accumulate_grad_batches=many, datamodule=SimpleNamespace(general=general), strategy=strategy)
+    for step in filter(RetentionSpec(every).is_due, range(12)):
+        for micro in range(many):
+            retention.general_text(run, every, step, many * step + micro)
+    assert asked == list(range(12 // every * many))
+
+
 def test_the_memory_is_drawn_evenly_and_by_the_seed_alone():
     domains = ["a", "b", "c"]
 

@@ -1,5 +1,7 @@
 """The fused loss against the plain one, chunk by chunk, and the weights by which domains count alike."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,8 @@ from torch.nn import functional as F
 
 from koff_lightning import KoffError, LossSpec
 from koff_lightning.losses import CPU_LOGITS, chunk_size, domain_weights, fused_head_loss, head_nats, top_k_of
+from koff_lightning.support import ranks
+from koff_lightning.training.objective import Objective
 
 N, D, V = 23, 8, 31
 
@@ -233,3 +237,22 @@ def test_on_a_cpu_the_logits_that_exist_at_one_time_are_few_bytes():
     assert chunk_size(torch.empty(49_152, 1, device="meta"), 1024) == 1024, "elsewhere what was asked for"
     wide = torch.empty(1, 1).expand(CPU_LOGITS // 48, 1536)
     assert (chunk_size(wide, 1024), chunk_size(wide, 100)) == (256, 100), "a wide head is read for enough tokens"
+
+
+def test_the_loss_that_is_told_is_that_of_all_ranks_and_its_gradient_that_of_this_one(monkeypatch):
+    """Of two ranks; the other one has as many tokens and a loss that is larger by three."""
+    student, teacher, head, labels, _ = inputs()
+    model, spec = SimpleNamespace(head=head, domains=["de", "fr"]), LossSpec(ce=1.0, kl=2.0)
+    predicted, groups = torch.ones(1, N, dtype=torch.bool), torch.zeros(1, dtype=torch.long)
+    alone = Objective(model, spec).compare(student, teacher, labels, predicted, groups)
+    (slope,) = torch.autograd.grad(alone.loss, student)
+    _, ce, kl = naive(student.detach(), teacher, head, labels, torch.ones(N), spec)
+    assert [alone.loss.item(), alone.ce.item()] == pytest.approx([(ce + 2 * kl).mean().item(), ce.mean().item()])
+    torch.testing.assert_close(alone.tokens, ce + kl, check_dtype=False, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "total", lambda values: 2 * values + 3 * values.is_floating_point())
+    both = Objective(model, spec).compare(student, teacher, labels, predicted, groups)
+    (half,) = torch.autograd.grad(both.loss, student)
+    torch.testing.assert_close(half, slope)
+    for one, all_ in ((alone.loss, both.loss), (alone.ce, both.ce), (alone.kl, both.kl)):
+        assert all_.item() == pytest.approx(one.item() + 1.5, rel=1e-5)

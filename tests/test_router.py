@@ -1,8 +1,10 @@
 """A router picks each row's memory from its text alone: what it picks is read, and what it cannot do it says."""
 
 import json
+import math
 import shutil
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from koff_lightning.artifact.folder import describe_file, read_manifest, verify
 from koff_lightning.artifact.router_files import read_router
 from koff_lightning.cli import main
 from koff_lightning.commands import router_cli
-from koff_lightning.evaluation.routing import first_ids
+from koff_lightning.data.packing import IGNORED
+from koff_lightning.evaluation.routing import first_ids, routed_bits
 from koff_lightning.router import ngrams
 from koff_lightning.router.encoder import fine_tune, load_encoder
 from koff_lightning.router.routing import Router, calibrated, size_of, training_pieces
@@ -392,6 +395,27 @@ def test_the_results_of_another_run_are_left_alone(made, tmp_path, capsys, name)
     assert main([*command, "--heldout_bytes", "3000", "--device", "cpu"]) == 0  # less than a document has
     assert "added to" not in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text()) == {"mean": {}, "kept_units": []}
+
+
+def test_each_way_costs_what_its_memory_costs(model):
+    """Two rows of German, one of which the router takes for Python, and a Chinese one of a domain's text."""
+    rows = [model.tokenizer(text)["input_ids"] for text in (GERMAN, PYTHON, CHINESE)]
+    ids, labels = torch.zeros(3, 400, dtype=torch.long), torch.full((3, 400), IGNORED)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)], labels[place, 1 : len(row)] = torch.tensor(row), torch.tensor(row[1:])
+    sizes, told = torch.tensor([90.0, 80.0, 70.0]), ["de", "de", "fr"]
+    batch = {"input_ids": ids, "labels": labels, "domains": told, "num_bytes": sizes}
+    found = routed_bits(model, SimpleNamespace(val_dataloader=lambda: [batch]))
+    ways = {"told": told, "none": [None] * 3, "256": model.route([GERMAN, PYTHON, CHINESE])}
+    assert ways["256"] == ["de", "law", None]
+    for way, picked in ways.items():
+        nats = []
+        for row, domain in zip(rows, picked, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([row]), domains=domain).logits[0, :-1]
+            nats.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")))
+        assert found["de"][way] == pytest.approx((nats[0] + nats[1]) / math.log(2) / 170, rel=1e-4)
+        assert found["fr"][way] == pytest.approx(nats[2] / math.log(2) / 70, rel=1e-4)
 
 
 def test_padding_is_no_text_to_route():

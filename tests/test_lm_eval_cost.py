@@ -17,13 +17,15 @@ from koff_lightning.evaluation.harness import Reader
 from koff_lightning.evaluation.rolling import windows_of
 
 
+@pytest.mark.parametrize("length", [2, 8])
 @pytest.mark.parametrize("opening", [None, 7])
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 15, 40])
-def test_windows_predict_each_token_once_and_begin_with_what_was_asked_for(count, opening):
-    ids, length = list(range(100, 100 + count)), 8
+def test_windows_predict_each_token_once_and_begin_with_what_was_asked_for(count, opening, length):
+    ids = list(range(100, 100 + count))
     windows = windows_of(ids, 3, length, opening)
     assert [token for _, predicted in windows for token in predicted] == ids
-    assert all(len(context) + len(predicted) - 1 <= length for context, predicted in windows)
+    read = [len(context) + len(predicted) - 1 for context, predicted in windows]
+    assert read[0] <= length and read[1:] == [length] * (len(windows) - 1), "no window is shorter than it may be"
     for place, (context, predicted) in enumerate(windows):
         head, rest = ([3], context[1:]) if not place else ([opening] * (opening is not None), context)
         rest = rest[len(head) :] if place else rest

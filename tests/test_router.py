@@ -22,7 +22,7 @@ from koff_lightning.commands import router_cli
 from koff_lightning.data.packing import IGNORED
 from koff_lightning.evaluation.routing import first_ids, routed_bits
 from koff_lightning.router import ngrams
-from koff_lightning.router.encoder import fine_tune, load_encoder
+from koff_lightning.router.encoder import RATE, fine_tune, load_encoder
 from koff_lightning.router.routing import Router, calibrated, size_of, training_pieces
 from koff_lightning.specs.memories import LoraSpec
 from koff_lightning.support.files import hash_file
@@ -301,12 +301,21 @@ def encoder(tmp_path_factory):
     return folder
 
 
-def test_an_encoder_learns_to_tell_texts_apart_and_all_its_weights_are_trained(encoder):
+def test_an_encoder_learns_to_tell_texts_apart_and_all_its_weights_are_trained(encoder, monkeypatch):
+    class Noted(torch.optim.AdamW):
+        def step(self, *args):
+            rates.append(self.param_groups[0]["lr"] / RATE)
+            return super().step(*args)
+
+    rates = []
+    monkeypatch.setattr(torch.optim, "AdamW", Noted)
     torch.manual_seed(0)
     made = load_encoder(encoder, 2, new=True)
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
     texts = [word + " " + word for word in ("the quick fox", "кошки") for _ in range(64)]
     fine_tune(made, texts, [0] * 64 + [1] * 64, epochs=20, say=lambda line: None)
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1]), "a tenth of the 40 steps warms up"
+    assert rates[4:] == pytest.approx(np.linspace(1, 1 / 36, 36)), "then the rate falls to nothing, evenly"
     assert made.probabilities(["the quick fox the", "кошки и кошки"]).argmax(1).tolist() == [0, 1]
     places = {"position", "word"}  # of these only rows that were read
     moved = {name for name, tensor in made.model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -416,6 +425,17 @@ def test_each_way_costs_what_its_memory_costs(model):
             nats.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")))
         assert found["de"][way] == pytest.approx((nats[0] + nats[1]) / math.log(2) / 170, rel=1e-4)
         assert found["fr"][way] == pytest.approx(nats[2] / math.log(2) / 70, rel=1e-4)
+        if way == "told":  # the same two texts in one row, where positions restart
+            first, second = rows[:2]
+            packed = {
+                "input_ids": torch.tensor([first + second]),
+                "domains": ["de"],
+                "num_bytes": sizes[:2].sum()[None],
+            }
+            packed["labels"] = torch.tensor([[IGNORED, *first[1:], IGNORED, *second[1:]]])
+            packed["position_ids"] = torch.cat([torch.arange(len(row)) for row in (first, second)])[None]
+            one = routed_bits(model, SimpleNamespace(val_dataloader=lambda: [packed]))["de"]["told"]  # noqa: B023
+            assert one == pytest.approx(found["de"]["told"], rel=1e-4)
 
 
 def test_padding_is_no_text_to_route():

@@ -56,7 +56,7 @@ def features(text: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         found.append(((hashed >> np.uint32(BITS)) ^ hashed) & np.uint32(2**BITS - 1))
     buckets, counts = np.unique(np.concatenate([*found, np.zeros(0, np.uint32)]), return_counts=True)
     values = np.log1p(counts.astype(np.float64))
-    return buckets.astype(np.int64), values / max(float(np.linalg.norm(values)), 1e-12)
+    return buckets.astype(np.int64), values / float(np.linalg.norm(values))
 
 
 def fit_ngrams(texts: Sequence[str], labels: Sequence[int]) -> NgramClassifier:

@@ -49,6 +49,15 @@ def test_caches_are_looked_for_where_they_are(capsys, monkeypatch, tmp_path):
     ]
 
 
+def test_a_user_without_a_home_folder(capsys, monkeypatch):
+    """As one that is a mere number in a container."""
+    for name in ("HOME", *doctor.CACHES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    assert main(["doctor", "--skip-processes"]) == 0
+    assert "\nKOFF_CACHE ~/.cache/koff: NO HOME FOLDER, set KOFF_CACHE\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["lightning", "pytorch-lightning"])
 def test_a_bad_release_is_named_and_not_imported(tmp_path, name):
     """In a process that finds the metadata of one, and a package that says when it is imported."""

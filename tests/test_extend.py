@@ -1,6 +1,7 @@
 """A domain that joins a finished artifact: only its own files appear, and it is the memory that was trained."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def test_a_run_adds_its_domain_and_changes_nothing_else(text, tmp_path, layout):
 
 
 def test_an_artifact_that_may_not_be_changed_is_told_before_the_first_step(text, tmp_path, capsys, monkeypatch):
-    made = tiny_artifact(tmp_path / "colleague")
+    made, may = tiny_artifact(tmp_path / "colleague"), os.access
     monkeypatch.setattr("koff_lightning.KOFFModule.training_step", lambda *_: pytest.fail("it trains"))
-    monkeypatch.setattr("os.access", lambda path, _: Path(path) != made.folder.parent)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != made.folder.parent and may(path, mode))
     assert fit(tmp_path, made.folder, "--data.domains.art", str(text / "art.jsonl")) == 2
     line = f"koff: model.artifact: cannot write into {made.folder.parent} (no right to write there): give another place"
     assert capsys.readouterr().err.splitlines()[-1].startswith(line)

@@ -234,6 +234,15 @@ def test_bad_input_is_named(home, tmp_path, capsys):
     )
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_work(home, tmp_path, capsys, monkeypatch):
+    """As beside a colleague's run."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("koff_lightning.studies.analysis.study.study", lambda *_, **__: pytest.fail("it works"))
+    assert main(["analyze", "--model", str(home / "run0"), "--out", str(tmp_path / "file" / "in"), *FEW]) == 2
+    line = f"koff: analyze: --out: cannot write into {tmp_path}/file/in (Not a directory): give another place"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+
 def test_an_artifact_that_lies_in_no_run_has_no_course_and_its_analysis_lies_beside_it(tmp_path):
     """The checkpoints around it are other runs'; one of them may be damaged."""
     (tmp_path / "mine").mkdir()

@@ -2,13 +2,14 @@
 
 import json
 import pwd
+import shutil
 
 import numpy as np
 import pytest
 from toy_text import toy_documents, toy_tokenizer, write_jsonl
 
 from koff_lightning import KoffError
-from koff_lightning.data import DomainDataModule, bundled_tokens
+from koff_lightning.data import DomainDataModule, bundled_tokens, encoding
 from koff_lightning.loading import load_tokenizer
 
 
@@ -81,6 +82,16 @@ def test_other_text_another_tokenizer_and_an_end_token_are_not_mistaken(cache, t
     rules["model"]["vocab"] = dict(zip(rules["model"]["vocab"], [*rules["model"]["vocab"].values()][::-1], strict=True))
     tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(rules))
     assert key != bundled_tokens._key(["ab", "c"], tokenizer, False)
+
+
+def test_other_code_is_not_mistaken(tmp_path, monkeypatch):
+    """Also of another file than the one that tokenises: the bytes that scores are told in are counted elsewhere."""
+    tokenizer = load_tokenizer("koff-tiny")
+    key = bundled_tokens._key(["ab"], tokenizer, False)
+    monkeypatch.setattr(encoding, "CODE", shutil.copytree(encoding.CODE, tmp_path / "clone"))
+    assert bundled_tokens._key(["ab"], tokenizer, False) == key
+    (tmp_path / "clone" / "token_bytes.py").write_text("# counts otherwise", encoding="utf-8")
+    assert bundled_tokens._key(["ab"], tokenizer, False) != key
 
 
 def test_where_nothing_can_be_kept_a_run_goes_on(cache, tokenised):

@@ -436,6 +436,18 @@ def test_what_may_not_be_read_or_written_is_one_line(monkeypatch, capsys, code):
     assert refused(capsys, "fit", "demo.yaml") == line  # already where configs are looked through
 
 
+def test_a_name_that_is_too_long_is_one_line(capsys):
+    """As of a text that was given where its file was meant."""
+    name = "word " * 60
+    line = f"koff: cannot read or write {name}: {os.strerror(errno.ENAMETOOLONG)}; give a shorter name"
+    assert refused(capsys, "inspect", name) == refused(capsys, "fit", "demo.yaml", "--model.backbone", name) == line
+
+
+def test_a_home_folder_that_is_not_there_is_one_line(capsys):
+    line = "koff: a path begins with ~, but there is no such home folder: write it in full"
+    assert refused(capsys, "inspect", "~nobody of that name/artifact") == line
+
+
 def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
     def fail(argv: list[str]) -> None:
         raise OSError(errno.EBADF, "bad")

@@ -42,17 +42,36 @@ def fit(folder, *words, run=there):
 
 
 def test_the_library_is_of_the_torch_that_loads_it(tmp_path, monkeypatch):
-    """Environments share the folder of temporary files, and one of the same release may since have been deleted."""
+    """Environments share the cache, and one of the same release may since have been deleted."""
     monkeypatch.syspath_prepend(THERE.parent)
     there = importlib.import_module("cuda_on_cpu")
-    monkeypatch.setattr(there.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("KOFF_CACHE", str(tmp_path))
     monkeypatch.setattr(there.subprocess, "run", lambda words, check: Path(words[words.index("-o") + 1]).touch())
     made = []
     for place in ("one", "one", "another"):
         monkeypatch.setattr(there.torch, "__file__", str(tmp_path / place / "torch/__init__.py"))
         made.append(there.built())
     assert made[0] == made[1] != made[2]
-    assert {made[0], made[2]} == set(tmp_path.glob("*.so"))
+    assert {made[0], made[2]} == set(tmp_path.rglob("*.so"))
+
+
+def test_the_library_may_lie_in_a_folder_with_spaces(tmp_path, monkeypatch):
+    """Which part the names of libraries that are to be loaded first."""
+
+    def stop(program, words, environment):
+        raise SystemExit(environment["LD_PRELOAD"])
+
+    monkeypatch.syspath_prepend(THERE.parent)
+    there = importlib.import_module("cuda_on_cpu")
+    library = tmp_path / "cuda_on_cpu of mine.so"
+    library.touch()
+    monkeypatch.setattr(there, "built", lambda: library)
+    monkeypatch.setattr(there.os, "execve", stop)
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    with pytest.raises(SystemExit) as preloaded:
+        there.main()
+    assert " " not in preloaded.value.code and library.samefile(preloaded.value.code)
+    os.close(int(Path(preloaded.value.code).name))
 
 
 def test_a_run_computes_there_what_it_computes_here(tmp_path):

@@ -49,6 +49,15 @@ def test_caches_are_looked_for_where_they_are(capsys, monkeypatch, tmp_path):
     ]
 
 
+def test_a_user_without_a_home_folder(capsys, monkeypatch):
+    """As one that is a mere number in a container."""
+    for name in ("HOME", *doctor.CACHES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    assert main(["doctor", "--skip-processes"]) == 0
+    assert "\nKOFF_CACHE ~/.cache/koff: NO HOME FOLDER, set KOFF_CACHE\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["lightning", "pytorch-lightning"])
 def test_a_bad_release_is_named_and_not_imported(tmp_path, name):
     """In a process that finds the metadata of one, and a package that says when it is imported."""
@@ -87,6 +96,7 @@ def test_processes_that_cannot_talk(monkeypatch, capsys):
 
 
 def test_no_process_is_started_where_none_is_wanted(monkeypatch, capsys):
+    doctor.platform.platform()  # for which Python runs `uname`, once
     monkeypatch.setattr(doctor.subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert main(["doctor", "--skip-processes"]) == 0
     said = capsys.readouterr().out

@@ -304,12 +304,16 @@ def test_a_rank_that_has_met_the_others_is_no_longer_ended_with_its_launcher(sta
 
 def test_a_rank_whose_launcher_is_gone_before_the_ranks_have_met_ends(tmp_path):
     """It has not even imported torch by then, and would wait at the meeting."""
-    words = f"{sys.executable} -m koff_lightning fit demo.yaml --trainer.devices 2 --trainer.strategy ddp"
-    words += f" --trainer.accelerator cpu --trainer.default_root_dir {tmp_path}/runs"
-    script = f"{words} 2> {tmp_path}/said & echo $!; sleep 0.7; kill -9 $$"
+    words = "-m koff_lightning fit demo.yaml --trainer.devices 2 --trainer.strategy ddp --trainer.accelerator cpu"
+    script = f'"$0" {words} --trainer.default_root_dir "$1/runs" 2> "$1/said" & echo $!; sleep 0.7; kill -9 $$'
     ranks = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
     launched = subprocess.run(
-        ["bash", "-c", script], env=os.environ | ranks, stdout=subprocess.PIPE, text=True, timeout=60, check=False
+        ["bash", "-c", script, sys.executable, tmp_path],
+        env=os.environ | ranks,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
     )
     rank = int(launched.stdout)
     for _ in range(300):

@@ -1,17 +1,20 @@
 """A domain that joins a finished artifact: only its own files appear, and it is the memory that was trained."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_artifact import DOMAINS, tiny_artifact
 from toy_text import toy_documents, write_jsonl
 
-from koff_lightning import KoffError, SparsitySpec, load_decomposed
+from koff_lightning import KoffError, LoraSpec, SparsitySpec, load_decomposed
 from koff_lightning.artifact.folder import describe_file, read_manifest
+from koff_lightning.artifact.memories import add_from_bank
 from koff_lightning.cli import main
 from koff_lightning.support.files import hash_file
 
@@ -62,6 +65,31 @@ def test_a_run_adds_its_domain_and_changes_nothing_else(text, tmp_path, layout):
     assert results["sparsity"]["body"] == model.manifest.sparsity["body"] > 0.1
     assert results["parameters"]["active"] == model.active_parameters("art")
     assert results["parameters"]["stored"] == model.manifest.parameters["stored"]
+
+
+def test_an_artifact_that_may_not_be_changed_is_told_before_the_first_step(text, tmp_path, capsys, monkeypatch):
+    made, may = tiny_artifact(tmp_path / "colleague"), os.access
+    monkeypatch.setattr("koff_lightning.KOFFModule.training_step", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != made.folder.parent and may(path, mode))
+    assert fit(tmp_path, made.folder, "--data.domains.art", str(text / "art.jsonl")) == 2
+    line = f"koff: model.artifact: cannot write into {made.folder.parent} (no right to write there): give another place"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(line)
+
+
+def test_a_memory_is_written_beside_its_artifact(tmp_path, monkeypatch):
+    """There must be room for it there; the folder of temporary files may be small."""
+    made = tiny_artifact(tmp_path)
+    model, before = load_decomposed(made.folder), sorted(tmp_path.iterdir())
+    for name in ("art", "sport"):
+        model.memories.add(name, LoraSpec(2, 2.0), None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    add_from_bank(made.folder, model.memories, ["art"])
+    assert [*read_manifest(made.folder).domains] == [*DOMAINS, "art"]
+    full = SafetensorError("No space left on device")
+    monkeypatch.setattr("koff_lightning.artifact.memory_files.save_file", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(KoffError, match=f"cannot write beside {re.escape(str(made.folder))}: No space left on device"):
+        add_from_bank(made.folder, model.memories, ["sport"])
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_text_of_an_added_domain_is_known_to_whoever_needs_it_later(text, tmp_path, capsys):

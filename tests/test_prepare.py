@@ -25,7 +25,7 @@ from toy_text import toy_documents, toy_tokenizer, write_jsonl
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.cli import main
 from koff_lightning.commands import needs
-from koff_lightning.data import DomainDataModule, DomainSource, cache, hub_copy, shards
+from koff_lightning.data import DomainDataModule, DomainSource, cache, encoding, hub_copy, shards
 from koff_lightning.data import datamodule as module
 from koff_lightning.data.cache import DomainRows
 from koff_lightning.data.encoding import TokenStream
@@ -299,11 +299,26 @@ def test_a_cache_that_cannot_be_written_serves_what_it_holds(text, tmp_path, mon
     data_of(text).setup()
 
 
+def test_an_entry_is_of_the_code_and_the_libraries_that_made_it(text, tmp_path, monkeypatch):
+    """Clones of one release share the cache, and so do environments."""
+    data = data_of(text)
+    found = [data.cache.key(data.sources["a"]) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding.tokenizers, "__version__", "0")
+        found.append(data.cache.key(data.sources["a"]))
+    monkeypatch.setattr(encoding, "CODE", shutil.copytree(encoding.CODE, tmp_path / "clone"))
+    found.append(data.cache.key(data.sources["a"]))
+    (tmp_path / "clone" / "packing.py").write_text("# packs otherwise", encoding="utf-8")
+    found.append(data.cache.key(data.sources["a"]))
+    same, again, of_other_libraries, of_the_same_code, of_other_code = found
+    assert same == again == of_the_same_code and len({same, of_other_libraries, of_other_code}) == 3
+
+
 def test_a_file_that_cannot_be_read_is_one_line(text, tmp_path):
     data = DomainDataModule({"a": str(write_jsonl(tmp_path / "a.jsonl", toy_documents(40)))}, str(text / "tokenizer"))
     data.cache.folder.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KoffError, match=r"cannot read .*a\.jsonl: no right"):
-        patch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no right")))
+        patch.setattr(cache, "hash_file", lambda _: (_ for _ in ()).throw(PermissionError(13, "no right")))
         data.cache.key(data.sources["a"])
 
 

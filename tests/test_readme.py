@@ -89,10 +89,11 @@ def test_commands_of_the_readme_are_commands():
 
 def test_contributing_shows_every_file_and_folder_of_the_repository():
     """So nobody adds one without saying what it is for; test_architecture.py looks at those of the package."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
-        "\n"
-    )
-    names = {line.split("/")[0] for line in listed if line}
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("NOT TESTED HERE: git knows the files, and there is no git or no clone")
+    words = ["git", "-c", f"safe.directory={ROOT}", "ls-files"]  # also where the clone is another user's
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    names = {line.split("/")[0] for line in listed.splitlines()}
     house = CONTRIBUTING[CONTRIBUTING.index("At the root of the repository") : CONTRIBUTING.index("## Four ways")]
     assert names
     assert not [name for name in names if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", house)]

@@ -605,6 +605,14 @@ def test_a_lock_that_is_removed_by_whoever_held_it_is_held_by_one_of_those_that_
     assert most == [1] and not path.exists()
 
 
+def test_a_link_that_leads_nowhere_is_one_line(tmp_path):
+    """As one to a disk that is not mounted."""
+    (tmp_path / "runs").symlink_to("nowhere")
+    for ask in (lambda: new_version(tmp_path / "runs" / "demo"), alone_in(tmp_path / "runs" / "demo").__enter__):
+        with pytest.raises(KoffError, match="runs is a file, or a link that leads nowhere. Give --trainer"):
+            ask()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for ask in (lambda: new_version(tmp_path / "file" / "run"), alone_in(tmp_path / "file" / "run").__enter__):

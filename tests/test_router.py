@@ -533,6 +533,13 @@ def test_a_router_whose_memories_are_not_all_loaded(folder):
         more.route([GERMAN])
 
 
+def test_an_artifact_that_may_not_be_changed_is_told_before_the_work(folder, capsys, monkeypatch):
+    monkeypatch.setattr("koff_lightning.commands.router_cli._trained", lambda *_: pytest.fail("it works"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    say = f"router fit: --model: cannot write into {folder.parent} (no right to write there): give another place"
+    refused(capsys, say, "router", "fit", "--model", folder, *SMALL)
+
+
 def test_a_router_of_one_domain(folder, tmp_path, capsys):
     for name in ("law", "fr"):
         assert main(["memory", "remove", str(folder), name]) == 0

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "recipes" / "scale" / "slurm.sh"
 )
 def test_only_a_run_that_was_asked_to_end_goes_back_into_the_queue(tmp_path, status, left, requeued):
     for name, code in (("srun", status), ("scontrol", 0)):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/{name}.said\nexit {code}\n')
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/{name}.said"\nexit {code}\n')
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_CPUS_PER_TASK": "8", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_ID": "7"}
     if left is not None:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from tiny_command import small_fits
 
 from koff_lightning import DomainDataModule, KOFFModule
+from koff_lightning.support.errors import KoffError
 from koff_lightning.training import trainer_options
 
 CALLBACKS = "lightning.pytorch.callbacks"
@@ -161,6 +164,15 @@ def test_processes_that_would_train_copies_are_refused_on_each(process, launcher
     done = process(**TWO[launcher])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == COPIES
+
+
+def test_a_process_alone_that_was_told_another_number_is_refused(monkeypatch):
+    """As where a launcher has left its variables in a shell: it would write no log, and warn of nothing."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer_options.refuse_separate_copies(trainer)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with pytest.raises(KoffError, match="SLURM_PROCID in the environment says that this is process 1 of several, but"):
+        trainer_options.refuse_separate_copies(trainer)
 
 
 def test_tasks_of_slurm_that_lightning_does_not_take_are_one_line(process):

@@ -17,7 +17,6 @@ import os
 import runpy
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,8 +29,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from koff_lightning.support.files import own_cache, replacing
+
 HOST, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
 CPP = Path(__file__).with_suffix(".cpp")
+OPENED = "/proc/self/fd/"  # the library is preloaded by the number of its open file: a path may not hold spaces there
 # Operations that take tensors of both devices: copies, and indices of the host into tensors of the device.
 NCCL: set[str] = set()  # names of the groups of processes that were to be NCCL's
 SEEDS = itertools.count(1)
@@ -360,13 +362,12 @@ def built() -> Path:
     """The library that answers torch's C++ side, compiled once for this torch: it names the folder it was built for."""
     root = Path(torch.__file__).parent
     known = hashlib.sha256(f"{root} {torch.__version__} {CPP.read_text()}".encode()).hexdigest()[:12]
-    library = Path(tempfile.gettempdir()) / f"cuda_on_cpu-{os.getuid()}-{known}.so"
+    library = own_cache() / "cuda_on_cpu" / f"{known}.so"  # where nobody else writes: it runs with our rights
     if not library.exists():
-        new = library.with_suffix(f".{os.getpid()}")
-        words = ["g++", "-std=c++20", "-O0", "-fPIC", "-shared", str(CPP), "-o", str(new)]
-        words += [f"-I{root / 'include'}", f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        subprocess.run(words, check=True)
-        new.rename(library)
+        with replacing(library) as new:
+            words = ["g++", "-std=c++20", "-O0", "-fPIC", "-shared", str(CPP), "-o", str(new), "-ltorch_cpu", "-lc10"]
+            words += [f"-I{root / 'include'}", f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}"]
+            subprocess.run(words, check=True)
     return library
 
 
@@ -374,8 +375,10 @@ def main() -> int:
     """Run a verb or a script on the device; the exit status."""
     if torch.version.cuda is not None:
         raise SystemExit("this torch has CUDA: use it")
-    if "cuda_on_cpu" not in os.environ.get("LD_PRELOAD", ""):
-        environment = os.environ | {"LD_PRELOAD": str(built())}
+    if OPENED not in os.environ.get("LD_PRELOAD", ""):
+        library = os.open(built(), os.O_RDONLY)
+        os.set_inheritable(library, True)
+        environment = os.environ | {"LD_PRELOAD": f"{OPENED}{library}"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     del os.environ["LD_PRELOAD"]  # what this process begins is plain
     install()

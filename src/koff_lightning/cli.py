@@ -72,6 +72,9 @@ TOOLS = {
     "pull": ("commands.hub_cli:pull", "download an exported model from the hub, whole or in part"),
     "fetch": ("commands.fetch:fetch", "download a small real model: koff fetch smollm2"),
 }
+# What the system answers where a file cannot be used, and what to do then.
+REFUSED = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "correct its rights, or run as who may")
+REFUSED |= {errno.ENAMETOOLONG: "give a shorter name"}
 TAKE_CONFIGS = (*TRAINING, "plan", "claims", "reproduce")
 
 
@@ -108,13 +111,16 @@ def main(argv: list[str] | None = None) -> int:
         if is_full(error):
             place = error.filename or "what is printed, or a file"
             print(f"koff: cannot write {place}: {error.strerror}; make room, then run it again", file=sys.stderr)
-        elif error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = "correct its rights, or run as who may"
+        elif error.filename and error.errno in REFUSED:
+            advice = REFUSED[error.errno]
             print(f"koff: cannot read or write {error.filename}: {error.strerror}; {advice}", file=sys.stderr)
         else:
             raise
         return 2
     except BaseException as error:
+        if str(error) == "Could not determine home directory.":  # Python's RuntimeError
+            print("koff: a path begins with ~, but there is no such home folder: write it in full", file=sys.stderr)
+            return 2
         if type(error).__name__ != "PanicException":  # of a library in Rust, which is no Exception
             raise
         reason = " ".join(str(error).split())[:200]

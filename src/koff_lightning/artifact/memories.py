@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from koff_lightning.artifact.folder import MEMORIES, REPORT, ROUTER, Manifest, read_manifest, verify
@@ -68,11 +68,14 @@ def add_from_bank(
     """
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
-    with tempfile.TemporaryDirectory() as work:
-        sources = {domain: Path(work) / domain for domain in domains}
-        for domain, source in sources.items():
-            write_loaded(source, bank, domain, manifest)
-        _add(folder, sources, texts or {})
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+            sources = {domain: Path(work) / domain for domain in domains}
+            for domain, source in sources.items():
+                write_loaded(source, bank, domain, manifest)
+            _add(folder, sources, texts or {})
+    except SafetensorError as error:  # safetensors has its own class for a full disk
+        raise KoffError(f"cannot write beside {folder}: {error}") from error
 
 
 def _add(folder: Path, sources: Mapping[str, Path], texts: Mapping[str, Any] = MappingProxyType({})) -> None:

@@ -17,7 +17,7 @@ from koff_lightning.artifact.memories import add_from_bank, check_free_name
 from koff_lightning.callbacks.report import RunReport, resolved_config
 from koff_lightning.listed_files import MANIFEST
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import check_free
+from koff_lightning.support.files import check_free, refuse_unwritable
 from koff_lightning.training.module import KOFFModule
 
 FOLDER = "artifact"
@@ -54,8 +54,10 @@ class ExportArtifact(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
         """Refuse now what would fail at the end."""
         if self._writes(trainer) and pl_module.extends is not None:
+            folder = Path(pl_module.artifact).expanduser()
             for domain in pl_module.domains:
-                check_free_name(pl_module.extends, Path(pl_module.artifact), domain)
+                check_free_name(pl_module.extends, folder, domain)
+            refuse_unwritable(folder.resolve().parent, "model.artifact")  # a changed copy takes its place
         elif self._writes(trainer):
             if self.layout == "uniform" and not pl_module.sparsity.uniform and not pl_module.mask_is_fixed:
                 raise KoffError(

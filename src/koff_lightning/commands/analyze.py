@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from koff_lightning.commands.parsing.counts import check_counts, check_seed
 from koff_lightning.commands.parsing.text_options import data_section, named_texts
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.files import own_cache
+from koff_lightning.support.files import own_cache, refuse_unwritable
 from koff_lightning.support.quick_imports import quick_imports
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def _run(
         raise KoffError(f"analyze: {model[0]} is on the hub and has no folder here to write beside: give --out")
     options, origin = _text(*asked, config_of(first), first)
     folder, history = Path(out).expanduser() if out else folder_for(first), history_of(first)
+    refuse_unwritable(folder, "analyze: --out")
     data, text = open_text(options, dense or _backbone(first), *sizes)
     found = study(runs, others, data, text, settings, folder, dense=dense, device=default_device(device), say=_say)
     found.about["text"] |= {"origin": origin}

@@ -125,9 +125,11 @@ def _switches() -> None:
     print(f"network    {'may be used' if not on else 'is not used: ' + ', '.join(f'{name} is set' for name in on)}")
     folders: dict[str, str] = {}
     for name, default in CACHES.items():
-        folder = Path(os.environ.get(name) or default.format(**folders)).expanduser()
+        folder = Path(os.path.expanduser(os.environ.get(name) or default.format(**folders)))
         folders[name] = str(folder)
-        if folder.is_dir():
+        if folder.parts[0] == "~":
+            state = f"NO HOME FOLDER, set {name}"
+        elif folder.is_dir():
             free = shutil.disk_usage(folder).free / 2**30
             state = f"{'' if os.access(folder, os.W_OK) else 'NOT WRITABLE, '}{free:.1f} GiB free"
         else:

@@ -49,10 +49,12 @@ def fit(
         raise KoffError(f"router fit: none_rate must lie in [0, 1); got {none_rate}")
     from koff_lightning.artifact.router_files import check_choice, write_router
     from koff_lightning.router.routing import calibrated, training_pieces
+    from koff_lightning.support.files import refuse_unwritable
 
     folder = Path(model).expanduser()
     manifest, text = _text(folder, config, data, most=train_bytes)
     check_choice(manifest, folder)
+    refuse_unwritable(folder.resolve().parent, "router fit: --model")  # a changed copy takes its place
     read = _asked(text, text.texts())
     names = list(manifest.domains)
     parts = {name: training_pieces(read[name].train, train_bytes, seed) for name in names}

@@ -11,12 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import tokenizers
-import transformers
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning.data import encoding
-from koff_lightning.data.encoding import TokenStream, tokenize
+from koff_lightning.data.encoding import TokenStream, makers, tokenize
 from koff_lightning.data.sources import DomainSource
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import own_cache, replacing
@@ -47,10 +44,9 @@ def kept_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append
 
 def _key(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> str:
     """A hash of all that the tokens depend on, our code and the libraries' versions included."""
-    digest = hashlib.sha256(Path(encoding.__file__).read_bytes())
-    about = (tokenizers.__version__, transformers.__version__, append_eos)
+    about = (makers(), append_eos)
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    digest.update(f"{about} {special} {tokenizer.backend_tokenizer.to_str()}".encode())
+    digest = hashlib.sha256(f"{about} {special} {tokenizer.backend_tokenizer.to_str()}".encode())
     for text in texts:
         raw = text.encode()
         digest.update(len(raw).to_bytes(8, "little"))

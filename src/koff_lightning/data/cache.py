@@ -1,7 +1,7 @@
 """Tokenised text on disk: made once by `koff prepare`, then mapped into memory by every run that needs it.
 
 The name of an entry is a hash of all that its content depends on: the bytes of the files and their format, how they are
-read and split, the tokenizer, the length of rows, the release of this package. An entry appears in full or not at all,
+read and split, the tokenizer, the length of rows, the code that makes them. An entry appears in full or not at all,
 and a second builder of the same entry waits for the first. It lists its files with size and hash: runs check the sizes;
 `koff prepare` checks the hashes and makes a damaged entry again.
 """
@@ -20,9 +20,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from koff_lightning import __version__
 from koff_lightning.data.bundled_tokens import Tokenise
-from koff_lightning.data.encoding import TokenStream, tokenize
+from koff_lightning.data.encoding import TokenStream, makers, tokenize
 from koff_lightning.data.packing import PackedRows, pack
 from koff_lightning.data.readers import OnBad, format_of, refuse
 from koff_lightning.data.remote import RemoteFile
@@ -143,7 +142,7 @@ class TokenCache:
         fields = source.fields
         shipped = [bundled_file(name, split) for split in ("heldout", "train") for name in source.bundled_entries]
         what = {
-            "release": __version__,
+            "made by": makers(),
             "heldout": self._digests(expand_files(source.heldout_entries)),
             "bundled": self._digests(shipped),
             "files": self._digests(expand_files(source.file_entries)),

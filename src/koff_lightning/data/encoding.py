@@ -10,20 +10,25 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from koff_lightning import __version__
 from koff_lightning.data.token_bytes import bytes_of_first, bytes_of_unknown, unread
 from koff_lightning.loading import tokenizer_hash
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.time_limit import within
 
+CODE = Path(__file__).parent
 TEXTS_PER_CALL = 1024  # large enough to keep all cores of a fast tokenizer busy, small enough for its Python lists
 # Characters that are tokenised at once, and those of one document: tokenizers take some 160 bytes of memory for each.
 CHARACTERS_PER_CALL, LONGEST_PART = 2**20, 2**19
@@ -53,6 +58,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that a text's tokens depend on, special tokens included."""
     what = f"{tokenizer.bos_token_id} {tokenizer.pad_token_id} {tokenizer_hash(tokenizer)}"
     return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def makers() -> list[str]:
+    """The code that makes rows of text: clones of one release, and environments of other libraries, share the cache."""
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(CODE.glob("*.py"))))
+    return [__version__, code.hexdigest(), tokenizers.__version__, transformers.__version__]
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

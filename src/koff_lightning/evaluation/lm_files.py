@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.files import refuse_unwritable
 
 
 @contextmanager
@@ -50,12 +51,5 @@ def files_written(output_path: str | None, use_cache: str | None) -> Iterator[No
 
 
 def _make(option: str, folder: str | None) -> None:
-    if not folder:
-        return
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(folder, os.W_OK) else "no right to write there"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise KoffError(f"lm-eval: --{option}: cannot write into {folder} ({reason}): give another place")
+    if folder:
+        refuse_unwritable(Path(folder), f"lm-eval: --{option}")

@@ -81,6 +81,25 @@ def write_atomically(path: Path, text: str) -> None:
         raise KoffError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def refuse_unwritable(folder: Path, option: str) -> None:
+    """Refuse a folder, which is made if need be, before the work whose results could not be written into it.
+
+    Args:
+        folder: The folder.
+        option: What names it, for the message.
+
+    Raises:
+        KoffError: It cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "no right to write there"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise KoffError(f"{option}: cannot write into {folder} ({reason}): give another place")
+
+
 @contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Lock a file, which is made if need be and removed at the end; yields whether the lock is held.

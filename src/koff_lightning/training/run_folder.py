@@ -78,12 +78,15 @@ def new_version(root: str | Path) -> Version:
     """
     root = Path(root)
     above = [place for place in (root, *root.parents) if not place.exists()]
+    if not rank_zero_only.rank:
+        with _writing(root):
+            root.mkdir(parents=True, exist_ok=True)  # below a link that leads nowhere no number is ever free
     names = [path.name.removeprefix("version_") for path in root.glob("version_*")]
     version = max((int(name) for name in names if name.isdigit()), default=-1) + 1
     while not rank_zero_only.rank:
         with _writing(root):
             try:
-                (root / f"version_{version}").mkdir(parents=True)
+                (root / f"version_{version}").mkdir()
                 break
             except FileExistsError:
                 version += 1
@@ -134,4 +137,6 @@ def _writing(root: Path, option: str = "--trainer.default_root_dir") -> Iterator
         yield
     except OSError as error:
         reason = error.strerror or os.strerror(error.errno)
+        if isinstance(error, FileExistsError):
+            reason = f"{error.filename} is a file, or a link that leads nowhere"
         raise KoffError(f"cannot write the run's folder {root}: {reason}. Give {option}") from error

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
 from koff_lightning.support.errors import KoffError
 
@@ -109,13 +110,19 @@ def refuse_no_steps(trainer: Trainer) -> None:
 def refuse_separate_copies(trainer: Trainer) -> None:
     """Refuse to train where torchrun, SLURM or MPI have started another number of processes than the trainer uses.
 
-    With fewer in use each would train a model of its own in the one folder; with more they would wait for ever.
+    With fewer in use each would train a model of its own in the one folder; with more they would wait for ever. A
+    process that is alone and takes itself for another than the first would keep no log.
 
     Raises:
-        KoffError: The launcher has started another number of processes.
+        KoffError: The launcher has started another number of processes, or there is only a launcher's variable.
     """
     environment = trainer._accelerator_connector.cluster_environment  # as Lightning has detected it
     if isinstance(environment, LightningEnvironment):  # Lightning starts the others itself
+        if rank_zero_only.rank != trainer.global_rank:
+            raise KoffError(
+                f"RANK, LOCAL_RANK or SLURM_PROCID in the environment says that this is process {rank_zero_only.rank} "
+                "of several, but the trainer runs it alone: unset that variable, or start all processes by torchrun"
+            )
         return
     started, used = environment.world_size(), trainer.num_devices * trainer.num_nodes
     if started != used:

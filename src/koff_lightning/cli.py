@@ -78,18 +78,20 @@ REFUSED |= {errno.ENAMETOOLONG: "give a shorter name"}
 TAKE_CONFIGS = (*TRAINING, "plan", "claims", "reproduce")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, **classes: type) -> int:
     """Run `koff` and return the exit status: 0 done, 2 bad input, 128 plus the signal's number where one has ended it.
 
     Args:
         argv: The words after `koff`; by default those of the process.
+        classes: Your own subclasses for the training verbs: `module` of KOFFModule, `data` of DomainDataModule. Their
+            arguments become options of `model` and `data`.
     """
     argv = sys.argv[1:] if argv is None else argv
     wait_asleep()
     make_printable()
     try:
         with ended_by(tuple(number for number in SIGNALS if number != signal.SIGINT)):  # Python has that one
-            status = _run(argv)
+            status = _run(argv, classes)
             sys.stdout.flush()
             return status
     except BrokenPipeError:
@@ -147,7 +149,7 @@ def usage() -> str:
     )
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], classes: dict[str, type]) -> int:
     if "--offline" in argv:  # before the imports: libraries read their switches then
         switch_off()
         argv = [word for word in argv if word != "--offline"]
@@ -159,7 +161,7 @@ def _run(argv: list[str]) -> int:
     if verb == "--version":
         print(f"koff-lightning {__version__}")
     elif verb in TRAINING or verb in TOOLS:
-        _run_verb(verb, argv[len(verb.split()) :])
+        _run_verb(verb, argv[len(verb.split()) :], classes)
     elif kin := [tool for tool in TOOLS if tool.startswith(f"{verb} ")]:
         if argv[1:] not in ([], ["-h"], ["--help"]):
             raise KoffError(f"no verb {two!r}.{nearest(two, kin)} There are: koff {', koff '.join(kin)}")
@@ -172,12 +174,12 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _run_verb(verb: str, words: list[str]) -> None:
+def _run_verb(verb: str, words: list[str], classes: dict[str, type]) -> None:
     """Look at the words, which is quick; then import what the verb needs, which may take seconds, and run it."""
     from koff_lightning.commands.parsing import option_table
 
     words = _with_names(verb, words)
-    if option_table.knows(verb):
+    if option_table.knows(verb) and not classes:  # which have options of their own
         if option_table.wants_help(words):
             print(option_table.help_text(verb))
             return
@@ -193,7 +195,7 @@ def _run_verb(verb: str, words: list[str]) -> None:
     with quick_imports():
         from koff_lightning.commands.training_cli import run  # 4 s of imports
 
-    run([verb, *words])
+    run([verb, *words], **classes)
 
 
 def _with_names(verb: str, words: list[str]) -> list[str]:

@@ -228,6 +228,11 @@ class Decomposition(nn.Module):
 
     def domain_of_row(self, batch: Batch) -> Tensor:
         """Index of each row's domain, [B]; rows without one count as a domain of their own."""
+        if "domains" not in batch:
+            raise KoffError(
+                f"a batch has no 'domains' (it has {', '.join(sorted(batch))}): give the name of each row's domain, "
+                "None for a row without one"
+            )
         places = {domain: i for i, domain in enumerate(self.domains)} | {None: len(self.domains)}
         unknown = sorted({str(d) for d in batch["domains"]} - {str(d) for d in places})
         if unknown:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from koff_lightning.backbone import PrunableGroup
 from koff_lightning.support import ranks
+from koff_lightning.support.errors import KoffError
 from koff_lightning.support.in_force import InForce
 from koff_lightning.tracking import EVERY, shift_to_target
 
@@ -338,6 +339,15 @@ class BackboneGates(nn.Module):
 
     @torch.no_grad()
     def harden(self, kept: Tensor) -> None:
-        """Fix the mask: from here on gates are exactly `kept` (bool [U]) and the logits no longer act."""
+        """Fix the mask: from here on gates are exactly `kept` (bool [U]) and the logits no longer act.
+
+        Raises:
+            KoffError: `kept` is something else: scores, or a mask of other units.
+        """
+        if kept.dtype != torch.bool or kept.shape != self.kept.shape:
+            raise KoffError(
+                f"a mask is a bool of each unit, in the order of gates.groups, True for those that stay: wanted "
+                f"torch.bool {list(self.kept.shape)}, got {kept.dtype} {list(kept.shape)}"
+            )
         self.kept.copy_(kept)
         self.hardened.fill_(True)

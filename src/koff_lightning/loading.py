@@ -40,7 +40,7 @@ from koff_lightning.model_files import (
 )
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.json_files import read_json_object
-from koff_lightning.support.names import refuse_no_model
+from koff_lightning.support.names import refuse_no_model, word_of
 
 TINY = "koff-tiny"
 HUB_LOG = "huggingface_hub.utils._http"  # says each new attempt in two lines, where our one on the last says as much
@@ -68,7 +68,7 @@ def load_backbone(
         KoffError: Nothing there, no access, no network, a family that is not supported, or the backbone of an artifact
             whose files are not those that the artifact lists.
     """
-    where = _resolve(source, revision, trust_remote_code) | {"dtype": torch_dtype(dtype)}
+    where = _resolve(source := word_of(source), revision, trust_remote_code) | {"dtype": torch_dtype(dtype)}
     by_itself = config is None
     config = config or load_config(source, revision=revision, trust_remote_code=trust_remote_code)
     if "gguf_file" in where:
@@ -123,7 +123,7 @@ def load_config(source: str, *, revision: str | None = None, trust_remote_code: 
         KoffError: Nothing there, no access, no network, a family that is not supported, or entries that ask for more
             than weights.
     """
-    where = _resolve(source, revision, trust_remote_code)
+    where = _resolve(source := word_of(source), revision, trust_remote_code)
     head = None
     if "gguf_file" in where:
         head = read_head(Path(where["pretrained_model_name_or_path"]) / where["gguf_file"])
@@ -178,7 +178,7 @@ def load_tokenizer(
     transformers chooses its class by the model's config as well; `config` stands in for the one at `source`.
     """
     wanted = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "config.json")
-    where = _resolve(source, revision, trust_remote_code, wanted)
+    where = _resolve(source := word_of(source), revision, trust_remote_code, wanted)
     if (folder := Path(where["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in where:
         check_tokenizer(folder)
     given = {} if config is None else {"config": config}

@@ -22,7 +22,8 @@ class GradientCoverage(Callback):
     """When a phase begins, check the gradient of everything that it trains, once for each domain that comes up.
 
     Every tensor must have a finite gradient. It must not be all zero either, except for LoRA's A, whose gradient is
-    zero while B is, and for the multipliers, whose gradient is the gap to the target.
+    zero while B is, and for the multipliers, whose gradient is the gap to the target. What was frozen when training
+    began is not looked for.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,11 @@ class GradientCoverage(Callback):
         self._checked: set[str] = set()  # parts that are known to learn in this phase
         self._seen: set[str] = set()  # domains of which all parts are
         self._present: set[str] = set()  # domains of the micro-batches since the last optimizer step
+        self._frozen: set[nn.Parameter] = set()
+
+    def on_train_start(self, trainer: Trainer, pl_module: KOFFModule) -> None:
+        """Note what is frozen: by who made the module, not by accident in a run."""
+        self._frozen = {parameter for parameter in pl_module.parameters() if not parameter.requires_grad}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: KOFFModule, batch: dict[str, Any], _: int) -> None:
         """Note of which domains this optimizer step predicts anything."""
@@ -50,7 +56,8 @@ class GradientCoverage(Callback):
             self._phase, self._checked, self._seen = pl_module.phase, set(), set()
         if self._checked and present <= self._seen:
             return
-        due = {part: tensors for part, tensors in _trained(pl_module, present).items() if part not in self._checked}
+        trained = {part: [t for t in ts if t not in self._frozen] for part, ts in _trained(pl_module, present).items()}
+        due = {part: tensors for part, tensors in trained.items() if tensors and part not in self._checked}
         if not due:
             self._seen |= present
             return

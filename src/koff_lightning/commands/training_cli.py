@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -102,6 +102,18 @@ class SavedConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: object, **options: object) -> None:
         super().__init__(parser, without_secrets(config), *args, **options)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As Lightning's, which fails if the first logger has no folder."""
+        self.save_to_log_dir = trainer.log_dir is not None
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Then the folder is that of the run. Lightning calls this on rank 0 alone."""
+        if not self.save_to_log_dir:
+            root = Path(trainer.default_root_dir)
+            root.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, root / self.config_filename, skip_none=False, overwrite=True, multifile=False)
+
 
 DRY_RUN = "--trainer.fast_dev_run=2"
 BARE = {  # words without a value, and what the parser takes for them
@@ -118,6 +130,7 @@ class KoffCLI(LightningCLI):
 
     def __init__(self, *classes: type, args: list[str], allow_custom: bool, **options: object) -> None:
         self._verb, self._words, self._allow_custom = args[0], args, allow_custom
+        self._own_code = allow_custom or classes != (KOFFModule, DomainDataModule)
         self._report, self._version = RunReport(), None
         try:
             super().__init__(*classes, args=args, **options)
@@ -256,7 +269,7 @@ class KoffCLI(LightningCLI):
                 time.sleep(GRACE + 1)  # whoever knows which rank is gone says so meanwhile, and ends this one
                 said = f"rank {rank_zero_only.rank} has lost another rank: {' '.join(str(error).split())}"
                 raise KoffError(f"{said}; {what_was_saved(self.trainer)}") from error
-            if not is_lightnings(error):
+            if not is_lightnings(error) or self._own_code:  # who wrote some of it wants to know where
                 raise
             raise KoffError(lightnings_words(error)) from error
 
@@ -295,11 +308,15 @@ class KoffCLI(LightningCLI):
         return newest_checkpoint([folder for folder in folders if folder])
 
 
-def run(argv: list[str]) -> None:
+def run(
+    argv: list[str], module: type[KOFFModule] = KOFFModule, data: type[DomainDataModule] = DomainDataModule
+) -> None:
     """Run one of the training verbs.
 
     Args:
         argv: The verb and its options; `--dry-run` shows what a run would do, takes two steps and writes nothing.
+        module: Class of `model`.
+        data: Class of `data`.
 
     Raises:
         KoffError: Bad options or input, or an interrupted run.
@@ -314,8 +331,8 @@ def run(argv: list[str]) -> None:
     try:
         with only_known_classes(allow_custom), utf8_files(), limited_yaml():
             KoffCLI(
-                KOFFModule,
-                DomainDataModule,
+                module,
+                data,
                 trainer_class=VerbTrainer,
                 args=argv,
                 allow_custom=allow_custom,

@@ -1,9 +1,11 @@
 """Where the text of a domain comes from: text that ships with the package, local files, datasets on the hub."""
 
+import errno
 import glob
 import math
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -147,13 +149,29 @@ def as_shares(sources: Mapping[str, DomainSource], temperature: float) -> dict[s
 
 
 def _as_source(name: str, value: Any) -> DomainSource:
-    if not isinstance(value, Mapping):
-        return value if isinstance(value, DomainSource) else DomainSource(value)
-    refuse_other_fields(name, value)
-    try:
-        return DomainSource(**value)
-    except TypeError as error:
-        raise KoffError(f"domain '{name}': {error}. Its fields are those of DomainSource") from error
+    if not isinstance(value, Mapping | DomainSource):
+        value = {"files": value}
+    if isinstance(value, Mapping):
+        refuse_other_fields(name, value)
+        try:
+            value = DomainSource(**value)
+        except TypeError as error:
+            raise KoffError(f"domain '{name}': {error}. Its fields are those of DomainSource") from error
+    heldout = value.heldout_files
+    return replace(value, files=_words(name, value.files), heldout_files=heldout and _words(name, heldout))
+
+
+def _words(name: str, files: Any) -> str | list[str]:
+    """Entries of a domain as words, paths among them too; text itself is refused."""
+    entries = files if isinstance(files, list | tuple) else [files]
+    if odd := [entry for entry in entries if not isinstance(entry, str | os.PathLike)]:
+        raise KoffError(
+            f"domain '{name}' names its text: files, globs, 'hub:<dataset>' or 'bundled:<name>'; got "
+            f"{type(odd[0]).__name__}. Write text from Python to a file first, such as "
+            "dataset.to_parquet('mine.parquet') or a jsonl"
+        )
+    words = [os.fspath(entry) for entry in entries]
+    return words if isinstance(files, list | tuple) else words[0]
 
 
 def refuse_other_fields(name: str, given: Iterable[str]) -> None:
@@ -278,7 +296,12 @@ def expand_files(patterns: list[str]) -> list[Path | RemoteFile]:
             for match in _matches(pattern):
                 format_of(match)  # refuse an unknown kind before hours of reading, not after
                 found.setdefault(_itself(match), match)  # however it is named, a file is read once
-        except PermissionError as error:
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                problems.append(f"'{pattern:.40}...' is too long for the name of a file: write text to a file first")
+                continue
+            if not isinstance(error, PermissionError):
+                raise
             problems.append(f"you may not look at '{error.filename}': correct the rights of its folder")
         except KoffError as error:
             problems.append(str(error))

@@ -17,6 +17,20 @@ _NUMBER = re.compile(r"-?[\d.]+")
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
+def word_of(source: object) -> str:
+    """The word by which a model is named; a path is one.
+
+    Raises:
+        KoffError: The model itself is given, or something else.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise KoffError(
+            f"backbone must be a hub id, a folder, a .gguf file or 'koff-tiny'; got {type(source).__name__}. Save a "
+            "model of your own with save_pretrained, its tokenizer too, and give the folder"
+        )
+    return os.fspath(source)
+
+
 def refuse_no_model(source: str) -> None:
     """Refuse the name of a backbone that can only be a path, and of one where nothing is.
 

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, N predicted tokens, U prunable units.
 """
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -34,11 +35,12 @@ from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.specs.training import LossSpec, OptimSpec, RetentionSpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.names import GENERAL, check_names
+from koff_lightning.support.names import GENERAL, check_names, word_of
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training import strategies
 from koff_lightning.training.ending import EndsBetweenSteps
 from koff_lightning.training.extending import artifact_to_extend, hold_closed
+from koff_lightning.training.filling import fill_memories
 from koff_lightning.training.mask_source import load_mask, read_mask_source
 from koff_lightning.training.nonfinite import NonFiniteGuard
 from koff_lightning.training.objective import Objective, take_stored_teacher
@@ -108,6 +110,8 @@ class KOFFModule(LightningModule):
     ) -> None:
         if not domains:
             raise KoffError("model.domains is empty: name at least one domain (on the command line: data.domains)")
+        backbone, given = word_of(backbone), (artifact, warm_start, mask, prior)
+        artifact, warm_start, mask, prior = (path if path is None else os.fspath(path) for path in given)
         sparsity, lora, kv = spec_of(SparsitySpec, sparsity), spec_of(LoraSpec, lora), spec_of(KVSpec, kv)
         loading = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loss, optim, retention = spec_of(LossSpec, loss), spec_of(OptimSpec, optim), spec_of(RetentionSpec, retention)
@@ -264,16 +268,7 @@ class KOFFModule(LightningModule):
 
     def fill_memories(self) -> None:
         """Fill fresh KV memories from each domain's own text; restored ones are left alone."""
-        bank, data = self.model.memories, getattr(self._trainer, "datamodule", None)
-        names = [name for name in dict.fromkeys(bank.names.values()) if self.kv]
-        for name in (name for name in names if not bank.kv[bank.key(name)].initialised):
-            if not hasattr(data, "sample_ids"):
-                raise KoffError("KV memories start from text: train with DomainDataModule, or one that has sample_ids")
-            readers = [d for d in self.domains if bank.names[d] == name]
-            parts = [data.sample_ids(d, -(-self.kv.slots // len(readers))) for d in readers]
-            ids = torch.cat(parts)[: self.kv.slots].to(self.device)  # [P]
-            with self.model.under():
-                bank.kv[bank.key(name)].initialise_(self.model.backbone, ids)
+        fill_memories(self.model, getattr(self._trainer, "datamodule", None))
 
     on_validation_start = on_test_start = on_predict_start = fill_memories
 
@@ -356,8 +351,8 @@ class KOFFModule(LightningModule):
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def owned(self) -> set[str]:
-        """Names in the state dict that are ours: everything but the frozen weights and the metrics."""
-        return {n for n in self.state_dict() if n.startswith("penalty.")} | {PREFIX + n for n in self.model.owned()}
+        """Names in the state dict of all but the frozen weights: ours, and what a subclass adds to this module."""
+        return {n for n in self.state_dict() if not n.startswith(PREFIX)} | {PREFIX + n for n in self.model.owned()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained; of the backbone only its name and hash."""
@@ -379,9 +374,11 @@ class KOFFModule(LightningModule):
             raise KoffError("load_from_checkpoint takes the checkpoint's own domains: leave domains out")
         options = {name: asdict(value) if is_dataclass(value) else value for name, value in options.items()}
         read_checkpoint(checkpoint_path, mmap=True)
-        return super().load_from_checkpoint(
-            checkpoint_path, **{"weights_only": True, "trust_remote_code": False} | options
-        )
+        with warnings.catch_warnings():  # of the frozen weights, all by name: they are the backbone's
+            warnings.filterwarnings("ignore", "Found keys that are in the model state dict but not in the checkpoint")
+            return super().load_from_checkpoint(
+                checkpoint_path, **{"weights_only": True, "trust_remote_code": False} | options
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not fit, and one that a run cannot be resumed from."""

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from koff_lightning.artifact.checkpoint_schema import ADAMW
 from koff_lightning.gates import BackboneGates
 from koff_lightning.memory import MemoryBank
 from koff_lightning.specs.training import OptimSpec
@@ -74,7 +75,7 @@ class ResumableAdamW(torch.optim.AdamW):
         """Go on with the saved averages.
 
         Raises:
-            KoffError: They are of other groups of parameters, or of parameters of other shapes.
+            KoffError: They are of another optimizer, of other groups of parameters, or of parameters of other shapes.
         """
         own = [{name: part for name, part in group.items() if name != "params"} for group in self.param_groups]
         sizes = ([len(group["params"]) for group in groups] for groups in (state["param_groups"], self.param_groups))
@@ -82,6 +83,11 @@ class ResumableAdamW(torch.optim.AdamW):
             raise KoffError(
                 f"the checkpoint's optimizer has groups of {there} parameters, this run's of {here}: use the model "
                 "options of that run"
+            )
+        if odd := next((kept for kept in state["state"].values() if kept.keys() != ADAMW), None):
+            raise KoffError(
+                f"the checkpoint's optimizer keeps {', '.join(sorted(odd)) or 'nothing'} of a parameter, this run's "
+                f"AdamW {', '.join(sorted(ADAMW))}: go on with the optimizer of that run"
             )
         super().load_state_dict(state)
         for group, options in zip(self.param_groups, own, strict=True):

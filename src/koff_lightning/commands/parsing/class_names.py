@@ -7,6 +7,7 @@ lm-eval's tasks are code too: they name functions beside them (`!function`) or a
 is a model that brings its own.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,8 +68,10 @@ def only_known_classes(allow_custom: bool) -> Iterator[None]:
 
     Args:
         allow_custom: Let configs name any class, but for those of the standard library that jsonargparse knows to run
-            commands or to load code.
+            commands or to load code. Modules in the current folder are found too, as with `python script.py`.
     """
+    if allow_custom and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for good: callbacks may import when they run
     before = dict(parsing_settings)
     # A mapping under an option of any type stays a mapping, even if it names a class.
     set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])

@@ -156,6 +156,8 @@ def _mask(
     values = {key: value.cpu().double().numpy() for key, value in (learned or {}).items()}  # each [U]
     if "importance" in values and not values["importance"].any():
         del values["importance"]  # nothing was observed
+    if "logits" in values and (values["logits"] == values["logits"][:1]).all():
+        del values["logits"]  # as they began: an artifact does not store them, and a mask may be given without
     own = {kind: kinds == kind for kind in NEURONS if (kinds == kind).any()}  # bool [U] each
     if not own:
         raise NothingRemoved(

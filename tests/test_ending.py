@@ -122,7 +122,7 @@ def run(verb, words):
     print("begun", flush=True)
     signal.sigwait([signal.SIGHUP]) if HELD_BACK else time.sleep(60)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP]) if HELD_BACK else None
-def prints(verb, words):
+def prints(verb, words, classes):
     try:
         run(verb, words)
     finally:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from tiny_models import FAMILIES, tiny_model
 from tiny_run import RandomText, tiny_module, tiny_trainer
 from tiny_tasks import toy_tasks
 
-from koff_lightning import KoffError, load_backbone, load_decomposed, load_tokenizer
+from koff_lightning import KoffError, KOFFModule, load_backbone, load_decomposed, load_tokenizer
 from koff_lightning.artifact.checkpoint import from_checkpoint, read_checkpoint
 from koff_lightning.artifact.folder import FORMAT, describe_file, read_manifest
 from koff_lightning.callbacks import RunReport
@@ -442,8 +443,6 @@ BAD = {
     "a name that is a number": put("state_dict", 3, torch.zeros(1)),
     "a tensor without a place": put("state_dict", "model.memories.kv.koff_en.more", torch.zeros(1)),
     "an adapter for a domain that is not there": put("state_dict", LORA.replace("_en", "_xx"), torch.zeros(2, 32)),
-    "a tensor of nothing that there is": put("state_dict", "whatever", torch.zeros(1)),
-    "one tensor by two names": put("state_dict", LORA.removeprefix("model."), torch.zeros(2, 32)),
     "hardened is several": put("state_dict", "model.gates.hardened", torch.ones(3, dtype=torch.bool)),
     "hardened is a number": put("state_dict", "model.gates.hardened", torch.tensor(1.0)),
     "kept is numbers": put("state_dict", "model.gates.kept", lambda x: x.float()),
@@ -530,6 +529,15 @@ def test_a_checkpoint_of_another_kind(run, tmp_path, case):
         from_checkpoint(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["whatever", LORA.removeprefix("model.")])
+def test_what_only_a_subclass_has_a_place_for(run, tmp_path, name):
+    """Such a tensor is no part of the decomposition, and no part of ours."""
+    path = spoilt(run, tmp_path, put("state_dict", name, torch.zeros(2, 32)))
+    assert from_checkpoint(path).gates.hardened
+    with pytest.raises(KoffError, match=f"1 tensors? that this run has no place for, first {re.escape(name)}"):
+        KOFFModule.load_from_checkpoint(path)
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,10 @@ def _fault_of_optimizers(states: Sequence[Mapping[str, Any]], steps: int) -> str
         entries = list(state["state"].values())
         if odd := [entry for entry in entries if not isinstance(entry, Mapping)]:
             return other("an entry of optimizer_states", "a dictionary", odd[0])
-        entries = [entry for entry in entries if entry.keys() == ADAMW]
-        if fault := next(filter(None, (_fault_of_averages(entry, steps) for entry in entries)), None):
+        whole = [entry for entry in entries if entry.keys() == ADAMW]
+        if whole and any(entry.keys() < ADAMW for entry in entries):
+            return "optimizer_states keep less of one parameter than of another"
+        if fault := next(filter(None, (_fault_of_averages(entry, steps) for entry in whole)), None):
             return f"optimizer_states keep of a parameter {fault}"
     return None
 

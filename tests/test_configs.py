@@ -21,6 +21,7 @@ from koff_lightning.training.strategies import ReplicatedStrategy, ShardedStrate
 FAMILY = {
     "demo.yaml": "llama",
     "tiny_12pct.yaml": "llama",
+    "tiny_12pct_long.yaml": "llama",
     "smollm2_12pct.yaml": "llama",
     "llama_12pct.yaml": "llama",
     "llama31_8b_12pct.yaml": "llama",

@@ -1,5 +1,6 @@
 """What pip installs: the wheel's contents, its metadata, and the door of the package."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import koff_lightning
+import koff_lightning.data
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,6 +123,7 @@ def test_the_command_is_light(command, tmp_path):
 IMPORTS = """
 import sys
 import koff_lightning
+import koff_lightning.data
 print(*sys.modules)
 # all that `koff serve --engine vllm` needs but vLLM itself and the parser of its words
 import koff_lightning.commands.serve, koff_lightning.serving.app, koff_lightning.artifact.hub
@@ -144,6 +147,16 @@ def test_every_name_at_the_door_opens(name):
     thing = getattr(koff_lightning, name)
     assert thing.__name__ == name
     assert name in dir(koff_lightning)
+
+
+@pytest.mark.parametrize("door", [koff_lightning, koff_lightning.data], ids=lambda door: door.__name__)
+def test_type_checkers_and_editors_know_what_is_imported_when_first_used(door):
+    """They do not run `__getattr__`, so a block of imports that never runs tells them the same."""
+    tree = ast.parse(Path(door.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ours = [node for node in block.body if node.module.startswith("koff_lightning")]
+    told = {node.names[0].asname: node.module.removeprefix(f"{door.__name__}.") for node in ours}
+    assert told == door._HOME
 
 
 def test_a_wrong_name_at_the_door():

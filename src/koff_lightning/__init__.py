@@ -10,8 +10,25 @@ from typing import TYPE_CHECKING
 
 from koff_lightning.support.threads import wait_asleep
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what type checkers and editors know of the names below
     from IPython.core.interactiveshell import InteractiveShell
+
+    from koff_lightning.artifact.checkpoint import from_checkpoint as from_checkpoint
+    from koff_lightning.artifact.decomposed import load_decomposed as load_decomposed
+    from koff_lightning.artifact.export import export as export
+    from koff_lightning.callbacks.anneal import AnnealSparsity as AnnealSparsity
+    from koff_lightning.data import DomainDataModule as DomainDataModule
+    from koff_lightning.kv_memory import KVMemory as KVMemory
+    from koff_lightning.loading import load_backbone as load_backbone
+    from koff_lightning.loading import load_tokenizer as load_tokenizer
+    from koff_lightning.memory import MemoryBank as MemoryBank
+    from koff_lightning.specs.memories import KVSpec as KVSpec
+    from koff_lightning.specs.memories import LoraSpec as LoraSpec
+    from koff_lightning.specs.sparsity import SparsitySpec as SparsitySpec
+    from koff_lightning.specs.training import LossSpec as LossSpec
+    from koff_lightning.specs.training import OptimSpec as OptimSpec
+    from koff_lightning.support.errors import KoffError as KoffError
+    from koff_lightning.training.module import KOFFModule as KOFFModule
 
 __version__ = "0.1.0"
 

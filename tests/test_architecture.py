@@ -87,7 +87,7 @@ def test_contributing_shows_the_house_that_stands():
     """Every file and folder of the root has its place in CONTRIBUTING, in the order of the floors."""
     text = (SOURCE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     house = text[text.index("## The house") : text.index("## Four ways")]
-    here = {path.name for path in (SOURCE / "koff_lightning").iterdir()} - {"__pycache__"}
+    here = {path.name for path in (SOURCE / "koff_lightning").iterdir()} - {"__pycache__", "py.typed"}
     rooms = {name for name in here if not name.startswith("__") and name != "notebook.py"}
     shown = re.findall(r"(?<![\w/])(\w+)(?:\.py|/)(?=\s)", house)
     assert {name.removesuffix(".py") for name in rooms} <= set(shown)

@@ -123,7 +123,6 @@ def test_the_command_is_light(command, tmp_path):
 IMPORTS = """
 import sys
 import koff_lightning
-import koff_lightning.data
 print(*sys.modules)
 # all that `koff serve --engine vllm` needs but vLLM itself and the parser of its words
 import koff_lightning.commands.serve, koff_lightning.serving.app, koff_lightning.artifact.hub

@@ -111,6 +111,7 @@ def _odds_axes(table: "pd.DataFrame", lines: float, title: str) -> tuple[Figure,
     axes.set(xlabel="odds of being removed, against other neurons", title=title, xlim=(LOW, HIGH))
     axes.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
     axes.minorticks_off()
+    axes.margins(y=0.4 / lines)  # room for the first and last marker
     axes.invert_yaxis()
     for label, colour, marker in WITHIN.values():
         axes.plot([], [], marker, color=colour, label=label)

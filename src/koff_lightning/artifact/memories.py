@@ -25,7 +25,7 @@ from koff_lightning.memory import MemoryBank
 from koff_lightning.model_files import check_links
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file, new_folder
-from koff_lightning.support.names import check_name
+from koff_lightning.support.names import check_name, refuse_taken
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.surgery import plain_state
 
@@ -127,6 +127,7 @@ def remove_memory(folder: str | Path, domain: str) -> None:
 def check_free_name(manifest: Manifest, folder: Path, domain: str) -> None:
     """Raise KoffError unless an artifact can take a memory of this name."""
     check_name(domain)
+    refuse_taken([domain])
     if manifest.form.folds:
         raise KoffError(
             f"the memory of {manifest.domain!r} is merged into the backbone of {folder}, so it takes no further one: "

@@ -62,6 +62,7 @@ from koff_lightning.commands.prepare import VerbTrainer
 from koff_lightning.data import DomainDataModule, bundled_domains
 from koff_lightning.support.ending import Ended, ended_by
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.names import refuse_taken
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.support.wording import one_line
@@ -175,6 +176,7 @@ class KoffCLI(LightningCLI):
             trainer.fast_dev_run = 2 * max(1, trainer.accumulate_grad_batches)
         if self.subcommand == "fit":
             refuse_endless(trainer)
+            refuse_taken([] if self._goes_on_from() else model.domains)
         if is_asked():
             refuse_missing(needs_of(self.config[self.subcommand]))
 

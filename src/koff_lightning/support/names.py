@@ -12,6 +12,13 @@ from koff_lightning.support.wording import nearest
 AUTO = "auto"  # in place of a domain's name: ask the router
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # org/name, org/name@revision
 FETCHED = ("smollm2", "qwen2.5-coder-1.5b")  # models that `koff fetch` knows (commands/fetch.py)
+TAKEN = {  # words that mean something where a domain is named: a memory called so could not be asked for, or told apart
+    AUTO: "asks the router",
+    "all": "stands for all domains",
+    "none": "stands for the backbone without a memory",
+    "dense": "stands for the dense model",
+    "null": "is read as no domain",
+}
 GENERAL = "general/"  # begins the names of general text among held-out rows; no domain's name has a slash
 _NUMBER = re.compile(r"-?[\d.]+")
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -133,6 +140,20 @@ def check_name(name: object) -> None:
         raise KoffError(
             f"domain name {name!r} is not safe as a file name: use 1 to 64 of the letters a-z A-Z, digits, '_' and '-'"
         )
+
+
+def refuse_taken(names: Iterable[str]) -> None:
+    """Refuse names for new domains that are words; artifacts and checkpoints that have such a one are still read.
+
+    Raises:
+        KoffError: One of them is in `TAKEN`.
+    """
+    for name in names:
+        if name in TAKEN:
+            raise KoffError(
+                f"a domain cannot be called {name!r}, which {TAKEN[name]} where a domain is asked for: give it another "
+                "name"
+            )
 
 
 def check_names(names: Iterable[str]) -> None:

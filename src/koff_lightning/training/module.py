@@ -35,7 +35,7 @@ from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.specs.training import LossSpec, OptimSpec, RetentionSpec
 from koff_lightning.support import ranks
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.names import GENERAL, check_names, word_of
+from koff_lightning.support.names import GENERAL, check_names, refuse_taken, word_of
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training import strategies
 from koff_lightning.training.ending import EndsBetweenSteps
@@ -244,6 +244,7 @@ class KOFFModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would silently train wrongly; then fill fresh KV memories and let all ranks start alike."""
+        refuse_taken(self.domains if self.resumed_at is None else ())
         cast = [name for name, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if cast:
             raise KoffError(

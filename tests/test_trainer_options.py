@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,28 @@ def test_options_without_use_are_refused(refused, option, advice):
 def test_a_run_without_a_step_is_refused(refused, option):
     line = refused(f"--trainer.{option}=0")
     assert line.startswith(f"koff: trainer.{option} is 0, so nothing would be trained: raise it")
+
+
+@pytest.mark.parametrize("unit", ["steps", "epochs"])
+def test_more_than_the_most_is_refused_as_the_least(refused, unit, tmp_path):
+    said = f"trainer.min_{unit} is 9, more than trainer.max_{unit}, 3, with which the run ends"
+    assert said in refused(f"--trainer.min_{unit}=9", f"--trainer.max_{unit}=3")
+    trainer = Trainer(accelerator="cpu", logger=False, **{f"min_{unit}": 9, f"max_{unit}": 3})
+    with pytest.raises(KoffError, match=said):
+        trainer_options.refuse_trainer(trainer)
+    for least, most in ((3, 3), (3, -1)):
+        trainer_options.refuse_trainer(Trainer(accelerator="cpu", **{f"min_{unit}": least, f"max_{unit}": most}))
+    trial = Trainer(accelerator="cpu", fast_dev_run=2, **{f"min_{unit}": 9, f"max_{unit}": 90})
+    trainer_options.refuse_trainer(trial)  # whose most is that of the trial
+
+
+def test_warnings_that_are_to_be_errors_are_shown_and_end_no_run(run_in, tmp_path, monkeypatch):
+    """PYTHONWARNINGS=error: jsonargparse and Lightning warn their developers in every run."""
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_in("x", "--trainer.max_steps=1") == 0
+    assert (tmp_path / "x" / "results.json").exists()
 
 
 def test_a_run_without_an_end_is_refused(refused, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import signal
 import sys
+import warnings
 from importlib import import_module
 
 from koff_lightning import __version__
@@ -178,6 +179,8 @@ def _run_verb(verb: str, words: list[str], classes: dict[str, type]) -> None:
     """Look at the words, which is quick; then import what the verb needs, which may take seconds, and run it."""
     from koff_lightning.commands.parsing import option_table
 
+    if any(option.startswith("error") for option in sys.warnoptions):  # PYTHONWARNINGS=error
+        warnings.simplefilter("default")  # libraries warn each other's developers: that is shown, and ends nothing
     words = _with_names(verb, words)
     if option_table.knows(verb) and not classes:  # which have options of their own
         if option_table.wants_help(words):

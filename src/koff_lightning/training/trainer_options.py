@@ -49,12 +49,19 @@ def refuse_options(options: Any) -> None:
     """Refuse options of the section `trainer`, wherever they were given, or of a trainer.
 
     Raises:
-        KoffError: One of those in REFUSED is not at its default.
+        KoffError: One of those in REFUSED is not at its default, or the least of steps or epochs exceeds the most.
     """
     for name, reason in REFUSED.items():
         value = getattr(options, name)
         if value != inspect.signature(Trainer).parameters[name].default:
             raise KoffError(f"trainer.{name} is {value!r}, but {reason}")
+    for unit in () if options.fast_dev_run else ("steps", "epochs"):
+        least, most = getattr(options, f"min_{unit}"), getattr(options, f"max_{unit}")
+        if None not in (least, most) and 0 <= most < least:  # -1: without end
+            raise KoffError(
+                f"trainer.min_{unit} is {least}, more than trainer.max_{unit}, {most}, with which the run ends: lower "
+                "the one or raise the other"
+            )
 
 
 def refuse_endless(options: Any) -> None:

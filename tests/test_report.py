@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -391,6 +391,41 @@ def test_held_out_text_is_asked_for_before_the_run(tmp_path):
     with pytest.raises(KoffError, match="datamodule"):
         batches = RandomText().train_dataloader()
         tiny_trainer(tmp_path, [RunReport()]).fit(tiny_module(tmp_path, kv=None), batches, batches)
+
+
+class TrainingAlone(LightningDataModule):
+    """Data of one's own, without a test_dataloader."""
+
+    def train_dataloader(self):
+        return RandomText().train_dataloader()
+
+    def val_dataloader(self):
+        return RandomText().val_dataloader()
+
+
+class Unbounded(TrainingAlone):
+    def test_dataloader(self):
+        return iter(RandomText().test_dataloader())
+
+
+class WithoutBytes(TrainingAlone):
+    def test_dataloader(self):
+        return Batches([{k: v for k, v in b.items() if k != "num_bytes"} for b in RandomText().test_dataloader()])
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (TrainingAlone, "there is no TrainingAlone.test_dataloader: write one"),
+        (Unbounded, "Unbounded.test_dataloader must give a loader of known length"),
+        (WithoutBytes, "each batch a dictionary with .*; the first batch has no num_bytes"),
+    ],
+)
+def test_what_cannot_be_scored_at_the_end_is_told_before_the_run(tmp_path, data, said):
+    module = tiny_module(tmp_path, kv=None)
+    module.training_step = lambda *_: pytest.fail("it trains")
+    with pytest.raises(KoffError, match=said):
+        tiny_trainer(tmp_path, [RunReport()]).fit(module, data())
 
 
 @pytest.mark.parametrize(("rank", "kept"), [(0, 12), (1, 0)])

@@ -3,15 +3,17 @@
 import json
 import os
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
 from rich.console import Console
 
@@ -19,6 +21,7 @@ from koff_lightning.callbacks.anneal import AnnealSparsity
 from koff_lightning.callbacks.checkpoints import save_the_end
 from koff_lightning.callbacks.lm_eval import LMEval
 from koff_lightning.callbacks.progress import LINE_SECONDS, predicted_tokens
+from koff_lightning.data import DomainDataModule
 from koff_lightning.reports import plots, results
 from koff_lightning.specs.idle import idle_options
 from koff_lightning.support import ranks
@@ -31,6 +34,7 @@ from koff_lightning.training.ending import may_be_left
 from koff_lightning.training.eval_mode import eval_mode
 from koff_lightning.training.module import KOFFModule
 
+SCORED = ("input_ids", "labels", "domains", "num_bytes")  # what scoring reads of a batch
 MOST = 200  # points of the mask's history that are kept
 
 
@@ -59,10 +63,7 @@ class RunReport(Callback):
         if trainer.ckpt_path is None:  # another run with this callback, before
             self.history, self.results, self.documents = MaskHistory(), {}, {}
             self._tokens, self._seconds, self._since = torch.tensor(0), 0.0, 0.0
-        if trainer.datamodule is None:
-            raise KoffError(
-                "the report scores held-out text at the end: give trainer.fit a datamodule with test batches"
-            )
+        refuse_unscored_data(trainer.datamodule)
         own = pl_module.sparsity if pl_module.mask_source is None else None  # else it may be another run's
         if idle := idle_options(own, pl_module.kv, pl_module.loss, pl_module.retention, pl_module.mask_is_fixed):
             _say(trainer, f"set, but without effect: model.{', model.'.join(idle)}")
@@ -202,6 +203,28 @@ def score(trainer: Trainer, module: KOFFModule) -> None:
             if time.perf_counter() - said > LINE_SECONDS:
                 said = time.perf_counter()
                 _say(trainer, f"scored {index + 1} of {batches} batches")
+
+
+def refuse_unscored_data(data: LightningDataModule | None) -> None:
+    """Refuse data whose held-out text could not be scored once a run is over.
+
+    Raises:
+        KoffError: There are no test batches, nobody knows how many, or the first lacks what is scored.
+    """
+    if data is None:
+        raise KoffError("the report scores held-out text at the end: give trainer.fit a datamodule with test batches")
+    if isinstance(data, DomainDataModule):
+        return
+    name = f"{type(data).__name__}.test_dataloader"
+    if not is_overridden("test_dataloader", data, LightningDataModule):
+        raise KoffError(f"the report scores held-out text at the end, and there is no {name}: write one")
+    loader = data.test_dataloader()
+    batch = next(iter(loader), None) if hasattr(loader, "__iter__") and hasattr(loader, "__len__") else None
+    if lacks := [key for key in SCORED if not isinstance(batch, Mapping) or key not in batch]:
+        raise KoffError(
+            f"the report scores held-out text at the end: {name} must give a loader of known length, each batch a "
+            f"dictionary with {', '.join(SCORED)}; the first batch has no {lacks[0]}"
+        )
 
 
 def _log(trainer: Trainer, figures: results.Figures) -> None:

@@ -10,6 +10,7 @@ import pytest
 from koff_lightning.cli import main
 from koff_lightning.commands import training_cli
 from koff_lightning.commands.parsing.config_files import shipped_configs
+from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.specs.training import LossSpec
 from koff_lightning.studies.bootstrap import Sample
 from koff_lightning.studies.claims import paper_tables, protocol, statements
@@ -275,6 +276,15 @@ def test_arms_of_another_loss_start_beside_a_stored_teacher(name, tmp_path):
     configs = ("paper/tiny_languages.yaml", str(stored), *protocol.paper().arms[name].overlays)
     words = ["fit", *(word for one in configs for word in ("--config", one))]
     LossSpec(**training_cli.resolved(words)["model"]["loss"])
+
+
+@pytest.mark.parametrize("name", ["kv_gates", "qkv_gates"])
+def test_arms_of_single_channels_start_over_widths_that_are_multiples(name, tmp_path):
+    (whole := tmp_path / "whole.yaml").write_text("model: {sparsity: {multiple_of: 8, units: [channel, kv_group]}}")
+    configs = ("paper/tiny_languages.yaml", str(whole), *protocol.paper().arms[name].overlays)
+    words = ["fit", *(word for one in configs for word in ("--config", one))]
+    spec = SparsitySpec(**training_cli.resolved(words)["model"]["sparsity"])
+    assert all(kind.endswith("_channel") for kind in spec.units)
 
 
 @pytest.mark.parametrize("name", list(protocol.paper().arms))

@@ -82,6 +82,21 @@ def test_csv_with_commas_quotes_and_line_ends_in_the_text(tmp_path):
     assert [tuple(document) for document in documents_of(path)] == [(str(i), text) for i, text in enumerate(TEXTS)]
 
 
+@pytest.mark.parametrize("name", ["text", "id", "kind"])
+def test_two_columns_of_one_name_are_refused_where_they_are_read(tmp_path, name):
+    names = ["text", "id", "kind", "note", "note", name]
+    (tmp_path / "a.csv").write_text("\n".join([",".join(names), "a,b,c,d,e,f"]))
+    table = pyarrow.Table.from_arrays([pyarrow.array([letter]) for letter in "abcdef"], names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for kind in ("csv", "parquet"):
+        with pytest.raises(
+            KoffError, match=rf"a\.{kind} has several columns '{name}', and nothing says which is meant"
+        ):
+            list(read_records(tmp_path / f"a.{kind}", Fields(where=(("kind", ("c",)),)), pytest.fail))
+    (tmp_path / "b.csv").write_text("text,id,note,note\na,b,c,d\n")  # nobody reads the notes
+    assert [document.id for _, document in read_records(tmp_path / "b.csv", Fields(), pytest.fail)] == ["b"]
+
+
 def test_csv_fields_may_be_longer_than_the_csv_modules_limit(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"text\n{'x' * 200_000}\n")

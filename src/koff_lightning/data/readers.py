@@ -301,8 +301,10 @@ def read_columns(columns: Sequence[str], fields: Fields) -> list[str]:
 
 
 def require_column(path: object, columns: list[str], fields: Fields) -> None:
-    """Raise a KoffError unless a table has the columns that hold a document."""
+    """Raise a KoffError unless a table has the columns that hold a document, and no two of one that is read."""
     names = fields.of_text
+    if twice := [name for name in (*names, *fields.others) if list(columns).count(name) > 1]:
+        raise KoffError(f"{path} has several columns '{twice[0]}', and nothing says which is meant: rename them")
     if names[0] not in columns and not (names[1:] and {*names[1:]} <= {*columns}):
         others, advice = (f" (nor {' with '.join(names[1:])})", "") if names[1:] else ("", _about_chat(columns))
         raise KoffError(

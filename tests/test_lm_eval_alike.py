@@ -363,6 +363,32 @@ def test_a_cache_gives_no_nan_and_is_of_one_model(place, tmp_path, capsys, monke
     assert len(list(tmp_path.glob("cache_dense_*_rank0.db"))) == 3
 
 
+def test_a_cache_of_a_name_of_the_hub_is_of_its_commit(place, tmp_path, monkeypatch):
+    """A hub in the cache of this machine, whose main moves from one commit to another with other weights."""
+    hub = tmp_path / "models--some--model"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (hub / "refs").mkdir(parents=True)
+    model = AutoModelForCausalLM.from_pretrained(place.folder / "dense")
+    found = []
+    for turn, commit in enumerate(("a" * 40, "b" * 40, "a" * 40)):
+        if turn < 2:
+            model.save_pretrained(hub / "snapshots" / commit)
+            place.tokenizer.save_pretrained(hub / "snapshots" / commit)
+            model.lm_head.weight.data.mul_(3)
+        (hub / "refs" / "main").write_text(commit)
+        words = ["--model=some/model", "--tasks=toy_choose", f"--include_path={place.folder / 'tasks'}", "--device=cpu"]
+        out = tmp_path / str(turn)
+        words += [f"--output_path={out}", "--log_samples", f"--use_cache={tmp_path / 'cache'}"]
+        assert main(["lm-eval", *words]) == 0
+        (samples,) = out.rglob("samples_toy_choose_*.jsonl")
+        rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        found.append(likelihoods(sorted(rows, key=lambda row: row["doc_id"])))
+    assert found[1] != pytest.approx(found[0], abs=1e-2)
+    assert found[2] == found[0], "from the cache"
+    assert len(list(tmp_path.glob("cache_dense_*_rank0.db"))) == 2
+
+
 def test_batch_size_auto_gives_the_same_scores(place, tmp_path):
     by_size = {}
     for size in ("1", "auto:2"):

@@ -417,6 +417,30 @@ def test_hub_datasets_are_streamed_shard_by_shard(tmp_path, text):
         DomainDataModule({"x": DomainSource(f"hub:{folder}", split="test")}, **options).setup()
 
 
+def test_other_content_of_a_local_dataset_is_other_text(tmp_path, text):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+
+    def loader(texts, file="train.jsonl"):
+        shards._open_hub.cache_clear()
+        for old in folder.iterdir():
+            old.unlink()
+        rows = [{"text": one, "id": str(number)} for number, one in enumerate(texts)]
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = DomainDataModule({"x": f"hub:{folder}"}, str(text / "tokenizer"), 32, 4, 0.2, 900, streaming=True)
+        data.trainer = SimpleNamespace(accumulate_grad_batches=1, max_steps=4, world_size=1, lightning_module=None)
+        data.setup()
+        return data.train_dataloader()
+
+    texts = toy_documents(200)
+    state = loader(texts).state_dict()
+    loader(texts).load_state_dict(state)
+    other = [*texts[:-1], texts[-1][::-1]]  # of the same size, and nothing else is held out
+    for changed in (loader(other), loader(texts, "train-other.jsonl")):
+        with pytest.raises(KoffError, match="differs from the checkpoint's in text of x"):
+            changed.load_state_dict(state)
+
+
 def test_a_dataset_of_the_hub_that_has_moved_on_is_other_text(text, monkeypatch):
     """What is streamed is the version that the run saw at its start; the error names both, so one can be pinned."""
     commits = iter("abb")

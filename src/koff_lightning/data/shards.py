@@ -85,7 +85,7 @@ class HubShard:
     index: int
     of: int
     size: None = None
-    digest: str = ""  # the name has the commit
+    digest: str = ""  # of a local folder; elsewhere the name has the commit
     until: int | None = None  # number of the record at which reading ends
 
     @property
@@ -127,7 +127,15 @@ def hub_shards(repo: str, subset: str | None, split: str, fields: Fields) -> lis
         return fixed, max(1, _open_hub(fixed, subset, split, os.getpid()).num_shards)
 
     fixed, of = with_retries(look, f"hub:{repo}")
-    return [HubShard(fixed, subset, split, fields, index, of) for index in range(of)]
+    digest = _digest_of(Path(repo)) if Path(repo).is_dir() else ""
+    return [HubShard(fixed, subset, split, fields, index, of, digest=digest) for index in range(of)]
+
+
+def _digest_of(folder: Path) -> str:
+    """Hash of the names, sizes and ends of the files in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    seen = [(str(path.relative_to(folder)), path.stat().st_size, FileShard(path).digest) for path in files]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def is_out_of_reach(repo: str) -> bool:

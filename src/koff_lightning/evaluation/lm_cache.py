@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from koff_lightning.listed_files import MANIFEST
 from koff_lightning.support.errors import KoffError
 
@@ -24,12 +26,13 @@ def cache_of(path: str, column: str, model: str, *options: str | int | None) -> 
 
 
 def _state(place: Path) -> tuple[object, ...]:
-    """Where a model is, and what changes with its weights; the id alone if it is on a hub."""
+    """Where a model is, and what changes with its weights: of one of the hub the commit that the copy here is of."""
     if (manifest := place / MANIFEST).is_file():  # holds the hashes of all weights
         return str(place.resolve()), hashlib.sha256(manifest.read_bytes()).hexdigest()
     files = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
     if not files:
-        return (str(place),)
+        copy = try_to_load_from_cache(str(place), "config.json")  # it has been loaded by now
+        return (str(place), Path(copy).parent.name) if isinstance(copy, str) else (str(place),)
     return str(place.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 

@@ -24,7 +24,7 @@ from tiny_command import small_fits
 from tiny_run import RandomText, tiny_module, tiny_trainer
 from toy_text import toy_documents
 
-from koff_lightning import KoffError, KOFFModule
+from koff_lightning import KoffError, KOFFModule, SparsitySpec
 from koff_lightning.artifact import checkpoint as checkpoint_io
 from koff_lightning.artifact.checkpoint import read_checkpoint
 from koff_lightning.callbacks import Checkpoints, ContinuedLog
@@ -235,10 +235,22 @@ def test_a_run_that_a_validation_ends_in_mid_step_ends_its_step_first(tmp_path, 
     options = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "limit_val_batches": 1}
     options |= {"val_check_interval": interval, "check_val_every_n_epoch": None, "steps": 20}
     trainer = tiny_trainer(tmp_path, [stop, Noted(tmp_path / "saved")], **options)
-    trainer.fit(tiny_module(tmp_path), RandomText(batches=60))
+    trainer.fit(tiny_module(tmp_path, sparsity=SparsitySpec(target=0)), RandomText(batches=60))  # else it would wait
     assert trainer.global_step == (5 if interval == 3 else 6), "the third validation is the last"
     assert saves[-1][0] == trainer.global_step
     assert all(batches == 2 * step for step, batches in saves)
+
+
+def test_early_stopping_waits_until_the_mask_is_fixed(tmp_path, caplog):
+    """Pruning makes the figure worse, and a run that ends before its mask is fixed has nothing to export."""
+    stop = EarlyStopping("val/koff_bpb", patience=2, min_delta=100.0)
+    options = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None, "steps": 20}
+    with caplog.at_level("INFO"):
+        module, trainer = tiny_module(tmp_path), tiny_trainer(tmp_path, [stop], **options)
+        trainer.fit(module, RandomText(batches=60))
+    assert "EarlyStopping looks at val/koff_bpb once the mask is fixed, after step 15" in caplog.text
+    assert module.mask_is_fixed
+    assert trainer.global_step == 17, "the first validation after it, and two that are no better"
 
 
 @pytest.mark.parametrize("fate", ["moved", "lost"])

@@ -1,10 +1,12 @@
 """AnnealSparsity: decides WHEN. It sets the target at every step, keeps the mask on the ramp, hardens once."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from koff_lightning.sparsity import SparsitySchedule
 from koff_lightning.specs.timing import check_anneal
@@ -58,6 +60,21 @@ class AnnealSparsity(Callback):
                     f"step ({self._steps}): give a hold that ends before, as paper/rows/prune_recover.yaml does"
                 )
         pl_module.schedule = schedule
+        self._hold_back_stops(trainer, pl_module)
+
+    @staticmethod
+    def _hold_back_stops(trainer: Trainer, module: KOFFModule) -> None:
+        """Let EarlyStopping look once the mask is fixed: pruning makes figures worse, and a run stopped then has none.
+
+        Its own test of when not to look is asked too. A callback that was held back in another run is so anew.
+        """
+        for callback in trainer.callbacks:
+            if isinstance(callback, EarlyStopping):
+                own = partial(type(callback)._should_skip_check, callback)
+                callback._should_skip_check = lambda t, own=own: own(t) or not module.mask_is_fixed
+                if not module.mask_is_fixed:
+                    after = f"once the mask is fixed, after step {module.schedule.harden_step}"
+                    rank_zero_info(f"{type(callback).__name__} looks at {callback.monitor} {after}")
 
     def _refuse_other_course(self, schedule: SparsitySchedule, asked: int, cut_short: bool) -> None:
         if self._begun and (differences := difference(self._begun, self._course(), "anneal")):

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -94,12 +95,12 @@ def test_rows_whose_rotary_embedding_goes_by_the_longest_are_read_apart(tmp_path
 
     async def beside(engine):  # an answer that steps back would be read anew by the embedding of its new length
         asked = [asyncio.create_task(answer(engine, *job, long, ("a", 1))) for job in jobs]
-        while not all(row.count for row in engine._batch.rows) or len(engine._batch.rows) < 3:
+        while len(rows := engine._batch.rows) < 3 or min(row.count for row in rows) < 40:
             await asyncio.sleep(0.001)
         await answer(engine, [8, 9], "fr")
         return [out for out, _ in await asyncio.gather(*asked)]
 
-    long = Options(50, ignore_end=True)
+    long = Options(200, ignore_end=True)
     found = run(made.folder, beside, rows=3)
     assert found == [run(made.folder, lambda e, job=job: answer(e, *job, long))[0] for job in jobs]
 
@@ -477,6 +478,25 @@ def test_prompts_of_a_heavy_request_are_read_a_few_at_a_time(made, monkeypatch):
     waited, calls, rows = run(made.folder, scene)
     assert (calls, rows) == (16 // 2 * 10 + 1, 2), "two of them fill a pass, and none is wasted"
     assert waited < 20, "not the 80 passes of the heavy one"
+
+
+def test_between_two_parts_of_a_heavy_request_others_have_as_long_as_a_part(made, monkeypatch):
+    monkeypatch.setattr(batch, "CHUNK", 16)
+    long, read = [3 + place % 290 for place in range(400)], batch.Prompts.read
+    monkeypatch.setattr(batch.Prompts, "read", lambda self: (time.sleep(0.3), read(self))[1])
+
+    async def scene(engine):
+        notes = watched(engine)
+        asked = asyncio.create_task(answer(engine, long, "de", Options(1)))
+        while len(notes) < 3:
+            await asyncio.sleep(0.001)
+        before = len(notes)
+        await answer(engine, [8, 9], "fr", Options(12, ignore_end=True))
+        parts = sum(count > 2 for count, _, _ in notes[before:])
+        await asked
+        return parts
+
+    assert run(made.folder, scene) < 8, "not one for each of the 12 tokens"
 
 
 def test_who_has_least_comes_next():

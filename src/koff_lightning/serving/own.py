@@ -79,7 +79,7 @@ class OwnEngine(Engine):
     @property
     def load(self) -> tuple[int, int]:
         """Texts under way and texts that wait."""
-        return len(self._batch.rows), len(self._waiting)
+        return sum(row.lives for row in self._batch.rows), len(self._waiting)
 
     @property
     def alive(self) -> bool:
@@ -173,6 +173,8 @@ class OwnEngine(Engine):
     def _newcomers(self) -> list[Row]:
         """Those whose turn it is. Those who step back for them wait before all others of their requests."""
         with self._wake:
+            if not self._waiting:
+                return []
             come, back = turns(self._batch, self._waiting, self._rows)
             if back:
                 self._batch.put_back(back)

@@ -250,8 +250,11 @@ BAD = [
     ({"n": 0}, 400, "n: Input should be greater"),
     ({"n": 65}, 400, "65 texts in one request; this server takes 64 at a time"),
     ({"n": 100, "prompt": ["a", "b"]}, 400, "at most 128"),
-    ({"stop": ""}, 400, "stop"),
-    ({"stop": ["x"] * 17}, 400, "at most 16 stop words"),
+    ({"prompt": [10**4000]}, 400, "prompt: it must be a text"),
+    ({"max_tokens": 10**4000}, 400, "max_tokens: Input should be less than or equal to 2147483648"),
+    ({"stop": ""}, 400, "stop: it must be a text or a list of at most 16, each of 1 to 1000 characters"),
+    ({"stop": [""]}, 400, "stop: it must be a text or a list of at most 16"),
+    ({"stop": ["x"] * 17}, 400, "stop: it must be a text or a list of at most 16"),
     ({"logprobs": 21}, 400, "logprobs: Input should be less"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
     ({"logit_bias": {"5": 1.0}}, 400, "logit_bias"),
@@ -621,6 +624,51 @@ def test_metrics_count(client, model):
     assert grown('koff_requests_total{path="/v1/completions",status="200"}') == 1
     assert after["koff_memories"] == 3
     assert client.http.get("/health").json() == {"status": "ok"}
+    assert client.http.head("/health").status_code == 200, "as some proxies and monitors ask"
+
+
+def test_a_name_with_a_slash_is_found_as_it_is_listed(made):
+    with served(OwnEngine(made.folder), name="org/tiny") as address:
+        client = Client(address)
+        assert client.models()[1] == client.http.get("/v1/models/org%2Ftiny:de").json()["id"] == "org/tiny:de"
+        said = client.http.get("/v1/models/org%2Ftiny:it").json()["error"]["message"]
+        assert said.startswith("the model 'org/tiny:it' does not exist")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scores_that_are_no_numbers_are_one_error_of_the_server(made, stream):
+    engine = OwnEngine(made.folder)
+    forward = engine.model.forward
+
+    def spoilt(ids, mask, **options):
+        out = forward(ids, mask, **options)
+        out.logits[ids == 250] = float("nan")
+        return out
+
+    engine.model.forward = spoilt
+    body = {"max_tokens": 0, "echo": True, "logprobs": 2, "stream": stream}
+    with served(engine) as address:
+        status, content = Client(address).complete("tiny", [5, 250, 6], **body)
+        assert (status, content["error"]["message"]) == (500, "the model's numbers are not finite")
+        assert content["error"]["code"] == "engine_failed"
+        assert Client(address).text("tiny", [5, 6], max_tokens=0, echo=True, logprobs=2)
+
+
+def test_a_callers_requests_share_its_turns_whoever_asks_by_which_key(made, monkeypatch):
+    """And the texts of one request are of one turn."""
+    asked, stream = [], OwnEngine.stream
+
+    def noting(engine, ids, memory, options, who=None):
+        asked.append(who)
+        return stream(engine, ids, memory, options, who)
+
+    monkeypatch.setattr(OwnEngine, "stream", noting)
+    with served(OwnEngine(made.folder)) as address:
+        client = Client(address)
+        client.complete("tiny", ["a", "b"], n=2)
+        client.chat("tiny")
+    assert {caller for caller, _ in asked} == {"anybody"}
+    assert [len({request for _, request in some}) for some in (asked[:4], asked)] == [1, 2]
 
 
 def test_health_tells_of_an_engine_that_has_ended(made):

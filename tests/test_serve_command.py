@@ -87,6 +87,31 @@ def test_of_many_models_the_first_few_are_told():
     assert command.names_told("tiny", about) == "tiny, tiny:a, tiny:auto (GET /v1/models lists them)"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once_and_without_tracebacks(made, tmp_path, number):
+    words = [sys.executable, "-m", "koff_lightning", "serve", str(made.folder), "--port", "0", "--name", "tiny"]
+    log = tmp_path / "log"
+    with log.open("w") as err, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=err, text=True) as process:
+        try:
+            address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+            body = {"model": "tiny:de", "prompt": "x", "max_tokens": 400, "n": 64, "ignore_eos": True, "stream": True}
+            client = Client(address)
+            with client.http.stream("POST", "/v1/completions", json=body) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                process.send_signal(number)
+                time.sleep(0.5)
+                next(lines)
+                assert process.poll() is None, "what is under way goes on"
+                process.send_signal(number)
+                with pytest.raises(httpx.RemoteProtocolError):  # the answer is cut off
+                    list(lines)
+                assert process.wait(60) == 128 + number
+        finally:
+            process.kill()
+    assert len(log.read_text().splitlines()) == 1, log.read_text()
+
+
 def test_it_serves_until_it_is_told_to_end_and_ends_when_all_is_answered(made, tmp_path):
     words = [sys.executable, "-m", "koff_lightning", "serve", str(made.folder), "--port", "0", "--name", "tiny"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ) as process:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from koff_lightning.cli import main
 from koff_lightning.router.ngrams import NgramClassifier
 from koff_lightning.router.routing import Router
 from koff_lightning.serving import batch, own
+from koff_lightning.serving.batch import Row
 from koff_lightning.serving.engine import Failed, Options, Unknown
 from koff_lightning.serving.own import OwnEngine
 from koff_lightning.serving.sampling import Sampler, nucleus
 from koff_lightning.serving.text import Text
+from koff_lightning.serving.turns import turns
 from koff_lightning.support.errors import KoffError
 
 ARMS = ["de", "fr", "law", None]
@@ -51,10 +54,10 @@ def alone(model, ids, arm, new=8, ends=None):
     return model.generate(ids, domains=arm, **options)[0, ids.shape[1] :].tolist()
 
 
-async def answer(engine, ids, arm, options=None):
+async def answer(engine, ids, arm, options=None, *who):
     """Everything of one answer: token ids, and the last piece's reason."""
     found, finish = [], None
-    async for piece in engine.stream(ids, arm, options or Options(8, ignore_end=True)):
+    async for piece in engine.stream(ids, arm, options or Options(8, ignore_end=True), *who):
         found += [token.id for token in piece.tokens]
         finish = piece.finish
     return found, finish
@@ -89,6 +92,17 @@ def test_rows_whose_rotary_embedding_goes_by_the_longest_are_read_apart(tmp_path
     jobs = [([7, 8, 9], "de"), ([5] * 60, "de"), ([4, 4], None)]
     found = run(made.folder, lambda engine: asyncio.gather(*(answer(engine, *job) for job in jobs)))
     assert [out for out, _ in found] == [run(made.folder, lambda e, job=job: answer(e, *job))[0] for job in jobs]
+
+    async def beside(engine):  # an answer that steps back would be read anew by the embedding of its new length
+        asked = [asyncio.create_task(answer(engine, *job, long, ("a", 1))) for job in jobs]
+        while len(rows := engine._batch.rows) < 3 or min(row.count for row in rows) < 40:
+            await asyncio.sleep(0.001)
+        await answer(engine, [8, 9], "fr")
+        return [out for out, _ in await asyncio.gather(*asked)]
+
+    long = Options(200, ignore_end=True)
+    found = run(made.folder, beside, rows=3)
+    assert found == [run(made.folder, lambda e, job=job: answer(e, *job, long))[0] for job in jobs]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3_text"])
@@ -414,6 +428,103 @@ def test_a_long_prompt_holds_up_nobody(made, model, monkeypatch):
     assert 0 < max(padding) <= model.active_parameters() / cell < 8 * 270, "less than one more pass over the weights"
 
 
+def test_a_heavy_request_makes_room_for_others_and_loses_nothing(made, model):
+    """All places are its own, with answers far from their end; a short request waits for a step or two all the same."""
+    heavy = [
+        (ids, ARMS[i % 4], Options(90, 1.0, seed=i, logprobs=1, echo=True, ignore_end=True))
+        for i, ids in enumerate(prompts())
+    ]
+
+    async def whole(engine, job, who):
+        pieces = [piece async for piece in engine.stream(*job, who)]
+        assert [piece.prompt is not None for piece in pieces] == [True] + [False] * 89, "the prompt is told once"
+        return [token.id for piece in pieces for token in piece.tokens]
+
+    async def scene(engine):
+        alone_ = await asyncio.gather(*(whole(engine, job, ("a", 1)) for job in heavy))
+        notes = watched(engine)
+        asked = [asyncio.create_task(whole(engine, job, ("a", 2))) for job in heavy]
+        while len(notes) < 20:
+            await asyncio.sleep(0.001)
+        before = len(notes)
+        short = await answer(engine, [8, 9], "fr", Options(3, ignore_end=True))
+        waited = len(notes) - before
+        assert not any(task.done() for task in asked)
+        return alone_, await asyncio.gather(*asked), short[0], waited
+
+    due, found, short, waited = run(made.folder, scene, rows=4)
+    assert found == due, "who steps back goes on where it was"
+    assert short == alone(model, [8, 9], "fr", 3)
+    assert waited < 30, "not the 90 steps of the heavy one"
+
+
+def test_prompts_of_a_heavy_request_are_read_a_few_at_a_time(made, monkeypatch):
+    monkeypatch.setattr(batch, "CHUNK", 16)
+    monkeypatch.setattr(batch, "AT_ONCE", 32)
+    long = [[3 + (7 * place + row) % 290 for place in range(160)] for row in range(16)]
+    scored = Options(0, logprobs=1, echo=True)
+
+    async def scene(engine):
+        notes = watched(engine)
+        asked = [asyncio.create_task(answer(engine, ids, "de", scored, ("a", 1))) for ids in long]
+        while len(notes) < 3:
+            await asyncio.sleep(0.001)
+        before = len(notes)
+        await answer(engine, [8, 9], "fr", Options(1))
+        waited = len(notes) - before
+        await asyncio.gather(*asked)
+        return waited, len(notes), max(mask.shape[0] for _, mask, _ in notes)
+
+    waited, calls, rows = run(made.folder, scene)
+    assert (calls, rows) == (16 // 2 * 10 + 1, 2), "two of them fill a pass, and none is wasted"
+    assert waited < 20, "not the 80 passes of the heavy one"
+
+
+def test_between_two_parts_of_a_heavy_request_others_have_as_long_as_a_part(made, monkeypatch):
+    monkeypatch.setattr(batch, "CHUNK", 16)
+    long, read = [3 + place % 290 for place in range(400)], batch.Prompts.read
+    monkeypatch.setattr(batch.Prompts, "read", lambda self: (time.sleep(0.3), read(self))[1])
+
+    async def scene(engine):
+        notes = watched(engine)
+        asked = asyncio.create_task(answer(engine, long, "de", Options(1)))
+        while len(notes) < 3:
+            await asyncio.sleep(0.001)
+        before = len(notes)
+        await answer(engine, [8, 9], "fr", Options(12, ignore_end=True))
+        parts = sum(count > 2 for count, _, _ in notes[before:])
+        await asked
+        return parts
+
+    assert run(made.folder, scene) < 8, "not one for each of the 12 tokens"
+
+
+def test_who_has_least_comes_next():
+    """Of requests the one with the fewest texts under way, of equals the caller who has the fewest, then who waits."""
+
+    def rows(*whose):
+        return [Row([1], None, Options(1), lambda _: None, who) for who in whose]
+
+    class Busy:
+        def __init__(self, *whose):
+            self.rows, self.reading = rows(*whose), []
+
+        def rereads(self, row):
+            return True
+
+    def due(under_way, waiting, places):
+        come, back = turns(Busy(*under_way), rows(*waiting), places)
+        return [row.who for row in come], [row.who for row in back]
+
+    a, other, b, c = ("a", 1), ("a", 2), ("b", 1), ("c", 1)
+    assert due([], [a, a, a, b], 2) == ([a, b], [])
+    assert due([a, a, a, a], [a, a, b, b, b], 4) == ([b, b], [a, a]), "until they have the same"
+    assert due([a, a, b], [a, b], 3) == ([], []), "a difference of one stays: else they would go to and fro"
+    assert due([a, b, c], [other], 3) == ([], [])
+    assert due([a], [other, b], 2) == ([b], []), "a caller's requests share"
+    assert due([a, a, b], [c, other], 3) == ([c], [a])
+
+
 def test_a_step_that_fails_ends_its_answers_and_no_others(made, model, monkeypatch):
     step = batch.Batch.step
     failures = iter([True])
@@ -443,6 +554,28 @@ def test_numbers_that_are_not_finite_fail_their_answer_alone(made, model):
     bad, good = run(made.folder, spoilt)
     assert isinstance(bad, Failed) and "not finite" in str(bad)
     assert good[0] == alone(model, [5, 6, 7], "fr")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_prompt_whose_scores_are_not_finite_fails_alone(made, value):
+    """Also where the numbers are sound again at the prompt's end, which alone was looked at."""
+
+    async def spoilt(engine):
+        forward = engine.model.forward
+
+        def spoiling(ids, mask, **options):
+            out = forward(ids, mask, **options)
+            out.logits[ids == 250] = value
+            return out
+
+        engine.model.forward = spoiling
+        score = Options(0, logprobs=1, echo=True)
+        jobs = ([5, 250, 6, 7], "de", score), ([5, 6, 7], "fr", score)
+        return await asyncio.gather(*(answer(engine, *job) for job in jobs), return_exceptions=True)
+
+    bad, good = run(made.folder, spoilt)
+    assert isinstance(bad, Failed) and str(bad) == "the model's numbers are not finite"
+    assert good == ([], "length")
 
 
 def test_a_change_that_nobody_waits_for_any_more_is_left_out(made, model):

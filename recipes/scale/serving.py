@@ -2,16 +2,20 @@
 
     python recipes/scale/serving.py speed                           # the engine alone, pairs of runs in turn
     python recipes/scale/serving.py soak --clients 64 --minutes 10  # over HTTP, a server in a process of its own
+    python recipes/scale/serving.py beside --rounds 3               # over HTTP, short requests beside a heavy one
 
 Masks and memories are random, as speed does not depend on what was learned. `speed` prints medians of the paired ratios
 with the least and the greatest; on one CPU thread the time is that of the processor. `soak` compares every answer with
 the one that was given to the same request when nobody else asked, and prints how the server's resident memory moved
-after the first quarter of the time. The exit status is 1 where an answer differs or memory grows by more than 1 MiB per
-minute and three times its standard error.
+after the first quarter of the time. `beside` prints how long heavy requests take alone, and how long short ones wait
+that are sent one after another while a heavy one is under way. The exit status of `soak` is 1 where an answer differs
+or memory grows by more than 1 MiB per minute and three times its standard error.
 """
 
 import argparse
 import asyncio
+import contextlib
+import os
 import random
 import statistics
 import subprocess
@@ -19,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -76,18 +82,68 @@ async def speed(folder: Path, options: argparse.Namespace) -> None:
     await engine.close()
 
 
-def soak(folder: Path, options: argparse.Namespace) -> int:
-    """Let clients ask for a while; how it ends, as exit status."""
+@contextlib.contextmanager
+def serving(folder: Path, threads: int) -> Iterator[tuple[str, int]]:
+    """A server in a process of its own: its address and the number of its process."""
     words = [sys.executable, "-m", "koff_lightning", "serve", str(folder), "--port", "0", "--name", "tiny"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:
-            address = server.stdout.readline().split()[-1]
-            return _ask(address, server.pid, options)
+            said = server.stdout.readline().split()
+            yield next(word for word in said if word.startswith("http")).rstrip(","), server.pid
         finally:
             server.terminate()
 
 
-def _ask(address: str, process: int, options: argparse.Namespace) -> int:
+def beside(address: str, process: int, options: argparse.Namespace) -> None:
+    """Print what heavy requests take alone, and what short ones wait beside each."""
+    short = {"model": "tiny", "prompt": [5] * 32, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    heavy = {
+        "64 prompts of 900 tokens, scored": _heavy(900, {"max_tokens": 0, "echo": True, "logprobs": 1}),
+        "64 prompts of 300 tokens, 200 new ones each": _heavy(300, {"max_tokens": 200, "ignore_eos": True}),
+    }
+
+    def ask(body: dict[str, object]) -> tuple[float, float]:
+        start, used = time.monotonic(), processor_time(process)
+        httpx.post(f"{address}/v1/completions", json=body, timeout=600).raise_for_status()
+        return time.monotonic() - start, processor_time(process) - used
+
+    ask(short)
+    print(f"the short request alone: {told([ask(short)[0] for _ in range(9)])} s")
+    for what, body in heavy.items():
+        alone = [ask(body) for _ in range(options.rounds)]
+        times = told([wall for wall, _ in alone]), told([used for _, used in alone])
+        print(f"{what}: alone {times[0]} s, processor {times[1]} s")
+        waits, took = [], []
+        for _ in range(options.rounds):
+            with ThreadPoolExecutor() as pool:
+                asked = pool.submit(ask, body)
+                time.sleep(1)
+                while not asked.done():
+                    waits.append(ask(short)[0])
+            took.append(asked.result()[0])
+        print(f"    beside {len(waits)} short ones {told(took)} s; each of these {told(waits)} s", flush=True)
+
+
+def _heavy(length: int, how: dict[str, object]) -> dict[str, object]:
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 1000) for _ in range(length)] for _ in range(64)]
+    return {"model": "tiny:d0", "prompt": prompts, "temperature": 0} | how
+
+
+def told(values: list[float]) -> str:
+    """Median, least and greatest."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def processor_time(process: int) -> float:
+    """Seconds of the processor that a process has taken; Linux only."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def soak(address: str, process: int, options: argparse.Namespace) -> int:
+    """Let clients ask for a while; how it ends, as exit status."""
     rng = random.Random(0)
     names = [model["id"] for model in httpx.get(f"{address}/v1/models").json()["data"]]
     bodies = []
@@ -146,7 +202,7 @@ def resident(process: int) -> float:
 def main() -> int:
     """Measure."""
     parser = argparse.ArgumentParser(description="koff serve under load.")
-    parser.add_argument("what", choices=["speed", "soak"])
+    parser.add_argument("what", choices=["speed", "soak", "beside"])
     parser.add_argument("--backbone", default="koff-tiny")
     parser.add_argument("--rows", type=int, default=16, help="texts in a batch")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
@@ -159,9 +215,13 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         made = artifact(folder, options.backbone, options.rows)
-        if options.what == "soak":
-            return soak(made, options)
-        asyncio.run(speed(made, options))
+        if options.what == "speed":
+            asyncio.run(speed(made, options))
+            return 0
+        with serving(made, options.threads) as (address, process):
+            if options.what == "soak":
+                return soak(address, process, options)
+            beside(address, process, options)
     return 0
 
 

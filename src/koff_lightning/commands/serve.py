@@ -166,12 +166,10 @@ def listening(host: str, port: int) -> socket.socket:
 
 def _run(app: Any, at: socket.socket, patience: float, names: str) -> None:
     """Say where and which models; serve until a signal comes; requests under way are then answered first."""
-    import uvicorn
-
-    from koff_lightning.serving.connection import config
+    from koff_lightning.serving.connection import Server, config
 
     logging.basicConfig(format="koff: %(message)s", level=logging.WARNING)
     host, port = at.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port}, model names: {names}", flush=True)
-    uvicorn.Server(config(app, patience)).run(sockets=[at])
+    Server(config(app, patience)).run(sockets=[at])

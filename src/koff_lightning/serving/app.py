@@ -62,7 +62,7 @@ def _routes(app: FastAPI, front: Front) -> None:
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": front.models(front.rights(request))})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> Response:
         known = {entry["id"]: entry for entry in front.models(front.rights(request))}
         if name not in known:
@@ -99,7 +99,7 @@ def _koff_routes(app: FastAPI, front: Front) -> None:
 
         return await front.change(request, lambda folder: remove_memory(folder, domain))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])  # proxies and monitors ask by either
     async def health() -> Response:
         if not front.engine.alive:
             raise Refused("the engine has ended: start the server again", 503)

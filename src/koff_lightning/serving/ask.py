@@ -67,7 +67,7 @@ class Ask:
             domains = await self._domains(domain, prompts)
             answers = self._answers(prompts, domains)
             form, headers = self._form(answers), {HEADER: ",".join(name or "none" for name in domains)}
-            job = Job(self.engine, answers, self.front.settings.seconds)
+            job = Job(self.engine, answers, self.front.settings.seconds, self.rights.name)
             held.push_async_callback(job.close)
             held.callback(self._count, form)
             if not self.body.stream:

@@ -9,7 +9,8 @@ Shapes: B rows, S cached tokens, T new tokens, V vocabulary, K key-value heads, 
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -21,8 +22,8 @@ from transformers import DynamicCache
 from koff_lightning.artifact.decomposed import DecomposedModel
 from koff_lightning.backbone import rope_of
 from koff_lightning.kv_memory import MOVING_ROPE
-from koff_lightning.serving.engine import Failed, Options, Piece, Token
-from koff_lightning.serving.sampling import Sampler, described
+from koff_lightning.serving.engine import Failed, Options, Piece, Token, Who
+from koff_lightning.serving.sampling import Sampler, check_finite, described
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, K, S, dh] each
 
@@ -37,49 +38,68 @@ class Row:
     """One text.
 
     Args:
-        ids: The prompt, one token or more.
+        ids: The prompt, one token or more; what is added to it comes behind.
         memory: Name inside the model, None for none.
         options: How it is continued.
         tell: Takes the pieces of the answer.
+        who: Whose it is.
     """
 
     ids: list[int]
     memory: str | None
     options: Options
     tell: Callable[[Piece | Exception], None]
+    who: Who = field(default_factory=lambda: ("", object()))
     gone: bool = False  # nobody waits for it any longer
     done: bool = False
     count: int = 0  # tokens of the answer
-    last: int = 0  # the token that is read next
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.options)
+        self.ids, self.sampler = list(self.ids), Sampler(self.options)
 
     def take(self, logits: Tensor, ends: frozenset[int], prompt: tuple[Token, ...] | None = None) -> None:
-        """Choose the next token by logits [V], and tell it."""
-        if not logits.max().isfinite():
-            self.fail(Failed("the model's numbers are not finite"))
-            return
+        """Choose the next token by logits [V], and tell it.
+
+        Raises:
+            Failed: The logits are no numbers.
+        """
+        check_finite(logits)
         if not self.options.max_tokens:
             self._tell(Piece((), "length", prompt))
             return
-        self.last = self.sampler.pick(logits)
-        if self.last in ends and not self.options.ignore_end:
+        new = self.sampler.pick(logits)
+        if new in ends and not self.options.ignore_end:
             self._tell(Piece((), "stop", prompt))
             return
+        self.ids.append(new)
         self.count += 1
-        token = described([self.last], logits[None], self.options)[0]
+        token = described([new], logits[None], self.options)[0]
         self._tell(Piece((token,), "length" if self.count == self.options.max_tokens else None, prompt))
 
     @property
+    def caller(self) -> str:
+        """The name of who asks."""
+        return self.who[0]
+
+    @property
+    def lives(self) -> bool:
+        """Whether there is more to do."""
+        return not (self.done or self.gone)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether its prompt is to be told; one that is read anew has been told."""
+        return self.options.echo and not self.count
+
+    @property
     def cells(self) -> int:
-        """Tokens that its cache holds, once the prompt is read."""
-        return len(self.ids) + self.count - 1
+        """Tokens that its cache holds, once the prompt is read: all but the last."""
+        return len(self.ids) - 1
 
     def fail(self, error: Exception) -> None:
         """End the answer, unless it has ended."""
-        if self.done or self.gone:
+        if not self.lives:
             return
         self.done = True
         try:
@@ -103,13 +123,14 @@ def failing(rows: Sequence[Row]) -> Iterator[None]:
 
 def _fail(rows: Sequence[Row], error: Exception) -> None:
     _log.error("the engine failed at %d of its texts", len(rows), exc_info=error)
+    known = isinstance(error, Failed)
     for row in rows:
-        row.fail(Failed(f"the engine failed ({type(error).__name__})"))
+        row.fail(error if known else Failed(f"the engine failed ({type(error).__name__})"))
 
 
-def _staying(rows: Sequence[Row]) -> list[int]:
+def _staying(rows: Sequence[Row], back: Collection[Row]) -> list[int]:
     """Places of those that go on."""
-    return [place for place, row in enumerate(rows) if not (row.done or row.gone)]
+    return [place for place, row in enumerate(rows) if row.lives and row not in back]
 
 
 class Prompts:
@@ -131,11 +152,8 @@ class Prompts:
         self._told: dict[Row, list[Token]] = {row: [] for row in rows}
 
     def read(self) -> bool:
-        """Read the next part. Whether it was the last, or nobody waits any longer."""
-        self._drop()
-        if not self.rows:
-            return True
-        start, echo = self._start, any(row.options.echo for row in self.rows)
+        """Read the next part. Whether it was the last."""
+        start, echo = self._start, any(row.echoes for row in self.rows)
         end = min(self._width, start + max(1, min(CHUNK, AT_ONCE // len(self.rows))))
         cache, kept = DynamicCache(self._layers or None), {} if echo else {"logits_to_keep": 1}
         domains = [row.memory for row in self.rows]
@@ -144,20 +162,22 @@ class Prompts:
         if echo:
             for place, row in enumerate(self.rows):
                 shown = None if self._before is None else self._before[place]
-                self._told[row] += _scored(row, shown, logits[place], start, end, self._width)
+                with failing([row]):
+                    self._told[row] += _scored(row, shown, logits[place], start, end, self._width)
         self._layers, self._before, self._start = _layers(cache), logits[:, -1], end
         return end == self._width
 
     def first(self, ends: frozenset[int]) -> "Together":
         """Tell the first tokens; the rows as they go on."""
-        for row, scores in zip(self.rows, self._before if self.rows else (), strict=True):
+        for row, scores in zip(self.rows, self._before, strict=True):
             with failing([row]):
-                row.take(scores, ends, tuple(self._told[row]) if row.options.echo else None)
+                if row.lives:
+                    row.take(scores, ends, tuple(self._told[row]) if row.echoes else None)
         return Together(self.model, self.rows, self._layers, self._mask)
 
-    def _drop(self) -> None:
-        """Let go of rows that nobody waits for: their memories may be taken away between two parts."""
-        stay = _staying(self.rows)
+    def drop(self, back: Collection[Row] = ()) -> None:
+        """Let go of rows that step back or nobody waits for: their memories may be taken away between two parts."""
+        stay = _staying(self.rows, back)
         if len(stay) < len(self.rows):
             self.rows, self._ids, self._mask = [self.rows[place] for place in stay], self._ids[stay], self._mask[stay]
             self._layers = [(key[stay], value[stay]) for key, value in self._layers]
@@ -187,9 +207,9 @@ class Together:
         """Numbers that are held for a token."""
         return sum(part.shape[1] * part.shape[3] for layer in self._layers for part in layer)
 
-    def drop(self) -> None:
-        """Let go of rows that are done or gone, and of the columns that are padding in all others."""
-        stay = _staying(self.rows)
+    def drop(self, back: Collection[Row] = ()) -> None:
+        """Let go of rows that step back, are done or gone, and of the columns that are padding in all others."""
+        stay = _staying(self.rows, back)
         rows = [self.rows[place] for place in stay]
         start = self._mask.shape[1] - max((row.cells for row in rows), default=0)
         if start or len(rows) < len(self.rows):
@@ -199,7 +219,7 @@ class Together:
 
     def step(self, ends: frozenset[int]) -> None:
         """Read every row's last token and choose its next."""
-        ids = torch.tensor([[row.last] for row in self.rows], device=self.model.device)  # [B, 1]
+        ids = torch.tensor([row.ids[-1:] for row in self.rows], device=self.model.device)  # [B, 1]
         self._mask = F.pad(self._mask, (0, 1), value=1)  # [B, S + 1]
         cache, domains = DynamicCache(self._layers), [row.memory for row in self.rows]
         logits = self.model(ids, self._mask, domains=domains, past_key_values=cache).logits  # [B, 1, V]
@@ -240,11 +260,26 @@ class Batch:
         self._apart = rope_of(model.backbone.config).get("rope_type") in MOVING_ROPE
         self._prompts: list[Prompts] = []
         self._together: list[Together] = []
+        self._owed = 0.0  # seconds that the last part of a prompt took longer than the tokens since
 
     @property
     def rows(self) -> list[Row]:
         """Those whose prompts are read and those that are continued."""
         return [row for part in (*self._together, *self._prompts) for row in part.rows]
+
+    @property
+    def reading(self) -> list[Row]:
+        """Those whose prompts are read."""
+        return [row for part in self._prompts for row in part.rows]
+
+    def rereads(self, row: Row) -> bool:
+        """Whether a row that steps back would go on as it went: with a moving embedding, only one with no token yet."""
+        return not (self._apart and row.count)
+
+    def put_back(self, rows: Sequence[Row]) -> None:
+        """Let rows wait, whose caches are freed."""
+        for part in (*self._together, *self._prompts):
+            part.drop(rows)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take in rows whose prompts are to be read."""
@@ -256,15 +291,29 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Read a part of some prompts, tell their first tokens after the last; a token more for each other row."""
-        for part in self._together:
+        """A token more for each row; read a part of some prompts, and tell their first tokens after the last part.
+
+        While a request has its prompts read, those of others that are continued have half of the time: a token of
+        theirs takes far less of it than a part.
+        """
+        start = time.perf_counter()
+        for part in (*self._together, *self._prompts):
             part.drop()
+        self._prompts = [part for part in self._prompts if part.rows]
         self._join()
         for part in self._together:
             with failing(part.rows):
                 part.step(self.ends)
-        if self._prompts:
+        self._owed -= time.perf_counter() - start
+        if self._prompts and (self._owed <= 0 or not self._others()):
+            start = time.perf_counter()
             self._read(*self._prompts)
+            self._owed = time.perf_counter() - start
+
+    def _others(self) -> bool:
+        """Whether requests are continued that have no prompt to be read."""
+        reading = {row.who for row in self.reading}
+        return any(row.lives and row.who not in reading for part in self._together for row in part.rows)
 
     def _read(self, prompts: Prompts, *others: Prompts) -> None:
         """Read a part; then it is the others' turn."""
@@ -292,6 +341,11 @@ class Batch:
         self._together = joined
 
 
+def pass_share(row: Row) -> float:
+    """Of the tokens that are read at a time, the part that its prompt takes."""
+    return min(len(row.ids), CHUNK) / AT_ONCE
+
+
 def _likeness(row: Row) -> int:
     """The same for prompts that are read together."""
     return (max(len(row.ids), ALIKE) - 1).bit_length()
@@ -310,12 +364,13 @@ def _scored(row: Row, before: Tensor | None, logits: Tensor, start: int, end: in
     """
     pad = width - len(row.ids)
     first = max(start, pad)
-    if not row.options.echo or first >= end:
+    if not row.echoes or first >= end:
         return []
     found = [Token(row.ids[0])] if first == pad else []  # nothing predicts it
     first += len(found)
     if first < end:
         shown = logits[first - start - 1 : end - start - 1] if first > start else torch.cat([before[None], logits[:-1]])
+        check_finite(shown)
         found += described(row.ids[first - pad : end - pad], shown, row.options)
     return found
 

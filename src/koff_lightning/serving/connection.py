@@ -1,6 +1,8 @@
-"""How uvicorn serves the front, and a connection whose client must come to the point."""
+"""How uvicorn serves the front and ends, and a connection whose client must come to the point."""
 
 import asyncio
+import logging
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -54,6 +56,20 @@ class Connection(AutoHTTPProtocol):
         self._late = None
         self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
         self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which a second signal of any kind ends at once.
+
+    uvicorn does so for Ctrl-C alone, and writes a traceback for each request that it cuts off.
+    """
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End when all is answered; at once if that was asked for before."""
+        if self.should_exit:
+            self.force_exit = True
+            logging.getLogger("uvicorn.error").disabled = True
+        super().handle_exit(sig, frame)
 
 
 def config(app: ASGIApp, patience: float) -> uvicorn.Config:

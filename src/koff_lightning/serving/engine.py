@@ -9,7 +9,7 @@ affair and never shows: not in `room`, not in counts of tokens.
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from koff_lightning.artifact.folder import Manifest, read_manifest
 from koff_lightning.artifact.router_files import check_fit, read_router
 from koff_lightning.router.routing import Router
 from koff_lightning.support.errors import KoffError
+
+Who = tuple[str, Hashable]  # whose a text is: the name of the caller, and the request; texts of one share their turns
 
 
 class Unknown(KoffError):
@@ -138,8 +140,16 @@ class Engine(ABC):
         """Whether it can still answer; one that cannot wants the process to be started again."""
 
     @abstractmethod
-    def stream(self, ids: list[int], memory: str | None, options: Options) -> AsyncIterator[Piece]:
+    def stream(
+        self, ids: list[int], memory: str | None, options: Options, who: Who | None = None
+    ) -> AsyncIterator[Piece]:
         """Continue a prompt. Closing the iterator early frees its place.
+
+        Args:
+            ids: The prompt.
+            memory: Whose memory it reads.
+            options: How it is continued.
+            who: Whose it is, for a fair share of the places; by default a request of its own.
 
         Raises:
             Unknown: No such memory.

@@ -95,17 +95,19 @@ class Job:
         engine: Computes.
         answers: What is wanted.
         seconds: Time limit of them all.
+        caller: The name of who asks.
     """
 
-    def __init__(self, engine: Engine, answers: Sequence[Answer], seconds: float) -> None:
+    def __init__(self, engine: Engine, answers: Sequence[Answer], seconds: float, caller: str = "") -> None:
         self.engine, self.answers = engine, answers
+        self._who = caller, object()
         self._come: asyncio.Queue[tuple[Answer, Piece] | Exception] = asyncio.Queue()
         late = Refused(f"the answer took longer than {seconds:g} s, the limit of this server", 504, code="timeout")
         self._timer = asyncio.get_running_loop().call_later(seconds, self._come.put_nowait, late)
         self._tasks = {answer: asyncio.create_task(self._run(answer)) for answer in answers}
 
     async def _run(self, answer: Answer) -> None:
-        stream = self.engine.stream(answer.ids, answer.domain, answer.options)
+        stream = self.engine.stream(answer.ids, answer.domain, answer.options, self._who)
         try:
             async for piece in stream:
                 self._come.put_nowait((answer, piece))

@@ -13,7 +13,7 @@ from koff_lightning.serving.batch import Row, failing
 from koff_lightning.serving.engine import Held, Token
 from koff_lightning.serving.llama_model import LlamaModel, Text
 from koff_lightning.serving.own import OwnEngine
-from koff_lightning.serving.sampling import described
+from koff_lightning.serving.sampling import check_finite, described
 
 _PART = 256  # tokens of a prompt whose logits are held at a time, where they are wanted
 
@@ -64,29 +64,36 @@ class LlamaBatch:
     def __init__(self, model: LlamaModel, ends: frozenset[int]) -> None:
         self.model, self.ends = model, ends
         self.rows: list[Row] = []
+        self.reading: list[Row] = []  # none: a prompt is read whole
         self._texts: dict[Row, Text] = {}
 
     def add(self, rows: Sequence[Row]) -> None:
         """Read the prompts of rows that come, each by itself, and tell their first tokens."""
-        self._drop()
+        self.put_back()
         for row in rows:
             with failing([row]):
                 self._texts[row] = self.model.begin(row.memory)
                 self.rows.append(row)
-                self._scored(row) if row.options.echo else self._plain(row)
+                self._scored(row) if row.echoes else self._plain(row)
 
     def step(self) -> None:
         """Read every row's last token and choose its next; rows that are done or gone leave."""
-        self._drop()
-        logits = self.model.read([(self._texts[row], [row.last]) for row in self.rows])
+        self.put_back()
+        logits = self.model.read([(self._texts[row], row.ids[-1:]) for row in self.rows])
         for row, scores in zip(self.rows, logits, strict=True):
-            row.take(scores[-1], self.ends)
+            with failing([row]):
+                row.take(scores[-1], self.ends)
 
-    def _drop(self) -> None:
+    def put_back(self, rows: Sequence[Row] = ()) -> None:
+        """Free what is held for rows that wait again, are done or gone."""
         for row in self.rows:
-            if row.done or row.gone:
+            if row in rows or not row.lives:
                 self.model.end(self._texts.pop(row))
         self.rows = [row for row in self.rows if row in self._texts]
+
+    def rereads(self, row: Row) -> bool:
+        """Whether a row that steps back would go on as it went."""
+        return True
 
     def _plain(self, row: Row) -> None:
         """Read a prompt."""
@@ -99,6 +106,7 @@ class LlamaBatch:
             ids = row.ids[start : start + _PART]
             logits = self.model.read([(self._texts[row], ids)], everywhere=True)[0]  # [T, V]
             shown = torch.cat([before, logits[:-1]]) if start else logits[:-1]
+            check_finite(shown)
             tokens += described(ids if start else ids[1:], shown, row.options)
             before = logits[-1:]
         row.take(before[-1], self.ends, tuple(tokens))

@@ -18,7 +18,8 @@ from koff_lightning.artifact.folder import MEMORIES, Manifest
 from koff_lightning.backbone import end_tokens
 from koff_lightning.listed_files import CARD
 from koff_lightning.serving.batch import Batch, Row
-from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece
+from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece, Who
+from koff_lightning.serving.turns import turns
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
 
@@ -61,7 +62,7 @@ class OwnEngine(Engine):
         self._context = int(getattr(model.backbone.config, "max_position_embeddings", 0) or 2**31)
         self._ends = ends_of(model)
         self._batch = self._empty()
-        self._waiting: deque[Row] = deque()
+        self._waiting: list[Row] = []
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="koff-engine", daemon=True)
@@ -78,7 +79,7 @@ class OwnEngine(Engine):
     @property
     def load(self) -> tuple[int, int]:
         """Texts under way and texts that wait."""
-        return len(self._batch.rows), len(self._waiting)
+        return sum(row.lives for row in self._batch.rows), len(self._waiting)
 
     @property
     def alive(self) -> bool:
@@ -87,12 +88,14 @@ class OwnEngine(Engine):
 
     # -------------------------------------------------------------------------------------- in the event loop
 
-    async def stream(self, ids: list[int], memory: str | None, options: Options) -> AsyncIterator[Piece]:
+    async def stream(
+        self, ids: list[int], memory: str | None, options: Options, who: Who | None = None
+    ) -> AsyncIterator[Piece]:
         """Put a text among the waiting, and give its pieces as they come."""
         async with self._reading(memory) as held:
             pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
             put = partial(asyncio.get_running_loop().call_soon_threadsafe, pieces.put_nowait)
-            row = Row(ids, held and held.name, options, put)
+            row = Row(ids, held and held.name, options, put, who or ("", object()))
             try:
                 with self._wake:
                     if self._closed:
@@ -157,7 +160,8 @@ class OwnEngine(Engine):
                 _do(what, future)
             rows = self._batch.rows
             try:
-                rows = [*rows, *(newcomers := self._newcomers())]
+                newcomers = self._newcomers()
+                rows = [*self._batch.rows, *newcomers]
                 if newcomers:
                     self._batch.add(newcomers)
                 self._batch.step()
@@ -167,15 +171,15 @@ class OwnEngine(Engine):
         self._fail([*self._batch.rows, *self._waiting], Ending("the server is ending"))
 
     def _newcomers(self) -> list[Row]:
-        """Those who wait, as many as there is room for."""
-        found: list[Row] = []
-        busy = sum(not (row.done or row.gone) for row in self._batch.rows)
+        """Those whose turn it is. Those who step back for them wait before all others of their requests."""
         with self._wake:
-            while self._waiting and busy + len(found) < self._rows:
-                row = self._waiting.popleft()
-                if not row.gone:
-                    found.append(row)
-        return found
+            if not self._waiting:
+                return []
+            come, back = turns(self._batch, self._waiting, self._rows)
+            if back:
+                self._batch.put_back(back)
+            self._waiting = [*back, *(row for row in self._waiting if row not in come)]
+        return come
 
     def _fail(self, rows: list[Row], error: Failed) -> None:
         """Tell rows that they have failed, and begin anew with none."""

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from koff_lightning.serving.engine import Options
 from koff_lightning.serving.errors import Refused
@@ -13,6 +13,11 @@ MOST_CHOICES = 128  # texts of one request: prompts times n
 MOST_LOGPROBS = 20
 MOST_PARTS = 10_000  # of a list or an object: every part takes time to look at, and every faulty one much more
 MOST_IDS = 2**20  # of a prompt
+MOST_TOKENS = 2**31  # of an answer, and the largest token id: no model has as many
+SAID = {  # of what may be given in several ways, in place of pydantic's words, which are of one of them
+    "prompt": "it must be a text, a list of token ids, or a list of one of these, and not empty",
+    "stop": "it must be a text or a list of at most 16, each of 1 to 1000 characters",
+}
 MESSAGE = {  # of its entries, what is taken
     "role": "it must be system, developer, user or assistant",
     "content": "it must be a text, or a list of parts of type text",
@@ -20,7 +25,7 @@ MESSAGE = {  # of its entries, what is taken
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 # `fail_fast`: a million faults would be described one by one.
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]], Field(min_length=1, fail_fast=True)]
 Body = TypeVar("Body", bound="_Request")
 
 
@@ -44,7 +49,7 @@ class _Request(_Strict):
     n: int | None = Field(1, ge=1, le=MOST_CHOICES)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = None
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)
@@ -57,13 +62,6 @@ class _Request(_Strict):
     # Notes of the client to itself.
     user: str | None = None
     metadata: dict[str, str] | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _few(cls, stop: Any) -> Any:
-        if isinstance(stop, list) and len(stop) > 16:
-            raise ValueError("at most 16 stop words")
-        return stop
 
     @model_validator(mode="after")
     def _is_streamed(self) -> Self:
@@ -107,7 +105,7 @@ class Completion(_Request):
         | Annotated[list[str], Field(min_length=1, fail_fast=True)]
         | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
     )
-    max_tokens: int | None = Field(16, ge=0)
+    max_tokens: int | None = Field(16, ge=0, le=MOST_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = False
     best_of: int | None = None
@@ -151,8 +149,8 @@ class Chat(_Request):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     # As above: taken where they change nothing.
@@ -225,6 +223,4 @@ def _refusal(error: ValidationError) -> Refused:
         return Refused(f"{place}: {MESSAGE.get(first['loc'][2], said)}", param=name)
     if unknown:
         return Refused(f"unknown or unsupported parameter: {name}", param=name)
-    if name == "prompt":
-        said = "it must be a text, a list of token ids, or a list of one of these, and not empty"
-    return Refused(f"{name}: {said}", param=name)
+    return Refused(f"{name}: {SAID.get(name, said)}", param=name)

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, V vocabulary.
 import torch
 from torch import Tensor
 
-from koff_lightning.serving.engine import Options, Token
+from koff_lightning.serving.engine import Failed, Options, Token
 
 
 class Sampler:
@@ -54,6 +54,19 @@ def nucleus(shares: Tensor, top_p: float) -> tuple[Tensor, Tensor | None]:
         count *= 16
     keep = best.values.double().cumsum(-1) - best.values < top_p
     return best.values[keep], best.indices[keep]
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits that nothing can be chosen or scored by; minus infinity is a probability of 0.
+
+    Args:
+        logits: [..., V].
+
+    Raises:
+        Failed: The largest of some V is not finite, as with a NaN among them.
+    """
+    if not logits.amax(-1).isfinite().all():
+        raise Failed("the model's numbers are not finite")
 
 
 def described(ids: list[int], logits: Tensor, options: Options) -> list[Token]:

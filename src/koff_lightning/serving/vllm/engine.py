@@ -22,7 +22,7 @@ from koff_lightning.backbone import end_tokens
 from koff_lightning.kv_memory import check_one_rope
 from koff_lightning.listed_files import BACKBONE, CARD
 from koff_lightning.loading import load_tokenizer
-from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece, Token
+from koff_lightning.serving.engine import Ending, Engine, Failed, Held, Options, Piece, Token, Who
 from koff_lightning.serving.vllm.slots import FOLDER, KEY, check_layers, salt_of, with_places
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.files import hash_file
@@ -98,8 +98,10 @@ class VllmEngine(Engine):
 
     # ------------------------------------------------------------------------------------------------ answers
 
-    async def stream(self, ids: list[int], memory: str | None, options: Options) -> AsyncIterator[Piece]:
-        """Let vLLM continue a text, and give what comes without the end token."""
+    async def stream(
+        self, ids: list[int], memory: str | None, options: Options, who: Who | None = None
+    ) -> AsyncIterator[Piece]:
+        """Let vLLM continue a text, and give what comes without the end token. Turns are vLLM's own affair."""
         async with self._reading(memory) as held:
             if self._closed:
                 raise Ending("the server is ending")

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from koff_lightning.studies.analysis.report.findings import _causal, _ratio, _removal, _transfer
+from koff_lightning.studies.analysis.report.findings import _causal, _knockout, _ratio, _removal, _transfer
 
 TESTS = pd.DataFrame({"both": [30], "marked": [40], "removed": [300], "neurons": [1000]})
 
@@ -89,3 +89,36 @@ def test_the_best_memory_is_told_apart_from_no_memory():
     rows = [("a", "de", 1.0, 1.1, 1.2, 1.4), ("a", "fr", 1.0, 1.1, 1.4, 1.2)]  # no memory is better still
     (found,) = _transfer(pd.DataFrame(rows, columns=["run", "domain", "dense", "none", "de", "fr"]))
     assert "among the memories, the own one is best for 100% of domains" in found.text
+
+
+def test_a_removal_is_told_in_means_over_runs():
+    """18 and 30 of 40 are 60 %, a tenth and three tenths of all 20 %."""
+    tests = pd.concat([TESTS, TESTS.assign(both=18, removed=100)])
+    text = _removal(pooled((2, 4), (1.1, 3)), tests, "Specific neurons").text
+    assert "24 of 40 are removed (mean of 2 runs), 60% where 20% of all are." in text
+    assert "those of others of the same layer [2.00, 4.00]." in text
+    assert "those of others of the same layer, activity and importance [1.10, 3.00]." in text
+    assert "(mean of" not in _removal(pooled((2, 4), (1.1, 3)), TESTS, "Specific neurons").text
+    assert _removal(pooled((2, 4), (1.1, 3)), TESTS.assign(marked=0), "G2").text == "G2: there are none."
+
+
+def test_costs_and_gains_of_memories_are_means_over_domains_and_runs():
+    """Another memory costs 0.2, 0.3, 0.1 and -0.2 more than the own one, which gains 0.1, 0.6, 0.2 and 0.5."""
+    rows = [("a", "de", 1.0, 1.3, 1.2, 1.4), ("a", "fr", 1.0, 1.8, 1.5, 1.2)]
+    rows += [("b", "de", 1.0, 1.4, 1.2, 1.3), ("b", "fr", 1.0, 1.9, 1.2, 1.4)]
+    table = pd.DataFrame(rows, columns=["run", "domain", "dense", "none", "de", "fr"])
+    (found,) = _transfer(table)
+    assert "costs 0.1000 bits per byte more than the own one, which gains 0.3500 over none" in found.text
+    assert "best for 75% of domains" in found.text and found.verdict == "open"
+    (found,) = _transfer(table.assign(de=table["fr"], fr=table["de"]))
+    assert "costs -0.1000" in found.text and found.verdict == "no"
+    (found,) = _transfer(table[table["run"] == "a"])
+    assert found.verdict == "yes"
+
+
+@pytest.mark.parametrize(("both", "said"), [(1.3, "0.2000: 0.0500 more"), (1.4, "0.1000: 0.0500 less")])
+def test_what_both_parts_gain_is_set_against_the_sum_of_each(both, said):
+    row = {"run": "a", "domain": "de", "none": 1.5, "lora": 1.4, "kv": 1.45, "both": both}
+    shifted = row | {name: row[name] + 1 for name in ("none", "lora", "kv", "both")}
+    table = pd.DataFrame([row, shifted]).assign(synergy=lambda t: t["lora"] + t["kv"] - t["none"] - t["both"])
+    assert f"gains 0.1000 bits per byte, the slots alone 0.0500, both {said} than their sum." in _knockout(table).text

@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from koff_lightning.studies.analysis.report.findings import _causal, _knockout, _ratio, _removal, _transfer
 
@@ -122,3 +123,23 @@ def test_what_both_parts_gain_is_set_against_the_sum_of_each(both, said):
     shifted = row | {name: row[name] + 1 for name in ("none", "lora", "kv", "both")}
     table = pd.DataFrame([row, shifted]).assign(synergy=lambda t: t["lora"] + t["kv"] - t["none"] - t["both"])
     assert f"gains 0.1000 bits per byte, the slots alone 0.0500, both {said} than their sum." in _knockout(table).text
+
+
+def gained(off, control, on, control_on):
+    """A domain whose text gains so many thousandths of a bit per byte."""
+    gains = {"off_after": off, "off_control": control, "on_after": on, "on_control": control_on}
+    row = {"run": "a", "neurons": 3, "off_before": 2.0, "on_before": 1.5}
+    return row | {name: row[f"{name.partition('_')[0]}_before"] - gain / 1000 for name, gain in gains.items()}
+
+
+def test_what_comes_back_is_told_in_thousandths_and_judged_over_domains():
+    """Specialists lose 30 - 10, 50 - 10 and 70 - 16 more than the controls: by Student's interval over three."""
+    rows = [gained(50, 30, 20, 20), gained(80, 30, 30, 20), gained(110, 36, 40, 20)]
+    table = pd.DataFrame(rows).assign(domain=["de", "fr", "zh"])
+    (found,) = _causal(table)
+    assert "Put back, 9 removed specialists gain their domains 80.00 thousandths of a bit per byte" in found.text
+    assert "with memories off and 30.00 with them on; as many others" in found.text
+    assert "gain 32.00 (off) and 20.00 (on). Mean over 3 domains and runs." in found.text
+    low, high = stats.t.interval(0.95, 2, 38, stats.sem([20, 40, 54]))
+    assert f"lose 38.00 more of their gain to the memory than the others do [{low:.2f}, {high:.2f}]" in found.text
+    assert found.verdict == ("yes" if low > 0 else "open")

@@ -215,3 +215,12 @@ def test_a_ratio_is_told_in_percent_and_a_difference_in_bits(figure, said):
     assert text._finding(part | {"found": None, "why": "no run"}).endswith(
         " not measured, " + said.split("], ")[1] + " (no run)"
     )
+
+
+def test_memories_of_one_kind_are_told_with_their_sizes():
+    equal = {"both": 12_000, "lora_equal": {"rank": 6, "parameters": 12_100, "ratio": 12_100 / 12_000}}
+    equal["kv_equal"] = {"slots": 40, "parameters": 12_240, "ratio": 1.02}
+    said = text._equal(equal)
+    assert "has 12,000 parameters" in said and "`lora_equal` has 12,100 (rank 6, 1.0083 times as many)" in said
+    assert "`kv_equal` 12,240 (40 slots, 1.0200 times)" in said
+    assert text._equal({}) == ""

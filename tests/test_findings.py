@@ -4,7 +4,17 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from koff_lightning.studies.analysis.report.findings import _causal, _knockout, _ratio, _removal, _transfer
+from koff_lightning.studies.analysis import paper
+from koff_lightning.studies.analysis.report.findings import (
+    _causal,
+    _knockout,
+    _ratio,
+    _removal,
+    _statement,
+    _transfer,
+    findings,
+)
+from koff_lightning.studies.analysis.study import Settings, Study
 
 TESTS = pd.DataFrame({"both": [30], "marked": [40], "removed": [300], "neurons": [1000]})
 
@@ -143,3 +153,24 @@ def test_what_comes_back_is_told_in_thousandths_and_judged_over_domains():
     low, high = stats.t.interval(0.95, 2, 38, stats.sem([20, 40, 54]))
     assert f"lose 38.00 more of their gain to the memory than the others do [{low:.2f}, {high:.2f}]" in found.text
     assert found.verdict == ("yes" if low > 0 else "open")
+
+
+def test_ratios_within_layers_and_the_text_are_told_in_sentences():
+    """Of the specific neurons alone, a line for each mask that is compared with."""
+    row = {"class": "specific", "within": "layers", "ratio": 2.0, "low": 1.5, "high": 3.0, "note": ""}
+    rows = [row | {"against": name} for name in ("wanda_sp", "flap")]
+    rows += [row | {"against": "none", "within": "cells"}, row | {"against": "none", "class": "G2"}]
+    found = Study(Settings(), about={"stability": "the halves agree on 9 of 10"})
+    found.tables["ratios"] = pd.DataFrame(rows)
+    said = [line.text for line in findings(found)]
+    assert [text.partition("?")[0] for text in said[:2]] == ["More selective than wanda_sp", "More selective than flap"]
+    assert said[2:] == ["Is there enough text? The halves agree on 9 of 10."]
+
+
+def test_one_figure_without_an_interval_is_told_beside_one_that_has_it():
+    row = {"figure": "removed", "value": 0.25, "low": 0.125, "high": 0.5, "bound": 0.2, "above": True, "runs": 2}
+    both = pd.DataFrame([row, row | {"figure": "kept", "low": float("-inf"), "high": float("inf"), "bound": 0}])
+    text = _statement(paper.Verdict(paper.MIDDLE, "not decided", both)).text
+    assert "removed 0.250 [0.125, 0.500] (above 0.2 wanted); kept 0.250." in text and "inf" not in text
+    assert text.endswith("Runs that agree exactly give no interval.")
+    assert "agree exactly" not in _statement(paper.Verdict(paper.MIDDLE, "supported", both[:1])).text

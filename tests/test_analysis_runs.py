@@ -13,7 +13,7 @@ from tiny_run import RandomText, tiny_module, tiny_trainer
 
 from koff_lightning.artifact.export import export
 from koff_lightning.loading import load_config, load_tokenizer
-from koff_lightning.specs.memories import LoraSpec
+from koff_lightning.specs.memories import KVSpec, LoraSpec
 from koff_lightning.studies.analysis import (
     adapter_norms,
     attention_mass,
@@ -377,3 +377,12 @@ def test_masks_without_neurons_and_no_text(tmp_path, opened):
     taken = SimpleNamespace(memories=SimpleNamespace(domains=["de", "none"]))
     with pytest.raises(KoffError, match="a domain is called 'none', which is what the table calls the model without a"):
         transfer(taken, [])
+
+
+def test_slots_of_some_layers_open_in_their_layers(tmp_path):
+    module = tiny_decomposition(tmp_path, kv=KVSpec(slots=5, layers=[1]))
+    export(module, tmp_path / "ragged", prove=False)
+    found = open_run(tmp_path / "ragged")
+    assert found.memories.slots("de").layers == module.memories.slots("de").layers
+    own = [score(held_out(), {"own": own_memory(each)})["own"].to_numpy() for each in (found, module)]
+    assert own[0] == pytest.approx(own[1], rel=1e-5)

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,11 +13,13 @@ from tiny_artifact import DOMAINS, VOCABULARY, tiny_decomposition
 from tiny_models import tiny_model
 from toy_text import toy_documents, write_jsonl
 
+from koff_lightning import KoffError
 from koff_lightning.artifact.export import export
 from koff_lightning.cli import main
 from koff_lightning.specs.sparsity import SparsitySpec
 from koff_lightning.studies.analysis import paper
-from koff_lightning.studies.analysis.runs import folder_for, history_of
+from koff_lightning.studies.analysis.runs import find_others, folder_for, history_of
+from koff_lightning.studies.analysis.study import _about_text
 from koff_lightning.studies.analysis.text import open_text
 
 FEW = [
@@ -73,6 +77,8 @@ def test_everything_is_written(whole):
     assert set(tables["enrichment"]["run"]) == {"run0", "run1", "bare"}
     assert set(tables["ratios"]["against"]) == {"bare"}
     assert len(tables["transfer"]) == len(tables["perplexity"]) == 2 * len(DOMAINS)
+    of_memories = ("similarity", "transfer", "perplexity", "knockout", "causal", "attention", "adapters", "tokens")
+    assert {name: set(tables[name]["run"]) for name in of_memories} == {key: {"run0", "run1"} for key in of_memories}
     judged = tables["statements"]
     assert {paper.SPECIFIC, paper.GENERAL, paper.STAYS} <= set(judged["says"])
     assert set(judged["runs"]) == {2} and (judged["low"] <= judged["high"]).all()
@@ -273,3 +279,30 @@ def test_a_study_reads_no_general_text():
     options = {"domains": {"de": "bundled:de"}, "retention": {"web": "gone.jsonl"}, "max_train_bytes": 20_000}
     data, _ = open_text(options, "koff-tiny", 300, 3_000)
     assert data.general is None
+
+
+@pytest.mark.parametrize("words", ["bare", "=runs/bare", "bare=", "a/b=runs/bare", "="])
+def test_a_run_to_compare_with_needs_a_name_and_a_place(words):
+    with pytest.raises(KoffError, match=rf"--against takes NAME=RUN, .*; got '{words}'"):
+        find_others([words])
+
+
+def test_what_was_read_is_counted_by_domain():
+    """A domain of which nothing is held out has no bytes; the tokens are those of both halves of the text."""
+    source = SimpleNamespace(files=["x"])
+    names = ["de", "fr", "zh"]
+    data = SimpleNamespace(domain_names=names, seq_len=8, sources=dict.fromkeys(names, source))
+    batches = [{"domains": ["de", "fr", "de"], "num_bytes": torch.tensor([5.0, 7.0, 11.0])}]
+    batches += [{"domains": ["fr"], "num_bytes": torch.tensor([100.0])}]
+    seen = SimpleNamespace(domains=("de", "fr", "zh"), tokens=np.array([[1, 2, 3], [10, 20, 30]]))
+    found = _about_text(data, seen, batches)
+    assert found["heldout_bytes"] == {"de": 16, "fr": 107, "zh": 0}
+    assert found["watched_tokens"] == {"de": 11, "fr": 22, "zh": 33}
+
+
+@pytest.mark.parametrize("tokens", [640, 6_400])
+def test_of_each_domain_as_many_tokens_are_watched_as_were_asked_for(tokens):
+    options = {"domains": {"de": "bundled:de", "en": "bundled:en", "fr": "bundled:fr"}, "seq_len": 64}
+    _, text = open_text(options | {"max_train_bytes": 60_000}, "koff-tiny", tokens, 3_000)
+    rows = [domain for batch in text for domain in batch["domains"]]
+    assert {domain: 64 * rows.count(domain) for domain in set(rows)} == dict.fromkeys(("de", "en", "fr"), tokens)

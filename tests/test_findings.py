@@ -2,8 +2,19 @@
 
 import pandas as pd
 import pytest
+from scipy import stats
 
-from koff_lightning.studies.analysis.report.findings import _causal, _ratio, _removal, _transfer
+from koff_lightning.studies.analysis import paper
+from koff_lightning.studies.analysis.report.findings import (
+    _causal,
+    _knockout,
+    _ratio,
+    _removal,
+    _statement,
+    _transfer,
+    findings,
+)
+from koff_lightning.studies.analysis.study import Settings, Study
 
 TESTS = pd.DataFrame({"both": [30], "marked": [40], "removed": [300], "neurons": [1000]})
 
@@ -89,3 +100,77 @@ def test_the_best_memory_is_told_apart_from_no_memory():
     rows = [("a", "de", 1.0, 1.1, 1.2, 1.4), ("a", "fr", 1.0, 1.1, 1.4, 1.2)]  # no memory is better still
     (found,) = _transfer(pd.DataFrame(rows, columns=["run", "domain", "dense", "none", "de", "fr"]))
     assert "among the memories, the own one is best for 100% of domains" in found.text
+
+
+def test_a_removal_is_told_in_means_over_runs():
+    """18 and 30 of 40 are 60 %, a tenth and three tenths of all 20 %."""
+    tests = pd.concat([TESTS, TESTS.assign(both=18, removed=100)])
+    text = _removal(pooled((2, 4), (1.1, 3)), tests, "Specific neurons").text
+    assert "24 of 40 are removed (mean of 2 runs), 60% where 20% of all are." in text
+    assert "those of others of the same layer [2.00, 4.00]." in text
+    assert "those of others of the same layer, activity and importance [1.10, 3.00]." in text
+    assert "(mean of" not in _removal(pooled((2, 4), (1.1, 3)), TESTS, "Specific neurons").text
+    assert _removal(pooled((2, 4), (1.1, 3)), TESTS.assign(marked=0), "G2").text == "G2: there are none."
+
+
+def test_costs_and_gains_of_memories_are_means_over_domains_and_runs():
+    """Another memory costs 0.2, 0.3, 0.1 and -0.2 more than the own one, which gains 0.1, 0.6, 0.2 and 0.5."""
+    rows = [("a", "de", 1.0, 1.3, 1.2, 1.4), ("a", "fr", 1.0, 1.8, 1.5, 1.2)]
+    rows += [("b", "de", 1.0, 1.4, 1.2, 1.3), ("b", "fr", 1.0, 1.9, 1.2, 1.4)]
+    table = pd.DataFrame(rows, columns=["run", "domain", "dense", "none", "de", "fr"])
+    (found,) = _transfer(table)
+    assert "costs 0.1000 bits per byte more than the own one, which gains 0.3500 over none" in found.text
+    assert "best for 75% of domains" in found.text and found.verdict == "open"
+    (found,) = _transfer(table.assign(de=table["fr"], fr=table["de"]))
+    assert "costs -0.1000" in found.text and found.verdict == "no"
+    (found,) = _transfer(table[table["run"] == "a"])
+    assert found.verdict == "yes"
+
+
+@pytest.mark.parametrize(("both", "said"), [(1.3, "0.2000: 0.0500 more"), (1.4, "0.1000: 0.0500 less")])
+def test_what_both_parts_gain_is_set_against_the_sum_of_each(both, said):
+    row = {"run": "a", "domain": "de", "none": 1.5, "lora": 1.4, "kv": 1.45, "both": both}
+    shifted = row | {name: row[name] + 1 for name in ("none", "lora", "kv", "both")}
+    table = pd.DataFrame([row, shifted]).assign(synergy=lambda t: t["lora"] + t["kv"] - t["none"] - t["both"])
+    assert f"gains 0.1000 bits per byte, the slots alone 0.0500, both {said} than their sum." in _knockout(table).text
+
+
+def gained(off, control, on, control_on):
+    """A domain whose text gains so many thousandths of a bit per byte."""
+    gains = {"off_after": off, "off_control": control, "on_after": on, "on_control": control_on}
+    row = {"run": "a", "neurons": 3, "off_before": 2.0, "on_before": 1.5}
+    return row | {name: row[f"{name.partition('_')[0]}_before"] - gain / 1000 for name, gain in gains.items()}
+
+
+def test_what_comes_back_is_told_in_thousandths_and_judged_over_domains():
+    """Specialists lose 30 - 10, 50 - 10 and 70 - 16 more than the controls: by Student's interval over three."""
+    rows = [gained(50, 30, 20, 20), gained(80, 30, 30, 20), gained(110, 36, 40, 20)]
+    table = pd.DataFrame(rows).assign(domain=["de", "fr", "zh"])
+    (found,) = _causal(table)
+    assert "Put back, 9 removed specialists gain their domains 80.00 thousandths of a bit per byte" in found.text
+    assert "with memories off and 30.00 with them on; as many others" in found.text
+    assert "gain 32.00 (off) and 20.00 (on). Mean over 3 domains and runs." in found.text
+    low, high = stats.t.interval(0.95, 2, 38, stats.sem([20, 40, 54]))
+    assert f"lose 38.00 more of their gain to the memory than the others do [{low:.2f}, {high:.2f}]" in found.text
+    assert found.verdict == ("yes" if low > 0 else "open")
+
+
+def test_ratios_within_layers_and_the_text_are_told_in_sentences():
+    """Of the specific neurons alone, a line for each mask that is compared with."""
+    row = {"class": "specific", "within": "layers", "ratio": 2.0, "low": 1.5, "high": 3.0, "note": ""}
+    rows = [row | {"against": name} for name in ("wanda_sp", "flap")]
+    rows += [row | {"against": "none", "within": "cells"}, row | {"against": "none", "class": "G2"}]
+    found = Study(Settings(), about={"stability": "the halves agree on 9 of 10"})
+    found.tables["ratios"] = pd.DataFrame(rows)
+    said = [line.text for line in findings(found)]
+    assert [text.partition("?")[0] for text in said[:2]] == ["More selective than wanda_sp", "More selective than flap"]
+    assert said[2:] == ["Is there enough text? The halves agree on 9 of 10."]
+
+
+def test_one_figure_without_an_interval_is_told_beside_one_that_has_it():
+    row = {"figure": "removed", "value": 0.25, "low": 0.125, "high": 0.5, "bound": 0.2, "above": True, "runs": 2}
+    both = pd.DataFrame([row, row | {"figure": "kept", "low": float("-inf"), "high": float("inf"), "bound": 0}])
+    text = _statement(paper.Verdict(paper.MIDDLE, "not decided", both)).text
+    assert "removed 0.250 [0.125, 0.500] (above 0.2 wanted); kept 0.250." in text and "inf" not in text
+    assert text.endswith("Runs that agree exactly give no interval.")
+    assert "agree exactly" not in _statement(paper.Verdict(paper.MIDDLE, "supported", both[:1])).text

@@ -12,7 +12,9 @@ import torch
 import yaml
 from lm_eval._cli.run import Run
 from lm_eval.api.instance import Instance
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tiny_artifact import tiny_artifact, tiny_decomposition
 from tiny_run import RandomText, tiny_trainer
 from tiny_tasks import NEW, PROMPTS, UNTIL, toy_tasks
@@ -26,7 +28,7 @@ from koff_lightning.callbacks import LMEval
 from koff_lightning.cli import main
 from koff_lightning.commands.lm_eval_cli import _parser
 from koff_lightning.evaluation import lm_tasks
-from koff_lightning.evaluation.harness import KoffLM, score
+from koff_lightning.evaluation.harness import KoffLM, answers, score
 from koff_lightning.evaluation.lm_scores import CLASH
 from koff_lightning.evaluation.lm_tasks import quiet
 
@@ -148,8 +150,27 @@ def test_examples_are_those_of_stock_hflm(place, shots):
         tasks = lm_tasks.load_tasks(["toy_choose"], str(place.folder / "tasks"))
         ours = score(KoffLM(str(place.folder / "dense"), batch_size=2, device="cpu"), tasks, num_fewshot=shots)
         assert ours == score(stock, tasks, num_fewshot=shots)
-    asked = tasks["tasks"]["toy_choose"].instances[0].args[0]
-    assert asked.count("\n\n") == shots
+        asked = {instance.args[0] for instance in tasks["tasks"]["toy_choose"].instances}
+        manager = TaskManager(include_path=str(place.folder / "tasks"), include_defaults=False)
+        theirs = simple_evaluate(stock, tasks=["toy_choose"], num_fewshot=shots, task_manager=manager)
+    assert asked == {words[0] for row in theirs["samples"]["toy_choose"] for words in row["arguments"]}
+    assert {question.count("\n\n") for question in asked} == {shots}
+    with quiet():  # also where single answers are asked for, of a task that says itself how many examples it has
+        tasks = lm_tasks.load_tasks(["toy_choose"], str(place.folder / "tasks"))
+        tasks["tasks"]["toy_choose"].set_config("num_fewshot", shots)
+        right = answers(KoffLM(str(place.folder / "dense"), batch_size=2, device="cpu"), tasks)
+    assert asked == {instance.args[0] for instance in tasks["tasks"]["toy_choose"].instances}
+    assert right == [row["acc"] for row in sorted(theirs["samples"]["toy_choose"], key=lambda row: row["doc_id"])]
+
+
+def test_every_beam_of_a_row_reads_its_memory(place, tmp_path):
+    found = {}
+    for model in ("artifact", "run.ckpt"):
+        words = ["--domains=all", "--batch_size=3", "--gen_kwargs", "num_beams=2,do_sample=False"]
+        columns = lm_eval(place, model, "toy_write", tmp_path / model, *words)
+        found[model] = {domain: [row["filtered_resps"] for row in rows] for domain, (_, rows) in columns.items()}
+    assert found["artifact"] == found["run.ckpt"]
+    assert found["artifact"]["en"] != found["artifact"]["law"]
 
 
 @pytest.mark.parametrize("size", ["none", "0", "-1", "auto:", "2.5"])

@@ -161,3 +161,66 @@ def test_general_text_is_told_bare_and_under_any_memory():
 
 def test_no_general_text_is_nothing():
     assert general.figures({Run("koff", 0.12, 0): {"mean": {}}}) is None
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+ROW = {"arm": "koff", "sparsity": 0.12, "bpb": [1.0, 1.2], "against_dense": 0.05, "gc": 0.5, "gc_star": None}
+ROW |= {"removed": 0.1189, "active": 1_500_000, "net": -0.051, "stored": 2_000_000, "seconds": 90.4, "tokens": 1234567}
+
+
+def test_a_line_of_the_arms_holds_their_figures():
+    shown = dict(zip(text.ARM_HEAD[2:], text._arm(ROW)[2:], strict=True))
+    assert shown == {
+        "bits per byte": "1.1000 ± 0.1414",
+        "against dense": "+5.00 %",
+        "GC": "0.50",
+        "GC*": "",
+        "removed of body": "11.9 %",
+        "active": "1.500 M",
+        "net": "-5.1 %",
+        "stored": "2.000 M",
+        "seconds": "90",
+        "tokens": "1,234,567",
+    }
+    bare = text._arm(ROW | dict.fromkeys(("against_dense", "active", "net", "stored", "seconds", "tokens", "gc")))
+    assert bare[2:] == ["1.1000 ± 0.1414", "", "", "", "11.9 %", "", "", "", "", ""]
+    assert text._arm(ROW | {"bpb": [1.5]})[2] == "1.5000", "one run does not spread"
+
+
+def test_the_curve_has_a_column_for_each_share_in_order():
+    rows = [ROW | {"sparsity": share, "bpb": [bpb]} for share, bpb in ((0.5, 2.0), (0.12, 1.0), (0.25, 1.5))]
+    rows += [row | {"arm": "dense"} for row in rows] + [ROW | {"arm": "no_memory"}]
+    rows += [ROW | {"arm": "flap", "sparsity": 0.25, "against_dense": 0.1}]
+    curve = text._curve({"sparsities": [0.12, 0.5, 0.25], "arms": rows}).split("\n\n")[2].splitlines()
+    assert curve[0] == "| arm | 12 % | 25 % | 50 % |"
+    assert curve[2:] == [
+        "| koff | 1.0000 (+5.0 %) | 1.5000 (+5.0 %) | 2.0000 (+5.0 %) |",
+        "| flap |  | 1.1000 ± 0.1414 (+10.0 %) |  |",
+    ]
+    assert text._curve({"sparsities": [0.12], "arms": rows}) == ""
+
+
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        ("koff / dense - 1", "koff / dense - 1: +1.00 % [-2.00, +3.00], below 4 %"),
+        ("koff - dense", "koff - dense: +0.0100 [-0.0200, +0.0300], below 0.04"),
+    ],
+)
+def test_a_ratio_is_told_in_percent_and_a_difference_in_bits(figure, said):
+    part = {"figure": figure, "must_be": "below", "bound": 0.04, "why": ""}
+    part["found"] = {"value": 0.01, "low": -0.02, "high": 0.03}
+    assert text._finding(part) == said
+    assert text._finding(part | {"found": None, "why": "no run"}).endswith(
+        " not measured, " + said.split("], ")[1] + " (no run)"
+    )
+
+
+def test_memories_of_one_kind_are_told_with_their_sizes():
+    equal = {"both": 12_000, "lora_equal": {"rank": 6, "parameters": 12_100, "ratio": 12_100 / 12_000}}
+    equal["kv_equal"] = {"slots": 40, "parameters": 12_240, "ratio": 1.02}
+    said = text._equal(equal)
+    assert "has 12,000 parameters" in said and "`lora_equal` has 12,100 (rank 6, 1.0083 times as many)" in said
+    assert "`kv_equal` 12,240 (40 slots, 1.0200 times)" in said
+    assert text._equal({}) == ""

@@ -145,6 +145,9 @@ def _module(file: str) -> str:
 
 def put(file: str, tree: ast.Module) -> None:
     """Let the module of a file that is imported already do what another tree of it says."""
+    for node in tree.body:  # lm-eval takes a model of one name once in a process
+        if isinstance(node, ast.ClassDef):
+            node.decorator_list = [one for one in node.decorator_list if "register" not in ast.unparse(one)]
     live = sys.modules[_module(file)]
     other = ModuleType(live.__name__)
     other.__file__ = live.__file__

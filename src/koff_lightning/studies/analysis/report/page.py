@@ -143,7 +143,7 @@ def _cell(value: object) -> str:
     if math.isnan(value):
         return "–"
     if math.isinf(value):
-        return "∞"
+        return "∞" if value > 0 else "-∞"
     return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
 
 

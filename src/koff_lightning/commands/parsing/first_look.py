@@ -5,7 +5,6 @@ more.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from koff_lightning.commands.parsing.config_files import find_config, is_config
@@ -15,15 +14,8 @@ from koff_lightning.commands.parsing.missing import (
     refuse_missing_of_run,
     refuse_no_checkpoint,
 )
-from koff_lightning.commands.parsing.option_table import LIGHTNINGS, NAMED, Row, is_as_recorded, is_training, rows_of
-from koff_lightning.commands.parsing.option_types import (
-    InDoubtError,
-    as_read,
-    is_simple,
-    parts_of,
-    refuse_no_list,
-    refuse_wrong_type,
-)
+from koff_lightning.commands.parsing.option_table import LIGHTNINGS, NAMED, Options, Row, is_as_recorded
+from koff_lightning.commands.parsing.option_types import as_meant, is_simple, parts_of, refuse_wrong_type
 from koff_lightning.commands.parsing.ranges import refuse_out_of_range
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import nearest
@@ -36,7 +28,6 @@ NONE_NAMED = (
     "data.domains is empty, no config given names it: add --config domains/law.yaml, say (`koff configs` lists "
     "more), or --data.domains.NAME SOURCE"
 )
-ALONE = ""  # stands for the name of a word that belongs to no option
 
 
 def look(verb: str, words: Sequence[str]) -> None:
@@ -45,69 +36,47 @@ def look(verb: str, words: Sequence[str]) -> None:
     Raises:
         KoffError: No such option, a value of the wrong type, or a checkpoint or artifact that is not there.
     """
-    rows = rows_of(verb)
+    options = Options(verb)
+    if options.trains:
+        _look_at_run(words, options)
+    else:
+        _look_at_tool(words, options)
+
+
+def _look_at_run(words: Sequence[str], options: Options) -> None:
+    """Look at each option of the words and configs, then at the run as a whole."""
+    given = list(_given(words, options))
+    leaves = [leaf for name, value in given for leaf in _leaves_of(name, value, options)]
+    for name, value in leaves:
+        _check(name, value, options)
+    has_config = any(name == "config" for name, _ in given)
+    reads_all = options.verb == "baseline" and not any(name.startswith(("config", "data")) for name, _ in given)
+    names = [name for name, value in leaves if value is not None]
+    if not reads_all and not any(name in ("config", "data") or name.startswith("data.domains") for name in names):
+        raise KoffError(NONE_NAMED if has_config else NO_DOMAINS)
+    refuse_missing_of_run(options.verb, leaves)
+    refuse_out_of_range(options.verb, leaves, options)
+
+
+def _look_at_tool(words: Sequence[str], options: Options) -> None:
+    """Look at each option of a tool, and at those of `koff fit` after a lone `--`; then for what they name."""
+    verb = options.verb
+    rest = [*words[words.index("--") + 1 :]] if verb in NAMED and "--" in words else []
     try:
-        given = list(_given(words, rows, is_training(verb)))
-        _look_at_options(verb, given, rows)
-        if verb in NAMED:
-            _look_at_the_rest(words)
+        given = list(_given(words, options))
+        for where, pairs in ((options, given), (Options("fit"), _given(rest, Options("fit")))):
+            for name, value in pairs:
+                _check(name, value, where)
+        if due := [name for name in options.due() if name not in dict(given)]:
+            names = ", ".join(name if name in options.placed else f"--{name}" for name in due)
+            raise KoffError(f"the following arguments are required: {names}")
     except KoffError as error:
-        raise error if is_training(verb) else KoffError(f"{verb}: {error}") from None
-    if not is_training(verb):
-        _refuse_lack(verb, given, rows)
-    takes = is_training(verb) or verb in NAMED
-    configs = [find_config(value) for name, value in given if value and name == "config" and takes]
-    for config in configs:
-        _refuse_no_sections(config)
-    if is_training(verb):
-        _look_at_run(verb, given, configs, rows)
+        raise KoffError(f"{verb}: {error}") from None
+    for name, value in given:
+        if verb in NAMED and name == "config" and value:
+            _content(find_config(value))
     refuse_missing(verb, given)
     _refuse_no_arm(verb, dict(given))
-
-
-def _look_at_options(verb: str, given: Sequence[tuple[str, str | None]], rows: dict[str, Row]) -> None:
-    """Look at each option by itself."""
-    for name, value in given:
-        if name == ALONE:
-            _refuse_alone(verb, value, rows, is_training(verb))
-        wants_value = name in rows and {"str", "int", "float"} & {*parts_of(rows[name]["type"])}
-        if value is None and is_training(verb) and wants_value:
-            raise KoffError(f"--{name} wants a value ({rows[name]['type']})")
-        if verb in NAMED and name not in rows and _has_more(name.split(".")[0], rows_of("fit")):
-            raise KoffError(
-                f"{name} is an option of the runs: it goes after a lone --, koff {verb} ... -- --{name} VALUE"
-            )
-        _check(name, value, rows, is_training(verb))
-
-
-def _refuse_lack(verb: str, given: Sequence[tuple[str, str | None]], rows: dict[str, Row]) -> None:
-    """Refuse a tool's command without an option that it must have."""
-    if due := [row for row in rows.values() if _is_due(row) and row["name"] not in dict(given)]:
-        names = ", ".join(f"{'' if row.get('by_place') else '--'}{row['name']}" for row in due)
-        raise KoffError(f"{verb}: the following arguments are required: {names}")
-
-
-def _look_at_run(
-    verb: str, given: Sequence[tuple[str, str | None]], configs: Sequence[Path], rows: dict[str, Row]
-) -> None:
-    """Look at a run as a whole, its configs among it: whether it names text, what is missing or out of range."""
-    if verb != "baseline" and not configs and not any(name.startswith("data") for name, _ in given):
-        raise KoffError(NO_DOMAINS)
-    for config in configs:
-        look_into(verb, config)
-    leaves = list(_leaves_of(given, rows))
-    if configs and not any(name in ("config", "data") or name.startswith("data.domains") for name, _ in leaves):
-        raise KoffError(NONE_NAMED)
-    refuse_missing_of_run(verb, leaves)
-    refuse_out_of_range(verb, leaves, rows)
-
-
-def _look_at_the_rest(words: Sequence[str]) -> None:
-    """Refuse what is certainly wrong among the options of `koff fit` that stand after a lone `--`."""
-    rows = rows_of("fit")
-    for name, value in _given([*words[words.index("--") + 1 :]] if "--" in words else [], rows, True):
-        if name != ALONE:
-            _check(name, value, rows, True)
 
 
 def _refuse_no_arm(verb: str, values: dict[str, str | None]) -> None:
@@ -123,86 +92,26 @@ def _refuse_no_arm(verb: str, values: dict[str, str | None]) -> None:
         chosen(names["arms"])
 
 
-def _is_due(row: Row) -> bool:
-    """Whether a tool's option must be given: it has neither a default nor null."""
-    return row["default"] == "" and row["type"] and "null" not in parts_of(row["type"])
-
-
-def _leaves_of(given: Sequence[tuple[str, str | None]], rows: dict[str, Row]) -> Iterator[tuple[str, object]]:
-    """Names and values of the words and of the configs that they name, in their order.
-
-    A config that is not read here, or not wholly, stands among them as `config`.
-    """
-    for name, value in given:
-        found = value
-        if name == "config" and value:
-            found = _content(find_config(value))
-        elif value is not None and value[:1] == "{" and _has_more(name, rows):
-            with suppress(InDoubtError):
-                found = as_read(value)
-        if isinstance(found, dict):
-            yield from _leaves(found, rows, "" if name == "config" else f"{name}.")
-        else:
-            yield name, value
-
-
-def look_into(verb: str, config: Path) -> None:
-    """Refuse unknown options of a config file, and values of a wrong type.
-
-    Raises:
-        KoffError: As `look`.
-    """
-    rows = rows_of(verb)
-    for name, value in _leaves(_content(config), rows):
-        _check(name, value, rows, is_training(verb))
-
-
-def _refuse_no_sections(config: Path) -> None:
-    """Refuse a config that holds something else than options; one that cannot be read is left to the parser."""
-    content = _content(config)
-    if content is not None and not isinstance(content, dict):
-        kind = "a list" if isinstance(content, list) else "a single word, number or text"
-        raise KoffError(
-            f"{config} holds {kind}, wanted are sections of options, as data: and below it domains: (`koff configs "
-            "demo.yaml` prints a config)"
-        )
-
-
-def _content(config: Path) -> object:
-    """What a config says; None where looking through it is for the parser."""
-    import yaml
-
-    if config.stat().st_size > LARGEST_CONFIG:
-        return None
-    try:
-        text = config.read_text(encoding="utf-8")
-        return None if "&" in text else yaml.safe_load(text)  # anchors may stand for far more than they take
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
-        return None
-
-
-def _given(words: Sequence[str], rows: dict[str, Row], trains: bool) -> Iterator[tuple[str, str | None]]:
-    """Names and values among words; a value that is not there is None."""
-    places = [row["name"] for row in rows.values() if row.get("by_place")]
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":  # what follows is for another verb
-            return
-        if trains and word == "-c" and rest:
-            yield "config", rest.pop(0)
-            continue
-        if not word.startswith("--"):
-            if places and not word.startswith("-"):
-                yield places.pop(0), word
-            elif not places:
-                yield ALONE, word
-            continue
+def _given(words: Sequence[str], options: Options) -> Iterator[tuple[str, str | None]]:
+    """Names and values among words, up to a lone `--`; a value that is not there is None."""
+    places, rest = list(options.placed), list(words)
+    while rest and (word := rest.pop(0)) != "--":
         flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--") if trains else flag.removeprefix("--").replace("-", "_")
-        if rows.get(name, {}).get("by_place") and rows[name]["default"] == "":
-            _refuse_unknown(name, rows, trains)
-        yield name, value if equals else rest.pop(0) if rest and _takes(rows.get(name), rest[0], trains) else None
+        name = flag.removeprefix("--") if options.trains else flag.removeprefix("--").replace("-", "_")
+        if options.trains and word == "-c" and rest:
+            yield "config", rest.pop(0)
+        elif not word.startswith("--"):
+            if word.startswith("-") or not places:
+                _refuse_alone(word, options)
+            yield places.pop(0), word
+        elif name in options.placed:
+            _refuse_unknown(name, options)
+        elif equals or (rest and _takes(options.get(name), rest[0], options.trains)):
+            yield name, value if equals else rest.pop(0)
+        elif options.trains and {"str", "int", "float"} & {*parts_of(options.get(name, {}).get("type", ""))}:
+            raise KoffError(f"--{name} wants a value ({options[name]['type']})")
+        else:
+            yield name, None
 
 
 def _takes(row: Row | None, word: str, trains: bool) -> bool:
@@ -213,62 +122,88 @@ def _takes(row: Row | None, word: str, trains: bool) -> bool:
     return not word.startswith("--") or ("list of str" in kind and not trains)
 
 
-def _leaves(options: object, rows: dict[str, Row], before: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted names and values of a config, down to the options that the table has."""
-    if not isinstance(options, dict):
+def _leaves_of(name: str, value: object, options: Options) -> Iterator[tuple[str, object]]:
+    """Names and values that an option stands for: those of a config or a section, down to what the table has.
+
+    A config that is not read here, or not wholly, stands among them as `config`.
+    """
+    if name == "config" and isinstance(value, str) and value:
+        content = _content(find_config(value))
+        name, value = (name, value) if content is None else ("", content)
+    found = as_meant(value)
+    if not isinstance(found, dict) or not options.has_below(name) or {"class_path", "init_args"} & set(found):
+        yield name, value
         return
-    for key, value in options.items():
-        name = f"{before}{key}"
+    for key, inner in found.items():
         if "." in str(key):  # a later section of that name may take its place, or not
             yield "config", key
-        if isinstance(value, dict) and _has_more(name, rows) and not {"class_path", "init_args"} & set(value):
-            yield from _leaves(value, rows, f"{name}.")
-        else:
-            yield name, value
+        yield from _leaves_of(f"{name}.{key}" if name else str(key), inner, options)
 
 
-def _has_more(name: str, rows: dict[str, Row]) -> bool:
-    """Whether it is a section, of which the table has the options."""
-    return any(other.startswith(f"{name}.") for other in rows)
+def _content(config: Path) -> dict[str, object] | None:
+    """What a config says; None where looking through it is for the parser.
+
+    Raises:
+        KoffError: It holds something else than options.
+    """
+    import yaml
+
+    if config.stat().st_size > LARGEST_CONFIG:
+        return None
+    try:
+        text = config.read_text(encoding="utf-8")
+        content = None if "&" in text else yaml.safe_load(text)  # anchors may stand for far more than they take
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
+        return None
+    if content is not None and not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else "a single word, number or text"
+        raise KoffError(
+            f"{config} holds {kind}, wanted are sections of options, as data: and below it domains: (`koff configs "
+            "demo.yaml` prints a config)"
+        )
+    return content
 
 
-def _check(name: str, value: object, rows: dict[str, Row], trains: bool) -> None:
+def _check(name: str, value: object, options: Options) -> None:
+    """Look at one option by itself."""
     name, adds = name.removesuffix("+"), name.endswith("+")
-    if name.endswith(".help") or (trains and name.replace("_", "-") in HELD_BY_PARSER):
+    if name.endswith(".help") or (options.trains and name.replace("_", "-") in HELD_BY_PARSER):
         return
-    row = rows.get(name) or rows.get(name.replace("_", "-")) or rows.get(name.replace("-", "_"))
+    row = options.find(name)
     if row is None:
-        _refuse_unknown(name, rows, trains)
-    if trains and (_has_more(name, rows) or (row or {}).get("type", "")[:4] == "dict"):
+        _refuse_unknown(name, options)
+    kind = row["type"] if row else ""
+    if options.trains and (options.has_below(name) or kind.startswith("dict")):
         _refuse_word_for_section(name, value)
-    if row is not None and isinstance(value, str | bool | int | float):
-        refuse_wrong_type(name, value, row["type"])
-        if trains and not adds:  # a tool's is given value by value
-            refuse_no_list(name, value, row["type"])
-        if name in CHECKPOINTS and isinstance(value, str):
-            refuse_no_checkpoint(name, value)
+    plain = isinstance(value, str | bool | int | float)
+    if plain and not (kind.startswith("list") and (adds or not options.trains)):  # which is given value by value
+        refuse_wrong_type(name, value, kind)
+    if name in CHECKPOINTS and isinstance(value, str):
+        refuse_no_checkpoint(name, value)
 
 
-def _refuse_unknown(name: str, rows: dict[str, Row], trains: bool) -> None:
-    if trains and name == "model.domains":  # taken from data.domains: the parser says so
+def _refuse_unknown(name: str, options: Options) -> None:
+    """Refuse an option that the table lacks, unless another release of Lightning or a class named there may have it."""
+    section, _, _ = name.partition(".")
+    if options.verb in NAMED and Options("fit").has_below(section):
+        raise KoffError(
+            f"{name} is an option of the runs: it goes after a lone --, koff {options.verb} ... -- --{name} VALUE"
+        )
+    if options.has_below(name) or (options.trains and name == "model.domains"):  # which the parser takes from the data
         return
     parts = name.split(".")
     above = [".".join(parts[:n]) for n in range(1, len(parts))]
-    if _has_more(name, rows):  # a section as a whole
+    of_class = any(part in options and not is_simple(options[part]["type"]) for part in above)
+    if of_class and not options.has_below(above[-1]):
         return
-    if any(part in rows and not is_simple(rows[part]["type"]) for part in above):  # of a class that is named there
-        known = [other for other in rows if other.startswith(f"{above[-1]}.")]
-        if not known:
-            return
-    if trains and parts[0] in LIGHTNINGS and not is_as_recorded("lightning"):
+    if options.trains and section in LIGHTNINGS and not is_as_recorded("lightning"):
         return
-    names = [row["name"] for row in rows.values() if trains or not row.get("by_place") or row["default"]]
-    hint = nearest(name, names)
-    row = rows.get(name) or next((row for row in rows.values() if row["name"] in MODELS), {})
-    if row and not hint and not trains and name in (*MODELS, *rows):  # what other verbs call it, or its place has
-        places = " ".join(other["name"].upper() for other in rows.values() if other.get("by_place"))
-        placed = f" Here the {row['name']} goes without --, by its place: {places}"
-        hint = placed if row.get("by_place") else f" Did you mean {row['name']!r}?"
+    hint = nearest(name, options.named)
+    same = name if name in options else next((other for other in options if other in MODELS), None)
+    if same and not hint and not options.trains and name in (*MODELS, *options):  # what other verbs call it
+        places = " ".join(options.placed).upper()
+        placed = f" Here the {same} goes without --, by its place: {places}"
+        hint = placed if same in options.placed else f" Did you mean {same!r}?"
     raise KoffError(f"no option {name!r}.{hint or ' --help lists them'}")
 
 
@@ -281,15 +216,15 @@ def _refuse_word_for_section(name: str, value: object) -> None:
     raise KoffError(f"{name} has options of its own, a file of them or a mapping is wanted; got {value!r}{hint}")
 
 
-def _refuse_alone(verb: str, word: str, rows: dict[str, Row], trains: bool) -> None:
+def _refuse_alone(word: str, options: Options) -> None:
+    verb = options.verb
     if word.startswith("-"):
         raise KoffError(f"no option {word!r}: names are written out, after --. `koff {verb} --help` lists them")
-    if trains:
+    if options.trains:
         hint = f". Did you mean '{word}.yaml'?" if is_config(f"{word}.yaml") else ""
         raise KoffError(
             f"{word!r} stands alone: configs come first (koff {verb} demo.yaml), each other value has a name{hint}"
         )
-    named = [row["name"] for row in rows.values() if not row.get("by_place")]
-    due = [row["name"] for row in rows.values() if _is_due(row) and not row.get("by_place")]
-    hint = f" Perhaps --{(due or named)[0]} {word}?" if due or len(named) == 1 else ""
+    due = [name for name in options.due() if name in options.named]
+    hint = f" Perhaps --{(due or options.named)[0]} {word}?" if due or len(options.named) == 1 else ""
     raise KoffError(f"{word!r} stands alone, wanted is an option with a name.{hint} `koff {verb} --help` lists them")

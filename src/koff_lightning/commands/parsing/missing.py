@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from koff_lightning.commands.parsing.option_types import as_meant
 from koff_lightning.support.errors import KoffError, refused_by
 from koff_lightning.support.json_files import read_json_object
 from koff_lightning.support.names import AUTO, HUB_ID, may_be_had, refuse_no_memory, refuse_no_model, refuse_no_run
@@ -101,8 +102,7 @@ def _refuse_other_fields(domain: str, source: object) -> None:
 
 def _with_part(source: object, part: str, value: object) -> dict[str, object]:
     """A domain's source in full, of which an option of its own sets one part; only files are of interest here."""
-    with suppress(ValueError):
-        source = _written_out(source)
+    source = as_meant(source)
     whole = source if isinstance(source, dict) else {"files": source}
     return whole | ({part: value} if part in ("files", "heldout_files") else {})
 
@@ -113,7 +113,7 @@ def _refuse_missing_text(domains: dict[str, object]) -> None:
     from koff_lightning.data.sources import as_sources, refuse_missing_files
 
     try:
-        sources = as_sources({name: _written_out(value) for name, value in domains.items()})
+        sources = as_sources({name: as_meant(value) for name, value in domains.items()})
         entries = [entry for source in sources.values() for entry in source.file_entries + source.heldout_entries]
         far = any(map(is_remote, entries))
     except (KoffError, TypeError, AttributeError, ValueError):  # for the parser to say
@@ -124,19 +124,8 @@ def _refuse_missing_text(domains: dict[str, object]) -> None:
 
 def _mapping(value: object) -> dict[str, object]:
     """An option's mapping, if it is one that can be read here."""
-    with suppress(ValueError):
-        value = _written_out(value)
+    value = as_meant(value)
     return value if isinstance(value, dict) else {}
-
-
-def _written_out(value: object) -> object:
-    """A value as it is meant, of an option whose mappings and lists are YAML on the command line."""
-    import yaml
-
-    try:
-        return yaml.safe_load(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError from error
 
 
 def _refuse_no_runs(given: Sequence[tuple[str, str | None]]) -> None:

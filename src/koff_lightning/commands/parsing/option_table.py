@@ -36,14 +36,27 @@ def options_of(verb: str) -> list[Row]:
     return [*about["options"], *(table()["shared"] if about["trains"] else [])]
 
 
-def rows_of(verb: str) -> dict[str, Row]:
-    """A verb's options by their names."""
-    return {row["name"]: row for row in options_of(verb)}
+class Options(dict[str, Row]):
+    """A verb's options by their names. `trains`: of a training verb, whose options may come from configs too."""
 
+    def __init__(self, verb: str) -> None:
+        super().__init__({row["name"]: row for row in options_of(verb)})
+        self.verb, self.trains = verb, table()["verbs"][verb]["trains"]
+        self.placed = [name for name, row in self.items() if row.get("by_place")]
+        self.named = [name for name in self if name not in self.placed]
 
-def is_training(verb: str) -> bool:
-    """Whether it is a verb of training, whose options are those of classes and may come from configs."""
-    return table()["verbs"][verb]["trains"]
+    def find(self, name: str) -> Row | None:
+        """The row of a name, in which dashes and underscores are alike; None where there is none."""
+        return self.get(name) or self.get(name.replace("_", "-")) or self.get(name.replace("-", "_"))
+
+    def has_below(self, name: str) -> bool:
+        """Whether it is a section, of which the table has the options; the empty name is the root of a config."""
+        return not name or any(other.startswith(f"{name}.") for other in self)
+
+    def due(self) -> list[str]:
+        """Options that must be given: they have neither a default nor null."""
+        rows = self.values()
+        return [row["name"] for row in rows if row["type"] and not row["default"] and "null" not in row["type"]]
 
 
 def wants_help(words: Iterable[str]) -> bool:
@@ -56,14 +69,13 @@ def help_text(verb: str) -> str:
     """What `koff VERB --help` prints."""
     about = table()["verbs"][verb]
     width = min(shutil.get_terminal_size().columns, 120)
-    named = [row for row in options_of(verb) if not row.get("by_place")]
-    placed = [row for row in options_of(verb) if row.get("by_place")]
-    places = "".join(f" {row['name']}" if row["default"] == "" else f" [{row['name']}]" for row in placed)
+    options = Options(verb)
+    places = "".join(f" {name}" for name in options.placed)
     lines = [f"usage: koff {verb}{places}{' [CONFIG.yaml]' * about['trains']} [options]", ""]
     lines[0] += " [-- options of koff fit]" * (verb in NAMED)
     lines += [*textwrap.wrap(about["about"], width), ""]
     section = None
-    for row in [*placed, *named]:
+    for row in [options[name] for name in (*options.placed, *options.named)]:
         here = row["name"].split(".")[0] if "." in row["name"] else ""
         if here != section and section is not None:
             lines += ["", f"{here}:"]

@@ -6,9 +6,8 @@ from contextlib import suppress
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.wording import in_brackets, nearest
 
-SWITCHES = ("true", "false", "yes", "no", "on", "off")  # as YAML reads them
 _NAMES = {type(None): "null", bool: "bool", int: "int", float: "float", str: "str"}
-_NULLS = ("null", "Null", "NULL", "~")  # likewise
+_NULLS = ("null", "Null", "NULL", "~")  # as YAML reads them
 # To the parser, not to PyYAML, 010 is ten, and 1e-3 is a number.
 _DECIMAL = re.compile(r"-?\d+")
 _REAL = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
@@ -29,31 +28,21 @@ def is_simple(kind: str) -> bool:
 
 
 def refuse_wrong_type(name: str, value: object, kind: str) -> None:
-    """Refuse what is no number or switch where only these will do, and no word of a closed list."""
-    parts = parts_of(kind)
-    text = str(value)
-    if not parts or not set(parts) <= {"int", "float", "bool", "null"} | {part for part in parts if part[0] == "'"}:
-        return
+    """Refuse what is certainly of none of the types: numbers, switches and words of a closed list, or a list alone."""
+    parts, text = parts_of(kind), str(value)
     choices = [part.strip("'") for part in parts if part[0] == "'"]
-    if text == "" or ("null" in parts and text.lower() in ("null", "none", "~")) or text.strip("'\"") in choices:
+    is_list = kind.startswith("list of ") and len(parts) == 1
+    is_closed = parts and is_simple(kind) and "str" not in parts
+    if not (is_list or (is_closed and text and text.strip("'\"") not in choices)):
         return
-    if "bool" in parts and text.lower() in SWITCHES:
-        return
-    numbers = [kind for kind in (int, float) if kind.__name__ in parts or (kind is int and "float" in parts)]
-    with suppress(InDoubtError):
-        if type(as_read(value)) in numbers:
-            return
-    raise KoffError(f"{name} must be {kind}; got {text!r}.{nearest(text, choices)}")
-
-
-def refuse_no_list(name: str, value: object, kind: str) -> None:
-    """Refuse what is no list where only one will do."""
-    if not kind.startswith("list of ") or len(parts_of(kind)) > 1:
+    if "null" in parts and text.lower() in ("null", "none"):
         return
     with suppress(InDoubtError):
-        if as_read(value) is None or isinstance(as_read(value), list):
-            return
-    raise KoffError(f"{name} must be list; got {str(value)!r}.{in_brackets('list', str(value))}")
+        if not is_list or not isinstance(as_read(value), list | None):
+            typed(value, kind)
+        return
+    wanted = "list" if is_list else kind
+    raise KoffError(f"{name} must be {wanted}; got {text!r}.{in_brackets(wanted, text) or nearest(text, choices)}")
 
 
 def typed(value: object, kind: str) -> object:
@@ -97,3 +86,11 @@ def as_read(value: object) -> object:
     if found is None and value not in _NULLS:
         raise InDoubtError
     return found
+
+
+def as_meant(value: object) -> object:
+    """The mapping or list that a word stands for; all else stands for itself."""
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        with suppress(InDoubtError):
+            return as_read(value)
+    return value

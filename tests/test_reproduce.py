@@ -279,12 +279,12 @@ def test_arms_of_another_loss_start_beside_a_stored_teacher(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kv_gates", "qkv_gates"])
-def test_arms_of_single_channels_start_over_widths_that_are_multiples(name, tmp_path):
-    (whole := tmp_path / "whole.yaml").write_text("model: {sparsity: {multiple_of: 8, units: [channel, kv_group]}}")
+def test_arms_of_single_channels_start_over_whole_units_of_the_body(name, tmp_path):
+    (whole := tmp_path / "whole.yaml").write_text("model: {sparsity: {multiple_of: 8, denominator: body}}")
     configs = ("paper/tiny_languages.yaml", str(whole), *protocol.paper().arms[name].overlays)
     words = ["fit", *(word for one in configs for word in ("--config", one))]
     spec = SparsitySpec(**training_cli.resolved(words)["model"]["sparsity"])
-    assert all(kind.endswith("_channel") for kind in spec.units)
+    assert all(kind.endswith("_channel") for kind in spec.units) and spec.denominator == "units"
 
 
 @pytest.mark.parametrize("name", list(protocol.paper().arms))

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
-from koff_lightning.merged_attention import MergedAttention, flash
+from koff_lightning.merged_attention import MergedAttention, flash, shared
 from koff_lightning.support.errors import KoffError
 
 NAME = "koff"
@@ -222,7 +222,7 @@ def attend_reference(
 ) -> Tensor:
     """One attention over the memory followed by the tokens: the definition, and the faster way for short rows.
 
-    Keys and values of memory and tokens are concatenated, and the mask is extended by the slots.
+    softmax(scale query [memory.key; key]^T + [visible; mask]) [memory.value; value], where [;] concatenates.
 
     Args:
         query: [B, H, T, dh].
@@ -237,28 +237,22 @@ def attend_reference(
     Returns:
         [B, H, T, dh].
     """
-    rows, _, length, _ = query.shape
+    length = query.shape[2]
     if is_causal:
         mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None or memory.visible is not None:
         mask = _prepend_visible(mask, memory, query, key)  # [B|1, 1, T, P + S]
-    slots = memory.key, memory.value  # [B|1, K, P, dh] twice
-    if len(slots[0]) != rows:
-        slots = slots[0].expand(rows, -1, -1, -1), slots[1].expand(rows, -1, -1, -1)
+    slots = shared(query, memory.key, memory.value)  # [B, K, P, dh] twice
     key, value = torch.cat([slots[0], key], dim=2), torch.cat([slots[1], value], dim=2)  # [B, K, P + S, dh]
-    grouped = query.is_cpu or use_gqa_in_sdpa(mask, key, value)
-    if not grouped and query.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
-        # Decoding: the H / K query heads of a key-value head become its queries.
-        shape = len(query), key.shape[1], -1, query.shape[3]  # [B, K, H / K, dh]
-        return F.scaled_dot_product_attention(
-            query.reshape(shape), key, value, attn_mask=mask, dropout_p=dropout, scale=scale
-        ).reshape(query.shape)
-    if not grouped:  # with a mask, only the slowest CUDA kernel takes fewer key-value heads than query heads: repeat
-        groups = query.shape[1] // key.shape[1]
+    queries, grouped = query, query.is_cpu or use_gqa_in_sdpa(mask, key, value)
+    groups = query.shape[1] // key.shape[1]  # query heads of each key-value head
+    if not grouped and length == 1 and (mask is None or mask.shape[1] == 1):  # decoding: they become its queries
+        queries = query.reshape(len(query), -1, groups, query.shape[3])  # [B, K, H / K, dh]
+    elif not grouped:  # with a mask, only the slowest CUDA kernel takes fewer key-value heads than query heads: repeat
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
-    )
+        queries, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+    ).reshape(query.shape)
 
 
 def _prepend_visible(mask: Tensor | None, memory: LayerMemory, query: Tensor, key: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class MergedAttention(torch.autograd.Function):
     ) -> Tensor:
         """The output [B, H, T, dh]. Arguments are those of `attend_merged`, with additive masks."""
         out_t, lse_t, seed_t = flash(query, key, value, mask, scale, is_causal, documents)
-        out_m, lse_m, seed_m = flash(query, *_shared(query, memory_key, memory_value), visible, scale, False)
+        out_m, lse_m, seed_m = flash(query, *shared(query, memory_key, memory_value), visible, scale, False)
         weight = torch.sigmoid(lse_m - lse_t).unsqueeze(-1)  # [B, H, T, 1]
         out = torch.lerp(out_t.to(weight.dtype), out_m.to(weight.dtype), weight).to(query.dtype)
         lse = torch.logaddexp(lse_t, lse_m).contiguous()  # [B, H, T]; the CUDA backward ignores strides
@@ -53,8 +53,8 @@ class MergedAttention(torch.autograd.Function):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # CUDA refuses expanded ones
         result = (grad, query, out, lse)
         grads_t = _flash_backward(*result, key, value, mask, ctx.scale, ctx.is_causal, seeds[:half], documents)
-        shared = _shared(query, memory_key, memory_value)
-        grads_m = _flash_backward(*result, *shared, visible, ctx.scale, False, seeds[half:])
+        slots = shared(query, memory_key, memory_value)
+        grads_m = _flash_backward(*result, *slots, visible, ctx.scale, False, seeds[half:])
         return (
             grads_t[0].add_(grads_m[0]),
             *grads_t[1:],
@@ -64,7 +64,7 @@ class MergedAttention(torch.autograd.Function):
         )
 
 
-def _shared(query: Tensor, memory_key: Tensor, memory_value: Tensor) -> tuple[Tensor, Tensor]:
+def shared(query: Tensor, memory_key: Tensor, memory_value: Tensor) -> tuple[Tensor, Tensor]:
     """The memory of each row, [B, K, P, dh]; a single one is expanded, not copied."""
     return memory_key.expand(len(query), -1, -1, -1), memory_value.expand(len(query), -1, -1, -1)
 

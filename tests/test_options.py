@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from koff_lightning.cli import TOOLS, TRAINING, main
 from koff_lightning.commands.parsing import first_look, option_table
-from koff_lightning.commands.parsing.config_files import SHIPPED
+from koff_lightning.commands.parsing.config_files import SHIPPED, shipped_configs
 from koff_lightning.support.errors import KoffError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -294,6 +294,12 @@ def test_what_follows_a_lone_dash_pair_is_for_fit():
     with pytest.raises(KoffError, match="plan: no option 'no-such-thing'"):
         first_look.look("plan", ["--config", "demo.yaml", "--", "--data.seq_len", "64", "--no-such-thing"])
     assert not option_table.wants_help(["--config", "demo.yaml", "--", "--help"])
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_config_that_ships_passes_the_first_look(name, monkeypatch):
+    monkeypatch.setattr(first_look, "refuse_missing_of_run", lambda *_: None)  # users bring their text and models
+    first_look.look("fit", ["--config", "demo.yaml", "--config", name])
 
 
 def test_a_config_of_another_release_of_lightning_is_left_to_the_parser(monkeypatch):

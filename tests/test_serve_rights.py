@@ -8,6 +8,7 @@ import pytest
 from served import Client, served
 from tiny_artifact import tiny_artifact
 
+from koff_lightning.artifact import memories
 from koff_lightning.serving.keys import read_keys
 from koff_lightning.serving.own import OwnEngine
 from koff_lightning.support.errors import KoffError
@@ -88,10 +89,15 @@ def test_auto_does_not_lead_to_others_domains(address, engine, monkeypatch):
     assert "fr" not in json.dumps(content)
 
 
-def test_a_memory_called_auto_is_hidden_as_any_other(address, folder):
+def test_a_memory_called_auto_is_hidden_as_any_other(address, folder, monkeypatch):
+    """New ones are refused; earlier releases made such."""
     alice, operator = Client(address, ALICE), Client(address, OPERATOR)
     before = alice.complete("tiny:auto"), alice.models()
-    assert operator.post("/koff/memories", {"path": str(folder / "memories/law"), "name": "auto"})[0] == 200
+    new = {"path": str(folder / "memories/law"), "name": "auto"}
+    status, content = operator.post("/koff/memories", new)
+    assert status == 400 and "cannot be called 'auto'" in content["error"]["message"]
+    monkeypatch.setattr(memories, "refuse_taken", lambda names: None)
+    assert operator.post("/koff/memories", new)[0] == 200
     assert operator.text("tiny:auto") == operator.text("tiny:law")
     assert (alice.complete("tiny:auto"), alice.models()) == before
 

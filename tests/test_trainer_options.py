@@ -80,9 +80,10 @@ def test_more_than_the_most_is_refused_as_the_least(refused, unit, tmp_path):
 def test_warnings_that_are_to_be_errors_are_shown_and_end_no_run(run_in, tmp_path, monkeypatch):
     """PYTHONWARNINGS=error: jsonargparse and Lightning warn their developers in every run."""
     monkeypatch.setattr(sys, "warnoptions", ["error"])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("error")
         assert run_in("x", "--trainer.max_steps=1") == 0
+    assert any("eval mode" in str(warning.message) for warning in shown)
     assert (tmp_path / "x" / "results.json").exists()
 
 

@@ -21,12 +21,13 @@ from koff_lightning.training.run_folder import alone_in
 # Writes what a run leaves, with bits per byte that tell arm and seed; fails where its folder's name holds FAIL.
 STUB = """
 import json, math, os, pathlib, sys, time
+since = time.time()
 words = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
 folder = pathlib.Path(words.get("out") or words["trainer.default_root_dir"])
 with open(folder.parent / "calls.txt", "a") as calls:
     calls.write(folder.name + "\\n")
 if os.environ.get("FAIL", "nothing") in folder.name:
-    folder.mkdir()  # a run that was cut short leaves something
+    folder.mkdir(exist_ok=True)  # a run that was cut short leaves something
     (folder / "half").touch()
     sys.exit("Traceback\\nkoff: the disk is full")
 if "method" in words:
@@ -42,7 +43,9 @@ row = {f"{name}_bpb": value for name, value in bpb.items()}
 size = {"dense_total": 1000, "backbone_kept": 900, "active": 950, "stored": 1000}
 figures = {"mean": row, "domains": {"x": row}, "sparsity": {"body": float(sparsity)}, "parameters": size}
 figures |= {"config": {"model": {"backbone": "toy"}}, "seconds": 2.0, "tokens": 10}
-folder.mkdir()
+folder.mkdir(exist_ok=True)
+(folder / "words.json").write_text(json.dumps(sys.argv[1:]))
+(folder / "gpu.json").write_text(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), since, time.time()]))
 if "method" in words:
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.ckpt").touch()
@@ -294,6 +297,64 @@ def test_a_failing_arm_leaves_the_others_and_is_run_again(runs, capsys, monkeypa
     assert not report(out)["failures"]
 
 
+@pytest.mark.parametrize("change", ["none", "other steps", "no checkpoint", "a one-shot mask"])
+def test_a_run_that_was_cut_short_goes_on_if_it_is_the_same(runs, capsys, monkeypatch, change):
+    out, go = runs
+    arm = "flap" if change == "a one-shot mask" else "koff"
+    folder, further = out / f"{arm}-0.12-0", ["--", "--trainer.max_steps=6"]
+    monkeypatch.setenv("FAIL", arm)
+    go("--seeds=1", f"--arms={arm}", *further)
+    if change != "no checkpoint":
+        (folder / "version_0" / "checkpoints").mkdir(parents=True)
+        (folder / "version_0" / "checkpoints" / "last.ckpt").touch()
+    if change == "other steps":
+        (out / "config.yaml").unlink()
+        further = ["--", "--trainer.max_steps=9"]
+    monkeypatch.setenv("FAIL", f"{arm}-")
+    go("--seeds=1", f"--arms={arm}", *further)
+    kept = change == "none"
+    assert (folder / "version_0").is_dir() == kept, "what another command has left is removed"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (f"remove {folder} to begin it anew" in said) == kept
+    monkeypatch.delenv("FAIL")
+    assert go("--seeds=1", f"--arms={arm}", *further)[0] == 0
+    begun = json.loads((folder / "words.json").read_text())
+    assert ("--ckpt_path=last" in begun) == kept
+    assert "--ckpt_path=last" not in (folder / "options.json").read_text(), "else it would be another run's"
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "jobs", "shares"),
+    [
+        (0, None, 2, [None, None]),
+        (8, None, 1, [None]),
+        (1, None, 2, ["0", "0"]),
+        (4, None, 4, ["0", "1", "2", "3"]),
+        (8, None, 3, ["0,1", "2,3", "4,5"]),
+        (2, None, 3, ["0", "1", "0"]),
+        (2, "5,GPU-8932f937", 2, ["5", "GPU-8932f937"]),
+        (2, "6,7,99", 2, ["6", "7"]),
+    ],
+)
+def test_runs_side_by_side_share_the_gpus(monkeypatch, count, visible, jobs, shares):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [one.get("CUDA_VISIBLE_DEVICES") for one in arm_runs.gpu_shares(jobs)] == shares
+
+
+def test_each_run_is_told_its_gpu_and_no_two_at_one_time_the_same(runs, monkeypatch):
+    out, go = runs
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert go("--seeds=4", "--arms=flap", "--jobs=2")[0] == 0
+    told = [json.loads((out / f"flap-0.12-{seed}" / "gpu.json").read_text()) for seed in range(4)]
+    assert {gpu for gpu, _, _ in told} == {"0", "1"}
+    at_once = [(one, two) for one in told for two in told if one is not two and one[1] < two[2] and two[1] < one[2]]
+    assert at_once and all(one[0] != two[0] for one, two in at_once)
+
+
 def unscored(out, run, *figures):
     """Take figures out of what a run has left, as where they were no numbers."""
     path = out / run / "results.json"
@@ -436,8 +497,8 @@ def test_every_fit_of_an_arm_is_one_that_koff_fit_takes(tmp_path, config):
     assert ("--model.sparsity.beta_end=null" in words) == named, "else runs of earlier releases are still these"
 
 
-@pytest.mark.slow
-def test_real_runs_of_a_tiny_model_on_toy_text(tmp_path, capsys):
+def toy_study(tmp_path, **trainer):
+    """Options of `koff claims` for real runs of four steps."""
     model = tmp_path / "backbone"
     tiny_model("llama", hidden_size=32, intermediate_size=24, head_dim=8, vocab_size=400).save_pretrained(model)
     toy_tokenizer(tmp_path / "tokenizer")
@@ -447,10 +508,36 @@ def test_real_runs_of_a_tiny_model_on_toy_text(tmp_path, capsys):
     domains = {name: str(tmp_path / f"{name}.jsonl") for name in ("a", "b")}
     data = {"domains": domains, "tokenizer": str(tmp_path / "tokenizer"), "seq_len": 32, "batch_size": 2}
     sizes = {"backbone": str(model), "lora": {"rank": 2}, "kv": {"slots": 4}, "sparsity": {"min_channels": 4}}
-    trainer = {"max_steps": 4, "logger": False, "accelerator": "cpu"}
+    trainer = {"max_steps": 4, "logger": False, "accelerator": "cpu"} | trainer
     config.write_text(json.dumps({"model": sizes, "data": data, "trainer": trainer}))
-    options = ["--seeds=1", "--sparsity=0.2", "--arms=koff,magnitude_memory", "--jobs=2", f"--out={tmp_path / 'out'}"]
-    assert main(["claims", f"--config={config}", *options]) == 0, capsys.readouterr()
+    return ["claims", f"--config={config}", "--seeds=1", "--sparsity=0.2", f"--out={tmp_path / 'out'}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", ["some of its steps", "all of its steps"])
+def test_a_real_run_that_goes_on_ends_as_one_in_one_go(tmp_path, capsys, left):
+    asked = [*toy_study(tmp_path), "--arms=koff", "--", "--checkpoint.every_n_train_steps=2"]
+    assert main(asked) == 0, capsys.readouterr()
+    folder = tmp_path / "out" / "koff-0.2-0"
+    whole = {name: json.loads((folder / name).read_text()) for name in ("results.json", "documents.json")}
+    for name in (*whole, "options.json"):
+        (folder / name).unlink()
+    early = next(folder.rglob("*step=2.ckpt"))
+    for checkpoint in folder.rglob("*.ckpt"):
+        if left == "some of its steps" and checkpoint != early:
+            checkpoint.unlink()
+    assert main(asked) == 0, capsys.readouterr()
+    assert "going on from" in (tmp_path / "out" / "logs" / "koff-0.2-0.txt").read_text()
+    again = {name: json.loads((folder / name).read_text()) for name in whole}
+    assert again["documents.json"] == whole["documents.json"]
+    for name in ("mean", "domains", "sparsity", "parameters", "tokens"):
+        assert again["results.json"][name] == whole["results.json"][name], name
+
+
+@pytest.mark.slow
+def test_real_runs_of_a_tiny_model_on_toy_text(tmp_path, capsys):
+    options = [*toy_study(tmp_path), "--arms=koff,magnitude_memory", "--jobs=2"]
+    assert main(options) == 0, capsys.readouterr()
     found = report(tmp_path / "out")
     shown = {row["arm"]: row for row in found["arms"]}
     assert set(shown) == {"koff", "dense", "memory_off", "swapped", "magnitude", "magnitude_memory"}

@@ -55,7 +55,7 @@ def claims(
         sparsity: Shares to remove, with commas. All arms run at the first one; KOFF, the mask without memories, mask
             first, and the best one-shot mask at the others. By default the config's target.
         out: Folder of all runs and of the report.
-        jobs: Runs at one time, each with its share of the cores.
+        jobs: Runs at one time, each with its share of the cores and GPUs.
         arms: Arms to run, with commas; by default all of docs/claims.md.
         tasks: Tasks of lm-eval on which to compare KOFF with the dense model too, with commas, `{domain}` for the name
             of each domain: `koff_cloze_{domain},koff_continuation_{domain}`.

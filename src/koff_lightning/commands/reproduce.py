@@ -36,7 +36,7 @@ def reproduce(
         tables: Which, with commas: `2,10,fig 2`; by default all.
         seeds: Runs of each row: with seeds 0, 1, ...
         out: Folder of all runs and of the report.
-        jobs: Runs at one time, each with its share of the cores.
+        jobs: Runs at one time, each with its share of the cores and GPUs.
         further: Options of `koff fit` for all rows, as they stand after a lone `--`.
         arms: Only their rows, with commas: `koff,ours`; by default all rows of the tables.
     """

@@ -1,4 +1,7 @@
-"""Run arms as commands, each in a folder and a process of its own: side by side, resumable, with the time left."""
+"""Run arms as commands, each in a folder and a process of its own: side by side, resumable, with the time left.
+
+A run that was cut short goes on from its newest checkpoint, if the command that began it was the same.
+"""
 
 import hashlib
 import json
@@ -13,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from koff_lightning.studies.claims.arms import Run
 from koff_lightning.support.errors import KoffError
@@ -20,7 +24,7 @@ from koff_lightning.support.files import write_atomically
 
 PROGRAM = [sys.executable, "-m", "koff_lightning"]
 DONE = "options.json"  # written when a run has ended well: what made it
-LOGS = "logs"  # folder of what the runs said, beside theirs
+LOGS = "logs"  # folder of what the runs said, beside theirs; and of the commands that began them
 TAIL = 15  # lines of a failed run's log that the report keeps
 
 
@@ -67,13 +71,20 @@ def _log(out: Path, run: Run) -> Path:
     return out / LOGS / f"{run.name}.txt"
 
 
+def _goes_on(out: Path, run: Run, words: Sequence[str]) -> bool:
+    """Whether the same command left a checkpoint of this run before it was cut short; one-shot masks write none."""
+    begun = _log(out, run).with_suffix(".json")
+    same = begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == _made_by(words, out)
+    return same and words[0] == "fit" and any((out / run.name).rglob("*.ckpt"))
+
+
 def run_all(commands: Mapping[Run, Sequence[str]], out: Path, jobs: int) -> list[Failure]:
     """Make every run that is not done; one that fails does not stop the others.
 
     Args:
         commands: Words after `koff` of each run; a run stands after the one that it needs.
         out: Their folders' folder.
-        jobs: Processes at one time; each gets its share of the cores unless OMP_NUM_THREADS is set.
+        jobs: Processes at one time; each gets its share of the GPUs, and of the cores unless OMP_NUM_THREADS is set.
 
     Raises:
         KoffError: A folder that holds something else (nothing has run then), or a disk that does not take a log.
@@ -81,6 +92,9 @@ def run_all(commands: Mapping[Run, Sequence[str]], out: Path, jobs: int) -> list
     """
     due = [run for run, words in commands.items() if not is_done(out, run, words)]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for gpus in gpu_shares(jobs):
+        places.put(environment | gpus)
     board, failures = _Board(due, len(commands), jobs), []
     running: set[subprocess.Popen] = set()
     futures: dict[Run, Future[Failure | None]] = {}
@@ -90,7 +104,11 @@ def run_all(commands: Mapping[Run, Sequence[str]], out: Path, jobs: int) -> list
         before = futures[run.needs].result() if run.needs in futures else None
         if before is not None:
             return Failure(run, f"{before.run.name}, whose mask it needs, failed: {before.last}", before.log)
-        return _make(run, out, commands[run], environment, running)
+        place = places.get()  # there are as many as threads of the pool
+        try:
+            return _make(run, out, commands[run], place, running)
+        finally:
+            places.put(place)
 
     with ThreadPoolExecutor(jobs) as pool, board.shown():
         try:
@@ -113,14 +131,39 @@ def run_all(commands: Mapping[Run, Sequence[str]], out: Path, jobs: int) -> list
     return failures
 
 
+def gpu_shares(jobs: int) -> list[dict[str, str]]:
+    """What tells each of the processes that run at one time which GPUs are its own.
+
+    Args:
+        jobs: How many there are. One has all GPUs; where there are fewer GPUs than processes, some share one.
+
+    Returns:
+        For each process variables of its environment; nothing where there is no GPU.
+    """
+    from torch.cuda import device_count
+
+    count = device_count() if jobs > 1 else 0
+    if not count:
+        return [{}] * jobs
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers, or names such as GPU-8932f937
+    gpus = given.split(",")[:count] if given else [str(gpu) for gpu in range(count)]
+    each = max(1, count // jobs)
+    shares = [gpus[start : start + each] for start in range(0, each * min(jobs, count), each)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(shares[job % len(shares)])} for job in range(jobs)]
+
+
 def _make(
     run: Run, out: Path, words: Sequence[str], environment: Mapping[str, str], running: set[subprocess.Popen]
 ) -> Failure | None:
-    """One run from the beginning; what an unfinished one has left is removed."""
+    """One run, from its newest checkpoint if it had begun; else what is there is removed."""
     folder, log, made_by = out / run.name, _log(out, run), _made_by(words, out)
-    shutil.rmtree(folder, ignore_errors=True)
+    if goes_on := _goes_on(out, run, words):
+        words = [*words, "--ckpt_path=last"]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as said:
+    write_atomically(log.with_suffix(".json"), json.dumps(made_by, indent=1) + "\n")
+    with log.open("a" if goes_on else "w", encoding="utf-8") as said:
         process = subprocess.Popen([*PROGRAM, *words], stdout=said, stderr=said, env=environment)
         running.add(process)
         status = process.wait()
@@ -128,7 +171,9 @@ def _make(
     if status == 0 and (folder / "results.json").is_file():
         write_atomically(folder / DONE, json.dumps(made_by, indent=1) + "\n")
         return None
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["it said nothing"]
+    if goes_on:
+        lines[-1] += f" (it went on from its newest checkpoint: remove {folder} to begin it anew)"
     return Failure(run, "\n".join(lines[-TAIL:]), log)
 
 

@@ -84,7 +84,7 @@ def test_the_callback_costs_within_a_tenth_of_the_command(tmp_path, monkeypatch,
     """CPU time of evaluating, without the loading of model and tasks; after a first look that warms caches up."""
     clock = SimpleNamespace(perf_counter=time.process_time)
     monkeypatch.setattr(sys.modules["koff_lightning.callbacks.lm_eval"], "time", clock)
-    spent, score = [0.0], lm_eval_cli._score
+    spent, score = [0.0], lm_eval_cli.score_column
 
     def timed(*options):
         since = time.process_time()
@@ -101,7 +101,7 @@ def test_the_callback_costs_within_a_tenth_of_the_command(tmp_path, monkeypatch,
     def scores_of(trainer):
         return next(callback for callback in trainer.callbacks if isinstance(callback, LMEval))
 
-    monkeypatch.setattr(lm_eval_cli, "_score", timed)
+    monkeypatch.setattr(lm_eval_cli, "score_column", timed)
     path, scores = train("koff-tiny", tmp_path, 40, note := Note())
     outside(path, 40)
     inside = scores.seconds - note.after

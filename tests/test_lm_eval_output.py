@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from koff_lightning.commands.lm_eval_cli import _few_questions, lm_eval
+from koff_lightning.commands.lm_eval_cli import lm_eval
+from koff_lightning.commands.lm_eval_columns import few_questions
 from koff_lightning.data import encoding
 from koff_lightning.data.encoding import encode_and_count, tokenize
 from koff_lightning.evaluation import harness, lm_scores, rolling
@@ -171,7 +172,7 @@ def test_git_and_pip_are_asked_nothing_without_a_file_to_say_it_in():
 
     before = evaluator.get_git_commit_hash, evaluator.add_env_info
     for written in (False, True):
-        with _few_questions(written):
+        with few_questions(written):
             assert evaluator.get_git_commit_hash() is None
             assert (evaluator.add_env_info is before[1]) == written
         assert (evaluator.get_git_commit_hash, evaluator.add_env_info) == before

@@ -313,6 +313,43 @@ def test_writers_of_the_same_store_wait_for_each_other(folder, tmp_path, monkeyp
     assert len(stores(tmp_path)) == 2
 
 
+def test_two_writers_store_different_domains_at_one_time(folder, tmp_path, monkeypatch):
+    asked = tmp_path / "asked"
+    asked.mkdir()
+    original = command._likeliest
+
+    def when_both_are_at_it(backbone, batch, *rest):
+        (asked / f"{batch['domains'][0]}-{os.getpid()}").touch()
+        since = time.monotonic()
+        while len(list(asked.iterdir())) < 2 and time.monotonic() < since + 60:
+            time.sleep(0.01)
+        return original(backbone, batch, *rest)
+
+    monkeypatch.setattr(command, "_likeliest", when_both_are_at_it)
+    writers = [in_fork(lambda: main(["prepare", *words(folder), "--teacher"])) for _ in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) for writer in writers] == [0, 0]
+    by = dict(path.name.split("-") for path in asked.iterdir())
+    assert by.keys() == {"en", "law"} and by["en"] != by["law"]
+    assert len(stores(tmp_path)) == 2
+
+
+def test_each_of_several_processes_begins_with_another_domain_and_the_first_speaks(folder, monkeypatch, capsys):
+    order, original = [], command._likeliest
+
+    def note(backbone, batch, *rest):
+        order.append(batch["domains"][0])
+        return original(backbone, batch, *rest)
+
+    monkeypatch.setattr(command, "_likeliest", note)
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    prepared(folder)
+    assert list(dict.fromkeys(order)) == ["law", "en"]
+    assert "likeliest x" not in (said := capsys.readouterr().out) and said.count("stored") == 2
+    prepared(folder)
+    assert capsys.readouterr().out == ""
+
+
 def test_preparing_again_finds_one_wrong_byte_and_makes_it_anew(folder, tmp_path, capsys):
     prepared(folder)
     whole = contents(tmp_path)

@@ -2,14 +2,13 @@
 
 import argparse
 import io
-import os
+import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from koff_lightning.commands.lm_eval_columns import columns_of, named, score_column
 from koff_lightning.commands.parsing.class_names import SWITCH, refuse_task_files
 from koff_lightning.commands.parsing.lack_of_memory import lack_of_memory_told
 from koff_lightning.commands.parsing.missing import NO_CHECKPOINT, refuse_no_domain
@@ -17,7 +16,8 @@ from koff_lightning.specs.timing import check_batch_size
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
-from koff_lightning.support.names import AUTO, refuse_no_memory, refuse_no_model
+from koff_lightning.support.launched import count, device_of, first_speaks, joined, rank
+from koff_lightning.support.names import refuse_no_model
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.wording import one_line
@@ -37,17 +37,8 @@ _BY_WORD = f"If you trust it, say so on the command line, or add {SWITCH}"
 ROWS = "8"  # at a time, unless --batch_size says otherwise
 
 
-@dataclass(frozen=True)
-class Column:
-    """One way of reading: the name of its column, the memory, and whether it is the dense model."""
-
-    name: str
-    domain: str | None = None
-    dense: bool = False
-
-
 def lm_eval(argv: list[str]) -> None:
-    """Score a model on lm-eval's tasks, under each domain asked for.
+    """Score a model on lm-eval's tasks, under each domain asked for; processes that torchrun has started share them.
 
     Args:
         argv: The words after `koff lm-eval`.
@@ -55,9 +46,54 @@ def lm_eval(argv: list[str]) -> None:
     Raises:
         KoffError: Bad options, no such model, domain or task, no data, or scores that are no numbers.
     """
+    with first_speaks():
+        options, settings = _asked(argv)
+        with quick_imports():
+            from koff_lightning.evaluation import harness
+        largest = 64 if settings.max_batch_size is None else settings.max_batch_size  # 64 is HFLM's own
+        for value, name in ((settings.batch_size, "batch_size"), (largest, "max_batch_size")):
+            check_batch_size(value, f"lm-eval: {name}")
+        from koff_lightning.evaluation.lm_files import files_written
+        from koff_lightning.evaluation.lm_scores import show
+        from koff_lightning.evaluation.one_bar import one_bar
+        from koff_lightning.evaluation.scored_models import load_model, opens_with_start, rows_of
+
+        tasks = _tasks(settings, options)
+        options.device = device_of(options.device)
+    scores: dict[str, Scores] = {}
+    sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
+    options.rows = None if options.max_length else rows_of(options.model)
+    as_run = {"rows": options.rows, "open_with_start": opens_with_start(options.model)}
+    advice = "Take a smaller --batch_size, or another --device"
+    with files_written(settings.output_path, settings.use_cache), lack_of_memory_told(advice):
+        with joined(options.device):
+            with first_speaks():
+                model = load_model(options.model, options.backbone, options.device, options.dtype)
+                columns = columns_of(options, model)
+            with one_bar(len(columns), shown=rank() == 0) as bar:
+                for column in columns:
+                    with first_speaks():
+                        lm = harness.KoffLM(model, column.domain, column.dense, **as_run, **sizes)
+                        _check_max_length(lm, options.max_length)
+                        _check_chat_template(lm, settings.apply_chat_template, options.model)
+                    bar(column.name)
+                    scores[column.name] = score_column(lm, tasks, settings, options, column)
+                    settings.write_out = False  # the other columns are asked the same
+        if rank():
+            return
+        show(scores)
+        if options.rows and any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks["tasks"].values()):
+            read = f"whole texts are read {lm.rows} tokens at a time, as its run read them"
+            print(f"{read}; --max_length N reads otherwise")
+
+
+def _asked(argv: list[str]) -> tuple[argparse.Namespace, Any]:
+    """What is asked for: our options and lm-eval's, looked at as far as that needs no heavy import."""
     from koff_lightning.evaluation.lm_tasks import check_version
 
     check_version()
+    if rank():
+        logging.disable(logging.WARNING)  # the first process warns
     options = _given(argv)
     if not options.model or not (options.tasks or options.config):
         raise KoffError("lm-eval: give --model (artifact, checkpoint or dense model) and --tasks")
@@ -65,6 +101,7 @@ def lm_eval(argv: list[str]) -> None:
         _refuse_code(Path(options.config).expanduser())
     _refuse_no_model(options.model, options.domain)
     settings = _settings(options)
+    settings.write_out = settings.write_out and rank() == 0
     from koff_lightning.artifact.hub import artifact_or_same
 
     options.model = artifact_or_same(options.model)
@@ -72,38 +109,7 @@ def lm_eval(argv: list[str]) -> None:
         from koff_lightning.commands.needs import model_needs, refuse_missing, task_needs
 
         refuse_missing([*model_needs(options.model), *task_needs(settings.tasks, settings.include_path)])
-    with quick_imports():
-        from koff_lightning.evaluation import harness
-
-    largest = 64 if settings.max_batch_size is None else settings.max_batch_size  # 64 is HFLM's own
-    for value, name in ((settings.batch_size, "batch_size"), (largest, "max_batch_size")):
-        check_batch_size(value, f"lm-eval: {name}")
-    from koff_lightning.evaluation.lm_files import files_written
-    from koff_lightning.evaluation.lm_scores import show
-    from koff_lightning.evaluation.one_bar import one_bar
-    from koff_lightning.evaluation.scored_models import load_model, opens_with_start, rows_of
-
-    tasks = _tasks(settings, options)
-    scores: dict[str, Scores] = {}
-    sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
-    options.rows = None if options.max_length else rows_of(options.model)
-    as_run = {"rows": options.rows, "open_with_start": opens_with_start(options.model)}
-    advice = "Take a smaller --batch_size, or another --device"
-    with files_written(settings.output_path, settings.use_cache), lack_of_memory_told(advice):
-        model = load_model(options.model, options.backbone, options.device, options.dtype)
-        columns = _columns(options, model)
-        with one_bar(len(columns)) as bar:
-            for column in columns:
-                lm = harness.KoffLM(model, column.domain, column.dense, **as_run, **sizes)
-                _check_max_length(lm, options.max_length)
-                _check_chat_template(lm, settings.apply_chat_template, options.model)
-                bar(column.name)
-                scores[column.name] = _score(lm, tasks, settings, options, column)
-                settings.write_out = False  # the other columns are asked the same
-        show(scores)
-        if options.rows and any(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks["tasks"].values()):
-            read = f"whole texts are read {lm.rows} tokens at a time, as its run read them"
-            print(f"{read}; --max_length N reads otherwise")
+    return options, settings
 
 
 def _given(argv: list[str]) -> argparse.Namespace:
@@ -123,7 +129,7 @@ def _refuse_no_model(model: str, domains: str | None) -> None:
     if not model.endswith(".ckpt") and not is_asked():  # then all that is missing is told at once
         refuse_no_model(model)
     if domains != "all":
-        refuse_no_domain(model, _named(domains))
+        refuse_no_domain(model, named(domains))
 
 
 def _tasks(settings: Any, options: argparse.Namespace) -> "Loaded":
@@ -133,7 +139,7 @@ def _tasks(settings: Any, options: argparse.Namespace) -> "Loaded":
     with lm_tasks.quiet():
         tasks = lm_tasks.load_tasks(settings.tasks, settings.include_path, settings.metadata)
     lm_tasks.check_safe(tasks, settings.confirm_run_unsafe_code)
-    lm_tasks.check_counts(tasks, settings.limit, settings.num_fewshot, 1)
+    lm_tasks.check_counts(tasks, settings.limit, settings.num_fewshot, count())
     lm_tasks.check_samples(tasks, settings.samples or options.samples)  # lm-eval takes {} for nothing said
     return tasks
 
@@ -267,125 +273,3 @@ def _settings(options: argparse.Namespace) -> Any:
             return Settings.from_cli(argparse.Namespace(**given))
     except (ValueError, TypeError, OSError) as error:
         raise KoffError(f"lm-eval: {' '.join(str(error).split())}") from error
-
-
-def _named(domains: str | None) -> list[str]:
-    return [*filter(None, dict.fromkeys((domains or "").split(",")))]
-
-
-def _columns(options: argparse.Namespace, model: Any) -> list[Column]:
-    """What is asked for; without a word about it the model as it is, without memory."""
-    from koff_lightning.evaluation.lm_scores import CLASH
-    from koff_lightning.evaluation.scored_models import check_router, domains_of
-
-    known = domains_of(model)
-    asked = known if options.domain == "all" else _named(options.domain)
-    if options.domain and not asked:
-        raise KoffError(f"lm-eval: {options.model} has no memories: leave --domain out")
-    if AUTO in asked and AUTO not in known:
-        check_router(model, options.model)
-    refuse_no_memory([name for name in asked if name != AUTO], known, options.model)
-    columns = [Column(name, name) for name in asked]
-    if options.memory_off or not (asked or options.dense):
-        columns.append(Column("none" if known else "dense"))
-    if options.dense:
-        columns.append(Column("dense", dense=True))
-    if clash := [column.name for column in columns if column.domain is None and column.name in known]:
-        raise KoffError(f"lm-eval: {clash[0]}: {CLASH}")
-    return columns
-
-
-def _score(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse.Namespace, column: Column) -> "Scores":
-    """One column by lm-eval's `simple_evaluate`; its files are written below `<output_path>/<column>`."""
-    from lm_eval import simple_evaluate
-    from lm_eval.loggers import EvaluationTracker
-
-    from koff_lightning.evaluation.lm_cache import cache_of, refuse_cached_nan
-    from koff_lightning.evaluation.lm_scores import plain
-    from koff_lightning.evaluation.lm_tasks import bundled_index, quiet
-
-    where = settings.output_path and os.path.join(settings.output_path, column.name)
-    tracker = EvaluationTracker(output_path=where)
-    seeds = settings.seed or [None] * 4
-    cache = settings.use_cache and cache_of(
-        settings.use_cache,
-        column.name,
-        options.model,
-        options.backbone,
-        options.dtype,
-        options.max_length or options.rows,
-        *([] if lm.opening is None else [f"windows open with {lm.opening}"]),
-    )
-    about = {"path": options.model, "domain": column.domain, "dense": column.dense}
-    sizes = {"max_length": options.max_length, "rows": options.rows}
-    about |= {name: size for name, size in sizes.items() if size}
-    with quiet(), _few_questions(bool(where)):
-        found = simple_evaluate(
-            lm,
-            model_args=about,
-            tasks=roots(tasks),
-            task_manager=bundled_index(),
-            num_fewshot=settings.num_fewshot,
-            batch_size=settings.batch_size,
-            use_cache=cache,
-            limit=settings.limit,
-            samples=settings.samples,
-            write_out=settings.write_out,
-            log_samples=settings.log_samples or bool(cache),
-            evaluation_tracker=tracker,
-            system_instruction=settings.system_instruction,
-            apply_chat_template=settings.apply_chat_template,
-            fewshot_as_multiturn=bool(settings.fewshot_as_multiturn),
-            gen_kwargs=settings.gen_kwargs,
-            predict_only=settings.predict_only,
-            random_seed=seeds[0],
-            numpy_random_seed=seeds[1],
-            torch_random_seed=seeds[2],
-            fewshot_random_seed=seeds[3],
-            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-            metadata=settings.metadata,
-            **settings.cache_requests,
-        )
-    lm.check_finite()
-    samples = found.pop("samples", None)
-    if cache:
-        refuse_cached_nan([row for rows in samples.values() for row in rows], cache)
-        samples = samples if settings.log_samples else None
-    tracker.save_results_aggregated(results=found, samples=samples)
-    for name in samples or ():
-        tracker.save_results_samples(task_name=name, samples=samples[name])
-    return plain(found["results"])
-
-
-@contextmanager
-def _few_questions(written: bool) -> Iterator[None]:
-    """Keep lm-eval from asking git, and from asking pip and the compiler, for seconds, what no file will hold.
-
-    Args:
-        written: Whether results are written, which then say on what machine they were made.
-    """
-    from lm_eval import evaluator
-
-    asked = evaluator.get_git_commit_hash, evaluator.add_env_info, evaluator.print_writeout
-    evaluator.get_git_commit_hash = lambda: None  # of the folder that the user stands in
-    evaluator.print_writeout = _print_question  # its own speaks in its log, of which errors alone are shown
-    if not written:
-        evaluator.add_env_info = lambda results: None
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash, evaluator.add_env_info, evaluator.print_writeout = asked
-
-
-def _print_question(task: Any) -> None:
-    """Print the first request of a task, and its right answer, for `--write_out`."""
-    for request in task.instances[:1]:
-        print(f"{task.config.task}, as the model is asked:\n{request.args[0]}")
-        print(f"{task.config.task}, right answer (or its number): {task.doc_to_target(request.doc)}\n")
-
-
-def roots(tasks: "Loaded") -> list[Any]:
-    """Tasks and groups that stand in no other group, as `simple_evaluate` takes them."""
-    groups: Mapping[str, Any] = tasks.get("groups", {})
-    inner = {child for group in groups.values() for child in group.child_names}
-    return [made for part in (groups, tasks["tasks"]) for name, made in part.items() if name not in inner]

@@ -1,11 +1,13 @@
 """`koff prepare`: tokenise a run's text once, store its teacher, or fetch what it needs where there is no network."""
 
 import shutil
+from collections import deque
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from koff_lightning.artifact.decomposed import default_device
 from koff_lightning.backbone import hidden_states, inputs_of
 from koff_lightning.commands.baseline import KoffTrainer
 from koff_lightning.commands.needs import fetch_all, needs_of, tokenizer_of
@@ -15,6 +17,7 @@ from koff_lightning.data.teacher import stored_bytes
 from koff_lightning.loading import fingerprint, load_backbone
 from koff_lightning.losses import TopK, check_top_k, chunk_size, is_slow, top_k_of
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.launched import device_of, rank
 from koff_lightning.support.offline import is_asked
 
 
@@ -54,10 +57,12 @@ class VerbTrainer(KoffTrainer):
             raise KoffError("--prefetch_bytes is the size of what --prefetch-only copies: give both, or neither")
         data = DomainDataModule(**config.data.as_dict() | ({"cache": out} if out else {}))
         for name, made in data.prepare(tokenizer_of(config)).items():
-            print(f"{name}: {'tokenised' if made else 'is there already'}", flush=True)
+            if made or not rank():
+                print(f"{name}: {'tokenised' if made else 'is there already'}", flush=True)
         if teacher:
             store_teacher(config, data)
-        print(f"in {data.cache.folder}" + (f"; give it to runs: --data.cache {out}" if out else ""))
+        if not rank():
+            print(f"in {data.cache.folder}" + (f"; give it to runs: --data.cache {out}" if out else ""))
 
 
 def _check_teacher(config: Any, prefetch_only: bool) -> None:
@@ -75,6 +80,8 @@ def _check_teacher(config: Any, prefetch_only: bool) -> None:
 def store_teacher(config: Any, data: DomainDataModule) -> None:
     """Store the teacher of all training rows beside the tokenised text; prints the size first, then what was done.
 
+    Processes that work at one time, by torchrun or each started by hand, store different domains.
+
     Args:
         config: Options of the run, in the sections of `koff fit`.
         data: Prepared.
@@ -91,16 +98,26 @@ def store_teacher(config: Any, data: DomainDataModule) -> None:
     check_vocabulary(data.tokenizer, backbone.get_input_embeddings().num_embeddings)
     texts = {"": data} | ({"retention ": data.general} if model.retention and data.general is not None else {})
     rows = {(kind, name): rows for kind, text in texts.items() for name, rows in text.training_rows().items()}
-    _say_size(data, list(rows.values()), k, len(head))
-    backbone = backbone.to("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+    if not rank():
+        _say_size(data, list(rows.values()), k, len(head))
+    backbone = backbone.to(default_device(device_of("cpu" if config.trainer.accelerator == "cpu" else None)))
 
     def ask(batch: dict[str, Any]) -> TopK:
         return _likeliest(backbone, batch, k, model.loss.chunk)
 
-    for (kind, name), packed in rows.items():
-        belongs = texts[kind].belongs(packed, backbone_hash)
-        made = data.teachers.build(name, belongs, packed, ask, k, len(head), data.batch_size)
-        print(f"teacher of {kind}{name}: {'stored' if made else 'is there already'}", flush=True)
+    due = deque(rows)
+    due.rotate(-rank())  # each process begins with another domain
+    passed: set[tuple[str, str]] = set()  # since another process stores them
+    while due:
+        kind, name = due.popleft()
+        packed = rows[kind, name]
+        belongs, wait = texts[kind].belongs(packed, backbone_hash), (kind, name) in passed
+        made = data.teachers.build(name, belongs, packed, ask, k, len(head), data.batch_size, wait)
+        if made is None:
+            due.append((kind, name))
+            passed.add((kind, name))
+        elif made or not (wait or rank()):
+            print(f"teacher of {kind}{name}: {'stored' if made else 'is there already'}", flush=True)
 
 
 def _say_size(data: DomainDataModule, rows: list[PackedRows], k: int, vocabulary: int) -> None:

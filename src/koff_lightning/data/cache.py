@@ -234,16 +234,21 @@ class TokenCache:
 
 
 @contextmanager
-def alone_with(folder: Path, key: str) -> Iterator[None]:
+def alone_with(folder: Path, key: str, wait: bool = True) -> Iterator[bool]:
     """Wait until no other process builds this entry; a process that ends in any way frees its lock.
+
+    Args:
+        folder: Folder of the entries.
+        key: Name of this one.
+        wait: Otherwise the block runs at once, and is told whether no other process is at it.
 
     Raises:
         KoffError: The disk does not take it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / f".{key}.lock", wait=True):
-            yield
+        with lock(folder / f".{key}.lock", wait=wait) as held:
+            yield held
     except OSError as error:
         raise KoffError(f"cannot write {folder}: {error.strerror or error}") from error
 

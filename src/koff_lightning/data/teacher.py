@@ -4,8 +4,9 @@ For each place of each row, whether its next token is predicted in training or n
 the dense model finds likeliest, likeliest first: their ids, as the smallest unsigned integers that fit the vocabulary,
 and their log-probabilities among all tokens in fp16, which is the more precise the likelier a token is.
 
-A store is valid for one backbone's weights, one tokenizer, and exactly these rows. It appears in full or not at all. A
-second writer of the same store waits for the first, and if a writer was killed the next one continues its work.
+A store is valid for one backbone's weights, one tokenizer, and exactly these rows. It appears in full or not at all.
+Two processes never write the same store: one goes on to the next domain's, or waits. If a writer was killed the next
+one continues its work.
 
 Shapes: R rows, T tokens per row, k stored tokens, V size of the vocabulary.
 """
@@ -171,8 +172,9 @@ class TeacherStore:
         k: int,
         vocabulary: int,
         batch_size: int,
-    ) -> bool:
-        """Store a teacher's predictions unless they are there and intact; returns whether this was still to do.
+        wait: bool = True,
+    ) -> bool | None:
+        """Store a teacher's predictions unless they are there and intact.
 
         Args:
             domain: Name, for messages.
@@ -182,6 +184,10 @@ class TeacherStore:
             k: Tokens to store.
             vocabulary: V.
             batch_size: Rows of a batch.
+            wait: Wait for another process that stores the same.
+
+        Returns:
+            Whether this was still to do; None where another process is at it, and was not waited for.
 
         Raises:
             KoffError: The disk does not take it.
@@ -190,7 +196,9 @@ class TeacherStore:
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
         if is_whole(self.folder / key):  # also where nobody may write
             return False
-        with alone_with(self.folder, key):
+        with alone_with(self.folder, key, wait) as alone:
+            if not alone:
+                return None
             if is_whole(self.folder / key):
                 return False
             work = self.folder / f".{key}.part"

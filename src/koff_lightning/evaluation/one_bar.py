@@ -56,14 +56,15 @@ class _Bar:
 
 
 @contextmanager
-def one_bar(columns: int) -> Iterator[Callable[[str], None]]:
+def one_bar(columns: int, shown: bool = True) -> Iterator[Callable[[str], None]]:
     """Draw one bar while a model is asked, column after column; call what comes with a column's name at its beginning.
 
     Args:
         columns: Their number.
+        shown: Whether to draw it.
     """
     before = [module.tqdm for module in DRAWING]
-    with tqdm(total=0, leave=False, delay=0.01) as drawn:  # not before it is known how much there is
+    with tqdm(total=0, leave=False, delay=0.01, disable=not shown) as drawn:  # not before it is known how much there is
         bar = _Bar(drawn, columns)
 
         def part(iterable: Iterable[Any] = (), total: int = 0, **_: object) -> _Part:

@@ -1,0 +1,75 @@
+"""Processes that `torchrun` or `accelerate launch` has started for one command which itself starts none."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from koff_lightning.support.errors import KoffError
+
+PATIENCE = timedelta(weeks=1)  # how long a process waits for the others: their shares of the work differ
+
+
+def count() -> int:
+    """Number of processes; 1 where none was launched so. A variable that something else has left says nothing."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ["RANK"]) if count() > 1 else 0
+
+
+def device_of(device: str | None) -> str | None:
+    """The device of this process: of several each has a GPU to itself.
+
+    Args:
+        device: What the user has named, if anything.
+
+    Raises:
+        KoffError: One GPU was named for all, or there are fewer than processes on this machine.
+    """
+    import torch
+
+    if count() == 1 or device == "cpu" or not torch.cuda.is_available():
+        return device
+    if device not in (None, "cuda"):
+        raise KoffError(f"each of {count()} processes has a device of its own, so {device!r} cannot be all theirs")
+    here, there_are = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if here >= there_are:
+        raise KoffError(f"process {here} on this machine has no GPU: there are {there_are}, so start as many processes")
+    return f"cuda:{here}"
+
+
+@contextmanager
+def first_speaks() -> Iterator[None]:
+    """Let the first process alone tell an error that all of them meet alike."""
+    try:
+        yield
+    except KoffError:
+        if rank():
+            raise SystemExit(2) from None
+        raise
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[None]:
+    """Let the processes share work within a block, by `torch.distributed`; one alone does not need it.
+
+    Args:
+        device: As from `device_of`.
+    """
+    if count() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = bool(device) and device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device)  # else objects of all ranks would go by the first GPU
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

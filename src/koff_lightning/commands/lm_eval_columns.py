@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from koff_lightning.evaluation.lm_tasks import Loaded
 
 
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")  # in the order of --seed
+
+
 @dataclass(frozen=True)
 class Column:
     """One way of reading: the name of its column, the memory, and whether it is the dense model."""
@@ -63,7 +66,6 @@ def score_column(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse
 
     where = settings.output_path and os.path.join(settings.output_path, column.name)
     tracker = EvaluationTracker(output_path=where)
-    seeds = settings.seed or [None] * 4
     cache = settings.use_cache and cache_of(
         settings.use_cache,
         column.name,
@@ -94,10 +96,7 @@ def score_column(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse
             fewshot_as_multiturn=bool(settings.fewshot_as_multiturn),
             gen_kwargs=settings.gen_kwargs,
             predict_only=settings.predict_only,
-            random_seed=seeds[0],
-            numpy_random_seed=seeds[1],
-            torch_random_seed=seeds[2],
-            fewshot_random_seed=seeds[3],
+            **dict(zip(SEEDS, settings.seed or [None] * 4, strict=True)),
             confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
             metadata=settings.metadata,
             **settings.cache_requests,

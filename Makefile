@@ -11,17 +11,22 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
+# 23,000 files, on all cores, where pip takes one; some packages hold files that are no Python, which is no matter.
+COMPILE = $(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true
+
 # The stamps let each target set up what it needs, once; a change to what is installed sets it up again.
 # torch goes first: PyPI's Linux build brings gigabytes of CUDA libraries; a CPU build that lies in .venv already is kept.
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -c '$(NEW_ENOUGH)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e '.[dev,serve,llamacpp]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev,serve,llamacpp]' -c constraints.txt
+	$(COMPILE)
 	@touch $@
 
 .venv/notebooks-installed: .venv/installed
-	$(BIN)/python -m pip install --quiet -e '.[dev,serve,llamacpp,notebooks]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev,serve,llamacpp,notebooks]' -c constraints.txt
+	$(COMPILE)
 	@touch $@
 
 install: .venv/installed ## create .venv with the package and its tools

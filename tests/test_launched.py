@@ -15,7 +15,7 @@ from koff_lightning import KoffError
 from koff_lightning.cli import main
 from koff_lightning.support import launched
 
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def test_a_gpu_that_is_named_or_missing_is_one_line(fourth, monkeypatch):
         KoffError, match="each of 4 processes has a device of its own, so 'cuda:0' cannot be all theirs"
     ):
         launched.device_of("cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(KoffError, match="process 2 on this machine has no GPU: there are 2, so start as many"):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(KoffError, match="3 processes on this machine have 2 GPUs between them: start as many as GPUs"):
         launched.device_of(None)
 
 
@@ -70,7 +70,7 @@ def place(tmp_path_factory):
 
 def words(place, out, *options):
     asked = ["--tasks", "toy_write,toy_choose,koff_bpb_en", "--include_path", place.tasks, "--device=cpu"]
-    asked += ["--limit=3", "--log_samples", "--output_path", str(out), "--domain=law,fr", "--memory_off"]
+    asked += ["--limit=3", "--log_samples", "--output_path", str(out), "--domain=law", "--memory_off", "--dense"]
     return ["lm-eval", "--model", str(place.artifact), *asked, *options]
 
 
@@ -120,6 +120,22 @@ def test_lm_eval_on_two_processes_finds_and_says_what_one_does(place, tmp_path, 
         for key, value in found.items():  # log-likelihoods differ by how rows are batched
             same = two[name][key] == value
             assert same or two[name][key] == pytest.approx(value, rel=1e-5), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit=3"], "task 'toy_write' has 4 samples, of which limit 3.0 leaves 3 for 4 processes: each needs one"),
+        (['--samples={"toy_write": [0, 2]}'], "--samples has 2 of task 'toy_write' for 4 processes: each needs one"),
+        (["--use_cache=answers"], "--use_cache keeps answers by process, and here are 4: leave it out, or start one"),
+        (["--device=cuda:0"], "each of 4 processes has a device of its own"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_one_line(fourth, monkeypatch, place, capsys, options, message):
+    monkeypatch.setenv("RANK", "0")
+    asked = ["--tasks=toy_write", "--include_path", place.tasks, *options]
+    assert main(["lm-eval", "--model", str(place.artifact), *asked]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

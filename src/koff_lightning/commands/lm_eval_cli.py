@@ -102,6 +102,10 @@ def _asked(argv: list[str]) -> tuple[argparse.Namespace, Any]:
     _refuse_no_model(options.model, options.domain)
     settings = _settings(options)
     settings.write_out = settings.write_out and rank() == 0
+    if count() > 1 and settings.use_cache:  # one that knows all its answers would leave the others waiting
+        raise KoffError(
+            f"lm-eval: --use_cache keeps answers by process, and here are {count()}: leave it out, or start one"
+        )
     from koff_lightning.artifact.hub import artifact_or_same
 
     options.model = artifact_or_same(options.model)
@@ -141,6 +145,10 @@ def _tasks(settings: Any, options: argparse.Namespace) -> "Loaded":
     lm_tasks.check_safe(tasks, settings.confirm_run_unsafe_code)
     lm_tasks.check_counts(tasks, settings.limit, settings.num_fewshot, count())
     lm_tasks.check_samples(tasks, settings.samples or options.samples)  # lm-eval takes {} for nothing said
+    for name, some in (settings.samples or {}).items():
+        if len(some) < count():
+            few = f"lm-eval: --samples has {len(some)} of task {name!r} for {count()} processes"
+            raise KoffError(f"{few}: each needs one")
     return tasks
 
 

@@ -35,10 +35,10 @@ def device_of(device: str | None) -> str | None:
         return device
     if device not in (None, "cuda"):
         raise KoffError(f"each of {count()} processes has a device of its own, so {device!r} cannot be all theirs")
-    here, there_are = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if here >= there_are:
-        raise KoffError(f"process {here} on this machine has no GPU: there are {there_are}, so start as many processes")
-    return f"cuda:{here}"
+    here, there_are = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if here > there_are:
+        raise KoffError(f"{here} processes on this machine have {there_are} GPUs between them: start as many as GPUs")
+    return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 @contextmanager

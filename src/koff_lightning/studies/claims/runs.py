@@ -146,7 +146,7 @@ def gpu_shares(jobs: int) -> list[dict[str, str]]:
     if not count:
         return [{}] * jobs
     given = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers, or names such as GPU-8932f937
-    gpus = given.split(",")[:count] if given else [str(gpu) for gpu in range(count)]
+    gpus = given.replace(" ", "").split(",")[:count] if given else [str(gpu) for gpu in range(count)]
     each = max(1, count // jobs)
     shares = [gpus[start : start + each] for start in range(0, each * min(jobs, count), each)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(shares[job % len(shares)])} for job in range(jobs)]

@@ -65,6 +65,16 @@ def test_the_first_process_speaks_for_all_and_the_others_only_if_it_has_nothing_
         waited.clear()
 
 
+@pytest.mark.parametrize("verb", ["claims", "reproduce"])
+def test_what_starts_its_own_processes_is_started_once(fourth, monkeypatch, tmp_path, capsys, verb):
+    """Several would remove each other's runs: their folder is held by the first alone."""
+    monkeypatch.setenv("RANK", "0")
+    assert main([verb, f"--out={tmp_path / 'out'}"]) == 2
+    said = f"koff: koff {verb} starts its runs itself, --jobs at one time: start it once, without torchrun\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")

@@ -62,6 +62,17 @@ def first_speaks() -> Iterator[None]:
         raise
 
 
+@first_speaks()
+def refuse_several(verb: str) -> None:
+    """Raise KoffError where several processes were launched for a command that starts its own.
+
+    Args:
+        verb: The command.
+    """
+    if count() > 1:
+        raise KoffError(f"koff {verb} starts its runs itself, --jobs at one time: start it once, without torchrun")
+
+
 @contextmanager
 def one_is_first() -> Iterator[None]:
     """Hide the LOCAL_RANK that something else has left from lm-eval, which has no scores where it is not 0."""

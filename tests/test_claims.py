@@ -334,6 +334,8 @@ def test_a_run_that_was_cut_short_goes_on_if_it_is_the_same(runs, capsys, monkey
         (2, None, 3, ["0", "1", "0"]),
         (2, "5,GPU-8932f937", 2, ["5", "GPU-8932f937"]),
         (2, "6,7,99", 2, ["6", "7"]),
+        (2, " 6, 7 ", 2, ["6", "7"]),
+        (1, "MIG-a,MIG-b,", 2, ["MIG-a", "MIG-b"]),
     ],
 )
 def test_runs_side_by_side_share_the_gpus(monkeypatch, count, visible, jobs, shares):

@@ -13,6 +13,7 @@ from tiny_tasks import toy_tasks
 
 from koff_lightning import KoffError
 from koff_lightning.cli import main
+from koff_lightning.evaluation.harness import KoffLM
 from koff_lightning.support import launched
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -53,13 +54,25 @@ def test_one_process_is_alone_whatever_something_else_has_left(monkeypatch):
         assert not torch.distributed.is_initialized()
 
 
-def test_the_first_process_speaks_for_all(fourth, monkeypatch):
-    with pytest.raises(SystemExit) as end, launched.first_speaks():
-        raise KoffError("no such task")
-    assert end.value.code == 2
+def test_the_first_process_speaks_for_all_and_the_others_only_if_it_has_nothing_to_tell(fourth, monkeypatch):
+    waited = []
+    monkeypatch.setattr(launched.time, "sleep", waited.append)
+    for number, waits in (("3", [launched.GRACE]), ("0", [])):
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(KoffError, match="no such task"), launched.first_speaks():
+            raise KoffError("no such task")
+        assert waited == waits
+        waited.clear()
+
+
+@pytest.mark.parametrize("verb", ["claims", "reproduce"])
+def test_what_starts_its_own_processes_is_started_once(fourth, monkeypatch, tmp_path, capsys, verb):
+    """Several would remove each other's runs: their folder is held by the first alone."""
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(KoffError, match="no such task"), launched.first_speaks():
-        raise KoffError("no such task")
+    assert main([verb, f"--out={tmp_path / 'out'}"]) == 2
+    said = f"koff: koff {verb} starts its runs itself, --jobs at one time: start it once, without torchrun\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +87,8 @@ def words(place, out, *options):
     return ["lm-eval", "--model", str(place.artifact), *asked, *options]
 
 
-def two_processes(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def two_processes(*command, **variables):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "koff_lightning", *command]
     return subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
 
@@ -139,8 +152,28 @@ def test_what_several_processes_cannot_do_is_one_line(fourth, monkeypatch, place
 
 
 @pytest.mark.slow
-def test_what_all_processes_refuse_is_told_once(place, tmp_path):
-    done = two_processes(*words(place, tmp_path, "--limit=1"))
+def test_what_all_processes_refuse_is_told_once_even_if_the_first_is_the_slowest(place, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(5 * (os.environ.get('RANK') == '0'))")
+    modules = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = two_processes(*words(place, tmp_path, "--limit=1"), PYTHONPATH=modules)
     assert done.returncode
     said = [line for line in done.stderr.splitlines() if line.startswith("koff: ")]
     assert said == ["koff: task 'toy_write' has 4 samples, of which limit 1.0 leaves 1 for 2 processes: each needs one"]
+
+
+def test_one_process_has_the_scores_whatever_local_rank_something_else_has_left(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    asked = ["--tasks=toy_choose", "--include_path", place.tasks, "--device=cpu", "--limit=1"]
+    assert main(["lm-eval", "--model", str(place.artifact), *asked]) == 0
+    assert "toy_choose" in capsys.readouterr().out
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
+def test_ranks_with_unequal_numbers_of_requests_do_not_wait_for_each_other_to_measure(place, monkeypatch):
+    """Requests that read the same are asked once, so one rank may measure batch sizes less often than the other."""
+    lm = KoffLM(str(place.artifact), device="cpu", batch_size="auto:2", max_batch_size=2)
+    lm._world_size = 2
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda *_: pytest.fail("the other rank may not come"))
+    asked = [(("", ""), [5, 6], [last]) for last in (7, 8)] + [(("", ""), [6, 6], [9])]
+    assert len(lm._loglikelihood_tokens(asked)) == 3
+    assert lm.world_size == 2

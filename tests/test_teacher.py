@@ -1,5 +1,7 @@
 """The stored teacher: `koff prepare --teacher`, and training from what it has written."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -348,6 +350,21 @@ def test_each_of_several_processes_begins_with_another_domain_and_the_first_spea
     assert "likeliest x" not in (said := capsys.readouterr().out) and said.count("stored") == 2
     prepared(folder)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_without_locks_processes_that_were_started_together_never_store_the_same(folder, tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    started = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": str(number), "LOCAL_RANK": str(number)}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    prepared(folder)
+    about = [json.loads(store.with_name("about.json").read_text()) for store in stores(tmp_path)]
+    assert [one["domain"] for one in about] == [DOMAINS[number]]
+    assert not list(tmp_path.rglob(f".*{os.getpid()}.lock"))
 
 
 def test_preparing_again_finds_one_wrong_byte_and_makes_it_anew(folder, tmp_path, capsys):

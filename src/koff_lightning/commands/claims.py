@@ -13,6 +13,7 @@ from koff_lightning.studies.claims import arms as all_arms
 from koff_lightning.studies.claims.arms import AFTER, EQUAL, METHODS, Run
 from koff_lightning.studies.claims.retention import Answers, Suites, answer, figures, load_suites
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.launched import refuse_several
 from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.secrets import without_secrets
 from koff_lightning.training.run_folder import alone_in
@@ -62,6 +63,7 @@ def claims(
         curve: Arms of the further sparsities, with commas, or `all`.
         further: Options of `koff fit` for all arms, as they stand after a lone `--`.
     """
+    refuse_several("claims")
     check_counts(seeds=seeds, jobs=jobs)
     chosen = all_arms.chosen(arms)
     if tasks and "koff" not in chosen:

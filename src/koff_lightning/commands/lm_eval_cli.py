@@ -4,7 +4,7 @@ import argparse
 import io
 import logging
 import re
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -46,26 +46,27 @@ def lm_eval(argv: list[str]) -> None:
     Raises:
         KoffError: Bad options, no such model, domain or task, no data, or scores that are no numbers.
     """
-    with first_speaks():
-        options, settings = _asked(argv)
-        with quick_imports():
-            from koff_lightning.evaluation import harness
-        largest = 64 if settings.max_batch_size is None else settings.max_batch_size  # 64 is HFLM's own
-        for value, name in ((settings.batch_size, "batch_size"), (largest, "max_batch_size")):
-            check_batch_size(value, f"lm-eval: {name}")
-        from koff_lightning.evaluation.lm_files import files_written
-        from koff_lightning.evaluation.lm_scores import show
-        from koff_lightning.evaluation.one_bar import one_bar
-        from koff_lightning.evaluation.scored_models import load_model, opens_with_start, rows_of
-
-        tasks = _tasks(settings, options)
-        options.device = device_of(options.device)
     scores: dict[str, Scores] = {}
-    sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
-    options.rows = None if options.max_length else rows_of(options.model)
-    as_run = {"rows": options.rows, "open_with_start": opens_with_start(options.model)}
-    advice = "Take a smaller --batch_size, or another --device"
-    with files_written(settings.output_path, settings.use_cache), lack_of_memory_told(advice):
+    with ExitStack() as written:
+        with first_speaks():
+            options, settings = _asked(argv)
+            with quick_imports():
+                from koff_lightning.evaluation import harness
+            largest = 64 if settings.max_batch_size is None else settings.max_batch_size  # 64 is HFLM's own
+            for value, name in ((settings.batch_size, "batch_size"), (largest, "max_batch_size")):
+                check_batch_size(value, f"lm-eval: {name}")
+            from koff_lightning.evaluation.lm_files import files_written
+            from koff_lightning.evaluation.lm_scores import show
+            from koff_lightning.evaluation.one_bar import one_bar
+            from koff_lightning.evaluation.scored_models import load_model, opens_with_start, rows_of
+
+            tasks = _tasks(settings, options)
+            options.device = device_of(options.device)
+            sizes = {"batch_size": settings.batch_size, "max_batch_size": largest, "max_length": options.max_length}
+            options.rows = None if options.max_length else rows_of(options.model)
+            as_run = {"rows": options.rows, "open_with_start": opens_with_start(options.model)}
+            written.enter_context(files_written(settings.output_path, settings.use_cache))
+        written.enter_context(lack_of_memory_told("Take a smaller --batch_size, or another --device"))
         with joined(options.device):
             with first_speaks():
                 model = load_model(options.model, options.backbone, options.device, options.dtype)
@@ -76,8 +77,8 @@ def lm_eval(argv: list[str]) -> None:
                         lm = harness.KoffLM(model, column.domain, column.dense, **as_run, **sizes)
                         _check_max_length(lm, options.max_length)
                         _check_chat_template(lm, settings.apply_chat_template, options.model)
-                    bar(column.name)
-                    scores[column.name] = score_column(lm, tasks, settings, options, column)
+                        bar(column.name)
+                        scores[column.name] = score_column(lm, tasks, settings, options, column)
                     settings.write_out = False  # the other columns are asked the same
         if rank():
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.launched import one_is_first
 from koff_lightning.support.names import AUTO, refuse_no_memory
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def score_column(lm: "KoffLM", tasks: "Loaded", settings: Any, options: argparse
     )
     about = {"path": options.model, "domain": column.domain, "dense": column.dense}
     about |= {name: size for name in ("max_length", "rows") if (size := getattr(options, name))}
-    with quiet(), few_questions(bool(where)):
+    with quiet(), few_questions(bool(where)), one_is_first():
         found = simple_evaluate(
             lm,
             model_args=about,

@@ -17,7 +17,8 @@ from koff_lightning.data.teacher import stored_bytes
 from koff_lightning.loading import fingerprint, load_backbone
 from koff_lightning.losses import TopK, check_top_k, chunk_size, is_slow, top_k_of
 from koff_lightning.support.errors import KoffError
-from koff_lightning.support.launched import device_of, rank
+from koff_lightning.support.files import has_locks
+from koff_lightning.support.launched import count, device_of, first_speaks, rank
 from koff_lightning.support.offline import is_asked
 
 
@@ -56,7 +57,9 @@ class VerbTrainer(KoffTrainer):
         if prefetch_bytes is not None:
             raise KoffError("--prefetch_bytes is the size of what --prefetch-only copies: give both, or neither")
         data = DomainDataModule(**config.data.as_dict() | ({"cache": out} if out else {}))
-        for name, made in data.prepare(tokenizer_of(config)).items():
+        with first_speaks():
+            prepared = data.prepare(tokenizer_of(config))
+        for name, made in prepared.items():
             if made or not rank():
                 print(f"{name}: {'tokenised' if made else 'is there already'}", flush=True)
         if teacher:
@@ -77,6 +80,7 @@ def _check_teacher(config: Any, prefetch_only: bool) -> None:
         )
 
 
+@first_speaks()
 def store_teacher(config: Any, data: DomainDataModule) -> None:
     """Store the teacher of all training rows beside the tokenised text; prints the size first, then what was done.
 
@@ -107,6 +111,8 @@ def store_teacher(config: Any, data: DomainDataModule) -> None:
 
     due = deque(rows)
     due.rotate(-rank())  # each process begins with another domain
+    if count() > 1 and not has_locks(data.cache.folder):  # nothing would say who is at which
+        due = deque([*rows][rank() :: count()])
     passed: set[tuple[str, str]] = set()  # since another process stores them
     while due:
         kind, name = due.popleft()

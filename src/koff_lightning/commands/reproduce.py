@@ -8,6 +8,7 @@ from koff_lightning.commands.parsing.counts import check_counts
 from koff_lightning.data.sources import as_sources
 from koff_lightning.studies.claims.arms import Run
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.launched import refuse_several
 from koff_lightning.training.run_folder import alone_in
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def reproduce(
     """
     from koff_lightning.studies.claims import paper_tables
 
+    refuse_several("reproduce")
     check_counts(seeds=seeds, jobs=jobs)
     chosen = paper_tables.chosen(tables, arms)
     resolved = resolved_config(config, backbone, further or [])

@@ -30,6 +30,7 @@ from koff_lightning.backbone import hidden_states
 from koff_lightning.data.encoding import encode, encode_and_count, encode_prompt, opening
 from koff_lightning.decomposition import Decomposition
 from koff_lightning.evaluation.chats import WritesTalks
+from koff_lightning.evaluation.lm_ranks import SharesRequests
 from koff_lightning.evaluation.lm_scores import MAIN, Scores, plain
 from koff_lightning.evaluation.lm_tasks import Loaded, check_room, check_version, quiet
 from koff_lightning.evaluation.scored_models import (
@@ -123,7 +124,7 @@ class Reader:
 
 
 @register_model("koff")
-class KoffLM(WritesTalks, HFLM):
+class KoffLM(WritesTalks, SharesRequests, HFLM):
     """A decomposition, an artifact, a checkpoint or a dense model, for lm-eval.
 
     Args:
@@ -305,27 +306,6 @@ class KoffLM(WritesTalks, HFLM):
         scores = super()._loglikelihood_tokens(requests, *args, **kwargs)
         self.broken += sum(not math.isfinite(value) for value, _ in scores)  # told later, by all ranks at once
         return scores
-
-    def _batch_scheduler(self, pos: int, n_reordered_requests: list[Any]) -> int:
-        """HFLM's own, which divides by zero where `auto:N` wants more measurements than there are requests."""
-        times, self.batch_schedule = self.batch_schedule, min(self.batch_schedule, len(n_reordered_requests))
-        try:
-            return super()._batch_scheduler(pos, n_reordered_requests)
-        finally:
-            self.batch_schedule = times
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors, one after the other; HFLM's own way needs accelerate."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.zeros_like(tensor.reshape(-1)) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.reshape(-1))
-        return torch.cat(parts)
-
-    def barrier(self) -> None:
-        """Wait for the other ranks."""
-        if self.world_size > 1:
-            dist.barrier()
 
     def check_finite(self) -> None:
         """Raise KoffError, on every rank alike, if a log-likelihood since the last call was no finite number."""

@@ -8,10 +8,11 @@ import errno
 import glob
 import hashlib
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout, lock_descriptor
@@ -131,6 +132,21 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
             if os.name == "posix":  # Windows does not remove open files
                 path.unlink(missing_ok=True)  # while locked: who opened it meanwhile finds it gone
             own.release()
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether two processes that lock the same file in a folder, which is there, keep each other out."""
+    path = folder / f".{platform.node()}-{os.getpid()}.lock"
+    own = FileLock(path, fallback_to_soft=False)
+    try:
+        own.acquire()
+    except OSError as error:  # a folder that cannot be written is told where it matters
+        return error.errno not in NO_LOCKS
+    finally:
+        own.release()
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    return True
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -1,13 +1,16 @@
 """Processes that `torchrun` or `accelerate launch` has started for one command which itself starts none."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+from koff_lightning.support.ending import Ended
 from koff_lightning.support.errors import KoffError
 
 PATIENCE = timedelta(weeks=1)  # how long a process waits for the others: their shares of the work differ
+GRACE = 30.0  # seconds that the first process has to tell what all have met: it may be slower than the others
 
 
 def count() -> int:
@@ -43,13 +46,42 @@ def device_of(device: str | None) -> str | None:
 
 @contextmanager
 def first_speaks() -> Iterator[None]:
-    """Let the first process alone tell an error that all of them meet alike."""
+    """Let the first process alone tell an error that all of them meet alike.
+
+    The others wait for that: once one has ended the launcher ends all, the first too if it has said nothing yet. What
+    the first has not met they tell themselves, as where a file is missing on the second machine.
+    """
     try:
         yield
     except KoffError:
         if rank():
-            raise SystemExit(2) from None
+            try:
+                time.sleep(GRACE)
+            except Ended:
+                raise SystemExit(2) from None
         raise
+
+
+@first_speaks()
+def refuse_several(verb: str) -> None:
+    """Raise KoffError where several processes were launched for a command that starts its own.
+
+    Args:
+        verb: The command.
+    """
+    if count() > 1:
+        raise KoffError(f"koff {verb} starts its runs itself, --jobs at one time: start it once, without torchrun")
+
+
+@contextmanager
+def one_is_first() -> Iterator[None]:
+    """Hide the LOCAL_RANK that something else has left from lm-eval, which has no scores where it is not 0."""
+    left = os.environ.pop("LOCAL_RANK", None) if count() == 1 else None
+    try:
+        yield
+    finally:
+        if left is not None:
+            os.environ["LOCAL_RANK"] = left
 
 
 @contextmanager

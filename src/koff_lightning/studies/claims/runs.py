@@ -145,8 +145,11 @@ def gpu_shares(jobs: int) -> list[dict[str, str]]:
     count = device_count() if jobs > 1 else 0
     if not count:
         return [{}] * jobs
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers, or names such as GPU-8932f937
-    gpus = given.replace(" ", "").split(",")[:count] if given else [str(gpu) for gpu in range(count)]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")  # numbers, or names such as GPU-8932f937
+    gpus = [*filter(None, given.split(","))] or [str(gpu) for gpu in range(count)]
+    if not given.startswith("MIG-"):  # parts of a GPU, of which torch counts one however many are named
+        gpus = gpus[:count]
+    count = len(gpus)
     each = max(1, count // jobs)
     shares = [gpus[start : start + each] for start in range(0, each * min(jobs, count), each)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(shares[job % len(shares)])} for job in range(jobs)]

@@ -298,41 +298,36 @@ def test_a_killed_writer_is_gone_on_with(folder, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "tokens" / "teacher").glob(".*.part"))
 
 
-def test_writers_of_the_same_store_wait_for_each_other(folder, tmp_path, monkeypatch):
-    asked = tmp_path / "asked"
+def stored_by(writers, folder, tmp_path, monkeypatch, meanwhile):
+    """The (domain, process) of what so many processes at one time have stored; `meanwhile` happens in each batch."""
+    asked, original = tmp_path / "asked", command._likeliest
     asked.mkdir()
-    original = command._likeliest
 
-    def slowly(backbone, batch, *rest):
+    def watched(backbone, batch, *rest):
         (asked / f"{batch['domains'][0]}-{os.getpid()}").touch()
-        time.sleep(0.02)
+        meanwhile(asked)
         return original(backbone, batch, *rest)
 
-    monkeypatch.setattr(command, "_likeliest", slowly)
-    writers = [in_fork(lambda: main(["prepare", *words(folder), "--teacher"])) for _ in range(3)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) for writer in writers] == [0, 0, 0]
-    assert sorted(path.name.split("-")[0] for path in asked.iterdir()) == ["en", "law"], "each by one of them"
+    monkeypatch.setattr(command, "_likeliest", watched)
+    forks = [in_fork(lambda: main(["prepare", *words(folder), "--teacher"])) for _ in range(writers)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks] == [0] * writers
     assert len(stores(tmp_path)) == 2
+    return sorted(tuple(path.name.split("-")) for path in asked.iterdir())
+
+
+def test_writers_of_the_same_store_wait_for_each_other(folder, tmp_path, monkeypatch):
+    found = stored_by(3, folder, tmp_path, monkeypatch, lambda _: time.sleep(0.02))
+    assert [domain for domain, _ in found] == ["en", "law"], "each by one of them"
 
 
 def test_two_writers_store_different_domains_at_one_time(folder, tmp_path, monkeypatch):
-    asked = tmp_path / "asked"
-    asked.mkdir()
-    original = command._likeliest
-
-    def when_both_are_at_it(backbone, batch, *rest):
-        (asked / f"{batch['domains'][0]}-{os.getpid()}").touch()
+    def until_both_are_at_it(asked):
         since = time.monotonic()
         while len(list(asked.iterdir())) < 2 and time.monotonic() < since + 60:
             time.sleep(0.01)
-        return original(backbone, batch, *rest)
 
-    monkeypatch.setattr(command, "_likeliest", when_both_are_at_it)
-    writers = [in_fork(lambda: main(["prepare", *words(folder), "--teacher"])) for _ in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) for writer in writers] == [0, 0]
-    by = dict(path.name.split("-") for path in asked.iterdir())
-    assert by.keys() == {"en", "law"} and by["en"] != by["law"]
-    assert len(stores(tmp_path)) == 2
+    (en, one), (law, other) = stored_by(2, folder, tmp_path, monkeypatch, until_both_are_at_it)
+    assert (en, law) == ("en", "law") and one != other
 
 
 def test_each_of_several_processes_begins_with_another_domain_and_the_first_speaks(folder, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from importlib import import_module
 from koff_lightning import __version__
 from koff_lightning.support.ending import SIGNALS, Ended, ended_by, watch_the_launcher
 from koff_lightning.support.errors import KoffError
+from koff_lightning.support.heap import keep_freed
 from koff_lightning.support.offline import switch_off
 from koff_lightning.support.quick_imports import quick_imports
 from koff_lightning.support.secrets import without_secrets
@@ -189,6 +190,7 @@ def _run_verb(verb: str, words: list[str], classes: dict[str, type]) -> None:
         from koff_lightning.commands.parsing.first_look import look  # which help does without
 
         look(verb, words)
+    keep_freed()
     if verb in TOOLS:
         _run_tool(verb, words)
         return

@@ -145,21 +145,20 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x [B, T, in]. Returns [B, T, out]; exactly the base layer's output while no memory is active."""
-        base, routes = self.base_layer(x), self.routes.value
-        if not routes.names:
-            return base
-        matrices = routes.cached((self, x.dtype), lambda: self._matrices(routes, x.dtype), len(x))
+        routes = self.routes.value
+        matrices = None
+        if routes.names:
+            matrices = routes.cached((self, x.dtype), lambda: self._matrices(routes, x.dtype), len(x))
         if matrices is None:
-            return base
+            return self.base_layer(x)
         down, up, scale = matrices
+        # In place: no pass over the output for a sum, and one call less, as decoding is bound by their number.
         if down.ndim == 2:  # F.linear as in the base layer: its code is still in the processor's cache
-            added = F.linear(F.linear(x, down), up)
-            return torch.add(base, added, alpha=scale) if torch.is_grad_enabled() else base.add_(added, alpha=scale)
-        low = torch.bmm(x.reshape(len(down), -1, x.shape[-1]), down.mT)  # [M or B, tokens, r]
-        if torch.is_grad_enabled() or base.dtype != up.dtype:  # they differ under autocast
-            return base + (low @ up.mT).view_as(base)
-        base.view(len(down), -1, base.shape[-1]).baddbmm_(low, up.mT)  # one call, as decoding is bound by their number
-        return base
+            return self.base_layer(x).add_(F.linear(F.linear(x, down), up), alpha=scale)
+        blocks = x.reshape(len(down), -1, x.shape[-1])  # [M or B, tokens, in]
+        base, low = self.base_layer(blocks), torch.bmm(blocks, down.mT)  # [M or B, tokens, out], [M or B, tokens, r]
+        out = base.baddbmm_(low.to(base.dtype), up.mT.to(base.dtype))  # dtypes differ under autocast
+        return out.view(*x.shape[:-1], -1)
 
     def _matrices(
         self, routes: Routes, dtype: torch.dtype

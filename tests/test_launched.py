@@ -75,6 +75,21 @@ def test_what_starts_its_own_processes_is_started_once(fourth, monkeypatch, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("verb", ["claims", "reproduce", "lm-eval"])
+def test_tasks_of_srun_do_not_all_do_the_same(monkeypatch, tmp_path, capsys, verb):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    asked = {"lm-eval": ["--model=model", "--tasks=arc_easy"]}.get(verb, [f"--out={tmp_path / 'out'}"])
+    assert main([verb, *asked]) == 2
+    said = {"lm-eval": "koff: srun has started 4 tasks, each of which would do all that koff lm-eval does: "}
+    assert capsys.readouterr().err.startswith(said.get(verb, f"koff: koff {verb} starts its runs itself, --jobs at"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_of_srun_may_start_torchrun(fourth, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # one on each machine
+    launched.refuse_copies("lm-eval")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")

@@ -57,7 +57,12 @@ SMOLLM2: dict[str, list[str]] = {
     "kv_lr 1.5e-2": ["--model.optim.kv_lr=1.5e-2"],
     "kl 0.5": ["--model.loss.kl=0.5"],
 }
-SETTINGS = {"tiny_12pct.yaml": TINY, "smollm2_12pct.yaml": SMOLLM2}
+QWEN: dict[str, list[str]] = {
+    "as configured": [],
+    "lora_lr 2e-3": ["--model.optim.lora_lr=2e-3"],
+    "lora_lr 1e-3": ["--model.optim.lora_lr=1e-3"],
+}
+SETTINGS = {"tiny_12pct.yaml": TINY, "smollm2_12pct.yaml": SMOLLM2, "qwen25_coder_1_5b_12pct.yaml": QWEN}
 
 
 def development_text(folder: Path, config: str) -> dict[str, dict[str, str]]:

@@ -16,7 +16,7 @@ from koff_lightning.specs.timing import check_batch_size
 from koff_lightning.support.errors import KoffError
 from koff_lightning.support.forms import fault_in
 from koff_lightning.support.json_files import read_json_object
-from koff_lightning.support.launched import count, device_of, first_speaks, joined, rank
+from koff_lightning.support.launched import count, device_of, first_speaks, joined, rank, refuse_copies
 from koff_lightning.support.names import refuse_no_model
 from koff_lightning.support.offline import is_asked
 from koff_lightning.support.quick_imports import quick_imports
@@ -96,6 +96,7 @@ def _asked(argv: list[str]) -> tuple[argparse.Namespace, Any]:
     if rank():
         logging.disable(logging.WARNING)  # the first process warns
     options = _given(argv)
+    refuse_copies("lm-eval")
     if not options.model or not (options.tasks or options.config):
         raise KoffError("lm-eval: give --model (artifact, checkpoint or dense model) and --tasks")
     if options.config and not options.allow_custom_classes:

@@ -62,6 +62,24 @@ def first_speaks() -> Iterator[None]:
         raise
 
 
+def copies() -> int:
+    """Number of tasks that SLURM's srun has started of one command and nothing makes parts of one whole."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) if count() == 1 else 1
+
+
+def refuse_copies(verb: str) -> None:
+    """Raise KoffError where srun has started several tasks of a command that torchrun alone can share out.
+
+    Args:
+        verb: The command.
+    """
+    if copies() > 1:
+        raise KoffError(
+            f"srun has started {copies()} tasks, each of which would do all that koff {verb} does: start it as one "
+            f"task (srun --ntasks=1), with torchrun --nproc-per-node=GPUS -m koff_lightning {verb} for several GPUs"
+        )
+
+
 @first_speaks()
 def refuse_several(verb: str) -> None:
     """Raise KoffError where several processes were launched for a command that starts its own.
@@ -69,7 +87,7 @@ def refuse_several(verb: str) -> None:
     Args:
         verb: The command.
     """
-    if count() > 1:
+    if count() > 1 or copies() > 1:
         raise KoffError(f"koff {verb} starts its runs itself, --jobs at one time: start it once, without torchrun")
 
 

@@ -48,6 +48,7 @@ GATHERED = 2  # layers whose weights are whole on every device at one time: the 
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the kernel that torch's own table lacks
 _FLOPS = flop_registry | {
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     _FLASH: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
